@@ -1,0 +1,32 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv when it is missing or stale.
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/.synced
+
+.PHONY: demo test lint bench lock clean
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install -q uv
+	.venv/bin/uv pip sync -q --python $(PY) requirements.lock
+	.venv/bin/uv pip install -q --python $(PY) --no-deps -e .
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(PY) -m pipelines.demo
+
+test: $(STAMP)
+	$(PY) -m pytest -q tests
+
+lint: $(STAMP)
+	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
+
+bench: $(STAMP)
+	$(PY) -m pytest -q -s tests/benchmarks/bench_*.py
+
+lock:
+	.venv/bin/uv pip compile --universal --python-version 3.11 --extra demo --extra test --extra bench \
+	  --no-header --no-annotate -q pyproject.toml -o requirements.lock
+
+clean:
+	rm -rf .venv runs build *.egg-info

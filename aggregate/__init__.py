@@ -1,0 +1,1 @@
+"""Features (or frames) -> checkpoints -> scores (`python -m aggregate.train`)."""

@@ -1,0 +1,1 @@
+"""Scores -> fused scores -> submission (`python -m ensemble`)."""

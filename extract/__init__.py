@@ -1,0 +1,1 @@
+"""Videos -> frozen-backbone features on disk (`python -m extract`)."""

@@ -1,0 +1,1 @@
+"""Whole recipes: they walk through all rooms and nobody walks into them."""

@@ -1,0 +1,60 @@
+"""Fixtures of the whole suite: where the clips are, random state restored after each test, one Ray cluster a session."""
+
+import os
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_clips() -> Path:
+    """The real clips beside the project (kinetics_like, odd); not shipped, since their licences forbid it."""
+    clips = ROOT.parent / "shared" / "clips"
+    if not clips.is_dir():
+        pytest.skip("the real clips of ../shared/clips are not here; they are not shipped with the project")
+    return clips
+
+
+@pytest.fixture(scope="session")
+def codec_clips() -> Path:
+    """22 tiny clips, one a codec or an oddity, made from one MIT-licensed clip."""
+    return ROOT / "tests" / "clips" / "codecs"
+
+
+@pytest.fixture(scope="session")
+def broken_clips() -> Path:
+    """Seven inputs that are no good video: empty, HTML, random bytes, truncated, bit flips, audio only."""
+    return ROOT / "tests" / "clips" / "broken"
+
+
+@pytest.fixture(scope="session")
+def demo_clips() -> Path:
+    """The labelled real clips the project ships: daily_actions and exercise_mini."""
+    return ROOT / "pipelines" / "clips"
+
+
+@pytest.fixture(autouse=True)
+def _random_state_restored():
+    """A test that seeds or draws must not change what the next one sees."""
+    states = random.getstate(), np.random.get_state()
+    torch = sys.modules.get("torch")
+    torch_state = torch.get_rng_state() if torch else None
+    yield
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    if torch is not None:
+        torch.set_rng_state(torch_state)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """GPU tests run where a GPU is said to be present (HGNL_GPU=1) and must not skip there."""
+    if os.environ.get("HGNL_GPU") == "1":
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU is said to be present (HGNL_GPU=1)"))
