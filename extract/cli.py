@@ -3,7 +3,8 @@
 A command is a frozen dataclass of options and a function `main(options) -> exit status or None` beside it;
 `run_command` makes the flags from the one (tyro) and the exit status from the other.
 
-Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished but too many videos failed, 130 interrupted.
+Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished but too many videos failed,
+130 interrupted.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: where the clips are, random state restored after each test, one Ray cluster a session."""
+"""Fixtures of the whole suite: where the clips are, random state restored after each test."""
 
 import os
 import random

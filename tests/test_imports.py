@@ -18,7 +18,9 @@ HOMES = {
     "ray": {"extract/run.py", "extract/worker.py", "aggregate/finetune.py", "aggregate/ablate.py"},
 }
 # Decode children, score files and the ensemble must start without torch's five seconds.
-TORCH_FREE = {f"extract/{name}.py" for name in "cli videos sampling decode transform children store".split()} | {
+TORCH_FREE = {
+    *(f"extract/{name}.py" for name in ("cli", "videos", "sampling", "decode", "transform", "children")),
+    *("extract/shards.py", "extract/store.py"),
     "aggregate/metrics.py",
     "aggregate/scores.py",
 }

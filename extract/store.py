@@ -1,0 +1,507 @@
+"""The feature store: a Zarr v3 group with one chunk a video, one shard a block of videos (layout: README, "The store").
+
+Who writes what: workers write whole shards of `features`; the driver alone writes the per-video arrays and commits a
+block once its shard is there, `status` last. Every file is written under another name and renamed. So no two writers
+share a file, and what a killed run leaves is a store in which some rows still have status 0.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from extract.cli import InputError, RunError
+from extract.shards import ShardError, ShardMap, damaged_videos
+
+SCHEMA = "hgnl-features/1"
+PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3
+STATUS_NAMES = ("pending", "ok", "partial", "failed")
+ROWS_PER_CHUNK = 4096  # of the per-video arrays: rewriting one chunk costs a few ms, and Kinetics-700 has 133 of them
+
+# name -> (dtype, shape behind [N], fill value); V and T stand for views and frames a video
+_ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
+    "ids": (str, "", ""),
+    "splits": (str, "", ""),
+    "groups": (str, "", ""),
+    "labels": ("<i4", "", -1),
+    "frame_indices": ("<i4", "VT", -1),
+    "timestamps": ("<f4", "VT", float("nan")),
+    "num_frames": ("<i4", "", 0),
+    "errors": (str, "", ""),
+    "status": ("i1", "", PENDING),  # last: the number of its rows is the number of videos
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the driver commits for some rows: outcomes of n videos."""
+
+    rows: np.ndarray  # int [n]
+    status: np.ndarray  # int8 [n]
+    errors: list[str]
+    num_frames: np.ndarray  # int32 [n]
+    frame_indices: np.ndarray  # int32 [n, V, T]
+    timestamps: np.ndarray = field(repr=False)  # float32 [n, V, T], seconds
+
+    def __post_init__(self) -> None:
+        counts = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"expected the same number of videos in every field, got {counts}")
+
+
+class FeatureStore:
+    """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
+
+    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1;
+    `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed); `num_frames` int32 [N]; `frame_indices` int32 and
+    `timestamps` float32 (seconds) [N, V, T]. Per-video arrays are read once, on first use.
+    """
+
+    def __init__(self, path: str | Path, group: zarr.Group):
+        self.path = str(path)
+        self._group = group
+        attributes: dict[str, Any] = dict(group.attrs)
+        if attributes.get("schema") != SCHEMA:
+            raise InputError(
+                f"{path} is no feature store this version reads: its schema is {attributes.get('schema')!r}, "
+                f"expected {SCHEMA!r}; extract into another folder, or use the version that wrote it"
+            )
+        self.classes: tuple[str, ...] = tuple(attributes["classes"])
+        self.provenance: dict[str, Any] = attributes["provenance"]
+        features = self._array("features")
+        assert features.shards is not None
+        self.block_size: int = features.shards[0]
+        _, self.num_views, self.frames_per_video, self.dim = features.shape
+        self._length: int = self._array("status").shape[0]
+
+    # -- opening and making ------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
+        """Open a store (a folder, or a URL that fsspec knows); `InputError` if there is none or it is another's."""
+        try:
+            group = zarr.open_group(_target(path), mode="r+" if writable else "r", zarr_format=3)
+        except FileNotFoundError:
+            there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
+            raise InputError(f"{path} is no feature store: {there}; `python -m extract --out` makes one") from None
+        return cls(path, group)
+
+    @classmethod
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        ids: Sequence[str],
+        labels: Sequence[int] | np.ndarray,
+        splits: Sequence[str],
+        groups: Sequence[str],
+        classes: Sequence[str],
+        views: Sequence[str],
+        frames: int,
+        dim: int,
+        block_size: int,
+        provenance: dict[str, Any],
+    ) -> "FeatureStore":
+        """Make a store with every row pending. A local one appears whole or not at all (made aside, then renamed)."""
+        twice = [name for name, times in Counter(ids).items() if times > 1]
+        if twice:
+            raise InputError(f"{len(twice)} ids stand for several videos, the first is {twice[0]!r}")
+        if not is_remote(path) and Path(path).exists():
+            raise InputError(f"{path} exists already and is no feature store; give another --out or remove it")
+        aside = path if is_remote(path) else f"{str(path).rstrip('/')}.new-{os.getpid()}"
+        attributes = {"schema": SCHEMA, "classes": list(classes), "provenance": provenance}
+        if not is_remote(path):
+            Path(aside).parent.mkdir(parents=True, exist_ok=True)
+        group = zarr.create_group(_target(aside), zarr_format=3, attributes=attributes)
+        try:
+            group.create_array(
+                "features",
+                shape=(len(ids), len(views), frames, dim),
+                dtype="<f2",
+                chunks=(1, len(views), frames, dim),
+                shards=(block_size, len(views), frames, dim),
+                serializer=BytesCodec(endian="little"),
+                compressors=(Crc32cCodec(),),
+                filters=None,
+                fill_value=0,
+                chunk_key_encoding={"name": "default", "separator": "."},
+            )
+            names = group.create_array("views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="")
+            names[:] = np.array(views, dtype=object)
+            for name, (dtype, extra, fill) in _ROW_ARRAYS.items():
+                shape = (len(views), frames) if extra else ()
+                group.create_array(
+                    name,
+                    shape=(0, *shape),
+                    dtype=dtype,
+                    chunks=(ROWS_PER_CHUNK, *shape),
+                    fill_value=fill,
+                    chunk_key_encoding={"name": "default", "separator": "."},
+                )
+            store = cls(aside, group)
+            store.append(ids=ids, labels=labels, splits=splits, groups=groups)
+            if not is_remote(path):
+                os.replace(aside, path)
+        except BaseException:
+            if not is_remote(path):
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
+        return cls.open(path, writable=True)
+
+    @classmethod
+    def from_arrays(
+        cls,
+        path: str | Path,
+        features: np.ndarray,
+        *,
+        lengths: Sequence[int] | np.ndarray,
+        labels: Sequence[int] | np.ndarray,
+        classes: Sequence[str],
+        ids: Sequence[str] | None = None,
+        splits: Sequence[str] | None = None,
+        groups: Sequence[str] | None = None,
+    ) -> "FeatureStore":
+        """Make a finished store of features made elsewhere.
+
+        `features` is [N, T, D], or [N, V, T, D] with several views, of any float type (stored as float16);
+        `lengths` [N] says how many of its T frames each video really has, the rest is padding and masked.
+        Raises `InputError` naming the first video with a wrong length, label, a NaN, or a value float16 cannot hold.
+        """
+        features = np.asarray(features)
+        if features.ndim == 3:
+            features = features[:, None]
+        if features.ndim != 4:
+            raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
+        count, views, frames, dim = features.shape
+        ids = [f"{row:08d}" for row in range(count)] if ids is None else list(ids)
+        lengths, labels = np.asarray(lengths), np.asarray(labels)
+        splits = [""] * count if splits is None else splits
+        groups = [""] * count if groups is None else groups
+        columns: dict[str, Any] = {"ids": ids, "lengths": lengths, "labels": labels, "splits": splits, "groups": groups}
+        for name, values in columns.items():
+            if len(values) != count:
+                raise InputError(f"features hold {count} videos, {name} {len(values)}")
+        expected = f"a length of 1 to {frames} frames"
+        _check_each(ids, lengths, (lengths < 1) | (lengths > frames), expected)
+        _check_each(ids, labels, (labels < -1) | (labels >= len(classes)), f"a label below {len(classes)}, or -1")
+        real = np.arange(frames) < lengths[:, None]
+        for row in range(count):  # one at a time: a copy of everything may not fit
+            wrong = ~(np.abs(features[row][:, real[row]]) <= np.finfo("f2").max)
+            if wrong.any():
+                value = features[row][:, real[row]][wrong][0]
+                raise InputError(f"{ids[row]} (row {row}): expected features that float16 can hold, got {value}")
+        store = cls.create(
+            path,
+            ids=ids,
+            labels=labels,
+            splits=splits,
+            groups=groups,
+            classes=classes,
+            views=["center", *(f"view_{view}" for view in range(1, views))],
+            frames=frames,
+            dim=dim,
+            block_size=64,
+            provenance={"source": "FeatureStore.from_arrays"},
+        )
+        # Padding repeats the last real frame's index, which is what `mask` looks at.
+        indices = np.minimum(np.arange(frames), lengths[:, None] - 1).astype("<i4")
+        indices = np.broadcast_to(indices[:, None], (count, views, frames))
+        for block in range(store.num_blocks):
+            rows = store.block_rows(block)
+            store.write_block(block, features[rows].astype("<f2"))
+            store.commit(
+                Rows(
+                    rows=rows,
+                    status=np.full(len(rows), OK, "i1"),
+                    errors=[""] * len(rows),
+                    num_frames=lengths[rows].astype("<i4"),
+                    frame_indices=indices[rows],
+                    timestamps=np.full((len(rows), views, frames), np.nan, "<f4"),
+                )
+            )
+        return cls.open(path)
+
+    # -- what is in it -----------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __repr__(self) -> str:
+        shape = f"{len(self)} videos x {self.num_views} views x {self.frames_per_video} frames x {self.dim}"
+        return f"FeatureStore({self.path!r}, {shape}, {len(self.classes)} classes)"
+
+    def _array(self, name: str) -> zarr.Array:
+        try:
+            return self._group[name]  # type: ignore[return-value]
+        except KeyError:
+            raise InputError(f"{self.path} is no whole feature store: its array {name!r} is missing") from None
+
+    def _column(self, name: str) -> np.ndarray:
+        # A run killed while it appended may have left other arrays longer than `status`.
+        return self._array(name)[: self._length]  # type: ignore[return-value]
+
+    @cached_property
+    def ids(self) -> np.ndarray:
+        return self._column("ids")
+
+    @cached_property
+    def splits(self) -> np.ndarray:
+        return self._column("splits")
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        return self._column("groups")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        return self._column("labels")
+
+    @cached_property
+    def status(self) -> np.ndarray:
+        return self._column("status")
+
+    @cached_property
+    def errors(self) -> np.ndarray:
+        return self._column("errors")
+
+    @cached_property
+    def num_frames(self) -> np.ndarray:
+        return self._column("num_frames")
+
+    @cached_property
+    def frame_indices(self) -> np.ndarray:
+        return self._column("frame_indices")
+
+    @cached_property
+    def timestamps(self) -> np.ndarray:
+        return self._column("timestamps")
+
+    @cached_property
+    def views(self) -> tuple[str, ...]:
+        return tuple(self._array("views")[:].tolist())  # type: ignore[union-attr]
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes of one video's features."""
+        return self.num_views * self.frames_per_video * self.dim * 2
+
+    # -- reading features --------------------------------------------------------------------------------------
+
+    @cached_property
+    def _shards(self) -> ShardMap:
+        if is_remote(self.path):
+            raise InputError(
+                f"{self.path} is remote and cannot be memory-mapped; copy it to a local folder, or use read()"
+            )
+        return ShardMap(
+            [self.shard_path(block) for block in range(self.num_blocks)],
+            block_size=self.block_size,
+            video_shape=(self.num_views, self.frames_per_video, self.dim),
+        )
+
+    def gather(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+        """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int [B]): float16 [B, n, D].
+
+        Reads memory-mapped shards. Failed videos give zeros (`mask` is False for them); a pending one is a `RunError`.
+        """
+        rows, frames = np.asarray(rows), np.asarray(frames)
+        frames = frames if frames.ndim == 2 else frames[None, :]
+        pending = self.status[rows] == PENDING
+        if pending.any():
+            row = int(rows[pending][0])
+            raise RunError(
+                f"{self.path}: {self.ids[row]} (row {row}) is not extracted yet; run the extraction to its end"
+            )
+        blocks = rows // self.block_size
+        try:
+            self._shards.require(blocks)
+        except ShardError as error:
+            raise RunError(f"{error}; `python -m extract.verify {self.path} --repair` marks what is damaged") from None
+        return self._shards.array[
+            blocks[:, None], (rows % self.block_size)[:, None], np.asarray(view)[..., None], frames
+        ]
+
+    def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
+        """Which of these frames are new: bool [B, n], False where an earlier one of the row is the same frame.
+
+        A video with fewer frames than asked for has repeats; they must not count twice. Failed videos: all False.
+        """
+        rows, frames = np.asarray(rows), np.asarray(frames)
+        frames = frames if frames.ndim == 2 else frames[None, :]
+        indices = self.frame_indices[rows[:, None], np.asarray(view)[..., None], frames]
+        same = indices[:, :, None] == indices[:, None, :]
+        repeated = np.tril(same, k=-1).any(axis=2)
+        return ~repeated & (indices >= 0)
+
+    def read(self, rows: slice | np.ndarray) -> np.ndarray:
+        """All features of videos `rows` through Zarr, checksums checked: float16 [n, V, T, D]. Works remotely too."""
+        features = self._array("features")
+        return features[rows] if isinstance(rows, slice) else features.oindex[np.asarray(rows)]  # type: ignore[return-value]
+
+    # -- blocks, for the run -----------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-len(self) // self.block_size)
+
+    def block_rows(self, block: int) -> np.ndarray:
+        """Rows of a block: int [at most block_size]."""
+        return np.arange(block * self.block_size, min((block + 1) * self.block_size, len(self)))
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks with a row that is still pending."""
+        return np.unique(np.flatnonzero(self.status == PENDING) // self.block_size).tolist()
+
+    def shard_path(self, block: int) -> Path:
+        return Path(self.path) / "features" / f"c.{block}.0.0.0"
+
+    def write_block(self, block: int, features: np.ndarray) -> None:
+        """Write a block's shard whole: `features` float16 [rows of the block, V, T, D], finished rows included."""
+        rows = self.block_rows(block)
+        expected = (len(rows), self.num_views, self.frames_per_video, self.dim)
+        if features.shape != expected or features.dtype != np.dtype("<f2"):
+            raise ValueError(f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}")
+        # A dropped all-zero chunk would break the stride that `gather` lives on.
+        self._array("features").with_config({"write_empty_chunks": True})[rows[0] : rows[-1] + 1] = features
+
+    def commit(self, done: Rows) -> None:
+        """Enter outcomes of videos whose shard is written. `status` comes last: a row is finished or pending."""
+        order = np.argsort(done.rows)
+        for name in ("errors", "num_frames", "frame_indices", "timestamps", "status"):
+            values = np.array(done.errors, dtype=object) if name == "errors" else getattr(done, name)
+            self._set(name, done.rows[order], values[order])
+
+    def _set(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
+        array = self._array(name)
+        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            array[rows[0] : rows[-1] + 1] = values
+        else:
+            array.oindex[rows] = values
+        self.__dict__.pop(name, None)  # what was read before is out of date
+
+    def set_pending(self, rows: np.ndarray) -> None:
+        """Put videos back to pending; their block will be done again."""
+        if len(rows):
+            self._set("status", np.sort(rows), np.full(len(rows), PENDING, "i1"))
+
+    def append(
+        self, *, ids: Sequence[str], labels: Sequence[int] | np.ndarray, splits: Sequence[str], groups: Sequence[str]
+    ) -> None:
+        """Add pending rows behind the others."""
+        start, stop = self._length, self._length + len(ids)
+        columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
+        features = self._array("features")
+        features.resize((stop, *features.shape[1:]))
+        for name, (dtype, _, _) in _ROW_ARRAYS.items():  # in this order: `status` tells how many rows there are
+            array = self._array(name)
+            array.resize((stop, *array.shape[1:]))
+            if name in columns and start < stop:
+                array[start:stop] = np.array(columns[name], dtype=object if dtype is str else dtype)
+        self._length = stop
+        for name in (*_ROW_ARRAYS, "_shards"):
+            self.__dict__.pop(name, None)
+
+    def damaged_rows(self, block: int) -> dict[int, str]:
+        """Rows of a committed block whose features cannot be trusted, with the reason (reads the whole shard)."""
+        rows = self.block_rows(block)
+        committed = rows[self.status[rows] != PENDING]
+        if not len(committed):
+            return {}
+        path = self.shard_path(block)
+        try:
+            places = damaged_videos(path, block_size=self.block_size, video_bytes=self.video_bytes)
+        except ShardError as error:
+            return {int(row): str(error) for row in committed}
+        damaged = np.intersect1d(committed, block * self.block_size + np.array(places, dtype=int))
+        return {int(row): f"the checksum in {path.name} does not match" for row in damaged}
+
+    def clean_up(self) -> None:
+        """Remove what a killed writer left half-written (files that were never renamed). For the holder of the lock."""
+        if not is_remote(self.path):
+            for leftover in Path(self.path).rglob("*.partial"):
+                leftover.unlink(missing_ok=True)
+
+
+def _check_each(ids: Sequence[str], values: Any, wrong: np.ndarray, expected: str) -> None:
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise InputError(f"{ids[row]} (row {row}): expected {expected}, got {values[row]!s}")
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a store's path is a URL for fsspec (`s3://...`, `memory://...`)."""
+    return "://" in str(path)
+
+
+def _target(path: str | Path) -> Any:
+    """What zarr opens; a folder, or an fsspec store for a URL."""
+    return zarr.storage.FsspecStore.from_url(str(path)) if is_remote(path) else str(path)
+
+
+class RunLog:
+    """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong into the store.
+
+    Its writer holds the store: a second run is refused and told who holds it. The kernel drops the hold with the
+    process, however it ends.
+    """
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, event: str, **fields: Any) -> None:
+        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        self._file.flush()
+
+    @staticmethod
+    def path(store: str | Path) -> Path:
+        return Path(f"{str(store).rstrip('/')}.log")
+
+    @staticmethod
+    def records(store: str | Path) -> list[dict[str, Any]]:
+        """What earlier runs wrote, oldest first; a last line cut by a kill is left out."""
+        if is_remote(store) or not RunLog.path(store).exists():
+            return []
+        records = []
+        for line in RunLog.path(store).read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path) -> Iterator[RunLog]:
+    """Hold a local store for one run; `RunError` names the process that holds it already."""
+    log_path = RunLog.path(path)
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    with log_path.open("a", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holders = [record for record in RunLog.records(path) if record["event"] == "start"]
+            holder = f"process {holders[-1]['process']} on {holders[-1]['host']}" if holders else "another process"
+            raise RunError(f"{path} is being written by {holder}; wait for it or stop it first") from None
+        yield RunLog(file)
+
+
+def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
+    """What differs between two provenance records, one line each: `weights.sha256: 12ab in the store, 34cd now`."""
+    lines = []
+    for key in sorted(recorded.keys() | wanted.keys()):
+        old, new = recorded.get(key), wanted.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += difference(old, new, f"{prefix}{key}.")
+        elif json.dumps(old) != json.dumps(new):
+            lines.append(f"{prefix}{key}: {old} in the store, {new} now")
+    return lines
