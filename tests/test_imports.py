@@ -15,7 +15,7 @@ HOMES = {
     "zarr": {"extract/store.py"},
     "av": {"extract/decode.py"},
     "decord": {"extract/decode.py"},
-    "ray": {"extract/run.py", "extract/worker.py", "aggregate/finetune.py", "aggregate/ablate.py"},
+    "ray": {"extract/crew.py", "aggregate/finetune.py", "aggregate/ablate.py"},
 }
 # Decode children, score files and the ensemble must start without torch's five seconds.
 TORCH_FREE = {

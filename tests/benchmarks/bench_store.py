@@ -66,9 +66,8 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     for name in ("ids", "splits", "labels", "status", "num_frames", "frame_indices"):
         assert len(getattr(opened, name)) == KINETICS
     opening = time.perf_counter() - started
-    print(
-        f"\ncommit of a block at {KINETICS:,} rows: median {1e3 * np.median(seconds):.1f} ms, worst {1e3 * max(seconds):.1f} ms"
-    )
+    median, worst = 1e3 * np.median(seconds), 1e3 * max(seconds)
+    print(f"\ncommit of a block at {KINETICS:,} rows: median {median:.1f} ms, worst {worst:.1f} ms")
     print(f"opening and reading ids, splits, labels, status, frame counts, frame indices: {opening:.2f} s")
     assert np.median(seconds) < 0.020
     assert opening < 2

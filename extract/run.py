@@ -1,0 +1,300 @@
+"""The driver of an extraction: which blocks are missing -> workers -> commits -> report.
+
+The driver alone writes the per-video arrays. A restart is the list of blocks with a pending row; a lost worker's
+blocks go back to that list.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from extract.cli import InputError, RunError
+from extract.crew import Here, RayCrew
+from extract.status import human_bytes, status_table
+from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
+from extract.videos import Listing, Video, list_videos
+from extract.worker import Block, Done, Settings
+
+if TYPE_CHECKING:
+    from extract.__main__ import Options
+
+
+def extract(options: "Options") -> int:
+    """Extract features of `options.videos` into `options.out`; returns the exit status (DESIGN: Commands)."""
+    _check(options)
+    if threading.current_thread() is threading.main_thread():
+        # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    listing = list_videos(options.videos, root=options.root, labels=options.labels)
+    print(listing.report())
+    videos = listing.videos[: options.limit]
+    if is_remote(options.out):
+        print(f"{options.out} is remote: nothing keeps a second run from writing to it at the same time")
+        return _extract(options, listing, videos, None)
+    _refuse_foreign_folder(options.out)
+    with exclusive(options.out) as log:
+        return _extract(options, listing, videos, log)
+
+
+def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log: RunLog | None) -> int:
+    nonce = uuid.uuid4().hex
+    if log:
+        log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
+    store = _open_if_there(options.out)
+    crew = _hire(options, precision=store.provenance["precision"] if store else options.precision)
+    try:
+        made = crew.describe()
+        if store is None:
+            store = _create(options, listing, videos, made)
+        else:
+            _agree(store, made, listing)
+            store.clean_up()
+            _add_new(store, videos)
+        if options.retry_failed:
+            store.set_pending(np.flatnonzero(store.status == FAILED))
+        blocks = _blocks(store, videos)
+        _announce(options, store, blocks, made)
+        _check_space(store, blocks)
+        if blocks:
+            crew.check(nonce, _readable(blocks))
+            _run(crew.run(blocks), store, blocks, log)
+    finally:
+        crew.close()
+    print(status_table(store))
+    failed = int((store.status == FAILED).sum())
+    if failed > options.max_failed * len(store):
+        print(f"{failed} of {len(store)} videos failed, more than --max-failed {options.max_failed:g} allows")
+        return 3
+    return 0
+
+
+# -- before the run ------------------------------------------------------------------------------------------------
+
+
+def _check(options: "Options") -> None:
+    for name, least in (
+        ("frames", 1),
+        ("augment_passes", 0),
+        ("block_size", 1),
+        ("limit", 1),
+        ("workers", 1),
+        ("decode_workers", 1),
+    ):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+    if not 0 <= options.max_failed <= 1:
+        raise InputError(f"--max-failed {options.max_failed:g}: expected a fraction between 0 and 1")
+    if options.video_timeout <= 0:
+        raise InputError(f"--video-timeout {options.video_timeout:g}: expected more than 0 seconds")
+
+
+def _refuse_foreign_folder(out: str) -> None:
+    path = Path(out)
+    if path.exists() and not (path / "zarr.json").exists():
+        what = "a file" if path.is_file() else "a folder"
+        raise InputError(
+            f"--out {out} exists and is no feature store but {what}; nothing was touched, give another name"
+        )
+
+
+def _open_if_there(out: str) -> FeatureStore | None:
+    try:
+        return FeatureStore.open(out, writable=True)
+    except InputError as error:
+        if "there is nothing" in str(error):
+            return None
+        raise
+
+
+def _create(options: "Options", listing: Listing, videos: Sequence[Video], made: dict[str, Any]) -> FeatureStore:
+    return FeatureStore.create(
+        options.out,
+        ids=[video.id for video in videos],
+        labels=[video.label for video in videos],
+        splits=[video.split for video in videos],
+        groups=[video.group for video in videos],
+        classes=listing.classes,
+        views=made["views"],
+        frames=options.frames,
+        dim=made["dim"],
+        block_size=options.block_size,
+        provenance=made["provenance"],
+    )
+
+
+def _agree(store: FeatureStore, made: dict[str, Any], listing: Listing) -> None:
+    """A store is continued with the settings it was begun with, or not at all."""
+    differences = difference(store.provenance, made["provenance"])
+    if store.classes != tuple(listing.classes):
+        changed = sorted(set(store.classes) ^ set(listing.classes))
+        differences.append(f"classes: {len(store.classes)} in the store, {len(listing.classes)} now; {changed[:5]}")
+    if differences:
+        lines = "\n  ".join(differences)
+        raise InputError(
+            f"{store.path} was made with other settings and is left as it is:\n  {lines}\nuse those, or another --out"
+        )
+
+
+def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
+    known = {name: row for row, name in enumerate(store.ids.tolist())}
+    for video in videos:
+        row = known.get(video.id)
+        if row is not None and store.labels[row] != video.label:
+            old, new = (store.classes[x] if x >= 0 else "no class" for x in (store.labels[row], video.label))
+            raise InputError(
+                f"{video.id} is {old!r} in {store.path} and {new!r} now; use another --out for other labels"
+            )
+    new = [video for video in videos if video.id not in known]
+    if new:
+        store.append(
+            ids=[video.id for video in new],
+            labels=[video.label for video in new],
+            splits=[video.split for video in new],
+            groups=[video.group for video in new],
+        )
+
+
+def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
+    """The blocks with pending rows, and in them those rows; a pending video that is no longer there is an error."""
+    paths = {video.id: video.path for video in videos}
+    ids = store.ids
+    blocks = []
+    for number in store.missing_blocks():
+        rows = store.block_rows(number)
+        rows = rows[store.status[rows] == PENDING]
+        names = ids[rows].tolist()
+        gone = [name for name in names if name not in paths]
+        if gone:
+            raise InputError(
+                f"{store.path} still waits for {gone[0]!r} (and {len(gone) - 1} more of its block), which --videos "
+                "does not hold; give the folder (and --limit) the store was begun with"
+            )
+        blocks.append(Block(number, tuple(rows.tolist()), tuple(names), tuple(paths[name] for name in names)))
+    return blocks
+
+
+def _announce(options: "Options", store: FeatureStore, blocks: list[Block], made: dict[str, Any]) -> None:
+    to_do = sum(len(block.rows) for block in blocks)
+    frames = store.num_views * store.frames_per_video
+    print(
+        f"backbone  {made['words']}\n"
+        f"store     {store.path}: {len(store):,} videos x {store.num_views} views x {store.frames_per_video} frames x "
+        f"{store.dim} float16 = {human_bytes(len(store) * store.video_bytes)}\n"
+        f"to do     {to_do:,} videos ({to_do * frames:,} frames) in {len(blocks):,} blocks, "
+        f"{len(store) - to_do:,} done before"
+    )
+
+
+def _check_space(store: FeatureStore, blocks: list[Block]) -> None:
+    if is_remote(store.path):
+        return
+    free = shutil.disk_usage(store.path).free
+    needed = sum(len(block.rows) for block in blocks) * store.video_bytes
+    if needed > free:
+        raise RunError(
+            f"{store.path} needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free; use another one"
+        )
+
+
+def _readable(blocks: list[Block]) -> str:
+    """A video that this process can open; workers that cannot do not see the videos."""
+    for block in blocks:
+        for path in block.paths:
+            try:
+                with open(path, "rb"):
+                    return path
+            except OSError:
+                continue
+    return os.devnull  # not one video can be opened: each will fail with its own reason
+
+
+def _plain(options: "Options") -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+
+
+def _hire(options: "Options", *, precision: str) -> Here | RayCrew:
+    settings = Settings(
+        store=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
+        backbone=options.backbone,
+        weights=str(Path(options.weights).resolve()) if Path(options.weights).is_file() else options.weights,
+        device=options.device,
+        precision=precision if options.precision == "auto" else options.precision,
+        frames=options.frames,
+        crops=options.crops,
+        augment_passes=options.augment_passes,
+        seed=options.seed,
+        decoder=options.decoder,
+        decode_workers=options.decode_workers or 0,
+        video_timeout=options.video_timeout,
+        threads=0,
+    )
+    if options.address is None:
+        workers = options.workers or _visible_gpus(options.device)
+        cores = max(1, len(os.sched_getaffinity(0)) // workers)
+        settings = replace(settings, decode_workers=settings.decode_workers or cores, threads=cores)
+        if workers == 1:
+            return Here(settings)
+        return RayCrew(settings, workers=workers, address=None)
+    return RayCrew(settings, workers=options.workers, address=options.address)
+
+
+def _visible_gpus(device: str) -> int:
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+
+
+# -- the run -------------------------------------------------------------------------------------------------------
+
+
+def _run(finished: Iterator[Done], store: FeatureStore, blocks: list[Block], log: RunLog | None) -> None:
+    """Commit blocks as they come; show progress, and at the end where the time went."""
+    started = time.perf_counter()
+    totals: Counter[str] = Counter()
+    nodes: set[str] = set()
+    with tqdm(total=sum(len(block.rows) for block in blocks), unit="video", smoothing=0.1, file=sys.stderr) as bar:
+        for done in finished:
+            store.commit(done.outcome)
+            totals.update(done.seconds)
+            totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
+            nodes.add(done.node)
+            if log:
+                log.write(
+                    "block",
+                    number=done.number,
+                    node=done.node,
+                    videos=len(done.outcome.rows),
+                    frames=done.frames,
+                    seconds={k: round(v, 4) for k, v in done.seconds.items()},
+                )
+            bar.update(len(done.outcome.rows))
+            elapsed = time.perf_counter() - started
+            bar.set_postfix_str(f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed")
+    wall = time.perf_counter() - started
+    if log:
+        log.write("end", wall=round(wall, 3), frames=totals["frames"])
+    print(_where_time_went(totals, wall=wall, workers=len(nodes)))
+
+
+def _where_time_went(totals: Counter[str], *, wall: float, workers: int) -> str:
+    busy = max(wall * workers, 1e-9)
+    limit = "decoding" if totals["wait"] > 0.1 * busy else "the backbone"
+    return (
+        f"{totals['frames']:,} frames in {wall:.1f} s: {totals['frames'] / wall:.0f} frames/s. Of the workers' time "
+        f"the device computed {totals['device'] / busy:.0%} and waited for frames {totals['wait'] / busy:.0%}; "
+        f"decoding took {totals['decode']:.1f} CPU s, writing {totals['write']:.1f} s beside it. The limit was {limit}."
+    )

@@ -1,0 +1,271 @@
+"""One block of videos -> one block of features: the same code in this process and in a Ray actor.
+
+Three things run beside each other in a worker: child processes decode ahead (`children.py`), this thread feeds the
+device with batches of a constant size, and one thread writes the shard of the block before.
+"""
+
+import os
+import socket
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.backbone import Backbone, load_backbone
+from extract.children import DecodePool, Finished
+from extract.cli import InputError, RunError
+from extract.decode import decoder_version
+from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
+from extract.transform import Plan, Prepared, decode_job, view_names
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a worker is built from; plain values, so that it can travel to another machine."""
+
+    store: str
+    backbone: str
+    weights: str
+    device: str
+    precision: str
+    frames: int
+    crops: int
+    augment_passes: int
+    seed: int
+    decoder: str
+    decode_workers: int
+    video_timeout: float
+    threads: int  # that the backbone may use on a CPU
+
+
+@dataclass(frozen=True)
+class Block:
+    """A unit of work: the videos of one shard that are still to do."""
+
+    number: int
+    rows: tuple[int, ...]
+    ids: tuple[str, ...]
+    paths: tuple[str, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A block whose shard is written, ready to be committed."""
+
+    number: int
+    outcome: Rows
+    node: str
+    frames: int  # that went through the backbone
+    seconds: dict[str, float]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
+
+
+class Worker:
+    """Holds a backbone and decode children; `run` blocks one after the other, then `drain`, then `close`."""
+
+    # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's constructor.
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self._views = view_names(settings.crops, settings.augment_passes)
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._writing: Future[Done] | None = None
+        self._ahead: dict[int, list[Future[Finished]]] = {}
+
+    @cached_property
+    def _backbone(self) -> Backbone:
+        import torch
+
+        settings = self.settings
+        torch.set_num_threads(settings.threads)
+        return load_backbone(
+            settings.backbone,
+            weights=settings.weights,
+            device=settings.device,
+            precision=settings.precision,
+            seed=settings.seed,
+        )
+
+    @cached_property
+    def _plan(self) -> Plan:
+        settings = self.settings
+        return Plan(
+            frames=settings.frames,
+            crops=settings.crops,
+            augment_passes=settings.augment_passes,
+            preprocessing=self._backbone.preprocessing,
+            seed=settings.seed,
+            decoder=settings.decoder,
+        )
+
+    @cached_property
+    def _pool(self) -> DecodePool:
+        return DecodePool(
+            decode_job,
+            slot_bytes=len(self._views) * self.settings.frames * self._plan.preprocessing.size**2 * 3,
+            workers=self.settings.decode_workers,
+            timeout=self.settings.video_timeout,
+            # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
+            # a decoder that takes one of them away for a moment stops both.
+            nice=10 if self._backbone.device.type == "cpu" else 0,
+        )
+
+    @cached_property
+    def _store(self) -> FeatureStore:
+        return FeatureStore.open(self.settings.store, writable=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What the store records of how its features were made, its views and width, and the device in words."""
+        settings = self.settings
+        provenance = {
+            **self._backbone.provenance(),
+            "sampling": {"frames": settings.frames, "method": "segment centres (TSN); augment: random in each segment"},
+            "views": list(self._views),
+            "seed": settings.seed,
+            "decoder": {"name": settings.decoder, "version": decoder_version(settings.decoder)},
+        }
+        return {
+            "provenance": provenance,
+            "views": self._views,
+            "dim": self._backbone.dim,
+            "precision": self._backbone.precision,
+            "words": self._backbone.describe(),
+        }
+
+    def check(self, nonce: str, video: str) -> str:
+        """Make sure that this worker sees the store and the videos, and return its node's name, or fail naming it."""
+        node = socket.gethostname()
+        store = self.settings.store
+        if not is_remote(store):
+            if not Path(store).is_dir():
+                raise RunError(
+                    f"the worker on {node} does not see the store {store}; put it on storage all nodes share"
+                )
+            if not any(record.get("nonce") == nonce for record in RunLog.records(store)):
+                raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
+        try:
+            with open(video, "rb") as file:
+                file.read(1)
+        except OSError as error:
+            raise RunError(
+                f"the worker on {node} cannot read the videos: {error}; mount them at the same path"
+            ) from None
+        return node
+
+    def run(self, block: Block, upcoming: Block | None = None) -> list[Done]:
+        """Extract a block and begin to write it; decode ahead for `upcoming`. Returns blocks written meanwhile."""
+        started = time.perf_counter()
+        futures = self._ahead.pop(block.number, None) or self._submit(block)
+        if upcoming is not None:
+            self._ahead[upcoming.number] = self._submit(upcoming)
+        features, outcome, seconds = self._extract(block, futures)
+        frames = int((outcome.status != FAILED).sum()) * len(self._views) * self.settings.frames
+        finished = self.drain()
+        self._writing = self._writer.submit(self._write, block, features, outcome, frames, seconds, started)
+        return finished
+
+    def drain(self) -> list[Done]:
+        """Wait for the block that is being written and return it."""
+        writing, self._writing = self._writing, None
+        return [writing.result()] if writing is not None else []
+
+    def close(self) -> None:
+        """Stop the children; a block in hand is dropped."""
+        if "_pool" in self.__dict__:
+            self._pool.close()
+        self._writer.shutdown()
+
+    def _submit(self, block: Block) -> list[Future[Finished]]:
+        return [self._pool.submit((path, name, self._plan)) for path, name in zip(block.paths, block.ids, strict=True)]
+
+    def _extract(self, block: Block, futures: list[Future[Finished]]) -> tuple[np.ndarray, Rows, dict[str, float]]:
+        views, frames, size = len(self._views), self.settings.frames, self._plan.preprocessing.size
+        count = len(block.rows)
+        features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
+        status, errors = np.full(count, FAILED, "i1"), [""] * count
+        num_frames = np.zeros(count, "<i4")
+        indices = np.full((count, views, frames), -1, "<i4")
+        timestamps = np.full((count, views, frames), np.nan, "<f4")
+        seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
+
+        batches = _Batches(self._backbone, size=size, into=features)
+        for place, future in enumerate(futures):
+            started = time.perf_counter()
+            finished = future.result()
+            seconds["wait"] += time.perf_counter() - started
+            seconds["decode"] += finished.cpu_seconds
+            with finished:  # its slot of shared memory is free for another video afterwards
+                if finished.failure:
+                    errors[place] = finished.failure
+                    continue
+                prepared: Prepared = finished.result
+                status[place] = PARTIAL if prepared.problem else OK
+                errors[place] = prepared.problem
+                num_frames[place] = prepared.num_frames
+                indices[place], timestamps[place] = prepared.indices, prepared.timestamps
+                batches.add(finished.buffer.reshape(-1, size, size, 3), place * views * frames)
+        batches.flush()
+        seconds["device"] = batches.seconds
+        outcome = Rows(np.array(block.rows), status, errors, num_frames, indices, timestamps)
+        return features.reshape(count, views, frames, -1), outcome, seconds
+
+    def _write(
+        self, block: Block, features: np.ndarray, outcome: Rows, frames: int, seconds: dict[str, float], started: float
+    ) -> Done:
+        begun = time.perf_counter()
+        whole = self._with_finished_rows(block, features)
+        self._store.write_block(block.number, whole)
+        seconds["write"] = time.perf_counter() - begun
+        seconds["total"] = time.perf_counter() - started
+        return Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", frames, seconds)
+
+    def _with_finished_rows(self, block: Block, features: np.ndarray) -> np.ndarray:
+        """The whole shard: new features, and rows of the block that were finished before, byte for byte."""
+        rows = self._store.block_rows(block.number)
+        if len(rows) == len(block.rows):
+            return features
+        finished = np.setdiff1d(rows, block.rows)
+        if (self._store.status[finished] == PENDING).any():
+            raise InputError(f"block {block.number} leaves out pending rows of the store; this is a defect, report it")
+        whole = np.zeros((len(rows), *features.shape[1:]), "<f2")
+        try:
+            whole[finished - rows[0]] = self._store.read(finished)
+        except ValueError as error:
+            raise RunError(
+                f"{self._store.shard_path(block.number)} is damaged ({error}); "
+                f"run `python -m extract.verify {self.settings.store} --repair`, then extract again"
+            ) from None
+        whole[np.array(block.rows) - rows[0]] = features
+        return whole
+
+
+class _Batches:
+    """Collects frames of videos into batches of the backbone's constant size, and puts features where they belong."""
+
+    def __init__(self, backbone: Backbone, *, size: int, into: np.ndarray):
+        self.seconds = 0.0
+        self._backbone, self._features = backbone, into
+        self._frames = np.empty((backbone.batch_size, size, size, 3), np.uint8)
+        self._targets = np.empty(backbone.batch_size, np.int64)  # rows of `into`
+        self._filled = 0
+
+    def add(self, frames: np.ndarray, first: int) -> None:
+        """Frames [n, size, size, 3] whose features go to rows `first` to `first + n - 1`."""
+        taken = 0
+        while taken < len(frames):
+            count = min(len(frames) - taken, len(self._frames) - self._filled)
+            here = slice(self._filled, self._filled + count)
+            self._frames[here] = frames[taken : taken + count]
+            self._targets[here] = np.arange(first + taken, first + taken + count)
+            self._filled, taken = self._filled + count, taken + count
+            if self._filled == len(self._frames):
+                self.flush()
+
+    def flush(self) -> None:
+        if self._filled:
+            started = time.perf_counter()
+            self._features[self._targets[: self._filled]] = self._backbone(self._frames[: self._filled])
+            self.seconds += time.perf_counter() - started
+            self._filled = 0

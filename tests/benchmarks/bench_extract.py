@@ -1,0 +1,135 @@
+"""A whole extraction against its limits and against the loop most people write, in one run.
+
+Method: SE-ResNeXt101 with random weights over real clips (the 10 s Kinetics clips of ../shared where they are, else the
+ones the package ships), 25 frames each. Limits are measured in the same run: the bf16 matrix product of this machine,
+the backbone alone on ready frames, the CPU time of decoding alone. Start-up (models, children, Ray) is left out: the
+wall time is the run's own record, from the first block's start to the last commit.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.__main__ import Options, main
+from extract.store import RunLog
+
+BACKBONE = "legacy_seresnext101_32x4d"
+GFLOP_A_FRAME = 16.1  # 8.02 GMACs and what batch norm, ReLU and pooling add (FACTS 4)
+FRAMES = 25
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Sixteen clips: two copies of each of eight, so that there are enough blocks to look at the steady state."""
+    root = Path(__file__).parents[2]
+    kinetics = root.parent / "shared" / "clips" / "kinetics_like"
+    source = sorted(kinetics.glob("*.mp4"))[:8] or sorted((root / "pipelines/clips/daily_actions").rglob("*.mp4"))[:8]
+    folder = tmp_path_factory.mktemp("clips")
+    for clip in source:
+        for copy in range(2):
+            (folder / f"{clip.stem}_{copy}.mp4").symlink_to(clip)
+    return folder
+
+
+def run(clips: Path, out: Path, **changed) -> dict[str, float]:
+    """One extraction; wall seconds without start-up, frames, CPU seconds of decoding."""
+    settings = {"backbone": BACKBONE, "weights": "random", "block_size": 4, "max_failed": 0.0, "frames": FRAMES}
+    assert main(Options(videos=clips, out=str(out), **(settings | changed))) == 0
+    records = RunLog.records(out)
+    decode = sum(record["seconds"]["decode"] for record in records if record["event"] == "block")
+    device = sum(record["seconds"]["device"] for record in records if record["event"] == "block")
+    return {"wall": records[-1]["wall"], "frames": records[-1]["frames"], "decode": decode, "device": device}
+
+
+def bf16_gflops() -> float:
+    import torch
+
+    left, right = (torch.randn(2048, 2048, dtype=torch.bfloat16) for _ in range(2))
+    best = 0.0
+    for _ in range(20):
+        started = time.perf_counter()
+        left @ right
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - started) / 1e9)
+    return best
+
+
+def frames_a_second_of_the_backbone() -> float:
+    from extract.backbone import load_backbone
+
+    backbone = load_backbone(BACKBONE, weights="random")
+    frames = np.random.default_rng(0).integers(0, 256, (backbone.batch_size, 224, 224, 3), dtype=np.uint8)
+    backbone(frames)
+    seconds = []
+    for _ in range(10):
+        started = time.perf_counter()
+        backbone(frames)
+        seconds.append(time.perf_counter() - started)
+    return len(frames) / float(np.median(seconds))
+
+
+def the_loop_most_people_write(clips: Path, out: Path) -> float:
+    """decord, timm in fp32, one clip at a time, np.save; frames a second."""
+    import decord
+    import timm
+    import torch
+    from torchvision.transforms import v2
+
+    model = timm.create_model(BACKBONE, pretrained=False, num_classes=0).eval()
+    transform = v2.Compose(
+        [
+            v2.Resize(256),
+            v2.CenterCrop(224),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    )
+    done, started = 0, time.perf_counter()
+    for clip in sorted(clips.iterdir())[:4]:
+        reader = decord.VideoReader(str(clip))
+        indices = [int(i * len(reader) / FRAMES + len(reader) / (2 * FRAMES)) for i in range(FRAMES)]
+        frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            np.save(out / f"{clip.stem}.npy", model(transform(frames)).numpy())
+        done += FRAMES
+    return done / (time.perf_counter() - started)
+
+
+def test_the_whole_run_against_its_limits(clips, tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    backbone, product = frames_a_second_of_the_backbone(), bf16_gflops()
+    naive = the_loop_most_people_write(clips, tmp_path)
+    here = run(clips, tmp_path / "here.zarr")
+    again = frames_a_second_of_the_backbone()
+    backbone = (backbone + again) / 2
+    speed = here["frames"] / here["wall"]
+    both = 1 / (1 / backbone + here["decode"] / here["frames"] / cores)
+    print(f"\nbf16 matrix product {product:,.0f} GFLOP/s: {product / GFLOP_A_FRAME:.1f} frames/s would be its limit")
+    print(
+        f"backbone alone {backbone:.1f} frames/s; decoding {1e3 * here['decode'] / here['frames']:.1f} CPU ms a frame"
+    )
+    print(f"decoding and backbone together allow {both:.1f} frames/s; the loop most people write {naive:.1f}")
+    print(
+        f"whole extraction {speed:.1f} frames/s: {speed * GFLOP_A_FRAME / product:.2f} of the matrix product, "
+        f"{speed / both:.2f} of the two costs, {speed / naive:.2f} times the loop"
+    )
+    assert speed >= 0.60 * product / GFLOP_A_FRAME
+    assert speed >= 0.95 * both
+    assert speed >= 2.0 * naive
+
+
+def test_ray_with_one_worker_against_this_process(clips, tmp_path):
+    import ray
+
+    settings = {"decode_workers": len(os.sched_getaffinity(0)), "precision": "bf16"}
+    ratios = []
+    for attempt in range(3):
+        here = run(clips, tmp_path / f"here{attempt}.zarr", **settings)
+        there = run(clips, tmp_path / f"ray{attempt}.zarr", workers=1, address="local", **settings)
+        ratios.append(here["wall"] / there["wall"])
+        assert not ray.is_initialized()
+    each = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"\nRay with one worker: {np.median(ratios):.3f} of the speed in this process ({each})")
+    assert np.median(ratios) >= 0.95

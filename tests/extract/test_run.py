@@ -1,0 +1,413 @@
+"""Whole extractions as a user runs them: real small clips, a tiny backbone, and the faults of the world."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from extract.__main__ import Options, main
+from extract.cli import InputError, RunError, run_command
+from extract.export import Options as ExportOptions
+from extract.export import main as export
+from extract.status import status_table
+from extract.store import FAILED, OK, PARTIAL, FeatureStore, RunLog
+from extract.verify import Options as VerifyOptions
+from extract.verify import main as verify
+from stores import store_digest
+
+TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 4}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Twelve real clips in two splits and two classes, with equal stems in different folders."""
+    root = tmp_path_factory.mktemp("clips")
+    source = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips"
+    for part, split in enumerate(("train", "val")):
+        for label in ("barbell", "cable"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number, clip in enumerate(sorted((source / label).glob("*.mp4"))[part * 3 : part * 3 + 3]):
+                shutil.copy(clip, folder / f"clip_{number}.mp4")
+    return root
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "feats.zarr"
+    assert main(options(clips, out)) == 0
+    return out
+
+
+def options(videos: Path, out: Path | str, **changed) -> Options:
+    return Options(videos=videos, out=str(out), **(TINY | changed))
+
+
+def command(videos: Path, out: Path, *extra: str) -> list[str]:
+    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [sys.executable, "-m", "extract", "--videos", str(videos), "--out", str(out), *flags, *extra]
+
+
+def committed_blocks(out: Path) -> int:
+    return sum(record["event"] == "block" for record in RunLog.records(out))
+
+
+def test_a_folder_becomes_a_store(clips, undisturbed):
+    store = FeatureStore.open(undisturbed)
+    assert len(store) == 12
+    assert store.classes == ("barbell", "cable")
+    assert store.ids[0] == "train/barbell/clip_0.mp4"
+    assert store.status.tolist() == [OK] * 12
+    assert set(store.splits) == {"train", "val"}
+    assert store.num_frames.tolist() == [16] * 12
+    assert store.frame_indices[0, 0].tolist() == [2, 8, 13]
+    np.testing.assert_allclose(store.timestamps[0, 0], [2 / 8, 8 / 8, 13 / 8], atol=1e-4)
+    assert store.provenance["backbone"] == "test_resnet"
+    features = store.gather(np.arange(12), np.arange(3)).astype(np.float32)
+    assert np.isfinite(features).all()
+    assert len(np.unique(features.round(3), axis=0)) == 12  # every clip has features of its own
+
+
+def test_a_run_can_be_looked_at(clips, tmp_path, capsys):
+    assert main(options(clips, tmp_path / "a.zarr")) == 0
+    said = capsys.readouterr().out
+    for expected in (
+        "12 videos x 1 views x 3 frames",
+        "to do     12 videos (36 frames) in 3 blocks",
+        "frames/s",
+        "fp32",
+    ):
+        assert expected in said
+    assert main(options(clips, tmp_path / "a.zarr")) == 0
+    assert "to do     0 videos (0 frames) in 0 blocks, 12 done before" in capsys.readouterr().out
+
+
+def test_features_do_not_depend_on_blocks_or_neighbours(clips, undisturbed, tmp_path):
+    assert main(options(clips, tmp_path / "b.zarr", block_size=5)) == 0
+    one, other = FeatureStore.open(undisturbed), FeatureStore.open(tmp_path / "b.zarr")
+    np.testing.assert_array_equal(one.read(slice(0, 12)), other.read(slice(0, 12)))
+
+
+def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed, tmp_path):
+    out = tmp_path / "feats.zarr"
+    rng = random.Random(0)
+    log = (tmp_path / "log").open("w")
+    kills = 0
+    with log:
+        while not out.exists() or FeatureStore.open(out).missing_blocks():
+            before = committed_blocks(out)
+            run = subprocess.Popen(command(clips, out, "--block-size", "1"), stdout=log, stderr=log)
+            while run.poll() is None and committed_blocks(out) < before + 4:
+                time.sleep(0.001)
+            time.sleep(rng.random() * 0.05)
+            kills += run.poll() is None
+            run.kill()
+            run.wait()
+            assert kills < 12
+    assert kills >= 2
+    assert main(options(clips, out, block_size=1)) == 0
+    whole = tmp_path / "whole.zarr"
+    assert main(options(clips, whole, block_size=1)) == 0
+    assert store_digest(out) == store_digest(whole)
+    # What was committed was not done again, beyond a block that was logged and one in hand at each kill.
+    assert committed_blocks(out) <= 12 + kills
+
+
+def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
+    stop = threading.Event()
+    killed = 0
+
+    def killer() -> None:
+        nonlocal killed
+        while not stop.wait(0.3):
+            for child in psutil.Process().children(recursive=True):
+                if "extract.children" in " ".join(child.cmdline()) and killed < 3:
+                    child.kill()
+                    killed += 1
+                    break
+
+    thread = threading.Thread(target=killer)
+    thread.start()
+    try:
+        assert main(options(clips, tmp_path / "a.zarr")) == 0
+    finally:
+        stop.set()
+        thread.join()
+    assert killed
+    assert store_digest(tmp_path / "a.zarr") == store_digest(undisturbed)
+
+
+def test_broken_and_odd_files_end_with_the_right_status(codec_clips, broken_clips, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    shutil.copytree(codec_clips, videos / "codecs")
+    shutil.copytree(broken_clips, videos / "broken")
+    (videos / "broken" / "dangling.mp4").symlink_to("nowhere.mp4")
+    (videos / "broken" / "text.mp4").write_text("not a video, just words\n" * 40)
+    assert main(options(videos, tmp_path / "a.zarr", max_failed=0.05)) == 3
+    said = capsys.readouterr().out
+    store = FeatureStore.open(tmp_path / "a.zarr")
+    status = dict(zip(store.ids.tolist(), store.status.tolist(), strict=True))
+    errors = dict(zip(store.ids.tolist(), store.errors.tolist(), strict=True))
+    assert {name for name in status if status[name] == OK} == {name for name in status if name.startswith("codecs/")}
+    partial = {"broken/truncated_faststart.mp4", "broken/bitflips.mp4"}
+    assert {name for name in status if status[name] == PARTIAL} == partial
+    failed = {name for name in status if status[name] == FAILED}
+    assert failed == {
+        f"broken/{name}"
+        for name in (
+            "zero_bytes.mp4",
+            "html_error_page.mp4",
+            "random_bytes.mp4",
+            "truncated_no_moov.mp4",
+            "audio_only.mp4",
+            "dangling.mp4",
+            "text.mp4",
+        )
+    }
+    for name in failed | partial:
+        assert errors[name], name
+        assert errors[name] in said
+    assert "7 of 31 videos failed, more than --max-failed 0.05 allows" in said
+    rows = np.flatnonzero(store.status == FAILED)
+    assert not store.gather(rows, np.arange(3)).any()
+
+
+def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(clips, undisturbed, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(clips, videos)
+    lost = videos / "train" / "barbell" / "clip_1.mp4"
+    good = lost.read_bytes()
+    lost.write_bytes(b"")
+    out = tmp_path / "a.zarr"
+    assert main(options(videos, out, max_failed=0.5)) == 0
+    assert FeatureStore.open(out).status.tolist().count(FAILED) == 1
+    lost.write_bytes(good)
+    assert main(options(videos, out, max_failed=0)) == 3  # a failure is final until it is asked for again
+    assert main(options(videos, out, max_failed=0, retry_failed=True)) == 0
+    assert store_digest(out) == store_digest(undisturbed)
+
+
+def test_new_videos_are_appended_and_rows_never_move(clips, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(clips / "val", videos / "val")
+    out = tmp_path / "a.zarr"
+    assert main(options(videos, out)) == 0
+    ids, features = FeatureStore.open(out).ids.tolist(), FeatureStore.open(out).read(slice(0, 6))
+    shutil.copytree(clips / "train", videos / "train")
+    assert main(options(videos, out)) == 0
+    store = FeatureStore.open(out)
+    assert store.ids.tolist()[:6] == ids
+    assert len(store) == 12
+    assert store.status.tolist() == [OK] * 12
+    np.testing.assert_array_equal(store.read(slice(0, 6)), features)
+    assert all(store.damaged_rows(block) == {} for block in range(store.num_blocks))
+
+
+def test_other_settings_are_refused_and_named(clips, undisturbed, tmp_path):
+    before = store_digest(undisturbed)
+    with pytest.raises(InputError, match=r"seed: 0 in the store, 1 now"):
+        main(options(clips, undisturbed, seed=1))
+    with pytest.raises(InputError, match=r"sampling.frames: 3 in the store, 4 now"):
+        main(options(clips, undisturbed, frames=4))
+    shutil.copytree(clips / "val" / "cable", tmp_path / "val" / "swimming")
+    with pytest.raises(InputError, match=r"classes: 2 in the store, 1 now; .*swimming"):
+        main(options(tmp_path, undisturbed))
+    assert store_digest(undisturbed) == before
+
+
+def test_what_cannot_be_written_is_said_and_nothing_is_lost(clips, undisturbed, tmp_path, monkeypatch):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "dear_diary.txt").write_text("1 January")
+    with pytest.raises(InputError, match=r"notes exists and is no feature store but a folder"):
+        main(options(clips, tmp_path / "notes"))
+    assert (tmp_path / "notes" / "dear_diary.txt").read_text() == "1 January"
+    with pytest.raises(OSError, match=r"null"):
+        main(options(clips, "/dev/null/feats.zarr"))
+
+    written = FeatureStore.write_block
+
+    def full(self, block, features):
+        if block == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(self.shard_path(block)))
+        written(self, block, features)
+
+    out = tmp_path / "a.zarr"
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureStore, "write_block", full)
+        arguments = command(clips, out)[3:]
+        assert run_command(main, Options, prog="python -m extract", args=arguments) == 1
+    assert FeatureStore.open(out).missing_blocks() == [1, 2]
+    assert main(options(clips, out)) == 0
+    assert store_digest(out) == store_digest(undisturbed)
+
+
+def test_too_little_space_is_seen_before_the_run(clips, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 990, 10))
+    with pytest.raises(RunError, match="its disk has 10 B free"):
+        main(options(clips, tmp_path / "a.zarr"))
+
+
+def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
+    out = tmp_path / "a.zarr"
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command(clips, out, "--block-size", "1"), stdout=log, stderr=log)
+        while run.poll() is None and committed_blocks(out) < 2:
+            time.sleep(0.005)
+        run.send_signal(signal.SIGINT)
+        assert run.wait(timeout=30) == 130
+    assert "Traceback" not in (tmp_path / "log").read_text()
+    missing = FeatureStore.open(out).missing_blocks()
+    assert 0 < len(missing) < 12
+    assert main(options(clips, out, block_size=1)) == 0
+
+
+def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
+    """A real SIGSTOP of a decode child: its video fails with its reason, the others are extracted."""
+    stopped = threading.Event()
+
+    def stopper() -> None:
+        while not stopped.is_set():
+            for child in psutil.Process().children(recursive=True):
+                if "extract.children" in " ".join(child.cmdline()):
+                    child.send_signal(signal.SIGSTOP)
+                    stopped.set()
+                    return
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=stopper)
+    thread.start()
+    try:
+        assert main(options(clips, tmp_path / "a.zarr", video_timeout=3, max_failed=0.2, decode_workers=1)) == 0
+    finally:
+        stopped.set()
+        thread.join()
+    store = FeatureStore.open(tmp_path / "a.zarr")
+    assert store.status.tolist().count(FAILED) == 1
+    assert "--video-timeout" in store.errors[store.status == FAILED][0]
+
+
+def test_views_and_passes(clips, tmp_path):
+    out = tmp_path / "a.zarr"
+    assert main(options(clips, out, crops=10, augment_passes=2, limit=3)) == 0
+    store = FeatureStore.open(out)
+    assert store.num_views == 12
+    assert store.views[:2] == ("center", "center_flip")
+    assert store.views[-2:] == ("augment_0", "augment_1")
+    assert len(store) == 3
+    everything = store.read(slice(0, 3)).astype(np.float32)
+    assert len(np.unique(everything[0, :, 0].round(4), axis=0)) == 12
+    indices = store.frame_indices
+    assert (indices[:, :10] == indices[:, :1]).all()
+    assert (indices[:, 10] != indices[:, 0]).any()
+
+
+def test_verify_names_damage_and_repair_mends_it(clips, undisturbed, tmp_path, capsys):
+    out = tmp_path / "a.zarr"
+    shutil.copytree(undisturbed, out)
+    assert verify(VerifyOptions(store=str(out))) == 0
+    shard = FeatureStore.open(out).shard_path(1)
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    assert verify(VerifyOptions(store=str(out))) == 1
+    said = capsys.readouterr().out
+    assert "damaged: train/cable/clip_1.mp4 (row 4)" in said
+    assert "12 finished videos in 3 blocks checked, 1 damaged" in said
+    assert verify(VerifyOptions(store=str(out), repair=True)) == 0
+    assert main(options(clips, out)) == 0
+    assert store_digest(out) == store_digest(undisturbed)
+    with pytest.raises(InputError, match="memory://x is remote"):
+        verify(VerifyOptions(store="memory://x"))
+
+
+def test_a_damaged_shard_is_not_copied_on(clips, undisturbed, tmp_path):
+    out = tmp_path / "a.zarr"
+    shutil.copytree(undisturbed, out)
+    store = FeatureStore.open(out, writable=True)
+    store.set_pending(np.array([1]))
+    shard = store.shard_path(0)
+    data = bytearray(shard.read_bytes())
+    data[10] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(RunError, match=r"c\.0\.0\.0\.0 is damaged.*--repair"):
+        main(options(clips, out))
+
+
+def test_export_gives_what_was_stored(undisturbed, tmp_path):
+    import h5py
+
+    store = FeatureStore.open(undisturbed)
+    assert export(ExportOptions(store=str(undisturbed), to=tmp_path / "npy")) == 0
+    video = np.load(tmp_path / "npy" / "val" / "cable" / "clip_2.mp4.npy")
+    np.testing.assert_array_equal(video, store.read(slice(11, 12))[0])
+    assert len(list((tmp_path / "npy").rglob("*.npy"))) == 12
+    assert export(ExportOptions(store=str(undisturbed), to=tmp_path / "all.h5")) == 0
+    with h5py.File(tmp_path / "all.h5") as file:
+        np.testing.assert_array_equal(file["features"][:], store.read(slice(0, 12)))
+        assert file["ids"].asstr()[3] == store.ids[3]
+        assert file["labels"][:].tolist() == store.labels.tolist()
+    with pytest.raises(InputError, match=r"all\.h5 is there already"):
+        export(ExportOptions(store=str(undisturbed), to=tmp_path / "all.h5"))
+
+
+def test_a_remote_store(clips, capsys):
+    out = "memory://run.zarr"
+    assert main(options(clips, out)) == 0
+    store = FeatureStore.open(out)
+    assert store.status.tolist() == [OK] * 12
+    assert np.isfinite(store.read(slice(0, 12)).astype(np.float32)).all()
+    assert "nothing keeps a second run" in capsys.readouterr().out
+    assert main(options(clips, out)) == 0
+    assert "12 videos" in status_table(store)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"frames": 0}, "--frames 0: expected at least 1"),
+        ({"augment_passes": -1}, "--augment-passes -1: expected at least 0"),
+        ({"max_failed": 5.0}, "--max-failed 5: expected a fraction"),
+        ({"video_timeout": 0.0}, "--video-timeout 0: expected more than 0 seconds"),
+        ({"backbone": "resnet51"}, "resnet51"),
+        ({"device": "cuda:9"}, "cuda:9"),
+        ({"weights": "nowhere.pth"}, "nowhere.pth"),
+    ],
+)
+def test_wrong_options_are_named(clips, tmp_path, changed, message):
+    with pytest.raises(InputError, match=message):
+        main(options(clips, tmp_path / "a.zarr", **changed))
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_help_is_quick_and_unknown_values_are_answered_with_the_known_ones():
+    seconds = []
+    for _ in range(3):
+        before = os.times()
+        subprocess.run([sys.executable, "-m", "extract", "--help"], check=True, stdout=subprocess.DEVNULL)
+        after = os.times()
+        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+    assert min(seconds) < 0.5  # CPU seconds: a busy machine does not make help slow
+    wrong = subprocess.run(
+        [sys.executable, "-m", "extract", "--videos", "x", "--out", "y", "--crops", "7"], capture_output=True, text=True
+    )
+    assert wrong.returncode == 2
+    assert "'7'" in wrong.stderr
+    assert "('1', '3', '10')" in wrong.stderr
+
+
+def test_the_log_tells_what_happened(undisturbed):
+    records = RunLog.records(undisturbed)
+    assert [record["event"] for record in records[:5]] == ["start", "block", "block", "block", "end"]
+    assert json.loads(json.dumps(records[0]))["options"]["backbone"] == "test_resnet"
+    assert records[1]["seconds"]["device"] > 0
