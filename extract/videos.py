@@ -1,0 +1,293 @@
+"""What there is to extract: a folder, a CSV or one file becomes a `Listing` of videos with label, split and group.
+
+Nothing is guessed in silence: what is not listed is counted and named with the reason, and a class index comes from a
+list of labels, never from the order of folders.
+"""
+
+import contextlib
+import gc
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import NamedTuple
+
+from extract.cli import InputError
+from extract.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
+from extract.labels import choose_labels, kinetics700_labels
+from extract.tables import files_of, find_clips, find_paths, read_table, stem, tables_in
+
+__all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
+
+_CLIP = re.compile(r"([A-Za-z0-9_-]{11})_\d{6,}_\d{6,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Video:
+    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes or -1."""
+
+    id: str
+    path: str
+    label: int
+    split: str = ""
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The videos of a source and what was left out of them; `report()` says it all in a short table.
+
+    `videos` are sorted by id, those of a CSV stand in its order. `missing` are rows of a CSV without a file (their id
+    is the name that was looked for), `unlisted` are videos beside them that no row names, `ignored` holds, by reason,
+    the names of what is no video.
+    """
+
+    source: str
+    layout: str  # how the source was read, in words
+    videos: tuple[Video, ...] = field(repr=False)
+    classes: tuple[str, ...] = field(repr=False)
+    labels_from: str  # where the classes come from, in words
+    missing: tuple[Video, ...] = field(default=(), repr=False)
+    unlisted: tuple[str, ...] = field(default=(), repr=False)
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that a video is listed in: of train, val, test, "", in this order."""
+        there = {video.split for video in (*self.videos, *self.missing)}
+        return tuple(split for split in ("train", "val", "test", "") if split in there)
+
+    def class_counts(self, split: str) -> tuple[int, ...]:
+        """How many videos of a split each class has, in the order of `classes`."""
+        counts = Counter(video.label for video in self.videos if video.split == split)
+        return tuple(counts[label] for label in range(len(self.classes)))
+
+    def youtube_ids_in_two_splits(self) -> dict[str, tuple[str, ...]]:
+        """Youtube ids that are listed in more than one split, with the splits; other names are not looked at."""
+        splits: dict[str, set[str]] = defaultdict(set)
+        for name, video in _youtube_ids((*self.videos, *self.missing)):
+            splits[name].add(video.split)
+        return {name: tuple(sorted(where)) for name, where in splits.items() if len(where) > 1}
+
+    def report(self) -> str:
+        """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two splits."""
+        found, missing = len(self.videos), len(self.missing)
+        lines = [
+            f"{self.source}: {self.layout}",
+            f"{_count(found + missing, 'video')} listed, {found:,} found, {missing:,} missing"
+            + _named([video.id for video in self.missing]),
+            f"{_count(len(self.classes), 'class', 'classes')}: {self.labels_from}",
+            *self.notes,
+            *self._split_table(),
+            *(f"ignored, {why}: {len(names):,}{_named(names)}" for why, names in sorted(self.ignored.items())),
+        ]
+        if self.unlisted:
+            lines.append(f"left out, in no row of the CSV: {len(self.unlisted):,}{_named(self.unlisted)}")
+        if twice := self.youtube_ids_in_two_splits():
+            named = [f"{name}: {', '.join(split or '-' for split in where)}" for name, where in sorted(twice.items())]
+            lines.append(f"youtube ids that stand in two splits: {len(twice):,} ({'; '.join(named[:10])})")
+        return "\n".join(lines)
+
+    def _split_table(self) -> Iterator[str]:
+        yield f"{'split':<6}{'listed':>9}{'found':>9}{'unlabelled':>12}{'classes':>9}   min, median, max a class"
+        found = Counter(video.split for video in self.videos)
+        missing = Counter(video.split for video in self.missing)
+        unlabelled = Counter(video.split for video in self.videos if video.label < 0)
+        empty = []
+        for split in self.splits:
+            counts = self.class_counts(split)
+            some = [count for count in counts if count]
+            spread = f"{min(some):,}, {median(some):,.6g}, {max(some):,}" if some else "-"
+            listed = found[split] + missing[split]
+            yield (f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabelled[split]:>12,}{len(some):>9,}   {spread}")
+            if some and len(some) < len(counts):
+                names = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+                empty.append(f"classes without a video{f' in {split}' if split else ''}: {len(names):,}{_named(names)}")
+        yield from empty
+
+
+def list_videos(
+    source: str | os.PathLike[str],
+    *,
+    labels: str | os.PathLike[str] = "auto",
+    root: str | os.PathLike[str] | None = None,
+) -> Listing:
+    """List the videos of `source`:
+
+    - a folder: `<split>/<class>/<clip>`, `<class>/<clip>`, or flat. One outer folder around all of it is looked
+      through, `vol_NN` is no class. Where the folders name no class, CSVs in the folder or its `annotations/` are the
+      list, if there are any; where they do, they are believed and no CSV is read.
+    - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, its files anywhere below `root`,
+    - a CSV `path,label[,split,group]`, paths below `root`; without `group`, a column `subject` is the group,
+    - one video.
+
+    `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where every name is in it,
+    else the sorted names), "kinetics700", or a file with one class a line; names match it as they are, with `_` for
+    spaces, and with `'`, `(`, `)` removed as well. Raises `InputError`, which says what is wrong and where.
+    """
+    source = os.fspath(source)
+    with _no_collector():
+        return _finish(source, _draft(source, None if root is None else os.fspath(root)), labels)
+
+
+def youtube_id(video_id: str) -> str:
+    """The 11 characters before `_{start:06d}_{end:06d}` in the name of a Kinetics clip; `InputError` for others."""
+    if not (clip := _CLIP.fullmatch(stem(video_id))):
+        raise InputError(f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension")
+    return clip[1]
+
+
+def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple[str, ...]:
+    """Youtube ids on both sides, sorted: what leaks from, say, Kinetics-600's train into Kinetics-700's val."""
+    ids = {name for name, _ in _youtube_ids(first)}
+    return tuple(sorted(ids & {name for name, _ in _youtube_ids(second)}))
+
+
+def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
+    for video in videos:
+        if clip := _CLIP.fullmatch(stem(video.id)):
+            yield clip[1], video
+
+
+class _Entry(NamedTuple):
+    """A video before its class has an index ("" is unknown)."""
+
+    id: str
+    path: str
+    label: str = ""
+    split: str = ""
+    group: str = ""
+
+
+@dataclass
+class _Draft:
+    layout: str
+    found: list[_Entry]
+    missing: list[_Entry] = field(default_factory=list)
+    unlisted: list[str] = field(default_factory=list)
+    ignored: Ignored = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def _no_collector() -> Iterator[None]:
+    """Without the cycle collector, which walks over all the tuples made so far again and again: half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _draft(source: str, root: str | None) -> _Draft:
+    if not os.path.exists(source):
+        link = f" (it is a link to {os.readlink(source)})" if os.path.islink(source) else ""
+        raise InputError(f"there is no {source}{link}; give a folder, a CSV or a video")
+    name = os.path.basename(source)
+    is_csv = extension(name) == "csv" and not os.path.isdir(source)
+    if root is not None and not is_csv:
+        raise InputError(f"--root {root} says where the videos of a CSV are, and {source} is no CSV")
+    if is_csv:
+        return _from_tables([source], root if root is not None else os.path.dirname(source) or ".")
+    if os.path.isdir(source):
+        return _from_folder(source)
+    if extension(name) not in VIDEO_EXTENSIONS:
+        known = " ".join(sorted(VIDEO_EXTENSIONS))
+        raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
+    if printable(name) != name:
+        raise InputError(f"the name {printable(name)} is not UTF-8, so that no store can hold it; rename the video")
+    return _Draft(layout="one video", found=[_Entry(name, source)])
+
+
+def _from_folder(source: str) -> _Draft:
+    files, ignored = scan(source)
+    if not files:
+        why = "; ".join(f"{reason}: {len(names):,}{_named(sorted(names))}" for reason, names in ignored.items())
+        raise InputError(f"there is no video in {source}; " + (f"ignored were, {why}" if why else "it is empty"))
+    by_folder = places({folder(file) for file in files})
+    splits, classes, deeper = (any(place[part] for place in by_folder.values()) for part in range(3))
+    if not classes and (tables := tables_in(source)):
+        return _from_tables(tables, source, scanned=(files, ignored))
+    prefix = os.path.join(source, "")
+    found = []
+    for file in files:
+        split, name, _ = by_folder[folder(file)]
+        found.append(_Entry(file, prefix + file, name, split))
+    layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
+    notes = []
+    if deeper:
+        inner = [below for below, place in by_folder.items() if place[2]]
+        notes.append(f"folders that lie deeper than their class's: {len(inner):,}{_named(sorted(inner))}")
+    layout = f"folders {layout}" if splits or classes else "a flat folder"
+    return _Draft(layout=layout, found=found, ignored=ignored, notes=notes)
+
+
+def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None) -> _Draft:
+    """Videos of one or several CSVs below `root`; `scanned` is `scan(root)` where it is known already."""
+    if not os.path.isdir(root):
+        raise InputError(f"--root {root} is no folder; it says where the videos of {paths[0]} are")
+    tables = [read_table(path, root) for path in paths]
+    clips = [row for table in tables if table.kind == "kinetics" for row in table.rows]
+    by_path = [row for table in tables if table.kind == "path" for row in table.rows]
+    if not clips and not by_path:
+        raise InputError(f"{paths[0]} has a header and no rows")
+    if scanned is None:
+        # A CSV of paths may lie in a large place: only the folders that it names are looked into.
+        scanned = scan(root, only=None if clips else {row.name.partition("/")[0] for row in by_path})
+    files, ignored = scanned
+    files_of((row, row.name) for row in by_path)
+    rows = [*find_clips(clips, files if clips else ()), *find_paths(by_path, files, root)]
+    used = files_of(rows)
+    if not used:
+        there = f"there are {examples(files)}" if files else "there is no video"
+        raise InputError(
+            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0][0].name}, {there}); "
+            "say with --root where they are"
+        )
+    prefix = os.path.join(root, "")
+    no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
+    return _Draft(
+        layout=f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
+        found=[_Entry(file, prefix + file, row.label, row.split, row.group) for row, file in rows if file],
+        missing=[_Entry(row.name, "", row.label, row.split, row.group) for row, file in rows if not file],
+        unlisted=[file for file in files if file not in used],
+        ignored={why: [name for name in names if name not in no_surprise] for why, names in ignored.items()},
+        notes=[f"groups: the column `{table.group_column}`" for table in tables if table.group_column],
+    )
+
+
+def _finish(source: str, draft: _Draft, labels: str | os.PathLike[str]) -> Listing:
+    # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
+    names = {entry.label for entry in (*draft.found, *draft.missing)} - {""}
+    classes, index, labels_from = choose_labels(names, labels)
+
+    def videos(entries: Iterable[_Entry]) -> tuple[Video, ...]:
+        return tuple(
+            Video(name, path, index[label] if label else -1, split, group)
+            for name, path, label, split, group in entries
+        )
+
+    return Listing(
+        source=source,
+        layout=draft.layout,
+        videos=videos(draft.found),
+        classes=classes,
+        labels_from=labels_from,
+        missing=videos(draft.missing),
+        unlisted=tuple(draft.unlisted),
+        ignored={reason: tuple(sorted(names)) for reason, names in draft.ignored.items() if names},
+        notes=tuple(draft.notes),
+    )
+
+
+def _named(names: Sequence[str]) -> str:
+    return f" ({examples(names)})" if names else ""
+
+
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
