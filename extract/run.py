@@ -154,10 +154,8 @@ def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
     for video in videos:
         row = known.get(video.id)
         if row is not None and store.labels[row] != video.label:
-            old, new = (store.classes[x] if x >= 0 else "no class" for x in (store.labels[row], video.label))
-            raise InputError(
-                f"{video.id} is {old!r} in {store.path} and {new!r} now; use another --out for other labels"
-            )
+            before, now = (store.classes[x] if x >= 0 else "no class" for x in (store.labels[row], video.label))
+            raise InputError(f"{video.id} is {before!r} in {store.path} and {now!r} now; use another --out")
     new = [video for video in videos if video.id not in known]
     if new:
         store.append(

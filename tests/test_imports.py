@@ -19,8 +19,8 @@ HOMES = {
 }
 # Decode children, score files and the ensemble must start without torch's five seconds.
 TORCH_FREE = {
-    *(f"extract/{name}.py" for name in ("cli", "videos", "sampling", "decode", "transform", "children")),
-    *("extract/shards.py", "extract/store.py"),
+    *(f"extract/{name}.py" for name in ("cli", "videos", "folders", "tables", "labels", "sampling")),
+    *("extract/decode.py", "extract/transform.py", "extract/children.py", "extract/shards.py", "extract/store.py"),
     "aggregate/metrics.py",
     "aggregate/scores.py",
 }
