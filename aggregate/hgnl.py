@@ -1,0 +1,170 @@
+"""Hierarchical group-wise non-local (HG-NL): eq. 7-8 of the paper, then eq. 5 and 6, in their pooled form.
+
+    m channels   |      0      |      1      |      2      |      3      |   g2 secondary groups: a map A, a W_v each
+    (g1=8, g2=4) |  0   |  1   |  2   |  3   |  4   |  5   |  6   |  7   |   g1 primary groups: a W_q, a W_k each
+
+Secondary group h owns the r = g1/g2 primary groups r h .. r h + r - 1, and its map sums their products (Gmm):
+
+    A_h = ReLU(sum of Q_i^T K_i over the primary groups i of h)  (7)        F_o,h = V_h A_h  (8)
+
+As in aggregate/nl.py, F_v needs only the row sums: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h sum(w_h)` with
+`w = A 1 / n`.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from aggregate.nl import masked_row_sums, softmax_columns
+from aggregate.pooling import average, blank_masked, frame_counts
+from extract.cli import InputError
+
+NORMS = ("none", "n", "n_over_train")
+ATTENTIONS = ("relu", "softmax")
+
+
+class GroupedLinear(nn.Module):
+    """The weights of a grouped 1x1 convolution: `weight [out, in/groups]`, `bias [out]`, groups contiguous.
+
+    `shared` keeps one set for all groups: `weight [out/groups, in/groups]`, `bias [out/groups]`. Initialised as
+    torch's Conv1d. It has no forward: HG-NL uses its `blocks` in batched products of its own.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, *, groups: int, shared: bool) -> None:
+        super().__init__()
+        self.groups = groups
+        rows = out_dim // groups if shared else out_dim
+        bound = (in_dim // groups) ** -0.5
+        self.weight = nn.Parameter(torch.empty(rows, in_dim // groups).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(rows).uniform_(-bound, bound))
+        self.shared = shared
+
+    def blocks(self) -> tuple[Float[Tensor, "groups out in"], Float[Tensor, "groups 1 out"]]:
+        """Weight and bias of each group (views)."""
+        if self.shared:
+            return self.weight.expand(self.groups, -1, -1), self.bias.expand(self.groups, 1, -1)
+        return self.weight.unflatten(0, (self.groups, -1)), self.bias.view(self.groups, 1, -1)
+
+
+class HGNonLocal(nn.Module):
+    """HG-NL (eq. 7, 8, 5, 6): g2 attention maps without softmax, from W_q and W_k of g1 groups and W_v of g2.
+
+    `inner_dim` is m1, m/8 by default. `shared` uses one set of weights for all groups of a layer (Table 1's last
+    column). `norm` is about n: with the un-normalised ReLU map the attention term grows with it. "none" is the paper,
+    "n" divides A by n, "n_over_train" multiplies it by `train_frames` / n, which leaves training as in the paper.
+    `attention="softmax"` puts eq. 3's softmax in the place of the ReLU, for an ablation the paper lacks.
+    `scale_init` is s before training: at 0 the module is the average of TSN. `scale_scores` divides the scores by
+    sqrt(m1/g2), the length of the products they sum, which the paper does not.
+
+    Raises InputError for groups that do not divide, saying which, and for an unknown or meaningless option.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        inner_dim: int | None = None,
+        g1: int = 16,
+        g2: int = 8,
+        shared: bool = False,
+        norm: Literal["none", "n", "n_over_train"] = "none",
+        *,
+        attention: Literal["relu", "softmax"] = "relu",
+        train_frames: int = 3,
+        scale_init: float = 0.0,
+        scale_scores: bool = False,
+    ) -> None:
+        super().__init__()
+        inner_dim = dim // 8 if inner_dim is None else inner_dim
+        check_groups(dim, inner_dim, g1=g1, g2=g2)
+        if norm not in NORMS:
+            raise InputError(f"norm {norm!r} is not known; known are {', '.join(NORMS)}")
+        if attention not in ATTENTIONS:
+            raise InputError(f"attention {attention!r} is not known; known are {', '.join(ATTENTIONS)}")
+        if attention == "softmax" and norm != "none":
+            raise InputError(
+                f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalised: norm must be 'none'"
+            )
+        if train_frames < 1:
+            raise InputError(f"train_frames is {train_frames}; it is the number of frames in training, at least 1")
+        self.out_dim, self.g1, self.g2 = dim, g1, g2
+        self.norm, self.attention, self.train_frames = norm, attention, train_frames
+        self.query = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_q
+        self.key = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_k
+        self.value = GroupedLinear(dim, dim, groups=g2, shared=shared)  # W_v
+        self.scale = nn.Parameter(torch.tensor(float(scale_init)))  # s
+        self.score_factor = (inner_dim // g2) ** -0.5 if scale_scores else 1.0
+
+    def _scores(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "maps time time"]:
+        """Gmm(Q, K) of eq. 7, `maps` = g2 x batch: [h, b, i, j] = q_i . k_j over the channels of secondary group h.
+
+        No copy is made of `x`, `Q` or `K`: batched matrix products take a primary group as the strided view it is.
+        """
+        ratio = self.g1 // self.g2
+        (w_q, b_q), (w_k, b_k) = self.query.blocks(), self.key.blocks()
+        weight, bias = torch.cat([w_q, w_k], 1).transpose(1, 2), torch.cat([b_q, b_k], 2)  # one pass over x for both
+        groups = x.reshape(-1, self.g1, x.shape[2] // self.g1).transpose(0, 1)  # [g1, batch x time, dim/g1]
+        scores: Tensor | None = None
+        for first in range(ratio):  # the first, second ... primary group of every secondary group
+            turn = slice(first, None, ratio)
+            pair = torch.baddbmm(bias[turn], groups[turn], weight[turn])  # [g2, batch x time, 2 m1/g1]
+            q, k = pair.view(-1, x.shape[1], pair.shape[2]).chunk(2, -1)
+            k = k.transpose(1, 2)
+            scores = torch.bmm(q, k) if scores is None else torch.baddbmm(scores, q, k)
+        assert scores is not None  # ratio is at least 1
+        return scores if self.score_factor == 1 else scores * self.score_factor
+
+    def _weights(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None
+    ) -> Float[Tensor, "groups batch time"]:
+        """w = A 1 / n of each secondary group, `norm` included."""
+        maps_mask = None if mask is None else mask.repeat(self.g2, 1)
+        scores = self._scores(x)
+        A = scores.relu() if self.attention == "relu" else softmax_columns(scores, maps_mask)  # eq. 7
+        n = frame_counts(x, mask)
+        factor = {"none": 1, "n": 1 / n, "n_over_train": self.train_frames / n}[self.norm]
+        return masked_row_sums(A, maps_mask).view(self.g2, *x.shape[:2]) * (factor / n)
+
+    def frame_weights(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch groups time"]:
+        """w = A 1 / n of the g2 maps: how much of each frame's V is in the mean of F_o; 0 for masked frames."""
+        return self._weights(blank_masked(x, mask), mask).transpose(0, 1)
+
+    def terms(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+        """The means over frames of F and of F_o: eq. 6 is the first plus s times the second."""
+        x = blank_masked(x, mask)
+        weights = self._weights(x, mask)
+        channels = x.chunk(self.g2, -1)  # views
+        pooled = torch.cat([torch.bmm(w[:, None], F) for w, F in zip(weights, channels, strict=True)], 1)  # F_h w_h
+        w_v, b_v = self.value.blocks()
+        attended = torch.bmm(pooled.transpose(0, 1), w_v.transpose(1, 2))  # eq. 8 averaged over frames
+        attended = attended + b_v * weights.sum(-1, keepdim=True)
+        return average(x, mask), attended.transpose(0, 1).flatten(1)
+
+    def attention_ratio(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, " batch"]:
+        """|s mean(F_o)| / |mean(F)| of each video: how large attention is in F_v."""
+        mean, attended = self.terms(x, mask)
+        return (self.scale * attended).norm(dim=-1) / mean.norm(dim=-1)
+
+    def forward(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch dim"]:
+        mean, attended = self.terms(x, mask)
+        return mean + self.scale * attended  # eq. 5 and 6
+
+
+def check_groups(dim: int, inner_dim: int, *, g1: int, g2: int) -> None:
+    """Raises InputError that says which number does not divide which."""
+    if min(dim, inner_dim, g1, g2) < 1:
+        raise InputError(f"dim {dim}, inner_dim {inner_dim}, g1 {g1} and g2 {g2} must all be at least 1")
+    if g1 % g2:
+        raise InputError(f"g2 {g2} does not divide g1 {g1}; a secondary group is a whole number of primary groups")
+    for name, size in (("dim", dim), ("inner_dim (m1)", inner_dim)):
+        if size % g1:
+            raise InputError(f"g1 {g1} does not divide {name} {size}; choose g1 (and with it g2) or inner_dim to fit")

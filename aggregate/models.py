@@ -1,0 +1,138 @@
+"""Video classifiers on frame features: one of the aggregators, dropout, a linear classifier."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from aggregate.hgnl import HGNonLocal
+from aggregate.nl import NonLocal
+from aggregate.pooling import Average, Max, WeightedAverage
+from aggregate.stnet import TemporalXception
+from extract.cli import InputError
+
+# Each is built from (dim, **options) and says `out_dim`; forward(x [batch, time, dim], mask=None) -> [batch, out_dim].
+AGGREGATORS: dict[str, type[nn.Module]] = {
+    "tsn": Average,
+    "max": Max,
+    "weighted": WeightedAverage,
+    "nl": NonLocal,
+    "hgnl": HGNonLocal,
+    "txb": TemporalXception,
+}
+
+
+class VideoClassifier(nn.Module):
+    """`aggregator` -> dropout -> `classifier`, a Linear that starts at N(0, 0.001) with bias 0 as in TSN.
+
+    `options` rebuild it: `build(**model.options)`. Build it with `build`.
+    """
+
+    def __init__(self, aggregator: nn.Module, *, num_classes: int, dropout: float, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.aggregator = aggregator
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(aggregator.out_dim, num_classes)  # type: ignore[arg-type]
+        nn.init.normal_(self.classifier.weight, std=0.001)
+        nn.init.zeros_(self.classifier.bias)
+        self.options = options
+
+    def features(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch out_dim"]:
+        """F_v: one vector a video. Features may be of half precision; they are computed with in the weights' type.
+
+        Raises ValueError for features that are not [batch, time, dim] of this model's width.
+        """
+        if x.ndim != 3 or x.shape[2] != self.options["dim"]:
+            raise ValueError(f"got features {list(x.shape)}; this model takes [batch, time, {self.options['dim']}]")
+        # Not in half precision, even under autocast: sums of products of un-normalised features leave float16's range,
+        # and next to a backbone the aggregator costs nothing.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.aggregator(x.to(self.classifier.weight.dtype), mask)
+
+    def forward(
+        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        return self.classifier(self.dropout(self.features(x, mask)))
+
+
+def build(name: str, *, dim: int, num_classes: int, dropout: float = 0.5, **options: Any) -> VideoClassifier:
+    """The classifier `name` of AGGREGATORS over features of width `dim`.
+
+    `options` are the aggregator's own, e.g. `g1=16, g2=8, shared=True, norm="n"` for "hgnl", `inner_dim=256` for "nl".
+    Raises InputError for an unknown name or option, naming the known ones, and for values the aggregator refuses.
+    """
+    if name not in AGGREGATORS:
+        raise InputError(f"aggregator {name!r} is not known; known are {', '.join(AGGREGATORS)}")
+    if dim < 1 or num_classes < 1:
+        raise InputError(f"dim {dim} and num_classes {num_classes} must both be at least 1")
+    if not 0 <= dropout < 1:
+        raise InputError(f"dropout is {dropout}; it is the fraction of features set to 0, from 0 to below 1")
+    signature = inspect.signature(AGGREGATORS[name])
+    known = [option for option in signature.parameters if option != "dim"]
+    for option in options:
+        if option not in known:
+            raise InputError(f"{name} has no option {option!r}; it has {', '.join([*known, 'dropout'])}")
+    arguments = signature.bind(dim, **options)
+    arguments.apply_defaults()  # recorded too, so that a checkpoint outlives a change of defaults
+    recorded = {"name": name, "num_classes": num_classes, "dropout": dropout, **arguments.arguments}
+    return VideoClassifier(
+        AGGREGATORS[name](**arguments.arguments), num_classes=num_classes, dropout=dropout, options=recorded
+    )
+
+
+@dataclass(frozen=True)
+class CarriedOver:
+    """What `carry_over` took from the source and what starts fresh."""
+
+    carried: tuple[str, ...]  # classes whose classifier rows were carried over
+    fresh: tuple[str, ...]  # classes whose rows stay as initialised
+    respelled: tuple[tuple[str, str], ...]  # (ours, theirs): left fresh, yet the same up to capital letters
+    aggregator: bool  # its weights were carried over too
+
+    def __str__(self) -> str:
+        lines = [f"classifier rows: {len(self.carried)} carried over by class name, {len(self.fresh)} start fresh"]
+        lines += [f"  {ours!r} starts fresh; the source spells it {theirs!r}" for ours, theirs in self.respelled]
+        return "\n".join([*lines, f"aggregator weights: {'carried over' if self.aggregator else 'start fresh'}"])
+
+
+def carry_over(
+    model: VideoClassifier, state_dict: Mapping[str, Tensor], *, classes: Sequence[str], source_classes: Sequence[str]
+) -> CarriedOver:
+    """Start `model` (of `classes`) from the weights of another VideoClassifier (of `source_classes`).
+
+    Classifier rows are carried over by exact class name. The aggregator's weights are carried over where the source has
+    all of them in the same shapes, else none is: half an attention module is no attention module. So an HG-NL that
+    starts from a TSN has TSN's classifier and its own s = 0, and gives that TSN's logits.
+    Raises InputError where the two classifiers take features of different widths or a class list does not fit.
+    """
+    weight, bias = state_dict["classifier.weight"], state_dict["classifier.bias"]
+    target = model.classifier
+    for whose, names, length in (("model", classes, target.out_features), ("source", source_classes, len(weight))):
+        if len(names) != length:
+            raise InputError(f"the {whose} has {length} classifier rows but {len(names)} class names")
+    if weight.shape[1] != target.in_features:
+        raise InputError(f"the source classifies {weight.shape[1]} features, this model {target.in_features}")
+    theirs = {name: row for row, name in enumerate(source_classes)}
+    rows = [(row, theirs[name]) for row, name in enumerate(classes) if name in theirs]
+    own = {f"aggregator.{name}": tensor for name, tensor in model.aggregator.state_dict().items()}
+    fits = bool(own) and all(name in state_dict and state_dict[name].shape == own[name].shape for name in own)
+    with torch.no_grad():
+        for row, source in rows:
+            target.weight[row] = weight[source]
+            target.bias[row] = bias[source]
+    if fits:
+        model.aggregator.load_state_dict({name.removeprefix("aggregator."): state_dict[name] for name in own})
+    fresh = tuple(name for name in classes if name not in theirs)
+    folded = {name.casefold(): name for name in source_classes}
+    return CarriedOver(
+        carried=tuple(classes[row] for row, _ in rows),
+        fresh=fresh,
+        respelled=tuple((name, folded[name.casefold()]) for name in fresh if name.casefold() in folded),
+        aggregator=fits,
+    )
