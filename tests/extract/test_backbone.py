@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import extract.backbone as backbone_module
+from extract import inference
 from extract.backbone import Backbone, load_backbone, load_trunk
 from extract.cli import InputError, RunError
 from extract.inference import folded, packed, relative_error
@@ -541,6 +542,9 @@ def test_folding_and_packing_keep_the_answer(name: str) -> None:
         if torch.backends.mkldnn.is_available():
             assert fast is not None
             assert relative_error(fast(frame), module(frame)) < 1e-4
+            steps = [node.target for node in fast.graph.nodes]
+            gates = sum(key.endswith("fc2.weight") for key in state)  # one in each squeeze-and-excitation
+            assert steps.count(torch.addcmul) == steps.count(inference._spatial_mean) == gates
     assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
 
 
