@@ -1,0 +1,208 @@
+"""Tables 1 and 2 of the paper beside our own figures: `python -m aggregate.complexity [--dim 1024 --g1 16 --g2 8]`.
+
+Parameters are counted on the modules. MAdds are computed by the formulas of Table 2, counted on the literal form of
+eq. 3-8, and counted on the pooled form that runs.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from extract.cli import InputError, run_command
+
+if TYPE_CHECKING:
+    from aggregate.hgnl import HGNonLocal
+    from aggregate.literal import Count
+    from aggregate.nl import NonLocal
+
+LAYERS = {"W_q": "query", "W_k": "key", "W_v": "value"}
+
+# Table 1 as printed, at m = 1024, g1 = 16, g2 = 8; the four columns are those of `columns`.
+PAPER_DIM, PAPER_G1, PAPER_G2 = 1024, 16, 8
+PAPER_TABLE_1 = {
+    "W_q": ("0.5248M", "0.1312M", "8.32K", "0.52k"),
+    "W_k": ("0.5248M", "0.1312M", "8.32K", "0.52k"),
+    "W_v": ("1.0496M", "1.0496M", "132.096K", "16.512k"),
+    "All": ("2.0992M", "1.312M", "148.736K", "17.552k"),
+}
+# Table 2 as printed; the columns are the first three of `columns`.
+PAPER_TABLE_2 = {
+    "W_q F": ("m^2 n", "m^2 n/4", "m^2 n/(4 g1)"),
+    "W_k F": ("m^2 n", "m^2 n/4", "m^2 n/(4 g1)"),
+    "W_v F": ("2 m^2 n", "2 m^2 n", "2 m^2 n/g2"),
+    "Q^T K / Gmm(Q, K)": ("n^2 m - n^2", "n^2 m/4 - n^2", "n^2 m/4 - g2 n^2"),
+    "V A / Gmm(V, A)": ("m n (2n - 1)",) * 3,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Tables 1 and 2 of the paper beside our own figures."""
+
+    dim: tuple[int, ...] = (1024, 2048)
+    """m, one or more: 1024 is the paper's, 2048 the width of SE-ResNeXt101."""
+    g1: int = PAPER_G1
+    """Primary groups: of W_q and W_k."""
+    g2: int = PAPER_G2
+    """Secondary groups: of W_v and of the attention maps."""
+    frames: int = 25
+    """n, the number of frames that MAdds are counted for."""
+
+
+class Column(NamedTuple):
+    title: str
+    module: "NonLocal | HGNonLocal"
+    inner_dim: int
+    g1: int  # 1 for NL
+    g2: int
+
+
+def columns(dim: int, *, g1: int, g2: int) -> list[Column]:
+    """The models of Table 1's columns, without memory behind their weights. Raises InputError as HGNonLocal does."""
+    import torch
+
+    from aggregate.hgnl import HGNonLocal
+    from aggregate.nl import NonLocal
+
+    if dim % 8:
+        raise InputError(f"dim is {dim}; the tables are about m1 = m/2 and m/8, so it must be a multiple of 8")
+    with torch.device("meta"):
+        return [
+            Column("NL m1=m/2", NonLocal(dim, dim // 2), dim // 2, 1, 1),
+            Column("NL m1=m/8", NonLocal(dim, dim // 8), dim // 8, 1, 1),
+            Column("HG-NL m1=m/8", HGNonLocal(dim, dim // 8, g1, g2), dim // 8, g1, g2),
+            Column("HG-NL shared", HGNonLocal(dim, dim // 8, g1, g2, shared=True), dim // 8, g1, g2),
+        ]
+
+
+def parameters(column: Column) -> dict[str, int]:
+    """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as in Table 1."""
+    layers = {
+        title: sum(parameter.numel() for parameter in getattr(column.module, name).parameters())
+        for title, name in LAYERS.items()
+    }
+    return {**layers, "All": sum(layers.values())}
+
+
+def madds_by_formula(column: Column, *, dim: int, frames: int) -> tuple[int, ...]:
+    """Table 2's rows for m = dim, n = frames. Each multiplication and each addition counts, biases included."""
+    m, n, m1 = dim, frames, column.inner_dim
+    convolution = 2 * m * m1 * n // column.g1
+    return (
+        convolution,  # W_q F
+        convolution,  # W_k F
+        2 * m * m * n // column.g2,  # W_v F
+        n * n * (2 * m1 - column.g2),  # Q^T K or Gmm(Q, K)
+        m * n * (2 * n - 1),  # V A or Gmm(V, A)
+    )
+
+
+def madds_counted(column: Column, *, dim: int, frames: int) -> tuple["Count", "Count"]:
+    """MAdds of one video counted on the literal form, whose products are Table 2's rows, and on the pooled form."""
+    import torch
+
+    from aggregate.hgnl import HGNonLocal
+    from aggregate.literal import count, literal_hgnl, literal_nl
+
+    module = column.module
+    x = torch.empty(1, frames, dim, device="meta")
+    F = x.transpose(1, 2)
+    literal = count(lambda: literal_hgnl(module, F) if isinstance(module, HGNonLocal) else literal_nl(module, F))
+    return literal, count(lambda: module(x))
+
+
+def number(printed: str) -> float:
+    """The number behind a figure of Table 1: "8.32K" -> 8320."""
+    return round(float(printed[:-1]) * {"M": 1e6, "K": 1e3}[printed[-1].upper()], 3)
+
+
+def table_1(models: list[Column], *, dim: int) -> list[Sequence[str]]:
+    """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's figure before them."""
+    counted = [parameters(column) for column in models]
+    printed = (dim, models[2].g1, models[2].g2) == (PAPER_DIM, PAPER_G1, PAPER_G2)
+    rows: list[Sequence[str]] = [("parameters", *(column.title for column in models))]
+    for title, paper in PAPER_TABLE_1.items():
+        ours = [figures[title] for figures in counted]
+        if printed:
+            rows.append((f"{title}, paper", *paper))
+        rows.append((f"{title}, counted", *(f"{figure:,}" for figure in ours)))
+        if printed:
+            agree = ("exact" if number(text) == figure else "DIFFERS" for text, figure in zip(paper, ours, strict=True))
+            rows.append(("", *agree))
+    return rows
+
+
+def table_2(models: list[Column], *, dim: int, frames: int) -> list[Sequence[str]]:
+    """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and the pooled form."""
+    formulas = [madds_by_formula(column, dim=dim, frames=frames) for column in models]
+    counts = [madds_counted(column, dim=dim, frames=frames) for column in models]
+    rows: list[Sequence[str]] = [("MAdds", *(column.title for column in models))]
+    for row, (title, paper) in enumerate(PAPER_TABLE_2.items()):
+        rows.append((f"{title}, paper", *paper))
+        rows.append(("  by that formula", *(f"{formula[row]:,}" for formula in formulas)))
+        rows.append(("  counted, literal form", *(f"{literal.products[row]:,}" for literal, _ in counts)))
+    literal_sums = [sum(literal.products) for literal, _ in counts]
+    pooled_sums = [sum(pooled.products) for _, pooled in counts]
+    fewer = (f"{literal / pooled:.1f}x" for literal, pooled in zip(literal_sums, pooled_sums, strict=True))
+    rows += [
+        ("all rows, by formula", *(f"{sum(formula):,}" for formula in formulas)),
+        ("all rows, literal form", *(f"{figure:,}" for figure in literal_sums)),
+        ("products, pooled form", *(f"{figure:,}" for figure in pooled_sums)),
+        ("  times fewer", *fewer),
+        ("element-wise, literal", *(f"{literal.rest:,}" for literal, _ in counts)),
+        ("element-wise, pooled", *(f"{pooled.rest:,}" for _, pooled in counts)),
+    ]
+    return rows
+
+
+def readings(models: list[Column], *, dim: int) -> list[str]:
+    """Where the paper's wording holds, and under which reading of it."""
+    full, eighth, grouped, shared = (parameters(column)["All"] for column in models)
+    lines = [
+        f"'about 8 - 14 times fewer' parameters: HG-NL has {eighth / grouped:.1f}x fewer than NL m1=m/8, "
+        f"{full / grouped:.1f}x fewer than NL m1=m/2.",
+        f"'roughly 70 times fewer' with shared parameters: holds against NL m1=m/8 ({eighth / shared:.1f}x); "
+        f"against NL m1=m/2 it is {full / shared:.1f}x.",
+    ]
+    if dim == PAPER_DIM:
+        g1, g2 = models[2].g1, models[2].g2
+        for column, words in zip(models, ("4n M", "2.5n M", "(0.5n/g1 + 2n/g2) M"), strict=False):
+            convolutions = sum(madds_by_formula(column, dim=dim, frames=1)[:3])
+            in_binary, in_decimal = f"{convolutions / 2**20:g}n M", f"{convolutions / 1e6:.4g}n M"
+            lines.append(
+                f"'{words}' MAdds in convolutions, {column.title}: {convolutions:,} n. "
+                f"That is {in_binary} with M = 2^20, the paper's; with M = 10^6 it would be {in_decimal}."
+            )
+        lines[-1] += f" (0.5/{g1} + 2/{g2} = {0.5 / g1 + 2 / g2:g}.)"
+    return lines
+
+
+def aligned(rows: list[Sequence[str]]) -> str:
+    """Rows of text as a table: the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def main(options: Options) -> None:
+    if options.frames < 1:
+        raise InputError(f"--frames is {options.frames}; MAdds are counted for at least 1 frame")
+    if not options.dim:
+        raise InputError("--dim needs at least one width, such as 1024")
+    for dim in options.dim:
+        models = columns(dim, g1=options.g1, g2=options.g2)
+        title = f"m = {dim}, g1 = {options.g1}, g2 = {options.g2}"
+        # Table 2 has no column for shared parameters: they are as many MAdds as unshared ones.
+        print(f"Table 1: parameters, {title}\n\n{aligned(table_1(models, dim=dim))}\n")
+        print(f"Table 2: multiplications and additions of one video, {title}, n = {options.frames}\n")
+        print(aligned(table_2(models[:3], dim=dim, frames=options.frames)) + "\n")
+        print("\n".join(f"- {line}" for line in readings(models, dim=dim)) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m aggregate.complexity"))

@@ -1,0 +1,109 @@
+"""Tables 1 and 2 of the paper: every figure, by formula and by counting; the counter itself on known products."""
+
+import re
+
+import pytest
+import torch
+from torch.nn.functional import conv1d
+
+from aggregate import complexity
+from aggregate.complexity import (
+    PAPER_TABLE_1,
+    PAPER_TABLE_2,
+    Options,
+    columns,
+    madds_by_formula,
+    madds_counted,
+    number,
+    parameters,
+)
+from aggregate.literal import count
+from extract.cli import InputError, run_command
+
+
+def test_table_1_comes_out_exactly():
+    models = columns(1024, g1=16, g2=8)
+    for title, paper in PAPER_TABLE_1.items():
+        assert [number(text) for text in paper] == [parameters(column)[title] for column in models]
+    assert [parameters(column)["All"] for column in models] == [2_099_200, 1_312_000, 148_736, 17_552]
+
+
+def test_parameters_at_the_real_width():
+    totals = [parameters(column)["All"] for column in columns(2048, g1=16, g2=8)]
+    assert totals == [8_392_704, 5_245_440, 592_384, 69_920]
+
+
+@pytest.mark.parametrize(
+    ("dim", "g1", "g2", "frames"), [(1024, 16, 8, 25), (2048, 16, 8, 3), (96, 12, 4, 1), (64, 4, 4, 7)]
+)
+def test_the_literal_form_counts_what_table_2_says(dim, g1, g2, frames):
+    for column in columns(dim, g1=g1, g2=g2):
+        literal, pooled = madds_counted(column, dim=dim, frames=frames)
+        assert literal.products == madds_by_formula(column, dim=dim, frames=frames)
+        if frames > 1:
+            assert sum(pooled.products) < sum(literal.products)
+
+
+def evaluate(formula: str, **values: int) -> float:
+    """A formula as the paper prints it, where two factors side by side are a product: "n^2 m/4 - g2 n^2"."""
+    python = ""
+    for token in re.findall(r"\d+|[a-z]\d?|[-+/^()]", formula):
+        side_by_side = python and python[-1] not in "-+/*(" and token not in "-+/^)"
+        python += ("*" if side_by_side else "") + {"^": "**"}.get(token, token)
+    return eval(python, {}, values)
+
+
+@pytest.mark.parametrize("n", [1, 3, 25])
+def test_our_formulas_are_those_that_the_paper_prints(n):
+    for place, column in enumerate(columns(1024, g1=16, g2=8)[:3]):
+        printed = [evaluate(row[place], m=1024, n=n, g1=16, g2=8) for row in PAPER_TABLE_2.values()]
+        assert printed == list(madds_by_formula(column, dim=1024, frames=n))
+
+
+def test_the_counter_on_known_products():
+    a, b = torch.zeros(3, 4), torch.zeros(4, 5)
+    assert count(lambda: a @ b).products == (3 * 5 * (4 + 3),)
+    assert count(lambda: torch.addmm(torch.zeros(5), a, b)).products == (3 * 5 * (4 + 3 + 1),)
+    assert count(lambda: torch.bmm(a.expand(2, 3, 4), b.expand(2, 4, 5))).products == (2 * 3 * 5 * 7,)
+    x, weight = torch.zeros(2, 6, 10), torch.zeros(4, 3, 1)
+    assert count(lambda: conv1d(x, weight, torch.zeros(4), groups=2)).products == (2 * 4 * 10 * 6,)
+    assert count(lambda: conv1d(x, weight, groups=2)).products == (2 * 4 * 10 * 5,)
+    other = count(lambda: (a * a + a).sum() + b.softmax(1).relu().mean())
+    assert other.products == ()
+    assert other.rest == 12 + 12 + 12 + 20 + 1
+
+
+def test_the_command_prints_both_tables_and_the_readings(capsys):
+    assert run_command(complexity.main, Options, prog="complexity", args=[]) == 0
+    out = capsys.readouterr().out
+    assert "DIFFERS" not in out
+    assert out.count("exact") == 16
+    for text in ("2,099,200", "17,552", "592,384", "74.7x", "119.6x", "is 4n M", "2.5n M with M = 2^20", "0.28125n M"):
+        assert text in out
+
+
+def test_the_command_takes_one_width_and_other_groups(capsys):
+    assert run_command(complexity.main, Options, prog="complexity", args=["--dim", "1024", "--g1", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "g1 = 8" in out
+    assert "paper" not in out.split("Table 2")[0]  # no figure of the paper beside another setting
+    assert "m = 2048" not in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--dim", "1004"], "dim is 1004"),
+        (["--dim", "1000"], "g1 16 does not divide dim 1000"),
+        (["--frames", "0"], "--frames is 0"),
+        (["--dim"], "--dim needs at least one width"),
+    ],
+)
+def test_wrong_numbers_are_refused(args, message, capsys):
+    assert run_command(complexity.main, Options, prog="complexity", args=args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_wrong_widths_raise():
+    with pytest.raises(InputError, match=r"dim is 1004; .* a multiple of 8"):
+        columns(1004, g1=4, g2=2)
