@@ -277,18 +277,18 @@ def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
     stopped = threading.Event()
 
     def stopper() -> None:
-        while not stopped.is_set():
-            for child in psutil.Process().children(recursive=True):
-                if "extract.children" in " ".join(child.cmdline()):
-                    child.send_signal(signal.SIGSTOP)
-                    stopped.set()
-                    return
+        while not committed_blocks(tmp_path / "a.zarr") and not stopped.is_set():
             time.sleep(0.001)
+        for child in psutil.Process().children(recursive=True):
+            if "extract.children" in " ".join(child.cmdline()):
+                child.send_signal(signal.SIGSTOP)
+                stopped.set()
 
     thread = threading.Thread(target=stopper)
     thread.start()
     try:
-        assert main(options(clips, tmp_path / "a.zarr", video_timeout=3, max_failed=0.2, decode_workers=1)) == 0
+        changed = {"video_timeout": 2.0, "max_failed": 0.2, "decode_workers": 1, "block_size": 1}
+        assert main(options(clips, tmp_path / "a.zarr", **changed)) == 0
     finally:
         stopped.set()
         thread.join()

@@ -1,0 +1,278 @@
+"""Decoding in child processes that can be killed, with frames handed back through shared memory.
+
+A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process helps against that.
+So each child is a process of its own with one thread here that talks to it (a lane):
+
+    submit(job) -> queue -> lane: job -> child ... "10 s long" ... result -> Future
+                            deadline passed, or child dead -> SIGKILL, a fresh child, the job's failure in words
+
+A child starts in under half a second (it never imports torch), ends with its parent even on kill -9, and writes into
+slots of memory that both see, so frames are not copied through a pipe.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import pickle
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from extract.cli import RunError
+
+# function(job, out, on_duration) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
+Function = Callable[[Any, np.ndarray, Callable[[float | None], None]], Any]
+
+SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
+ATTEMPTS = 3  # at a job whose child dies: someone may have killed it for other reasons than this video
+SECONDS_TO_START = 60.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class Finished:
+    """The end of a job: its `result` and `buffer` (uint8, valid until `release`), or its `failure` in words."""
+
+    result: Any = None
+    buffer: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
+    failure: str = ""
+    cpu_seconds: float = 0.0
+    _free: Callable[[], None] | None = field(default=None, repr=False)
+
+    def release(self) -> None:
+        """Give the slot back; `buffer` must not be read afterwards."""
+        free, self._free = self._free, None
+        if free is not None:
+            self.buffer = np.empty(0, np.uint8)
+            free()
+
+    def __enter__(self) -> "Finished":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+class DecodePool:
+    """Child processes that run `function` over jobs, in the order of `submit`, each under a deadline.
+
+    A job may take `timeout` seconds, and one more for each 10 s of video that it reports; then its child is killed
+    and the job fails. A job whose child dies is tried again. `nice` lowers the children's priority.
+    """
+
+    def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0):
+        self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
+        self._lanes = [
+            _Lane(self._jobs, function, slot_bytes=slot_bytes, timeout=timeout, nice=nice) for _ in range(workers)
+        ]
+
+    def submit(self, job: Any) -> "Future[Finished]":
+        """Queue a job; its future never raises for what is wrong with a video, see `Finished.failure`."""
+        future: Future[Finished] = Future()
+        self._jobs.put((job, future))
+        return future
+
+    def close(self) -> None:
+        """Kill the children. Jobs that have not ended are cancelled."""
+        for lane in self._lanes:
+            lane.close()
+        while True:
+            try:
+                waiting = self._jobs.get_nowait()
+            except queue.Empty:
+                break
+            if waiting is not None:
+                waiting[1].cancel()
+        for _ in self._lanes:
+            self._jobs.put(None)
+        for lane in self._lanes:
+            lane.join()
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _ChildDiedError(Exception):
+    """The child ended before its job did; the message says how."""
+
+
+class _DeadlineError(Exception):
+    """The job took longer than it may; the message says how long."""
+
+
+class _Lane(threading.Thread):
+    """One child after the other, and the slots of memory they share with this process."""
+
+    def __init__(self, jobs: queue.SimpleQueue, function: Function, *, slot_bytes: int, timeout: float, nice: int):
+        super().__init__(name="decode-lane", daemon=True)
+        self._jobs, self._timeout = jobs, timeout
+        self._setup = pickle.dumps((function, slot_bytes, nice))
+        self._memory = _shared_memory(SLOTS_A_CHILD * slot_bytes)
+        mapped = mmap.mmap(self._memory, SLOTS_A_CHILD * slot_bytes)
+        self._slots = np.frombuffer(mapped, np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
+        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        for slot in range(SLOTS_A_CHILD):
+            self._free.put(slot)
+        self._closed = False
+        self._child: subprocess.Popen | None = None
+        self._pipe: Connection | None = None
+        self.start()
+
+    def run(self) -> None:
+        # The slot first: a job must not wait here while another lane could do it.
+        while (slot := self._free.get()) is not None and (waiting := self._jobs.get()) is not None:
+            job, future = waiting
+            if not future.set_running_or_notify_cancel():
+                self._free.put(slot)
+                continue
+            try:
+                finished = self._do(job, slot)
+            except BaseException as error:
+                self._free.put(slot)
+                future.set_exception(error)
+                continue
+            if finished.failure:
+                self._free.put(slot)
+            future.set_result(finished)
+        self._stop_child()
+        os.close(self._memory)
+
+    def close(self) -> None:
+        self._closed = True
+        child = self._child
+        if child is not None:
+            child.kill()  # the lane, if it waits for the child, sees it die
+        self._free.put(None)
+
+    def _do(self, job: Any, slot: int) -> Finished:
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                result, failure, cpu_seconds = self._ask(job, slot)
+                free = None if failure else (lambda: self._free.put(slot))
+                return Finished(result, self._slots[slot], failure, cpu_seconds, free)
+            except _DeadlineError as error:
+                self._stop_child()
+                return Finished(failure=f"given up after {error} s (--video-timeout): decoding hangs or is too slow")
+            except _ChildDiedError as error:
+                self._stop_child()
+                if self._closed:
+                    return Finished(failure="cancelled")
+                if attempt == ATTEMPTS:
+                    return Finished(failure=f"the decoding process died {ATTEMPTS} times ({error})")
+        raise AssertionError
+
+    def _ask(self, job: Any, slot: int) -> tuple[Any, str, float]:
+        pipe = self._pipe or self._start_child()
+        started = time.monotonic()
+        allowed = self._timeout
+        try:
+            pipe.send((slot, job))
+            while True:
+                if not pipe.poll(max(0.0, started + allowed - time.monotonic())):
+                    raise _DeadlineError(f"{allowed:.3g}")
+                kind, *values = pipe.recv()
+                if kind == "done":
+                    return values[0], values[1], values[2]
+                allowed = self._timeout + (values[0] or 0.0) / 10
+        except (EOFError, OSError):
+            raise _ChildDiedError(self._how_it_ended()) from None
+
+    def _start_child(self) -> Connection:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "extract.children", str(theirs.fileno()), str(self._memory)],
+                pass_fds=(theirs.fileno(), self._memory),
+                stdin=subprocess.DEVNULL,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+            )
+        pipe = Connection(ours.detach())
+        try:
+            pipe.send_bytes(self._setup)
+            if not pipe.poll(SECONDS_TO_START):
+                raise EOFError
+            pipe.recv()
+        except (EOFError, OSError):
+            pipe.close()
+            how = self._how_it_ended()
+            broken = how.startswith("exit status") and not self._closed
+            self._stop_child()
+            if not broken:
+                raise _ChildDiedError(how) from None
+            raise RunError(f"a decode process does not start ({how}); its error stands above") from None
+        self._pipe = pipe
+        return pipe
+
+    def _how_it_ended(self) -> str:
+        assert self._child is not None
+        try:
+            code = self._child.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            return "it does not answer"
+        return f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+
+    def _stop_child(self) -> None:
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._child is not None:
+            self._child.kill()  # SIGKILL also ends a stopped process, and one that holds Python's lock
+            self._child.wait()
+        self._pipe = self._child = None
+
+
+def _shared_memory(size: int) -> int:
+    """A descriptor of anonymous memory; not /dev/shm, which is 64 MB in many containers."""
+    if hasattr(os, "memfd_create"):
+        memory = os.memfd_create("decoded-frames")
+    else:
+        with tempfile.TemporaryFile() as file:
+            memory = os.dup(file.fileno())
+    os.ftruncate(memory, size)
+    return memory
+
+
+# -- in the child --------------------------------------------------------------------------------------------------
+
+
+def _serve(pipe: Connection, memory: int) -> None:
+    """Do jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
+    os.nice(nice)
+    slots = np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
+    pipe.send("ready")
+    while True:
+        slot, job = pipe.recv()
+        started, result, failure = time.process_time(), None, ""
+        try:
+            result = function(job, slots[slot], lambda seconds: pipe.send(("duration", seconds)))
+        except Exception as error:
+            failure = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
+        pipe.send(("done", result, failure, time.process_time() - started))
+
+
+if __name__ == "__main__":
+    # The parent is gone, or has no use for us any more.
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

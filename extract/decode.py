@@ -1,0 +1,441 @@
+"""A video and frame indices in, frames out: the only place that knows a decoder.
+
+What PyAV (FFmpeg) is asked to do, so that few frames of a video cost little and every one is the frame that decoding
+everything would give:
+
+1. A pass over the packets, without decoding, counts the frames that can be presented and finds their time stamps.
+2. Packets of wanted frames are decoded, and those that wanted frames refer to; others are skipped (`NONREF`).
+3. Where a key frame lies before the next wanted frame, decoding starts there.
+4. Only wanted frames become RGB.
+
+Where a wanted frame does not come out, is corrupt, or time stamps cannot be trusted, everything is decoded, frames are
+chosen among what decodes, and `problem` says so if anything was wrong.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+Sample = Callable[[int], np.ndarray]
+Resize = Callable[[np.ndarray], np.ndarray]
+
+# Codecs whose decoders leave out frames that nothing refers to, and only those, when told NONREF.
+_SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
+# A packet of these may hold a picture that is never shown, so packets are not frames.
+_HIDDEN_PICTURES = frozenset(("vp8",))
+# Packets that stay in memory between the two passes; a longer video is read from its file twice.
+_KEPT_BYTES = 64 << 20
+
+av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
+
+
+class VideoError(Exception):
+    """A video that cannot be read: `path`, and a `reason` that a person understands."""
+
+    def __init__(self, path: str | os.PathLike[str], reason: str):
+        super().__init__(path, reason)
+        self.path, self.reason = os.fspath(path), reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+class _UntrustedError(Exception):
+    """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Frames of a video; unpacks as `frames, indices, timestamps`.
+
+    frames uint8 [T, H, W, 3] RGB; indices int32 [T], positions in presentation order; timestamps float32 [T], seconds
+    after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable.
+    """
+
+    frames: np.ndarray = field(repr=False)
+    indices: np.ndarray
+    timestamps: np.ndarray
+    num_frames: int
+    problem: str = ""
+
+    def __post_init__(self) -> None:
+        count = len(self.frames)
+        if self.frames.ndim != 4 or self.indices.shape != (count,) or self.timestamps.shape != (count,):
+            raise ValueError(
+                f"got frames {self.frames.shape}, indices {self.indices.shape}, timestamps {self.timestamps.shape}; "
+                "expected [T, H, W, 3], [T] and [T]"
+            )
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.frames, self.indices, self.timestamps))
+
+
+def decode(
+    path: str | os.PathLike[str],
+    sample: Sample,
+    *,
+    resize: Resize | None = None,
+    decoder: str = "pyav",
+    on_duration: Callable[[float | None], None] | None = None,
+) -> Decoded:
+    """Decode the frames of `path` that `sample(num_frames)` asks for (any order, repeats allowed).
+
+    `resize` is applied to each wanted frame as it comes, so memory does not grow with a video's length or its picture
+    size. `on_duration` is called once with the container's duration in seconds (None if unknown) before decoding.
+    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1).
+
+    Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
+    """
+    _check_file(path)
+    pictures = _Pictures(resize)
+    if decoder == "decord":
+        return _decode_with_decord(path, sample, pictures, on_duration)
+    with _opened(path) as (container, stream):
+        if on_duration is not None:
+            on_duration(container.duration / av.time_base if container.duration else None)
+        try:
+            return _decode_wanted(path, container, stream, sample, pictures)
+        except _UntrustedError as reason:
+            doubt = str(reason)
+    return _decode_everything(path, sample, pictures, doubt)
+
+
+def decoder_version(decoder: str) -> str:
+    """The version of a decoder, for the store's record. Raises VideoError where it is not installed."""
+    if decoder == "pyav":
+        return f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+    return f"decord {_import_decord().__version__}"
+
+
+class _Pictures:
+    """Wanted frames as RGB arrays, turned as they are to be displayed, resized, all of one shape."""
+
+    def __init__(self, resize: Resize | None):
+        self._resize = resize
+        self._to_rgb = VideoReformatter()
+        self._shape: tuple[int, ...] | None = None
+
+    def from_frame(self, frame: av.VideoFrame) -> np.ndarray:
+        picture = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
+        turns = round(frame.rotation / 90) % 4  # the display matrix turns counter-clockwise, as np.rot90 does
+        return self.from_array(np.rot90(picture, turns) if turns else picture)
+
+    def from_array(self, picture: np.ndarray) -> np.ndarray:
+        if self._resize is not None:
+            picture = self._resize(picture)
+        if self._shape is None:
+            self._shape = picture.shape
+        elif picture.shape != self._shape:  # the stream changes its picture size half-way
+            from PIL import Image
+
+            height, width = self._shape[:2]
+            picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
+        return picture
+
+
+# -- wanted frames only --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Packets:
+    """What the first pass learns, in the file's order: time stamps, key frames, which are shown; packets if small."""
+
+    pts: list[int]
+    dts: list[int | None]
+    key: list[bool]
+    order: list[int]  # packets that are shown, in presentation order
+    kept: list[av.Packet]
+
+    @property
+    def keys(self) -> list[int]:
+        return [number for number, key in enumerate(self.key) if key]
+
+
+def _decode_wanted(path, container, stream, sample: Sample, pictures: _Pictures) -> Decoded:
+    packets = _read_packets(container, stream)
+    indices = _checked(sample(len(packets.order)), len(packets.order), path)
+    wanted = {packets.order[index]: index for index in np.unique(indices).tolist()}
+    found: dict[int, np.ndarray] = {}
+    by_time = {packets.pts[number]: index for number, index in wanted.items()}
+    for frame in _frames(path, stream, packets, sorted(wanted)):
+        index = by_time.get(frame.pts)
+        if index is not None and index not in found:
+            if frame.is_corrupt:
+                raise _UntrustedError(f"frame {index} is corrupt")
+            found[index] = pictures.from_frame(frame)
+    lost = [index for index in wanted.values() if index not in found]
+    if lost:
+        raise _UntrustedError(f"frame {min(lost)} does not decode")
+    first = packets.pts[packets.order[0]]
+    times = [float((packets.pts[packets.order[index]] - first) * stream.time_base) for index in indices.tolist()]
+    return Decoded(
+        frames=np.stack([found[index] for index in indices.tolist()]),
+        indices=indices,
+        timestamps=np.array(times, np.float32),
+        num_frames=len(packets.order),
+    )
+
+
+def _read_packets(container, stream) -> _Packets:
+    if stream.codec_context.name in _HIDDEN_PICTURES:
+        raise _UntrustedError("its packets may hold pictures that are never shown")
+    pts: list[int] = []
+    dts: list[int | None] = []
+    key: list[bool] = []
+    shown: list[int] = []
+    kept: list[av.Packet] = []
+    size = 0
+    try:
+        for packet in container.demux(stream):
+            if not packet.size:
+                continue
+            if packet.pts is None:
+                raise _UntrustedError("its packets have no time stamps")
+            if packet.is_corrupt:
+                raise _UntrustedError("a packet is damaged")
+            if not packet.is_discard:  # an edit list hides the others
+                shown.append(len(pts))
+            pts.append(packet.pts)
+            dts.append(packet.dts)
+            key.append(packet.is_keyframe)
+            size += packet.size
+            if size <= _KEPT_BYTES:
+                kept.append(packet)
+    except av.FFmpegError as error:
+        raise _UntrustedError(f"reading it ends with: {_words(error)}") from None
+    if len({pts[number] for number in shown}) != len(shown) or not shown:
+        raise _UntrustedError("its time stamps are not one a frame")
+    if "mp4" in container.format.name and len(pts) < stream.frames:
+        raise _UntrustedError(f"the file ends early: it names {stream.frames} frames and holds {len(pts)}")
+    return _Packets(pts, dts, key, sorted(shown, key=pts.__getitem__), kept if size <= _KEPT_BYTES else [])
+
+
+def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.VideoFrame]:
+    """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
+    context = stream.codec_context
+    skips, keys, chosen = context.name in _SKIPPING, packets.keys, set(wanted)
+    source = _Kept(packets) if packets.kept else _FromFile(path, packets)
+    position = key_place = 0
+    try:
+        for number in wanted:
+            start = position
+            while key_place < len(keys) and keys[key_place] <= number:
+                # A frame shown before its key frame may refer to what lies before that.
+                if packets.pts[keys[key_place]] <= packets.pts[number]:
+                    start = max(start, keys[key_place])
+                key_place += 1
+            if start > position + 1:
+                yield from context.decode(None)  # what the decoder still holds back
+                context.flush_buffers()
+                position = start
+            while position <= number:
+                if skips:
+                    context.skip_frame = "DEFAULT" if position in chosen else "NONREF"
+                yield from context.decode(source.packet(position))
+                position += 1
+        yield from context.decode(None)
+    except av.FFmpegError as error:
+        raise _UntrustedError(f"decoding ends with: {_words(error)}") from None
+    finally:
+        source.close()
+
+
+class _Kept:
+    """Packets that the first pass kept."""
+
+    def __init__(self, packets: _Packets):
+        self._packets = packets.kept
+
+    def packet(self, number: int) -> av.Packet:
+        return self._packets[number]
+
+    def close(self) -> None:
+        pass
+
+
+class _FromFile:
+    """Packets read again from a file too large to keep; forward only, a gap ends at a key frame that is sought."""
+
+    def __init__(self, path, packets: _Packets):
+        self._container, self._stream = _open(path)
+        self._packets = packets
+        self._numbers = {stamp: number for number, stamp in enumerate(zip(packets.pts, packets.dts, strict=True))}
+        self._next, self._read = 0, self._container.demux(self._stream)
+
+    def packet(self, number: int) -> av.Packet:
+        if number != self._next:
+            self._container.seek(self._packets.pts[number], stream=self._stream)
+            self._read = self._container.demux(self._stream)
+        for packet in self._read:
+            if packet.size and self._numbers.get((packet.pts, packet.dts)) == number:
+                self._next = number + 1
+                return packet
+        raise _UntrustedError(f"packet {number} is not found again")
+
+    def close(self) -> None:
+        self._container.close()
+
+
+# -- everything ----------------------------------------------------------------------------------------------------
+
+
+def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str) -> Decoded:
+    """Two passes that decode all: the first counts the good frames, the second takes the wanted ones."""
+    problems: list[str] = []
+    frames = [(frame.time, frame.is_corrupt) for frame in _all_frames(path, problems)]
+    if not frames:
+        raise VideoError(path, f"no frame of it decodes ({problems[0] if problems else doubt})")
+    # Frames that the decoder had to patch up are left out, unless there are no others.
+    corrupt = sum(is_corrupt for _, is_corrupt in frames)
+    take_corrupt = corrupt == len(frames)
+    if corrupt:
+        problems.insert(0, f"{corrupt} of {len(frames)} readable frames are corrupt")
+    times = [time for time, is_corrupt in frames if take_corrupt or not is_corrupt]
+    indices = _checked(sample(len(times)), len(times), path)
+    wanted, found = set(indices.tolist()), {}
+    good = (frame for frame in _all_frames(path, []) if take_corrupt or not frame.is_corrupt)
+    for index, frame in enumerate(good):
+        if index in wanted:
+            found[index] = pictures.from_frame(frame)
+            if len(found) == len(wanted):
+                break
+    seconds = _seconds(times, path)[indices]
+    pictures_wanted = np.stack([found[index] for index in indices.tolist()])
+    return Decoded(pictures_wanted, indices, seconds, len(times), "; ".join(problems))
+
+
+def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
+    """All frames in presentation order, up to the first error; `problems` says what was wrong."""
+    with _opened(path) as (container, stream):
+        packets = good = 0
+        try:
+            for packet in container.demux(stream):
+                packets += bool(packet.size)
+                for frame in packet.decode():
+                    good += 1
+                    yield frame
+        except av.FFmpegError as error:
+            problems.append(f"damaged after {good} readable frames: {_words(error)}")
+        else:
+            if "mp4" in container.format.name and packets < stream.frames:
+                problems.append(f"the file ends early: it names {stream.frames} frames and holds {packets}")
+
+
+def _seconds(times: Sequence[float | None], path) -> np.ndarray:
+    """Seconds after the first frame; by the frame rate where a frame has no time stamp."""
+    if all(time is not None for time in times):
+        seconds = np.array(times, np.float64)
+        return (seconds - seconds[0]).astype(np.float32)
+    with _opened(path) as (_, stream):
+        rate = stream.average_rate or stream.guessed_rate or 25
+    return (np.arange(len(times)) / float(rate)).astype(np.float32)
+
+
+# -- decord --------------------------------------------------------------------------------------------------------
+
+
+def _decode_with_decord(path, sample: Sample, pictures: _Pictures, on_duration) -> Decoded:
+    decord = _import_decord()
+    try:
+        reader = decord.VideoReader(os.fspath(path), num_threads=1)
+        count = len(reader)
+        if on_duration is not None:
+            on_duration(float(reader.get_frame_timestamp(count - 1)[1]) if count else None)
+        indices = _checked(sample(count), count, path)
+        unique = np.unique(indices)
+        found = {int(index): pictures.from_array(reader[int(index)].asnumpy()) for index in unique}
+        times = np.asarray(reader.get_frame_timestamp(indices))[:, 0] - float(reader.get_frame_timestamp(0)[0])
+    except (decord.DECORDError, RuntimeError) as error:
+        raise VideoError(path, f"decord cannot read it: {_last_line(error)}") from None
+    return Decoded(np.stack([found[index] for index in indices.tolist()]), indices, times.astype(np.float32), count)
+
+
+def _import_decord():
+    try:
+        import decord
+    except ImportError:
+        raise VideoError("decord", "is not installed; it has wheels for x86-64 only, use --decoder pyav") from None
+    decord.logging.set_level(decord.logging.QUIET)
+    return decord
+
+
+# -- files and words -----------------------------------------------------------------------------------------------
+
+
+def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
+    """`sample`'s answer as int32 [T]; IndexError names an index that is not there."""
+    checked = np.asarray(indices)
+    if checked.ndim != 1 or checked.dtype.kind not in "iu" or not len(checked):
+        raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices [T]")
+    wrong = checked[(checked < 0) | (checked >= count)]
+    if len(wrong):
+        raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
+    return checked.astype(np.int32)
+
+
+def _check_file(path) -> None:
+    """Raise VideoError for what is no file with something in it."""
+    if os.path.isdir(path):
+        raise VideoError(path, "is a folder, not a video")
+    try:
+        with open(path, "rb") as file:
+            if not file.read(1):
+                raise VideoError(path, "the file is empty (0 bytes); the download failed?")
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise VideoError(path, f"is a link to {os.readlink(path)!r}, which does not exist") from None
+        raise VideoError(path, "does not exist") from None
+    except PermissionError:
+        raise VideoError(path, "cannot be read: permission denied") from None
+
+
+@contextmanager
+def _opened(path):
+    container, stream = _open(path)
+    with container:
+        yield container, stream
+
+
+def _open(path):
+    """The container and its best video stream, to be decoded in one thread; VideoError says why there is none."""
+    try:
+        container = av.open(os.fspath(path), metadata_errors="replace")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(path, _why_it_does_not_open(path, error)) from None
+    stream = container.streams.best("video")
+    if stream is None:
+        kinds = sorted({stream.type for stream in container.streams})
+        container.close()
+        raise VideoError(path, f"has no video stream ({', '.join(kinds) or 'nothing'} only)")
+    if stream.codec_context is None:
+        container.close()
+        raise VideoError(path, "is in a codec that this FFmpeg does not know")
+    stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a process of its own
+    return container, stream
+
+
+def _why_it_does_not_open(path, error: Exception) -> str:
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    start = head.lstrip()[:200].lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page (HTML), not a video; the download failed?"
+    if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
+        return "is text, not a video"
+    if head[4:8] == b"ftyp":
+        return f"is an MP4 without its index (moov atom), which is written last; cut short? ({_words(error)})"
+    return f"is no video that FFmpeg knows ({_words(error)})"
+
+
+def _words(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Stack")]
+    return lines[0].strip() if lines else type(error).__name__

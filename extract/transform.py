@@ -1,0 +1,197 @@
+"""What the backbone sees of a video: resizing, evaluation crops, augmented passes (numpy and Pillow, no torch).
+
+Runs in the decode children. A view is one crop, or one augmented pass, of all T sampled frames; view 0 is always the
+unflipped centre crop.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from extract.decode import decode
+from extract.sampling import segment_centres, segment_random
+
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+_CORNERS = ("tl", "tr", "bl", "br")
+# TSN's multi-scale corner crop: sides are these fractions of the short side, at most one scale apart.
+_SCALES = (1.0, 0.875, 0.75, 0.66)
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a backbone's weights were trained to see: short side `resize`, crop `size` (pixels), then mean and std."""
+
+    size: int
+    resize: int
+    interpolation: Literal["bilinear", "bicubic"]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 < self.size <= self.resize:
+            raise ValueError(f"a crop of {self.size} does not fit frames with a short side of {self.resize}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to prepare of each video: T frames in some crops, and augmented passes."""
+
+    frames: int
+    crops: int  # 1, 3 or 10
+    augment_passes: int
+    preprocessing: Preprocessing
+    seed: int
+    decoder: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What was really decoded: indices int32 [V, T], timestamps float32 [V, T] (s), and why it is partial, if it is."""
+
+    indices: np.ndarray = field(repr=False)
+    timestamps: np.ndarray = field(repr=False)
+    num_frames: int
+    problem: str
+
+
+def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
+    """Names of the views, in their order in the store.
+
+    10 crops: the centre and the four corners, each followed by its mirror image. 3 crops: the centre and both ends of
+    the long side (left and right; top and bottom of a portrait video).
+    """
+    names = {
+        1: ("center",),
+        3: ("center", "crop_left", "crop_right"),
+        10: ("center", "center_flip", *(f"crop_{corner}{flip}" for corner in _CORNERS for flip in ("", "_flip"))),
+    }
+    return names[crops] + tuple(f"augment_{number}" for number in range(augment_passes))
+
+
+def resize_short_side(frame: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """Resize uint8 [H, W, 3] so that its short side is `preprocessing.resize`, antialiased, as torchvision does."""
+    height, width = frame.shape[:2]
+    short, target = min(height, width), preprocessing.resize
+    if short == target:
+        return frame
+    long = int(target * max(height, width) / short)
+    size = (target, long) if width <= height else (long, target)
+    return _resized(frame, size, preprocessing)
+
+
+def crop_boxes(height: int, width: int, size: int, crops: int) -> list[tuple[Box, bool]]:
+    """The evaluation crops of a frame: (box, mirrored) in the order of `view_names`.
+
+    1 and 3 crops round the centre as torchvision does. 10 crops are TSN's: offsets 0, 2 and 4 steps of
+    (side - size) // 4.
+    """
+    if crops == 10:
+        down, across = (height - size) // 4, (width - size) // 4
+        places = [(2 * down, 2 * across), (0, 0), (0, 4 * across), (4 * down, 0), (4 * down, 4 * across)]
+        return [((top, left, size, size), flip) for top, left in places for flip in (False, True)]
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    boxes = [(top, left, size, size)]
+    if crops == 3:
+        ends = [(0, left), (height - size, left)] if height > width else [(top, 0), (top, width - size)]
+        boxes += [(*end, size, size) for end in ends]
+    return [(box, False) for box in boxes]
+
+
+def training_view(
+    height: int, width: int, preprocessing: Preprocessing, rng: np.random.Generator
+) -> Callable[[np.ndarray], np.ndarray]:
+    """A random crop and flip for all frames of a clip (TSN's training view): uint8 [H, W, 3] -> [size, size, 3].
+
+    Multi-scale corner crop: height and width are fractions of the short side, at most one scale apart, at one of 13
+    fixed places; resized to `size`; mirrored half of the time.
+    """
+    sides = [int(min(height, width) * scale) for scale in _SCALES]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    crop_height, crop_width = pairs[rng.integers(len(pairs))]
+    top, left = _corner_places(height - crop_height, width - crop_width)[rng.integers(13)]
+    flip = bool(rng.integers(2))
+    size = (preprocessing.size, preprocessing.size)
+
+    def view(frame: np.ndarray) -> np.ndarray:
+        picture = _resized(frame[top : top + crop_height, left : left + crop_width], size, preprocessing)
+        return picture[:, ::-1] if flip else picture
+
+    return view
+
+
+def _corner_places(down: int, across: int) -> list[tuple[int, int]]:
+    """TSN's 13 offsets (top, left): corners, edges' middles and the centre at 0, 2, 4 steps, and four at 1 and 3."""
+    step_down, step_across = down // 4, across // 4
+    grid = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [(i, j) for i in (1, 3) for j in (1, 3)]
+    return [(i * step_down, j * step_across) for i, j in grid]
+
+
+def augmentation_rng(seed: int, video_id: str, number: int) -> np.random.Generator:
+    """The random numbers of one augmented pass over one video: a function of these three, and of nothing else."""
+    digest = hashlib.sha256(f"{seed}\0{video_id}\0{number}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:16], "little"))
+
+
+def prepare(
+    path: str,
+    video_id: str,
+    plan: Plan,
+    out: np.ndarray,
+    on_duration: Callable[[float | None], None] | None = None,
+) -> Prepared:
+    """Decode a video once and write all its views into `out`: uint8 [V, T, size, size, 3].
+
+    Raises VideoError where not one frame can be read.
+    """
+    see = plan.preprocessing
+    expected = (len(view_names(plan.crops, plan.augment_passes)), plan.frames, see.size, see.size, 3)
+    if out.shape != expected or out.dtype != np.uint8:
+        raise ValueError(f"got {out.dtype} {out.shape} to write into, expected uint8 {expected}")
+    rngs = [augmentation_rng(plan.seed, video_id, number) for number in range(plan.augment_passes)]
+
+    def sample(num_frames: int) -> np.ndarray:
+        passes = [segment_random(num_frames, plan.frames, rng) for rng in rngs]
+        return np.concatenate([segment_centres(num_frames, plan.frames), *passes])
+
+    decoded = decode(
+        path,
+        sample,
+        resize=lambda frame: resize_short_side(frame, see),
+        decoder=plan.decoder,
+        on_duration=on_duration,
+    )
+    height, width = decoded.frames.shape[1:3]
+    boxes = crop_boxes(height, width, see.size, plan.crops)
+    for view, ((top, left, tall, wide), flip) in enumerate(boxes):
+        crops = decoded.frames[: plan.frames, top : top + tall, left : left + wide]
+        out[view] = crops[:, :, ::-1] if flip else crops
+    for number, rng in enumerate(rngs):
+        view_of = training_view(height, width, see, rng)
+        first = (1 + number) * plan.frames
+        for place, frame in enumerate(decoded.frames[first : first + plan.frames]):
+            out[len(boxes) + number, place] = view_of(frame)
+
+    def by_view(values: np.ndarray) -> np.ndarray:
+        passes = values.reshape(1 + plan.augment_passes, plan.frames)
+        return np.concatenate([np.repeat(passes[:1], len(boxes), axis=0), passes[1:]])
+
+    return Prepared(by_view(decoded.indices), by_view(decoded.timestamps), decoded.num_frames, decoded.problem)
+
+
+def decode_job(job: tuple[str, str, Plan], out: np.ndarray, on_duration: Callable[[float | None], None]) -> Prepared:
+    """`prepare` as a decode child calls it: job (path, id, plan), `out` a flat uint8 buffer of the right size."""
+    path, video_id, plan = job
+    size = plan.preprocessing.size
+    views = len(view_names(plan.crops, plan.augment_passes))
+    return prepare(path, video_id, plan, out.reshape(views, plan.frames, size, size, 3), on_duration)
+
+
+def _resized(frame: np.ndarray, size: tuple[int, int], preprocessing: Preprocessing) -> np.ndarray:
+    """Resize to (width, height) with the weights' own interpolation; Pillow antialiases where it shrinks."""
+    filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+    return np.asarray(Image.fromarray(frame).resize(size, filters[preprocessing.interpolation]))
