@@ -1,0 +1,154 @@
+"""How good scores are: top-k errors, mean-class accuracy, the challenge's figure, and how sure one can be of them.
+
+Scores are [N, C], labels [N] an index in C. The rule for ties: of classes with equal scores the lower index ranks
+first, which is also the order a submission lists them in. A row that holds a NaN (a video that failed) is wrong in
+every metric. numpy only.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+RESAMPLES = 2000
+_ROWS_AT_ONCE = 4096  # keeps the comparisons of 70,000 x 700 scores in cache
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and its 95 % bootstrap interval over videos."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        """`61.83 [61.3, 62.4]`, in percent."""
+        return f"{100 * self.value:.2f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What one set of scores is worth; all as fractions of the videos that count, failed ones as errors."""
+
+    top1: Interval
+    top5: Interval
+    mean_class: Interval
+    average_error: Interval  # the challenge's figure: the mean of top-1 and top-5 error
+    scored: int  # videos with scores
+    listed: int  # videos with a label, scored or failed
+    top1_of_scored: float  # the same where failed videos are left out
+
+    @staticmethod
+    def header() -> str:
+        return f"{'top-1 %':>20} {'top-5 %':>20} {'mean class %':>20} {'average error %':>20}  scored / listed"
+
+    def __str__(self) -> str:
+        """One line under `header`."""
+        cells = " ".join(f"{format(getattr(self, f.name)):>20}" for f in fields(self)[:4])
+        of_scored = f", top-1 of the scored {100 * self.top1_of_scored:.2f}" if self.scored < self.listed else ""
+        return f"{cells}  {self.scored:,} / {self.listed:,}{of_scored}"
+
+
+def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The place of the true label in each row, 0 the best: int64 [N]; C (behind all) for a row that holds a NaN.
+
+    Raises ValueError where labels are no index in C, naming the first.
+    """
+    scores, labels = np.asarray(scores), np.asarray(labels)
+    if scores.ndim != 2 or labels.shape != scores.shape[:1]:
+        raise ValueError(f"got scores {scores.shape} and labels {labels.shape}, expected [N, C] and [N]")
+    classes = scores.shape[1]
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"label {labels[row]} of row {row} is no index of {classes} classes")
+    places = np.empty(len(labels), np.int64)
+    for start in range(0, len(labels), _ROWS_AT_ONCE):
+        part, truth = scores[start : start + _ROWS_AT_ONCE], labels[start : start + _ROWS_AT_ONCE, None]
+        own = np.take_along_axis(part, truth, axis=1)
+        before = (part > own) | ((part == own) & (np.arange(classes) < truth))
+        place = before.sum(axis=1)
+        place[np.isnan(part).any(axis=1)] = classes
+        places[start : start + _ROWS_AT_ONCE] = place
+    return places
+
+
+def top_k_error(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
+    """1 - the fraction of rows with the true label among the k highest scores. Nothing to score is a ValueError."""
+    return float((_some(ranks(scores, labels)) >= _in_top(k, scores)).mean())
+
+
+def challenge_error(scores: np.ndarray, labels: np.ndarray) -> float:
+    """The average of top-1 and top-5 error, by which the challenge ranks (FACTS 7)."""
+    return float(challenge_errors(scores, labels).mean())
+
+
+def challenge_errors(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Each video's share of the challenge error: float [N] of 0 (first), 0.5 (in the top 5) or 1."""
+    places = _some(ranks(scores, labels))
+    return ((places >= 1) + (places >= _in_top(5, scores)).astype(float)) / 2
+
+
+def mean_class_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Top-1 accuracy averaged over the classes that have a video."""
+    return _mean_class(_some(ranks(scores, labels)) == 0, np.asarray(labels))
+
+
+def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of `values` [N] with its 95 % percentile interval under resampling of videos."""
+    means = np.array([values[rows].mean() for rows in _resampled(len(values), resamples, seed)])
+    return Interval(float(np.mean(values)), *np.percentile(means, [2.5, 97.5]).tolist())
+
+
+def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
+    """The mean of `ours - theirs` [N], both measured on the same videos, with its 95 % interval."""
+    if ours.shape != theirs.shape:
+        raise ValueError(f"paired values must be of the same videos, got {ours.shape} and {theirs.shape}")
+    return bootstrap(ours.astype(float) - theirs.astype(float), resamples=resamples, seed=seed)
+
+
+def summarise(scores: np.ndarray, labels: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Summary:
+    """All metrics of the rows that have a label (others, -1, are left out), with intervals."""
+    labelled = np.asarray(labels) >= 0
+    if not labelled.any():
+        raise ValueError("no video has a label; there is nothing to score")
+    scores, labels = np.asarray(scores)[labelled], np.asarray(labels)[labelled]
+    places = ranks(scores, labels)
+    first, in_five = places == 0, places < _in_top(5, scores)
+    scored = ~np.isnan(scores).any(axis=1)
+    per_class = [_mean_class(first[rows], labels[rows]) for rows in _resampled(len(labels), resamples, seed)]
+    mean_class = Interval(_mean_class(first, labels), *np.percentile(per_class, [2.5, 97.5]).tolist())
+    return Summary(
+        top1=bootstrap(first, resamples=resamples, seed=seed),
+        top5=bootstrap(in_five, resamples=resamples, seed=seed),
+        mean_class=mean_class,
+        average_error=bootstrap(1 - (first + in_five.astype(float)) / 2, resamples=resamples, seed=seed),
+        scored=int(scored.sum()),
+        listed=len(labels),
+        top1_of_scored=float(first[scored].mean()) if scored.any() else 0.0,
+    )
+
+
+def _in_top(k: int, scores: np.ndarray) -> int:
+    """With fewer than k classes every label is in the top k; a row with a NaN, ranked C, stays wrong."""
+    if k < 1:
+        raise ValueError(f"k is {k}; the top k are at least 1")
+    return min(k, np.asarray(scores).shape[1])
+
+
+def _some(places: np.ndarray) -> np.ndarray:
+    if not len(places):
+        raise ValueError("there is no video to score")
+    return places
+
+
+def _mean_class(correct: np.ndarray, labels: np.ndarray) -> float:
+    counts = np.bincount(labels)
+    present = counts > 0
+    return float((np.bincount(labels, correct)[present] / counts[present]).mean())
+
+
+def _resampled(count: int, resamples: int, seed: int):
+    rng = np.random.default_rng(seed)
+    for _ in range(resamples):
+        yield rng.integers(0, count, count)

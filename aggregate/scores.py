@@ -1,0 +1,151 @@
+"""Scores of videos and the file they travel in (HDF5): what `aggregate` writes and `ensemble` reads.
+
+    ids      [N] str        classes  [C] str        labels  [N] int32, -1 unknown
+    logits/3, logits/25 ... [N, C] float32, averaged over crops; a video that failed is a row of NaN
+    crops/3, crops/25 ...   [N, crops, C] float32, where there were several
+    attributes: schema; source, a JSON record of model, checkpoint, store and split
+
+numpy, and h5py where a file is touched; no torch.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from extract.cli import InputError
+
+SCHEMA = "hgnl-scores/1"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
+
+    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is the mean of.
+    Raises InputError for shapes that do not fit, a doubled id or class, a label that is no class, and a row that holds
+    NaN or infinity without being NaN throughout (which is a video that failed).
+    """
+
+    ids: Sequence[str]
+    classes: Sequence[str]
+    logits: np.ndarray = field(repr=False)
+    labels: np.ndarray | None = field(default=None, repr=False)
+    source: dict[str, Any] = field(default_factory=dict)
+    segments: int = 1
+    crops: np.ndarray | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ids", [str(name) for name in self.ids])
+        object.__setattr__(self, "classes", [str(name) for name in self.classes])
+        object.__setattr__(self, "logits", np.asarray(self.logits, np.float32))
+        expected = (len(self.ids), len(self.classes))
+        if self.logits.shape != expected:
+            raise InputError(f"logits are {list(self.logits.shape)} for {expected[0]} ids and {expected[1]} classes")
+        for what, names in (("id", self.ids), ("class", self.classes)):
+            twice = (
+                [name for name, times in Counter(names).items() if times > 1] if len(set(names)) < len(names) else []
+            )
+            if twice:
+                raise InputError(f"{what} {twice[0]!r} stands {names.count(twice[0])} times; each must be there once")
+        finite = np.isfinite(self.logits)
+        partly = ~finite.all(axis=1) & ~np.isnan(self.logits).all(axis=1)
+        if partly.any():
+            row = int(partly.argmax())
+            place = int((~finite[row]).argmax())
+            raise InputError(
+                f"{self.ids[row]} (row {row}) has {self.logits[row, place]} for class {self.classes[place]!r}; "
+                "scores are finite, or NaN throughout for a video that failed"
+            )
+        if self.labels is not None:
+            labels = np.asarray(self.labels)
+            if labels.shape != (len(self.ids),):
+                raise InputError(f"labels are {list(labels.shape)} for {len(self.ids)} ids")
+            wrong = (labels < -1) | (labels >= len(self.classes))
+            if wrong.any():
+                row = int(wrong.argmax())
+                raise InputError(
+                    f"{self.ids[row]} (row {row}) has label {labels[row]}; there are {expected[1]} classes"
+                )
+            object.__setattr__(self, "labels", labels.astype(np.int32))
+        if self.crops is not None and (self.crops.ndim != 3 or self.crops.shape[::2] != expected):
+            raise InputError(f"crops are {list(self.crops.shape)}, expected [{expected[0]}, crops, {expected[1]}]")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def failed(self) -> np.ndarray:
+        """Videos without scores: bool [N]."""
+        return np.isnan(self.logits).any(axis=1)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a scores file with these logits; it appears whole or not at all."""
+        save_scores(path, [self])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], segments: int | None = None) -> "Scores":
+        """Read a scores file: the logits of `segments`, by default the largest number there is.
+
+        Raises InputError naming the file, and what is wrong with it.
+        """
+        import h5py
+
+        if not Path(path).is_file():
+            raise InputError(
+                f"{path} is no scores file: there is no such file; `python -m aggregate.evaluate --out` makes one"
+            )
+        try:
+            file = h5py.File(path)
+        except OSError as error:
+            raise InputError(f"{path} is no scores file: {error}") from None
+        with file:
+            if file.attrs.get("schema") != SCHEMA or not {"ids", "classes", "logits"} <= file.keys():
+                raise InputError(f"{path} is no scores file: schema {file.attrs.get('schema')!r}, expected {SCHEMA!r}")
+            known = sorted(int(name) for name in file["logits"])
+            if not known:
+                raise InputError(f"{path} holds no logits")
+            segments = known[-1] if segments is None else segments
+            if segments not in known:
+                raise InputError(f"{path} has no scores of {segments} segments; it has {', '.join(map(str, known))}")
+            crops = file.get(f"crops/{segments}")
+            try:
+                return cls(
+                    ids=file["ids"].asstr()[:].tolist(),
+                    classes=file["classes"].asstr()[:].tolist(),
+                    logits=file[f"logits/{segments}"][:],
+                    labels=file["labels"][:] if "labels" in file else None,
+                    source=json.loads(file.attrs.get("source", "{}")),
+                    segments=segments,
+                    crops=None if crops is None else crops[:],
+                )
+            except InputError as error:
+                raise InputError(f"{path}: {error}") from None
+
+
+def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None:
+    """Write one file of the same videos seen with several numbers of segments."""
+    import h5py
+
+    first = several[0]
+    if any((one.ids, one.classes) != (first.ids, first.classes) for one in several):
+        raise ValueError("one scores file holds the same videos and classes for every number of segments")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{os.fspath(path)}.partial")
+    with h5py.File(partial, "w") as file:
+        text = h5py.string_dtype()
+        file.attrs.update(schema=SCHEMA, source=json.dumps(first.source))
+        file.create_dataset("ids", data=np.array(first.ids, object), dtype=text)
+        file.create_dataset("classes", data=np.array(first.classes, object), dtype=text)
+        if first.labels is not None:
+            file.create_dataset("labels", data=first.labels)
+        for one in several:
+            file.create_dataset(f"logits/{one.segments}", data=one.logits)
+            if one.crops is not None:
+                file.create_dataset(f"crops/{one.segments}", data=np.asarray(one.crops, np.float32))
+    os.replace(partial, path)

@@ -1,0 +1,88 @@
+"""The scores file: what goes in comes out, and what is wrong with a file is said with its name."""
+
+import h5py
+import numpy as np
+import pytest
+
+from aggregate.scores import Scores, save_scores
+from extract.cli import InputError
+
+
+def some(segments=3, **changes) -> Scores:
+    rng = np.random.default_rng(segments)
+    logits = rng.normal(size=(4, 3)).astype(np.float32)
+    logits[2] = np.nan
+    fields = {
+        "ids": ["val/a b/x.mp4", "val/a b/ü.mp4", "val/c/z.mp4", "q"],
+        "classes": ["a b", "c", "d'e"],
+        "logits": logits,
+        "labels": np.array([0, 0, 1, -1]),
+        "source": {"model": "hgnl", "options": {"g1": 16}},
+        "segments": segments,
+        "crops": np.stack([logits, logits], axis=1),
+    }
+    return Scores(**(fields | changes))
+
+
+def test_what_goes_in_comes_out(tmp_path):
+    save_scores(tmp_path / "s.h5", [some(3), some(25)])
+    for segments, expected in ((None, some(25)), (3, some(3)), (25, some(25))):
+        got = Scores.load(tmp_path / "s.h5", segments)
+        assert (got.ids, got.classes, got.source) == (expected.ids, expected.classes, expected.source)
+        assert got.segments == expected.segments
+        np.testing.assert_array_equal(got.logits, expected.logits)
+        np.testing.assert_array_equal(got.labels, expected.labels)
+        np.testing.assert_array_equal(got.crops, expected.crops)
+    assert got.failed.tolist() == [False, False, True, False]
+
+
+def test_scores_without_labels(tmp_path):
+    some(labels=None, crops=None).save(tmp_path / "s.h5")
+    got = Scores.load(tmp_path / "s.h5")
+    assert got.labels is None
+    assert got.crops is None
+
+
+def test_the_file_is_plain_hdf5(tmp_path):
+    some(25).save(tmp_path / "s.h5")
+    with h5py.File(tmp_path / "s.h5") as file:
+        assert file["logits/25"].shape == (4, 3)
+        assert file["ids"].asstr()[1] == "val/a b/ü.mp4"
+    assert [path.name for path in tmp_path.iterdir()] == ["s.h5"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ids": ["a", "b", "a", "c"]}, "id 'a' stands 2 times"),
+        ({"classes": ["a", "b", "a"]}, "class 'a' stands 2 times"),
+        ({"logits": np.zeros((4, 2))}, r"logits are \[4, 2\]"),
+        ({"labels": np.array([0, 3, 0, 0])}, "has label 3"),
+        ({"labels": np.array([0])}, "labels are"),
+        ({"crops": np.zeros((4, 3, 2))}, "crops are"),
+        ({"logits": np.array([[0, 1, 2], [0, np.nan, 1], [0, 0, 0], [0, 0, 0]])}, r"row 1\) has nan for class 'c'"),
+        ({"logits": np.array([[0, 1, 2], [0, 1, 1], [np.inf, 0, 0], [0, 0, 0]])}, r"row 2\) has inf for class 'a b'"),
+    ],
+)
+def test_scores_that_do_not_fit_are_refused_with_the_first_offender(changes, message):
+    with pytest.raises(InputError, match=message):
+        some(**changes)
+
+
+def test_files_that_are_no_scores_are_named(tmp_path):
+    with pytest.raises(InputError, match="there is no such file"):
+        Scores.load(tmp_path / "none.h5")
+    (tmp_path / "text.h5").write_text("hello")
+    with pytest.raises(InputError, match=r"text\.h5 is no scores file"):
+        Scores.load(tmp_path / "text.h5")
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["x"] = 1
+    with pytest.raises(InputError, match="schema None"):
+        Scores.load(tmp_path / "other.h5")
+    some(3).save(tmp_path / "s.h5")
+    with pytest.raises(InputError, match="no scores of 25 segments; it has 3"):
+        Scores.load(tmp_path / "s.h5", 25)
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        file["logits/3"][1, 1] = np.inf
+    with pytest.raises(InputError, match=r"s\.h5: val/a b/ü\.mp4 \(row 1\) has inf"):
+        Scores.load(tmp_path / "s.h5")
