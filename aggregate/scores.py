@@ -28,8 +28,8 @@ class Scores:
     """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
 
     `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is the mean of.
-    Raises InputError for shapes that do not fit, a doubled id or class, a label that is no class, and a row that holds
-    NaN or infinity without being NaN throughout (which is a video that failed).
+    Raises InputError for shapes that do not fit, no video or no class, a doubled id or class, a label that is no
+    class, and a row that holds NaN or infinity without being NaN throughout (which is a video that failed).
     """
 
     ids: Sequence[str]
@@ -47,6 +47,8 @@ class Scores:
         expected = (len(self.ids), len(self.classes))
         if self.logits.shape != expected:
             raise InputError(f"logits are {list(self.logits.shape)} for {expected[0]} ids and {expected[1]} classes")
+        if not all(expected):
+            raise InputError(f"there are {expected[0]} videos and {expected[1]} classes; scores are of some of both")
         for what, names in (("id", self.ids), ("class", self.classes)):
             twice = (
                 [name for name, times in Counter(names).items() if times > 1] if len(set(names)) < len(names) else []

@@ -57,6 +57,8 @@ def test_the_file_is_plain_hdf5(tmp_path):
         ({"ids": ["a", "b", "a", "c"]}, "id 'a' stands 2 times"),
         ({"classes": ["a", "b", "a"]}, "class 'a' stands 2 times"),
         ({"logits": np.zeros((4, 2))}, r"logits are \[4, 2\]"),
+        ({"ids": [], "logits": np.zeros((0, 3))}, "there are 0 videos and 3 classes"),
+        ({"classes": [], "logits": np.zeros((4, 0))}, "there are 4 videos and 0 classes"),
         ({"labels": np.array([0, 3, 0, 0])}, "has label 3"),
         ({"labels": np.array([0])}, "labels are"),
         ({"crops": np.zeros((4, 3, 2))}, "crops are"),
