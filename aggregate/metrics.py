@@ -5,6 +5,7 @@ first, which is also the order a submission lists them in. A row that holds a Na
 every metric. numpy only.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -91,12 +92,14 @@ def challenge_errors(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def mean_class_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
     """Top-1 accuracy averaged over the classes that have a video."""
-    return _mean_class(_some(ranks(scores, labels)) == 0, np.asarray(labels))
+    first, labels = _some(ranks(scores, labels)) == 0, np.asarray(labels)
+    return _mean_class(np.stack([np.bincount(labels, first), np.bincount(labels, ~first)], axis=1))
 
 
 def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of `values` [N] with its 95 % percentile interval under resampling of videos."""
-    means = np.array([values[rows].mean() for rows in _resampled(len(values), resamples, seed)])
+    distinct, counts = np.unique(values, return_counts=True)
+    means = [drawn @ distinct / len(values) for drawn in _resampled(counts, resamples, seed)]
     return Interval(float(np.mean(values)), *np.percentile(means, [2.5, 97.5]).tolist())
 
 
@@ -113,15 +116,23 @@ def summarise(scores: np.ndarray, labels: np.ndarray, *, resamples: int = RESAMP
     if not labelled.any():
         raise ValueError("no video has a label; there is nothing to score")
     scores, labels = np.asarray(scores)[labelled], np.asarray(labels)[labelled]
-    places = ranks(scores, labels)
-    first, in_five = places == 0, places < _in_top(5, scores)
-    scored = ~np.isnan(scores).any(axis=1)
-    per_class = [_mean_class(first[rows], labels[rows]) for rows in _resampled(len(labels), resamples, seed)]
-    mean_class = Interval(_mean_class(first, labels), *np.percentile(per_class, [2.5, 97.5]).tolist())
+    return summarise_places(ranks(scores, labels), labels, scores.shape[1], resamples=resamples, seed=seed)
+
+
+def summarise_places(
+    places: np.ndarray, labels: np.ndarray, classes: int, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Summary:
+    """`summarise` of what `ranks` gives: places int [N], `classes` for a video that failed."""
+    first, in_five = _some(places) == 0, places < min(5, classes)
+    scored = places < classes
+    right = np.bincount(labels, first, minlength=classes).astype(int)
+    wrong = np.bincount(labels, ~first, minlength=classes).astype(int)
+    outcomes = np.stack([right, wrong], axis=1)[right + wrong > 0]
+    per_class = [_mean_class(drawn.reshape(-1, 2)) for drawn in _resampled(outcomes.ravel(), resamples, seed)]
     return Summary(
         top1=bootstrap(first, resamples=resamples, seed=seed),
         top5=bootstrap(in_five, resamples=resamples, seed=seed),
-        mean_class=mean_class,
+        mean_class=Interval(_mean_class(outcomes), *np.percentile(per_class, [2.5, 97.5]).tolist()),
         average_error=bootstrap(1 - (first + in_five.astype(float)) / 2, resamples=resamples, seed=seed),
         scored=int(scored.sum()),
         listed=len(labels),
@@ -142,13 +153,18 @@ def _some(places: np.ndarray) -> np.ndarray:
     return places
 
 
-def _mean_class(correct: np.ndarray, labels: np.ndarray) -> float:
-    counts = np.bincount(labels)
-    present = counts > 0
-    return float((np.bincount(labels, correct)[present] / counts[present]).mean())
+def _mean_class(outcomes: np.ndarray) -> float:
+    """Of [classes, 2] counts of right and wrong; classes without a video are left out."""
+    counts = outcomes.sum(axis=1)
+    return float((outcomes[:, 0] / np.maximum(counts, 1)).sum() / np.count_nonzero(counts))
 
 
-def _resampled(count: int, resamples: int, seed: int):
+def _resampled(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of the distinct outcomes, there `counts` times, is drawn when all videos are drawn anew.
+
+    The same as drawing the videos one by one, and at 70,000 of them many times faster.
+    """
     rng = np.random.default_rng(seed)
+    total = int(counts.sum())
     for _ in range(resamples):
-        yield rng.integers(0, count, count)
+        yield rng.multinomial(total, counts / total)

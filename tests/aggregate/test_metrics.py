@@ -106,3 +106,18 @@ def test_a_summary_counts_failed_videos_as_errors_and_leaves_out_unlabelled_ones
     assert summary.mean_class.value == pytest.approx(0.75)
     assert summary.top1_of_scored == 1
     assert "3 / 4, top-1 of the scored 100.00" in str(summary)
+
+
+def test_intervals_are_those_of_drawing_videos_one_by_one():
+    rng = np.random.default_rng(3)
+    labels = rng.integers(0, 4, 300)
+    scores = rng.normal(size=(300, 7)) + 2 * np.eye(7)[labels] * (labels[:, None] > 0)
+    summary = metrics.summarise(scores, labels)
+    first = np.argmax(scores, axis=1) == labels
+    top1, mean_class = [], []
+    for _ in range(2000):
+        rows = rng.integers(0, 300, 300)
+        top1.append(first[rows].mean())
+        mean_class.append(np.mean([first[rows][labels[rows] == label].mean() for label in range(4)]))
+    for got, drawn in ((summary.top1, top1), (summary.mean_class, mean_class)):
+        np.testing.assert_allclose((got.low, got.high), np.percentile(drawn, [2.5, 97.5]), atol=0.01)
