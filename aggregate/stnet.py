@@ -1,10 +1,214 @@
-"""The Temporal Xception Block (TXB) of StNet (He et al. 2018, arXiv 1811.01549), which also runs on cached features."""
+"""StNet (He et al. 2018, arXiv 1811.01549), and its Temporal Xception Block, which also runs on cached features.
 
+frames [batch, T, N, 3, H, W]: each of T segments gives N frames, stacked into a super-image of 3 N channels
+
+super-images -> stem -> Res2 -> Res3 -> temporal block -> Res4 -> temporal block -> Res5 -> global average pool
+                (timm: layer1)  layer2                   layer3                    layer4        |
+                                                 logits <- linear <- max over time <- TXB <- [batch, T, dim]
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from aggregate.pooling import blank_masked
 from extract.cli import InputError
+
+FORMS = ("released", "paper")
+
+
+class TemporalBlock(nn.Module):
+    """A convolution over time between two stages of the trunk, at every place of the map by itself.
+
+    form "released": x + BN(ReLU(conv(x))) as in the released code. It starts with gamma 0, so it is the identity, bit
+        for bit and in training too, and a pretrained trunk is kept.
+    form "paper": ReLU(BN(conv(x))) with the convolution as the identity. Batch norm undoes that in training, so it is
+        to be calibrated on data first (`StNet.calibrate`).
+    """
+
+    def __init__(self, channels: int, *, form: Literal["released", "paper"] = "released") -> None:
+        super().__init__()
+        self.form = form
+        # The 3 x 1 x 1 convolution of the paper, over [time, height * width]: the same weights, but up to twice as fast
+        # on a CPU, and a model with weights of five dimensions could not be made channels-last.
+        self.conv = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0))
+        self.norm = nn.BatchNorm2d(channels)
+        if form == "released":
+            nn.init.zeros_(self.norm.weight)
+        else:
+            nn.init.dirac_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+
+    def forward(
+        self, x: Float[Tensor, "images channels height width"], time: int
+    ) -> Float[Tensor, "images channels height width"]:
+        """The `time` maps of a video follow each other in `images`."""
+        videos = x.unflatten(0, (-1, time)).transpose(1, 2).flatten(3)  # a view where x is channels-last, and so itself
+        out = self.conv(videos)
+        out = self.norm(out).relu() if self.form == "paper" else self.norm(out.relu())
+        out = out.unflatten(3, x.shape[2:]).transpose(1, 2).flatten(0, 1)
+        return out if self.form == "paper" else x + out
+
+
+class StNet(nn.Module):
+    """StNet on a timm trunk with the four stages layer1 .. layer4 of a ResNet.
+
+    `backbone` becomes a part of this model: its classifier is taken off, and for `frames_per_segment` N > 1 its first
+    convolution is widened to 3 N channels with weights w.repeat(1, N, 1, 1) / N, which sees N equal frames as it saw
+    one. T may be another in the test than in training: all that runs over time is a convolution or a maximum.
+    `form`: see TemporalBlock. The children `aggregator` and `classifier` are named as in a VideoClassifier, so those of
+    a "txb" trained on cached features fit in (`aggregate.models.carry_over`).
+
+    Raises InputError for a trunk without those stages, or one that does not take RGB, and for unfit numbers.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        frames_per_segment: int = 1,
+        *,
+        form: Literal["released", "paper"] = "released",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1 or frames_per_segment < 1:
+            raise InputError(
+                f"num_classes {num_classes} and frames_per_segment {frames_per_segment} must both be at least 1"
+            )
+        if form not in FORMS:
+            raise InputError(f"form {form!r} is not known; known are {', '.join(FORMS)}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout is {dropout}; it is the fraction of features set to 0, from 0 to below 1")
+        _check_trunk(backbone)
+        _widen(backbone, frames_per_segment)
+        backbone.reset_classifier(0, "avg")  # type: ignore[operator]
+        channels = {stage["module"]: stage["num_chs"] for stage in backbone.feature_info}  # type: ignore[union-attr]
+        self.frames_per_segment = frames_per_segment
+        self.backbone = backbone
+        self.after_res3 = TemporalBlock(channels["layer2"], form=form)
+        self.after_res4 = TemporalBlock(channels["layer3"], form=form)
+        self.aggregator = TemporalXception(channels["layer4"])
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(self.aggregator.out_dim, num_classes)
+
+    def maps(
+        self, frames: Float[Tensor, "batch time frames 3 height width"]
+    ) -> Float[Tensor, "images channels rows columns"]:
+        """The maps after Res5, temporal blocks included; `images` = batch x time.
+
+        Raises ValueError for frames of another shape.
+        """
+        N = self.frames_per_segment
+        if frames.ndim != 6 or tuple(frames.shape[2:4]) != (N, 3):
+            raise ValueError(f"got frames {list(frames.shape)}; this model takes [batch, time, {N}, 3, height, width]")
+        time, x = frames.shape[1], frames.flatten(0, 1).flatten(1, 2)
+        for name, child in self.backbone.named_children():
+            x = child(x)
+            if name == "layer2":
+                x = self.after_res3(x, time)
+            elif name == "layer3":
+                x = self.after_res4(x, time)
+            elif name == "layer4":
+                break
+        return x
+
+    def features(self, frames: Float[Tensor, "batch time frames 3 height width"]) -> Float[Tensor, "batch out_dim"]:
+        """One vector a video: what the classifier sees."""
+        pooled = self.backbone.global_pool(self.maps(frames)).unflatten(0, frames.shape[:2])  # type: ignore[operator]
+        # Not in half precision, even under autocast: see VideoClassifier.features.
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.aggregator(pooled.to(self.classifier.weight.dtype))
+
+    def forward(self, frames: Float[Tensor, "batch time frames 3 height width"]) -> Float[Tensor, "batch classes"]:
+        return self.classifier(self.dropout(self.features(frames)))
+
+    def calibrate(self, batches: Iterable[Float[Tensor, "batch time frames 3 height width"]]) -> None:
+        """Form "paper", before training: set the blocks' batch norms so that the maps of `batches` pass unchanged.
+
+        Over all the batches together, running statistics become those of the maps, gamma their deviation and beta their
+        mean: an identity in evaluation up to rounding, in training up to how far a batch is from the whole. The trunk
+        is seen in evaluation mode; modes are as before afterwards. Raises ValueError for the form "released", whose
+        blocks need none of this, and for no batches.
+        """
+        blocks = (self.after_res3, self.after_res4)
+        if blocks[0].form != "paper":
+            raise ValueError(f"form {blocks[0].form!r} starts as the identity; only 'paper' is calibrated")
+        seen = {block.conv: _ChannelStatistics() for block in blocks}
+        hooks = [conv.register_forward_hook(statistics.add) for conv, statistics in seen.items()]
+        # A block passes its input on meanwhile, so that the second sees what it will see when the first is calibrated.
+        hooks += [block.register_forward_hook(lambda _block, inputs, _out: inputs[0]) for block in blocks]
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        try:
+            with torch.no_grad():
+                for frames in batches:
+                    self.maps(frames)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module, training in modes:
+                module.training = training
+        for block in blocks:
+            seen[block.conv].into(block.norm)
+
+
+class _ChannelStatistics:
+    """Mean and variance of each channel of all the maps [batch, channels, ...] that came by, summed in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sum: Tensor | float = 0.0
+        self.squares: Tensor | float = 0.0
+
+    def add(self, _module: nn.Module, _inputs: tuple[Tensor, ...], maps: Tensor) -> None:
+        """A forward hook."""
+        var, mean = (each.cpu().double() for each in torch.var_mean(maps.float(), (0, 2, 3), correction=0))
+        count = maps.numel() // maps.shape[1]
+        self.count += count
+        self.sum = self.sum + count * mean
+        self.squares = self.squares + count * (var + mean.square())
+
+    @torch.no_grad()
+    def into(self, norm: nn.BatchNorm2d) -> None:
+        if not self.count:
+            raise ValueError("got no batches to calibrate on; give at least one")
+        mean = torch.as_tensor(self.sum / self.count)
+        var = (torch.as_tensor(self.squares / self.count) - mean.square()).clamp(min=0)
+        assert norm.running_mean is not None  # a batch norm of ours keeps statistics
+        assert norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.weight.copy_((var + norm.eps).sqrt())
+        norm.bias.copy_(mean)
+
+
+def _check_trunk(backbone: nn.Module) -> None:
+    """Raises InputError unless the children of `backbone` are a stem, layer1 .. layer4, a pool and a classifier."""
+    children = [name for name, _ in backbone.named_children()]
+    stages = ["layer1", "layer2", "layer3", "layer4"]
+    first = children.index("layer1") if "layer1" in children else 0
+    if children[first : first + 5] != [*stages, "global_pool"] or not hasattr(backbone, "feature_info"):
+        raise InputError(
+            f"StNet needs a timm trunk with the four stages layer1 .. layer4 (resnet50, seresnext101_32x4d, "
+            f"legacy_seresnext101_32x4d ...); {type(backbone).__name__} consists of {', '.join(children) or 'nothing'}"
+        )
+
+
+def _widen(backbone: nn.Module, frames: int) -> None:
+    """Make the first convolution take super-images of `frames` frames, each with its weights / `frames`."""
+    conv = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    if conv.in_channels != 3:
+        raise InputError(
+            f"the trunk's first convolution takes {conv.in_channels} channels; give a trunk for RGB (in_chans=3), "
+            f"StNet widens it for {frames} frames a segment itself"
+        )
+    if frames > 1:
+        conv.in_channels = 3 * frames
+        conv.weight = nn.Parameter(conv.weight.detach().repeat(1, frames, 1, 1) / frames)
 
 
 class TemporalXception(nn.Module):

@@ -3,8 +3,57 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
+
+from extract.store import FAILED, FeatureStore, Rows
+
 
 def store_digest(path: Path) -> dict[str, str]:
     """SHA-256 of every file of a store: two stores are byte-identical where these are equal."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file())
     return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def classes_store(
+    path: Path,
+    *,
+    videos: int = 60,
+    dim: int = 16,
+    frames: int = 6,
+    classes: int = 3,
+    splits: bool = True,
+    seed: int = 0,
+) -> FeatureStore:
+    """A finished store whose classes can be learned: a direction a class, noise on every frame, some short videos.
+
+    Every third video is of the split `val` (with `splits`), every group holds five videos.
+    """
+    rng = np.random.default_rng(0)
+    labels = np.arange(videos) % classes
+    features = np.eye(classes, dim)[labels][:, None] * 3 + rng.normal(size=(videos, frames, dim)) * 0.5
+    return FeatureStore.from_arrays(
+        path,
+        features.astype(np.float32),
+        lengths=np.where(np.arange(videos) % 7 == 0, 2, frames),
+        labels=labels,
+        classes=[f"class {number}" for number in range(classes)],
+        ids=[f"v/{row:04d}.mp4" for row in range(videos)],
+        splits=[("val" if row // classes % 3 == 2 else "train") if splits else "" for row in range(videos)],
+        groups=[f"g{row // 5}" for row in range(videos)],
+    )
+
+
+def fail_rows(path: Path, rows: list[int]) -> None:
+    """Make videos of a finished store failed ones."""
+    store = FeatureStore.open(path, writable=True)
+    count, shape = len(rows), (len(rows), store.num_views, store.frames_per_video)
+    store.commit(
+        Rows(
+            rows=np.array(rows),
+            status=np.full(count, FAILED, "i1"),
+            errors=["a test made it fail"] * count,
+            num_frames=np.zeros(count, "<i4"),
+            frame_indices=np.full(shape, -1, "<i4"),
+            timestamps=np.full(shape, np.nan, "<f4"),
+        )
+    )

@@ -1,0 +1,90 @@
+"""Checkpoints: what a trained classifier needs to be built again, and to be used on the right features only.
+
+A torch file of plain values: format, version, state_dict, options (of `aggregate.models.build`), classes, features (the
+provenance of the store it was trained on), frames (segments in training), metrics; `training` in `last.pt`, to resume.
+A model trained end to end also has `backbone`, and its tensors below `backbone.`.
+"""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aggregate.models import VideoClassifier, build
+from extract.cli import InputError
+
+FORMAT, VERSION = "hgnl-checkpoint", 1
+# Of a store's provenance, what a model depends on; decoder, views and versions may differ.
+_DEPENDS_ON = ("backbone", "weights", "preprocessing")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained model as plain values; `model()` builds it."""
+
+    options: dict[str, Any]
+    classes: list[str]
+    state_dict: dict[str, Tensor] = field(repr=False)
+    features: dict[str, Any]
+    frames: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    backbone: dict[str, Any] | None = None
+    training: dict[str, Any] | None = field(default=None, repr=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it; the file appears whole or not at all."""
+        partial = f"{os.fspath(path)}.partial"
+        torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, partial)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Checkpoint":
+        """Read one, never unpickling anything but tensors and plain values. Raises InputError naming the file."""
+        if not Path(path).is_file():
+            raise InputError(f"there is no checkpoint {path}; `python -m aggregate.train` makes one (best.pt)")
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises half a dozen types for a damaged, foreign or unsafe file
+            raise InputError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise InputError(f"{path} is no checkpoint of aggregate.train or aggregate.finetune")
+        if content["version"] != VERSION:
+            raise InputError(f"{path} has version {content['version']}; this program reads {VERSION}")
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+
+    def model(self) -> VideoClassifier:
+        """The classifier over cached features, without a backbone, in evaluation mode. InputError for StNet."""
+        if self.options["name"] == "stnet":
+            raise InputError("this checkpoint is of StNet, which sees frames, not cached features; give --videos")
+        model = build(**self.options)
+        model.load_state_dict({k: v for k, v in self.state_dict.items() if not k.startswith("backbone.")})
+        return model.eval()
+
+    def check_features(self, provenance: dict[str, Any], dim: int, where: str) -> None:
+        """Raises InputError where features of this provenance are not those the model was trained on."""
+        if dim != self.options["dim"]:
+            raise InputError(f"{where} holds features of width {dim}; the checkpoint takes {self.options['dim']}")
+        for name in _DEPENDS_ON:
+            ours, theirs = self.features.get(name), provenance.get(name)
+            if ours != theirs:
+                raise InputError(
+                    f"{where} was made with {name} {theirs}, the checkpoint was trained on {ours}; "
+                    "extract with the same backbone, or train on this store"
+                )
+
+
+def rows_for_classes(labels: Any, theirs: list[str], ours: list[str], where: str) -> Any:
+    """Labels over `theirs` as labels over `ours`, by class name (int [N], -1 stays). InputError names the first class
+    that has a video and that the checkpoint does not know."""
+    import numpy as np
+
+    places = {name: place for place, name in enumerate(ours)}
+    mapping = np.array([places.get(name, -2) for name in theirs] + [-1])  # the last: label -1
+    mapped = mapping[labels]
+    if (mapped == -2).any():
+        name = theirs[int(labels[int((mapped == -2).argmax())])]
+        raise InputError(f"{where} has class {name!r}, which the checkpoint's {len(ours)} classes do not hold")
+    return mapped

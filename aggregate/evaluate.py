@@ -1,0 +1,189 @@
+"""python -m aggregate.evaluate: a checkpoint and a feature store in, metrics and a scores file out."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from extract.cli import InputError, RunError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import nn
+
+    from aggregate.checkpoint import Checkpoint
+    from extract.store import FeatureStore
+
+
+@dataclass(frozen=True)
+class Options:
+    """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics, write scores."""
+
+    checkpoint: Path
+    """A best.pt of aggregate.train."""
+    features: str = "feats.zarr"
+    """The feature store; made with the backbone the checkpoint was trained on."""
+    split: str = "val"
+    """Which split, or `all`."""
+    segments: tuple[int, ...] = (3, 25)
+    """How many frames of a video the model sees; more than are stored are answered with all."""
+    out: Path | None = None
+    """The scores file (HDF5) for `python -m ensemble`."""
+    batch_size: int = 256
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    placement: Literal["auto", "device", "memory", "mmap"] = "auto"
+    """Where features lie while they are read; auto chooses by size."""
+
+
+def main(options: Options) -> int:
+    from aggregate.checkpoint import Checkpoint, rows_for_classes
+    from aggregate.metrics import Summary, summarise
+    from aggregate.scores import Scores, save_scores
+    from extract.store import FeatureStore
+
+    checkpoint = Checkpoint.load(options.checkpoint)
+    store = FeatureStore.open(options.features)
+    checkpoint.check_features(store.provenance, store.dim, options.features)
+    rows = split_rows(store, options.split)
+    labels = rows_for_classes(store.labels[rows], list(store.classes), checkpoint.classes, options.features)
+    device = choose_device(options.device)
+    print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
+
+    several: list[Scores] = []
+    for segments in possible_segments(options.segments, store):
+        crops = logits_of(
+            [checkpoint.model().to(device)],
+            store,
+            rows,
+            segments=segments,
+            batch_size=options.batch_size,
+            placement=options.placement,
+            device=device,
+        )[0]
+        several.append(
+            Scores(
+                ids=store.ids[rows].tolist(),
+                classes=checkpoint.classes,
+                logits=crops.mean(axis=1),  # averaged before softmax
+                labels=labels,
+                source=source_of(checkpoint, options),
+                segments=segments,
+                crops=crops if crops.shape[1] > 1 else None,
+            )
+        )
+    print(f"{several[0].failed.sum():,} of {len(rows):,} videos failed in extraction; they count as errors")
+    if (labels >= 0).any():
+        print(f"{'segments':>9} {Summary.header()}")
+        for scores in several:
+            print(f"{scores.segments:>9} {summarise(scores.logits, labels)}")
+    else:
+        print("no video has a label, so there are scores but no metrics")
+    if options.out is not None:
+        save_scores(options.out, several)
+        print(f"scores: {options.out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
+    return 0
+
+
+def split_rows(store: "FeatureStore", split: str) -> "np.ndarray":
+    """Rows of a split (`all`: of every one); InputError names the splits there are."""
+    import numpy as np
+
+    rows = np.arange(len(store)) if split == "all" else np.flatnonzero(store.splits == split)
+    if not len(rows):
+        known = ", ".join(repr(name) for name in sorted(set(store.splits.tolist())))
+        raise InputError(f"{store.path} has no video in split {split!r}; it has {known}; `--split all` takes every one")
+    return rows
+
+
+def possible_segments(wanted: Sequence[int], store: "FeatureStore") -> list[int]:
+    """The numbers asked for, each at most what is stored (said where that changes one)."""
+    stored = store.frames_per_video
+    if min(wanted, default=0) < 1:
+        raise InputError(f"--segments {' '.join(map(str, wanted))}: each must be at least 1")
+    if max(wanted) > stored:
+        print(f"{store.path} holds {stored} frames a video: {stored} segments in the place of {max(wanted)}")
+    return sorted({min(segments, stored) for segments in wanted})
+
+
+def logits_of(
+    models: "Sequence[nn.Module]",
+    store: "FeatureStore",
+    rows: "np.ndarray",
+    *,
+    segments: int,
+    batch_size: int,
+    device: "torch.device | str",
+    placement: Literal["auto", "device", "memory", "mmap"] = "auto",
+) -> "list[np.ndarray]":
+    """Logits of each model over videos `rows`: float32 [N, crops, C], NaN where extraction failed.
+
+    Raises RunError naming a video whose features are not finite or whose scores are not.
+    """
+    import numpy as np
+
+    from aggregate.features import StoredFeatures, evaluation_views, find_non_finite, usable
+    from aggregate.fit import predict
+
+    good = usable(store)[rows] | (store.status[rows] == 0)  # a pending one is refused by StoredFeatures
+    crops = len(evaluation_views(store))
+    if not good.any():
+        raise InputError(f"{store.path}: all {len(rows)} videos failed in extraction; see `python -m extract.status`")
+    features = StoredFeatures(store, rows[good], device=device, placement=placement)
+    several = []
+    for predicted in predict(models, features.test_batches(frames=segments, batch_size=batch_size)):
+        wrong = ~np.isfinite(predicted).all(axis=(1, 2))
+        if wrong.any():
+            bad = rows[good][wrong]
+            name = find_non_finite(store, bad)
+            raise RunError(
+                f"{store.path}: the stored features of {name} are not finite; `python -m extract.verify` checks them"
+                if name
+                else f"scores of {store.ids[bad[0]]} are not finite though its features are; the weights are damaged"
+            )
+        logits = np.full((len(rows), crops, predicted.shape[2]), np.nan, np.float32)
+        logits[good] = predicted
+        several.append(logits)
+    return several
+
+
+def choose_device(name: str) -> "torch.device":
+    """`auto` is a GPU where there is one. InputError for a device that is not there: never another one in silence."""
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is not known; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch")
+    return device
+
+
+def describe(checkpoint: "Checkpoint") -> str:
+    """`hgnl (g1=16, g2=8, ...) over 2048 features, 700 classes`."""
+    plain = {k: v for k, v in checkpoint.options.items() if k not in ("name", "dim", "num_classes", "dropout")}
+    options = ", ".join(f"{name}={value}" for name, value in plain.items())
+    return (
+        f"{checkpoint.options['name']}{f' ({options})' if options else ''} over {checkpoint.options['dim']} features, "
+        f"{len(checkpoint.classes)} classes"
+    )
+
+
+def source_of(checkpoint: "Checkpoint", options: Options) -> dict:
+    """What a scores file says of where it comes from."""
+    return {
+        "model": checkpoint.options["name"],
+        "options": checkpoint.options,
+        "checkpoint": options.checkpoint.name,
+        "features": checkpoint.features,
+        "split": options.split,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m aggregate.evaluate"))

@@ -1,0 +1,246 @@
+"""Batches from a feature store: random segments to train on, fixed ones to test on, built ahead of the step.
+
+    cached frames   0 1 2 3 4 5 6 7 | 8 9 ... 15 | 16 ... 24      T = 25 (fewer where a short video repeats frames)
+    training, n=3         5                11           20          a random one of each segment, from a random view
+    testing, n=3          4                12           20          the middle one of each segment, every view
+
+What a training batch holds is a function of (seed, epoch, place in the split) and of nothing else.
+"""
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from extract.cli import InputError, RunError
+from extract.sampling import segment_centres
+from extract.status import human_bytes
+from extract.store import FAILED, PENDING, FeatureStore
+
+Placement = Literal["auto", "device", "memory", "mmap"]
+Item = TypeVar("Item")
+
+BATCHES_AHEAD = 3
+# `auto` copies into memory what is smaller; a larger store stays on disk, mapped, and the page cache decides.
+_MEMORY_LIMIT = 1 << 30
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x [B, n, D] half precision, mask bool [B, n] or None where all count, labels int64 [B]; rows of the store [B]."""
+
+    x: Tensor
+    mask: Tensor | None
+    labels: Tensor
+    rows: np.ndarray
+
+
+class StoredFeatures:
+    """The videos `rows` of a store, with their features on the device, in memory, or memory-mapped.
+
+    `placement` is what was taken, `words` says it with its reason. Raises InputError where there is no row, where more
+    frames are asked for than are stored, and RunError for a video that is not extracted yet, naming it.
+    """
+
+    def __init__(
+        self,
+        store: FeatureStore,
+        rows: np.ndarray,
+        *,
+        device: str | torch.device = "cpu",
+        placement: Placement = "auto",
+        training: bool = False,
+    ) -> None:
+        if not len(rows):
+            raise InputError(f"{store.path}: no video is left to read")
+        pending = rows[store.status[rows] == PENDING]
+        if len(pending):
+            raise RunError(
+                f"{store.path}: {store.ids[pending[0]]} and {len(pending) - 1:,} more are not extracted yet; "
+                "run the extraction to its end"
+            )
+        self.store, self.rows, self.device = store, np.asarray(rows), torch.device(device)
+        self.labels = store.labels[self.rows].astype(np.int64)
+        self.views = training_views(store) if training else evaluation_views(store)
+        size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
+        self.placement, self.words = _placed(size, self.device, placement)
+        # A video shorter than its slots repeats frames; all others are spared the search for repeats.
+        self._short = store.num_frames[self.rows] < store.frames_per_video
+        self._resident: Tensor | None = None
+        self._copy: np.ndarray | None = None
+        if self.placement == "device":
+            shape = (len(rows), len(self.views), store.frames_per_video, store.dim)
+            self._resident = torch.empty(shape, dtype=torch.float16, device=self.device)
+            for start in range(0, len(rows), 256):
+                part = slice(start, start + 256)
+                self._resident[part] = torch.from_numpy(self._all_frames(self.rows[part])).to(self.device)
+        elif self.placement == "memory":
+            self._copy = self._all_frames(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def steps(self, batch_size: int) -> int:
+        """Batches an epoch."""
+        return -(-len(self) // batch_size)
+
+    def train_batches(self, *, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        """One epoch in random order, `frames` random segments of each video, ready before they are needed."""
+        self._check_frames(frames)
+        return ahead(self._train_batches(epoch, frames, batch_size, seed))
+
+    def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
+        """All videos in order; of each batch one `Batch` a view, of the middle frames of `frames` segments."""
+        self._check_frames(frames)
+        return ahead(self._test_batches(frames, batch_size))
+
+    def _check_frames(self, frames: int) -> None:
+        stored = self.store.frames_per_video
+        if not 1 <= frames <= stored:
+            raise InputError(
+                f"{frames} segments asked for; {self.store.path} holds {stored} frames a video (extract --frames)"
+            )
+
+    def _train_batches(self, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
+        order = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
+        # Row i belongs to video i, whatever the number of videos.
+        draws = np.random.default_rng((seed, epoch, 1)).random((len(self), frames + 1), dtype=np.float32)
+        for start in range(0, len(self), batch_size):
+            places = order[start : start + batch_size]
+            view = (draws[places, -1] * len(self.views)).astype(np.int64)
+            yield self._batch(places, frames, view, draws[places, :-1])
+
+    def _test_batches(self, frames: int, batch_size: int) -> Iterator[list[Batch]]:
+        for start in range(0, len(self), batch_size):
+            places = np.arange(start, min(start + batch_size, len(self)))
+            views = [np.full(len(places), view) for view in range(len(self.views))]
+            yield [self._batch(places, frames, view, None) for view in views]
+
+    def _batch(self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None) -> Batch:
+        """`draws` float32 [B, n] below 1 choose within the segments; None takes the middles."""
+        rows, stored = self.rows[places], self.store.frames_per_video
+        stored_view = self.views[view]
+        slots = _slots(np.full(len(rows), stored), frames, draws)
+        mask = None
+        short = np.flatnonzero(self._short[places])
+        if len(short):
+            # Segments are laid over the distinct frames only, so that a repeat stands in no frame's place.
+            new = self.store.mask(rows[short], np.arange(stored), stored_view[short])
+            distinct = np.argsort(~new, axis=1, kind="stable")
+            chosen = _slots(np.maximum(new.sum(axis=1), 1), frames, None if draws is None else draws[short])
+            slots[short] = np.take_along_axis(distinct, chosen, axis=1)
+            mask = self.store.mask(rows, slots, stored_view)
+            if mask.all():
+                mask = None
+        return Batch(
+            x=self._read(places, view, slots),
+            mask=None if mask is None else torch.from_numpy(mask).to(self.device),
+            labels=torch.from_numpy(self.labels[places]).to(self.device),
+            rows=rows,
+        )
+
+    def _read(self, places: np.ndarray, view: np.ndarray, slots: np.ndarray) -> Tensor:
+        if self._resident is not None:
+            index = (torch.from_numpy(part).to(self.device) for part in (places[:, None], view[:, None], slots))
+            return self._resident[tuple(index)]
+        if self._copy is not None:
+            x = self._copy[places[:, None], view[:, None], slots]
+        else:
+            x = self.store.gather(self.rows[places], slots, self.views[view])
+        return torch.from_numpy(x).to(self.device)
+
+    def _all_frames(self, rows: np.ndarray) -> np.ndarray:
+        """float16 [n, views, T, D]."""
+        slots = np.arange(self.store.frames_per_video)
+        return np.stack([self.store.gather(rows, slots, int(view)) for view in self.views], axis=1)
+
+
+def training_views(store: FeatureStore) -> np.ndarray:
+    """The views training draws from: the augmented passes where there are any, else all crops."""
+    augmented = [place for place, name in enumerate(store.views) if name.startswith("augment_")]
+    return np.array(augmented or range(store.num_views))
+
+
+def evaluation_views(store: FeatureStore) -> np.ndarray:
+    """The crops whose logits a test averages: all views but the augmented passes."""
+    return np.array([place for place, name in enumerate(store.views) if not name.startswith("augment_")])
+
+
+def usable(store: FeatureStore) -> np.ndarray:
+    """Videos with features: bool [N]."""
+    return (store.status != PENDING) & (store.status != FAILED)
+
+
+def find_non_finite(store: FeatureStore, rows: np.ndarray) -> str:
+    """Name the first of `rows` whose stored features hold NaN or infinity, "" where none does."""
+    for row in rows:
+        if not np.isfinite(store.read(np.array([row]))).all():
+            return f"{store.ids[row]} (row {row})"
+    return ""
+
+
+def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndarray:
+    """Places among `counts` [B] frames: int64 [B, n], the middle of each of n segments, or where `draws` falls."""
+    if draws is None:
+        middles = {int(count): segment_centres(int(count), frames) for count in np.unique(counts)}
+        return np.stack([middles[int(count)] for count in counts])
+    edges = np.arange(frames + 1) * counts[:, None] // frames
+    widths = np.maximum(np.diff(edges, axis=1), 1)
+    return edges[:, :-1] + (draws * widths).astype(np.int64)
+
+
+def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str, str]:
+    """Where features of `size` bytes go, and that in words."""
+    chosen: str = placement
+    reason = "as asked"
+    if placement == "auto":
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if size <= free / 2:
+            chosen, reason = "device", f"{human_bytes(free)} are free there"
+        elif size <= _MEMORY_LIMIT:
+            chosen, reason = "memory", f"less than {human_bytes(_MEMORY_LIMIT)}"
+        else:
+            chosen, reason = "mmap", f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache"
+    where = {"device": f"on {device}", "memory": "in memory", "mmap": "memory-mapped"}[chosen]
+    return chosen, f"{human_bytes(size)} {where} ({reason})"
+
+
+def ahead(items: Iterable[Item], depth: int = BATCHES_AHEAD) -> Iterator[Item]:
+    """The same items, made by a thread up to `depth` before they are asked for; its error is raised here."""
+    done = object()
+    ready: queue.Queue = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(done)
+        except BaseException as error:  # carried over to the thread that consumes
+            put(error)
+
+    thread = threading.Thread(target=make, daemon=True, name="batches-ahead")
+    thread.start()
+    try:
+        while (item := ready.get()) is not done:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

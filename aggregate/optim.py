@@ -1,0 +1,98 @@
+"""Recipes: optimizer, learning rate over epochs, which parameters decay."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from extract.cli import InputError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained. `lr` falls by 10 at each of `milestones` (0-based epochs), or along a cosine to 0."""
+
+    optimizer: Literal["sgd", "adamw"]
+    lr: float
+    weight_decay: float
+    epochs: int
+    batch_size: int
+    dropout: float
+    milestones: tuple[int, ...] = ()  # empty: cosine
+    warmup: float = 0.0  # epochs of linear warm-up
+    clip: float = 0.0  # largest norm of the gradient; 0: not clipped
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "epochs", "batch_size"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+        if self.weight_decay < 0:
+            raise InputError(f"--weight-decay is {self.weight_decay}; it must not be below 0")
+
+    def __str__(self) -> str:
+        falls = f"/10 at epochs {', '.join(map(str, self.milestones))}" if self.milestones else "cosine"
+        warm = f", {self.warmup:g} epochs of warm-up" if self.warmup else ""
+        return (
+            f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
+            f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
+        )
+
+    def factor(self, epoch: float) -> float:
+        """What `lr` is multiplied by at `epoch` (with its fraction)."""
+        if epoch < self.warmup:
+            return (epoch + 1e-3) / self.warmup
+        if self.milestones:
+            return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)))
+
+
+# iQIYI's schedule (section 2 of the paper) with tsn-pytorch's values for what it leaves out (FACTS 3).
+_PAPER = Recipe(
+    optimizer="sgd", lr=1e-3, weight_decay=5e-4, epochs=40, batch_size=256, dropout=0.5, milestones=(20, 30)
+)
+_PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
+# For a frozen backbone; chosen on real features, LOG.md "The recipe for cached features".
+_CACHED = Recipe(
+    optimizer="adamw", lr=1e-3, weight_decay=0.01, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0
+)
+
+
+def recipe(name: Literal["cached", "paper"], aggregator: str, **changes: Any) -> Recipe:
+    """The recipe `name` for an aggregator, with what is not None in `changes` in the place of its own.
+
+    A change of `epochs` moves the milestones along.
+    """
+    chosen = _CACHED if name == "cached" else _PAPER_NON_LOCAL if aggregator in ("nl", "hgnl") else _PAPER
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if "epochs" in changes and chosen.milestones:
+        moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)
+        changes["milestones"] = tuple(moved)
+    return replace(chosen, **changes)
+
+
+def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> torch.optim.Optimizer:
+    """The optimizer over parameter groups of `parameter_groups`."""
+    if chosen.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=chosen.lr, momentum=0.9)
+    return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)
+
+
+def parameter_groups(module: nn.Module, chosen: Recipe, *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; biases, norms and the scale s of NL and HG-NL (FACTS 1, no. 3) do not.
+
+    `lr_scale` is kept in each group: `set_lr` multiplies by it (layer-wise learning rates).
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": chosen.weight_decay, "lr_scale": lr_scale},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, chosen: Recipe, epoch: float) -> None:
+    """Set every group's learning rate for `epoch` (with its fraction): a function of it, so that resuming is exact."""
+    for group in optimizer.param_groups:
+        group["lr"] = chosen.lr * chosen.factor(epoch) * group["lr_scale"]
