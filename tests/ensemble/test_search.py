@@ -1,0 +1,214 @@
+"""The search against fusing again and against exhaustive search; its figure against fresh data."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aggregate import metrics
+from aggregate.scores import Scores
+from ensemble.align import align
+from ensemble.fuse import fuse_aligned
+from ensemble.search import STEPS, Contest, _fit, _least_log_loss, _refine, search, search_weights, table
+from extract.cli import InputError
+
+
+def models(*strengths: float, count=400, classes=8, seed=0, shared=0.0) -> list[Scores]:
+    """Models of the same videos; the true label's logit stands out by `strength`; `shared` is common noise."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, count)
+    truth, common = np.eye(classes)[labels], shared * rng.normal(size=(count, classes))
+    return [
+        Scores(
+            ids=[f"v{row:05d}" for row in range(count)],
+            classes=[f"c{name}" for name in range(classes)],
+            logits=strength * truth + common + rng.normal(size=truth.shape),
+            labels=labels,
+        )
+        for strength in strengths
+    ]
+
+
+@st.composite
+def contests(draw):
+    """Logits of few values, so that there are ties; failed rows, lacking rows, videos without a label."""
+    count, classes, size = draw(st.integers(1, 12)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    labels = rng.integers(-1, classes, count)
+    labels[0] = 0
+    scores = []
+    for _ in range(size):
+        logits = rng.integers(-2, 3, (count, classes)).astype(float)
+        logits[rng.random(count) < 0.2] = np.nan
+        kept = rng.permutation(count)[: rng.integers(1, count + 1)]
+        kept = kept if 0 in kept else np.append(kept, 0)
+        ids, names = [f"v{row}" for row in kept], [f"c{place}" for place in range(classes)]
+        scores.append(Scores(ids=ids, classes=names, logits=logits[kept], labels=labels[kept]))
+    # Eighths: weighted means of tied scores tie exactly, whichever way they are computed.
+    weights = draw(st.lists(st.integers(0, 8), min_size=size, max_size=size))
+    return align(scores, missing="worst"), np.array(weights if any(weights) else [1] * size) / 8
+
+
+@pytest.mark.parametrize("of", ["probabilities", "logits"])
+@settings(max_examples=200)
+@given(contests())
+def test_places_are_those_of_the_fused_scores(of, case):
+    aligned, weights = case
+    rows = aligned.labels >= 0
+    logits = fuse_aligned(aligned, weights, of=of).logits[rows]
+    # float32 tells apart what is 1e-7 apart, and rounding makes such things of ties
+    logits = np.where(np.isnan(logits), np.nan, np.round(logits.astype(float), 5))
+    expected = metrics.ranks(logits, aligned.labels[rows])
+    got = Contest.of(aligned, of=of).places(weights)
+    classes = len(aligned.classes)
+    exact = (expected < 5) | (expected == classes)
+    assert np.array_equal(got[exact], expected[exact])
+    assert ((got >= 5) & (got < classes))[~exact].all()
+
+
+@pytest.mark.parametrize("of", ["probabilities", "logits"])
+def test_log_loss_weights_are_the_best_of_a_grid(of):
+    aligned = align(models(1.5, 2.5, 0.5, seed=3))
+    contest = Contest.of(aligned, of=of)
+
+    def loss(weights) -> float:
+        logits = fuse_aligned(aligned, weights, of=of).logits.astype(float)
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+        return -np.log(probabilities[np.arange(len(logits)), aligned.labels]).mean()
+
+    grid = [np.array(w) / 20 for w in product(range(21), repeat=3) if sum(w) == 20]
+    best = min(map(loss, grid))
+    found = _least_log_loss(contest, np.ones(len(contest), bool))
+    assert found.sum() == pytest.approx(1)
+    assert loss(found) <= best + 1e-6
+    assert loss(found) < loss(np.ones(3)) - 1e-3
+
+
+def test_refinement_never_ends_above_its_start_nor_above_a_neighbour():
+    contest = Contest.of(align(models(1.0, 1.2, 0.8, count=150, seed=5)))
+
+    def error(weights) -> float:
+        return float(contest.errors(weights).mean())
+
+    start = np.array([0.1, 0.1, 0.8])
+    end = _refine(error, start)
+    assert end.sum() == pytest.approx(1)
+    assert end.min() >= 0
+    assert error(end) < error(start)
+    for giver, taker in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
+        moved = end.copy()
+        amount = min(STEPS[-1], moved[giver])
+        moved[giver] -= amount
+        moved[taker] += amount
+        assert error(moved) >= error(end)
+
+
+def test_a_fold_never_sees_its_own_videos():
+    """The figure is that of weights searched on the other folds: recompute it by hand."""
+    contest = Contest.of(align(models(1.0, 1.4, count=103, seed=7)))
+    found = search(contest, folds=4, seed=2)
+    order = np.random.default_rng(2).permutation(103) % 4  # the ids are sorted already
+    places = np.empty(103, int)
+    for fold, weights in enumerate(found.weights_by_fold):
+        assert weights == _fit(contest, order != fold)
+        places[order == fold] = contest.places(weights)[order == fold]
+    assert found.summary.average_error.value == pytest.approx(contest.errors_at(places).mean())
+    assert found.weights == _fit(contest, np.ones(103, bool))
+
+
+def test_a_strong_and_a_useless_model_are_told_apart_and_it_is_said():
+    scores = models(3.0, 0.0, count=1500)
+    found = search(Contest.of(align(scores)))
+    assert found.weights[0] > 0.8
+    assert found.beats_equal
+    assert found.statement().startswith("Searched weights beat equal ones: on held-out folds (5, seed 0)")
+    fresh = fuse_aligned(align(models(3.0, 0.0, count=4000, seed=9)), found.weights)
+    error = metrics.challenge_error(fresh.logits, fresh.labels)
+    assert found.summary.average_error.low - 0.01 < error < found.summary.average_error.high + 0.01
+
+
+def test_models_that_are_alike_do_not_beat_equal_weights_and_it_is_said():
+    found = search(Contest.of(align(models(1.0, 1.0, 1.0, count=300))))
+    assert not found.beats_equal
+    assert "do NOT beat equal ones" in found.statement()
+    assert "Prefer --weights equal" in found.statement()
+    assert found.in_sample <= found.summary.average_error.value
+
+
+@pytest.mark.parametrize("of", ["probabilities", "logits"])
+def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a_file(of):
+    scores = models(1.0, 1.5, 0.7, count=200, seed=4)
+    order = np.random.default_rng(0).permutation(200)
+    shuffled = [
+        Scores([one.ids[row] for row in order], one.classes, one.logits[order], one.labels[order]) for one in scores
+    ]
+    first = search(Contest.of(align(scores), of=of), seed=3)
+    again = search(Contest.of(align(shuffled), of=of), seed=3)
+    assert first == again
+    assert search_weights(scores, of=of, seed=3) == first.weights
+    assert sum(first.weights) == pytest.approx(1)
+    other = search(Contest.of(align(scores), of=of), seed=4)
+    assert other.weights == first.weights  # the whole set has no folds
+    assert other.weights_by_fold != first.weights_by_fold
+
+
+def test_failed_videos_are_errors_and_do_not_spoil_the_search():
+    scores = models(2.0, 1.0, count=100)
+    logits = scores[0].logits.copy()
+    logits[:10] = np.nan
+    scores[0] = Scores(scores[0].ids, scores[0].classes, logits, scores[0].labels)
+    contest = Contest.of(align(scores))
+    rows = {row.name: row for row in table(contest)}
+    assert (rows["model 1"].summary.scored, rows["model 1"].summary.listed) == (90, 100)
+    assert rows["all, equal weights"].summary.scored == 100
+    assert 0 < min(search(contest).weights) < 1
+
+
+@pytest.mark.parametrize(
+    ("size", "names"),
+    [
+        (1, ["model 1"]),
+        (2, ["model 1", "model 2", "all, equal weights"]),
+        (
+            3,
+            [
+                *("model 1", "model 2", "model 3"),
+                *("model 1 + model 2", "model 1 + model 3", "model 2 + model 3"),
+                "all, equal weights",
+            ],
+        ),
+    ],
+)
+def test_the_table_holds_singles_pairs_and_all(size, names):
+    aligned = align(models(*[1.0, 1.5, 2.0][:size], count=60))
+    rows = table(Contest.of(aligned))
+    assert [row.name for row in rows] == names
+    for row in rows:
+        fused = fuse_aligned(aligned, row.weights)
+        expected = metrics.summarise(fused.logits, fused.labels)
+        assert row.summary == expected
+    assert rows[-1].against_equal == metrics.Interval(0, 0, 0)
+
+
+def test_of_four_models_one_is_left_out_in_turn():
+    rows = table(Contest.of(align(models(1.0, 1.5, 2.0, 0.5, count=60))), chosen=[1, 2, 3, 4])
+    names = [row.name for row in rows]
+    assert len(names) == 4 + 6 + 4 + 1 + 1
+    without = {row.name: row.weights for row in rows}
+    assert without["without model 2"] == pytest.approx((1 / 3, 0, 1 / 3, 1 / 3))
+    assert without["all, given weights"] == pytest.approx((0.1, 0.2, 0.3, 0.4))
+
+
+def test_what_cannot_be_searched_is_refused():
+    scores = models(1.0, 1.0, count=3)
+    with pytest.raises(InputError, match="--folds 1: "):
+        search_weights(scores, folds=1)
+    bare = [Scores(one.ids, one.classes, one.logits) for one in scores]
+    with pytest.raises(InputError, match="none of the 3 videos has a label"):
+        search_weights(bare)
+    single = [Scores(one.ids[:1], one.classes, one.logits[:1], one.labels[:1]) for one in scores]
+    with pytest.raises(InputError, match="on 1 labelled video"):
+        search_weights(single)
+    assert search_weights(scores[:1]) == (1.0,)
