@@ -23,8 +23,8 @@ FORMS = ("released", "paper")
 class TemporalBlock(nn.Module):
     """A convolution over time between two stages of the trunk, at every place of the map by itself.
 
-    form "released": x + BN(ReLU(conv(x))) as in the released code. It starts with gamma 0, so it is the identity, bit
-        for bit and in training too, and a pretrained trunk is kept.
+    form "released": x + BN(ReLU(conv(x))), that of Baidu's released code. It starts with gamma 0, so it is the identity,
+        bit for bit and in training too, and a pretrained trunk is kept.
     form "paper": ReLU(BN(conv(x))) with the convolution as the identity. Batch norm undoes that in training, so it is
         to be calibrated on data first (`StNet.calibrate`).
     """
@@ -46,7 +46,8 @@ class TemporalBlock(nn.Module):
         self, x: Float[Tensor, "images channels height width"], time: int
     ) -> Float[Tensor, "images channels height width"]:
         """The `time` maps of a video follow each other in `images`."""
-        videos = x.unflatten(0, (-1, time)).transpose(1, 2).flatten(3)  # a view where x is channels-last, and so itself
+        # Where x is channels-last, this is a view of it and channels-last too: nothing is copied.
+        videos = x.unflatten(0, (-1, time)).transpose(1, 2).flatten(3)
         out = self.conv(videos)
         out = self.norm(out).relu() if self.form == "paper" else self.norm(out.relu())
         out = out.unflatten(3, x.shape[2:]).transpose(1, 2).flatten(0, 1)
@@ -103,7 +104,7 @@ class StNet(nn.Module):
         Raises ValueError for frames of another shape.
         """
         N = self.frames_per_segment
-        if frames.ndim != 6 or tuple(frames.shape[2:4]) != (N, 3):
+        if frames.ndim != 6 or not frames.shape[1] or tuple(frames.shape[2:4]) != (N, 3):
             raise ValueError(f"got frames {list(frames.shape)}; this model takes [batch, time, {N}, 3, height, width]")
         time, x = frames.shape[1], frames.flatten(0, 1).flatten(1, 2)
         for name, child in self.backbone.named_children():
