@@ -23,7 +23,7 @@ FORMS = ("released", "paper")
 class TemporalBlock(nn.Module):
     """A convolution over time between two stages of the trunk, at every place of the map by itself.
 
-    form "released": x + BN(ReLU(conv(x))), that of Baidu's released code. It starts with gamma 0, so it is the identity,
+    form "released": x + BN(ReLU(conv(x))), as Baidu released it. It starts with gamma 0, so it is the identity,
         bit for bit and in training too, and a pretrained trunk is kept.
     form "paper": ReLU(BN(conv(x))) with the convolution as the identity. Batch norm undoes that in training, so it is
         to be calibrated on data first (`StNet.calibrate`).
