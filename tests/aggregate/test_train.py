@@ -1,0 +1,323 @@
+"""python -m aggregate.train and aggregate.evaluate as a user runs them, on stores whose classes can be learned."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aggregate import evaluate, train
+from aggregate.checkpoint import Checkpoint
+from aggregate.models import AGGREGATORS
+from aggregate.scores import Scores
+from extract.cli import InputError, RunError
+from extract.store import FeatureStore
+from stores import classes_store, fail_rows
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("train") / "feats.zarr"
+    classes_store(path)
+    return str(path)
+
+
+def options(features: str, out: Path, agg: str = "tsn", **changes) -> train.Options:
+    quick = {"epochs": 3, "batch_size": 16, "lr": 0.01, "dropout": 0.3}
+    if agg == "hgnl":
+        quick |= {"g1": 4, "g2": 2, "m1": 8}
+    return train.Options(agg=agg, features=features, out=out, **(quick | changes))
+
+
+@pytest.mark.parametrize("agg", AGGREGATORS)
+def test_every_aggregator_learns_and_is_compared(agg, features, tmp_path, capsys):
+    assert train.main(options(features, tmp_path / "run", agg, epochs=12)) == 0
+    printed = capsys.readouterr().out
+    assert {"best.pt", "last.pt", "metrics.csv", "options.json", "results.json"} <= set(os.listdir(tmp_path / "run"))
+    assert any(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path / "run"))
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results[agg]["6"]["top1"]["value"] >= 0.9
+    assert results[agg]["6"]["listed"] == 18
+    if agg != "tsn":
+        assert "tsn (baseline)" in results
+        assert f"{agg} - tsn (baseline): top-1" in printed
+    assert ("attention: s =" in printed) == (agg in ("nl", "hgnl"))
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(features, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    wanted = options(features, whole, "hgnl", epochs=5)
+    train.main(wanted)
+    store = FeatureStore.open(features)
+    wanted = replace(wanted, out=cut)
+
+    class KilledError(Exception):
+        pass
+
+    for stop_after in (1, 3):
+        run = train.Run(wanted, store, cut)
+        ended = run._end_epoch
+
+        def dies(*args, run=run, ended=ended, stop_after=stop_after):
+            if run.epoch == stop_after:  # the epoch is trained, and lost
+                raise KilledError
+            return ended(*args)
+
+        run._end_epoch = dies
+        with pytest.raises(KilledError):
+            run.train()
+    train.main(wanted)
+    one, other = (Checkpoint.load(folder / "last.pt") for folder in (whole, cut))
+    for name, tensor in one.state_dict.items():
+        assert torch.equal(tensor, other.state_dict[name]), name
+    assert one.training["entrants"][1]["best_epoch"] == other.training["entrants"][1]["best_epoch"]
+    rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in (whole, cut)]
+    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+    assert len(rows[0]) == 5
+
+
+def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(features, tmp_path):
+    command = [sys.executable, "-m", "aggregate.train", "--agg", "tsn", "--features", features]
+    command += ["--out", str(tmp_path / "run"), "--epochs", "100000", "--batch-size", "8"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 130
+    assert "the same command resumes" in printed
+    assert Checkpoint.load(tmp_path / "run" / "last.pt").training["epoch"] >= 1
+
+
+def test_hgnl_starts_as_the_tsn_it_is_initialised_from(features, tmp_path, capsys):
+    train.main(options(features, tmp_path / "tsn", epochs=8))
+    tsn = tmp_path / "tsn" / "best.pt"
+    start = options(features, tmp_path / "hgnl", "hgnl", init=tsn, recipe="paper", lr=1e-12, epochs=1, control=True)
+    train.main(start)
+    printed = capsys.readouterr().out
+    assert "3 carried over by class name, 0 start fresh" in printed
+    results = json.loads((tmp_path / "hgnl" / "results.json").read_text())
+    assert results["hgnl"] == results["tsn (as it was)"] == results["tsn (control)"]
+    assert "attention is not used" in printed
+
+
+def test_other_classes_carry_over_by_name(features, tmp_path, capsys):
+    train.main(options(features, tmp_path / "tsn"))
+    old = Checkpoint.load(tmp_path / "tsn" / "best.pt")
+    k600 = replace(old, classes=["class 2", "class 0", "Class 1"])
+    k600.save(tmp_path / "k600.pt")
+    train.main(options(features, tmp_path / "run", init=tmp_path / "k600.pt", lr=1e-12, epochs=1))
+    printed = capsys.readouterr().out
+    assert "2 carried over by class name, 1 start fresh" in printed
+    assert "'class 1' starts fresh; the source spells it 'Class 1'" in printed
+    new = Checkpoint.load(tmp_path / "run" / "last.pt")
+    rows = [old.state_dict["classifier.weight"][row] for row in (1, 0)]
+    torch.testing.assert_close(new.state_dict["classifier.weight"][[0, 2]], torch.stack(rows))
+
+
+def test_without_a_validation_split_whole_groups_are_held_out(tmp_path, capsys):
+    store = classes_store(tmp_path / "f.zarr", splits=False)
+    train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run"))
+    assert "NO SPLIT 'val': 20% held out of the others, whole groups" in capsys.readouterr().out
+    rows, val, _ = train.choose_rows(store, options("", Path()))
+    assert not set(store.groups[rows]) & set(store.groups[val])
+    assert sorted([*rows, *val]) == list(range(60))
+    assert 8 <= len(val) <= 16
+    assert set(store.labels[val]) == {0, 1, 2}
+    again = train.choose_rows(store, options("", Path(), seed=1))[1]
+    assert set(again) != set(val)
+
+
+def test_a_group_can_be_held_out_by_name(features, tmp_path):
+    store = FeatureStore.open(features)
+    rows, val, _ = train.choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")))
+    assert set(store.groups[val]) == {"g0", "g3"}
+    assert len(rows) == 50
+    with pytest.raises(InputError, match="--val-groups g99"):
+        train.choose_rows(store, options(features, tmp_path, val_groups=("g99",)))
+
+
+def test_failed_videos_are_not_trained_on_and_count_as_errors(tmp_path, capsys):
+    classes_store(tmp_path / "f.zarr")
+    store = FeatureStore.open(tmp_path / "f.zarr")
+    val = np.flatnonzero(store.splits == "val")
+    fail_rows(tmp_path / "f.zarr", [0, int(val[0]), int(val[1])])
+    train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run", epochs=12))
+    assert "left out: 1 failed" in capsys.readouterr().out
+    result = json.loads((tmp_path / "run" / "results.json").read_text())["tsn"]["6"]
+    assert (result["scored"], result["listed"]) == (16, 18)
+    assert result["top1"]["value"] == pytest.approx(16 / 18)
+    assert result["top1_of_scored"] == 1
+
+
+def test_other_options_in_the_same_folder_are_refused(features, tmp_path):
+    train.main(options(features, tmp_path / "run", epochs=1))
+    with pytest.raises(InputError, match=r"lr: 0\.01 in the folder, 0.02 now"):
+        train.main(options(features, tmp_path / "run", epochs=1, lr=0.02))
+    train.main(options(features, tmp_path / "run", epochs=1, placement="mmap"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("my only copy")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        train.main(options(features, tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_split": "training"}, "has no such split; it has 'train', 'val'"),
+        ({"frames": 7}, "7 segments asked for"),
+        ({"g1": 8}, "--g1 8 means nothing to --agg tsn"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"control": True}, "give --init tsn.pt"),
+        ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
+        ({"device": "gpu"}, "--device 'gpu' is not known"),
+        ({"device": "cuda:9"}, "this machine shows"),
+    ],
+)
+def test_wrong_options_are_named(changes, message, features, tmp_path):
+    with pytest.raises(InputError, match=message):
+        train.main(options(features, tmp_path / "run", **changes))
+
+
+def test_hgnl_says_which_group_does_not_divide(features, tmp_path):
+    with pytest.raises(InputError, match="g2 3 does not divide g1 4"):
+        train.main(options(features, tmp_path / "run", "hgnl", g2=3))
+
+
+def test_a_class_without_an_example_is_named(tmp_path):
+    lengths = np.full(4, 2)
+    arrays = {"labels": [0, 0, 2, 2], "classes": ["a", "b", "c"], "splits": ["train", "val"] * 2}
+    FeatureStore.from_arrays(tmp_path / "f.zarr", np.ones((4, 2, 8)), lengths=lengths, **arrays)
+    with pytest.raises(InputError, match="1 of 3 classes have no video to train on: b"):
+        train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run"))
+    assert train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run", allow_missing_classes=True)) == 0
+
+
+def test_nan_in_features_is_traced_to_its_video(features, tmp_path):
+    classes_store(tmp_path / "f.zarr")
+    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
+    block = store.read(store.block_rows(0))
+    block[4, 0, :] = np.nan
+    store.write_block(0, block)
+    with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
+        train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run"))
+    train.main(options(features, tmp_path / "good", epochs=1))
+    block[4] = block[5]
+    block[6, 0, :] = np.nan  # a validation video
+    store.write_block(0, block)
+    with pytest.raises(RunError, match=r"features of v/0006\.mp4 \(row 6\) are not finite"):
+        evaluate.main(evaluate.Options(tmp_path / "good" / "best.pt", str(tmp_path / "f.zarr")))
+
+
+def test_a_loss_that_diverges_says_so(features, tmp_path):
+    with pytest.raises(RunError, match="a smaller --lr than 1e\\+30 may help"):
+        train.main(options(features, tmp_path / "run", "nl", m1=4, lr=1e30, recipe="paper", scale_init=1.0))
+
+
+# -- evaluate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(features, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("trained") / "run"
+    train.main(options(features, out, "hgnl", epochs=6))
+    return out / "best.pt"
+
+
+def test_evaluate_writes_what_training_reported(trained, features, tmp_path, capsys):
+    out = tmp_path / "scores.h5"
+    assert evaluate.main(evaluate.Options(trained, features, segments=(3, 25), out=out)) == 0
+    printed = capsys.readouterr().out
+    assert "6 segments in the place of 25" in printed
+    results = json.loads((trained.parent / "results.json").read_text())["hgnl"]
+    for segments in (3, 6):
+        scores = Scores.load(out, segments)
+        accuracy = (scores.logits.argmax(1) == scores.labels).mean()
+        assert accuracy == pytest.approx(results[str(segments)]["top1"]["value"])
+    store = FeatureStore.open(features)
+    assert scores.ids == store.ids[store.splits == "val"].tolist()
+    assert scores.classes == list(store.classes)
+    assert scores.source["model"] == "hgnl"
+
+
+def test_crops_are_averaged_before_softmax_and_kept(trained, features, tmp_path):
+    store = FeatureStore.open(features)
+    two = np.concatenate([store.read(slice(0, 60)), -store.read(slice(0, 60))], axis=1)
+    provenance = {"lengths": store.num_frames, "labels": store.labels, "splits": store.splits.tolist()}
+    FeatureStore.from_arrays(tmp_path / "two.zarr", two, classes=store.classes, **provenance)
+    evaluate.main(evaluate.Options(trained, str(tmp_path / "two.zarr"), segments=(6,), out=tmp_path / "s.h5"))
+    scores = Scores.load(tmp_path / "s.h5")
+    assert scores.crops.shape == (18, 2, 3)
+    np.testing.assert_allclose(scores.logits, scores.crops.mean(1), rtol=1e-5)
+    evaluate.main(evaluate.Options(trained, features, segments=(6,), out=tmp_path / "one.h5"))
+    np.testing.assert_allclose(scores.crops[:, 0], Scores.load(tmp_path / "one.h5").logits, rtol=1e-4, atol=1e-5)
+
+
+def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
+    classes_store(tmp_path / "f.zarr")
+    fail_rows(tmp_path / "f.zarr", [6])
+    evaluate.main(evaluate.Options(trained, str(tmp_path / "f.zarr"), out=tmp_path / "s.h5"))
+    printed = capsys.readouterr().out
+    assert "1 of 18 videos failed in extraction; they count as errors" in printed
+    assert "17 / 18, top-1 of the scored" in printed
+    scores = Scores.load(tmp_path / "s.h5")
+    assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["v/0006.mp4"]
+
+
+def test_labels_are_matched_by_class_name(trained, features, tmp_path):
+    store = FeatureStore.open(features)
+    arrays = {"lengths": store.num_frames, "splits": store.splits.tolist()}
+    renamed = {"classes": list(store.classes)[::-1], "labels": 2 - store.labels}
+    FeatureStore.from_arrays(tmp_path / "r.zarr", store.read(slice(0, 60)), **arrays, **renamed)
+    evaluate.main(evaluate.Options(trained, str(tmp_path / "r.zarr"), out=tmp_path / "r.h5"))
+    assert Scores.load(tmp_path / "r.h5").labels.tolist() == store.labels[store.splits == "val"].tolist()
+    alien = {"classes": ["class 0", "class 1", "juggling"], "labels": store.labels}
+    FeatureStore.from_arrays(tmp_path / "a.zarr", store.read(slice(0, 60)), **arrays, **alien)
+    with pytest.raises(InputError, match="has class 'juggling'"):
+        evaluate.main(evaluate.Options(trained, str(tmp_path / "a.zarr")))
+
+
+def test_features_of_another_backbone_are_refused(trained, features, tmp_path):
+    other = replace(Checkpoint.load(trained), features={"backbone": "resnet50"})
+    other.save(tmp_path / "other.pt")
+    with pytest.raises(InputError, match="the checkpoint was trained on resnet50"):
+        evaluate.main(evaluate.Options(tmp_path / "other.pt", features))
+    with pytest.raises(InputError, match="the checkpoint was trained on resnet50"):
+        train.main(options(features, tmp_path / "run", init=tmp_path / "other.pt"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "test"}, "no video in split 'test'; it has 'train', 'val'"),
+        ({"segments": (0,)}, "each must be at least 1"),
+        ({"features": "nowhere.zarr"}, "is no feature store"),
+    ],
+)
+def test_wrong_input_to_evaluate_is_named(changes, message, trained, features):
+    with pytest.raises(InputError, match=message):
+        evaluate.main(evaluate.Options(trained, **({"features": features} | changes)))
+
+
+def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "exploded"),))
+
+    torch.save({"format": "hgnl-checkpoint", "x": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError, match="no checkpoint that can be read safely"):
+        Checkpoint.load(tmp_path / "bomb.pt")
+    assert not (tmp_path / "exploded").exists()
+    torch.save({"x": 1}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="is no checkpoint of"):
+        Checkpoint.load(tmp_path / "other.pt")

@@ -1,0 +1,212 @@
+"""Training on cached features against the same loop on tensors in memory, and against a DataLoader over Zarr.
+
+Method: the contenders take turns in one process, several times; the figure is the median of the ratios of a turn. The
+store is Kinetics-700's in shape (25 x 2048 float16 a video, 700 classes) and a tenth of it in number: 54,236 videos,
+5.55 GB, written here and read from the page cache, except where a test empties the cache first.
+Run: `python -m pytest -s tests/benchmarks/bench_training.py`
+"""
+
+import os
+import re
+import resource
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch.utils.data import DataLoader, Dataset
+
+from aggregate.features import Batch, StoredFeatures, ahead
+from aggregate.fit import Learner, train_epoch
+from aggregate.models import build
+from aggregate.optim import recipe
+from extract.sampling import segment_random
+from extract.store import OK, FeatureStore, Rows
+
+VIDEOS, FRAMES, DIM, CLASSES, BATCH = 54_236, 25, 2048, 700, 256
+SEGMENTS = 3
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> FeatureStore:
+    path = tmp_path_factory.mktemp("k700") / "feats.zarr"
+    made = FeatureStore.create(
+        path,
+        ids=[f"{row:08d}.mp4" for row in range(VIDEOS)],
+        labels=np.arange(VIDEOS) % CLASSES,
+        splits=["train"] * VIDEOS,
+        groups=[""] * VIDEOS,
+        classes=[f"class {number}" for number in range(CLASSES)],
+        views=["center"],
+        frames=FRAMES,
+        dim=DIM,
+        block_size=64,
+        provenance={"source": "benchmark"},
+    )
+    rng = np.random.default_rng(0)
+    noise = rng.random((128, 1, FRAMES, DIM), dtype=np.float32).astype("<f2")
+    for block in range(made.num_blocks):
+        rows = made.block_rows(block)
+        first = int(rng.integers(64))
+        made.write_block(block, noise[first : first + len(rows)])
+    made.commit(
+        Rows(
+            rows=np.arange(VIDEOS),
+            status=np.full(VIDEOS, OK, "i1"),
+            errors=[""] * VIDEOS,
+            num_frames=np.full(VIDEOS, 250, "<i4"),
+            frame_indices=np.broadcast_to(np.arange(FRAMES, dtype="<i4") * 10, (VIDEOS, 1, FRAMES)),
+            timestamps=np.zeros((VIDEOS, 1, FRAMES), "<f4"),
+        )
+    )
+    return FeatureStore.open(path)
+
+
+def learner(name: str, videos: int, **options) -> Learner:
+    chosen = recipe("cached", name)
+    torch.manual_seed(0)
+    return Learner(
+        name=name,
+        model=build(name, dim=DIM, num_classes=CLASSES, **options),
+        recipe=chosen,
+        steps_per_epoch=-(-videos // BATCH),
+        seed=0,
+        device=torch.device("cpu"),
+    )
+
+
+def seconds(work) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def resident(rows: np.ndarray, x: torch.Tensor, labels: torch.Tensor, epoch: int):
+    """The peer: features already are one tensor in memory; draws of all batches are made before the clock starts."""
+    rng = np.random.default_rng(epoch)
+    order = torch.from_numpy(rng.permutation(len(rows)))
+    slots = torch.from_numpy(np.stack([segment_random(FRAMES, SEGMENTS, rng) for _ in rows]))
+    for start in range(0, len(rows), BATCH):
+        places = order[start : start + BATCH]
+        yield Batch(x[places[:, None], slots[places]], None, labels[places], places.numpy())
+
+
+@pytest.mark.parametrize("name", ["tsn", "hgnl"])
+def test_the_loop_from_a_mapped_store_keeps_up_with_tensors_in_memory(store, name):
+    rows = np.arange(40 * BATCH)
+    mapped = StoredFeatures(store, rows, placement="mmap", training=True)
+    x = torch.from_numpy(store.gather(rows, np.arange(FRAMES)))
+    labels = torch.from_numpy(store.labels[rows].astype(np.int64))
+    ours, theirs = learner(name, len(rows)), learner(name, len(rows))
+    ratios = []
+    for turn in range(6):
+        ready = list(resident(rows, x, labels, turn))  # even the gather is done before its clock starts
+        batches = mapped.train_batches(epoch=turn, frames=SEGMENTS, batch_size=BATCH, seed=0)
+        one = seconds(lambda batches=batches: train_epoch([ours], batches, 0))
+        other = seconds(lambda ready=ready: train_epoch([theirs], ready, 0))
+        ratios.append(other / one)
+    share = median(ratios[1:])
+    print(f"\n{name}: training from the mapped store at {share:.2f} of the loop over finished batches in memory")
+    assert share >= 0.9
+
+
+class VideosInZarr(Dataset):
+    """What a user would write."""
+
+    def __init__(self, path: str, rows: int):
+        group = zarr.open_group(path, mode="r")
+        self.features, self.labels, self.rows = group["features"], group["labels"][:], rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, row: int):
+        frames = segment_random(FRAMES, SEGMENTS, np.random.default_rng())
+        return torch.from_numpy(self.features[row, 0][frames]), int(self.labels[row])
+
+
+def test_against_a_dataloader_over_zarr(store):
+    rows = 10 * BATCH
+    features = StoredFeatures(store, np.arange(VIDEOS), placement="mmap", training=True)
+    ours, theirs = learner("tsn", rows), learner("tsn", rows)
+
+    def with_loader(workers: int) -> float:
+        loader = DataLoader(VideosInZarr(store.path, rows), batch_size=BATCH, shuffle=True, num_workers=workers)
+        batches = (Batch(x, None, labels, np.zeros(len(labels), int)) for x, labels in loader)
+        return rows / seconds(lambda: train_epoch([theirs], batches, 0))
+
+    def with_store() -> float:
+        batches = features.train_batches(epoch=0, frames=SEGMENTS, batch_size=BATCH, seed=0)
+        return VIDEOS / seconds(lambda: train_epoch([ours], batches, 0))
+
+    with_store()
+    turns = [(with_store(), max(with_loader(0), with_loader(2))) for _ in range(3)]
+    ratio = median(one / other for one, other in turns)
+    print(
+        f"\nTSN training, videos/s: store {median(t[0] for t in turns):,.0f}, DataLoader over Zarr (better of 0 and "
+        f"2 workers) {median(t[1] for t in turns):,.0f}: {ratio:.0f} times"
+    )
+    assert ratio >= 20
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that are no page cache."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.parametrize("name", ["tsn", "hgnl"])
+def test_seconds_an_epoch_and_memory(store, name):
+    features = StoredFeatures(store, np.arange(VIDEOS), training=True)
+    assert features.placement == "mmap"
+    trained = learner(name, VIDEOS)
+    peak = 0
+
+    def watch() -> None:
+        nonlocal peak
+        peak = max(peak, anonymous_memory())
+
+    batches = features.train_batches(epoch=0, frames=SEGMENTS, batch_size=BATCH, seed=0)
+    wall = seconds(lambda: train_epoch([trained], batches, 0, watch))
+    print(
+        f"\n{name}: {wall:.1f} s an epoch of a tenth of Kinetics-700 ({10 * wall:.0f} s for all, by proportion), "
+        f"RssAnon {peak / 1e9:.2f} GB"
+    )
+    assert peak < 4e9
+
+
+def test_reading_a_store_that_is_not_in_memory(store):
+    """As for a store larger than memory: the page cache is emptied of it, then 20 batches are gathered."""
+    for block in range(store.num_blocks):
+        with open(store.shard_path(block), "rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    store = FeatureStore.open(store.path)
+    rng = np.random.default_rng(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, read_bytes()
+
+    def gather() -> None:
+        for _ in range(20):
+            rows = rng.choice(VIDEOS, BATCH, replace=False)
+            store.gather(rows, np.sort(rng.integers(0, FRAMES, (BATCH, SEGMENTS)), axis=1))
+
+    wall = seconds(gather)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before[0]
+    read, wanted = read_bytes() - before[1], 20 * BATCH * SEGMENTS * DIM * 2
+    print(
+        f"\ncold: {20 * BATCH / wall:,.0f} videos/s; {faults:,} major faults, {read / 1e6:.0f} MB read for "
+        f"{wanted / 1e6:.0f} MB wanted ({read / max(faults, 1) / 1e3:.0f} kB a read, {read / wall / 1e6:.0f} MB/s)"
+    )
+    assert read > 0, "the page cache was not emptied; nothing was measured"
+
+
+def read_bytes() -> int:
+    return int(re.search(r"read_bytes: (\d+)", Path("/proc/self/io").read_text())[1])
+
+
+def test_batches_are_ready_before_they_are_asked_for():
+    """`ahead` costs next to nothing a batch."""
+    cost = seconds(lambda: list(ahead(range(2000)))) / 2000
+    print(f"\nhanding a batch over from the thread: {1e6 * cost:.0f} us")
