@@ -59,12 +59,16 @@ _CACHED = Recipe(
 )
 
 
-def recipe(name: Literal["cached", "paper"], aggregator: str, **changes: Any) -> Recipe:
+def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any) -> Recipe:
     """The recipe `name` for an aggregator, with what is not None in `changes` in the place of its own.
 
-    A change of `epochs` moves the milestones along.
+    A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are few `videos`, so
+    that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
     """
     chosen = _CACHED if name == "cached" else _PAPER_NON_LOCAL if aggregator in ("nl", "hgnl") else _PAPER
+    if name == "cached":
+        power_of_two = 1 << max(videos // 16, 1).bit_length() - 1
+        chosen = replace(chosen, batch_size=min(max(power_of_two, 16), chosen.batch_size))
     changes = {key: value for key, value in changes.items() if value is not None}
     if "epochs" in changes and chosen.milestones:
         moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)

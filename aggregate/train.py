@@ -117,9 +117,13 @@ class Run:
 
         self.options, self.store, self.out = options, store, out
         self.device = choose_device(options.device)
+        resumed = self._check_folder()
+        train_rows, self.val_rows, split_words = choose_rows(store, options)
+        _check_classes(store, train_rows, options)
         self.recipe: Recipe = recipe(
             options.recipe,
             options.agg,
+            videos=len(train_rows),
             optimizer=options.optimizer,
             lr=options.lr,
             weight_decay=options.weight_decay,
@@ -127,9 +131,6 @@ class Run:
             batch_size=options.batch_size,
             dropout=options.dropout,
         )
-        resumed = self._check_folder()
-        train_rows, self.val_rows, split_words = choose_rows(store, options)
-        _check_classes(store, train_rows, options)
         self.train_features: StoredFeatures = StoredFeatures(
             store, train_rows, device=self.device, placement=options.placement, training=True
         )
@@ -144,6 +145,8 @@ class Run:
         self.entrants = self._entrants()
         if resumed is not None:
             self._resume(resumed)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "options.json").write_text(json.dumps(self._plain_options(), indent=1) + "\n", encoding="utf-8")
 
     # -- before ----------------------------------------------------------------------------------------------------
 
@@ -152,22 +155,25 @@ class Run:
         from aggregate.checkpoint import Checkpoint
         from extract.store import difference
 
-        wanted = json.loads(json.dumps(asdict(self.options), default=str))
-        file = self.out / "options.json"
-        if file.exists():
-            recorded = json.loads(file.read_text(encoding="utf-8"))
-            before, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, wanted))
-            lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
-            if lines:
-                raise InputError(
-                    f"{self.out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
-                    "use those to resume it, give another --out, or remove it"
-                )
-        elif self.out.exists() and any(self.out.iterdir()):
-            raise InputError(f"--out {self.out} is not empty and holds no run; give another name")
-        self.out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(wanted, indent=1) + "\n", encoding="utf-8")
-        return Checkpoint.load(self.out / "last.pt") if (self.out / "last.pt").exists() else None
+        last, file = self.out / "last.pt", self.out / "options.json"
+        if not last.exists():
+            # A run that ended before its first epoch leaves nothing that others could not overwrite.
+            ours = (path.name == file.name or path.name.startswith("events.out") for path in self.out.glob("*"))
+            if self.out.exists() and not all(ours):
+                raise InputError(f"--out {self.out} is not empty and holds no run; give another name")
+            return None
+        recorded, wanted = json.loads(file.read_text(encoding="utf-8")), self._plain_options()
+        before, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, wanted))
+        lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
+        if lines:
+            raise InputError(
+                f"{self.out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
+                "use those to resume it, give another --out, or remove it"
+            )
+        return Checkpoint.load(last)
+
+    def _plain_options(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self.options), default=str))
 
     def _entrants(self) -> list[Entrant]:
         """The model asked for, and beside it the mean-pool baseline and the control, on the same batches."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+# Threads of a team wait asleep: on a machine that others load, spinning makes small tensor work 20 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
+
 ROOT = Path(__file__).parent.parent
 
 
