@@ -230,12 +230,10 @@ def _contested(
         if of == "probabilities":
             values = np.exp(logs, out=logs)
         margin = values - np.take_along_axis(values, truth, axis=1)
-        mute = aligned.failed[model, rows][:, None]  # its margins are 0 and decide nothing
-        ahead = (margin > 0) | ((margin == 0) & lower)
-        never &= ~ahead | mute
-        always &= ahead | mute
+        ahead = (margin > 0) | ((margin == 0) & lower)  # where the video failed: 0, which decides nothing
+        never &= ~ahead
+        always &= ahead
         margins.append(margin)
-    always &= ~aligned.failed[:, rows].all(axis=0, keepdims=True).T
     ahead_of_truth = always.sum(axis=1)
     # Five classes ahead in every model: wrong under any weights, however the others stand.
     videos, classes = np.nonzero(~never & ~always & (ahead_of_truth < 5)[:, None])

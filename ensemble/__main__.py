@@ -1,0 +1,205 @@
+"""python -m ensemble: several models' scores in; fused scores, a table of who adds what, and a submission out."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ensemble.submit import PRETRAINED, Ids, check_submission, write_submission
+from extract.cli import InputError, run_command
+
+if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
+    from ensemble.align import Aligned
+    from ensemble.search import Found, Row
+
+SCHEMA = "hgnl-ensemble/1"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fuse the scores of several models, joined by video id; with labels, say what each of them adds.
+
+    Beside --out stands a summary of the same name with .json: the weights, the table, the cross-validated figures.
+    """
+
+    scores: tuple[Path, ...]
+    """Scores files of the same videos and classes, as python -m aggregate.evaluate writes them."""
+    out: Path
+    """The fused scores file; the softmax of its logits is the fused probabilities."""
+    weights: str = "equal"
+    """equal, search (on labelled videos, judged on held-out folds), or one number a model: 0.5,0.3,0.2"""
+    submission: Path | None = None
+    """Write a submission to the challenge too, and check it."""
+    missing: Literal["error", "drop", "worst"] = "error"
+    """What to do with videos that one model lacks: stop, leave them out, or count them as wrong."""
+    of: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged."""
+    temperatures: tuple[float, ...] | None = None
+    """Divide each model's logits by this first, one number a model (default: 1)."""
+    segments: int | None = None
+    """Which scores of each file (default: those of the most segments)."""
+    folds: int = 5
+    """Of the cross-validation of --weights search."""
+    seed: int = 0
+    """Of the folds."""
+    submission_ids: Ids = "auto"
+    """youtube ids cut from the names of clips, the names of the file, or auto: youtube where the names are clips'."""
+    external_data: str = PRETRAINED
+    """What the submission says that the models have seen besides ("" is nothing)."""
+
+
+def main(options: Options) -> int:
+    from aggregate.scores import Scores
+    from ensemble.align import align
+    from ensemble.fuse import checked_temperatures, checked_weights, fuse_aligned
+    from ensemble.search import Contest, Row, search, table
+
+    summary_path = _checked_paths(options)
+    given = None if options.weights in ("equal", "search") else _numbers(options.weights)
+    # A wrong number of them is known before a gigabyte is read.
+    weights = checked_weights(given, len(options.scores))
+    temperatures = checked_temperatures(options.temperatures, len(options.scores))
+    names = _names(options.scores)
+    loaded = [Scores.load(path, options.segments) for path in options.scores]
+    aligned = align(loaded, missing=options.missing, names=names)
+    del loaded
+    print(aligned.report())
+
+    found: Found | None = None
+    rows: list[Row] = []
+    if (aligned.labels >= 0).any():
+        contest = Contest.of(aligned, of=options.of, temperatures=temperatures.tolist())
+        rows = table(contest, None if given is None else weights.tolist())
+        if options.weights == "search":
+            found = search(contest, folds=options.folds, seed=options.seed)
+            rows.append(Row("all, searched, held out", found.weights, found.summary, found.against_equal))
+            weights = checked_weights(found.weights, len(names))
+        del contest
+        print(_table(rows))
+    elif options.weights == "search":
+        raise InputError(
+            f"--weights search: none of the {len(aligned.ids):,} videos has a label. "
+            "Search on the validation scores, and give the weights that are found here"
+        )
+    else:
+        print("no video has a label: there is no figure to show")
+    if found is not None:
+        print(_said(found, names))
+    used = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
+    print(f"fused with the weights {used} (mean of {options.of})")
+
+    fused = fuse_aligned(aligned, weights, of=options.of, temperatures=temperatures.tolist())
+    fused.save(options.out)
+    print(f"{options.out}: {len(fused):,} videos, {int(fused.failed.sum()):,} without scores")
+    record = _record(options, aligned, weights.tolist(), rows, found)
+    if options.submission is not None:
+        neutral = write_submission(
+            fused, options.submission, ids=options.submission_ids, external_data=options.external_data
+        )
+        checked = check_submission(options.submission, fused.classes, _submitted(fused, options.submission_ids))
+        print(f"{options.submission} passes the check: {checked}")
+        if aligned.dropped:
+            print(f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong")
+        record["submission"] = {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
+    partial = Path(f"{summary_path}.partial")
+    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(partial, summary_path)
+    print(f"{summary_path}: weights, table and figures")
+    return 0
+
+
+def _checked_paths(options: Options) -> Path:
+    """Where the summary goes; InputError where one file would be written over another."""
+    summary = options.out.with_suffix(".json")
+    written = [options.out, summary, *([options.submission] if options.submission else [])]
+    taken = {path.resolve(): "an input" for path in options.scores}
+    if len(taken) < len(options.scores):
+        twice = next(path for place, path in enumerate(options.scores) if path in options.scores[:place])
+        raise InputError(f"--scores: {twice} is given twice; give its model more weight instead")
+    for path in written:
+        if (real := path.resolve()) in taken:
+            raise InputError(f"{path} would be written over {taken[real]}; the summary goes to {summary}")
+        taken[real] = f"another output, {path}"
+    return summary
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"--weights {text}: known are equal, search, or a number a model as in 0.5,0.3,0.2") from None
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """Short names of models: the files', with their folders where those are alike."""
+    stems = [path.stem for path in paths]
+    return stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
+
+
+def _submitted(fused: Any, ids: Ids) -> list[str]:
+    from ensemble.submit import submission_ids
+
+    return submission_ids(fused.ids, ids)
+
+
+def _table(rows: "Sequence[Row]") -> str:
+    from aggregate.metrics import Summary
+    from ensemble.search import signed
+
+    width = max(len(row.name) for row in rows)
+    lines = [f"{'':<{width}} {'error against equal':>22} {Summary.header()}"]
+    lines += [f"{row.name:<{width}} {signed(row.against_equal):>22} {row.summary}" for row in rows]
+    return "\n".join(lines)
+
+
+def _said(found: "Found", names: Sequence[str]) -> str:
+    """The verdict, how far the folds agree, and the weights to give for other videos."""
+    spread = ", ".join(
+        f"{name} {min(column):.2f} to {max(column):.2f}"
+        for name, column in zip(names, zip(*found.weights_by_fold, strict=True), strict=True)
+    )
+    given = ",".join(f"{weight:.4g}" for weight in found.weights)
+    return (
+        f"{found.statement()}\nacross folds: {spread}; error on the videos they were searched on (too good to be "
+        f"true): {100 * found.in_sample:.2f} %\nfor other videos of these models: --weights {given}"
+    )
+
+
+def _record(
+    options: Options, aligned: "Aligned", weights: list[float], rows: "Sequence[Row]", found: "Found | None"
+) -> dict[str, Any]:
+    """The summary beside the fused scores; figures are fractions, intervals have value, low, high."""
+    how = options.weights if options.weights in ("equal", "search") else "given"
+    record: dict[str, Any] = {
+        "schema": SCHEMA,
+        "scores": [str(path) for path in options.scores],
+        "models": list(aligned.names),
+        "weights": weights,
+        "weights_from": how,
+        "of": options.of,
+        "temperatures": list(options.temperatures) if options.temperatures else [1.0] * len(weights),
+        "videos": {
+            "joined": len(aligned.ids),
+            "labelled": int((aligned.labels >= 0).sum()),
+            "missing": options.missing,
+            "dropped": aligned.dropped,
+            "listed": list(aligned.listed),
+            "lacking": aligned.lacking.sum(axis=1).tolist(),
+            "failed": (aligned.failed & ~aligned.lacking).sum(axis=1).tolist(),
+        },
+        "table": [asdict(row) for row in rows],
+    }
+    if found is not None:
+        record["search"] = asdict(found) | {
+            "folds": len(found.weights_by_fold),
+            "beats_equal": found.beats_equal,
+            "statement": found.statement(),
+        }
+    return record
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m ensemble"))

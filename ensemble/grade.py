@@ -1,0 +1,162 @@
+"""Ground truths: the labels and the videos that they list, and the challenge's errors of a submission against them."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from aggregate.metrics import Interval, bootstrap
+from ensemble.submit import is_clip, is_scores, read_entries, read_json, read_results, read_text, submission_ids
+from extract.cli import InputError
+from extract.folders import SPLITS
+from extract.tables import read_table
+from extract.videos import youtube_id
+
+Truth = tuple[str, tuple[str, ...], str]  # id or name of the clip, labels, split
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The challenge's errors of a submission over the videos of a truth; a missing one is wrong."""
+
+    top1_error: Interval
+    top5_error: Interval
+    average_error: Interval
+    found: int
+    listed: int
+    first_missing: str = ""
+    extra: int = 0
+    unknown_labels: tuple[str, ...] = field(default=(), repr=False)
+    repeated: str = ""  # the first video that holds a label twice
+
+    def __str__(self) -> str:
+        lines = [
+            f"top-1 error %    {self.top1_error}",
+            f"top-5 error %    {self.top5_error}",
+            f"average error %  {self.average_error}   (the challenge's figure: {self.average_error.value:.5f})",
+            f"{self.found:,} of {self.listed:,} videos are in the submission",
+        ]
+        if self.first_missing:
+            lines[-1] += f"; missing ones, the first of which is {self.first_missing}, count as wrong"
+        if self.extra:
+            lines.append(f"{self.extra:,} further videos are not in the truth and are ignored")
+        if self.unknown_labels:
+            lines.append(
+                f"{len(self.unknown_labels):,} labels are not in the truth, the first is {self.unknown_labels[0]!r}: "
+                "the official script stops there with a KeyError"
+            )
+        if self.repeated:
+            lines.append(f"{self.repeated} holds a label twice, which uses up a place")
+        return "\n".join(lines)
+
+
+def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collection[str]]) -> Grade:
+    """The challenge's errors against `truth`, the labels of each video, any of which will do.
+
+    As the official script counts: a video that is missing is wrong, a further one is ignored, a repeated label uses up
+    a place. Where scores tie, which there depends on the sort, the earlier entry ranks first. Raises InputError for
+    scores that are no finite number.
+    """
+    results = read_results(path)
+    known = {label for labels in truth.values() for label in labels}
+    unknown: dict[str, None] = {}
+    repeated = ""
+    for video, entries in results.items():
+        labels = [label for label, _ in read_entries(f"{path}: {video!r}", entries)]
+        unknown.update(dict.fromkeys(label for label in labels if label not in known))
+        if not repeated and len(set(labels)) < len(labels):
+            repeated = video
+    missing = [video for video in truth if video not in results]
+    wrong = {k: np.array([not _hit(results.get(video, []), truth[video], k) for video in truth]) for k in (1, 5)}
+    return Grade(
+        top1_error=bootstrap(wrong[1]),
+        top5_error=bootstrap(wrong[5]),
+        average_error=bootstrap((wrong[1] + wrong[5].astype(float)) / 2),
+        found=len(truth) - len(missing),
+        listed=len(truth),
+        first_missing=missing[0] if missing else "",
+        extra=len(results) - (len(truth) - len(missing)),
+        unknown_labels=tuple(unknown),
+        repeated=repeated,
+    )
+
+
+def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[str]]:
+    """The labels of each video of a split, by the id it is submitted under.
+
+    From the challenge's JSON (`database`), Kinetics' own JSON (a video's `annotations` and `subset`), Kinetics' CSV, or
+    a CSV `path,label`. Raises InputError where the file is none of them or has no labels, and where it holds several
+    splits and none was chosen.
+    """
+    rows = _of_split(_truth_rows(os.fspath(path)), path, split)
+    if bare := [video for video, labels, _ in rows if not labels]:
+        raise InputError(f"{path}: {bare[0]!r} has no label; a truth has one for every video")
+    truth: dict[str, set[str]] = {}
+    for name, labels, _ in rows:
+        truth.setdefault(youtube_id(name) if is_clip(name) else name, set()).update(labels)
+    return truth
+
+
+def read_ids(path: str | os.PathLike[str], split: str = "") -> list[str]:
+    """The videos that a submission has to hold: of a scores file, of what `read_truth` reads, or one a line of text.
+
+    Raises InputError for an empty list or one video listed twice.
+    """
+    path = os.fspath(path)
+    if is_scores(path):
+        from aggregate.scores import Scores
+
+        return submission_ids(Scores.load(path).ids)
+    if path.lower().endswith((".csv", ".json")):
+        names = [video for video, _, _ in _of_split(_truth_rows(path), path, split)]
+    else:
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not names:
+        raise InputError(f"{path} lists no video")
+    return submission_ids(names)
+
+
+def _hit(entries: Sequence[Mapping[str, Any]], labels: Collection[str], k: int) -> bool:
+    best = sorted(entries, key=lambda entry: -entry["score"])[:k]
+    return any(entry["label"] in labels for entry in best)
+
+
+def _truth_rows(path: str) -> list[Truth]:
+    if path.lower().endswith(".csv"):
+        if not Path(path).is_file():
+            raise InputError(f"there is no file {path}")
+        rows = read_table(path, os.path.dirname(path) or ".").rows
+        return [(row.name, (row.label,) if row.label else (), row.split) for row in rows]
+    found = read_json(path)
+    database = found.get("database", found) if isinstance(found, dict) else None
+    if not isinstance(database, dict) or not all(
+        isinstance(record, dict) and {"subset", "annotations"} & record.keys() for record in database.values()
+    ):
+        raise InputError(f"{path} is no ground truth: expected a CSV, or a JSON with a subset and annotations a video")
+    return [_json_truth(path, video, record) for video, record in database.items()]
+
+
+def _json_truth(path: str, video: str, record: Mapping[str, Any]) -> Truth:
+    """The challenge has a list of annotations a video, Kinetics' own files a single one."""
+    annotations = record.get("annotations", [])
+    annotations = [annotations] if isinstance(annotations, dict) else annotations
+    try:
+        labels = tuple(annotation["label"] for annotation in annotations)
+    except (TypeError, KeyError):
+        raise InputError(f"{path}: {video!r} has the annotations {annotations!r:.60}, expected labels") from None
+    said = str(record.get("subset", ""))
+    return video, labels, SPLITS.get(said.lower(), said)
+
+
+def _of_split(rows: list[Truth], path: str | os.PathLike[str], split: str) -> list[Truth]:
+    there = sorted({said for _, _, said in rows})
+    wanted = SPLITS.get(split.lower(), split)
+    if not wanted and len(there) > 1:
+        raise InputError(f"{path} holds the splits {', '.join(map(repr, there))}; choose one with --split")
+    chosen = [row for row in rows if not wanted or row[2] == wanted]
+    if not chosen:
+        raise InputError(f"{path} has no video of the split {split!r}; it has {', '.join(map(repr, there)) or 'none'}")
+    return chosen

@@ -1,0 +1,322 @@
+"""python -m ensemble.submit: check a submission to the challenge before it is sent, or grade it against a truth.
+
+    {"version": "...", "results": {youtube_id: [{"label": ..., "score": ...}, ...]},
+     "external_data": {"used": true, "details": "..."}}
+
+The official script (activitynet/ActivityNet, Evaluation/eval_kinetics.py) stops at a label it does not know, ranks NaN
+first, breaks ties at will and lets a repeated label use up places. So a video's entry is the five best labels with
+falling scores, and `check_submission` takes nothing less. A video that failed gets a neutral entry: the first five
+classes at very nearly 1/classes each, which `external_data.details` counts.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from extract.cli import InputError, run_command
+from extract.labels import choose_labels
+from extract.videos import youtube_id
+
+if TYPE_CHECKING:  # numpy and what needs it are imported where used: --help is asked for more often than scores
+    import numpy as np
+
+    from aggregate.scores import Scores
+
+Ids = Literal["auto", "youtube", "file"]
+
+PLACES = 5  # labels a video: as many as the challenge looks at
+VERSION = "VERSION 1.0"
+PRETRAINED = "backbones pre-trained on ImageNet, models as the scores files record them"
+_ROWS_AT_ONCE = 2048
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A submission that passed: its videos, those of them with a neutral entry, and those that nobody asked for."""
+
+    videos: int
+    neutral: int
+    extra: int
+
+    def __str__(self) -> str:
+        more = f", {self.neutral:,} of them neutral (the video failed)" * bool(self.neutral)
+        more += f", {self.extra:,} of them not listed (the challenge ignores these)" * bool(self.extra)
+        return f"{self.videos:,} videos{more}"
+
+
+def submission_ids(names: Sequence[str], how: Ids = "auto") -> list[str]:
+    """The ids under which videos are submitted: the youtube ids cut from the names of Kinetics clips.
+
+    "auto" leaves all names as they are where none of them is such a clip (another data set, or youtube ids already),
+    "file" leaves them in any case. Raises InputError for a name that is none where others are, and for two names of
+    one youtube id.
+    """
+    if how not in get_args(Ids):
+        raise InputError(f"--submission-ids {how} is unknown; known are {', '.join(get_args(Ids))}")
+    ids = list(names)
+    if how == "youtube" or (how == "auto" and any(map(is_clip, names))):
+        ids = [youtube_id(name) for name in names]
+    first: dict[str, str] = {}
+    for name, video in zip(names, ids, strict=True):
+        if video in first:
+            both = f"{first[video]!r} and {name!r} are both video {video!r}"
+            raise InputError(f"{both}; a submission has one entry a video")
+        first[video] = name
+    return ids
+
+
+def write_submission(
+    scores: "Scores", path: str | os.PathLike[str], *, ids: Ids = "auto", external_data: str = PRETRAINED
+) -> int:
+    """Write the five best labels of every video; returns how many failed ones got a neutral entry.
+
+    Scores written are probabilities. `external_data` says what else the models have seen, "" is nothing. The file
+    appears whole or not at all. Raises InputError for fewer than five classes and as `submission_ids` does.
+    """
+    classes = scores.classes
+    if len(classes) < PLACES:
+        raise InputError(f"a submission names {PLACES} distinct labels a video, and there are {len(classes)} classes")
+    names = submission_ids(scores.ids, ids)
+    failed = scores.failed
+    best, falling = _five_best(scores.logits)
+    neutral = neutral_entry(classes)
+    results = {
+        name: neutral
+        if lost
+        else [
+            # The digits of a float32: falling in single precision too, and half as long.
+            {"label": classes[label], "score": float(str(score))}
+            for label, score in zip(labels, row, strict=True)
+        ]
+        for name, lost, labels, row in zip(names, failed.tolist(), best.tolist(), falling, strict=True)
+    }
+    lost = int(failed.sum())
+    details = external_data
+    if lost:
+        stated = (
+            f"{lost} of {len(names)} videos could not be read and hold a neutral entry "
+            f"(the first {PLACES} labels at nearly 1/{len(classes)})"
+        )
+        details = f"{details}; {stated}" if details else stated
+    submission = {
+        "version": VERSION,
+        "results": results,
+        "external_data": {"used": bool(external_data), "details": details},
+    }
+    partial = Path(f"{os.fspath(path)}.partial")
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    partial.write_text(json.dumps(submission, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    os.replace(partial, path)
+    return lost
+
+
+def neutral_entry(classes: Sequence[str]) -> list[dict[str, Any]]:
+    """What a video that failed gets: the first five classes, falling by a thousandth of 1/classes."""
+    return [
+        {"label": label, "score": float(f"{(1 - place / 1000) / len(classes):.6g}")}
+        for place, label in enumerate(classes[:PLACES])
+    ]
+
+
+def check_submission(
+    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None
+) -> Checked:
+    """Raise InputError, naming the first bad entry, unless the challenge would accept and rank the file as it is meant.
+
+    Every video has at least five labels, all of `classes` and none twice, with finite, strictly falling scores; every
+    video of `ids` is there (names of clips or youtube ids). Without `ids`, every video must be an 11-character youtube
+    id, and nobody can say which are missing. Videos that are not in `ids` are counted: the challenge ignores them.
+    """
+    results = read_results(path)
+    known = frozenset(classes)
+    neutral = neutral_entry(classes)
+    count = 0
+    for video, entries in results.items():
+        if ids is None and not is_clip(f"{video}_000000_000010"):
+            raise InputError(
+                f"{path}: {video!r} is no youtube id, which has 11 characters; "
+                "for videos of another data set say which there are (--ids)"
+            )
+        _check_entries(f"{path}: {video!r}", entries, known)
+        count += entries == neutral
+    if ids is None:
+        return Checked(len(results), count, 0)
+    listed = submission_ids(list(ids))
+    missing = [video for video in listed if video not in results]
+    if missing:
+        hint = f"; the file begins with {next(iter(results))!r}" if results and len(missing) == len(listed) else ""
+        raise InputError(
+            f"{path}: {len(missing):,} of {len(listed):,} videos are missing, the first is {missing[0]!r}{hint}"
+        )
+    return Checked(len(results), count, len(results) - len(listed))
+
+
+def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+    """Classes int [N, 5] and probabilities float32 [N, 5] of the five highest, the lower index first where they tie.
+
+    The probabilities are above 0 and fall strictly: ties and zeros are lifted by the least that a float32 can tell.
+    """
+    import numpy as np
+
+    from ensemble.fuse import log_softmax
+
+    best = np.zeros((len(logits), PLACES), np.int64)
+    falling = np.empty(best.shape, np.float32)
+    for start in range(0, len(logits), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        left = np.nan_to_num(logits[rows])  # a copy; what failed gets another entry
+        falling[rows] = np.exp(-np.sort(-log_softmax(left.astype(np.float64)), axis=1)[:, :PLACES])
+        for place in range(PLACES):
+            best[rows, place] = left.argmax(axis=1)  # the first of equals
+            np.put_along_axis(left, best[rows, place][:, None], -np.inf, axis=1)
+    np.maximum(falling, np.finfo(np.float32).tiny, out=falling)
+    for place in range(PLACES - 2, -1, -1):
+        falling[:, place] = np.maximum(falling[:, place], np.nextafter(falling[:, place + 1], np.float32(np.inf)))
+    return best, falling
+
+
+def is_clip(name: str) -> bool:
+    """Whether a name is that of a Kinetics clip, from which `youtube_id` can be cut."""
+    try:
+        youtube_id(name)
+    except InputError:
+        return False
+    return True
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """InputError where there is no such file, or it is no text."""
+    if not Path(path).is_file():
+        raise InputError(f"there is no file {path}")
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error})") from None
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """InputError where the file is no JSON, or an object holds a key twice."""
+
+    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """JSON readers keep the last of two equal keys and say nothing."""
+        found: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in found:
+                raise InputError(f"{path}: {key!r} stands twice in one object")
+            found[key] = value
+        return found
+
+    try:
+        return json.loads(read_text(path), object_pairs_hook=once)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is no JSON: {error}") from None
+
+
+def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The entries of each video of a submission; InputError where the frame around them is not as it must be."""
+    submission = read_json(path)
+    if not isinstance(submission, dict):
+        raise InputError(f"{path} holds a {type(submission).__name__}, expected an object with version, results ...")
+    _must_be(path, submission, version=str, results=dict, external_data=dict)
+    _must_be(f"{path}: external_data", submission["external_data"], used=bool, details=str)
+    if not submission["results"]:
+        raise InputError(f"{path}: 'results' holds no video")
+    return submission["results"]
+
+
+def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: type) -> None:
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise InputError(f"{where}: {name!r} is {found.get(name)!r:.60}, expected a {kind.__name__}")
+
+
+def read_entries(where: str, entries: Any) -> Iterator[tuple[str, float]]:
+    """Label and score of each entry of a video; InputError, beginning with `where`, for what is none."""
+    if not isinstance(entries, list):
+        raise InputError(f"{where} has {entries!r:.60}, expected a list of labels with scores")
+    for place, entry in enumerate(entries, start=1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("label"), str) or "score" not in entry:
+            raise InputError(f'{where} entry {place} is {entry!r:.80}, expected {{"label": ..., "score": ...}}')
+        label, score = entry["label"], entry["score"]
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
+            raise InputError(f"{where} entry {place} ({label!r}) has the score {score!r}; scores are finite numbers")
+        yield label, score
+
+
+def _check_entries(where: str, entries: Any, known: Collection[str]) -> None:
+    seen: dict[str, int] = {}
+    last = math.inf
+    for place, (label, score) in enumerate(read_entries(where, entries), start=1):
+        if label not in known:
+            raise InputError(f"{where} entry {place} has the label {label!r}, which is none of {len(known):,} classes")
+        if label in seen:
+            raise InputError(f"{where} has the label {label!r} twice, in entries {seen[label]} and {place}")
+        if not score < last:
+            raise InputError(
+                f"{where} entry {place} ({label!r}) has the score {score!r} after {last!r}; "
+                "scores fall from entry to entry"
+            )
+        seen[label], last = place, score
+    if len(entries) < PLACES:
+        raise InputError(f"{where} has {len(entries)} labels; at least {PLACES} are needed")
+
+
+def is_scores(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is meant as a scores file, by its extension."""
+    return os.fspath(path).lower().endswith((".h5", ".hdf5"))
+
+
+@dataclass(frozen=True)
+class Options:
+    """Check a submission before it is sent (--check), or grade it (--grade SUBMISSION --truth FILE)."""
+
+    check: Path | None = None
+    """The submission to check: prints how many videos passed, or the first bad entry (exit status 2)."""
+    grade: Path | None = None
+    """The submission to grade by the challenge's rules."""
+    labels: str = "kinetics700"
+    """For --check: kinetics700, a file of labels, one a line, or a scores file with the classes."""
+    ids: Path | None = None
+    """For --check, the videos that must be there: one a line, a Kinetics CSV or JSON, or a scores file."""
+    truth: Path | None = None
+    """For --grade: the Kinetics CSV, or the challenge's JSON."""
+    split: str = ""
+    """Which split of --truth or --ids counts, where there are several."""
+
+
+def main(options: Options) -> int:
+    if (options.check is None) == (options.grade is None):
+        raise InputError("give either --check SUBMISSION or --grade SUBMISSION --truth FILE")
+    from ensemble.grade import grade_submission, read_ids, read_truth
+
+    if options.check is not None:
+        if options.truth is not None:
+            raise InputError(f"--truth {options.truth} belongs to --grade; --check takes --labels and --ids")
+        ids = None if options.ids is None else read_ids(options.ids, options.split)
+        print(f"{options.check} passes: {check_submission(options.check, _classes(options.labels), ids)}")
+        if ids is None:
+            print("which videos the challenge expects was not checked; --ids FILE says which")
+    elif options.grade is not None:
+        if options.truth is None:
+            raise InputError("--grade needs --truth FILE, the Kinetics CSV or the challenge's JSON")
+        print(grade_submission(options.grade, read_truth(options.truth, options.split)))
+    return 0
+
+
+def _classes(labels: str) -> Sequence[str]:
+    if is_scores(labels):
+        from aggregate.scores import Scores
+
+        return Scores.load(labels).classes
+    if labels == "auto":
+        raise InputError("--labels auto: a submission is checked against a list; give kinetics700 or a FILE")
+    return choose_labels((), labels)[0]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m ensemble.submit"))
