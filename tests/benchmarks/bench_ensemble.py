@@ -1,0 +1,91 @@
+"""Fusion and search at the size of Kinetics-700's test set: `pytest -s tests/benchmarks/bench_ensemble.py`.
+
+70,000 videos x 700 classes x 3 models whose errors resemble those of the paper's (top-1 about 60 %, correlated), each
+command in a process of its own with two threads at most, timed from its start to its end, reading and writing of the
+files and the table included; memory is the process's peak resident set.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregate.scores import Scores
+from extract.labels import kinetics700_labels
+
+ROOT = Path(__file__).parents[2]
+VIDEOS = 70_000
+LIMIT_GB = 4
+
+# Runs a command as `python -m` does and says its peak memory in the end.
+MEASURED = """
+import resource, runpy, sys
+sys.argv = ["python -m ensemble", *sys.argv[1:]]
+try:
+    runpy.run_module("ensemble", run_name="__main__", alter_sys=False)
+except SystemExit as done:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    sys.exit(done.code)
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("scores")
+    classes = kinetics700_labels()
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, len(classes), VIDEOS)
+    rows = np.arange(VIDEOS)
+    ids = [f"test/{row:011d}_000010_000020.mp4" for row in rows]
+    common = rng.normal(size=(VIDEOS, len(classes)), scale=0.9).astype(np.float32)
+    margin = rng.normal(size=VIDEOS, scale=1.5)  # some videos are hard for all
+    paths = []
+    for name, strength in (("tsn", 4.9), ("hgnl", 5.0), ("stnet", 4.5)):
+        logits = common + rng.standard_normal(common.shape, np.float32) * 0.8
+        logits[rows, labels] += strength + margin
+        paths.append(folder / f"{name}.h5")
+        Scores(ids, classes, 2 * logits, labels).save(paths[-1])
+    return paths
+
+
+def measured(*args: object) -> tuple[float, float, str]:
+    """Seconds, peak GB and what was printed."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    started = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURED, *map(str, args)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | threads,
+        check=False,
+    )
+    seconds = time.perf_counter() - started
+    assert done.returncode == 0, done.stderr
+    said, _, peak = done.stdout.rpartition("peak ")
+    return seconds, float(peak), said
+
+
+@pytest.mark.parametrize(
+    ("weights", "of", "limit"),
+    [
+        ("0.5,0.3,0.2", "probabilities", 20),
+        ("0.5,0.3,0.2", "logits", 20),
+        ("search", "probabilities", 120),
+        ("search", "logits", 120),
+    ],
+)
+def test_fusing_70000_videos(files, tmp_path, weights, of, limit):
+    out = tmp_path / "fused.h5"
+    seconds, peak, said = measured(
+        *("--scores", *files, "--out", out, "--weights", weights, "--of", of, "--submission", tmp_path / "sub.json")
+    )
+    print(f"\n{said}\n{weights}, mean of {of}: {seconds:.1f} s, peak {peak:.2f} GB")
+    assert len(json.loads(out.with_suffix(".json").read_text())["table"]) == 8
+    assert seconds < limit
+    assert peak < LIMIT_GB
