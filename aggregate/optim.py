@@ -55,7 +55,7 @@ _PAPER = Recipe(
 _PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
 # For a frozen backbone; chosen on real features, LOG.md "The recipe for cached features".
 _CACHED = Recipe(
-    optimizer="adamw", lr=1e-3, weight_decay=0.01, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0
+    optimizer="sgd", lr=1e-2, weight_decay=5e-4, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0
 )
 
 

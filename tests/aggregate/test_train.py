@@ -31,7 +31,7 @@ def features(tmp_path_factory) -> str:
 
 
 def options(features: str, out: Path, agg: str = "tsn", **changes) -> train.Options:
-    quick = {"epochs": 3, "batch_size": 16, "lr": 0.01, "dropout": 0.3}
+    quick = {"epochs": 3, "batch_size": 16, "optimizer": "adamw", "lr": 0.01, "dropout": 0.3}
     if agg == "hgnl":
         quick |= {"g1": 4, "g2": 2, "m1": 8}
     return train.Options(agg=agg, features=features, out=out, **(quick | changes))
