@@ -14,7 +14,16 @@ if TYPE_CHECKING:
     from torch import nn
 
     from aggregate.checkpoint import Checkpoint
+    from aggregate.features import StoredFeatures
     from extract.store import FeatureStore
+
+
+class DamagedModelError(RunError):
+    """Scores that are no numbers; `place` is the model's, among those asked."""
+
+    def __init__(self, message: str, place: int):
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -117,36 +126,56 @@ def logits_of(
     batch_size: int,
     device: "torch.device | str",
     placement: Literal["auto", "device", "memory", "mmap"] = "auto",
+    features: "StoredFeatures | None" = None,
 ) -> "list[np.ndarray]":
     """Logits of each model over videos `rows`: float32 [N, crops, C], NaN where extraction failed.
 
-    Raises RunError naming a video whose features are not finite or whose scores are not.
+    `features`, those of `held_for_test`, are read here where they are not given. Raises RunError naming a video whose
+    features are not finite, DamagedModelError for a model whose scores are not.
     """
     import numpy as np
 
-    from aggregate.features import StoredFeatures, evaluation_views, find_non_finite, usable
+    from aggregate.features import evaluation_views, find_non_finite
     from aggregate.fit import predict
 
-    good = usable(store)[rows] | (store.status[rows] == 0)  # a pending one is refused by StoredFeatures
+    if features is None:
+        features = held_for_test(store, rows, device=device, placement=placement)
+    good = np.isin(rows, features.rows)
     crops = len(evaluation_views(store))
-    if not good.any():
-        raise InputError(f"{store.path}: all {len(rows)} videos failed in extraction; see `python -m extract.status`")
-    features = StoredFeatures(store, rows[good], device=device, placement=placement)
     several = []
-    for predicted in predict(models, features.test_batches(frames=segments, batch_size=batch_size)):
+    for place, predicted in enumerate(predict(models, features.test_batches(frames=segments, batch_size=batch_size))):
         wrong = ~np.isfinite(predicted).all(axis=(1, 2))
         if wrong.any():
             bad = rows[good][wrong]
             name = find_non_finite(store, bad)
-            raise RunError(
-                f"{store.path}: the stored features of {name} are not finite; `python -m extract.verify` checks them"
-                if name
-                else f"scores of {store.ids[bad[0]]} are not finite though its features are; the weights are damaged"
+            if name:
+                raise RunError(
+                    f"{store.path}: the stored features of {name} are not finite; "
+                    "`python -m extract.verify` checks them"
+                )
+            raise DamagedModelError(
+                f"scores of {store.ids[bad[0]]} are not finite though its features are; the weights are damaged", place
             )
         logits = np.full((len(rows), crops, predicted.shape[2]), np.nan, np.float32)
         logits[good] = predicted
         several.append(logits)
     return several
+
+
+def held_for_test(
+    store: "FeatureStore",
+    rows: "np.ndarray",
+    *,
+    device: "torch.device | str",
+    placement: Literal["auto", "device", "memory", "mmap"] = "auto",
+) -> "StoredFeatures":
+    """The features of those of `rows` that did not fail in extraction. InputError where all did."""
+    from aggregate.features import StoredFeatures, usable
+
+    good = usable(store)[rows] | (store.status[rows] == 0)  # a pending one is refused by StoredFeatures
+    if not good.any():
+        raise InputError(f"{store.path}: all {len(rows)} videos failed in extraction; see `python -m extract.status`")
+    return StoredFeatures(store, rows[good], device=device, placement=placement)
 
 
 def choose_device(name: str) -> "torch.device":

@@ -1,6 +1,7 @@
 """Training and testing: models, batches and optimizers, and nothing of stores, commands or files."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ class DivergedError(ArithmeticError):
         self.rows = rows
 
 
-@dataclass
+@dataclass(eq=False)
 class Learner:
     """A model with its optimizer: `step` trains it on one batch. Several can be fed by the same batches.
 
@@ -38,6 +39,7 @@ class Learner:
     device: torch.device
     groups: list[dict[str, Any]] | None = None  # of parameters; by default all of one learning rate
     optimizer: torch.optim.Optimizer = field(init=False)
+    seconds: float = field(init=False, default=0.0)  # spent in `step`; on a GPU, for launching the work only
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
@@ -50,6 +52,7 @@ class Learner:
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Forward, backward and an update. Raises DivergedError for a loss that is no number."""
+        started = time.perf_counter()
         torch.manual_seed(hash((self.seed, epoch, step)) & 0x7FFF_FFFF_FFFF_FFFF)
         set_lr(self.optimizer, self.recipe, epoch + step / self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -64,6 +67,7 @@ class Learner:
         self._since.append(batch.rows)
         if self._steps % self._look_every == 0:
             self._look(epoch)
+        self.seconds += time.perf_counter() - started
 
     def mean_loss(self, epoch: int) -> float:
         """The mean loss since the last call."""
@@ -89,16 +93,41 @@ class Learner:
 
 
 def train_epoch(
-    learners: Sequence[Learner], batches: Iterable[Batch], epoch: int, on_step: Callable[[], object] = lambda: None
+    learners: Sequence[Learner],
+    batches: Iterable[Batch],
+    epoch: int,
+    on_step: Callable[[], object] = lambda: None,
+    on_diverged: Callable[[Learner, DivergedError], object] | None = None,
 ) -> list[float]:
-    """One pass over `batches`, each fed to all `learners`; their mean losses."""
+    """One pass over `batches`, each fed to all `learners`; their mean losses.
+
+    A learner that diverges ends the pass with its DivergedError; with `on_diverged`, which is told of it, the others
+    go on and its loss is NaN.
+    """
+    running = list(learners)
+
+    def lost(learner: Learner, error: DivergedError) -> None:
+        if on_diverged is None:
+            raise error
+        running.remove(learner)
+        on_diverged(learner, error)
+
     for learner in learners:
         learner.model.train()
     for step, batch in enumerate(batches):
-        for learner in learners:
-            learner.step(batch, epoch, step)
+        for learner in list(running):
+            try:
+                learner.step(batch, epoch, step)
+            except DivergedError as error:
+                lost(learner, error)
         on_step()
-    return [learner.mean_loss(epoch) for learner in learners]
+    losses = [math.nan] * len(learners)
+    for place, learner in enumerate(learners):
+        try:
+            losses[place] = learner.mean_loss(epoch) if learner in running else math.nan
+        except DivergedError as error:
+            lost(learner, error)
+    return losses
 
 
 @torch.inference_mode()

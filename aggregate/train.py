@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,6 +14,7 @@ from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     from aggregate.checkpoint import Checkpoint
     from aggregate.fit import Learner
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 # Where a run may continue with another value: they say where and how fast, not what.
 _FREE_ON_RESUME = ("out", "device", "placement")
+# The flags that are an aggregator's own; to all others they mean nothing.
+AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
+    "nl": ("m1", "scale_init", "scale_scores"),
+    "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
+}
 # Below this |s F_o| / |F| attention changes nothing that matters.
 _ATTENTION_UNUSED = 1e-3
 
@@ -94,6 +100,12 @@ class Entrant:
     best_epoch: int = -1
     best_state: dict[str, Any] = field(default_factory=dict)
 
+    def judge(self, error: float, epoch: int) -> None:
+        """Keep the state where this epoch's validation error is the smallest so far."""
+        if error < self.best_error:
+            self.best_error, self.best_epoch = error, epoch
+            self.best_state = {k: v.detach().cpu().clone() for k, v in self.learner.model.state_dict().items()}
+
 
 def main(options: Options) -> int:
     from extract.store import FeatureStore
@@ -111,29 +123,19 @@ class Run:
     """One training run in its folder: prepare, resume, train, report."""
 
     def __init__(self, options: Options, store: "FeatureStore", out: Path) -> None:
-        from aggregate.evaluate import choose_device
+        from aggregate.evaluate import choose_device, held_for_test
         from aggregate.features import StoredFeatures
-        from aggregate.optim import recipe
 
         self.options, self.store, self.out = options, store, out
         self.device = choose_device(options.device)
         resumed = self._check_folder()
         train_rows, self.val_rows, split_words = choose_rows(store, options)
-        _check_classes(store, train_rows, options)
-        self.recipe: Recipe = recipe(
-            options.recipe,
-            options.agg,
-            videos=len(train_rows),
-            optimizer=options.optimizer,
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            dropout=options.dropout,
-        )
+        check_classes(store, train_rows, options)
+        self.recipe = recipe_of(options, videos=len(train_rows))
         self.train_features: StoredFeatures = StoredFeatures(
             store, train_rows, device=self.device, placement=options.placement, training=True
         )
+        self.val_features = held_for_test(store, self.val_rows, device=self.device)
         self.val_labels = store.labels[self.val_rows]
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
@@ -146,34 +148,23 @@ class Run:
         if resumed is not None:
             self._resume(resumed)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "options.json").write_text(json.dumps(self._plain_options(), indent=1) + "\n", encoding="utf-8")
+        (out / "options.json").write_text(json.dumps(plain(options), indent=1) + "\n", encoding="utf-8")
 
     # -- before ----------------------------------------------------------------------------------------------------
 
     def _check_folder(self) -> "Checkpoint | None":
         """The last checkpoint of this run, if there is one; other options than its own are refused."""
         from aggregate.checkpoint import Checkpoint
-        from extract.store import difference
 
-        last, file = self.out / "last.pt", self.out / "options.json"
+        last = self.out / "last.pt"
         if not last.exists():
             # A run that ended before its first epoch leaves nothing that others could not overwrite.
-            ours = (path.name == file.name or path.name.startswith("events.out") for path in self.out.glob("*"))
+            ours = (path.name == "options.json" or path.name.startswith("events.out") for path in self.out.glob("*"))
             if self.out.exists() and not all(ours):
                 raise InputError(f"--out {self.out} is not empty and holds no run; give another name")
             return None
-        recorded, wanted = json.loads(file.read_text(encoding="utf-8")), self._plain_options()
-        before, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, wanted))
-        lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
-        if lines:
-            raise InputError(
-                f"{self.out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
-                "use those to resume it, give another --out, or remove it"
-            )
+        refuse_other_options(self.out, plain(self.options), free=_FREE_ON_RESUME)
         return Checkpoint.load(last)
-
-    def _plain_options(self) -> dict[str, Any]:
-        return json.loads(json.dumps(asdict(self.options), default=str))
 
     def _entrants(self) -> list[Entrant]:
         """The model asked for, and beside it the mean-pool baseline and the control, on the same batches."""
@@ -204,26 +195,18 @@ class Run:
     def _entrant(
         self, name: str, file: str, options: dict[str, Any], init: "Checkpoint | None", label: str = ""
     ) -> Entrant:
-        import torch
-
-        from aggregate.fit import Learner
-        from aggregate.models import build, carry_over
-
-        torch.manual_seed(self.options.seed)  # a model's start is a function of the seed, whatever stands beside it
-        model = build(
-            name, dim=self.store.dim, num_classes=len(self.store.classes), dropout=self.recipe.dropout, **options
-        )
-        if init is not None:
-            carried = carry_over(model, init.state_dict, classes=self.store.classes, source_classes=init.classes)
-            print(f"{label or name}: from {self.options.init}: {carried}")
-        learner = Learner(
-            name=label or name,
-            model=model,
-            recipe=self.recipe,
-            steps_per_epoch=self.train_features.steps(self.recipe.batch_size),
-            seed=self.options.seed,
+        learner = make_learner(
+            self.options,
+            self.store,
+            self.recipe,
+            name,
+            options,
+            videos=len(self.train_features),
             device=self.device,
+            init=init,
+            label=label,
         )
+        model: Any = learner.model
         return Entrant(learner, file, model.options)
 
     def _resume(self, last: "Checkpoint") -> None:
@@ -302,11 +285,7 @@ class Run:
             row[f"{prefix}val_top1"] = 1 - top_k_error(scores, self.val_labels, 1)
             row[f"{prefix}val_top5"] = 1 - top_k_error(scores, self.val_labels, 5)
             row[f"{prefix}val_average_error"] = error
-            if error < entrant.best_error:
-                entrant.best_error, entrant.best_epoch = error, self.epoch
-                entrant.best_state = {
-                    k: v.detach().cpu().clone() for k, v in entrant.learner.model.state_dict().items()
-                }
+            entrant.judge(error, self.epoch)
         if (found := self._attention()) is not None:
             row["scale"], row["attention_ratio"] = found
         self.history.append(row)
@@ -324,6 +303,7 @@ class Run:
             segments=segments,
             batch_size=self.recipe.batch_size,
             device=self.device,
+            features=self.val_features,
         )
         return [one.mean(axis=1) for one in crops]
 
@@ -416,23 +396,83 @@ class Run:
         print(f"checkpoints: {', '.join(str(self.out / e.file) for e in self.entrants)}")
 
 
+def plain(options: Any) -> dict[str, Any]:
+    """A command's options as JSON keeps them."""
+    return json.loads(json.dumps(asdict(options), default=str))
+
+
+def refuse_other_options(out: Path, wanted: dict[str, Any], *, free: Sequence[str]) -> None:
+    """InputError that lists what differs between `out`/options.json and `wanted`, but for `free`."""
+    from extract.store import difference
+
+    recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
+    before, now = ({k: v for k, v in side.items() if k not in free} for side in (recorded, wanted))
+    lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
+    if lines:
+        raise InputError(
+            f"{out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
+            "use those to resume it, give another --out, or remove it"
+        )
+
+
+def recipe_of(options: Options, *, videos: int) -> "Recipe":
+    """The recipe that `options` choose and change, for so many videos to train on."""
+    from aggregate.optim import recipe
+
+    return recipe(
+        options.recipe,
+        options.agg,
+        videos=videos,
+        optimizer=options.optimizer,
+        lr=options.lr,
+        weight_decay=options.weight_decay,
+        epochs=options.epochs,
+        batch_size=options.batch_size,
+        dropout=options.dropout,
+    )
+
+
+def make_learner(
+    options: Options,
+    store: "FeatureStore",
+    recipe: "Recipe",
+    name: str,
+    aggregator: dict[str, Any],
+    *,
+    videos: int,
+    device: "torch.device",
+    init: "Checkpoint | None",
+    label: str = "",
+) -> "Learner":
+    """A fresh learner of the aggregator `name`, started from `init` where there is one; says what that carried over."""
+    import torch
+
+    from aggregate.fit import Learner
+    from aggregate.models import build, carry_over
+
+    torch.manual_seed(options.seed)  # a model's start is a function of the seed, whatever stands beside it
+    model = build(name, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **aggregator)
+    if init is not None:
+        carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
+        print(f"{label or name}: from {options.init}: {carried}")
+    return Learner(
+        name=label or name,
+        model=model,
+        recipe=recipe,
+        steps_per_epoch=-(-videos // recipe.batch_size),
+        seed=options.seed,
+        device=device,
+    )
+
+
 def aggregator_options(options: Options) -> dict[str, Any]:
     """Those of the flags that the chosen aggregator has. InputError for one given to another aggregator."""
-    given = {
-        name: getattr(options, name)
-        for name in ("g1", "g2", "shared", "norm", "attention", "scale_init", "scale_scores")
-    } | {"inner_dim": options.m1}
-    known: dict[str, tuple[str, ...]] = {
-        "nl": ("inner_dim", "scale_init", "scale_scores"),
-        "hgnl": tuple(given),
-    }
-    defaults = {"g1": 16, "g2": 8, "shared": False, "norm": "none", "attention": "relu"}
-    defaults |= {"scale_init": 0.0, "scale_scores": False, "inner_dim": None}
-    foreign = [name for name in given if given[name] != defaults[name] and name not in known.get(options.agg, ())]
-    if foreign:
-        flag = "m1" if foreign[0] == "inner_dim" else foreign[0].replace("_", "-")
-        raise InputError(f"--{flag} {given[foreign[0]]} means nothing to --agg {options.agg}")
-    chosen = {name: given[name] for name in known.get(options.agg, ())}
+    own = AGGREGATOR_FLAGS.get(options.agg, ())
+    defaults = {one.name: one.default for one in fields(Options)}
+    for flag in AGGREGATOR_FLAGS["hgnl"]:  # NL's are among them
+        if flag not in own and (given := getattr(options, flag)) != defaults[flag]:
+            raise InputError(f"--{flag.replace('_', '-')} {given} means nothing to --agg {options.agg}")
+    chosen = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
     if options.agg == "hgnl":
         chosen["train_frames"] = options.frames
     return chosen
@@ -518,7 +558,8 @@ def hold_out(store: "FeatureStore", rows: "np.ndarray", fraction: float, seed: i
     return chosen
 
 
-def _check_classes(store: "FeatureStore", rows: "np.ndarray", options: Options) -> None:
+def check_classes(store: "FeatureStore", rows: "np.ndarray", options: Options) -> None:
+    """InputError for a class that has no video among `rows`, unless that is allowed."""
     import numpy as np
 
     counts = np.bincount(store.labels[rows], minlength=len(store.classes))
