@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import av
 import numpy as np
@@ -28,6 +29,10 @@ Resize = Callable[[np.ndarray], np.ndarray]
 _SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
 # A packet of these may hold a picture that is never shown, so packets are not frames.
 _HIDDEN_PICTURES = frozenset(("vp8",))
+# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare streams) FFmpeg numbers
+# packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
+_TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
+_REORDERING = frozenset(("h264", "hevc"))
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
@@ -147,6 +152,7 @@ class _Packets:
 
     pts: list[int]
     dts: list[int | None]
+    size: list[int]
     key: list[bool]
     order: list[int]  # packets that are shown, in presentation order
     kept: list[av.Packet]
@@ -186,10 +192,11 @@ def _read_packets(container, stream) -> _Packets:
         raise _UntrustedError("its packets may hold pictures that are never shown")
     pts: list[int] = []
     dts: list[int | None] = []
+    sizes: list[int] = []
     key: list[bool] = []
     shown: list[int] = []
     kept: list[av.Packet] = []
-    size = 0
+    total = 0
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -203,8 +210,9 @@ def _read_packets(container, stream) -> _Packets:
             pts.append(packet.pts)
             dts.append(packet.dts)
             key.append(packet.is_keyframe)
-            size += packet.size
-            if size <= _KEPT_BYTES:
+            sizes.append(packet.size)
+            total += packet.size
+            if total <= _KEPT_BYTES:
                 kept.append(packet)
     except av.FFmpegError as error:
         raise _UntrustedError(f"reading it ends with: {_words(error)}") from None
@@ -212,7 +220,18 @@ def _read_packets(container, stream) -> _Packets:
         raise _UntrustedError("its time stamps are not one a frame")
     if "mp4" in container.format.name and len(pts) < stream.frames:
         raise _UntrustedError(f"the file ends early: it names {stream.frames} frames and holds {len(pts)}")
-    return _Packets(pts, dts, key, sorted(shown, key=pts.__getitem__), kept if size <= _KEPT_BYTES else [])
+    if _order_is_guessed(container, stream, pts):
+        raise _UntrustedError("its time stamps are those of packets, not of frames")
+    kept = kept if total <= _KEPT_BYTES else []
+    return _Packets(pts, dts, sizes, key, sorted(shown, key=pts.__getitem__), kept)
+
+
+def _order_is_guessed(container, stream, pts: list[int]) -> bool:
+    """Whether frames may come in another order than time stamps say."""
+    codec = stream.codec_context
+    if container.format.name.split(",")[0] in _TIMED or not (codec.has_b_frames or codec.name in _REORDERING):
+        return False
+    return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
 
 
 def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.VideoFrame]:
@@ -221,6 +240,14 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
     skips, keys, chosen = context.name in _SKIPPING, packets.keys, set(wanted)
     source = _Kept(packets) if packets.kept else _FromFile(path, packets)
     position = key_place = 0
+    sought: set[int] = set()
+
+    def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+        for frame in context.decode(packet):
+            if frame.pts in sought and not frame.key_frame:
+                raise _UntrustedError("a packet is called a key frame and is none")
+            yield frame
+
     try:
         for number in wanted:
             start = position
@@ -230,15 +257,16 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
                     start = max(start, keys[key_place])
                 key_place += 1
             if start > position + 1:
-                yield from context.decode(None)  # what the decoder still holds back
+                yield from decoded(None)  # what the decoder still holds back
                 context.flush_buffers()
                 position = start
+                sought.add(packets.pts[start])
             while position <= number:
                 if skips:
                     context.skip_frame = "DEFAULT" if position in chosen else "NONREF"
-                yield from context.decode(source.packet(position))
+                yield from decoded(source.packet(position))
                 position += 1
-        yield from context.decode(None)
+        yield from decoded(None)
     except av.FFmpegError as error:
         raise _UntrustedError(f"decoding ends with: {_words(error)}") from None
     finally:
@@ -264,7 +292,9 @@ class _FromFile:
     def __init__(self, path, packets: _Packets):
         self._container, self._stream = _open(path)
         self._packets = packets
-        self._numbers = {stamp: number for number, stamp in enumerate(zip(packets.pts, packets.dts, strict=True))}
+        # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
+        stamps = zip(packets.pts, packets.dts, packets.size, strict=True)
+        self._numbers = {stamp: number for number, stamp in enumerate(stamps)}
         self._next, self._read = 0, self._container.demux(self._stream)
 
     def packet(self, number: int) -> av.Packet:
@@ -272,7 +302,7 @@ class _FromFile:
             self._container.seek(self._packets.pts[number], stream=self._stream)
             self._read = self._container.demux(self._stream)
         for packet in self._read:
-            if packet.size and self._numbers.get((packet.pts, packet.dts)) == number:
+            if packet.size and self._numbers.get((packet.pts, packet.dts, packet.size)) == number:
                 self._next = number + 1
                 return packet
         raise _UntrustedError(f"packet {number} is not found again")
@@ -329,7 +359,7 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
 def _seconds(times: Sequence[float | None], path) -> np.ndarray:
     """Seconds after the first frame; by the frame rate where a frame has no time stamp."""
     if all(time is not None for time in times):
-        seconds = np.array(times, np.float64)
+        seconds = np.sort(np.array(times, np.float64))  # frames come in order; time stamps may be those of packets
         return (seconds - seconds[0]).astype(np.float32)
     with _opened(path) as (_, stream):
         rate = stream.average_rate or stream.guessed_rate or 25
