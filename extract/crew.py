@@ -43,15 +43,25 @@ class Here:
         self._worker.close()
 
 
-def _ask(address: str | None) -> None:
-    """Fail at once where nobody answers at `host:port`; Ray itself would try for minutes."""
-    if address is None or address in ("auto", "local"):
-        return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+def connect(address: str | None) -> bool:
+    """Join the Ray cluster at `address`, or start one here; True where this call did, so that the caller shuts it down.
+
+    Raises RunError where nobody answers at `host:port`, at once: Ray itself would try for minutes.
+    """
+    import ray
+
+    if ray.is_initialized():
+        return False
     try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, ValueError) as error:
+        if address not in (None, "auto", "local"):
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
+        if address is None:
+            raise RunError(f"Ray does not start on this machine: {error}") from None
         raise RunError(f"--address {address}: no Ray cluster answers there ({error})") from None
+    return True
 
 
 @dataclass(eq=False)
@@ -72,18 +82,7 @@ class RayCrew:
         import ray
 
         self._ray = ray
-        self._started = not ray.is_initialized()
-        if self._started:
-            _ask(address)
-            try:
-                ray.init(
-                    address=address or "local",
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                raise RunError(f"--address {address}: no Ray cluster answers there ({error})") from None
+        self._started = connect(address)
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0)) if settings.device in ("auto", "cuda") else 0
         self._size = workers or gpus or max(1, len([node for node in ray.nodes() if node["Alive"]]))
