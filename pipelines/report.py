@@ -1,0 +1,554 @@
+"""python -m pipelines.report: one page that shows what a folder of runs holds, for people who would rather look.
+
+Stores, run folders, scores, ensembles and ablations are taken wherever they lie in the folder. The page shows what
+there is, and names what is not there with the command that makes it. No clock gets into it: the same results give the
+same bytes.
+"""
+
+import csv
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from extract.cli import InputError, RunError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aggregate.scores import Scores
+    from extract.store import FeatureStore
+
+REASONS = 8
+PAIRS = 10
+MATRIX_CLASSES = 20
+RUN_FILES = ("options.json", "metrics.csv", "results.json", "best.pt")
+# What makes the things of a section that is empty.
+MAKERS = {
+    "extracted": "no feature store (*.zarr): python -m extract makes one",
+    "training": "no training run (metrics.csv): python -m aggregate.train makes one",
+    "results": "no results: python -m aggregate.train and aggregate.evaluate --out make some",
+    "confusion": "no scores of videos with labels (*.h5): python -m aggregate.evaluate --out makes some",
+    "ablation": "no ablation (ablation.csv): python -m aggregate.ablate makes one",
+    "attention": "no attention: python -m aggregate.train --agg hgnl makes a model that has it (and keep its features)",
+    "map": "no map: python -m extract makes the features",
+    "ensemble": "no ensemble: python -m ensemble --scores ... --out makes one",
+    "provenance": "no provenance: it comes with stores, runs and scores",
+}
+WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make one self-contained HTML page of what a folder holds: features, training, results, ablations, ensembles."""
+
+    rundir: Annotated[Path, tyro.conf.Positional]
+    """The folder, e.g. runs/demo; everything below it is looked at."""
+    out: Path = Path("report.html")
+    """The page; it opens from disk and needs neither a network nor another file."""
+    videos: tuple[Path, ...] = ()
+    """Folders that the ids of the videos are relative to; without them the page has no thumbnails."""
+    seed: int = 0
+    """Of whatever is drawn: sample frames, the videos of the map, the candidates for attention."""
+
+
+def main(options: Options) -> int:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise RunError(
+            "the report draws with matplotlib, which is not installed: pip install 'hgnl-video[demo]'"
+        ) from None
+    for folder in (options.rundir, *options.videos):
+        if not folder.is_dir():
+            raise InputError(f"{folder} is no folder")
+    found = find(options.rundir)
+    html = render(found, title=options.rundir.resolve().name, videos=options.videos, seed=options.seed)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{options.out}.partial")
+    partial.write_text(html, encoding="utf-8")
+    os.replace(partial, options.out)
+    for problem in found.problems:
+        print(f"not shown: {problem}", file=sys.stderr)
+    print(f"{options.out}: {found}, {len(html) / 1e6:.1f} MB")
+    return 0
+
+
+# -- finding -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What lies in a folder, by its name below it; `problems` says what could not be read and why."""
+
+    stores: "dict[str, FeatureStore]" = field(default_factory=dict)
+    runs: dict[str, Path] = field(default_factory=dict)
+    scores: "dict[str, list[Scores]]" = field(default_factory=dict)  # by rising number of segments
+    ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ablations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        counts = {
+            "feature store": len(self.stores),
+            "run": len(self.runs),
+            "scores file": len(self.scores),
+            "ablation": len(self.ablations),
+            "ensemble": len(self.ensembles),
+        }
+        return ", ".join(f"{count} {what}{'s' * (count != 1)}" for what, count in counts.items())
+
+
+def find(root: Path) -> Found:
+    """Open all there is below `root`. What cannot be read becomes a problem; InputError where there is nothing."""
+    found = Found()
+    for path in _walk(root):
+        name = path.relative_to(root).as_posix()
+        try:
+            _take(found, path, name)
+        except (InputError, RunError, OSError, ValueError, KeyError) as error:
+            found.problems.append(f"{name}: {error}")
+    if not any((found.stores, found.runs, found.scores, found.ensembles, found.ablations, found.problems)):
+        raise InputError(
+            f"{root} holds nothing to report on: no feature store (*.zarr), run folder (options.json, metrics.csv), "
+            "scores (*.h5) or ablation.csv; give the folder that the commands wrote to"
+        )
+    return found
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in sorted(folder.iterdir()):
+        yield path
+        if path.is_dir() and path.suffix != ".zarr" and not path.is_symlink():
+            yield from _walk(path)
+
+
+def _take(found: Found, path: Path, name: str) -> None:
+    if path.suffix == ".zarr":
+        from extract.store import FeatureStore
+
+        found.stores[name] = FeatureStore.open(path)
+    elif path.name in RUN_FILES[:2]:
+        found.runs[name.rpartition("/")[0] or path.parent.resolve().name] = path.parent
+    elif path.name == "ablation.csv":
+        found.ablations[name] = read_rows(path)
+    elif path.suffix == ".h5":
+        scores = _scores(path)
+        if scores:
+            found.scores[name] = scores
+    elif path.suffix == ".json":
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict) and str(record.get("schema", "")).startswith("hgnl-ensemble/"):
+            found.ensembles[name] = record
+
+
+def _scores(path: Path) -> "list[Scores]":
+    """The scores of a file, one for each number of segments; none where it holds features (`extract.export`)."""
+    import h5py
+
+    from aggregate.scores import Scores
+
+    with h5py.File(path) as file:
+        segments = sorted(int(key) for key in file["logits"]) if "logits" in file else []
+    return [Scores.load(path, segments=count) for count in segments]
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV with a heading."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def columns_of(rows: list[dict[str, str]]) -> "dict[str, np.ndarray]":
+    """The columns that hold numbers; what is no number in them is NaN."""
+    import numpy as np
+
+    def number(value: str | None) -> float:
+        try:
+            return float(value or "nan")
+        except ValueError:
+            return float("nan")
+
+    columns = {name: np.array([number(row[name]) for row in rows]) for name in (rows[0] if rows else ()) if name}
+    return {name: values for name, values in columns.items() if np.isfinite(values).any()}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON record, or an empty one where the file is not there."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+# -- the page ------------------------------------------------------------------------------------------------------
+
+
+def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int = 0) -> str:
+    """The page: a section for each kind of thing there is, and what is missing at its end."""
+    from pipelines import page
+
+    made = (
+        ("extracted", "What was extracted", extracted(found, videos, seed)),
+        ("training", "Training", training(found)),
+        ("results", "Results", results(found)),
+        ("confusion", "What is confused", confusion(found)),
+        ("ablation", "Ablation", ablation(found)),
+        ("attention", "Attention along the timeline", attention(found, videos, seed)),
+        ("map", "Map of features", feature_maps(found, seed)),
+        ("ensemble", "Ensemble", ensemble(found)),
+        ("provenance", "Provenance", provenance(found)),
+    )
+    missing = [MAKERS[name] for name, _, body in made if not body] + _missing_files(found)
+    if found.stores and not videos:
+        missing.append("no frames of the videos: --videos DIR says where they lie")
+    sections = [section for section in made if section[2]]
+    if missing:
+        sections.append(("missing", "What is missing", page.items(missing)))
+    if found.problems:
+        sections.append(("problems", "What could not be read", page.items(found.problems)))
+    return page.page(f"Report: {title}", page.paragraph(f"{found}."), sections)
+
+
+def _missing_files(found: Found) -> list[str]:
+    """What the run folders lack."""
+    lines = []
+    for name, folder in found.runs.items():
+        absent = [file for file in RUN_FILES if not (folder / file).is_file()]
+        if absent:
+            lines.append(f"run {name}: no {', '.join(absent)}; the same python -m aggregate.train resumes it")
+    return lines
+
+
+def extracted(found: Found, videos: tuple[Path, ...], seed: int) -> str:
+    """Counts by split, failures with their reasons and a frame of some videos, of each store."""
+    from extract.status import human_bytes
+    from extract.store import STATUS_NAMES
+    from pipelines import figures, gallery, page
+
+    body = ""
+    for name, store in found.stores.items():
+        splits = sorted(set(store.splits.tolist()))
+        counts = [[int(((store.splits == split) & (store.status == s)).sum()) for s in range(4)] for split in splits]
+        kinds = figures.STATUS
+        rows = [[count[STATUS_NAMES.index(kind)] for kind in kinds] for count in counts]
+        names = [split or "(no split)" for split in splits]
+        shape = f"{store.num_views} views x {store.frames_per_video} frames x {store.dim} numbers"
+        body += page.heading(name) + page.paragraph(
+            f"{len(store):,} videos of {len(store.classes):,} classes, each {shape}, "
+            f"{human_bytes(len(store) * store.video_bytes)} in all. {_per_class(store)}"
+        )
+        picture = figures.svg(figures.bars(names, rows, kinds, x_label="videos"))
+        body += page.figure(picture, f"Videos of {name} by split and status")
+        table = [[split, *(f"{n:,}" for n in row)] for split, row in zip(names, rows, strict=True)]
+        body += page.table(["split", *kinds], table, numbers=(1, 2, 3, 4))
+        reasons = _reasons(store)
+        if reasons:
+            body += page.table(["videos", "", "reason, and an example"], reasons, numbers=(0,))
+        samples = gallery.sample_frames(store, videos, seed=seed) if videos else ""
+        if videos and not samples:
+            samples = page.paragraph("No frames are shown: none of its videos lies below --videos.")
+        body += samples
+    if found.stores and not videos:
+        body += page.paragraph("No frames are shown: --videos DIR says where the videos lie.")
+    return body
+
+
+def _per_class(store: "FeatureStore") -> str:
+    sizes = Counter(store.labels[store.labels >= 0].tolist())
+    if not sizes:
+        return "No video has a label."
+    least, most = min(sizes, key=lambda c: (sizes[c], c)), max(sizes, key=lambda c: (sizes[c], -c))
+    without = len(store.classes) - len(sizes)
+    return (
+        f"A class has {sizes[least]:,} ({store.classes[least]}) to {sizes[most]:,} ({store.classes[most]}) videos"
+        + (f"; {without:,} have none." if without else ".")
+    )
+
+
+def _reasons(store: "FeatureStore") -> list[list[str]]:
+    """Reasons of failed and partial videos, the frequent ones first; like ones (but for numbers) together."""
+    from extract.store import FAILED, PARTIAL, STATUS_NAMES
+
+    counts: Counter[tuple[int, str]] = Counter()
+    examples: dict[tuple[int, str], str] = {}
+    for row in ((store.status == FAILED) | (store.status == PARTIAL)).nonzero()[0]:
+        key = int(store.status[row]), re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
+        counts[key] += 1
+        examples.setdefault(key, f"{store.ids[row]}: {store.errors[row]}")
+    shown = counts.most_common(REASONS)
+    rows = [[f"{count:,}", STATUS_NAMES[key[0]], examples[key]] for key, count in shown]
+    others = counts.total() - sum(count for _, count in shown)
+    return rows + ([[f"{others:,}", "", f"for {len(counts) - REASONS:,} further reasons"]] if others else [])
+
+
+# -- training and results ------------------------------------------------------------------------------------------
+
+CURVES = (
+    ("Training loss", "loss"),
+    ("Validation top-1", "val_top1"),
+    ("Validation average error", "val_average_error"),
+    ("Attention: |s F_o| / |F|", "attention_ratio"),
+)
+
+
+def training(found: Found) -> str:
+    """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
+    from pipelines import figures, page
+
+    columns = {name: columns_of(read_rows(f)) for name, f in _files(found, "metrics.csv")}
+    charts = []
+    for label, column in CURVES:
+        lines = []
+        for at, (name, values) in enumerate(columns.items()):
+            for beside in ("", "baseline_", "control_"):
+                if f"{beside}{column}" in values:
+                    words = f"{name}, {beside.rstrip('_')}" if beside else name
+                    epochs = values["epoch"] + 1
+                    lines.append(figures.Curve(words, epochs, values[f"{beside}{column}"], at, dashed=bool(beside)))
+        if lines:
+            charts.append(page.figure(figures.svg(figures.curves(lines, y_label=label)), f"{label} over epochs"))
+    return page.side_by_side(charts) if charts else ""
+
+
+def _files(found: Found, name: str) -> Iterator[tuple[str, Path]]:
+    return ((run, folder / name) for run, folder in found.runs.items() if (folder / name).is_file())
+
+
+def results(found: Found) -> str:
+    """Top-1, top-5, mean-class accuracy and average error with intervals: of runs, and of scores files with labels."""
+    from aggregate.metrics import summarise
+    from pipelines import figures, page
+
+    rows: list[tuple[str, str, dict[str, Any]]] = []
+    for run, file in _files(found, "results.json"):
+        for model, by_segments in read_json(file).items():
+            words = run if model == run else f"{run}: {model}"
+            rows += [(words, segments, summary) for segments, summary in by_segments.items()]
+    runs = len(rows)
+    for name, several in found.scores.items():
+        for scores in several:
+            if scores.labels is not None and (scores.labels >= 0).any():
+                known = scores.labels >= 0
+                split = f" ({scores.source['split']})" if "split" in scores.source else ""
+                summary = asdict(summarise(scores.logits[known], scores.labels[known]))
+                rows.append((f"{name}{split}", str(scores.segments), summary))
+    if not rows:
+        return ""
+    points = [
+        figures.Point(f"{name}, {segments}", *(100 * s["top1"][k] for k in ("value", "low", "high")))
+        for name, segments, s in rows
+    ]
+    body = page.figure(
+        figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval")),
+        "Top-1 of every model with its interval",
+        "Model, segments. Intervals: bootstrap over videos, 95 %. A video without scores counts as wrong.",
+    )
+    metrics = ("top1", "top5", "mean_class", "average_error")
+    cells = [
+        (name, segments, *(_percent(s[metric]) for metric in metrics), f"{s['scored']:,} / {s['listed']:,}")
+        for name, segments, s in rows
+    ]
+    head = ("model", "segments", "top-1 %", "top-5 %", "mean class %", "average error %", "scored / listed")
+    body += page.table(head, cells, numbers=(1, 2, 3, 4, 5, 6))
+    if runs:
+        body += page.paragraph("A run's models are those of its best epoch, chosen on the same validation videos.")
+    return body
+
+
+def _percent(interval: dict[str, float], *, sign: str = "") -> str:
+    """`61.8 [61.3, 62.4]`, in percent."""
+    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def confusion(found: Found) -> str:
+    """What the scores file with the best top-1 confuses: a matrix of the classes and the most frequent pairs."""
+    import numpy as np
+
+    from pipelines import figures, page
+
+    best: tuple[float, str, Scores] | None = None
+    for name, several in found.scores.items():
+        scores = several[-1]
+        if scores.labels is not None and (known := scores.labels >= 0).any():
+            top1 = float((scores.logits.argmax(1) == scores.labels)[known & ~scores.failed].sum() / known.sum())
+            best = max(best, (top1, name, scores), key=lambda b: b[0]) if best else (top1, name, scores)
+    if best is None:
+        return ""
+    _, name, scores = best
+    assert scores.labels is not None
+    scored = (scores.labels >= 0) & ~scores.failed
+    truth, guess, count = scores.labels[scored], scores.logits[scored].argmax(1), len(scores.classes)
+    matrix = np.zeros((count, count), int)
+    np.add.at(matrix, (truth, guess), 1)
+    sizes = matrix.sum(1)
+    wrong = matrix - np.diag(matrix.diagonal())
+    order = np.argsort(-wrong, axis=None, kind="stable")[: max(PAIRS, MATRIX_CLASSES)]
+    pairs = [divmod(int(at), count) for at in order if wrong.flat[at]]
+    present = np.flatnonzero(sizes + matrix.sum(0)).tolist()
+    confused = list(dict.fromkeys(c for pair in pairs for c in pair))[:MATRIX_CLASSES]
+    shown = present if len(present) <= MATRIX_CLASSES else sorted(confused)
+    body = ""
+    if shown:
+        shares = np.where(matrix > 0, matrix / np.maximum(sizes, 1)[:, None], np.nan)[np.ix_(shown, shown)]
+        names = [scores.classes[c] for c in shown]
+        drawn = figures.heat_map(
+            shares,
+            rows=names,
+            columns=names,
+            row_label="true",
+            column_label="predicted",
+            show=lambda share: f"{100 * share:.0f}",
+            low=0.0,
+        )
+        rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
+        split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
+        caption = f"{name}, {scores.segments} segments, {scored.sum():,} videos{split}: % of a true class (row).{rest}"
+        body += page.figure(figures.svg(drawn), f"Confusion matrix of {name}", caption)
+    if pairs:
+        ids = np.array(scores.ids, object)[scored]
+        rows = [
+            (scores.classes[true], scores.classes[said], f"{wrong[true, said]:,} of {sizes[true]:,}",
+             ids[(truth == true) & (guess == said)][0])
+            for true, said in pairs[:PAIRS]
+        ]  # fmt: skip
+        body += page.heading("Most confused pairs")
+        body += page.table(("true", "predicted", "videos", "for example"), rows, numbers=(2,))
+    return body or page.paragraph(f"{name}: no video has scores.")
+
+
+# -- ablation and ensemble -----------------------------------------------------------------------------------------
+
+
+def ablation(found: Found) -> str:
+    return ""
+
+
+def ensemble(found: Found) -> str:
+    """Weights, and who adds what: the average error of all models but one against all at equal weights."""
+    from pipelines import figures, page
+
+    body = ""
+    for name, record in found.ensembles.items():
+        models, weights = record["models"], record["weights"]
+        kind = f"weight ({record['weights_from']})"
+        drawn = figures.bars(models, [[w] for w in weights], {kind: figures.COLOURS[0]}, x_label=kind)
+        body += page.heading(name) + page.figure(figures.svg(drawn), f"Weights of the models in {name}")
+        if record.get("search"):
+            body += page.paragraph(record["search"]["statement"])
+        rows = [
+            (row["name"], _percent(row["summary"]["top1"]), _percent(row["summary"]["average_error"]),
+             _percent(row["against_equal"], sign="+"))
+            for row in record["table"]
+        ]  # fmt: skip
+        if rows:
+            differences = [
+                figures.Point(row["name"], *(100 * row["against_equal"][k] for k in ("value", "low", "high")))
+                for row in record["table"]
+                if row["name"] != "all, equal weights"
+            ]
+            drawn = figures.forest(differences, x_label="average error against all at equal weights, points")
+            body += page.figure(
+                figures.svg(drawn),
+                f"Who adds what in {name}",
+                "Right of 0 is worse than all models together; `without` a model: what that one adds.",
+            )
+            head = ("models", "top-1 %", "average error %", "error against equal weights, points")
+            body += page.table(head, rows, numbers=(1, 2, 3))
+    return body
+
+
+# -- the videos ----------------------------------------------------------------------------------------------------
+
+
+def feature_maps(found: Found, seed: int) -> str:
+    from pipelines import gallery
+
+    return "".join(gallery.feature_map(store, name, seed=seed) for name, store in found.stores.items())
+
+
+def attention(found: Found, videos: tuple[Path, ...], seed: int) -> str:
+    """Films of every run whose aggregator weighs frames, where a store with its kind of features is there."""
+    from aggregate.checkpoint import Checkpoint
+    from pipelines import gallery, page
+
+    body = ""
+    for name, file in _files(found, "best.pt"):
+        options = read_json(file.parent / "options.json")
+        if options.get("agg") not in WEIGHING:
+            continue
+        try:
+            checkpoint = Checkpoint.load(file)
+            where, store = _store_of(found, checkpoint, str(options.get("features", "")))
+            rows, which = _validation(store, options)
+            films = gallery.films(checkpoint.model(), store, rows, videos, name=name, seed=seed)
+        except (InputError, RunError) as error:
+            found.problems.append(f"attention of {name}: {error}")
+            continue
+        body += films + page.paragraph(f"Clips of {where}, {which}.")
+    return body
+
+
+def _store_of(found: Found, checkpoint: Any, features: str) -> "tuple[str, FeatureStore]":
+    """The store a run was trained on, or another one of the same kind of features."""
+    from extract.store import FeatureStore
+
+    stores = sorted(found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name)
+    if features and Path(features).is_dir():  # outside the folder, where the run says
+        stores.append((features, FeatureStore.open(features)))
+    for name, store in stores:
+        try:
+            checkpoint.check_features(store.provenance, store.dim, name)
+        except InputError:
+            continue
+        return name, store
+    raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
+
+
+def _validation(store: "FeatureStore", options: dict[str, Any]) -> "tuple[np.ndarray, str]":
+    """Rows with features that a run was validated on, where that can be told; and that in words."""
+    import numpy as np
+
+    from pipelines import gallery
+
+    usable = gallery.usable_rows(store)
+    groups = options.get("val_groups") or []
+    held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
+    rows = usable[held_out[usable]]
+    if len(rows):
+        return rows, "held out" if groups else f"split {options.get('val_split', 'val')!r}"
+    if not len(usable):
+        raise InputError(f"{store.path} holds no features")
+    return usable, "from training and validation alike"
+
+
+def provenance(found: Found) -> str:
+    """What made the stores, and the options of the runs."""
+    from pipelines import page
+
+    body = ""
+    for name, store in found.stores.items():
+        body += page.heading(name) + page.table(("", ""), _flat(store.provenance))
+    for name, file in _files(found, "options.json"):
+        body += page.heading(f"run {name}") + page.table(("", ""), _flat(read_json(file)))
+    for name, several in found.scores.items():
+        if several[0].source:
+            body += page.heading(name) + page.table(("", ""), _flat(several[0].source))
+    return body
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in record.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value not in (None, [], ""):
+            yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m pipelines.report"))
