@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble.submit import PRETRAINED, Ids, check_submission, write_submission
+from ensemble.submit import PRETRAINED, Ids, check_submission, submission_ids, write_submission
 from extract.cli import InputError, run_command
 
 if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
@@ -67,6 +67,8 @@ def main(options: Options) -> int:
     aligned = align(loaded, missing=options.missing, names=names)
     del loaded
     print(aligned.report())
+    if options.submission is not None:
+        submission_ids(aligned.ids, options.submission_ids)  # what cannot be submitted is said before the work
 
     found: Found | None = None
     rows: list[Row] = []
@@ -99,7 +101,7 @@ def main(options: Options) -> int:
         neutral = write_submission(
             fused, options.submission, ids=options.submission_ids, external_data=options.external_data
         )
-        checked = check_submission(options.submission, fused.classes, _submitted(fused, options.submission_ids))
+        checked = check_submission(options.submission, fused.classes, fused.ids, how=options.submission_ids)
         print(f"{options.submission} passes the check: {checked}")
         if aligned.dropped:
             print(f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong")
@@ -137,12 +139,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """Short names of models: the files', with their folders where those are alike."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
-
-
-def _submitted(fused: Any, ids: Ids) -> list[str]:
-    from ensemble.submit import submission_ids
-
-    return submission_ids(fused.ids, ids)
 
 
 def _table(rows: "Sequence[Row]") -> str:

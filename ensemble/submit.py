@@ -124,13 +124,14 @@ def neutral_entry(classes: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def check_submission(
-    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None
+    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None, *, how: Ids = "auto"
 ) -> Checked:
     """Raise InputError, naming the first bad entry, unless the challenge would accept and rank the file as it is meant.
 
     Every video has at least five labels, all of `classes` and none twice, with finite, strictly falling scores; every
-    video of `ids` is there (names of clips or youtube ids). Without `ids`, every video must be an 11-character youtube
-    id, and nobody can say which are missing. Videos that are not in `ids` are counted: the challenge ignores them.
+    video of `ids` is there, under its id as `submission_ids(ids, how)` gives it. Without `ids`, every video must be an
+    11-character youtube id, and nobody can say which are missing. Videos that are not in `ids` are counted: the
+    challenge ignores them.
     """
     results = read_results(path)
     known = frozenset(classes)
@@ -146,7 +147,7 @@ def check_submission(
         count += entries == neutral
     if ids is None:
         return Checked(len(results), count, 0)
-    listed = submission_ids(list(ids))
+    listed = submission_ids(list(ids), how)
     missing = [video for video in listed if video not in results]
     if missing:
         hint = f"; the file begins with {next(iter(results))!r}" if results and len(missing) == len(listed) else ""
@@ -170,10 +171,11 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
     for start in range(0, len(logits), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         left = np.nan_to_num(logits[rows])  # a copy; what failed gets another entry
-        falling[rows] = np.exp(-np.sort(-log_softmax(left.astype(np.float64)), axis=1)[:, :PLACES])
+        logs = log_softmax(left.astype(np.float64))
         for place in range(PLACES):
             best[rows, place] = left.argmax(axis=1)  # the first of equals
             np.put_along_axis(left, best[rows, place][:, None], -np.inf, axis=1)
+        falling[rows] = np.exp(np.take_along_axis(logs, best[rows], axis=1))
     np.maximum(falling, np.finfo(np.float32).tiny, out=falling)
     for place in range(PLACES - 2, -1, -1):
         falling[:, place] = np.maximum(falling[:, place], np.nextafter(falling[:, place + 1], np.float32(np.inf)))

@@ -1,8 +1,9 @@
 """Fusion and search at the size of Kinetics-700's test set: `pytest -s tests/benchmarks/bench_ensemble.py`.
 
 70,000 videos x 700 classes x 3 models whose errors resemble those of the paper's (top-1 about 60 %, correlated), each
-command in a process of its own with two threads at most, timed from its start to its end, reading and writing of the
-files and the table included; memory is the process's peak resident set.
+command in a process of its own with two threads at most, from its start to its end, reading and writing of the files
+and the table included. The limits hold for CPU seconds: nearly all of it runs in one thread, so that this is what a
+machine takes that has nothing else to do, and wall time is shown beside it. Memory is the peak resident set.
 """
 
 import json
@@ -29,7 +30,8 @@ sys.argv = ["python -m ensemble", *sys.argv[1:]]
 try:
     runpy.run_module("ensemble", run_name="__main__", alter_sys=False)
 except SystemExit as done:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    print("used", used.ru_maxrss / 1e6, used.ru_utime + used.ru_stime)
     sys.exit(done.code)
 """
 
@@ -53,8 +55,8 @@ def files(tmp_path_factory) -> list[Path]:
     return paths
 
 
-def measured(*args: object) -> tuple[float, float, str]:
-    """Seconds, peak GB and what was printed."""
+def measured(*args: object) -> tuple[float, float, float, str]:
+    """Wall and CPU seconds, peak GB and what was printed."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
     started = time.perf_counter()
     done = subprocess.run(
@@ -67,8 +69,9 @@ def measured(*args: object) -> tuple[float, float, str]:
     )
     seconds = time.perf_counter() - started
     assert done.returncode == 0, done.stderr
-    said, _, peak = done.stdout.rpartition("peak ")
-    return seconds, float(peak), said
+    said, _, used = done.stdout.rpartition("used ")
+    peak, cpu = map(float, used.split())
+    return seconds, cpu, peak, said
 
 
 @pytest.mark.parametrize(
@@ -82,10 +85,10 @@ def measured(*args: object) -> tuple[float, float, str]:
 )
 def test_fusing_70000_videos(files, tmp_path, weights, of, limit):
     out = tmp_path / "fused.h5"
-    seconds, peak, said = measured(
+    seconds, cpu, peak, said = measured(
         *("--scores", *files, "--out", out, "--weights", weights, "--of", of, "--submission", tmp_path / "sub.json")
     )
-    print(f"\n{said}\n{weights}, mean of {of}: {seconds:.1f} s, peak {peak:.2f} GB")
+    print(f"\n{said}\n{weights}, mean of {of}: {cpu:.1f} CPU s ({seconds:.1f} s of wall time), peak {peak:.2f} GB")
     assert len(json.loads(out.with_suffix(".json").read_text())["table"]) == 8
-    assert seconds < limit
+    assert cpu < limit
     assert peak < LIMIT_GB

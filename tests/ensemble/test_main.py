@@ -119,6 +119,22 @@ def test_missing_videos_are_dropped_only_when_asked_and_it_is_said(files, tmp_pa
     assert Scores.load(out).failed.sum() in (20, 21)  # one failed anyway
 
 
+def test_a_submission_may_keep_the_names_of_the_file(files, tmp_path, capsys):
+    sub = tmp_path / "sub.json"
+    args = ("--scores", *files, "--out", tmp_path / "f.h5", "--submission", sub)
+    assert command(*args, "--submission-ids", "file") == 0
+    assert set(json.loads(sub.read_text())["results"]) == set(Scores.load(files[0]).ids)
+
+
+def test_what_cannot_be_submitted_is_said_before_anything_is_written(tmp_path, capsys):
+    ids = ["a/AAAAAAAAAAA_000001_000011.mp4", "b/AAAAAAAAAAA_000021_000031.mp4"]
+    Scores(ids, CLASSES, np.zeros((2, 8))).save(tmp_path / "s.h5")
+    args = ("--scores", tmp_path / "s.h5", "--out", tmp_path / "f.h5", "--submission", tmp_path / "sub.json")
+    assert command(*args) == 2
+    assert f"{ids[0]!r} and {ids[1]!r} are both video 'AAAAAAAAAAA'" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["s.h5"]
+
+
 def test_one_model_is_an_ensemble_too(files, tmp_path):
     assert command("--scores", files[0], "--out", tmp_path / "f.h5", "--weights", "search") == 0
     assert json.loads((tmp_path / "f.json").read_text())["weights"] == [1]
