@@ -98,6 +98,8 @@ def decode(
     """
     _check_file(path)
     pictures = _Pictures(resize)
+    if decoder not in ("pyav", "decord"):
+        raise ValueError(f"got decoder {decoder!r}, expected 'pyav' or 'decord'")
     if decoder == "decord":
         return _decode_with_decord(path, sample, pictures, on_duration)
     with _opened(path) as (container, stream):
@@ -218,8 +220,8 @@ def _read_packets(container, stream) -> _Packets:
         raise _UntrustedError(f"reading it ends with: {_words(error)}") from None
     if len({pts[number] for number in shown}) != len(shown) or not shown:
         raise _UntrustedError("its time stamps are not one a frame")
-    if "mp4" in container.format.name and len(pts) < stream.frames:
-        raise _UntrustedError(f"the file ends early: it names {stream.frames} frames and holds {len(pts)}")
+    if early := _ends_early(container, stream, len(pts)):
+        raise _UntrustedError(early)
     if _order_is_guessed(container, stream, pts):
         raise _UntrustedError("its time stamps are those of packets, not of frames")
     kept = kept if total <= _KEPT_BYTES else []
@@ -352,8 +354,16 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
         except av.FFmpegError as error:
             problems.append(f"damaged after {good} readable frames: {_words(error)}")
         else:
-            if "mp4" in container.format.name and packets < stream.frames:
-                problems.append(f"the file ends early: it names {stream.frames} frames and holds {packets}")
+            if early := _ends_early(container, stream, packets):
+                problems.append(early)
+
+
+def _ends_early(container, stream, packets: int) -> str:
+    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit list never needs."""
+    if "mp4" not in container.format.name:
+        return ""
+    named = sum(1 for entry in stream.index_entries if entry.size)
+    return f"the file ends early: it names {named} frames and holds {packets}" if packets < named else ""
 
 
 def _seconds(times: Sequence[float | None], path) -> np.ndarray:
