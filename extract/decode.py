@@ -422,6 +422,8 @@ def _check_file(path) -> None:
     """Raise VideoError for what is no file with something in it."""
     if os.path.isdir(path):
         raise VideoError(path, "is a folder, not a video")
+    if os.path.exists(path) and not os.path.isfile(path):  # reading from a pipe would wait for ever
+        raise VideoError(path, "is a pipe, a socket or a device, not a file")
     try:
         with open(path, "rb") as file:
             if not file.read(1):
@@ -432,6 +434,8 @@ def _check_file(path) -> None:
         raise VideoError(path, "does not exist") from None
     except PermissionError:
         raise VideoError(path, "cannot be read: permission denied") from None
+    except OSError as error:
+        raise VideoError(path, f"cannot be read: {error.strerror}") from None
 
 
 @contextmanager
@@ -444,7 +448,8 @@ def _opened(path):
 def _open(path):
     """The container and its best video stream, to be decoded in one thread; VideoError says why there is none."""
     try:
-        container = av.open(os.fspath(path), metadata_errors="replace")
+        # FFmpeg takes what stands before a colon in a relative path for a protocol.
+        container = av.open(os.path.abspath(path), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, _why_it_does_not_open(path, error)) from None
     stream = container.streams.best("video")
