@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -308,13 +308,9 @@ class Run:
         return [one.mean(axis=1) for one in crops]
 
     def _attention(self) -> tuple[float, float] | None:
-        from aggregate.features import StoredFeatures, usable
-        from aggregate.fit import attention
-
-        rows = self.val_rows[usable(self.store)[self.val_rows]][:1024]
-        features = StoredFeatures(self.store, rows, device=self.device)
-        batches = features.test_batches(frames=self.options.frames, batch_size=self.recipe.batch_size)
-        return attention(self.entrants[0].learner.model, batches)
+        return attention_on(
+            self.entrants[0].learner, self.store, self.val_rows, segments=self.options.frames, device=self.device
+        )
 
     def _save(self) -> None:
         from aggregate.checkpoint import Checkpoint
@@ -443,6 +439,7 @@ def make_learner(
     device: "torch.device",
     init: "Checkpoint | None",
     label: str = "",
+    say: Callable[[str], object] = print,
 ) -> "Learner":
     """A fresh learner of the aggregator `name`, started from `init` where there is one; says what that carried over."""
     import torch
@@ -454,7 +451,7 @@ def make_learner(
     model = build(name, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **aggregator)
     if init is not None:
         carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
-        print(f"{label or name}: from {options.init}: {carried}")
+        say(f"{label or name}: from {options.init}: {carried}")
     return Learner(
         name=label or name,
         model=model,
@@ -463,6 +460,17 @@ def make_learner(
         seed=options.seed,
         device=device,
     )
+
+
+def attention_on(
+    learner: "Learner", store: "FeatureStore", rows: "np.ndarray", *, segments: int, device: "torch.device"
+) -> tuple[float, float] | None:
+    """s, and |s F_o| / |F| over the first 1,024 of `rows` that can be read; None for a model without attention."""
+    from aggregate.features import StoredFeatures, usable
+    from aggregate.fit import attention
+
+    features = StoredFeatures(store, rows[usable(store)[rows]][:1024], device=device)
+    return attention(learner.model, features.test_batches(frames=segments, batch_size=learner.recipe.batch_size))
 
 
 def aggregator_options(options: Options) -> dict[str, Any]:

@@ -1,0 +1,262 @@
+"""What an ablation's results say: means and intervals over seeds, differences, the Pareto front, g1 x g2 maps.
+
+Rows are those of ablation.csv: a configuration and seed each. matplotlib is needed for the figures only.
+"""
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from aggregate.complexity import aligned
+from aggregate.metrics import Interval, bootstrap
+
+Row = dict[str, Any]
+MEASURES = tuple(
+    f"{name}_{segments}" for segments in ("at_frames", "at_all") for name in ("top1", "top5", "average_error")
+)
+_OWN_TO_A_SEED = {"seed", "status", "best_epoch", "s", "attention_ratio", "seconds", "pass_seconds", "pass_models"}
+
+
+class HeatMap(NamedTuple):
+    """Mean top-1 with all segments over g1 (rows) and g2 (columns); NaN where a pair is invalid or not done."""
+
+    title: str  # what the other options are, "" where there is one setting only
+    g1: list[int]
+    g2: list[int]
+    top1: np.ndarray
+
+
+def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray | None]) -> list[Row]:
+    """One row a configuration, in the order of `rows`: means over seeds, of each measure with its 95 % interval.
+
+    `interval_over` says what an interval is about: "seeds" (Student's t over the seeds), or, with one seed, "videos"
+    (the bootstrap of that row). `difference` is top-1 with all segments minus the first configuration's, of the same
+    seeds and videos, with a bootstrap interval over videos: `places` are `Result.places` by name and seed.
+    """
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    summary = []
+    for name in names:
+        own = [row for row in rows if row["name"] == name]
+        done = [row for row in own if row["status"] == "done"]
+        settings = {k: v for k, v in own[0].items() if k not in _OWN_TO_A_SEED and not k.startswith(MEASURES)}
+        over = "seeds" if len(done) > 1 else "videos" if done else ""
+        line = settings | {"seeds": len(done), "diverged": len(own) - len(done), "interval_over": over}
+        for measure in MEASURES if done else ():
+            mean, low, high = over_seeds([row[measure] for row in done])
+            if len(done) == 1:
+                low, high = done[0][f"{measure}_low"], done[0][f"{measure}_high"]
+            line |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}
+        for column in ("s", "attention_ratio", "seconds"):
+            values = [row[column] for row in done if row[column] is not None]
+            line[column] = statistics.fmean(values) if values else None
+        seeds = [row["seed"] for row in done]
+        found = None if name == names[0] else difference(places, name, names[0], seeds)
+        line |= {"difference": found and found.value}
+        line |= {"difference_low": found and found.low, "difference_high": found and found.high}
+        summary.append(line)
+    front = pareto(summary)
+    return [line | {"pareto": line["name"] in front} for line in summary]
+
+
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """The mean, and its 95 % interval by Student's t; NaN for the interval of a single value."""
+    from scipy.special import stdtrit
+
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan, math.nan
+    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
+    return mean, mean - half, mean + half
+
+
+def difference(
+    places: Mapping[tuple[str, int], np.ndarray | None], name: str, other: str, seeds: Sequence[int]
+) -> Interval | None:
+    """Top-1 with all segments of `name` minus that of `other`: the mean over the seeds that both have, of each video,
+    and its bootstrap interval over videos. None where no seed is common."""
+    gained, videos = [], []
+    for seed in seeds:
+        ours, theirs = places.get((name, seed)), places.get((other, seed))
+        if ours is not None and theirs is not None:
+            gained.append((ours[2] == 0).astype(float) - (theirs[2] == 0))
+            videos.append(ours[0])
+    if not gained:
+        return None
+    # With held-out videos the seeds validate on different ones: each video's mean is over the seeds that have it.
+    _, which = np.unique(np.concatenate(videos), return_inverse=True)
+    return bootstrap(np.bincount(which, np.concatenate(gained)) / np.bincount(which))
+
+
+def pareto(summary: Sequence[Row]) -> list[str]:
+    """Names of the configurations that no other one beats: none has at most its parameters and a better top-1 (or as
+    good a one with fewer). By parameters, rising."""
+    front: list[Row] = []
+    done = [line for line in summary if "top1_at_all" in line]
+    for line in sorted(done, key=lambda line: (line["parameters"], -line["top1_at_all"])):
+        if not front or line["top1_at_all"] > front[-1]["top1_at_all"]:
+            front.append(line)
+    return [line["name"] for line in front]
+
+
+def heat_maps(summary: Sequence[Row]) -> list[HeatMap]:
+    """One map for each setting of the options beside g1 and g2, where either takes several values."""
+    grouped = [line for line in summary if line["g1"] is not None]
+    g1, g2 = (sorted({line[name] for line in grouped}) for name in ("g1", "g2"))
+    if len(g1) * len(g2) < 2:
+        return []
+    maps: dict[str, HeatMap] = {}
+    for line in grouped:
+        words = [word for word in line["name"].split() if not word.startswith(("g1=", "g2="))]
+        title = " ".join(words)
+        if title not in maps:
+            maps[title] = HeatMap(title, g1, g2, np.full((len(g1), len(g2)), np.nan))
+        maps[title].top1[g1.index(line["g1"]), g2.index(line["g2"])] = line.get("top1_at_all", np.nan)
+    return list(maps.values())
+
+
+# -- in words ------------------------------------------------------------------------------------------------------
+
+
+def summary_text(summary: Sequence[Row]) -> str:
+    """The table of the terminal: percent, differences in points."""
+    frames = sorted({line["frames"] for line in summary})
+    few = str(frames[0]) if len(frames) == 1 else "few"
+    every = summary[0]["all_frames"]
+    head = [f"top-1 % @{few}", f"top-1 % @{every}", f"top-5 % @{every}", f"average error % @{every}"]
+    shown = ("top1_at_frames", "top1_at_all", "top5_at_all", "average_error_at_all")
+    rows: list[Sequence[str]] = [
+        ("", "seeds", "parameters", "MAdds", *head, "top-1 - first's", "s", "|s F_o|/|F|", "seconds", "")
+    ]
+    for line in summary:
+        cells = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
+        if line["seeds"]:
+            cells += [_percent(line[m], line[f"{m}_low"], line[f"{m}_high"]) for m in shown]
+            gain = (line["difference"], line["difference_low"], line["difference_high"])
+            cells.append("" if gain[0] is None else _percent(*gain, sign="+"))
+            cells += ["" if line[name] is None else f"{line[name]:.2g}" for name in ("s", "attention_ratio")]
+            cells.append(f"{line['seconds']:.1f}")
+        else:
+            cells += [""] * (len(rows[0]) - 5)
+        notes = ["front"] if line["pareto"] else []
+        notes += [f"{line['diverged']} DIVERGED"] if line["diverged"] else []
+        rows.append((line["name"], *cells, ", ".join(notes)))
+    about = {line["interval_over"] for line in summary} - {""}
+    words = {
+        "seeds": "With several seeds: 95 % intervals of the mean over seeds (Student's t), not of other videos.",
+        "videos": "With one seed: 95 % bootstrap intervals over videos, not of other seeds.",
+    }
+    return "\n".join(
+        [
+            aligned(rows),
+            "",
+            "Each model at its best epoch, chosen on the same videos.",
+            *(words[one] for one in sorted(about)),
+            "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos. front: no",
+            "other has at most its parameters and a better top-1.",
+        ]
+    )
+
+
+def _percent(mean: float, low: float, high: float, *, sign: str = "") -> str:
+    return f"{100 * mean:{sign}.2f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
+def front_text(summary: Sequence[Row]) -> str:
+    """The Pareto front as a table."""
+    lines = {line["name"]: line for line in summary}
+    rows: list[Sequence[str]] = [("Pareto front", "parameters", "top-1 %")]
+    for name in pareto(summary):
+        line = lines[name]
+        rows.append((name, f"{line['parameters']:,}", f"{100 * line['top1_at_all']:.2f}"))
+    return aligned(rows)
+
+
+def heat_map_text(heat: HeatMap) -> str:
+    """The map as a table: percent, a dot where there is none."""
+    rows: list[Sequence[str]] = [(f"top-1 %, {heat.title}", *(f"g2={g2}" for g2 in heat.g2))]
+    for g1, values in zip(heat.g1, heat.top1, strict=True):
+        rows.append((f"g1={g1}", *("." if math.isnan(value) else f"{100 * value:.2f}" for value in values)))
+    return aligned(rows)
+
+
+# -- as files ------------------------------------------------------------------------------------------------------
+
+
+def report(
+    out: Path, rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray | None], skipped: Sequence[str]
+) -> None:
+    """Print the summary; write summary.csv, summary.txt and, with matplotlib, heatmap.png and pareto.png."""
+    summary = summarise(rows, places)
+    maps = heat_maps(summary)
+    parts = [summary_text(summary), front_text(summary), *map(heat_map_text, maps)]
+    if skipped:
+        parts.append("\n".join(["skipped:", *(f"  {one}" for one in skipped)]))
+    text = "\n\n".join(parts)
+    print(f"{text}\n")
+    (out / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
+    table = io.StringIO(newline="")
+    columns = dict.fromkeys(column for line in sorted(summary, key=len, reverse=True) for column in line)
+    writer = csv.DictWriter(table, fieldnames=list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(summary)
+    (out / "summary.csv").write_text(table.getvalue(), encoding="utf-8")
+    files = ["ablation.csv", "summary.csv", "summary.txt", *_figures(out, summary, maps)]
+    print(f"files: {', '.join(str(out / name) for name in files)}")
+
+
+def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list[str]:
+    """The figures written; without matplotlib none, which is said."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no state
+    except ImportError:
+        print("no figures: matplotlib is not installed (pip install matplotlib)")
+        return []
+    written = []
+    if maps:
+        shown = maps[:6]
+        figure = Figure(figsize=(1 + 3.2 * len(shown), 3.4), layout="constrained")
+        low = np.nanmin([heat.top1 for heat in shown])
+        high = max(np.nanmax([heat.top1 for heat in shown]), low + 0.001)  # where all are equal too
+        for axes, heat in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+            image = axes.imshow(100 * heat.top1, cmap="viridis", vmin=100 * low, vmax=100 * high, aspect="auto")
+            axes.set(title=heat.title, xlabel="g2", ylabel="g1")
+            axes.set_xticks(range(len(heat.g2)), list(map(str, heat.g2)))
+            axes.set_yticks(range(len(heat.g1)), list(map(str, heat.g1)))
+            for (row, column), value in np.ndenumerate(heat.top1):
+                if not math.isnan(value):
+                    dark = value < (low + high) / 2
+                    axes.text(
+                        column, row, f"{100 * value:.2f}", ha="center", va="center", color="white" if dark else "black"
+                    )
+        figure.colorbar(image, label="top-1 %, all segments")
+        figure.savefig(out / "heatmap.png", dpi=150)
+        written.append("heatmap.png")
+    done = [line for line in summary if line["seeds"]]
+    if done:
+        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+        axes = figure.subplots()
+        x = [line["parameters"] for line in done]
+        y = [100 * line["top1_at_all"] for line in done]
+        spread = [
+            [100 * abs(line[f"top1_at_all_{end}"] - line["top1_at_all"]) for line in done] for end in ("low", "high")
+        ]
+        axes.errorbar(x, y, yerr=spread, fmt="o", color="0.45", ecolor="0.8", zorder=1)
+        lines = {line["name"]: line for line in done}
+        front = [lines[name] for name in pareto(summary)]
+        axes.plot(
+            [line["parameters"] for line in front], [100 * line["top1_at_all"] for line in front], "o-", color="C3"
+        )
+        for line in front:
+            point = (line["parameters"], 100 * line["top1_at_all"])
+            axes.annotate(line["name"], point, xytext=(4, 6), textcoords="offset points", fontsize=8)
+        axes.set(xscale="log", xlabel="parameters, classifier included", ylabel="top-1 %, all segments")
+        axes.set_title("Pareto front; intervals of 95 %")
+        figure.savefig(out / "pareto.png", dpi=150)
+        written.append("pareto.png")
+    return written
