@@ -33,6 +33,8 @@ _HIDDEN_PICTURES = frozenset(("vp8",))
 # packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
 _TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
 _REORDERING = frozenset(("h264", "hevc"))
+# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
+_PLACEHOLDER_BYTES = 19
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
@@ -153,7 +155,6 @@ class _Packets:
     """What the first pass learns, in the file's order: time stamps, key frames, which are shown; packets if small."""
 
     pts: list[int]
-    dts: list[int | None]
     size: list[int]
     key: list[bool]
     order: list[int]  # packets that are shown, in presentation order
@@ -193,7 +194,6 @@ def _read_packets(container, stream) -> _Packets:
     if stream.codec_context.name in _HIDDEN_PICTURES:
         raise _UntrustedError("its packets may hold pictures that are never shown")
     pts: list[int] = []
-    dts: list[int | None] = []
     sizes: list[int] = []
     key: list[bool] = []
     shown: list[int] = []
@@ -210,7 +210,6 @@ def _read_packets(container, stream) -> _Packets:
             if not packet.is_discard:  # an edit list hides the others
                 shown.append(len(pts))
             pts.append(packet.pts)
-            dts.append(packet.dts)
             key.append(packet.is_keyframe)
             sizes.append(packet.size)
             total += packet.size
@@ -222,16 +221,20 @@ def _read_packets(container, stream) -> _Packets:
         raise _UntrustedError("its time stamps are not one a frame")
     if early := _ends_early(container, stream, len(pts)):
         raise _UntrustedError(early)
-    if _order_is_guessed(container, stream, pts):
+    if _order_is_guessed(container, stream, pts, sizes):
         raise _UntrustedError("its time stamps are those of packets, not of frames")
     kept = kept if total <= _KEPT_BYTES else []
-    return _Packets(pts, dts, sizes, key, sorted(shown, key=pts.__getitem__), kept)
+    return _Packets(pts, sizes, key, sorted(shown, key=pts.__getitem__), kept)
 
 
-def _order_is_guessed(container, stream, pts: list[int]) -> bool:
+def _order_is_guessed(container, stream, pts: list[int], sizes: list[int]) -> bool:
     """Whether frames may come in another order than time stamps say."""
     codec = stream.codec_context
-    if container.format.name.split(",")[0] in _TIMED or not (codec.has_b_frames or codec.name in _REORDERING):
+    if not (codec.has_b_frames or codec.name in _REORDERING):
+        return False
+    if codec.name == "mpeg4" and min(sizes) <= _PLACEHOLDER_BYTES:
+        return True
+    if container.format.name.split(",")[0] in _TIMED:
         return False
     return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
 
@@ -243,11 +246,16 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
     source = _Kept(packets) if packets.kept else _FromFile(path, packets)
     position = key_place = 0
     sought: set[int] = set()
+    latest: int | None = None
 
     def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+        nonlocal latest
         for frame in context.decode(packet):
             if frame.pts in sought and not frame.key_frame:
                 raise _UntrustedError("a packet is called a key frame and is none")
+            if frame.pts is None or (latest is not None and frame.pts <= latest):
+                raise _UntrustedError("frames do not come in the order of their time stamps")
+            latest = frame.pts
             yield frame
 
     try:
@@ -295,8 +303,7 @@ class _FromFile:
         self._container, self._stream = _open(path)
         self._packets = packets
         # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
-        stamps = zip(packets.pts, packets.dts, packets.size, strict=True)
-        self._numbers = {stamp: number for number, stamp in enumerate(stamps)}
+        self._numbers = {stamp: number for number, stamp in enumerate(zip(packets.pts, packets.size, strict=True))}
         self._next, self._read = 0, self._container.demux(self._stream)
 
     def packet(self, number: int) -> av.Packet:
@@ -304,7 +311,7 @@ class _FromFile:
             self._container.seek(self._packets.pts[number], stream=self._stream)
             self._read = self._container.demux(self._stream)
         for packet in self._read:
-            if packet.size and self._numbers.get((packet.pts, packet.dts, packet.size)) == number:
+            if packet.size and self._numbers.get((packet.pts, packet.size)) == number:
                 self._next = number + 1
                 return packet
         raise _UntrustedError(f"packet {number} is not found again")

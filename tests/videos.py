@@ -1,0 +1,183 @@
+"""Small videos of every kind, made on the spot with PyAV, and what is in them by decoding everything plainly."""
+
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+# FFmpeg's name of a container where the file's ending does not say it.
+_CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}
+
+
+def moving_pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]:
+    """`count` pictures uint8 [H, W, 3], no two alike: a gradient that drifts under a bright square that wanders."""
+    y, x = np.mgrid[:height, :width]
+    for number in range(count):
+        picture = np.stack([x * 4 + number * 9, y * 5 + number * 3, (x + y) * 3 - number * 11], axis=-1) % 256
+        left = number * 4 % max(1, width - 10)
+        picture[height // 4 : height // 2, left : left + 10] = (255, 0, number * 15 % 256)
+        yield picture.astype(np.uint8)
+
+
+def _frame(picture: np.ndarray, pix_fmt: str) -> av.VideoFrame:
+    if pix_fmt != "pal8":
+        return av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
+    shades = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 4, axis=1)  # swscale makes no palettes
+    return av.VideoFrame.from_ndarray((np.ascontiguousarray(picture[..., 0]), shades), format="pal8")
+
+
+def write_video(
+    path: Path,
+    *,
+    codec: str = "libx264",
+    pix_fmt: str = "yuv420p",
+    size: tuple[int, int] = (64, 48),
+    frames: int = 24,
+    fps: int = 25,
+    gop: int | None = None,
+    bframes: int | None = None,
+    interlaced: bool = False,
+    pts: Sequence[int] | None = None,
+    container: str | None = None,
+    options: dict[str, str] | None = None,
+    container_options: dict[str, str] | None = None,
+    more_streams: Sequence[tuple[int, int]] = (),
+    audio: bool = False,
+) -> Path:
+    """Write a video of `size` (width, height); `pts` in units of 1/1000 s in place of a constant rate.
+
+    `more_streams` are the sizes of further video streams, with other pictures. Raises what PyAV raises where the
+    encoder or the container does not take it.
+    """
+    settings = {"strict": "-2"} | (options or {})
+    if codec == "libx265":
+        settings["x265-params"] = "log-level=none"
+    if gop is not None:
+        settings["g"] = str(gop)
+    if bframes is not None:
+        settings["bf"] = str(bframes)
+    if interlaced:
+        settings |= {"flags": "+ildct+ilme"}
+        if codec == "libx264":
+            settings["x264-params"] = "tff=1"
+    container = container or _CONTAINERS.get(path.suffix)
+    with av.open(str(path), "w", format=container, options=container_options or {}) as output:
+        sources = []
+        for number, (width, height) in enumerate([size, *more_streams]):
+            stream = output.add_stream(codec, rate=fps, options=settings)
+            stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+            if pts is not None:
+                stream.codec_context.time_base = Fraction(1, 1000)
+            pictures = moving_pictures(frames + 5 * number, width, height)
+            for _ in range(5 * number):
+                next(pictures)  # other pictures than the first stream's
+            sources.append((stream, pictures))
+        sound = output.add_stream("aac", rate=16000) if audio else None
+        if sound is not None:
+            sound.layout = "mono"
+        for number in range(frames):
+            for stream, pictures in sources:
+                frame = _frame(next(pictures), pix_fmt)
+                frame.pts = number if pts is None else pts[number]
+                frame.time_base = Fraction(1, fps) if pts is None else Fraction(1, 1000)
+                output.mux(stream.encode(frame))
+        for stream, _ in sources:
+            output.mux(stream.encode(None))
+        if sound is not None:
+            silence = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+            silence.sample_rate = 16000
+            for number in range(frames * 16000 // fps // 1024):
+                for plane in silence.planes:
+                    plane.update(bytes(plane.buffer_size))
+                silence.pts = number * 1024
+                output.mux(sound.encode(silence))
+            output.mux(sound.encode(None))
+    return path
+
+
+def write_repeated(path: Path, source: Path, times: int) -> Path:
+    """A video `times` as long as `source`, whose packets it repeats; nothing is encoded again."""
+    with av.open(str(source)) as container:
+        video = container.streams.video[0]
+        length = video.duration or round(container.duration / av.time_base / video.time_base)
+        with av.open(str(path), "w", format=_CONTAINERS.get(path.suffix)) as output:
+            stream = output.add_stream_from_template(video)
+            for number in range(times):
+                container.seek(0, stream=video)
+                for packet in container.demux(video):
+                    if packet.size:
+                        packet.pts += number * length
+                        packet.dts = None if packet.dts is None else packet.dts + number * length
+                        packet.stream = stream
+                        output.mux(packet)
+    return path
+
+
+def _box(content: bytes, kind: bytes) -> int:
+    """Where the first MP4 box of a kind starts, after its name; ValueError where there is none."""
+    return content.index(kind) + 4
+
+
+def forget_key_frames(path: Path) -> Path:
+    """Take the list of key frames out of an MP4, which then calls every frame one."""
+    content = path.read_bytes()
+    assert content.count(b"stss") == 1
+    path.write_bytes(content.replace(b"stss", b"free"))
+    return path
+
+
+def turn(path: Path, degrees: int) -> Path:
+    """Set the display matrix of an MP4's first track to a turn by 0, 90, 180 or 270 degrees, clockwise."""
+    content = bytearray(path.read_bytes())
+    matrix = _box(content, b"tkhd") + 40
+    a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
+    one, w = 1 << 16, 1 << 30
+    struct.pack_into(">9i", content, matrix, a * one, b * one, 0, -b * one, a * one, 0, 0, 0, w)
+    path.write_bytes(content)
+    return path
+
+
+def cut_by_edit_list(path: Path, *, start: float, seconds: float) -> Path:
+    """Let the edit list of an MP4's first track show `seconds` from `start` on; the frames stay in the file."""
+    content = bytearray(path.read_bytes())
+    movie_scale = struct.unpack_from(">I", content, _box(content, b"mvhd") + 12)[0]
+    media_scale = struct.unpack_from(">I", content, _box(content, b"mdhd") + 12)[0]
+    edits = _box(content, b"elst")
+    count, _, first = struct.unpack_from(">IIi", content, edits + 4)
+    assert count == 1, f"{path} has {count} edits, expected one to change"
+    struct.pack_into(">Ii", content, edits + 8, round(seconds * movie_scale), first + round(start * media_scale))
+    path.write_bytes(content)
+    return path
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All of a video: frames uint8 [H, W, 3], their seconds after the first, and the error that ended it, if any."""
+
+    frames: list[np.ndarray]
+    seconds: list[float]
+    corrupt: list[bool]
+    error: str
+
+
+def decode_everything(path: Path) -> Whole:
+    """Every frame as the plainest use of PyAV gives it: no skipping, no seeking, no turning."""
+    frames, seconds, corrupt, error = [], [], [], ""
+    with av.open(str(path), metadata_errors="replace") as container:
+        stream = container.streams.best("video")
+        assert stream is not None, f"{path} has no video stream"
+        stream.codec_context.thread_count = 1
+        try:
+            for frame in container.decode(stream):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                seconds.append(frame.time)
+                corrupt.append(frame.is_corrupt)
+        except av.FFmpegError as problem:
+            error = str(problem)
+    if seconds and None not in seconds:
+        seconds = [time - seconds[0] for time in seconds]
+    return Whole(frames, seconds, corrupt, error)
