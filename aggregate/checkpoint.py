@@ -5,6 +5,7 @@ provenance of the store it was trained on), frames (segments in training), metri
 A model trained end to end also has `backbone`, and its tensors below `backbone.`.
 """
 
+import hashlib
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,13 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     backbone: dict[str, Any] | None = None
     training: dict[str, Any] | None = field(default=None, repr=False)
+    path: str = ""  # where it was read from; not saved
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it; the file appears whole or not at all."""
         partial = f"{os.fspath(path)}.partial"
-        torch.save({"format": FORMAT, "version": VERSION, **vars(self)}, partial)
+        content = {name: value for name, value in vars(self).items() if name != "path"}
+        torch.save({"format": FORMAT, "version": VERSION, **content}, partial)
         os.replace(partial, path)
 
     @classmethod
@@ -53,7 +56,7 @@ class Checkpoint:
             raise InputError(f"{path} is no checkpoint of aggregate.train or aggregate.finetune")
         if content["version"] != VERSION:
             raise InputError(f"{path} has version {content['version']}; this program reads {VERSION}")
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "path"}, path=os.fspath(path))
 
     def model(self) -> VideoClassifier:
         """The classifier over cached features, without a backbone, in evaluation mode. InputError for StNet."""
@@ -64,11 +67,17 @@ class Checkpoint:
         return model.eval()
 
     def check_features(self, provenance: dict[str, Any], dim: int, where: str) -> None:
-        """Raises InputError where features of this provenance are not those the model was trained on."""
+        """Raises InputError where features of this provenance are not those the model was trained on.
+
+        For a model trained end to end these are the features of its own backbone (`extract --weights best.pt`).
+        """
         if dim != self.options["dim"]:
             raise InputError(f"{where} holds features of width {dim}; the checkpoint takes {self.options['dim']}")
         for name in _DEPENDS_ON:
             ours, theirs = self.features.get(name), provenance.get(name)
+            if name == "weights" and self.backbone is not None:
+                with open(self.path, "rb") as file:  # the file is the weights, whatever it was called then
+                    ours = {**(theirs or {}), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             if ours != theirs:
                 raise InputError(
                     f"{where} was made with {name} {theirs}, the checkpoint was trained on {ours}; "

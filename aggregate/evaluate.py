@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from aggregate.checkpoint import Checkpoint
     from aggregate.features import StoredFeatures
+    from aggregate.scores import Scores
     from extract.store import FeatureStore
 
 
@@ -31,9 +32,15 @@ class Options:
     """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics, write scores."""
 
     checkpoint: Path
-    """A best.pt of aggregate.train."""
+    """A best.pt of aggregate.train or aggregate.finetune."""
     features: str = "feats.zarr"
     """The feature store; made with the backbone the checkpoint was trained on."""
+    videos: Path | None = None
+    """In the place of features: videos, as for python -m extract; for fine-tuned checkpoints, and StNet's only way."""
+    root: Path | None = None
+    """With a CSV as --videos: the folder its videos lie in."""
+    labels: str = "auto"
+    """With --videos: auto, kinetics700, or a file of lines."""
     split: str = "val"
     """Which split, or `all`."""
     segments: tuple[int, ...] = (3, 25)
@@ -45,15 +52,33 @@ class Options:
     """auto, cpu, cuda, cuda:1 ..."""
     placement: Literal["auto", "device", "memory", "mmap"] = "auto"
     """Where features lie while they are read; auto chooses by size."""
+    crops: Literal[1, 3, 10] = 1
+    """With --videos: views of each frame (a store has its own)."""
+    micro_batch: int = 8
+    """With --videos: how many go through the network at once."""
+    decode_workers: int | None = None
+    """With --videos: decoding processes (default: the cores)."""
+    video_timeout: float = 60.0
+    """With --videos: seconds after which one is given up, plus one for each 10 s of video."""
 
 
 def main(options: Options) -> int:
-    from aggregate.checkpoint import Checkpoint, rows_for_classes
-    from aggregate.metrics import Summary, summarise
-    from aggregate.scores import Scores, save_scores
-    from extract.store import FeatureStore
+    from aggregate.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(options.checkpoint)
+    if options.videos is not None:
+        several = scores_of_videos(checkpoint, options)
+    else:
+        several = scores_of_features(checkpoint, options)
+    return report(several, options)
+
+
+def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
+    """Scores from a feature store, one for each number of segments."""
+    from aggregate.checkpoint import rows_for_classes
+    from aggregate.scores import Scores
+    from extract.store import FeatureStore
+
     store = FeatureStore.open(options.features)
     checkpoint.check_features(store.provenance, store.dim, options.features)
     rows = split_rows(store, options.split)
@@ -83,7 +108,75 @@ def main(options: Options) -> int:
                 crops=crops if crops.shape[1] > 1 else None,
             )
         )
-    print(f"{several[0].failed.sum():,} of {len(rows):,} videos failed in extraction; they count as errors")
+    return several
+
+
+def scores_of_videos(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
+    """Scores from frames through the checkpoint's own backbone, one for each number of segments."""
+    import contextlib
+    import os
+
+    import numpy as np
+    import torch
+
+    from aggregate.checkpoint import rows_for_classes
+    from aggregate.clips import ClipPlan
+    from aggregate.endtoend import rebuild
+    from aggregate.finetune import predict_videos
+    from aggregate.frames import VideoFrames
+    from aggregate.scores import Scores
+    from extract.videos import list_videos
+
+    model = rebuild(checkpoint)
+    device = choose_device(options.device)
+    model.to(device)
+    assert options.videos is not None
+    listing = list_videos(options.videos, labels=options.labels, root=options.root)
+    videos = [video for video in listing.videos if options.split in ("all", video.split)]
+    if not videos:
+        known = ", ".join(repr(split) for split in listing.splits)
+        raise InputError(f"{options.videos} has no video in split {options.split!r}; it has {known}; try --split all")
+    theirs = np.array([video.label for video in videos])
+    labels = rows_for_classes(theirs, list(listing.classes), checkpoint.classes, str(options.videos))
+    print(
+        f"{options.checkpoint}: {describe(checkpoint)}\n{len(videos):,} videos of split {options.split!r} on {device}"
+    )
+    half = torch.autocast(device.type, torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+    several = []
+    for segments in sorted(set(options.segments)):
+        plan = ClipPlan(
+            segments=segments,
+            frames_per_segment=checkpoint.options.get("frames_per_segment", 1),
+            preprocessing=model.preprocessing,
+            crops=options.crops,
+        )
+        cores = options.decode_workers or len(os.sched_getaffinity(0))
+        with VideoFrames(videos, plan, workers=cores, timeout=options.video_timeout) as frames:
+            crops = predict_videos(model, frames, batch_size=options.micro_batch, autocast=lambda: half)
+            for place, reason in list(frames.failed.items())[:5]:
+                print(f"failed: {videos[place].id}: {reason}")
+        several.append(
+            Scores(
+                ids=[video.id for video in videos],
+                classes=checkpoint.classes,
+                logits=crops.mean(axis=1),
+                labels=labels,
+                source=source_of(checkpoint, options),
+                segments=segments,
+                crops=crops if crops.shape[1] > 1 else None,
+            )
+        )
+    return several
+
+
+def report(several: "Sequence[Scores]", options: Options) -> int:
+    """Print the table of metrics and write the scores file."""
+    from aggregate.metrics import Summary, summarise
+    from aggregate.scores import save_scores
+
+    labels = several[0].labels
+    assert labels is not None
+    print(f"{several[0].failed.sum():,} of {len(labels):,} videos failed; they count as errors")
     if (labels >= 0).any():
         print(f"{'segments':>9} {Summary.header()}")
         for scores in several:

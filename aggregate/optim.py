@@ -53,6 +53,10 @@ _PAPER = Recipe(
     optimizer="sgd", lr=1e-3, weight_decay=5e-4, epochs=40, batch_size=256, dropout=0.5, milestones=(20, 30)
 )
 _PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
+# 20 epochs (section 2 of the paper) with the released code's values.
+_PAPER_STNET = Recipe(
+    optimizer="sgd", lr=1e-2, weight_decay=1e-4, epochs=20, batch_size=256, dropout=0.5, milestones=(7, 13)
+)
 # For a frozen backbone; chosen on real features, LOG.md "The recipe for cached features".
 _CACHED = Recipe(
     optimizer="sgd", lr=1e-2, weight_decay=5e-4, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0
@@ -65,14 +69,15 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
     A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are few `videos`, so
     that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
     """
-    chosen = _CACHED if name == "cached" else _PAPER_NON_LOCAL if aggregator in ("nl", "hgnl") else _PAPER
+    paper = {"nl": _PAPER_NON_LOCAL, "hgnl": _PAPER_NON_LOCAL, "stnet": _PAPER_STNET}
+    chosen = _CACHED if name == "cached" else paper.get(aggregator, _PAPER)
     if name == "cached":
         power_of_two = 1 << max(videos // 16, 1).bit_length() - 1
         chosen = replace(chosen, batch_size=min(max(power_of_two, 16), chosen.batch_size))
     changes = {key: value for key, value in changes.items() if value is not None}
     if "epochs" in changes and chosen.milestones:
         moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)
-        changes["milestones"] = tuple(moved)
+        changes["milestones"] = tuple(epoch for epoch in moved if epoch)
     return replace(chosen, **changes)
 
 

@@ -269,7 +269,7 @@ def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
     fail_rows(tmp_path / "f.zarr", [6])
     evaluate.main(evaluate.Options(trained, str(tmp_path / "f.zarr"), out=tmp_path / "s.h5"))
     printed = capsys.readouterr().out
-    assert "1 of 18 videos failed in extraction; they count as errors" in printed
+    assert "1 of 18 videos failed; they count as errors" in printed
     assert "17 / 18, top-1 of the scored" in printed
     scores = Scores.load(tmp_path / "s.h5")
     assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["v/0006.mp4"]

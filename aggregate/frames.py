@@ -1,0 +1,130 @@
+"""Batches from videos, for end-to-end training and its test: decoded by extraction's own children and deadlines."""
+
+import collections
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aggregate.clips import ClipJob, ClipPlan, prepare_clip
+from extract.children import DecodePool
+from extract.cli import RunError
+from extract.videos import Video
+
+
+@dataclass(frozen=True)
+class FrameBatch:
+    """frames uint8 [B, crops, T, N, H, W, 3] (training: one crop), mask bool [B, T], labels int64 [B].
+
+    `places` says which of the listed videos they are. A video that could not be decoded is not there: it is left out.
+    """
+
+    frames: Tensor
+    mask: Tensor
+    labels: Tensor
+    places: np.ndarray
+
+
+@dataclass
+class VideoFrames:
+    """The videos of a split with decode children of their own; close it, or use it in `with`.
+
+    `failed` maps the places of videos that could not be decoded to their reasons, as found so far.
+    """
+
+    videos: Sequence[Video]
+    plan: ClipPlan
+    workers: int
+    timeout: float = 60.0
+    nice: int = 0
+    failed: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._pool = DecodePool(
+            prepare_clip,
+            slot_bytes=self.plan.slot_bytes,
+            workers=self.workers,
+            timeout=self.timeout,
+            nice=self.nice,
+        )
+
+    def __enter__(self) -> "VideoFrames":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._pool.close()
+
+    def train_batches(
+        self, *, epoch: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
+    ) -> Iterator[FrameBatch]:
+        """One epoch in random order: batches of `batch_size` videos, of which this process takes every `world`-th.
+
+        The order is a function of (seed, epoch), a video's frames and view of (seed, epoch, id).
+        """
+        order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
+        batches = [order[start : start + batch_size][rank::world] for start in range(0, len(order), batch_size)]
+        return self._batches(batches, seed=seed, epoch=epoch)
+
+    def test_batches(self, *, batch_size: int) -> Iterator[FrameBatch]:
+        """All videos in order, middle frames, every crop."""
+        order = np.arange(len(self.videos))
+        return self._batches([order[start : start + batch_size] for start in range(0, len(order), batch_size)])
+
+    def _batches(self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1) -> Iterator[FrameBatch]:
+        # Jobs are queued this far ahead; the children's own slots of memory hold them back before that.
+        jobs: collections.deque = collections.deque()
+        waiting = iter(batches)
+
+        def queue_one() -> None:
+            places = next(waiting, None)
+            if places is not None:
+                videos = [self.videos[place] for place in places]
+                futures = [self._pool.submit(ClipJob(video.path, video.id, self.plan, seed, epoch)) for video in videos]
+                jobs.append((places, futures))
+
+        queue_one()
+        queue_one()
+        while jobs:
+            places, futures = jobs.popleft()
+            batch = self._collect(places, futures)
+            queue_one()
+            if batch is not None:
+                yield batch
+            elif epoch >= 0 and len(self.failed) == len(self.videos):
+                name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
+                raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
+
+    def _collect(self, places: np.ndarray, futures: list) -> FrameBatch | None:
+        size, plan = self.plan.preprocessing.size, self.plan
+        frames = np.empty((len(places), plan.slot_bytes), np.uint8)
+        masks: list[np.ndarray] = []
+        good: list[int] = []
+        for place, future in zip(places.tolist(), futures, strict=True):
+            with future.result() as finished:
+                if finished.failure:
+                    self.failed[place] = finished.failure
+                    continue
+                frames[len(good)] = finished.buffer[: plan.slot_bytes]
+                masks.append(finished.result)
+                good.append(place)
+        if not good:
+            return None
+        shape = (len(good), plan.crops, plan.segments, plan.frames_per_segment, size, size, 3)
+        return FrameBatch(
+            frames=torch.from_numpy(frames[: len(good)].reshape(shape)),
+            mask=torch.from_numpy(np.stack(masks)),
+            labels=torch.tensor([self.videos[place].label for place in good]),
+            places=np.array(good),
+        )
+
+
+def normalised(frames: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] as the backbone's weights were trained to see, on `device`."""
+    pictures = frames.to(device, non_blocking=True).movedim(-1, -3).float()
+    scale = torch.tensor(std, device=device).view(3, 1, 1) * 255
+    return (pictures - torch.tensor(mean, device=device).view(3, 1, 1) * 255) / scale

@@ -1,0 +1,370 @@
+"""python -m aggregate.finetune on real clips with a tiny backbone: steps, starts, resumes, what follows from it."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aggregate import evaluate, finetune, train
+from aggregate.checkpoint import Checkpoint
+from aggregate.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.endtoend import EndToEnd, Recogniser, rebuild
+from aggregate.finetune import Options, Trainer
+from aggregate.frames import VideoFrames
+from aggregate.models import build
+from aggregate.scores import Scores
+from extract.__main__ import Options as ExtractOptions
+from extract.__main__ import main as extract
+from extract.backbone import load_trunk
+from extract.cli import InputError, RunError
+from extract.decode import decode
+from extract.sampling import segment_centres
+from extract.store import FeatureStore
+from extract.videos import list_videos
+
+BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, request) -> Path:
+    """12 real clips of two classes (8 to train, 4 to validate), of which one is broken."""
+    folder = tmp_path_factory.mktemp("clips")
+    source = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini"
+    with (source / "labels.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["label"] in ("barbell", "kettlebells")]
+    chosen = [row for name in ("barbell", "kettlebells") for row in [r for r in rows if r["label"] == name][:6]]
+    for number, row in enumerate(chosen):
+        split = "val" if number % 3 == 2 else "train"
+        target = folder / split / row["label"] / Path(row["path"]).name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(source / "clips" / row["path"])
+    (folder / "train" / "barbell" / "broken.mp4").write_bytes(b"no video at all")
+    return folder
+
+
+def options(videos: Path, out: Path, model: str = "tsn", **changes) -> Options:
+    quick = {"epochs": 2, "batch_size": 4, "lr": 0.01, "decode_workers": 1, "weights": "random", "backbone": BACKBONE}
+    if model == "hgnl":
+        quick |= {"g1": 4, "g2": 2, "m1": 16}
+    return Options(model=model, videos=videos, out=out, **(quick | changes))
+
+
+def test_a_clip_is_a_function_of_seed_epoch_and_id(videos):
+    preprocessing = load_trunk(BACKBONE, weights="random").preprocessing
+    plan = ClipPlan(segments=3, frames_per_segment=2, preprocessing=preprocessing)
+    video = list_videos(videos / "val").videos[0]
+
+    def seen(epoch: int, seed: int = 0) -> np.ndarray:
+        out = np.zeros(plan.slot_bytes, np.uint8)
+        prepare_clip(ClipJob(video.path, video.id, plan, seed, epoch), out, lambda _: None)
+        return out.reshape(3, 2, preprocessing.size, preprocessing.size, 3)
+
+    assert np.array_equal(seen(0), seen(0))
+    assert not np.array_equal(seen(0), seen(1))
+    assert not np.array_equal(seen(0), seen(0, seed=1))
+    test = seen(-1)
+    whole = decode(video.path, lambda count: np.clip(segment_centres(count, 3)[:, None] + [0, 1], 0, count - 1).ravel())
+    assert whole.indices.reshape(3, 2)[:, 1].tolist() == (segment_centres(whole.num_frames, 3) + 1).tolist()
+    assert test.any()
+
+
+@pytest.mark.parametrize("model", ["tsn", "nl", "hgnl", "txb", "stnet"])
+def test_every_model_trains_and_is_tested_from_its_checkpoint(model, videos, tmp_path, capsys):
+    changes = {"frames_per_segment": 2} if model == "stnet" else {}
+    assert finetune.main(options(videos, tmp_path / "run", model, epochs=1, **changes)) == 0
+    printed = capsys.readouterr().out
+    assert "1 of 9 training videos were left out: train/barbell/broken.mp4" in printed
+    for name in ("best.pt", "last.pt", "metrics.csv", "options.json"):
+        assert (tmp_path / "run" / name).exists()
+    asked = evaluate.Options(
+        tmp_path / "run" / "best.pt",
+        videos=videos,
+        segments=(3, 5),
+        crops=3,
+        out=tmp_path / "s.h5",
+        decode_workers=1,
+    )
+    assert evaluate.main(asked) == 0
+    scores = Scores.load(tmp_path / "s.h5", 3)
+    assert scores.crops.shape == (4, 3, 2)
+    best = Checkpoint.load(tmp_path / "run" / "best.pt")
+    # Validation saw one crop, the first of three.
+    top1 = (scores.crops[:, 0].argmax(1) == scores.labels).mean()
+    assert top1 == pytest.approx(best.metrics["val_top1"])
+
+
+def test_a_broken_video_counts_as_an_error_in_a_test(videos, tmp_path):
+    finetune.main(options(videos, tmp_path / "run", epochs=1))
+    asked = evaluate.Options(
+        tmp_path / "run" / "best.pt", videos=videos, split="train", segments=(1,), out=tmp_path / "s.h5"
+    )
+    evaluate.main(asked)
+    scores = Scores.load(tmp_path / "s.h5")
+    assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["train/barbell/broken.mp4"]
+
+
+def states(folder: Path) -> dict[str, torch.Tensor]:
+    return Checkpoint.load(folder / "last.pt").training["net"]
+
+
+def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(videos, tmp_path):
+    torch.use_deterministic_algorithms(True)
+    try:
+        wanted = options(videos, tmp_path / "whole", "hgnl", epochs=3, ema=0.9)
+        finetune.main(wanted)
+        cut = replace(wanted, out=tmp_path / "cut")
+        trainer = Trainer(cut)
+        whole_epoch = trainer._epoch
+
+        def dies(*args):
+            if trainer.epoch == 1:
+                raise KeyboardInterrupt
+            whole_epoch(*args)
+
+        trainer._epoch = dies
+        with pytest.raises(KeyboardInterrupt):
+            trainer.run()
+        finetune.main(cut)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    one, other = states(tmp_path / "whole"), states(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for key in ("state_dict",):
+        best, again = (getattr(Checkpoint.load(tmp_path / run / "best.pt"), key) for run in ("whole", "cut"))
+        assert all(torch.equal(best[name], again[name]) for name in best)
+
+
+def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    wanted = options(videos, tmp_path / "run", epochs=500)
+    flags = ["--model", "tsn", "--videos", str(videos), "--out", str(tmp_path / "run"), "--epochs", "500"]
+    flags += ["--batch-size", "4", "--lr", "0.01", "--decode-workers", "1", "--weights", "random"]
+    flags += ["--backbone", BACKBONE]
+    process = subprocess.Popen([sys.executable, "-m", "aggregate.finetune", *flags], stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "last.pt").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    _gone, alive = psutil.wait_procs(children, timeout=10)
+    assert children
+    assert not alive
+    trainer = Trainer(wanted)
+    assert trainer.epoch >= 1
+    assert len(trainer.history) == trainer.epoch
+
+
+def test_batches_in_micro_batches_are_the_same_update(videos, tmp_path):
+    frozen = {"epochs": 1, "dropout": 0.0, "batch_size": 8}
+    finetune.main(options(videos, tmp_path / "whole", micro_batch=8, **frozen))
+    finetune.main(options(videos, tmp_path / "parts", micro_batch=2, train_batch_norm=False, **frozen))
+    one, other = states(tmp_path / "whole"), states(tmp_path / "parts")
+    # The first batch norm is trained and sees another batch; everything behind it moves with that.
+    for name in ("classifier.weight", "classifier.bias"):
+        torch.testing.assert_close(one[name], other[name], rtol=0.2, atol=2e-3)
+
+
+def test_partial_batch_norm_keeps_all_but_the_first(videos, tmp_path):
+    trainer = Trainer(options(videos, tmp_path / "run"))
+    before = {name: value.clone() for name, value in trainer.model.net.state_dict().items()}
+    trainer.run()
+    after = trainer.model.net.state_dict()
+    moved = {name for name in before if name.endswith("running_mean") and not torch.equal(before[name], after[name])}
+    assert moved == {"backbone.conv1.1.running_mean"}  # of a deep stem
+    assert not torch.equal(before["backbone.layer1.0.conv1.weight"], after["backbone.layer1.0.conv1.weight"])
+
+
+def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
+    trainer = Trainer(options(videos, tmp_path / "frozen", backbone_lr=0, epochs=1))
+    before = trainer.model.net.state_dict()["backbone.layer1.0.conv1.weight"].clone()
+    trainer.run()
+    assert torch.equal(before, trainer.model.net.state_dict()["backbone.layer1.0.conv1.weight"])
+    slow = Trainer(options(videos, tmp_path / "slow", backbone_lr=0.1, epochs=1))
+    assert sorted({group["lr_scale"] for group in slow.optimizer.param_groups}) == [0.1, 1.0]
+
+
+# -- the road between cached features and end to end --------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cached(videos, tmp_path_factory) -> Path:
+    """Features of the same clips through the same random backbone, and a TSN and an HG-NL trained on them."""
+    folder = tmp_path_factory.mktemp("cached")
+    extract(
+        ExtractOptions(
+            videos=videos,
+            out=str(folder / "f.zarr"),
+            backbone=BACKBONE,
+            weights="random",
+            frames=3,
+            precision="fp32",
+            max_failed=1.0,
+        )
+    )
+    common = {"features": str(folder / "f.zarr"), "epochs": 10, "batch_size": 4, "lr": 0.05, "optimizer": "adamw"}
+    train.main(train.Options(agg="tsn", out=folder / "tsn", **common))
+    groups = {"g1": 4, "g2": 2, "m1": 16, "scale_init": 0.5}
+    train.main(train.Options(agg="hgnl", out=folder / "hgnl", **common, **groups))
+    return folder
+
+
+def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, cached, tmp_path):
+    store = FeatureStore.open(cached / "f.zarr")
+    trainer = Trainer(options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt"))
+    model = Checkpoint.load(cached / "hgnl" / "best.pt").model()
+    rows = np.flatnonzero(store.splits == "val")
+    with VideoFrames(trainer.val_videos, trainer.plan, workers=1) as frames:
+        logits = finetune.predict_videos(trainer.model, frames, batch_size=4, autocast=trainer._autocast)
+    assert [video.id for video in trainer.val_videos] == store.ids[rows].tolist()
+    with torch.inference_mode():
+        theirs = model(torch.from_numpy(store.gather(rows, np.arange(3))))
+    np.testing.assert_allclose(logits[:, 0], theirs.numpy(), rtol=5e-3, atol=5e-3)
+    assert np.ptp(logits) > 0.02, "equal because nothing was learned"
+
+
+def test_features_of_other_weights_do_not_start_a_fine_tuning(videos, cached, tmp_path):
+    with pytest.raises(InputError, match=r"was trained on features of weights .*seed 0.*seed 1"):
+        Trainer(options(videos, tmp_path / "run", init=cached / "tsn" / "best.pt", seed=1))
+
+
+def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
+    """How the paper's HG-NL follows its TSN: on the cache of the fine-tuned backbone, from its classifier."""
+    finetune.main(options(videos, tmp_path / "tsn", epochs=1))
+    tuned = tmp_path / "tsn" / "best.pt"
+    settings = {"backbone": BACKBONE, "weights": str(tuned), "frames": 3, "precision": "fp32", "max_failed": 1.0}
+    extract(ExtractOptions(videos=videos, out=str(tmp_path / "f.zarr"), **settings))
+    store = FeatureStore.open(tmp_path / "f.zarr")
+    rows = np.flatnonzero(store.splits == "val")
+    net = rebuild(Checkpoint.load(tuned))
+    assert isinstance(net.net, EndToEnd)
+    common = {"features": str(tmp_path / "f.zarr"), "epochs": 1, "lr": 1e-12, "recipe": "paper", "batch_size": 4}
+    train.main(train.Options(agg="hgnl", out=tmp_path / "hgnl", init=tuned, g1=4, g2=2, m1=16, **common))
+    assert "2 carried over by class name" in capsys.readouterr().out
+    hgnl = Checkpoint.load(tmp_path / "hgnl" / "best.pt").model()
+    with VideoFrames([v for v in list_videos(videos).videos if v.split == "val"], _plan(net), workers=1) as frames:
+        whole = finetune.predict_videos(net, frames, batch_size=4, autocast=Trainer._autocast.__get__(_Fp32()))
+    with torch.inference_mode():
+        logits = hgnl(torch.from_numpy(store.gather(rows, np.arange(3))))
+    np.testing.assert_allclose(logits.numpy(), whole[:, 0], rtol=5e-3, atol=5e-3)
+
+
+class _Fp32:
+    device, precision = torch.device("cpu"), "fp32"
+
+
+def _plan(model: Recogniser) -> ClipPlan:
+    return ClipPlan(segments=3, frames_per_segment=1, preprocessing=model.preprocessing)
+
+
+def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(videos, tmp_path, capsys):
+    finetune.main(options(videos, tmp_path / "tsn", epochs=1))
+    old = Checkpoint.load(tmp_path / "tsn" / "best.pt")
+    k600 = replace(old, classes=["kettlebells", "snowboarding"])
+    k600.save(tmp_path / "k600.pt")
+    trainer = Trainer(options(videos, tmp_path / "hgnl", "hgnl", init=tmp_path / "k600.pt"))
+    assert "1 carried over by class name, 1 start fresh" in capsys.readouterr().out
+    state = trainer.model.net.state_dict()
+    assert torch.equal(state["backbone.conv1.0.weight"], old.state_dict["backbone.conv1.0.weight"])
+    assert torch.equal(state["classifier.weight"][1], old.state_dict["classifier.weight"][0])
+
+
+def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path):
+    common = {"features": str(cached / "f.zarr"), "epochs": 1, "batch_size": 4}
+    train.main(train.Options(agg="txb", out=tmp_path / "txb", **common))
+    trainer = Trainer(options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt"))
+    theirs = Checkpoint.load(tmp_path / "txb" / "best.pt").state_dict
+    ours = trainer.model.net.state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+# -- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.ray
+def test_two_ray_workers_give_the_loss_curve_of_one(videos, tmp_path):
+    """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
+    common = {"epochs": 2, "batch_size": 8, "dropout": 0.0, "backbone_lr": 0.0}
+    finetune.main(options(videos, tmp_path / "one", **common))
+    wanted = options(videos, tmp_path / "two", workers=2, **common)
+    code = (
+        "import json, sys; from pathlib import Path; from aggregate.finetune import Options, main;"
+        "o = json.loads(sys.argv[1]); o.update(videos=Path(o['videos']), out=Path(o['out']), val_groups=());"
+        "sys.exit(main(Options(**o)))"
+    )
+    plain = json.dumps(asdict(wanted), default=str)
+    done = subprocess.run(
+        [sys.executable, "-c", code, plain], env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, timeout=240, check=False
+    )
+    assert done.returncode == 0
+
+    def curve(name: str) -> list[float]:
+        rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
+        return [float(row["loss"]) for row in rows]
+
+    assert curve("two") == pytest.approx(curve("one"), rel=2e-2)
+
+
+# -- what is wrong is said -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        ("tsn", {"frames_per_segment": 2}, "--frames-per-segment 2 is for stnet"),
+        ("tsn", {"micro_batch": 0}, "--micro-batch is 0"),
+        ("tsn", {"ema": 1.5}, "--ema 1.5"),
+        ("tsn", {"backbone": "resnet5O"}, "resnet5O"),
+        ("hgnl", {"g1": 5}, "g2 2 does not divide g1 5"),
+        ("stnet", {"backbone": "test_vit"}, "four stages"),
+        ("tsn", {"init": Path("none.pt")}, "there is no checkpoint none.pt"),
+        ("tsn", {"videos": Path("nowhere")}, "nowhere"),
+    ],
+)
+def test_wrong_options_are_named(model, changes, message, videos, tmp_path):
+    with pytest.raises(InputError, match=message):
+        finetune.main(replace(options(videos, tmp_path / "run", model), **changes))
+
+
+def test_no_video_that_decodes_ends_the_run(tmp_path):
+    for split in ("train", "val"):
+        for name in ("a", "b"):
+            target = tmp_path / "v" / split / name / "x.mp4"
+            target.parent.mkdir(parents=True)
+            target.write_bytes(b"nothing")
+    with pytest.raises(RunError, match="not one of 2 videos can be decoded; train/"):
+        finetune.main(options(tmp_path / "v", tmp_path / "run"))
+
+
+def test_out_of_memory_says_which_batch_to_try(videos, tmp_path, monkeypatch):
+    trainer = Trainer(options(videos, tmp_path / "run", micro_batch=12))
+
+    def no_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(trainer, "_step", no_memory)
+    with pytest.raises(RunError, match="try --micro-batch 6"):
+        trainer.run()
+
+
+def test_a_loss_that_diverges_says_so(videos, tmp_path):
+    with pytest.raises(RunError, match="try a smaller --lr"):
+        finetune.main(options(videos, tmp_path / "run", lr=1e30, clip=0.0))
+
+
+def test_checkpoints_without_a_backbone_ask_for_features(videos, tmp_path):
+    model = build("tsn", dim=96, num_classes=2)
+    Checkpoint(model.options, ["a", "b"], model.state_dict(), {}, 3).save(tmp_path / "c.pt")
+    with pytest.raises(InputError, match="give --features"):
+        evaluate.main(evaluate.Options(tmp_path / "c.pt", videos=videos))
