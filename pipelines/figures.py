@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 INK, SOFT, LINE = "#1d2329", "#5d6670", "#dfe2e3"
 # Okabe and Ito's colours, which colour-blind people can tell apart, a little darker.
@@ -131,10 +131,12 @@ def curves(lines: Sequence[Curve], *, y_label: str, log: bool = False) -> Figure
         return figure
 
 
-def forest(points: Sequence[Point], *, x_label: str) -> Figure:
-    """Values with their intervals, one below the other."""
+def forest(points: Sequence[Point], *, x_label: str, zero: bool = False) -> Figure:
+    """Values with their intervals, one below the other; `zero` draws a line there."""
     with _axes(6.4, 0.7 + 0.26 * len(points)) as (figure, axes):
         at = np.arange(len(points))[::-1]
+        if zero:
+            axes.axvline(0, color=SOFT, linewidth=0.9)
         axes.hlines(at, [p.low for p in points], [p.high for p in points], color=COLOURS[0], linewidth=2.2, alpha=0.45)
         axes.plot([p.value for p in points], at, "o", color=COLOURS[0], markersize=5)
         axes.set_yticks(at, [short(p.name, 44) for p in points])
@@ -172,8 +174,9 @@ def heat_map(
 ) -> Figure:
     """values [rows, columns] as shades of blue with `show(value)` written on each; NaN stays empty."""
     turn = max(map(len, columns), default=0) > 4
-    width = 1.6 + 0.44 * len(columns) + 0.05 * min(max(map(len, rows), default=0), 26)
-    with _axes(width, (1.7 if turn else 0.9) + 0.34 * len(rows)) as (figure, axes):
+    cell = 0.44 if len(columns) > 8 else 0.62
+    width = 1.3 + cell * len(columns) + 0.05 * min(max(map(len, rows), default=0), 26)
+    with _axes(width, (1.7 if turn else 0.9) + 0.75 * cell * len(rows)) as (figure, axes):
         finite = values[np.isfinite(values)]
         low = low if low is not None else float(finite.min(initial=np.inf)) if finite.size else 0.0
         high = float(finite.max()) if finite.size else 1.0
@@ -189,26 +192,32 @@ def heat_map(
         axes.set_yticks(range(len(rows)), [short(r) for r in rows])
         axes.set(xlabel=column_label, ylabel=row_label)
         axes.grid(visible=False)
-        axes.spines[:].set_visible(False)
+        for edge in np.arange(max(values.shape) + 1) - 0.5:
+            axes.axvline(edge, color="white", linewidth=1.5)
+            axes.axhline(edge, color="white", linewidth=1.5)
+        axes.set(xlim=(-0.5, len(columns) - 0.5), ylim=(len(rows) - 0.5, -0.5))
+        axes.spines[:].set(visible=True)
         return figure
 
 
 def tradeoff(
     points: Sequence[Point], sizes: Sequence[float], front: Sequence[bool], *, x_label: str, y_label: str
 ) -> Figure:
-    """Values with intervals over `sizes` (logarithmic); those on the Pareto front joined and named."""
+    """Values in percent with intervals over `sizes` (logarithmic); those on the Pareto front joined and named."""
     with _axes(5.6, 3.8) as (figure, axes):
         order = np.argsort(sizes, kind="stable")
         x, y = np.asarray(sizes, float)[order], np.array([points[at].value for at in order])
         lead = np.asarray(front, bool)[order]
-        axes.vlines(x, [points[at].low for at in order], [points[at].high for at in order], color=LINE, linewidth=1.5)
+        ends = np.clip([(points[at].low, points[at].high) for at in order], 0, 100)  # Student's t knows no bounds
+        axes.vlines(x, *ends.T, color=SOFT, alpha=0.35, linewidth=1.5)
         axes.plot(x[~lead], y[~lead], "o", color=SOFT, alpha=0.6, markersize=4)
         axes.plot(x[lead], y[lead], "o-", color=COLOURS[1], markersize=6, drawstyle="steps-post", linewidth=1.2)
-        for at in order[lead]:
-            axes.annotate(
-                points[at].name, (sizes[at], points[at].value), (4, 6), textcoords="offset points", size=8, color=INK
-            )
+        for turn, at in enumerate(order[lead]):  # names above and below by turns: neighbours do not collide
+            offset, where = (4, -13 if turn % 2 else 6), (sizes[at], points[at].value)
+            axes.annotate(points[at].name, where, offset, textcoords="offset points", size=8, color=INK)
         axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15, y=0.12)
         return figure
 

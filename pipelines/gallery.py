@@ -1,23 +1,30 @@
-"""What the report shows of the videos themselves: sample frames, the map of features, attention along the timeline."""
+"""What the report shows of the videos: what was extracted, sample frames, the map of features, attention over time."""
 
 import io
+import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.store import OK, PARTIAL, FeatureStore
+from extract.cli import InputError, RunError
+from extract.status import human_bytes
+from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
 from pipelines import figures, page
 
 if TYPE_CHECKING:
     from aggregate.models import VideoClassifier
+    from pipelines.report import Found
 
+REASONS = 8
 SAMPLES = 16  # videos of which a frame is shown
 MAP_VIDEOS = 2000  # more points only hide each other
 FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
 ROWS_AT_ONCE = 64
+WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
 ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
 
 
@@ -36,6 +43,65 @@ def draw(rows: np.ndarray, most: int, *, seed: int) -> np.ndarray:
 def class_name(store: FeatureStore, row: int) -> str:
     label = int(store.labels[row])
     return store.classes[label] if label >= 0 else "no label"
+
+
+# -- what was extracted ---------------------------------------------------------------------------------------------
+
+
+def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> str:
+    """Counts by split, failures with their reasons and a frame of some videos, of each store."""
+    body = ""
+    for name, store in found.stores.items():
+        splits = sorted(set(store.splits.tolist()))
+        counts = [[int(((store.splits == split) & (store.status == s)).sum()) for s in range(4)] for split in splits]
+        kinds = figures.STATUS
+        rows = [[count[STATUS_NAMES.index(kind)] for kind in kinds] for count in counts]
+        names = [split or "(no split)" for split in splits]
+        shape = f"{store.num_views} views x {store.frames_per_video} frames x {store.dim} numbers"
+        body += page.heading(name) + page.paragraph(
+            f"{len(store):,} videos of {len(store.classes):,} classes, each {shape}, "
+            f"{human_bytes(len(store) * store.video_bytes)} in all. {_per_class(store)}"
+        )
+        picture = figures.svg(figures.bars(names, rows, kinds, x_label="videos"))
+        body += page.figure(picture, f"Videos of {name} by split and status")
+        table = [[split, *(f"{n:,}" for n in row)] for split, row in zip(names, rows, strict=True)]
+        body += page.table(["split", *kinds], table, numbers=(1, 2, 3, 4))
+        reasons = _reasons(store)
+        if reasons:
+            body += page.table(["videos", "", "reason, and an example"], reasons, numbers=(0,))
+        samples = sample_frames(store, videos, seed=seed) if videos else ""
+        if videos and not samples:
+            samples = page.paragraph("No frames are shown: none of its videos lies below --videos.")
+        body += samples
+    if found.stores and not videos:
+        body += page.paragraph("No frames are shown: --videos DIR says where the videos lie.")
+    return body
+
+
+def _per_class(store: FeatureStore) -> str:
+    sizes = Counter(store.labels[store.labels >= 0].tolist())
+    if not sizes:
+        return "No video has a label."
+    least, most = min(sizes, key=lambda c: (sizes[c], c)), max(sizes, key=lambda c: (sizes[c], -c))
+    without = len(store.classes) - len(sizes)
+    return (
+        f"A class has {sizes[least]:,} ({store.classes[least]}) to {sizes[most]:,} ({store.classes[most]}) videos"
+        + (f"; {without:,} have none." if without else ".")
+    )
+
+
+def _reasons(store: FeatureStore) -> list[list[str]]:
+    """Reasons of failed and partial videos, the frequent ones first; like ones (but for numbers) together."""
+    counts: Counter[tuple[int, str]] = Counter()
+    examples: dict[tuple[int, str], str] = {}
+    for row in ((store.status == FAILED) | (store.status == PARTIAL)).nonzero()[0]:
+        key = int(store.status[row]), re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
+        counts[key] += 1
+        examples.setdefault(key, f"{store.ids[row]}: {store.errors[row]}")
+    shown = counts.most_common(REASONS)
+    rows = [[f"{count:,}", STATUS_NAMES[key[0]], examples[key]] for key, count in shown]
+    others = counts.total() - sum(count for _, count in shown)
+    return rows + ([[f"{others:,}", "", f"for {len(counts) - REASONS:,} further reasons"]] if others else [])
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
@@ -92,6 +158,10 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path], *, seed: int) ->
 # -- the map -------------------------------------------------------------------------------------------------------
 
 
+def feature_maps(found: "Found", seed: int) -> str:
+    return "".join(feature_map(store, name, seed=seed) for name, store in found.stores.items())
+
+
 def feature_map(store: FeatureStore, name: str, *, seed: int) -> str:
     """Mean features of at most MAP_VIDEOS videos in two dimensions, coloured by class; empty below three videos."""
     usable = usable_rows(store)
@@ -139,6 +209,54 @@ def flatten(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, str]:
 
 
 # -- attention -----------------------------------------------------------------------------------------------------
+
+
+def attention(found: "Found", videos: tuple[Path, ...], seed: int) -> str:
+    """Films of every run whose aggregator weighs frames, where a store with its kind of features is there."""
+    from aggregate.checkpoint import Checkpoint
+
+    body = ""
+    for name, file in found.files("best.pt"):
+        options = json.loads((file.parent / "options.json").read_text(encoding="utf-8"))
+        if options.get("agg") not in WEIGHING:
+            continue
+        try:
+            checkpoint = Checkpoint.load(file)
+            where, store = _store_of(found, checkpoint, str(options.get("features", "")))
+            rows, which = _validation(store, options)
+            shown = films(checkpoint.model(), store, rows, videos, name=name, seed=seed)
+        except (InputError, RunError) as error:
+            found.problems.append(f"attention of {name}: {error}")
+            continue
+        body += shown + page.paragraph(f"Clips of {where}, {which}.")
+    return body
+
+
+def _store_of(found: "Found", checkpoint: Any, features: str) -> tuple[str, FeatureStore]:
+    """The store a run was trained on, or another one of the same kind of features."""
+    stores = sorted(found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name)
+    if features and Path(features).is_dir():  # outside the folder, where the run says
+        stores.append((features, FeatureStore.open(features)))
+    for name, store in stores:
+        try:
+            checkpoint.check_features(store.provenance, store.dim, name)
+        except InputError:
+            continue
+        return name, store
+    raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
+
+
+def _validation(store: FeatureStore, options: dict[str, Any]) -> tuple[np.ndarray, str]:
+    """Rows with features that a run was validated on, where that can be told; and that in words."""
+    usable = usable_rows(store)
+    groups = options.get("val_groups") or []
+    held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
+    rows = usable[held_out[usable]]
+    if len(rows):
+        return rows, "held out" if groups else f"split {options.get('val_split', 'val')!r}"
+    if not len(usable):
+        raise InputError(f"{store.path} holds no features")
+    return usable, "from training and validation alike"
 
 
 def films(

@@ -8,9 +8,7 @@ same bytes.
 import csv
 import json
 import os
-import re
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from aggregate.scores import Scores
     from extract.store import FeatureStore
 
-REASONS = 8
 PAIRS = 10
 MATRIX_CLASSES = 20
 RUN_FILES = ("options.json", "metrics.csv", "results.json", "best.pt")
@@ -42,7 +39,6 @@ MAKERS = {
     "ensemble": "no ensemble: python -m ensemble --scores ... --out makes one",
     "provenance": "no provenance: it comes with stores, runs and scores",
 }
-WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
 
 
 @dataclass(frozen=True)
@@ -92,8 +88,12 @@ class Found:
     runs: dict[str, Path] = field(default_factory=dict)
     scores: "dict[str, list[Scores]]" = field(default_factory=dict)  # by rising number of segments
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
-    ablations: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    ablations: dict[str, Path] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+
+    def files(self, name: str) -> "Iterator[tuple[str, Path]]":
+        """The runs that have a file of this name, and that file."""
+        return ((run, folder / name) for run, folder in self.runs.items() if (folder / name).is_file())
 
     def __str__(self) -> str:
         counts = {
@@ -135,10 +135,10 @@ def _take(found: Found, path: Path, name: str) -> None:
         from extract.store import FeatureStore
 
         found.stores[name] = FeatureStore.open(path)
-    elif path.name in RUN_FILES[:2]:
+    elif path.name in RUN_FILES[:2] and not (path.parent / "results.jsonl").exists():  # which is an ablation's
         found.runs[name.rpartition("/")[0] or path.parent.resolve().name] = path.parent
     elif path.name == "ablation.csv":
-        found.ablations[name] = read_rows(path)
+        found.ablations[name] = path
     elif path.suffix == ".h5":
         scores = _scores(path)
         if scores:
@@ -190,19 +190,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int = 0) -> str:
     """The page: a section for each kind of thing there is, and what is missing at its end."""
-    from pipelines import page
+    from pipelines import gallery, page
 
-    made = (
-        ("extracted", "What was extracted", extracted(found, videos, seed)),
-        ("training", "Training", training(found)),
-        ("results", "Results", results(found)),
-        ("confusion", "What is confused", confusion(found)),
-        ("ablation", "Ablation", ablation(found)),
-        ("attention", "Attention along the timeline", attention(found, videos, seed)),
-        ("map", "Map of features", feature_maps(found, seed)),
-        ("ensemble", "Ensemble", ensemble(found)),
-        ("provenance", "Provenance", provenance(found)),
-    )
+    makers = {
+        "What was extracted": lambda: gallery.extracted(found, videos, seed),
+        "Training": lambda: training(found),
+        "Results": lambda: results(found),
+        "What is confused": lambda: confusion(found),
+        "Ablation": lambda: ablation(found),
+        "Attention along the timeline": lambda: gallery.attention(found, videos, seed),
+        "Map of features": lambda: gallery.feature_maps(found, seed),
+        "Ensemble": lambda: ensemble(found),
+        "Provenance": lambda: provenance(found),
+    }
+    made = []
+    for name, (heading, make) in zip(MAKERS, makers.items(), strict=True):
+        try:
+            made.append((name, heading, make()))
+        except (InputError, RunError, OSError, ValueError, KeyError) as error:  # the other sections are still shown
+            found.problems.append(f"{heading}: {error!r}")
     missing = [MAKERS[name] for name, _, body in made if not body] + _missing_files(found)
     if found.stores and not videos:
         missing.append("no frames of the videos: --videos DIR says where they lie")
@@ -224,68 +230,6 @@ def _missing_files(found: Found) -> list[str]:
     return lines
 
 
-def extracted(found: Found, videos: tuple[Path, ...], seed: int) -> str:
-    """Counts by split, failures with their reasons and a frame of some videos, of each store."""
-    from extract.status import human_bytes
-    from extract.store import STATUS_NAMES
-    from pipelines import figures, gallery, page
-
-    body = ""
-    for name, store in found.stores.items():
-        splits = sorted(set(store.splits.tolist()))
-        counts = [[int(((store.splits == split) & (store.status == s)).sum()) for s in range(4)] for split in splits]
-        kinds = figures.STATUS
-        rows = [[count[STATUS_NAMES.index(kind)] for kind in kinds] for count in counts]
-        names = [split or "(no split)" for split in splits]
-        shape = f"{store.num_views} views x {store.frames_per_video} frames x {store.dim} numbers"
-        body += page.heading(name) + page.paragraph(
-            f"{len(store):,} videos of {len(store.classes):,} classes, each {shape}, "
-            f"{human_bytes(len(store) * store.video_bytes)} in all. {_per_class(store)}"
-        )
-        picture = figures.svg(figures.bars(names, rows, kinds, x_label="videos"))
-        body += page.figure(picture, f"Videos of {name} by split and status")
-        table = [[split, *(f"{n:,}" for n in row)] for split, row in zip(names, rows, strict=True)]
-        body += page.table(["split", *kinds], table, numbers=(1, 2, 3, 4))
-        reasons = _reasons(store)
-        if reasons:
-            body += page.table(["videos", "", "reason, and an example"], reasons, numbers=(0,))
-        samples = gallery.sample_frames(store, videos, seed=seed) if videos else ""
-        if videos and not samples:
-            samples = page.paragraph("No frames are shown: none of its videos lies below --videos.")
-        body += samples
-    if found.stores and not videos:
-        body += page.paragraph("No frames are shown: --videos DIR says where the videos lie.")
-    return body
-
-
-def _per_class(store: "FeatureStore") -> str:
-    sizes = Counter(store.labels[store.labels >= 0].tolist())
-    if not sizes:
-        return "No video has a label."
-    least, most = min(sizes, key=lambda c: (sizes[c], c)), max(sizes, key=lambda c: (sizes[c], -c))
-    without = len(store.classes) - len(sizes)
-    return (
-        f"A class has {sizes[least]:,} ({store.classes[least]}) to {sizes[most]:,} ({store.classes[most]}) videos"
-        + (f"; {without:,} have none." if without else ".")
-    )
-
-
-def _reasons(store: "FeatureStore") -> list[list[str]]:
-    """Reasons of failed and partial videos, the frequent ones first; like ones (but for numbers) together."""
-    from extract.store import FAILED, PARTIAL, STATUS_NAMES
-
-    counts: Counter[tuple[int, str]] = Counter()
-    examples: dict[tuple[int, str], str] = {}
-    for row in ((store.status == FAILED) | (store.status == PARTIAL)).nonzero()[0]:
-        key = int(store.status[row]), re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
-        counts[key] += 1
-        examples.setdefault(key, f"{store.ids[row]}: {store.errors[row]}")
-    shown = counts.most_common(REASONS)
-    rows = [[f"{count:,}", STATUS_NAMES[key[0]], examples[key]] for key, count in shown]
-    others = counts.total() - sum(count for _, count in shown)
-    return rows + ([[f"{others:,}", "", f"for {len(counts) - REASONS:,} further reasons"]] if others else [])
-
-
 # -- training and results ------------------------------------------------------------------------------------------
 
 CURVES = (
@@ -300,7 +244,7 @@ def training(found: Found) -> str:
     """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
     from pipelines import figures, page
 
-    columns = {name: columns_of(read_rows(f)) for name, f in _files(found, "metrics.csv")}
+    columns = {name: columns_of(read_rows(f)) for name, f in found.files("metrics.csv")}
     charts = []
     for label, column in CURVES:
         lines = []
@@ -315,32 +259,30 @@ def training(found: Found) -> str:
     return page.side_by_side(charts) if charts else ""
 
 
-def _files(found: Found, name: str) -> Iterator[tuple[str, Path]]:
-    return ((run, folder / name) for run, folder in found.runs.items() if (folder / name).is_file())
-
-
 def results(found: Found) -> str:
     """Top-1, top-5, mean-class accuracy and average error with intervals: of runs, and of scores files with labels."""
     from aggregate.metrics import summarise
     from pipelines import figures, page
 
     rows: list[tuple[str, str, dict[str, Any]]] = []
-    for run, file in _files(found, "results.json"):
+    for run, file in found.files("results.json"):
         for model, by_segments in read_json(file).items():
             words = run if model == run else f"{run}: {model}"
             rows += [(words, segments, summary) for segments, summary in by_segments.items()]
-    runs = len(rows)
     for name, several in found.scores.items():
         for scores in several:
             if scores.labels is not None and (scores.labels >= 0).any():
                 known = scores.labels >= 0
-                split = f" ({scores.source['split']})" if "split" in scores.source else ""
+                split = f", split {scores.source['split']}" if "split" in scores.source else ""
                 summary = asdict(summarise(scores.logits[known], scores.labels[known]))
-                rows.append((f"{name}{split}", str(scores.segments), summary))
+                segments = "" if "members" in scores.source else str(scores.segments)  # an ensemble has none
+                rows.append((f"{name}{split}", segments, summary))
     if not rows:
         return ""
     points = [
-        figures.Point(f"{name}, {segments}", *(100 * s["top1"][k] for k in ("value", "low", "high")))
+        figures.Point(
+            f"{name}, {segments}" if segments else name, *(100 * s["top1"][k] for k in ("value", "low", "high"))
+        )
         for name, segments, s in rows
     ]
     body = page.figure(
@@ -355,9 +297,10 @@ def results(found: Found) -> str:
     ]
     head = ("model", "segments", "top-1 %", "top-5 %", "mean class %", "average error %", "scored / listed")
     body += page.table(head, cells, numbers=(1, 2, 3, 4, 5, 6))
-    if runs:
-        body += page.paragraph("A run's models are those of its best epoch, chosen on the same validation videos.")
-    return body
+    return body + page.paragraph(
+        "A run's models are those of its best epoch, chosen on the validation videos that they are measured on here; "
+        "scores of split all hold the training videos too."
+    )
 
 
 def _percent(interval: dict[str, float], *, sign: str = "") -> str:
@@ -426,7 +369,84 @@ def confusion(found: Found) -> str:
 
 
 def ablation(found: Found) -> str:
-    return ""
+    """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the parameters."""
+    from pipelines import page
+
+    return "".join(page.heading(name) + _ablation(path, name) for name, path in found.ablations.items())
+
+
+def _ablation(path: Path, name: str) -> str:
+    from aggregate.compare import heat_maps, summarise
+    from pipelines import figures, page
+
+    summary = summarise([_typed(row) for row in read_rows(path)], {})
+    every = summary[0]["all_frames"]
+    drawn = []
+    for heat in heat_maps(summary):
+        drawing = figures.heat_map(
+            100 * heat.top1,
+            rows=list(map(str, heat.g1)),
+            columns=list(map(str, heat.g2)),
+            row_label="g1",
+            column_label="g2",
+            show=lambda value: f"{value:.1f}",
+        )
+        caption = f"{heat.title}: top-1 % with {every} segments, mean over seeds; empty: invalid or not done."
+        drawn.append(page.figure(figures.svg(drawing), f"Heat map of {name}: {heat.title} over g1 and g2", caption))
+    done = [line for line in summary if line["seeds"]]
+    if done:
+        ends = ("", "_low", "_high")
+        drawing = figures.tradeoff(
+            [figures.Point(one["name"], *(100 * one[f"top1_at_all{end}"] for end in ends)) for one in done],
+            [one["parameters"] for one in done],
+            [one["pareto"] for one in done],
+            x_label="parameters, classifier included",
+            y_label=f"top-1 %, {every} segments",
+        )
+        caption = "Joined: no other has at most its parameters and a better top-1. Grey lines: intervals."
+        drawn.append(page.figure(figures.svg(drawing), f"Pareto front of {name}: top-1 over parameters", caption))
+    differences = {row["name"]: row for row in _finished(path.with_name("summary.csv"))}
+    rows = []
+    for one in summary:
+        same = differences.get(one["name"])
+        cells = [""] * 5
+        if one["seeds"]:
+            measures = ("top1_at_all", "top5_at_all", "average_error_at_all")
+            cells = [*(_spread(one, measure) for measure in measures), "", f"{one['seconds']:.1f}"]
+            if same and same["seeds"] == one["seeds"] and same["difference"] is not None:
+                cells[3] = _spread(same, "difference", sign="+")
+        notes = ["front"] * one["pareto"] + [f"{one['diverged']} diverged"] * bool(one["diverged"])
+        rows.append((one["name"], one["seeds"], f"{one['parameters']:,}", *cells, ", ".join(notes)))
+    head = ("configuration", "seeds", "parameters", "top-1 %", "top-5 %", "average error %", "top-1 - first's", "s", "")
+    about = "of the mean over seeds" if any(one["seeds"] > 1 for one in summary) else "over videos, of one seed"
+    words = (
+        f"With {every} segments; intervals: 95 %, {about}; those of differences: paired, over videos. "
+        "Each model at its best epoch, chosen on the same videos."
+    )
+    return page.side_by_side(drawn) + page.table(head, rows, numbers=tuple(range(1, 8))) + page.paragraph(words)
+
+
+def _finished(path: Path) -> list[dict[str, Any]]:
+    """The rows of a summary.csv; none before an ablation's end."""
+    return [_typed(row) for row in read_rows(path)] if path.is_file() else []
+
+
+def _spread(row: dict[str, Any], name: str, *, sign: str = "") -> str:
+    return _percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign=sign)
+
+
+def _typed(row: dict[str, str]) -> dict[str, Any]:
+    """The cells of a CSV as what they were before: None, whole numbers, numbers or text."""
+
+    def typed(value: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+        return value or None
+
+    return {name: typed(value) for name, value in row.items()}
 
 
 def ensemble(found: Found) -> str:
@@ -452,7 +472,7 @@ def ensemble(found: Found) -> str:
                 for row in record["table"]
                 if row["name"] != "all, equal weights"
             ]
-            drawn = figures.forest(differences, x_label="average error against all at equal weights, points")
+            drawn = figures.forest(differences, zero=True, x_label="average error against all at equal weights, points")
             body += page.figure(
                 figures.svg(drawn),
                 f"Who adds what in {name}",
@@ -463,70 +483,6 @@ def ensemble(found: Found) -> str:
     return body
 
 
-# -- the videos ----------------------------------------------------------------------------------------------------
-
-
-def feature_maps(found: Found, seed: int) -> str:
-    from pipelines import gallery
-
-    return "".join(gallery.feature_map(store, name, seed=seed) for name, store in found.stores.items())
-
-
-def attention(found: Found, videos: tuple[Path, ...], seed: int) -> str:
-    """Films of every run whose aggregator weighs frames, where a store with its kind of features is there."""
-    from aggregate.checkpoint import Checkpoint
-    from pipelines import gallery, page
-
-    body = ""
-    for name, file in _files(found, "best.pt"):
-        options = read_json(file.parent / "options.json")
-        if options.get("agg") not in WEIGHING:
-            continue
-        try:
-            checkpoint = Checkpoint.load(file)
-            where, store = _store_of(found, checkpoint, str(options.get("features", "")))
-            rows, which = _validation(store, options)
-            films = gallery.films(checkpoint.model(), store, rows, videos, name=name, seed=seed)
-        except (InputError, RunError) as error:
-            found.problems.append(f"attention of {name}: {error}")
-            continue
-        body += films + page.paragraph(f"Clips of {where}, {which}.")
-    return body
-
-
-def _store_of(found: Found, checkpoint: Any, features: str) -> "tuple[str, FeatureStore]":
-    """The store a run was trained on, or another one of the same kind of features."""
-    from extract.store import FeatureStore
-
-    stores = sorted(found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name)
-    if features and Path(features).is_dir():  # outside the folder, where the run says
-        stores.append((features, FeatureStore.open(features)))
-    for name, store in stores:
-        try:
-            checkpoint.check_features(store.provenance, store.dim, name)
-        except InputError:
-            continue
-        return name, store
-    raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
-
-
-def _validation(store: "FeatureStore", options: dict[str, Any]) -> "tuple[np.ndarray, str]":
-    """Rows with features that a run was validated on, where that can be told; and that in words."""
-    import numpy as np
-
-    from pipelines import gallery
-
-    usable = gallery.usable_rows(store)
-    groups = options.get("val_groups") or []
-    held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
-    rows = usable[held_out[usable]]
-    if len(rows):
-        return rows, "held out" if groups else f"split {options.get('val_split', 'val')!r}"
-    if not len(usable):
-        raise InputError(f"{store.path} holds no features")
-    return usable, "from training and validation alike"
-
-
 def provenance(found: Found) -> str:
     """What made the stores, and the options of the runs."""
     from pipelines import page
@@ -534,7 +490,7 @@ def provenance(found: Found) -> str:
     body = ""
     for name, store in found.stores.items():
         body += page.heading(name) + page.table(("", ""), _flat(store.provenance))
-    for name, file in _files(found, "options.json"):
+    for name, file in found.files("options.json"):
         body += page.heading(f"run {name}") + page.table(("", ""), _flat(read_json(file)))
     for name, several in found.scores.items():
         if several[0].source:

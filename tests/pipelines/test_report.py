@@ -1,0 +1,411 @@
+"""python -m pipelines.report on a whole folder of runs, on partial ones and on nothing at all."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import ensemble.__main__ as fusing
+from aggregate import ablate, evaluate, train
+from aggregate.scores import Scores
+from extract.cli import InputError, run_command
+from extract.store import FeatureStore
+from pipelines import gallery, page, report
+from stores import classes_store, fail_rows
+
+SECTIONS = ("extracted", "training", "results", "confusion", "ablation", "attention", "map", "ensemble", "provenance")
+VOID = ("meta", "link", "img", "br")
+
+
+@dataclass
+class Page(HTMLParser):
+    """What a page holds; an AssertionError where a tag is closed that is not open, or an id stands twice."""
+
+    html: str
+    open: list[str] = field(default_factory=list)
+    words: dict[str, str] = field(default_factory=dict)  # by section, "" outside
+    images: dict[str, bytes] = field(default_factory=dict)  # by what they show
+    links: list[str] = field(default_factory=list)
+    section: str = ""
+
+    def __post_init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.feed(self.html)
+        self.close()
+        assert not self.open, f"{self.open} are not closed"
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        assert len(values) == len(attrs), f"{tag} has an attribute twice"
+        assert tag not in ("script", "iframe", "object"), "the page needs no scripts"
+        if tag not in VOID:
+            self.open.append(tag)
+        if "id" in values:
+            assert values["id"] not in self.words, f"id {values['id']} stands twice"
+            self.section = values["id"]
+            self.words[self.section] = ""
+        self.links += [values[name] for name in ("href", "src") if name in values]
+        if tag == "img":
+            kind, _, data = values["src"].partition(";base64,")
+            assert kind in ("data:image/svg+xml", "data:image/jpeg")
+            self.images[values["alt"]] = base64.b64decode(data, validate=True)
+
+    def handle_endtag(self, tag):
+        assert self.open, f"</{tag}> closes nothing"
+        assert self.open.pop() == tag, f"</{tag}> closes another tag"
+        if tag == "section":
+            self.section = ""
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words[self.section] = self.words.get(self.section, "") + data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A store with failed videos, a TSN and an HG-NL trained on it, their scores and their ensemble."""
+    root = tmp_path_factory.mktemp("runs")
+    features = str(root / "deep" / "feats.zarr")
+    classes_store(Path(features))
+    fail_rows(Path(features), [4, 5])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for agg, own in {"tsn": {}, "hgnl": {"g1": 4, "g2": 2, "m1": 8, "scale_init": 0.1}}.items():
+        train.main(train.Options(agg=agg, features=features, out=root / agg, epochs=2, batch_size=16, lr=0.01, **own))
+        checkpoint = root / agg / "best.pt"
+        evaluate.main(evaluate.Options(checkpoint=checkpoint, features=features, out=root / "scores" / f"{agg}.h5"))
+    torch.set_num_threads(threads)
+    both = (root / "scores" / "tsn.h5", root / "scores" / "hgnl.h5")
+    fusing.main(fusing.Options(scores=both, out=root / "fused.h5"))
+    grid = {"g1": (2, 4), "g2": (2, 4), "m1": (8,), "seeds": (0, 1), "epochs": (1,), "batch_size": (16,)}
+    ablate.main(ablate.Options(agg=("tsn", "hgnl"), features=features, out=root / "grid", **grid))
+    return root
+
+
+@pytest.fixture(scope="module")
+def videos(folder, tmp_path_factory) -> Path:
+    """A real clip under each of the ids."""
+    root = tmp_path_factory.mktemp("videos")
+    clip = Path(__file__).parent.parent / "clips" / "codecs" / "h264_16x16.mp4"
+    assert clip.is_file()
+    (root / "v").mkdir()
+    for name in FeatureStore.open(folder / "deep" / "feats.zarr").ids:
+        (root / name).symlink_to(clip)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(folder, videos, tmp_path_factory) -> Page:
+    out = tmp_path_factory.mktemp("page") / "new" / "report.html"
+    assert report.main(report.Options(rundir=folder, out=out, videos=(videos,))) == 0
+    return Page(out.read_text(encoding="utf-8"))
+
+
+def made(root: Path, **options) -> Page:
+    return Page(report.render(report.find(root), title="a test", **options))
+
+
+def test_every_figure_is_on_the_page(whole):
+    assert {*SECTIONS, ""} == set(whole.words), "a section is missing, or something is said to be missing"
+    for shows in (
+        "Videos of deep/feats.zarr by split and status",
+        "class 0: v/",
+        "Training loss over epochs",
+        "Validation top-1 over epochs",
+        "Validation average error over epochs",
+        "Attention: |s F_o| / |F| over epochs",
+        "Top-1 of every model with its interval",
+        "Confusion matrix of ",
+        "Attention of hgnl along v/",
+        "Map of the features of deep/feats.zarr, coloured by class",
+        "Heat map of grid/ablation.csv: hgnl",
+        "Pareto front of grid/ablation.csv: top-1 over parameters",
+        "Weights of the models in fused.json",
+        "Who adds what in fused.json",
+    ):
+        assert any(alt.startswith(shows) for alt in whole.images), f"no picture {shows!r} among {list(whole.images)}"
+    for picture in whole.images.values():
+        assert picture.startswith((b"<svg", b"\xff\xd8"))
+        assert b"mathdefault" not in picture, "a tick is written as mathematics"
+
+
+def test_the_page_stands_alone(whole):
+    assert all(link.startswith(("data:", "#")) for link in whole.links)
+    assert {link[1:] for link in whole.links if link.startswith("#")} <= set(whole.words)
+    assert not re.search(r"https?:|url\(|@import|//", re.sub(r"base64,[^\"]*", "", whole.html))
+    for picture in whole.images.values():
+        if picture.startswith(b"<svg"):  # what an SVG names are its namespaces and places in itself
+            named = set(re.findall(rb"https?://[^\"' <]+", picture))
+            assert named <= {b"http://www.w3.org/2000/svg", b"http://www.w3.org/1999/xlink"}
+            assert all(link.startswith((b"#", b"data:")) for link in re.findall(rb"href=\"([^\"]*)", picture))
+
+
+def test_it_says_what_it_shows(whole, folder):
+    extracted = whole.words["extracted"]
+    assert "60 videos of 3 classes" in extracted
+    assert "v/0004.mp4: a test made it fail" in extracted
+    store = FeatureStore.open(folder / "deep" / "feats.zarr")
+    ok = (store.status == 1) & (store.splits == "train")
+    assert re.search(rf"train\s*{ok.sum()}\s*0\s*2\s*0", extracted)
+    results = json.loads((folder / "hgnl" / "results.json").read_text())
+    top1 = results["hgnl"]["6"]["top1"]
+    assert f"{100 * top1['value']:.1f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]" in whole.words["results"]
+    assert "2 groups over 6 frames; an even share is 16.7%" in whole.words["attention"]
+    assert "split 'val'" in whole.words["attention"]
+    assert "FeatureStore.from_arrays" in whole.words["provenance"]
+    assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d \[", whole.words["ablation"])
+
+
+def test_a_phone_and_paper_are_thought_of(whole):
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in whole.html
+    assert "@media print" in page.STYLE
+    assert whole.html.count('class="scroll wide"') == sum(alt.startswith("Attention of") for alt in whole.images)
+
+
+def test_the_same_results_give_the_same_bytes(folder, videos, whole):
+    again = report.render(report.find(folder), title=folder.name, videos=(videos,))
+    assert again == whole.html
+
+
+def test_thumbnails_only_where_videos_are_at_hand(folder, tmp_path):
+    without = made(folder)
+    assert "No frames are shown: --videos DIR says where the videos lie." in without.words["extracted"]
+    assert "no frames of the videos: --videos DIR says where they lie" in without.words["missing"]
+    assert not any(alt.startswith("class ") for alt in without.images)
+    films = [picture for alt, picture in without.images.items() if alt.startswith("Attention of hgnl along")]
+    assert films
+    assert all(film.startswith(b"<svg") for film in films)
+    elsewhere = made(folder, videos=(tmp_path,))
+    assert "none of its videos lies below --videos" in elsewhere.words["extracted"]
+
+
+def test_a_clip_that_cannot_be_read_is_left_out(folder, videos, tmp_path):
+    store = FeatureStore.open(folder / "deep" / "feats.zarr")
+    broken = tmp_path / store.ids[0]
+    broken.parent.mkdir()
+    broken.write_bytes(b"no video")
+    assert gallery.thumbnails(store, 0, np.array([0]), (tmp_path,), height=20) == []
+    frames = gallery.thumbnails(store, 0, np.array([0, 99_999]), (videos,), height=20, square=True)
+    assert [frame.shape for frame in frames] == [(20, 20, 3)] * 2
+
+
+def test_partial_runs_show_what_there_is(folder, tmp_path):
+    shutil.copytree(folder / "hgnl", tmp_path / "begun")
+    for name in ("results.json", "best.pt", "last.pt"):
+        (tmp_path / "begun" / name).unlink()
+    begun = made(tmp_path)
+    assert "Training loss over epochs" in begun.images
+    lacks = "run begun: no results.json, best.pt; the same python -m aggregate.train resumes it"
+    assert lacks in begun.words["missing"]
+    assert {"results", "extracted", "confusion", "map", "ensemble"}.isdisjoint(begun.words)
+
+    (tmp_path / "begun" / "metrics.csv").write_text("")  # killed before the first epoch ended
+    assert "training" not in made(tmp_path).words
+
+
+def test_an_ablation_under_way_shows_what_is_done(folder, tmp_path):
+    whole, begun = folder / "grid", tmp_path / "grid"
+    begun.mkdir()
+    for name in ("options.json", "results.jsonl"):  # which make no training run of it
+        shutil.copy(whole / name, begun / name)
+    lines = (whole / "ablation.csv").read_text().splitlines()
+    (begun / "ablation.csv").write_text("\n".join([lines[0], *lines[1:3]]))
+    shown = made(tmp_path)
+    assert {"ablation", "missing", ""} == set(shown.words)
+    assert "over videos, of one seed" in shown.words["ablation"]
+    (begun / "ablation.csv").write_text("g1,g2\n4,2\n")
+    assert "Ablation: KeyError('name')" in made(tmp_path).words["problems"]
+
+
+def test_scores_alone(folder, tmp_path):
+    shutil.copy(folder / "scores" / "tsn.h5", tmp_path / "tsn.h5")
+    alone = made(tmp_path)
+    assert {"results", "confusion", "provenance", "missing", ""} == set(alone.words)
+    assert "tsn.h5, split val" in alone.words["results"]
+
+
+def test_an_unlabelled_scores_file_and_an_unfinished_store(tmp_path):
+    Scores(["a", "b"], ["x", "y"], np.eye(2)).save(tmp_path / "test.h5")
+    pending = {"labels": [-1], "splits": [""], "groups": [""], "classes": ["x"], "views": ["center"]}
+    FeatureStore.create(
+        tmp_path / "s.zarr", ids=["a.mp4"], frames=2, dim=4, block_size=2, provenance={"made": "here"}, **pending
+    )
+    shown = made(tmp_path)
+    assert "1 videos of 1 classes" in shown.words["extracted"]
+    assert "No video has a label." in shown.words["extracted"]
+    assert {"results", "confusion", "map"}.isdisjoint(shown.words)
+
+
+def test_an_empty_folder_is_an_input_error(tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("nothing to see")
+    with pytest.raises(InputError, match=re.escape(f"{tmp_path} holds nothing to report on")):
+        report.find(tmp_path)
+    out = str(tmp_path / "r.html")
+    assert run_command(report.main, report.Options, prog="report", args=[str(tmp_path), "--out", out]) == 2
+    assert not Path(out).exists()
+    with pytest.raises(InputError, match="nowhere is no folder"):
+        report.main(report.Options(rundir=tmp_path / "nowhere"))
+
+
+def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path, capsys):
+    shutil.copy(folder / "scores" / "tsn.h5", tmp_path / "good.h5")
+    (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    (tmp_path / "bad.zarr").mkdir()
+    (tmp_path / "bad.json").write_text("{")
+    shutil.copytree(folder / "hgnl", tmp_path / "hgnl")
+    (tmp_path / "hgnl" / "best.pt").write_bytes(b"no checkpoint")
+    assert report.main(report.Options(rundir=tmp_path, out=tmp_path / "r.html")) == 0
+    complaints = capsys.readouterr().err
+    shown = Page((tmp_path / "r.html").read_text())
+    assert "good.h5" in shown.words["results"]
+    for name in ("bad.h5", "bad.zarr", "bad.json", "attention of hgnl"):
+        assert f"{name}: " in shown.words["problems"]
+        assert f"not shown: {name}: " in complaints
+
+
+def test_attention_needs_the_features_of_its_model(folder, tmp_path):
+    shutil.copytree(folder / "hgnl", tmp_path / "hgnl")
+    assert "attention" in made(tmp_path).words  # the store still lies where the run says
+    recorded = json.loads((tmp_path / "hgnl" / "options.json").read_text())
+    (tmp_path / "hgnl" / "options.json").write_text(json.dumps(recorded | {"features": "gone.zarr"}))
+    classes_store(tmp_path / "other.zarr", dim=8)
+    shown = made(tmp_path)
+    assert "attention" not in shown.words
+    assert "attention of hgnl: its features 'gone.zarr' are not at hand" in shown.words["problems"]
+
+
+def test_names_are_text_and_not_html_or_mathematics(tmp_path):
+    classes = ["<b>$x$", 'a "quoted" & \x07 $y', "动作"]
+    rng = np.random.default_rng(0)
+    store = {"lengths": [2] * 6, "labels": [0, 1, 2] * 2, "classes": classes}
+    FeatureStore.from_arrays(tmp_path / "s.zarr", rng.normal(size=(6, 2, 4)), **store)
+    logits = np.eye(3)[[1, 0, 2, 1, 0, 2]]
+    Scores([f"<i>{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(tmp_path / "s.h5")
+    shown = made(tmp_path)
+    assert "<b>$x$" in shown.words["confusion"]
+    assert 'a "quoted" & \N{REPLACEMENT CHARACTER} $y' in shown.words["confusion"]
+    assert "\x07" not in shown.html
+    assert "动作".encode() in shown.images["Map of the features of s.zarr, coloured by class"]
+
+
+def test_the_most_confused_pair_is_the_planted_one(tmp_path):
+    """30 classes, of which 25 are always right: the matrix shows those that are not."""
+    labels = np.repeat(np.arange(30), 10)
+    guesses = labels.copy()
+    guesses[70:77] = 3  # 7 of 10 of class 7
+    guesses[110:112] = 12
+    logits = np.eye(30)[guesses]
+    logits[5] = np.nan  # a failed video is no confusion
+    ids = [f"v{row}" for row in range(300)]
+    Scores(ids, [f"c{n}" for n in range(30)], logits, labels).save(tmp_path / "s.h5")
+    Scores(ids, [f"c{n}" for n in range(30)], np.eye(30)[(labels + 1) % 30], labels).save(tmp_path / "worse.h5")
+    words = made(tmp_path).words["confusion"]
+    assert re.search(r"c7\s*c3\s*7 of 10\s*v70\s*c11\s*c12\s*2 of 10\s*v110\s*$", words)
+    assert "s.h5, 1 segments, 299 videos" in words
+    assert "Of 30 classes, the 4 confused most." in words
+
+
+class Planted(torch.nn.Module):
+    """Weighs each video as told, in two groups, the second of which is silent."""
+
+    def __init__(self, weights: np.ndarray) -> None:
+        super().__init__()
+        self.weights = torch.from_numpy(weights)
+
+    @property
+    def aggregator(self):
+        return self
+
+    def frame_weights(self, x, mask):
+        chosen = x[:, 0, 0].long()
+        return torch.stack([self.weights[chosen] * mask, torch.zeros(mask.shape)], 1)
+
+    def attention_ratio(self, x, mask):
+        return torch.full((len(x),), 5e-4)
+
+
+def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
+    count = 80
+    features = np.ones((count, 4, 2)) * np.arange(count)[:, None, None]
+    labels = [0] * count
+    store = FeatureStore.from_arrays(
+        tmp_path / "s.zarr", features, lengths=[4] * (count - 1) + [3], labels=labels, classes=["only"]
+    )
+    weights = np.ones((count, 4))
+    weights[:, 0] += np.linspace(0, 1, count)
+    weights[17] = 0, 0, 9, 0
+    weights[70] = 0, 0.1, 9, 0
+    weights[79] = 2, 1, 1, 7  # the last frame is a repeat, which is masked
+    model = Planted(weights)
+    shares, ratio = gallery.frame_shares(model, store, np.arange(count))
+    np.testing.assert_allclose(shares[79, 0], [0.5, 0.25, 0.25, 0])
+    assert np.isnan(shares[:, 1]).all()
+    assert ratio == pytest.approx(5e-4)
+    shown = Page(f"<main>{gallery.films(model, store, np.arange(count), (), name='m', seed=0)}</main>")
+    clips = [alt.rpartition(" ")[2] for alt in shown.images]
+    assert clips[:2] == [store.ids[17], store.ids[70]]
+    assert len(clips) == 3
+    assert "attention is not used" in shown.words[""]
+    assert "1 of the groups weigh nothing in any video" in shown.words[""]
+    assert "up to 100.0%" in shown.words[""]
+
+
+def test_mean_features_count_repeats_once(tmp_path):
+    store = classes_store(tmp_path / "s.zarr", videos=9)
+    rows = np.array([7, 2, 0])  # 7 and 0 have two frames of six
+    expected = [store.read(np.array([row]))[0, 0, : 2 if row in (0, 7) else 6].astype("f8").mean(0) for row in rows]
+    np.testing.assert_allclose(gallery.mean_features(store, rows), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_few_videos_are_laid_out_by_pca():
+    plane = (
+        np.random.default_rng(0).normal(size=(9, 2)) @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 2)))[0].T
+    )
+    places, method = gallery.flatten(plane, seed=0)
+    assert method == "PCA (100% of the variance)"
+    distances = [np.linalg.norm(p[:, None] - p[None], axis=2) for p in (plane, places)]
+    np.testing.assert_allclose(*distances, atol=1e-9)
+
+
+def test_tsne_keeps_clusters_apart():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    places, method = gallery.flatten(np.eye(3, 40)[labels] * 20 + rng.normal(size=(60, 40)), seed=0)
+    assert method.startswith("t-SNE")
+    nearest = np.linalg.norm(places[:, None] - places[None], axis=2) + np.diag([np.inf] * 60)
+    assert (labels[nearest.argmin(1)] == labels).mean() > 0.9
+
+
+def browser() -> str | None:
+    """A Chromium of this machine, in PATH or as playwright keeps them."""
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
+    kept = sorted(Path.home().glob(".cache/ms-playwright/chromium*/*/*"))
+    return next(filter(None, map(shutil.which, names)), None) or next(
+        (str(path) for path in kept if path.name in ("chrome", "headless_shell", "chrome-headless-shell")), None
+    )
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_real_browser_shows_it_without_complaint(whole, tmp_path, width):
+    program = browser()
+    if program is None:
+        pytest.skip("no Chromium in PATH or in playwright's cache; the page is parsed by the other tests instead")
+    from PIL import Image
+
+    (tmp_path / "page.html").write_text(whole.html, encoding="utf-8")
+    command = [program, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--hide-scrollbars"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2400"]
+    command += [f"--screenshot={tmp_path / 'shot.png'}", (tmp_path / "page.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    shot = np.asarray(Image.open(tmp_path / "shot.png").convert("L"))
+    assert shot.shape[1] == width
+    assert 0.01 < (shot < 128).mean() < 0.5
