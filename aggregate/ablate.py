@@ -122,11 +122,14 @@ class Plan:
 
 def main(options: Options) -> int:
     from aggregate.compare import report
+    from aggregate.evaluate import choose_device
     from aggregate.together import contents_of
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
     chosen = plan(options, store)
+    if not _spread(options):
+        choose_device(options.device)  # refused before the folder is touched
     print(f"features  {store!r}\nplan      {_describe(chosen, options)}")
     for name, reason in chosen.skipped:
         print(f"skipped   {name}: {reason}")
@@ -155,6 +158,7 @@ def main(options: Options) -> int:
 
 def plan(options: Options, store: "FeatureStore") -> Plan:
     """All combinations of the listed options, each once a seed. InputError where none is left, or a list is empty."""
+    from aggregate.checkpoint import Checkpoint
     from aggregate.together import Configuration
 
     for one in fields(Options):
@@ -162,6 +166,10 @@ def plan(options: Options, store: "FeatureStore") -> Plan:
             raise InputError(f"--{one.name.replace('_', '-')} needs at least one value")
     if options.at_once < 1:
         raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers is {options.workers}; at least 1 does the work")
+    if options.init is not None:
+        Checkpoint.load(options.init).check_features(store.provenance, store.dim, options.features)
     _check_meaning(options)
     for frames in options.frames:
         if not 1 <= frames <= store.frames_per_video:
@@ -354,7 +362,7 @@ def _trained(
     options: Options, chosen: Plan, store: "FeatureStore", *, done: Collection[str]
 ) -> "Iterator[list[Result]]":
     """Results of the configurations that are not done, a pass at a time: in this process, or by Ray workers."""
-    if options.address is not None or (options.workers or 1) > 1:
+    if _spread(options):
         yield from _by_ray(options, chosen, store, list(done))
         return
     from tqdm import tqdm
@@ -376,6 +384,10 @@ def _trained(
             yield trainer.run(share, bar.update)
 
 
+def _spread(options: Options) -> bool:
+    return options.address is not None or (options.workers or 1) > 1
+
+
 def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[str]) -> "Iterator[list[Result]]":
     """Each pass in as many shares as there are workers; a share whose worker is lost is trained again by another."""
     import ray
@@ -384,6 +396,7 @@ def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[st
     from extract.crew import connect
 
     started = connect(options.address)
+    waiting: list[ray.ObjectRef] = []
     try:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         resources = ray.cluster_resources()
@@ -402,7 +415,7 @@ def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[st
             None if options.init is None else os.path.abspath(options.init),
             cores,
         )
-        waiting = [task.remote(part, *where) for part in parts]
+        waiting += [task.remote(part, *where) for part in parts]
         while waiting:
             ready, waiting = ray.wait(waiting)
             try:
@@ -412,6 +425,8 @@ def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[st
             except ray.exceptions.RayError as error:
                 raise RunError(f"a share was lost four times; the last time: {str(error).splitlines()[0]}") from None
     finally:
+        for call in waiting:
+            ray.cancel(call)
         if started:
             ray.shutdown()
 

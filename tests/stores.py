@@ -22,6 +22,7 @@ def classes_store(
     frames: int = 6,
     classes: int = 3,
     splits: bool = True,
+    noise: float = 0.5,
     seed: int = 0,
 ) -> FeatureStore:
     """A finished store whose classes can be learned: a direction a class, noise on every frame, some short videos.
@@ -30,7 +31,7 @@ def classes_store(
     """
     rng = np.random.default_rng(0)
     labels = np.arange(videos) % classes
-    features = np.eye(classes, dim)[labels][:, None] * 3 + rng.normal(size=(videos, frames, dim)) * 0.5
+    features = np.eye(classes, dim)[labels][:, None] * 3 + rng.normal(size=(videos, frames, dim)) * noise
     return FeatureStore.from_arrays(
         path,
         features.astype(np.float32),
