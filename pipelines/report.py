@@ -233,10 +233,10 @@ def _missing_files(found: Found) -> list[str]:
 # -- training and results ------------------------------------------------------------------------------------------
 
 CURVES = (
-    ("Training loss", "loss"),
-    ("Validation top-1", "val_top1"),
-    ("Validation average error", "val_average_error"),
-    ("Attention: |s F_o| / |F|", "attention_ratio"),
+    ("Training loss", "loss", 1),
+    ("Validation top-1 %", "val_top1", 100),
+    ("Validation average error %", "val_average_error", 100),
+    ("Attention: |s F_o| / |F|", "attention_ratio", 1),
 )
 
 
@@ -246,14 +246,16 @@ def training(found: Found) -> str:
 
     columns = {name: columns_of(read_rows(f)) for name, f in found.files("metrics.csv")}
     charts = []
-    for label, column in CURVES:
+    for label, column, factor in CURVES:
         lines = []
         for at, (name, values) in enumerate(columns.items()):
             for beside in ("", "baseline_", "control_"):
                 if f"{beside}{column}" in values:
                     words = f"{name}, {beside.rstrip('_')}" if beside else name
                     epochs = values["epoch"] + 1
-                    lines.append(figures.Curve(words, epochs, values[f"{beside}{column}"], at, dashed=bool(beside)))
+                    lines.append(
+                        figures.Curve(words, epochs, factor * values[f"{beside}{column}"], at, dashed=bool(beside))
+                    )
         if lines:
             charts.append(page.figure(figures.svg(figures.curves(lines, y_label=label)), f"{label} over epochs"))
     return page.side_by_side(charts) if charts else ""
@@ -275,8 +277,7 @@ def results(found: Found) -> str:
                 known = scores.labels >= 0
                 split = f", split {scores.source['split']}" if "split" in scores.source else ""
                 summary = asdict(summarise(scores.logits[known], scores.labels[known]))
-                segments = "" if "members" in scores.source else str(scores.segments)  # an ensemble has none
-                rows.append((f"{name}{split}", segments, summary))
+                rows.append((f"{name}{split}", _segments(scores), summary))
     if not rows:
         return ""
     points = [
@@ -301,6 +302,11 @@ def results(found: Found) -> str:
         "A run's models are those of its best epoch, chosen on the validation videos that they are measured on here; "
         "scores of split all hold the training videos too."
     )
+
+
+def _segments(scores: "Scores") -> str:
+    """How many; an ensemble has none of its own."""
+    return "" if "members" in scores.source else str(scores.segments)
 
 
 def _percent(interval: dict[str, float], *, sign: str = "") -> str:
@@ -351,7 +357,9 @@ def confusion(found: Found) -> str:
         )
         rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
         split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
-        caption = f"{name}, {scores.segments} segments, {scored.sum():,} videos{split}: % of a true class (row).{rest}"
+        of = f"{_segments(scores)} segments, " if _segments(scores) else ""
+        best_of = ", the best top-1 of the scores files" if len(found.scores) > 1 else ""
+        caption = f"{name}{best_of}: {of}{scored.sum():,} videos{split}; % of a true class (row).{rest}"
         body += page.figure(figures.svg(drawn), f"Confusion matrix of {name}", caption)
     if pairs:
         ids = np.array(scores.ids, object)[scored]
@@ -417,7 +425,8 @@ def _ablation(path: Path, name: str) -> str:
                 cells[3] = _spread(same, "difference", sign="+")
         notes = ["front"] * one["pareto"] + [f"{one['diverged']} diverged"] * bool(one["diverged"])
         rows.append((one["name"], one["seeds"], f"{one['parameters']:,}", *cells, ", ".join(notes)))
-    head = ("configuration", "seeds", "parameters", "top-1 %", "top-5 %", "average error %", "top-1 - first's", "s", "")
+    percents = ("top-1 %", "top-5 %", "average error %", "top-1 - first's")
+    head = ("configuration", "seeds", "parameters", *percents, "seconds", "")
     about = "of the mean over seeds" if any(one["seeds"] > 1 for one in summary) else "over videos, of one seed"
     words = (
         f"With {every} segments; intervals: 95 %, {about}; those of differences: paired, over videos. "
@@ -489,12 +498,15 @@ def provenance(found: Found) -> str:
 
     body = ""
     for name, store in found.stores.items():
-        body += page.heading(name) + page.table(("", ""), _flat(store.provenance))
+        body += page.heading(name) + page.table(("setting", "value"), _flat(store.provenance))
     for name, file in found.files("options.json"):
-        body += page.heading(f"run {name}") + page.table(("", ""), _flat(read_json(file)))
+        body += page.heading(f"run {name}") + page.table(("setting", "value"), _flat(read_json(file)))
     for name, several in found.scores.items():
-        if several[0].source:
-            body += page.heading(name) + page.table(("", ""), _flat(several[0].source))
+        source = dict(several[0].source)
+        if any(source.get("features") == store.provenance for store in found.stores.values()):
+            del source["features"]  # it is shown above
+        if source:
+            body += page.heading(name) + page.table(("setting", "value"), _flat(source))
     return body
 
 

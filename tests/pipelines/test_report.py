@@ -119,8 +119,8 @@ def test_every_figure_is_on_the_page(whole):
         "Videos of deep/feats.zarr by split and status",
         "class 0: v/",
         "Training loss over epochs",
-        "Validation top-1 over epochs",
-        "Validation average error over epochs",
+        "Validation top-1 % over epochs",
+        "Validation average error % over epochs",
         "Attention: |s F_o| / |F| over epochs",
         "Top-1 of every model with its interval",
         "Confusion matrix of ",
@@ -309,7 +309,7 @@ def test_the_most_confused_pair_is_the_planted_one(tmp_path):
     Scores(ids, [f"c{n}" for n in range(30)], np.eye(30)[(labels + 1) % 30], labels).save(tmp_path / "worse.h5")
     words = made(tmp_path).words["confusion"]
     assert re.search(r"c7\s*c3\s*7 of 10\s*v70\s*c11\s*c12\s*2 of 10\s*v110\s*$", words)
-    assert "s.h5, 1 segments, 299 videos" in words
+    assert "s.h5, the best top-1 of the scores files: 1 segments, 299 videos;" in words
     assert "Of 30 classes, the 4 confused most." in words
 
 
