@@ -205,6 +205,8 @@ class _Lane(threading.Thread):
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
+        if self._closed:  # while it was being started, so that `close` did not see it
+            self._child.kill()
         pipe = Connection(ours.detach())
         try:
             pipe.send_bytes(self._setup)

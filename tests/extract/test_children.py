@@ -1,0 +1,356 @@
+"""Decode children: whatever one of them does, its job ends in time, in words, and the next job is done."""
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from decode_jobs import do
+from extract.children import ATTEMPTS, SLOTS_A_CHILD, DecodePool
+from extract.cli import RunError
+from extract.transform import Plan, Preprocessing, decode_job, prepare
+
+SLOT = 1000
+PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
+
+
+def pool_of(workers: int = 1, *, timeout: float = 20.0, **changed) -> DecodePool:
+    return DecodePool(do, **({"slot_bytes": SLOT, "workers": workers, "timeout": timeout} | changed))
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
+        time.sleep(0.01)
+
+
+def pid_in(path: Path) -> int:
+    wait_for(lambda: path.exists() and path.read_text(), f"a process to write {path.name}")
+    return int(path.read_text())
+
+
+def gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def children() -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True) if not gone(child.pid)}
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """One child for the tests that do it no harm."""
+    with pool_of() as pool:
+        works(pool)
+        yield pool
+
+
+@pytest.fixture(autouse=True)
+def _no_child_is_left(pool):
+    before = children()
+    yield
+    wait_for(lambda: children() <= before, "children to be gone")
+
+
+def works(pool: DecodePool) -> None:
+    with pool.submit(("fill", 9)).result(PATIENCE) as finished:
+        assert finished.failure == ""
+        assert (finished.buffer == 9).all()
+
+
+# -- jobs that end ---------------------------------------------------------------------------------------------------
+
+
+def test_results_come_with_what_the_child_wrote(pool):
+    futures = [pool.submit(("fill", number)) for number in range(20)]
+    for number, future in enumerate(futures):
+        with future.result(PATIENCE) as finished:
+            assert (finished.result, finished.failure) == (number, "")
+            assert finished.buffer.shape == (SLOT,)
+            assert (finished.buffer == number).all()
+        assert finished.buffer.size == 0  # released: the memory is another job's now
+
+
+def test_a_child_works_ahead_until_its_slots_are_full(pool):
+    futures = [pool.submit(("fill", number)) for number in range(SLOTS_A_CHILD + 2)]
+    finished = [future.result(PATIENCE) for future in futures[:SLOTS_A_CHILD]]
+    time.sleep(0.1)
+    assert not any(future.done() for future in futures[SLOTS_A_CHILD:])
+    assert [int(one.buffer[0]) for one in finished] == list(range(SLOTS_A_CHILD))  # none is written over
+    for one in finished:
+        one.release()
+        one.release()  # twice is once
+    for number, future in enumerate(futures[SLOTS_A_CHILD:], SLOTS_A_CHILD):
+        with future.result(PATIENCE) as one:
+            assert (one.buffer == number).all()
+    works(pool)
+
+
+@pytest.mark.parametrize(
+    ("job", "failure"),
+    [
+        (("bad video", "the file is empty (0 bytes)"), "the file is empty (0 bytes)"),
+        (("raise", ValueError("got 3, expected 4")), "ValueError: got 3, expected 4"),
+        (("raise", MemoryError()), "MemoryError: "),
+    ],
+)
+def test_what_a_job_raises_is_its_failure(job, failure, pool):
+    for _ in range(SLOTS_A_CHILD + 1):  # a failed job holds no slot
+        finished = pool.submit(job).result(PATIENCE)
+        assert finished.failure == failure
+    works(pool)
+
+
+def test_a_job_that_cannot_be_sent_raises_and_takes_no_slot(pool):
+    for _ in range(SLOTS_A_CHILD + 1):
+        with pytest.raises(Exception, match="pickle"):
+            pool.submit(("fill", lambda: 0)).result(PATIENCE)
+    works(pool)
+
+
+def test_cpu_seconds_are_the_jobs_own(pool):
+    with pool.submit(("burn", 0.2)).result(PATIENCE) as burnt, pool.submit(("sleep", 0.2)).result(PATIENCE) as slept:
+        assert 0.2 <= burnt.cpu_seconds < 0.4
+        assert slept.cpu_seconds < 0.1
+
+
+def test_a_child_never_imports_torch(pool):
+    with pool.submit(("modules", None)).result(PATIENCE) as finished:
+        assert "extract.children" in finished.result or "__main__" in finished.result
+        assert not {"torch", "timm", "zarr", "ray"} & set(finished.result)
+
+
+def test_ctrl_c_is_the_parents_to_decide(pool):
+    with pool.submit(("process", None)).result(PATIENCE) as finished:
+        child = finished.result[0]
+    sleeping = pool.submit(("sleep", 0.3))
+    os.kill(child, signal.SIGINT)
+    with sleeping.result(PATIENCE) as finished:
+        assert finished.result == 0.3
+    with pool.submit(("process", None)).result(PATIENCE) as finished:
+        assert finished.result[0] == child
+
+
+def test_several_children_work_at_the_same_time_and_give_way():
+    with pool_of(3, nice=7) as pool:
+        for future in [pool.submit(("sleep", 0.01)) for _ in range(3)]:
+            future.result(PATIENCE).release()
+        started = time.monotonic()
+        futures = [pool.submit(("sleep", 1.0)) for _ in range(3)]
+        for future in futures:
+            future.result(PATIENCE).release()
+        assert time.monotonic() - started < 2.9  # one after the other: 3.0
+        with pool.submit(("process", None)).result(PATIENCE) as finished:
+            assert finished.result[1] == min(19, os.nice(0) + 7)
+
+
+def test_videos_are_prepared_as_in_this_process(codec_clips, broken_clips):
+    see = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
+    plan = Plan(frames=3, crops=3, augment_passes=2, preprocessing=see, seed=1, decoder="pyav")
+    out = np.zeros((5, 3, 32, 32, 3), np.uint8)
+    with DecodePool(decode_job, slot_bytes=out.size, workers=1, timeout=20) as pool:
+        good = pool.submit((str(codec_clips / "vp9.webm"), "id", plan))
+        bad = pool.submit((str(broken_clips / "zero_bytes.mp4"), "id", plan))
+        expected = prepare(str(codec_clips / "vp9.webm"), "id", plan, out)
+        with good.result(PATIENCE) as finished:
+            assert finished.buffer.tobytes() == out.tobytes()
+            assert np.array_equal(finished.result.indices, expected.indices)
+        assert bad.result(PATIENCE).failure.startswith("the file is empty")
+
+
+# -- jobs that do not ------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_holds_pythons_lock_for_ever_is_given_up(tmp_path):
+    with pool_of(timeout=1.0) as pool:
+        works(pool)
+        started = time.monotonic()
+        finished = pool.submit(("hold the lock", str(tmp_path / "pid"))).result(PATIENCE)
+        assert 1.0 <= time.monotonic() - started < 6.0
+        assert finished.failure == "given up after 1 s (--video-timeout): decoding hangs or is too slow"
+        wait_for(lambda: gone(pid_in(tmp_path / "pid")), "the child to be killed")
+        works(pool)
+
+
+def test_a_stopped_child_is_given_up(tmp_path):
+    with pool_of(timeout=1.0) as pool:
+        works(pool)
+        started = time.monotonic()
+        future = pool.submit(("wait", str(tmp_path / "pid")))
+        child = pid_in(tmp_path / "pid")
+        os.kill(child, signal.SIGSTOP)
+        assert future.result(PATIENCE).failure.startswith("given up after 1 s")
+        assert time.monotonic() - started < 6.0
+        wait_for(lambda: gone(child), "the child to be killed")
+        works(pool)
+
+
+def test_a_child_stopped_between_two_jobs_is_given_up(tmp_path):
+    with pool_of(timeout=1.0) as pool:
+        with pool.submit(("process", None)).result(PATIENCE) as finished:
+            child = finished.result[0]
+        os.kill(child, signal.SIGSTOP)
+        assert pool.submit(("fill", 1)).result(PATIENCE).failure.startswith("given up after 1 s")
+        works(pool)
+
+
+def test_a_child_that_crashes_is_tried_again_and_then_given_up(tmp_path):
+    with pool_of() as pool:
+        started = time.monotonic()
+        finished = pool.submit(("abort", str(tmp_path / "tries"))).result(PATIENCE)
+        assert finished.failure == f"the decoding process died {ATTEMPTS} times (signal 6, SIGABRT)"
+        assert (tmp_path / "tries").read_text() == "x" * ATTEMPTS
+        assert time.monotonic() - started < 20
+        works(pool)
+
+
+def test_a_job_whose_child_someone_killed_is_done_by_the_next(tmp_path):
+    with pool_of() as pool:
+        with pool.submit(("abort once", str(tmp_path / "mark"))).result(PATIENCE) as finished:
+            assert (finished.result, finished.failure) == ("done", "")
+        with pool.submit(("process", None)).result(PATIENCE) as finished:
+            child = finished.result[0]
+        os.kill(child, signal.SIGKILL)  # while it has nothing to do
+        wait_for(lambda: gone(child), "the child to be gone")
+        works(pool)
+
+
+def test_one_bad_child_does_not_hold_up_the_others():
+    with pool_of(2) as pool:
+        bad = pool.submit(("hold the lock", None))
+        for number in range(20):
+            with pool.submit(("fill", number)).result(10) as finished:
+                assert finished.failure == ""
+        assert not bad.done()
+
+
+# -- the deadline ----------------------------------------------------------------------------------------------------
+
+
+def test_a_long_video_has_longer():
+    """One second more for each 10 s of video."""
+    with pool_of(timeout=0.5) as pool:
+        works(pool)
+        with pool.submit(("long video", (30.0, 1.5))).result(PATIENCE) as finished:
+            assert finished.failure == ""
+        for duration, allowed in ((5.0, "1"), (None, "0.5")):
+            finished = pool.submit(("long video", (duration, 1.8))).result(PATIENCE)
+            assert finished.failure.startswith(f"given up after {allowed} s")
+
+
+def test_waiting_for_a_child_is_not_the_jobs_time():
+    """Neither in the queue nor while a child starts."""
+    with pool_of(timeout=1.0) as pool:
+        futures = [pool.submit(("sleep", 0.4)) for _ in range(4)]
+        assert [future.result(PATIENCE).failure for future in futures] == [""] * 4
+
+
+# -- the pool --------------------------------------------------------------------------------------------------------
+
+
+def test_descriptors_and_children_stay_the_same_over_many_jobs(tmp_path):
+    process = psutil.Process()
+    before = process.num_fds()
+    with pool_of(2) as pool:
+        for future in [pool.submit(("sleep", 0.01)) for _ in range(2)]:
+            future.result(PATIENCE).release()
+        wait_for(lambda: len(children()) >= 2, "two children")
+        working, alive = process.num_fds(), len(children())
+        for number in range(200):
+            pool.submit(("fill", number % 256)).result(PATIENCE).release()
+        assert pool.submit(("exit", 7)).result(PATIENCE).failure.endswith("died 3 times (exit status 7)")
+        works(pool)
+        works(pool)
+        assert process.num_fds() <= working
+        assert len(children()) <= alive
+    del pool  # its memory stays as long as someone may read from it
+    gc.collect()
+    assert process.num_fds() <= before
+
+
+def test_closing_while_busy_is_quick(tmp_path):
+    pool = pool_of(2)
+    busy = [pool.submit(("hold the lock", str(tmp_path / name))) for name in ("one", "two")]
+    waiting = [pool.submit(("fill", 1)) for _ in range(50)]
+    pids = [pid_in(tmp_path / name) for name in ("one", "two")]
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 2.0
+    assert all(gone(pid) for pid in pids)
+    assert [future.result(0).failure for future in busy] == ["cancelled"] * 2
+    for future in waiting:
+        assert future.cancelled() or future.result(0).failure == "cancelled"
+    with pytest.raises(CancelledError):
+        waiting[-1].result(0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2, 0.5])
+def test_closing_while_children_start_is_quick(seconds):
+    pool = pool_of(2)
+    futures = [pool.submit(("hold the lock", None)) for _ in range(2)]
+    time.sleep(seconds)
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 5.0
+    assert all(future.cancelled() or future.result(0).failure == "cancelled" for future in futures)
+
+
+def test_closing_with_results_that_nobody_released_is_quick():
+    pool = pool_of()
+    futures = [pool.submit(("fill", 5)) for _ in range(SLOTS_A_CHILD + 3)]
+    finished = [future.result(PATIENCE) for future in futures[:SLOTS_A_CHILD]]
+    started = time.monotonic()
+    pool.close()
+    assert time.monotonic() - started < 2.0
+    assert all((one.buffer == 5).all() for one in finished)  # still there: the memory lives as long as its readers
+    assert all(future.cancelled() for future in futures[SLOTS_A_CHILD:])
+
+
+def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
+    import decode_jobs
+
+    monkeypatch.setattr(decode_jobs, "only_here", lambda job, out, on_duration: None, raising=False)
+    decode_jobs.only_here.__module__, decode_jobs.only_here.__qualname__ = "decode_jobs", "only_here"
+    with (
+        DecodePool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,
+        pytest.raises(RunError, match=r"a decode process does not start \(exit status 1\); its error stands above"),
+    ):
+        pool.submit(("fill", 1)).result(PATIENCE)
+    assert "only_here" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end children with their parent")
+@pytest.mark.parametrize("kind", ["hold the lock", "wait"])
+def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
+    program = (
+        "import sys, time\n"
+        "from decode_jobs import do\n"
+        "from extract.children import DecodePool\n"
+        "pool = DecodePool(do, slot_bytes=1000, workers=3, timeout=1000)\n"
+        "for path in sys.argv[2:]: pool.submit((sys.argv[1], path))\n"
+        "time.sleep(1000)\n"
+    )
+    paths = [tmp_path / str(number) for number in range(2)]  # the third child does not even start
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    parent = subprocess.Popen([sys.executable, "-c", program, kind, *map(str, paths)], env=environment)
+    try:
+        pids = [pid_in(path) for path in paths]
+        assert not any(gone(pid) for pid in pids)
+    finally:
+        parent.kill()
+        parent.wait()
+    for pid in pids:
+        wait_for(lambda pid=pid: gone(pid), f"child {pid} to end with its parent")
