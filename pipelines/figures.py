@@ -98,6 +98,14 @@ def jpeg(figure: Figure) -> bytes:
     return file.getvalue()
 
 
+def png(figure: Figure) -> bytes:
+    """For a folder of pictures."""
+    file = io.BytesIO()
+    with _styled():
+        figure.savefig(file, format="png", dpi=160, facecolor="white")
+    return file.getvalue()
+
+
 @contextmanager
 def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
     """A figure of one plot, in inches (72 to the inch on a screen)."""
@@ -272,4 +280,17 @@ def film(pictures: Sequence[np.ndarray], shares: np.ndarray, moments: Sequence[s
         for axes in (*parts, *figure.axes):
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
+        return figure
+
+
+def timeline(runs: Sequence[tuple[float, float, str, float]], *, seconds: float) -> Figure:
+    """A bar a run (start, end, name, probability) in its class's row; classes in the order they first come."""
+    names = list(dict.fromkeys(name for _, _, name, _ in runs))
+    with _axes(8.0, 0.9 + 0.3 * len(names)) as (figure, axes):
+        for start, end, name, score in runs:
+            row = names.index(name)
+            axes.barh(row, end - start, left=start, height=0.7, color=colour(row), alpha=0.35 + 0.65 * score)
+        axes.set_yticks(range(len(names)), [short(name) for name in names])
+        axes.set(xlabel="seconds; the darker, the surer", xlim=(0, seconds), ylim=(len(names) - 0.4, -0.6))
+        axes.grid(visible=False, axis="y")
         return figure
