@@ -1,0 +1,486 @@
+"""python -m pipelines.predict clip.mp4: what a trained model sees in videos, its attention, a timeline of a long one.
+
+checkpoint -> the backbone it records -> frames in batches, while the next ones are decoded -> features
+                                                each window's features -> aggregator, classifier -> top 5
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
+
+import numpy as np
+import tyro
+
+from extract.cli import InputError, RunError, run_command
+
+if TYPE_CHECKING:
+    from aggregate.checkpoint import Checkpoint
+    from extract.transform import Preprocessing
+
+TOP = 5
+WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
+_THUMBNAIL = 96  # pixels
+_AHEAD = 3  # batches that wait for the network while more is decoded
+
+
+@dataclass(frozen=True)
+class Options:
+    """The five likeliest classes of each video; on request the attention over time, and windows of a long video.
+
+    Exit status 3 where a video could not be decoded; the others are answered all the same.
+    """
+
+    videos: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """Videos of any length."""
+    checkpoint: Path
+    """A best.pt of aggregate.train or aggregate.finetune."""
+    weights: Path | None = None
+    """The backbone's weights, where the checkpoint records a file of one's own (its SHA-256 is checked)."""
+    segments: int = 25
+    """Frames the model sees of a video, or of a window: the middles of so many equal segments."""
+    window: float | None = None
+    """Seconds: look at the video in windows, for a timeline; the last one ends with the video."""
+    stride: float | None = None
+    """Seconds from one window to the next (default: the window)."""
+    picture: Path | None = None
+    """A folder for a PNG of each video: its frames with their weights for each group; with windows, the timeline."""
+    json: str | None = None
+    """A file for all of it as JSON; - is the screen, and then the tables go to the error stream."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: str = "auto"
+    """fp32, bf16, fp16, or auto: fp16 on a GPU, on a CPU the faster of fp32 and bf16, timed at the start."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a video, seconds, and what the model says of it.
+
+    indices [n] and times float [n] (s): the frames it saw; logits float32 [C]; weights float32 [groups, n], the
+    aggregator's frame weights, None where it has none.
+    """
+
+    start: float
+    end: float
+    indices: np.ndarray
+    times: np.ndarray
+    logits: np.ndarray
+    weights: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A video's windows: one, the whole of it, unless windows were asked for; thumbnails of the first one's frames."""
+
+    path: str
+    num_frames: int
+    seconds: float
+    windows: tuple[Window, ...]
+    problem: str = ""
+    thumbnails: list[np.ndarray] = field(default_factory=list, repr=False)
+
+
+class Predictor:
+    """A checkpoint ready to look at videos.
+
+    `weights`, `device`, `precision`: see Options. Raises InputError where the recorded backbone cannot be had.
+    """
+
+    def __init__(
+        self,
+        checkpoint: "Checkpoint",
+        *,
+        weights: Path | None = None,
+        device: str = "auto",
+        precision: str = "auto",
+        segments: int = 25,
+    ):
+        from pipelines.recorded import load_recorded_backbone, rebuild_from_record
+
+        if segments < 1:
+            raise InputError(f"--segments {segments}: at least one frame is needed")
+        self.classes, self.segments = checkpoint.classes, segments
+        self.aggregator: Any = None
+        self._per_segment = 0
+        self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
+        if checkpoint.options["name"] == "stnet":
+            from aggregate.evaluate import choose_device
+
+            where = choose_device(device)
+            self._whole = rebuild_from_record(checkpoint, weights).to(where)
+            self._per_segment = checkpoint.options["frames_per_segment"]
+            self.preprocessing: Preprocessing = self._whole.preprocessing
+            self._batch = 64  # frames that are only gathered
+            self.words = f"StNet on {where} in fp32"
+            return
+        backbone = load_recorded_backbone(checkpoint, weights, device=device, precision=precision)
+        self._network, self._batch = backbone, backbone.batch_size
+        self.preprocessing, self.words = backbone.preprocessing, backbone.describe()
+        self._head = checkpoint.model()
+        if checkpoint.options["name"] in WEIGHING:
+            self.aggregator = self._head.aggregator
+
+    def __call__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        window: float | None = None,
+        stride: float | None = None,
+        thumbnails=False,
+    ) -> Prediction:
+        """Decode `path` once, look at it as a whole or in windows (seconds).
+
+        However long the video, only features of the frames it sees stay in memory (of StNet their pixels).
+        Raises VideoError where not one frame can be read, RunError for scores that are no numbers.
+        """
+        from extract.decode import decode
+
+        times, stretches = np.zeros(0), [(0, 0)]
+        spans: list[tuple[float, float]] = []
+        chosen: list[np.ndarray] = []
+
+        def note(all_times: np.ndarray) -> None:
+            nonlocal times
+            times = all_times
+
+        def sample(num_frames: int) -> np.ndarray:
+            nonlocal spans, stretches, chosen
+            spans = window_spans(_length(times), window, stride)
+            stretches = [_frames_between(times, *span) for span in spans]
+            chosen = [self._frames_of(*stretch) for stretch in stretches]
+            return np.unique(np.concatenate(chosen))
+
+        with ThreadPoolExecutor(1) as worker:
+            feed = _Feed(self.preprocessing, self._network, self._batch, worker, thumbnails=thumbnails)
+            decoded = decode(path, sample, resize=feed.take, on_times=note)
+            features = feed.finish()[_numbers(decoded.frames)]  # [n, dim], or frames for StNet
+        windows = []
+        for (start, end), indices in zip(spans, chosen, strict=True):
+            rows = np.searchsorted(decoded.indices, indices)
+            logits, weights = self._answer(features[rows])
+            if not np.isfinite(logits).all():
+                raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
+            windows.append(Window(start, end, indices, decoded.timestamps[rows], logits, weights))
+        places = _numbers(decoded.frames)[np.searchsorted(decoded.indices, chosen[0])]
+        return Prediction(
+            path=os.fspath(path),
+            num_frames=decoded.num_frames,
+            seconds=_length(times),
+            windows=tuple(windows),
+            problem=decoded.problem,
+            thumbnails=[feed.thumbnails[place] for place in places] if thumbnails else [],
+        )
+
+    def _frames_of(self, first: int, stop: int) -> np.ndarray:
+        """The frames to see of [first, stop): each once; for StNet N neighbours a segment, as in aggregate/clips.py."""
+        from extract.sampling import segment_centres
+
+        count, N = stop - first, self._per_segment
+        middles = segment_centres(count, self.segments)
+        if not N:
+            return first + np.unique(middles)  # what a mask over repeats gives
+        start = np.clip(middles - (N - 1) // 2, 0, max(count - N, 0))
+        return first + np.minimum(start[:, None] + np.arange(N), count - 1).ravel()
+
+    def _answer(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits [C] of one window, and the weights of its frames."""
+        import torch
+
+        with torch.inference_mode():
+            if self._per_segment:
+                frames = torch.from_numpy(features).unflatten(0, (1, self.segments, self._per_segment))
+                return self._whole(frames, torch.ones(1, self.segments, dtype=torch.bool))[0].cpu().numpy(), None
+            x = torch.from_numpy(features)[None].float()
+            weights = None if self.aggregator is None else self.aggregator.frame_weights(x)[0].numpy()
+            return self._head(x)[0].numpy(), weights
+
+
+class _Feed:
+    """Takes frames as they are decoded and computes them in batches, in a thread of its own.
+
+    What `decode` keeps of a frame is the number it has here, so a long video stays small in memory; and where decoding
+    starts over, frames get new numbers.
+    """
+
+    def __init__(
+        self,
+        see: "Preprocessing",
+        network: Callable[[np.ndarray], np.ndarray],
+        batch: int,
+        worker: ThreadPoolExecutor,
+        *,
+        thumbnails: bool,
+    ):
+        self._see, self._network, self._batch, self._worker = see, network, batch, worker
+        self._waiting: list[np.ndarray] = []
+        self._computed: list[Future[np.ndarray]] = []
+        self._count = 0
+        self._keep = thumbnails
+        self.thumbnails: list[np.ndarray] = []
+
+    def take(self, frame: np.ndarray) -> np.ndarray:
+        from extract.transform import crop_boxes, resize_short_side
+
+        frame = resize_short_side(frame, self._see)
+        height, width = frame.shape[:2]
+        top, left, tall, wide = crop_boxes(height, width, self._see.size, 1)[0][0]
+        self._waiting.append(frame[top : top + tall, left : left + wide])
+        if self._keep:
+            self.thumbnails.append(_shrunk(frame))
+        if len(self._waiting) == self._batch:
+            self._send()
+        self._count += 1
+        return np.array([self._count - 1], np.int64).view(np.uint8).reshape(1, 1, 8)
+
+    def _send(self) -> None:
+        self._computed.append(self._worker.submit(self._network, np.stack(self._waiting)))
+        self._waiting = []
+        if len(self._computed) > _AHEAD:
+            self._computed[-1 - _AHEAD].result()
+
+    def finish(self) -> np.ndarray:
+        if self._waiting:
+            self._send()
+        return np.concatenate([future.result() for future in self._computed])
+
+
+def _numbers(frames: np.ndarray) -> np.ndarray:
+    """What `_Feed.take` wrote: int64 [n]."""
+    return np.ascontiguousarray(frames).reshape(-1, 8).view(np.int64)[:, 0]
+
+
+def _shrunk(frame: np.ndarray) -> np.ndarray:
+    """The square in the middle, small."""
+    from PIL import Image
+
+    height, width = frame.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = Image.fromarray(frame[top : top + side, left : left + side])
+    return np.asarray(square.resize((_THUMBNAIL, _THUMBNAIL)))
+
+
+# -- windows -------------------------------------------------------------------------------------------------------
+
+
+def window_spans(seconds: float, window: float | None, stride: float | None = None) -> list[tuple[float, float]]:
+    """Where windows start and end, in seconds; the last one is moved back so that it ends with the video.
+
+    seconds = 10, window = 4, stride = 4    |0   4|4   8|
+                                                 |6   10|
+    A video no longer than a window is one.
+    """
+    if window is None or seconds <= window:
+        return [(0.0, seconds)]
+    stride = stride or window
+    starts = np.arange(int((seconds - window) / stride + 1e-6) + 1) * stride
+    if starts[-1] + window < seconds - 1e-3:
+        starts = np.append(starts, seconds - window)
+    return [(float(start), float(min(start + window, seconds))) for start in starts]
+
+
+def _length(times: np.ndarray) -> float:
+    """Seconds from the first frame to the end of the last, which is shown as long as is usual."""
+    return float(times[-1] + np.median(np.diff(times))) if len(times) > 1 else 0.0
+
+
+def _frames_between(times: np.ndarray, start: float, end: float) -> tuple[int, int]:
+    """The frames [first, stop) that begin in [start, end), or the one on the screen where none does."""
+    first, stop = np.searchsorted(times, [start - 1e-4, end - 1e-4])
+    if stop <= first:
+        first = max(int(stop) - 1, 0)
+        stop = first + 1
+    return int(first), int(stop)
+
+
+# -- in words and pictures -----------------------------------------------------------------------------------------
+
+
+def probabilities(logits: np.ndarray) -> np.ndarray:
+    """Softmax over the last axis, float64."""
+    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
+    return shifted / shifted.sum(axis=-1, keepdims=True)
+
+
+def top_classes(window: Window, classes: Sequence[str], count: int = TOP) -> list[tuple[str, float]]:
+    """The likeliest classes and their probabilities, the likeliest first."""
+    scores = probabilities(window.logits)
+    return [(classes[place], float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count].tolist()]
+
+
+def table(prediction: Prediction, classes: Sequence[str], window: float | None = None) -> str:
+    """A video in words: its top 5, or its timeline."""
+    frames = f"{prediction.num_frames:,} frames, {prediction.seconds:.1f} s"
+    lines = [f"{prediction.path}: {frames}"]
+    if prediction.problem:
+        lines.append(f"  only partly readable: {prediction.problem}")
+    if window is None:
+        (whole,) = prediction.windows
+        lines[0] += f", {len(np.unique(whole.indices))} seen"
+        return "\n".join(lines + [f"  {score:6.1%}  {name}" for name, score in top_classes(whole, classes)])
+    lines[0] += f", {len(prediction.windows)} windows of {window:g} s"
+    for start, end, name, score, count in timeline(prediction, classes):
+        lines.append(
+            f"  {_clock(start)} - {_clock(end)}  {score:6.1%}  {name}" + (f"  ({count} windows)" * (count > 1))
+        )
+    return "\n".join(lines)
+
+
+def timeline(prediction: Prediction, classes: Sequence[str]) -> list[tuple[float, float, str, float, int]]:
+    """Runs of windows with the same likeliest class: start and end (s), class, mean probability, windows.
+
+    Where windows overlap, a run ends where the next one starts.
+    """
+    runs: list[list[tuple[Window, str, float]]] = []
+    for window in prediction.windows:
+        name, score = top_classes(window, classes, 1)[0]
+        if not runs or runs[-1][0][1] != name:
+            runs.append([])
+        runs[-1].append((window, name, score))
+    starts = [run[0][0].start for run in runs[1:]] + [np.inf]
+    return [
+        (run[0][0].start, min(run[-1][0].end, until), run[0][1], float(np.mean([score for *_, score in run])), len(run))
+        for run, until in zip(runs, starts, strict=True)
+    ]
+
+
+def as_json(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    """A video as plain values."""
+    windows = [
+        {
+            "start": round(window.start, 3),
+            "end": round(window.end, 3),
+            "top": [{"label": name, "score": score} for name, score in top_classes(window, classes)],
+            "frames": window.indices.tolist(),
+            "seconds": [round(float(time), 3) for time in window.times],
+            "weights": None if window.weights is None else window.weights.tolist(),
+        }
+        for window in prediction.windows
+    ]
+    return {
+        "video": prediction.path,
+        "num_frames": prediction.num_frames,
+        "seconds": round(prediction.seconds, 3),
+        "problem": prediction.problem,
+        "windows": windows,
+    }
+
+
+def _clock(seconds: float) -> str:
+    """`1:02:03.4`, hours only where there are any."""
+    tenths = round(seconds * 10)
+    minutes, rest = divmod(tenths, 600)
+    hours, minutes = divmod(minutes, 60)
+    return f"{f'{hours}:{minutes:02}' if hours else minutes}:{rest / 10:04.1f}"
+
+
+def attention_picture(prediction: Prediction) -> bytes:
+    """PNG: thumbnails over each frame's share of each group's weights (at most as many as a film holds)."""
+    from pipelines import figures
+
+    whole = prediction.windows[0]
+    assert whole.weights is not None
+    count = len(whole.indices)
+    shown = np.unique(np.linspace(0, count - 1, figures.FILM_FRAMES).round().astype(int))
+    totals = whole.weights.sum(axis=1, keepdims=True, dtype=np.float64)
+    shares = np.divide(whole.weights, totals, out=np.full(whole.weights.shape, np.nan), where=totals != 0)
+    moments = [f"{time:.1f} s" for time in whole.times[shown]]
+    pictures = [prediction.thumbnails[place] for place in shown]
+    return figures.png(figures.film(pictures, shares[:, shown], moments, even=1 / count))
+
+
+def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
+    """PNG: the likeliest class along the video."""
+    from pipelines import figures
+
+    runs = [(start, end, name, score) for start, end, name, score, _ in timeline(prediction, classes)]
+    return figures.png(figures.timeline(runs, seconds=prediction.seconds))
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def main(options: Options) -> int:
+    from aggregate.checkpoint import Checkpoint
+    from extract.decode import VideoError
+
+    _check(options)
+    checkpoint = Checkpoint.load(options.checkpoint)
+    if options.picture is not None:
+        _check_picture(options, checkpoint.options["name"])
+    predictor = Predictor(
+        checkpoint,
+        weights=options.weights,
+        device=options.device,
+        precision=options.precision,
+        segments=options.segments,
+    )
+    screen: TextIO = sys.stderr if options.json == "-" else sys.stdout
+    print(predictor.words, file=screen)
+    filming = options.picture is not None and options.window is None
+    answers: list[dict[str, Any]] = []
+    failed, names = 0, Counter[str]()
+    for path in options.videos:
+        try:
+            seen = predictor(path, window=options.window, stride=options.stride, thumbnails=filming)
+        except VideoError as error:
+            failed += 1
+            print(f"failed: {error}", file=sys.stderr)
+            answers.append({"video": os.fspath(path), "error": error.reason})
+            continue
+        print(table(seen, predictor.classes, options.window), file=screen, flush=True)
+        answers.append(as_json(seen, predictor.classes))
+        if options.picture is not None:
+            names[path.stem] += 1
+            number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
+            picture = options.picture / f"{path.stem}{number}.png"
+            picture.write_bytes(attention_picture(seen) if filming else timeline_picture(seen, predictor.classes))
+            print(f"  picture: {picture}", file=screen)
+    if options.json is not None:
+        whole = {"checkpoint": options.checkpoint.name, "model": checkpoint.options["name"], "videos": answers}
+        text = json.dumps(whole, ensure_ascii=False, allow_nan=False, indent=1)
+        if options.json == "-":
+            print(text)
+        else:
+            Path(options.json).write_text(text + "\n", encoding="utf-8")
+    if failed:
+        print(f"{failed} of {len(options.videos)} videos could not be decoded", file=sys.stderr)
+    return 3 if failed else 0
+
+
+def _check(options: Options) -> None:
+    if not options.videos:
+        raise InputError("no video is given")
+    for name in ("window", "stride"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"--{name} {value}: seconds, more than 0")
+    if options.stride is not None and options.window is None:
+        raise InputError(f"--stride {options.stride:g} is from one window to the next; give --window too")
+
+
+def _check_picture(options: Options, model: str) -> None:
+    """Said before the work: that there is something to draw, with something to draw with."""
+    assert options.picture is not None
+    if options.window is None and model not in WEIGHING:
+        raise InputError(
+            f"--picture: {model} has no weight a frame to show, as {', '.join(WEIGHING)} have; "
+            "with --window it is a timeline"
+        )
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise InputError(
+            "--picture draws with matplotlib, which is not installed: pip install 'hgnl-video[demo]'"
+        ) from None
+    options.picture.mkdir(parents=True, exist_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m pipelines.predict"))
