@@ -1,9 +1,11 @@
 """Every frame wanted is the frame that decoding everything with plain PyAV gives, for whatever FFmpeg can write."""
 
+import atexit
 import csv
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -108,7 +110,9 @@ ENCODERS = _encoders()
 
 @functools.cache
 def _folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="every-encoder-"))
+    folder = tempfile.mkdtemp(prefix="every-encoder-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.cache
