@@ -168,8 +168,11 @@ def plan(options: Options, store: "FeatureStore") -> Plan:
         raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; at least 1 does the work")
+    width = None  # of the features that the classifier of --init takes
     if options.init is not None:
-        Checkpoint.load(options.init).check_features(store.provenance, store.dim, options.features)
+        init = Checkpoint.load(options.init)
+        init.check_features(store.provenance, store.dim, options.features)
+        width = init.state_dict["classifier.weight"].shape[1]
     _check_meaning(options)
     for frames in options.frames:
         if not 1 <= frames <= store.frames_per_video:
@@ -190,7 +193,9 @@ def plan(options: Options, store: "FeatureStore") -> Plan:
         wanted = replace(single, seed=seed)
         made = Configuration(name, wanted, train.recipe_of(wanted, videos=videos[seed]))
         try:
-            made.build(store)
+            model = made.build(store)
+            if width not in (None, model.classifier.in_features):
+                raise InputError(f"--init classifies {width} features, this model {model.classifier.in_features}")
         except InputError as error:
             skipped[name] = str(error)
             continue
@@ -234,7 +239,7 @@ def name_of(options: train.Options, varied: Sequence[str]) -> str:
 
 
 def _text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)  # all digits: names tell values apart
 
 
 def _describe(chosen: Plan, options: Options) -> str:

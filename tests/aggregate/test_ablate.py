@@ -117,10 +117,11 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
     train.main(train.Options(agg="tsn", features=features, out=tmp_path / "tsn", epochs=4))
     tsn = tmp_path / "tsn" / "best.pt"
-    frozen = options(features, tmp_path / "a", agg=("tsn", "hgnl"), init=tsn, lr=(1e-12,), epochs=(1,))
+    frozen = options(features, tmp_path / "a", agg=("tsn", "hgnl", "txb"), init=tsn, lr=(1e-12,), epochs=(1,))
     ablate.main(frozen)
     printed = capsys.readouterr().out
     assert printed.count("hgnl: from") == 1
+    assert "skipped   txb: --init classifies 16 features, this model 8" in printed
     rows = list(results_of(tmp_path / "a").values())
     best = json.loads((tmp_path / "tsn" / "results.json").read_text())["tsn"]["6"]
     assert [float(row["top1_at_all"]) for row in rows] == [best["top1"]["value"]] * 2
