@@ -4,11 +4,12 @@ Method: dim 2048, m1 256, g1 16, g2 8, 256 videos a batch, 700 classes, 2 CPU th
 (forward, backward, clipping where the recipe has it, update), with both recipes. The contenders take turns in one
 process, the order rotating; the first turns do not count, and the figure is the median of the ratios within a turn. TSN
 takes part twice: the ratio of the two is 1 but for noise. The literal form (`aggregate.literal`: grouped Conv1d, all of
-V, n x n products) runs on features as the store gives them, [batch, time, dim], and laid out as its convolutions like
-them, [batch, dim, time]; the faster of the two is what counts. Operations are counted by PyTorch over matrix products
-and convolutions. Wants an idle machine: where others use the cores, two threads wait for each other at every one of the
-pooled form's many small products, and the ratios say little; so the load is printed, and the ratio of the best times,
-which see least of it. Run: `python -m pytest -s tests/benchmarks/bench_models.py`
+V, n x n products) runs on the same features, [batch, time, dim], which the bound is on; and on features laid out as its
+convolutions like them, [batch, dim, time], which nobody hands it but which flatters it most. Operations are counted by
+PyTorch over matrix products and convolutions. Wants an idle machine: where others use the cores, two threads wait for
+each other at every one of the pooled form's many small products, and the ratios say little; so the load is printed, and
+the ratio of the best times, which see least of it.
+Run: `python -m pytest -s tests/benchmarks/bench_models.py`
 """
 
 import os
@@ -140,7 +141,4 @@ def test_a_step_against_the_literal_form(frames, turns, dtype):
         f"features, {laid_out:.1f} on features laid out for it (best against best, the smaller of the two: {best:.1f}; "
         f"load {os.getloadavg()[0]:.1f})"
     )
-    # The fp32 copy of half-precision features costs every contender the same (page faults for 52 MB), and is no part of
-    # either form: that case is printed, and the bound is on features that are ready.
-    if frames == 25 and dtype == torch.float32:
-        assert min(same, laid_out) >= 6
+    assert frames != 25 or same >= 6
