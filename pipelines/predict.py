@@ -414,6 +414,8 @@ def main(options: Options) -> int:
     checkpoint = Checkpoint.load(options.checkpoint)
     if options.picture is not None:
         _check_picture(options, checkpoint.options["name"])
+    if options.json not in (None, "-"):
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
     predictor = Predictor(
         checkpoint,
         weights=options.weights,

@@ -1,0 +1,196 @@
+"""python -m pipelines.export: a checkpoint as ONNX, from pixels to logits, for any program with an ONNX runtime.
+
+    frames uint8 [batch, frames, size, size, 3], RGB      any batch, any number of frames
+        -> normalisation -> backbone -> aggregator -> classifier -> logits float32 [batch, classes]
+
+Decoding, resizing and cropping stay outside: short side to `resize` pixels with the `interpolation` (antialiased), the
+middle square of `size`, all as `preprocessing` in the file's metadata says. StNet takes
+[batch, segments, N, size, size, 3], its N fixed.
+"""
+
+import contextlib
+import io
+import json
+import os
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extract.cli import InputError, RunError, run_command
+
+if TYPE_CHECKING:
+    import torch
+
+    from aggregate.checkpoint import Checkpoint
+    from aggregate.endtoend import Recogniser
+
+INPUT, OUTPUT = "frames", "logits"
+# How far a runtime may be from PyTorch, relative to the largest logit: both compute in fp32, in other orders of sums.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a trained model as ONNX: uint8 frames in, logits out, any batch and number of frames.
+
+    Classes, preprocessing and options stand in the file's metadata.
+    """
+
+    checkpoint: Path
+    """A best.pt of aggregate.train or aggregate.finetune."""
+    out: Path
+    """The ONNX file."""
+    weights: Path | None = None
+    """The backbone's weights, where the checkpoint records a file of one's own (its SHA-256 is checked)."""
+
+
+def main(options: Options) -> int:
+    from aggregate.checkpoint import Checkpoint
+    from aggregate.evaluate import describe
+    from pipelines.recorded import rebuild_from_record
+
+    _check_installed()
+    checkpoint = Checkpoint.load(options.checkpoint)
+    model = rebuild_from_record(checkpoint, options.weights)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    checked = export(model, checkpoint, options.out)
+    see, N = model.preprocessing, checkpoint.options.get("frames_per_segment")
+    shape = f"[batch, frames, {see.size}, {see.size}, 3]"
+    if N is not None:
+        shape = f"[batch, segments, {N}, {see.size}, {see.size}, 3]"
+    print(
+        f"{options.out}: {describe(checkpoint)}, {options.out.stat().st_size / 1e6:.1f} MB\n"
+        f"in:  {INPUT} uint8 {shape}, RGB: short side resized to {see.resize} ({see.interpolation}, antialiased), "
+        f"the middle {see.size} x {see.size} of it; normalisation is in the graph\n"
+        f"out: {OUTPUT} float32 [batch, {len(checkpoint.classes)}]\n"
+        f"{checked}"
+    )
+    return 0
+
+
+def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
+    """Write `model` (of `rebuild_from_record`) with the checkpoint's metadata; returns what `check` says of it.
+
+    The file appears whole and checked or not at all. Raises RunError where PyTorch cannot express the model in ONNX, or
+    where a runtime computes something else from it.
+    """
+    import torch
+
+    dynamic = {"frames": {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}}
+    partial = f"{os.fspath(out)}.partial"
+    said = io.StringIO()
+    with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter's own insides
+        try:
+            with contextlib.redirect_stdout(said):
+                program = torch.onnx.export(
+                    _pixels_to_logits(model).eval(),
+                    (example(model, checkpoint, batch=2, frames=3),),
+                    dynamo=True,
+                    dynamic_shapes=dynamic,
+                    input_names=[INPUT],
+                    output_names=[OUTPUT],
+                    verbose=False,
+                )
+        except Exception as error:  # the exporter's own types, which are many
+            first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+            raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {first[0]}") from error
+    assert program is not None
+    program.model.metadata_props.update(metadata(model, checkpoint))
+    try:
+        program.save(partial)
+        checked = check(model, checkpoint, partial)
+        os.replace(partial, out)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+    return checked
+
+
+def metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
+    """The file's metadata_props, each a JSON text: classes in the order of the logits, preprocessing, options ..."""
+    record = checkpoint.backbone or {
+        "name": checkpoint.features["backbone"],
+        "weights": checkpoint.features["weights"],
+    }
+    values = {
+        "classes": checkpoint.classes,
+        "preprocessing": asdict(model.preprocessing),
+        "options": checkpoint.options,
+        "backbone": {"name": record["name"], "weights": record["weights"]},
+        "frames_in_training": checkpoint.frames,
+        "input": "uint8 RGB, resized and cropped as preprocessing says; normalisation is in the graph",
+    }
+    return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
+
+
+def example(model: "Recogniser", checkpoint: "Checkpoint", *, batch: int, frames: int) -> "torch.Tensor":
+    """Noise of the input's shape: uint8 [batch, frames, (N,) size, size, 3]."""
+    import torch
+
+    size, N = model.preprocessing.size, checkpoint.options.get("frames_per_segment")
+    shape = (batch, frames, *([] if N is None else [N]), size, size, 3)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def check(model: "Recogniser", checkpoint: "Checkpoint", file: str | os.PathLike[str]) -> str:
+    """Run the file beside PyTorch, with batches and numbers of frames it was not traced with; what came of it.
+
+    Raises RunError where they differ.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return "not checked: onnxruntime is not installed (pip install onnxruntime)"
+    import torch
+
+    session = onnxruntime.InferenceSession(os.fspath(file), providers=["CPUExecutionProvider"])
+    worst = 0.0
+    for batch, frames in ((1, 1), (3, 2)):
+        noise = example(model, checkpoint, batch=batch, frames=frames)
+        (got,) = session.run(None, {INPUT: noise.numpy()})
+        with torch.inference_mode():
+            expected = _pixels_to_logits(model)(noise)
+        error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        worst = max(worst, float(error))
+        if not error <= TOLERANCE:
+            raise RunError(
+                f"onnxruntime {onnxruntime.__version__} differs from PyTorch by {error:.2g} of the largest logit, more "
+                f"than {TOLERANCE:g}, for {batch} x {frames} frames; nothing was written"
+            )
+    return (
+        f"checked with onnxruntime {onnxruntime.__version__}: differs from PyTorch by {worst:.1g} of the largest logit"
+    )
+
+
+def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
+    import torch
+
+    from aggregate.frames import normalised
+    from aggregate.stnet import StNet
+
+    class PixelsToLogits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model.net
+
+        def forward(self, frames: torch.Tensor) -> torch.Tensor:
+            see = model.preprocessing
+            if not isinstance(self.net, StNet):
+                frames = frames.unsqueeze(2)  # one frame a segment
+            return self.net(normalised(frames, see.mean, see.std, frames.device))
+
+    return PixelsToLogits()
+
+
+def _check_installed() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"ONNX needs {error.name}, which is not installed: pip install 'hgnl-video[demo]'") from None
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m pipelines.export"))
