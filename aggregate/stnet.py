@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from aggregate.pooling import blank_masked
 from extract.cli import InputError
@@ -61,7 +62,8 @@ class StNet(nn.Module):
     convolution is widened to 3 N channels with weights w.repeat(1, N, 1, 1) / N, which sees N equal frames as it saw
     one. T may be another in the test than in training: all that runs over time is a convolution or a maximum.
     `form`: see TemporalBlock. The children `aggregator` and `classifier` are named as in a VideoClassifier, so those of
-    a "txb" trained on cached features fit in (`aggregate.models.carry_over`).
+    a "txb" trained on cached features fit in (`aggregate.models.carry_over`). `backbone.set_grad_checkpointing` works
+    as it does without us, where timm has it.
 
     Raises InputError for a trunk without those stages, or one that does not take RGB, and for unfit numbers.
     """
@@ -107,8 +109,13 @@ class StNet(nn.Module):
         if frames.ndim != 6 or not frames.shape[1] or tuple(frames.shape[2:4]) != (N, 3):
             raise ValueError(f"got frames {list(frames.shape)}; this model takes [batch, time, {N}, 3, height, width]")
         time, x = frames.shape[1], frames.flatten(0, 1).flatten(1, 2)
+        recompute = getattr(self.backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
         for name, child in self.backbone.named_children():
-            x = child(x)
+            if recompute and isinstance(child, nn.Sequential):  # a stage, block by block
+                for block in child:
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = child(x)
             if name == "layer2":
                 x = self.after_res3(x, time)
             elif name == "layer3":
