@@ -466,8 +466,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         count, total = len(batch.places), 0.0
         whole = self._over_ranks(count)
-        starts = range(0, count, self.options.micro_batch)
-        for start in starts:
+        if not whole:
+            return 0.0
+        if not count:  # others have videos, and gradients are averaged with ours: those of nothing
+            with self._autocast():
+                blank = batch.frames.new_zeros((1, *batch.frames.shape[2:]))
+                nothing = self.parallel(blank, batch.mask.new_ones((1, self.plan.segments)))
+                self.scaler.scale(0.0 * nothing.sum()).backward()
+        for start in range(0, count, self.options.micro_batch):
             micro = slice(start, start + self.options.micro_batch)
             sync = start + self.options.micro_batch >= count
             with self._accumulating(sync), self._autocast():
@@ -488,7 +494,7 @@ class Trainer:
                     kept.lerp_(value.detach(), 1 - self.options.ema)
                 else:
                     kept.copy_(value)
-        return total / count
+        return total / max(count, 1)
 
     @contextmanager
     def _accumulating(self, sync: bool) -> Iterator[None]:
@@ -638,7 +644,7 @@ def predict_videos(model: "Recogniser", videos: "VideoFrames", *, batch_size: in
 def _main_with_ray(options: Options) -> int:
     """Data parallel: `workers` processes of Ray Train, each with its share of every batch."""
     import ray
-    from ray.train import RunConfig, ScalingConfig
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     Trainer(options)  # what is wrong with the options is said here, in words, before processes start
@@ -660,7 +666,10 @@ def _main_with_ray(options: Options) -> int:
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(name="finetune", storage_path=str(Path(absolute["out"]) / "ray")),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise RunError(f"a worker failed: {error}") from None
     return 0
 
 

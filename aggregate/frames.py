@@ -64,7 +64,8 @@ class VideoFrames:
     ) -> Iterator[FrameBatch]:
         """One epoch in random order: batches of `batch_size` videos, of which this process takes every `world`-th.
 
-        The order is a function of (seed, epoch), a video's frames and view of (seed, epoch, id).
+        Every process gets the same number of batches; its part of one may be empty. The order is a function of (seed,
+        epoch), a video's frames and view of (seed, epoch, id).
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = [order[start : start + batch_size][rank::world] for start in range(0, len(order), batch_size)]
@@ -93,13 +94,14 @@ class VideoFrames:
             places, futures = jobs.popleft()
             batch = self._collect(places, futures)
             queue_one()
-            if batch is not None:
+            # In training an empty batch is a batch too: processes that train together must count alike.
+            if len(batch.places) or epoch >= 0:
                 yield batch
-            elif epoch >= 0 and len(self.failed) == len(self.videos):
+            if epoch >= 0 and len(places) and len(self.failed) == len(self.videos):
                 name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
                 raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
 
-    def _collect(self, places: np.ndarray, futures: list) -> FrameBatch | None:
+    def _collect(self, places: np.ndarray, futures: list) -> FrameBatch:
         size, plan = self.plan.preprocessing.size, self.plan
         frames = np.empty((len(places), plan.slot_bytes), np.uint8)
         masks: list[np.ndarray] = []
@@ -112,14 +114,12 @@ class VideoFrames:
                 frames[len(good)] = finished.buffer[: plan.slot_bytes]
                 masks.append(finished.result)
                 good.append(place)
-        if not good:
-            return None
         shape = (len(good), plan.crops, plan.segments, plan.frames_per_segment, size, size, 3)
         return FrameBatch(
             frames=torch.from_numpy(frames[: len(good)].reshape(shape)),
-            mask=torch.from_numpy(np.stack(masks)),
-            labels=torch.tensor([self.videos[place].label for place in good]),
-            places=np.array(good),
+            mask=torch.from_numpy(np.array(masks, bool).reshape(-1, plan.segments)),
+            labels=torch.tensor([self.videos[place].label for place in good], dtype=torch.int64),
+            places=np.array(good, int),
         )
 
 
