@@ -9,7 +9,7 @@ import difflib
 import importlib
 import time
 from dataclasses import asdict, dataclass
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,14 +73,22 @@ def load_trunk(name: str, *, weights: str | Path, seed: int = 0) -> Trunk:
 
 
 def load_backbone(
-    name: str, *, weights: str | Path, device: str = "auto", precision: str = "auto", seed: int = 0
+    name: str,
+    *,
+    weights: str | Path,
+    device: str = "auto",
+    precision: str = "auto",
+    seed: int = 0,
+    frames: int | None = None,
 ) -> "Backbone":
     """`load_trunk`, made ready to run frozen.
 
     device: "auto" (a CUDA GPU where there is one, else the CPU), or what torch calls it: cpu, cuda, cuda:1, mps.
     precision: fp32, bf16, fp16, or "auto": fp16 on a GPU; on a CPU one batch of fp32 and one of bf16 are timed and
     the faster is taken (CPUs that claim bf16 can be 6 times slower in it). A run that is continued passes the
-    precision it recorded. Raises InputError for a device that is not there and for fp16 on a CPU.
+    precision it recorded.
+    frames: how many a call will have, where that is known and small: they are then spread evenly over batches.
+    Raises InputError for a device that is not there and for fp16 on a CPU.
     """
     where = _device(device)
     known = ("auto", *_DTYPES)
@@ -93,8 +101,8 @@ def load_backbone(
         graph = folded(trunk.module, _noise(trunk.preprocessing))
     if precision != "auto" or where.type != "cpu":
         chosen = "fp16" if precision == "auto" else precision
-        return Backbone(trunk, network=_Network(trunk, graph, device=where, precision=chosen))
-    networks = [_Network(trunk, graph, device=where, precision=choice) for choice in ("bf16", "fp32")]
+        return Backbone(trunk, network=_Network(trunk, graph, device=where, precision=chosen, frames=frames))
+    networks = [_Network(trunk, graph, device=where, precision=choice, frames=frames) for choice in ("bf16", "fp32")]
     speeds = [_frames_per_second(network) for network in networks]
     tried = ", ".join(f"{network.precision} {speed:.3g}" for network, speed in zip(networks, speeds, strict=True))
     fastest = networks[speeds.index(max(speeds))]
@@ -181,10 +189,20 @@ class Backbone:
 class _Network:
     """A trunk's copy on a device, in a precision, in its fastest form; `form` says which in words."""
 
-    def __init__(self, trunk: Trunk, graph: GraphModule | None, *, device: torch.device, precision: str):
+    def __init__(
+        self,
+        trunk: Trunk,
+        graph: GraphModule | None,
+        *,
+        device: torch.device,
+        precision: str,
+        frames: int | None = None,
+    ):
         self.device = device
         self.precision = precision
-        self.batch_size = _BATCH.get(device.type, _BATCH_GPU)
+        self.batch_size = most = _BATCH.get(device.type, _BATCH_GPU)
+        if frames is not None:  # 25 are two batches of 13, not of 16 with 7 frames of padding
+            self.batch_size = ceil(frames / ceil(frames / most))
         self._size = trunk.preprocessing.size
         self._dtype = _DTYPES[precision]
         # (frame / 255 - mean) / std as one multiply-add of uint8 values

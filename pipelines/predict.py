@@ -107,11 +107,14 @@ class Predictor:
             raise InputError(f"--segments {segments}: at least one frame is needed")
         self.classes, self.segments = checkpoint.classes, segments
         self.aggregator: Any = None
+        self._worker = ThreadPoolExecutor(1)  # one for all videos: a new thread makes torch start new ones too
         self._per_segment = 0
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         if checkpoint.options["name"] == "stnet":
             from aggregate.evaluate import choose_device
 
+            if precision not in ("auto", "fp32"):
+                raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")
             where = choose_device(device)
             self._whole = rebuild_from_record(checkpoint, weights).to(where)
             self._per_segment = checkpoint.options["frames_per_segment"]
@@ -119,7 +122,7 @@ class Predictor:
             self._batch = 64  # frames that are only gathered
             self.words = f"StNet on {where} in fp32"
             return
-        backbone = load_recorded_backbone(checkpoint, weights, device=device, precision=precision)
+        backbone = load_recorded_backbone(checkpoint, weights, device=device, precision=precision, frames=segments)
         self._network, self._batch = backbone, backbone.batch_size
         self.preprocessing, self.words = backbone.preprocessing, backbone.describe()
         self._head = checkpoint.model()
@@ -156,10 +159,9 @@ class Predictor:
             chosen = [self._frames_of(*stretch) for stretch in stretches]
             return np.unique(np.concatenate(chosen))
 
-        with ThreadPoolExecutor(1) as worker:
-            feed = _Feed(self.preprocessing, self._network, self._batch, worker, thumbnails=thumbnails)
-            decoded = decode(path, sample, resize=feed.take, on_times=note)
-            features = feed.finish()[_numbers(decoded.frames)]  # [n, dim], or frames for StNet
+        feed = _Feed(self.preprocessing, self._network, self._batch, self._worker, thumbnails=thumbnails)
+        decoded = decode(path, sample, resize=feed.take, on_times=note)
+        features = feed.finish()[_numbers(decoded.frames)]  # [n, dim], or frames for StNet
         windows = []
         for (start, end), indices in zip(spans, chosen, strict=True):
             rows = np.searchsorted(decoded.indices, indices)
@@ -326,9 +328,8 @@ def table(prediction: Prediction, classes: Sequence[str], window: float | None =
         return "\n".join(lines + [f"  {score:6.1%}  {name}" for name, score in top_classes(whole, classes)])
     lines[0] += f", {len(prediction.windows)} windows of {window:g} s"
     for start, end, name, score, count in timeline(prediction, classes):
-        lines.append(
-            f"  {_clock(start)} - {_clock(end)}  {score:6.1%}  {name}" + (f"  ({count} windows)" * (count > 1))
-        )
+        several = f"  ({count} windows)" if count > 1 else ""
+        lines.append(f"  {_clock(start):>7} - {_clock(end):>7}  {score:6.1%}  {name}{several}")
     return "\n".join(lines)
 
 

@@ -23,16 +23,23 @@ class Source:
 
 
 def load_recorded_backbone(
-    checkpoint: "Checkpoint", weights: Path | None = None, *, device: str = "auto", precision: str = "auto"
+    checkpoint: "Checkpoint",
+    weights: Path | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    frames: int | None = None,
 ) -> "Backbone":
-    """The backbone, made fast. `weights`: the file, where the record names one that no package holds.
+    """The backbone, made fast for `frames` a call. `weights`: the file, where the record's is in no package.
 
     Raises InputError where it cannot be had, or where it is not the recorded one.
     """
     from extract.backbone import load_backbone
 
     source = _source(checkpoint, weights)
-    backbone = load_backbone(source.name, weights=source.weights, seed=source.seed, device=device, precision=precision)
+    backbone = load_backbone(
+        source.name, weights=source.weights, seed=source.seed, device=device, precision=precision, frames=frames
+    )
     _check(checkpoint, backbone, given=weights)
     return backbone
 
@@ -103,8 +110,12 @@ def _check(checkpoint: "Checkpoint", made: "Backbone | Trunk", *, given: Path | 
     else:
         same = made.weights == recorded
     if not same:
-        got = made.weights.get("sha256", made.weights["name"])
         where = f"--weights {given}" if given else f"the weights of {made.name} at hand"
         raise InputError(
-            f"{where}: {got}; {checkpoint.path} was trained on {recorded.get('sha256', '')} ({recorded['name']})"
+            f"{where} are not those {checkpoint.path} was trained on: "
+            f"{_words(made.weights)} in the place of {_words(recorded)}"
         )
+
+
+def _words(weights: dict[str, str]) -> str:
+    return " ".join([weights["name"], *(f"(SHA-256 {digest})" for digest in [weights.get("sha256")] if digest)])

@@ -562,3 +562,13 @@ def test_a_gpu_agrees_with_the_cpu() -> None:
     features = backbone(frames)
     assert_near(features[-3:], reference_features(backbone, frames[-3:]), relative=1e-2)
     assert np.array_equal(features[::-1], backbone(frames[::-1]))
+
+
+@pytest.mark.parametrize(("frames", "batch"), [(1, 1), (3, 3), (16, 16), (17, 9), (25, 13)])
+def test_a_known_number_of_frames_is_spread_evenly_over_batches(frames, batch):
+    even = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32", frames=frames)
+    assert even.batch_size == batch
+    size = even.preprocessing.size
+    noise = np.random.default_rng(0).integers(0, 256, (frames, size, size, 3), dtype=np.uint8)
+    usual = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32")(noise)
+    np.testing.assert_allclose(even(noise), usual, rtol=5e-3, atol=1e-3)  # float16, and other orders of sums

