@@ -66,7 +66,7 @@ def store(tmp_path_factory) -> FeatureStore:
 
 
 def learner(name: str, videos: int, **options) -> Learner:
-    chosen = recipe("cached", name)
+    chosen = recipe("cached", name, videos=VIDEOS)
     torch.manual_seed(0)
     return Learner(
         name=name,
