@@ -23,20 +23,20 @@ FRAMES = 25
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Sixteen clips: two copies of each of eight, so that there are enough blocks to look at the steady state."""
+    """32 clips, four copies of each of eight: two blocks of 400 frames, 25 whole batches each (64 videos are 100)."""
     root = Path(__file__).parents[2]
     kinetics = root.parent / "shared" / "clips" / "kinetics_like"
     source = sorted(kinetics.glob("*.mp4"))[:8] or sorted((root / "pipelines/clips/daily_actions").rglob("*.mp4"))[:8]
     folder = tmp_path_factory.mktemp("clips")
     for clip in source:
-        for copy in range(2):
+        for copy in range(4):
             (folder / f"{clip.stem}_{copy}.mp4").symlink_to(clip)
     return folder
 
 
 def run(clips: Path, out: Path, **changed) -> dict[str, float]:
     """One extraction; wall seconds without start-up, frames, CPU seconds of decoding."""
-    settings = {"backbone": BACKBONE, "weights": "random", "block_size": 4, "max_failed": 0.0, "frames": FRAMES}
+    settings = {"backbone": BACKBONE, "weights": "random", "block_size": 16, "max_failed": 0.0, "frames": FRAMES}
     assert main(Options(videos=clips, out=str(out), **(settings | changed))) == 0
     records = RunLog.records(out)
     decode = sum(record["seconds"]["decode"] for record in records if record["event"] == "block")
@@ -123,7 +123,7 @@ def test_the_whole_run_against_its_limits(clips, tmp_path):
 def test_ray_with_one_worker_against_this_process(clips, tmp_path):
     import ray
 
-    settings = {"decode_workers": len(os.sched_getaffinity(0)), "precision": "bf16"}
+    settings = {"decode_workers": len(os.sched_getaffinity(0)), "precision": "bf16", "limit": 16}
     ratios = []
     for attempt in range(3):
         here = run(clips, tmp_path / f"here{attempt}.zarr", **settings)

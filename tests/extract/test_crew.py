@@ -1,8 +1,11 @@
 """Ray: several raylets on this machine, one of them killed in the middle; workers that cannot see store or videos."""
 
+import os
 import shutil
+import signal
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,13 +47,15 @@ def cluster():
     cluster.shutdown()
 
 
-def test_a_killed_node_costs_nothing_but_time(clips, cluster, tmp_path):
-    """One of two nodes is killed while its worker has blocks in hand; the store is the one a single process makes."""
+def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, list[str]], None]) -> None:
+    """Extract over two nodes; when the workers of both have handed in a block, `disturb(nodes, workers)`.
+
+    The store must be the one a single process makes.
+    """
     import ray
 
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     cluster.wait_for_nodes()
-    out = tmp_path / "ray.zarr"
     result: list[object] = []
 
     def run() -> None:
@@ -59,20 +64,40 @@ def test_a_killed_node_costs_nothing_but_time(clips, cluster, tmp_path):
         except BaseException as error:
             result.append(error)
 
+    def workers() -> list[str]:
+        return sorted({record["node"] for record in RunLog.records(out) if record["event"] == "block"})
+
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        # The second node's worker has handed in a block, so both are at work.
-        while thread.is_alive() and len({r["node"] for r in RunLog.records(out) if r["event"] == "block"}) < 2:
+        while thread.is_alive() and len(workers()) < 2:
             time.sleep(0.01)
-        cluster.remove_node(nodes[1], allow_graceful=False)
+        assert thread.is_alive(), "the run was over before it could be disturbed"
+        disturb(nodes, workers())
         thread.join(timeout=120)
     finally:
         ray.shutdown()
+        for node in nodes:
+            if node in cluster.worker_nodes:
+                cluster.remove_node(node)
     assert result == [0]
-    assert main(options(clips, tmp_path / "here.zarr")) == 0
-    assert store_digest(out) == store_digest(tmp_path / "here.zarr")
+    here = out.with_name("here.zarr")
+    assert main(options(clips, here)) == 0
+    assert store_digest(out) == store_digest(here)
     assert FeatureStore.open(out).status.tolist() == [OK] * 24
+
+
+def test_a_killed_node_costs_nothing_but_time(clips, cluster, tmp_path):
+    disturbed(
+        clips, cluster, tmp_path / "ray.zarr", lambda nodes, _: cluster.remove_node(nodes[1], allow_graceful=False)
+    )
+
+
+def test_a_killed_worker_costs_nothing_but_time(clips, cluster, tmp_path):
+    def kill(_nodes: list, workers: list[str]) -> None:
+        os.kill(int(workers[0].rpartition("/")[2]), signal.SIGKILL)  # a worker is named HOST/PROCESS
+
+    disturbed(clips, cluster, tmp_path / "ray.zarr", kill)
 
 
 def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(clips, tmp_path):
