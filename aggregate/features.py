@@ -7,6 +7,7 @@
 What a training batch holds is a function of (seed, epoch, place in the split) and of nothing else.
 """
 
+import os
 import queue
 import threading
 from collections.abc import Iterable, Iterator
@@ -69,6 +70,9 @@ class StoredFeatures:
         self.views = training_views(store) if training else evaluation_views(store)
         size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
         self.placement, self.words = _placed(size, self.device, placement)
+        if self.placement == "mmap" and size > _memory_available():
+            store.read_sparsely()
+            self.words += "; larger than memory, so without reading ahead"
         # A video shorter than its slots repeats frames; all others are spared the search for repeats.
         self._short = store.num_frames[self.rows] < store.frames_per_video
         self._resident: Tensor | None = None
@@ -208,6 +212,15 @@ def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str,
             chosen, reason = "mmap", f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache"
     where = {"device": f"on {device}", "memory": "in memory", "mmap": "memory-mapped"}[chosen]
     return chosen, f"{human_bytes(size)} {where} ({reason})"
+
+
+def _memory_available() -> int:
+    """Bytes that the page cache could take (Linux; elsewhere all of memory)."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
+    except OSError:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def ahead(items: Iterable[Item], depth: int = BATCHES_AHEAD) -> Iterator[Item]:

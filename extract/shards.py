@@ -76,10 +76,12 @@ class ShardMap:
     """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
 
     Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards are no trouble.
-    Places of shards that were never mapped read as zeros.
+    Places of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
+    is not there is read alone, where the kernel would read megabytes around it, and `ask_for` has many read at once.
     """
 
-    def __init__(self, paths: list[Path], *, block_size: int, video_shape: tuple[int, int, int]):
+    def __init__(self, paths: list[Path], *, block_size: int, video_shape: tuple[int, int, int], sparse: bool = False):
+        self.sparse = sparse
         self._paths, self._block_size = paths, block_size
         self._video_bytes = int(np.prod(video_shape)) * 2
         page = mmap.PAGESIZE
@@ -102,6 +104,15 @@ class ShardMap:
         if not self._mapped[blocks].all():
             self._map_shards(np.unique(blocks[~self._mapped[blocks]]).tolist())
 
+    def ask_for(self, blocks: np.ndarray, places: np.ndarray, views: np.ndarray, frames: np.ndarray) -> None:
+        """Have the kernel begin to read single frames (index arrays that broadcast), all at once."""
+        index = np.broadcast_arrays(blocks, places, views, frames)
+        offsets = sum(part.astype(np.int64) * stride for part, stride in zip(index, self.array.strides, strict=False))
+        first = (self._base + np.ravel(offsets)) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = self.array.strides[3] + mmap.PAGESIZE  # a frame may begin in the middle of a page
+        for address in first.tolist():
+            self._libc.madvise(address, length, mmap.MADV_WILLNEED)  # advice: where it fails, reading still works
+
     def _map_shards(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             path = self._paths[block]
@@ -110,7 +121,9 @@ class ShardMap:
             size = shard_bytes(videos, self._block_size, self._video_bytes)
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                self._map(self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+                address = self._map(self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+                if self.sparse:
+                    self._libc.madvise(address, size, mmap.MADV_RANDOM)
             finally:
                 os.close(descriptor)
             self._mapped[block] = True
@@ -128,4 +141,5 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc

@@ -85,6 +85,7 @@ class FeatureStore:
         self.block_size: int = features.shards[0]
         _, self.num_views, self.frames_per_video, self.dim = features.shape
         self._length: int = self._array("status").shape[0]
+        self._sparse = False
 
     # -- opening and making ------------------------------------------------------------------------------------
 
@@ -309,7 +310,16 @@ class FeatureStore:
             [self.shard_path(block) for block in range(self.num_blocks)],
             block_size=self.block_size,
             video_shape=(self.num_views, self.frames_per_video, self.dim),
+            sparse=self._sparse,
         )
+
+    def read_sparsely(self) -> None:
+        """From now on `gather` reads what it is asked for and nothing around it: for a store larger than memory.
+
+        By default the kernel reads ahead, often megabytes a frame, which fills the page cache of one that fits.
+        """
+        self._sparse = True
+        self.__dict__.pop("_shards", None)
 
     def gather(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
         """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int [B]): float16 [B, n, D].
@@ -329,9 +339,10 @@ class FeatureStore:
             self._shards.require(blocks)
         except ShardError as error:
             raise RunError(f"{error}; `python -m extract.verify {self.path} --repair` marks what is damaged") from None
-        return self._shards.array[
-            blocks[:, None], (rows % self.block_size)[:, None], np.asarray(view)[..., None], frames
-        ]
+        index = blocks[:, None], (rows % self.block_size)[:, None], np.asarray(view)[..., None], frames
+        if self._sparse:
+            self._shards.ask_for(*index)
+        return self._shards.array[index]
 
     def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
         """Which of these frames are new: bool [B, n], False where an earlier one of the row is the same frame.

@@ -106,6 +106,16 @@ def test_augmented_passes_are_for_training_and_crops_for_tests(store, monkeypatc
     assert evaluation_views(store).tolist() == [0]
 
 
+def test_a_store_larger_than_memory_is_read_without_reading_ahead(store, monkeypatch):
+    monkeypatch.setattr("aggregate.features._memory_available", lambda: 1000)
+    fresh = FeatureStore.open(store.path)
+    features = StoredFeatures(fresh, np.arange(40), placement="mmap")
+    assert "larger than memory" in features.words
+    plain = StoredFeatures(store, np.arange(40), placement="memory")
+    (views,), (expected,) = (one.test_batches(frames=FRAMES, batch_size=40) for one in (features, plain))
+    assert all(torch.equal(view.x, same.x) for view, same in zip(views, expected, strict=True))
+
+
 def test_more_frames_than_stored_and_no_rows_are_refused(store):
     with pytest.raises(InputError, match="holds 6 frames a video"):
         StoredFeatures(store, np.arange(4)).train_batches(epoch=0, frames=7, batch_size=2, seed=0)

@@ -286,3 +286,16 @@ def test_a_killed_writer_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.zarr" / "features" / "c.0.0.0.0123.partial").write_bytes(b"half")
     store.clean_up()
     assert not list((tmp_path / "a.zarr").rglob("*.partial"))
+
+
+def test_reading_sparsely_reads_the_same(tmp_path):
+    rng = np.random.default_rng(5)
+    features = rng.normal(size=(150, 2, 6, 100)).astype("<f2")  # frames that begin in the middle of pages
+    store = FeatureStore.from_arrays(
+        tmp_path / "s.zarr", features, lengths=np.full(150, 6), labels=np.zeros(150, int), classes=["a"]
+    )
+    rows, frames, view = rng.integers(0, 150, 64), rng.integers(0, 6, (64, 3)), rng.integers(0, 2, 64)
+    before = store.gather(rows, frames, view)
+    store.read_sparsely()
+    np.testing.assert_array_equal(store.gather(rows, frames, view), before)
+    np.testing.assert_array_equal(before, features[rows[:, None], view[:, None], frames])
