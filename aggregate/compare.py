@@ -49,6 +49,7 @@ def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray |
         line = settings | {"seeds": len(done), "diverged": len(own) - len(done), "interval_over": over}
         for measure in MEASURES if done else ():
             mean, low, high = over_seeds([row[measure] for row in done])
+            low, high = max(low, 0.0), min(high, 1.0)  # Student's t does not know that these are fractions
             if len(done) == 1:
                 low, high = done[0][f"{measure}_low"], done[0][f"{measure}_high"]
             line |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}

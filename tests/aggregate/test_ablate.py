@@ -445,3 +445,11 @@ def test_a_worker_that_sees_another_store_fails_naming_its_node(features, tmp_pa
         run_elsewhere(share, features, "0123", "cpu", "auto", None, threads)
     with pytest.raises(RunError, match=r"the worker on \S+: .*nowhere\.zarr"):
         run_elsewhere(share, str(tmp_path / "nowhere.zarr"), "0123", "cpu", "auto", None, threads)
+
+
+def test_an_interval_over_seeds_stays_among_fractions():
+    row = {"name": "tsn", "status": "done", "s": None, "attention_ratio": None, "seconds": 1.0, "parameters": 1}
+    rows = [row | {"seed": seed} | dict.fromkeys(compare.MEASURES, value) for seed, value in enumerate((1.0, 0.8))]
+    (line,) = compare.summarise(rows, {})
+    assert {line[f"{measure}_high"] for measure in compare.MEASURES} == {1.0}
+    assert all(0 <= line[f"{measure}_low"] < 0.9 for measure in compare.MEASURES)

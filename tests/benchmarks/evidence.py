@@ -1,6 +1,6 @@
 """What the aggregators are worth on real data at hand: the tables of LOG.md, "Aggregators on real features".
 
-    python tests/benchmarks/evidence.py --work runs/evidence [--only recipe|daily|exercise|vowels|planted]
+    python tests/benchmarks/evidence.py --work runs/evidence [--only recipe daily exercise vowels planted norms]
 
 Features: the shipped clips through the pretrained EfficientNet-Lite0 (`pipelines/clips`), and JapaneseVowels beside the
 project (`../shared/features`). Five seeds each; a video counts once a seed; intervals are bootstraps over videos of the
@@ -206,7 +206,7 @@ def choose_recipe(stores: dict[str, tuple[FeatureStore, list]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--only", nargs="*", default=["recipe", "daily", "exercise", "vowels", "planted"])
+    parser.add_argument("--only", nargs="*", default=["recipe", "daily", "exercise", "vowels", "planted", "norms"])
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     daily, exercise = extracted(chosen.work, "daily_actions", 25), extracted(chosen.work, "exercise_mini", 16)
@@ -219,6 +219,8 @@ def main() -> None:
     if "vowels" in chosen.only:
         store = vowels(chosen.work)
         table("JapaneseVowels, its split", store, split(store), grouped(store.dim))
+    if "norms" in chosen.only:
+        norms(chosen.work, exercise, daily)
     if "planted" in chosen.only:
         for carry in (3, 8):
             store = planted(chosen.work, exercise, daily, carry=carry)
@@ -230,6 +232,23 @@ def main() -> None:
                 grouped(store.dim),
                 frames=25,
             )
+
+
+def norms(work: Path, exercise: FeatureStore, daily: FeatureStore) -> None:
+    """HG-NL's map as the paper has it, normalised in two ways, and with softmax: trained on 3 frames."""
+    for title, store in (
+        ("3 of 25 frames carry the class", planted(work, exercise, daily, carry=3)),
+        ("JapaneseVowels", vowels(work)),
+    ):
+        groups = grouped(store.dim)["hgnl"]
+        models: dict[str, dict] = {
+            "tsn": {},
+            "hgnl": {"agg": "hgnl", **groups},
+            "hgnl, norm n": {"agg": "hgnl", "norm": "n", **groups},
+            "hgnl, norm n_over_train": {"agg": "hgnl", "norm": "n_over_train", **groups},
+            "hgnl, softmax": {"agg": "hgnl", "attention": "softmax", **groups},
+        }
+        table(f"{title}: HG-NL's map", store, split(store), models)
 
 
 def extracted(work: Path, name: str, frames: int) -> FeatureStore:
