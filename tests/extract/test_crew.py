@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from extract.__main__ import Options, main
@@ -47,10 +48,10 @@ def cluster():
     cluster.shutdown()
 
 
-def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, list[str]], None]) -> None:
-    """Extract over two nodes; when the workers of both have handed in a block, `disturb(nodes, workers)`.
+def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, int], None]) -> None:
+    """Extract over two nodes; when the first block is handed in, `disturb(nodes, process of the worker that did it)`.
 
-    The store must be the one a single process makes.
+    That worker has its next block in hand. The store must be the one a single process makes.
     """
     import ray
 
@@ -64,16 +65,16 @@ def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, list[str
         except BaseException as error:
             result.append(error)
 
-    def workers() -> list[str]:
-        return sorted({record["node"] for record in RunLog.records(out) if record["event"] == "block"})
+    def blocks() -> list[dict]:
+        return [record for record in RunLog.records(out) if record["event"] == "block"]
 
     thread = threading.Thread(target=run)
     thread.start()
     try:
-        while thread.is_alive() and len(workers()) < 2:
+        while thread.is_alive() and not blocks():
             time.sleep(0.01)
-        assert thread.is_alive(), "the run was over before it could be disturbed"
-        disturb(nodes, workers())
+        disturb(nodes, int(blocks()[0]["node"].rpartition("/")[2]))  # a worker is named HOST/PROCESS
+        assert len(blocks()) < 12, "the run was over before it was disturbed"
         thread.join(timeout=120)
     finally:
         ray.shutdown()
@@ -88,16 +89,16 @@ def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, list[str
 
 
 def test_a_killed_node_costs_nothing_but_time(clips, cluster, tmp_path):
-    disturbed(
-        clips, cluster, tmp_path / "ray.zarr", lambda nodes, _: cluster.remove_node(nodes[1], allow_graceful=False)
-    )
+    def kill(nodes: list, worker: int) -> None:
+        raylet = psutil.Process(worker).ppid()
+        (node,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
+        cluster.remove_node(node, allow_graceful=False)
+
+    disturbed(clips, cluster, tmp_path / "ray.zarr", kill)
 
 
 def test_a_killed_worker_costs_nothing_but_time(clips, cluster, tmp_path):
-    def kill(_nodes: list, workers: list[str]) -> None:
-        os.kill(int(workers[0].rpartition("/")[2]), signal.SIGKILL)  # a worker is named HOST/PROCESS
-
-    disturbed(clips, cluster, tmp_path / "ray.zarr", kill)
+    disturbed(clips, cluster, tmp_path / "ray.zarr", lambda _, worker: os.kill(worker, signal.SIGKILL))
 
 
 def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(clips, tmp_path):
