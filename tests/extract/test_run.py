@@ -1,5 +1,6 @@
 """Whole extractions as a user runs them: real small clips, a tiny backbone, and the faults of the world."""
 
+import contextlib
 import errno
 import json
 import os
@@ -132,10 +133,11 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
         nonlocal killed
         while not stop.wait(0.3):
             for child in psutil.Process().children(recursive=True):
-                if "extract.children" in " ".join(child.cmdline()) and killed < 3:
-                    child.kill()
-                    killed += 1
-                    break
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
+                    if "extract.children" in " ".join(child.cmdline()) and killed < 3:
+                        child.kill()
+                        killed += 1
+                        break
 
     thread = threading.Thread(target=killer)
     thread.start()
