@@ -4,7 +4,6 @@ T = 3 segments, N = 2 frames each:   |....ab....|.ab.......|......ab..|      tra
                                      |....ab....|....ab....|....ab....|      test: the middle of each
 """
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from extract.decode import decode
 from extract.sampling import segment_centres, segment_random
-from extract.transform import Preprocessing, crop_boxes, resize_short_side, training_view
+from extract.transform import Preprocessing, augmentation_rng, crop_boxes, resize_short_side, training_view
 
 
 @dataclass(frozen=True)
@@ -41,10 +40,6 @@ class ClipJob:
     seed: int = 0
     epoch: int = -1  # -1: a test, middle frames and evaluation crops
 
-    def rng(self) -> np.random.Generator:
-        digest = hashlib.sha256(f"{self.seed}\0{self.video_id}\0epoch {self.epoch}".encode()).digest()
-        return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
 
 def prepare_clip(job: ClipJob, out: np.ndarray, on_duration: Callable[[float | None], None]) -> np.ndarray:
     """Decode one video into `out`, a flat uint8 buffer: [crops, T, N, size, size, 3] (training: one view).
@@ -53,7 +48,7 @@ def prepare_clip(job: ClipJob, out: np.ndarray, on_duration: Callable[[float | N
     Raises VideoError where not one frame can be read.
     """
     plan, see = job.plan, job.plan.preprocessing
-    rng = job.rng() if job.epoch >= 0 else None
+    rng = augmentation_rng(job.seed, job.video_id, f"epoch {job.epoch}") if job.epoch >= 0 else None
     T, N = plan.segments, plan.frames_per_segment
 
     def sample(num_frames: int) -> np.ndarray:

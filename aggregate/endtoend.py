@@ -1,7 +1,6 @@
 """Models that see frames: a backbone and an aggregator trained together, or StNet; how they are built and saved."""
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -77,11 +76,10 @@ def build_net(options: Mapping[str, Any], backbone: nn.Module) -> EndToEnd | StN
 
 def backbone_record(trunk: Trunk) -> dict[str, Any]:
     """What a checkpoint keeps of its backbone: a store's provenance, without the precision."""
-    see = asdict(trunk.preprocessing)
     return {
         "name": trunk.name,
         "weights": dict(trunk.weights),
-        "preprocessing": {**see, "mean": list(see["mean"]), "std": list(see["std"])},
+        "preprocessing": trunk.preprocessing.record(),
     }
 
 

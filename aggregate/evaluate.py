@@ -76,7 +76,6 @@ def main(options: Options) -> int:
 def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
     """Scores from a feature store, one for each number of segments."""
     from aggregate.checkpoint import rows_for_classes
-    from aggregate.scores import Scores
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -86,28 +85,15 @@ def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scor
     device = choose_device(options.device)
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
 
-    several: list[Scores] = []
-    for segments in possible_segments(options.segments, store):
+    wanted = possible_segments(options.segments, store)
+    features = held_for_test(store, rows, device=device, placement=options.placement)  # read once for all of them
+    model = checkpoint.model().to(device)
+    several = []
+    for segments in wanted:
         crops = logits_of(
-            [checkpoint.model().to(device)],
-            store,
-            rows,
-            segments=segments,
-            batch_size=options.batch_size,
-            placement=options.placement,
-            device=device,
+            [model], store, rows, segments=segments, batch_size=options.batch_size, device=device, features=features
         )[0]
-        several.append(
-            Scores(
-                ids=store.ids[rows].tolist(),
-                classes=checkpoint.classes,
-                logits=crops.mean(axis=1),  # averaged before softmax
-                labels=labels,
-                source=source_of(checkpoint, options),
-                segments=segments,
-                crops=crops if crops.shape[1] > 1 else None,
-            )
-        )
+        several.append(_scores(crops, store.ids[rows].tolist(), labels, checkpoint, options, segments))
     return several
 
 
@@ -124,7 +110,6 @@ def scores_of_videos(checkpoint: "Checkpoint", options: Options) -> "list[Scores
     from aggregate.endtoend import rebuild
     from aggregate.finetune import predict_videos
     from aggregate.frames import VideoFrames
-    from aggregate.scores import Scores
     from extract.videos import list_videos
 
     model = rebuild(checkpoint)
@@ -155,18 +140,30 @@ def scores_of_videos(checkpoint: "Checkpoint", options: Options) -> "list[Scores
             crops = predict_videos(model, frames, batch_size=options.micro_batch, autocast=lambda: half)
             for place, reason in list(frames.failed.items())[:5]:
                 print(f"failed: {videos[place].id}: {reason}")
-        several.append(
-            Scores(
-                ids=[video.id for video in videos],
-                classes=checkpoint.classes,
-                logits=crops.mean(axis=1),
-                labels=labels,
-                source=source_of(checkpoint, options),
-                segments=segments,
-                crops=crops if crops.shape[1] > 1 else None,
-            )
-        )
+        several.append(_scores(crops, [video.id for video in videos], labels, checkpoint, options, segments))
     return several
+
+
+def _scores(
+    crops: "np.ndarray",
+    ids: list[str],
+    labels: "np.ndarray",
+    checkpoint: "Checkpoint",
+    options: Options,
+    segments: int,
+) -> "Scores":
+    """Logits [N, crops, C] as scores: averaged over crops, before softmax."""
+    from aggregate.scores import Scores
+
+    return Scores(
+        ids=ids,
+        classes=checkpoint.classes,
+        logits=crops.mean(axis=1),
+        labels=labels,
+        source=source_of(checkpoint, options),
+        segments=segments,
+        crops=crops if crops.shape[1] > 1 else None,
+    )
 
 
 def report(several: "Sequence[Scores]", options: Options) -> int:

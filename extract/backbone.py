@@ -8,7 +8,7 @@ import copy
 import difflib
 import importlib
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil, floor
 from pathlib import Path
 from typing import Any, cast
@@ -156,11 +156,10 @@ class Backbone:
 
     def provenance(self) -> dict[str, Any]:
         """What a feature store records of it: two stores with the same record may be joined."""
-        see = asdict(self.preprocessing)
         return {
             "backbone": self.name,
             "weights": dict(self.weights),
-            "preprocessing": {**see, "mean": list(see["mean"]), "std": list(see["std"])},
+            "preprocessing": self.preprocessing.record(),
             "precision": self.precision,
         }
 

@@ -6,8 +6,8 @@ unflipped centre crop.
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,10 @@ class Preprocessing:
     def __post_init__(self) -> None:
         if not 0 < self.size <= self.resize:
             raise ValueError(f"a crop of {self.size} does not fit frames with a short side of {self.resize}")
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, as stores and checkpoints keep them: what JSON gives back."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ def _corner_places(down: int, across: int) -> list[tuple[int, int]]:
     return [(i * step_down, j * step_across) for i, j in grid]
 
 
-def augmentation_rng(seed: int, video_id: str, number: int) -> np.random.Generator:
+def augmentation_rng(seed: int, video_id: str, number: int | str) -> np.random.Generator:
     """The random numbers of one augmented pass over one video: a function of these three, and of nothing else."""
     digest = hashlib.sha256(f"{seed}\0{video_id}\0{number}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))

@@ -58,3 +58,12 @@ def fail_rows(path: Path, rows: list[int]) -> None:
             timestamps=np.full(shape, np.nan, "<f4"),
         )
     )
+
+
+def poison_row(path: Path, row: int) -> FeatureStore:
+    """Put NaN into the first view of a video of a finished store's first block."""
+    store = FeatureStore.open(path, writable=True)
+    block = store.read(store.block_rows(0))
+    block[row, 0, :] = np.nan
+    store.write_block(0, block)
+    return store

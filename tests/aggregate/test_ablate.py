@@ -25,7 +25,7 @@ from aggregate.metrics import paired_bootstrap
 from aggregate.together import Configuration, Trainer, contents_of
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
-from stores import classes_store
+from stores import classes_store, poison_row
 
 TIMES = {"seconds", "pass_seconds", "pass_models"}
 
@@ -346,10 +346,7 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
 
 def test_nan_in_features_is_traced_to_its_video(tmp_path):
     classes_store(tmp_path / "f.zarr")
-    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
-    block = store.read(store.block_rows(0))
-    block[4, 0, :] = np.nan
-    store.write_block(0, block)
+    poison_row(tmp_path / "f.zarr", 4)
     with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
         ablate.main(options(str(tmp_path / "f.zarr"), tmp_path / "a"))
 
@@ -428,10 +425,7 @@ def test_two_workers_give_what_one_process_gives(features, tmp_path, cluster, ca
 @pytest.mark.timeout(240)
 def test_an_error_in_a_worker_comes_out_as_what_it_was(tmp_path, cluster):
     classes_store(tmp_path / "f.zarr")
-    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
-    block = store.read(store.block_rows(0))
-    block[4, 0, :] = np.nan
-    store.write_block(0, block)
+    poison_row(tmp_path / "f.zarr", 4)
     with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
         ablate.main(options(str(tmp_path / "f.zarr"), tmp_path / "a", workers=2, seeds=(0, 1)))
 

@@ -20,7 +20,7 @@ from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
-from stores import classes_store, fail_rows
+from stores import classes_store, fail_rows, poison_row
 
 
 @pytest.fixture(scope="module")
@@ -206,16 +206,14 @@ def test_a_class_without_an_example_is_named(tmp_path):
 
 def test_nan_in_features_is_traced_to_its_video(features, tmp_path):
     classes_store(tmp_path / "f.zarr")
-    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
-    block = store.read(store.block_rows(0))
-    block[4, 0, :] = np.nan
-    store.write_block(0, block)
+    store = poison_row(tmp_path / "f.zarr", 4)
     with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
         train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run"))
     train.main(options(features, tmp_path / "good", epochs=1))
+    block = store.read(store.block_rows(0))
     block[4] = block[5]
-    block[6, 0, :] = np.nan  # a validation video
     store.write_block(0, block)
+    poison_row(tmp_path / "f.zarr", 6)  # a validation video
     with pytest.raises(RunError, match=r"features of v/0006\.mp4 \(row 6\) are not finite"):
         evaluate.main(evaluate.Options(tmp_path / "good" / "best.pt", str(tmp_path / "f.zarr")))
 
