@@ -195,6 +195,40 @@ def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
     assert sorted({group["lr_scale"] for group in slow.optimizer.param_groups}) == [0.1, 1.0]
 
 
+def test_activations_computed_again_change_no_step(videos, tmp_path):
+    common = {"epochs": 1, "dropout": 0.0}
+    finetune.main(options(videos, tmp_path / "kept", **common))
+    finetune.main(options(videos, tmp_path / "again", checkpoint_activations=True, **common))
+    one, other = states(tmp_path / "kept"), states(tmp_path / "again")
+    torch.testing.assert_close(one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"):
+        Trainer(options(videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True))
+
+
+def test_the_papers_temporal_block_is_calibrated_before_it_trains(videos, tmp_path, monkeypatch):
+    trainer = Trainer(options(videos, tmp_path / "run", "stnet", form="paper", epochs=1))
+    before = trainer.model.net.after_res3.norm.weight.detach().clone()
+    seen = []
+
+    class EnoughError(Exception):
+        pass
+
+    def stop(*_):
+        seen.append(trainer.model.net.after_res3.norm.weight.detach().clone())
+        raise EnoughError
+
+    monkeypatch.setattr(trainer, "_epoch", stop)
+    with pytest.raises(EnoughError):
+        trainer.run()
+    assert not torch.equal(before, seen[0])
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    torch.save({"format": "hgnl-checkpoint", "version": 99}, tmp_path / "new.pt")
+    with pytest.raises(InputError, match="has version 99; this program reads 1"):
+        Checkpoint.load(tmp_path / "new.pt")
+
+
 # -- the road between cached features and end to end --------------------------------------------------------------
 
 
