@@ -1,7 +1,7 @@
 """python -m aggregate.ablate: many configurations trained in one pass over the features, and what they are worth.
 
 Every option of the aggregators and of training takes a list; all combinations are trained, once a seed. One command is
-one folder: finished results, tables, figures. How a pass is shared stands in aggregate/together.py, how results are
+one folder: finished results, tables, figures. How a pass is shared: aggregate/training/grid.py; how results are
 compared in aggregate/compare.py.
 """
 
@@ -25,7 +25,7 @@ from extract.cli import InputError, RunError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
-    from aggregate.together import Configuration, Result
+    from aggregate.training.grid import Configuration, Result
     from extract.store import FeatureStore
 
 # Where an ablation may continue with another value: they say where and how fast, not what.
@@ -123,7 +123,7 @@ class Plan:
 def main(options: Options) -> int:
     from aggregate.compare import report
     from aggregate.evaluate import choose_device
-    from aggregate.together import contents_of
+    from aggregate.training.grid import contents_of
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -158,8 +158,8 @@ def main(options: Options) -> int:
 
 def plan(options: Options, store: "FeatureStore") -> Plan:
     """All combinations of the listed options, each once a seed. InputError where none is left, or a list is empty."""
-    from aggregate.checkpoint import Checkpoint
-    from aggregate.together import Configuration
+    from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.grid import Configuration
 
     for one in fields(Options):
         if one.name in ("seeds", *LISTS) and one.default and not getattr(options, one.name):
@@ -372,7 +372,7 @@ def _trained(
         return
     from tqdm import tqdm
 
-    from aggregate.together import Trainer
+    from aggregate.training.grid import Trainer
 
     passes = chosen.passes(at_once=options.at_once, done=done)
     if not passes:
@@ -397,8 +397,8 @@ def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[st
     """Each pass in as many shares as there are workers; a share whose worker is lost is trained again by another."""
     import ray
 
-    from aggregate.together import contents_of, run_elsewhere
-    from extract.crew import connect
+    from aggregate.training.grid import contents_of, run_elsewhere
+    from extract.workers.actor_pool import connect
 
     started = connect(options.address)
     waiting: list[ray.ObjectRef] = []

@@ -7,13 +7,13 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from aggregate.checkpoint import Checkpoint
-from aggregate.frames import normalised
+from aggregate.data.frames import normalised
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
-from extract.backbone import Trunk, load_trunk
+from aggregate.training.checkpoint import Checkpoint
+from extract.backbone.model import Trunk, load_trunk
 from extract.cli import InputError
-from extract.transform import Preprocessing
+from extract.decode.transform import Preprocessing
 
 
 class EndToEnd(VideoClassifier):

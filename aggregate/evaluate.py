@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from aggregate.checkpoint import Checkpoint
-    from aggregate.features import StoredFeatures
+    from aggregate.data.features import StoredFeatures
     from aggregate.scores import Scores
+    from aggregate.training.checkpoint import Checkpoint
     from extract.store import FeatureStore
 
 
@@ -63,7 +63,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from aggregate.checkpoint import Checkpoint
+    from aggregate.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(options.checkpoint)
     if options.videos is not None:
@@ -75,7 +75,7 @@ def main(options: Options) -> int:
 
 def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
     """Scores from a feature store, one for each number of segments."""
-    from aggregate.checkpoint import rows_for_classes
+    from aggregate.training.checkpoint import rows_for_classes
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -105,12 +105,12 @@ def scores_of_videos(checkpoint: "Checkpoint", options: Options) -> "list[Scores
     import numpy as np
     import torch
 
-    from aggregate.checkpoint import rows_for_classes
-    from aggregate.clips import ClipPlan
+    from aggregate.data.clips import ClipPlan
+    from aggregate.data.frames import VideoFrames
     from aggregate.endtoend import rebuild
     from aggregate.finetune import predict_videos
-    from aggregate.frames import VideoFrames
-    from extract.videos import list_videos
+    from aggregate.training.checkpoint import rows_for_classes
+    from extract.listing.videos import list_videos
 
     model = rebuild(checkpoint)
     device = choose_device(options.device)
@@ -225,8 +225,8 @@ def logits_of(
     """
     import numpy as np
 
-    from aggregate.features import evaluation_views, find_non_finite
-    from aggregate.fit import predict
+    from aggregate.data.features import evaluation_views, find_non_finite
+    from aggregate.training.learner import predict
 
     if features is None:
         features = held_for_test(store, rows, device=device, placement=placement)
@@ -260,7 +260,7 @@ def held_for_test(
     placement: Literal["auto", "device", "memory", "mmap"] = "auto",
 ) -> "StoredFeatures":
     """The features of those of `rows` that did not fail in extraction. InputError where all did."""
-    from aggregate.features import StoredFeatures, usable
+    from aggregate.data.features import StoredFeatures, usable
 
     good = usable(store)[rows] | (store.status[rows] == 0)  # a pending one is refused by StoredFeatures
     if not good.any():

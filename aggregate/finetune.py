@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from aggregate.checkpoint import Checkpoint
+    from aggregate.data.frames import FrameBatch, VideoFrames
     from aggregate.endtoend import Recogniser
-    from aggregate.frames import FrameBatch, VideoFrames
-    from aggregate.optim import Recipe
-    from extract.backbone import Trunk
-    from extract.videos import Video
+    from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.recipes import Recipe
+    from extract.backbone.model import Trunk
+    from extract.listing.videos import Video
 
 _FREE_ON_RESUME = ("out", "device", "workers", "address", "decode_workers", "micro_batch")
 
@@ -157,10 +157,10 @@ class Trainer:
     def __init__(self, options: Options, *, rank: int = 0, world: int = 1) -> None:
         import torch
 
-        from aggregate.clips import ClipPlan
+        from aggregate.data.clips import ClipPlan
         from aggregate.evaluate import choose_device
         from aggregate.train import check_classes, choose_rows
-        from extract.videos import list_videos
+        from extract.listing.videos import list_videos
 
         self.options, self.rank, self.world = options, rank, world
         self.out = options.out or Path("runs") / f"finetune-{options.model}"
@@ -212,8 +212,8 @@ class Trainer:
     # -- before ----------------------------------------------------------------------------------------------------
 
     def _check_folder(self) -> "Checkpoint | None":
-        from aggregate.checkpoint import Checkpoint
         from aggregate.train import plain, refuse_other_options
+        from aggregate.training.checkpoint import Checkpoint
 
         if not (self.out / "last.pt").exists():
             return None
@@ -221,7 +221,7 @@ class Trainer:
         return Checkpoint.load(self.out / "last.pt")
 
     def _recipe(self) -> "Recipe":
-        from aggregate.optim import recipe
+        from aggregate.training.recipes import recipe
 
         options = self.options
         chosen = {name: getattr(options, name) for name in ("epochs", "optimizer", "lr", "weight_decay", "dropout")}
@@ -235,9 +235,9 @@ class Trainer:
         """The network with its start: backbone weights, then what --init holds."""
         import torch
 
-        from aggregate.checkpoint import Checkpoint
         from aggregate.endtoend import Recogniser, backbone_record, build_net, freeze_batch_norms
-        from extract.backbone import load_trunk
+        from aggregate.training.checkpoint import Checkpoint
+        from extract.backbone.model import load_trunk
 
         options = self.options
         init = None if options.init is None else Checkpoint.load(options.init)
@@ -315,7 +315,7 @@ class Trainer:
     def _optimizer(self) -> "torch.optim.Optimizer":
         from torch import nn
 
-        from aggregate.optim import make_optimizer, parameter_groups
+        from aggregate.training.recipes import make_optimizer, parameter_groups
 
         net = self.model.net
         rest = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
@@ -342,7 +342,7 @@ class Trainer:
     # -- the epochs ------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        from aggregate.frames import VideoFrames
+        from aggregate.data.frames import VideoFrames
         from aggregate.train import plain
 
         options = self.options
@@ -390,7 +390,7 @@ class Trainer:
         """The paper's temporal block is the identity only once its batch norm knows the maps (FACTS 5)."""
         from itertools import islice
 
-        from aggregate.frames import normalised
+        from aggregate.data.frames import normalised
 
         see = self.model.preprocessing
         batches = train.train_batches(epoch=0, batch_size=self.options.micro_batch, seed=self.options.seed + 1)
@@ -458,7 +458,7 @@ class Trainer:
         import torch
         import torch.nn.functional as F
 
-        from aggregate.optim import set_lr
+        from aggregate.training.recipes import set_lr
 
         # Dropout's numbers are a function of this, so a resumed epoch is the epoch that was lost.
         torch.manual_seed(hash((self.options.seed, self.epoch, round(part * 1e6), self.rank)) & 0x7FFF_FFFF)
@@ -556,7 +556,7 @@ class Trainer:
     def _save(self, row: dict[str, Any]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        from aggregate.checkpoint import Checkpoint
+        from aggregate.training.checkpoint import Checkpoint
 
         tested = self.model.net.state_dict() if self.average is None else self.average
         better = row["val_average_error"] < self.best

@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from aggregate.checkpoint import Checkpoint
-    from aggregate.fit import Learner
     from aggregate.models import VideoClassifier
-    from aggregate.optim import Recipe
+    from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.learner import Learner
+    from aggregate.training.recipes import Recipe
     from extract.store import FeatureStore
 
 # Where a run may continue with another value: they say where and how fast, not what.
@@ -123,8 +123,8 @@ class Run:
     """One training run in its folder: prepare, resume, train, report."""
 
     def __init__(self, options: Options, store: "FeatureStore", out: Path) -> None:
+        from aggregate.data.features import StoredFeatures
         from aggregate.evaluate import choose_device, held_for_test
-        from aggregate.features import StoredFeatures
 
         self.options, self.store, self.out = options, store, out
         self.device = choose_device(options.device)
@@ -154,7 +154,7 @@ class Run:
 
     def _check_folder(self) -> "Checkpoint | None":
         """The last checkpoint of this run, if there is one; other options than its own are refused."""
-        from aggregate.checkpoint import Checkpoint
+        from aggregate.training.checkpoint import Checkpoint
 
         last = self.out / "last.pt"
         if not last.exists():
@@ -168,7 +168,7 @@ class Run:
 
     def _entrants(self) -> list[Entrant]:
         """The model asked for, and beside it the mean-pool baseline and the control, on the same batches."""
-        from aggregate.checkpoint import Checkpoint
+        from aggregate.training.checkpoint import Checkpoint
 
         options = self.options
         init = None if options.init is None else Checkpoint.load(options.init)
@@ -233,8 +233,8 @@ class Run:
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        from aggregate.features import find_non_finite
-        from aggregate.fit import DivergedError, train_epoch
+        from aggregate.data.features import find_non_finite
+        from aggregate.training.learner import DivergedError, train_epoch
 
         if self.epoch >= self.recipe.epochs:
             return
@@ -313,7 +313,7 @@ class Run:
         )
 
     def _save(self) -> None:
-        from aggregate.checkpoint import Checkpoint
+        from aggregate.training.checkpoint import Checkpoint
 
         for entrant in self.entrants:
             common: dict[str, Any] = {
@@ -413,7 +413,7 @@ def refuse_other_options(out: Path, wanted: dict[str, Any], *, free: Sequence[st
 
 def recipe_of(options: Options, *, videos: int) -> "Recipe":
     """The recipe that `options` choose and change, for so many videos to train on."""
-    from aggregate.optim import recipe
+    from aggregate.training.recipes import recipe
 
     return recipe(
         options.recipe,
@@ -444,8 +444,8 @@ def make_learner(
     """A fresh learner of the aggregator `name`, started from `init` where there is one; says what that carried over."""
     import torch
 
-    from aggregate.fit import Learner
     from aggregate.models import build, carry_over
+    from aggregate.training.learner import Learner
 
     torch.manual_seed(options.seed)  # a model's start is a function of the seed, whatever stands beside it
     model = build(name, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **aggregator)
@@ -466,8 +466,8 @@ def attention_on(
     learner: "Learner", store: "FeatureStore", rows: "np.ndarray", *, segments: int, device: "torch.device"
 ) -> tuple[float, float] | None:
     """s, and |s F_o| / |F| over the first 1,024 of `rows` that can be read; None for a model without attention."""
-    from aggregate.features import StoredFeatures, usable
-    from aggregate.fit import attention
+    from aggregate.data.features import StoredFeatures, usable
+    from aggregate.training.learner import attention
 
     features = StoredFeatures(store, rows[usable(store)[rows]][:1024], device=device)
     return attention(learner.model, features.test_batches(frames=segments, batch_size=learner.recipe.batch_size))
@@ -490,7 +490,7 @@ def choose_rows(store: "FeatureStore", options: Options) -> "tuple[np.ndarray, n
     """Rows to train on (with features and label) and to validate on (with a label), and that in words."""
     import numpy as np
 
-    from aggregate.features import usable
+    from aggregate.data.features import usable
 
     labelled = store.labels >= 0
     splits = store.splits

@@ -11,9 +11,9 @@ import numpy as np
 from aggregate.metrics import Interval, bootstrap
 from ensemble.submit import is_clip, is_scores, read_entries, read_json, read_results, read_text, submission_ids
 from extract.cli import InputError
-from extract.folders import SPLITS
-from extract.tables import read_table
-from extract.videos import youtube_id
+from extract.listing.folders import SPLITS
+from extract.listing.tables import read_table
+from extract.listing.videos import youtube_id
 
 Truth = tuple[str, tuple[str, ...], str]  # id or name of the clip, labels, split
 

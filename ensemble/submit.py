@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from extract.cli import InputError, run_command
-from extract.labels import choose_labels
-from extract.videos import youtube_id
+from extract.listing.labels import choose_labels
+from extract.listing.videos import youtube_id
 
 if TYPE_CHECKING:  # numpy and what needs it are imported where used: --help is asked for more often than scores
     import numpy as np

@@ -60,7 +60,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from extract.run import extract
+    from extract.workers.driver import extract
 
     return extract(options)
 

@@ -111,7 +111,7 @@ def _ensemble(store: str, workdir: Path) -> None:
 
 
 def _report(workdir: Path) -> Path:
-    from pipelines import report
+    import pipelines.report.__main__ as report
 
     _say("a page to look at")
     page = workdir / "report.html"

@@ -23,8 +23,8 @@ from extract.cli import InputError, RunError, run_command
 if TYPE_CHECKING:
     import torch
 
-    from aggregate.checkpoint import Checkpoint
     from aggregate.endtoend import Recogniser
+    from aggregate.training.checkpoint import Checkpoint
 
 INPUT, OUTPUT = "frames", "logits"
 # How far a runtime may be from PyTorch, relative to the largest logit: both compute in fp32, in other orders of sums.
@@ -47,8 +47,8 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from aggregate.checkpoint import Checkpoint
     from aggregate.evaluate import describe
+    from aggregate.training.checkpoint import Checkpoint
     from pipelines.recorded import rebuild_from_record
 
     _check_installed()
@@ -167,7 +167,7 @@ def check(model: "Recogniser", checkpoint: "Checkpoint", file: str | os.PathLike
 def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
     import torch
 
-    from aggregate.frames import normalised
+    from aggregate.data.frames import normalised
     from aggregate.stnet import StNet
 
     class PixelsToLogits(torch.nn.Module):

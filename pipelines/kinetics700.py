@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
-    from extract.videos import Listing
+    from extract.listing.videos import Listing
 
 STEPS = ("extract", "tsn", "hgnl", "nl", "stnet", "ensemble", "report")
 # Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of the ensemble on test.
@@ -72,7 +72,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from extract.videos import list_videos
+    from extract.listing.videos import list_videos
 
     listing = list_videos(options.root, labels=options.labels, root=options.clips)
     listings = {"k700": listing}
@@ -92,7 +92,7 @@ def main(options: Options) -> int:
 
 def _name_leaks(listings: "dict[str, Listing]") -> None:
     """What is trained on in the one and tested on in the other."""
-    from extract.videos import shared_youtube_ids
+    from extract.listing.videos import shared_youtube_ids
 
     trained = [video for video in listings["k600"].videos if video.split != "test"]
     for split in ("val", "test"):
@@ -118,10 +118,10 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     """Sizes, and times from a short measurement: some videos decoded, one batch through the backbone, some steps."""
     import numpy as np
 
-    from extract.backbone import load_backbone
+    from extract.backbone.model import load_backbone
     from extract.decode import VideoError
+    from extract.decode.transform import Plan, prepare, view_names
     from extract.status import human_bytes
-    from extract.transform import Plan, prepare, view_names
 
     backbone = load_backbone(options.backbone, weights=options.weights, device=options.device, seed=options.seed)
     see, views = backbone.preprocessing, len(view_names(1, options.augment_passes))
@@ -171,10 +171,10 @@ def _plan_training(options: Options, name: str, listing: "Listing", videos: int,
     import numpy as np
     import torch
 
-    from aggregate.features import Batch
-    from aggregate.fit import Learner
+    from aggregate.data.features import Batch
     from aggregate.models import build
-    from aggregate.optim import recipe
+    from aggregate.training.learner import Learner
+    from aggregate.training.recipes import recipe
 
     train = min(sum(video.split == "train" for video in listing.videos), videos)
     hours = 0.0
@@ -268,7 +268,7 @@ class _Recipe:
         if "ensemble" not in skipped:
             self._ensemble(models)
         if "report" not in skipped:
-            from pipelines import report
+            import pipelines.report.__main__ as report
 
             _say("report")
             _done(report.main(report.Options(self.work, out=self.work / "report.html")), "the report")

@@ -20,8 +20,8 @@ import tyro
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
-    from aggregate.checkpoint import Checkpoint
-    from extract.transform import Preprocessing
+    from aggregate.training.checkpoint import Checkpoint
+    from extract.decode.transform import Preprocessing
 
 TOP = 5
 WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
@@ -227,7 +227,7 @@ class _Feed:
         self.thumbnails: list[np.ndarray] = []
 
     def take(self, frame: np.ndarray) -> np.ndarray:
-        from extract.transform import crop_boxes, resize_short_side
+        from extract.decode.transform import crop_boxes, resize_short_side
 
         frame = resize_short_side(frame, self._see)
         height, width = frame.shape[:2]
@@ -383,7 +383,7 @@ def _clock(seconds: float) -> str:
 
 def attention_picture(prediction: Prediction) -> bytes:
     """PNG: thumbnails over each frame's share of each group's weights (at most as many as a film holds)."""
-    from pipelines import figures
+    from pipelines.report import figures
 
     whole = prediction.windows[0]
     assert whole.weights is not None
@@ -398,7 +398,7 @@ def attention_picture(prediction: Prediction) -> bytes:
 
 def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
     """PNG: the likeliest class along the video."""
-    from pipelines import figures
+    from pipelines.report import figures
 
     runs = [(start, end, name, score) for start, end, name, score, _ in timeline(prediction, classes)]
     return figures.png(figures.timeline(runs, seconds=prediction.seconds))
@@ -408,7 +408,7 @@ def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
 
 
 def main(options: Options) -> int:
-    from aggregate.checkpoint import Checkpoint
+    from aggregate.training.checkpoint import Checkpoint
     from extract.decode import VideoError
 
     _check(options)

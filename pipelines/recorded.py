@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from extract.cli import InputError
 
 if TYPE_CHECKING:
-    from aggregate.checkpoint import Checkpoint
     from aggregate.endtoend import Recogniser
-    from extract.backbone import Backbone, Trunk
+    from aggregate.training.checkpoint import Checkpoint
+    from extract.backbone.model import Backbone, Trunk
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ def load_recorded_backbone(
 
     Raises InputError where it cannot be had, or where it is not the recorded one.
     """
-    from extract.backbone import load_backbone
+    from extract.backbone.model import load_backbone
 
     source = _source(checkpoint, weights)
     backbone = load_backbone(
@@ -50,7 +50,7 @@ def rebuild_from_record(checkpoint: "Checkpoint", weights: Path | None = None) -
     Raises InputError as `load_recorded_backbone`.
     """
     from aggregate.endtoend import EndToEnd, Recogniser, preprocessing_of, rebuild
-    from extract.backbone import load_trunk
+    from extract.backbone.model import load_trunk
 
     source = _source(checkpoint, weights)
     if checkpoint.backbone is not None:
@@ -82,7 +82,7 @@ def _source(checkpoint: "Checkpoint", weights: Path | None) -> Source:
         return Source(name, weights)
     if "sha256" not in recorded:  # timm's own
         return Source(name, "pretrained")
-    from extract.backbone import package_file
+    from extract.backbone.model import package_file
 
     file = package_file(name)
     if Path(file).name != recorded["name"]:

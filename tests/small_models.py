@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 
-from aggregate.checkpoint import Checkpoint
 from aggregate.endtoend import backbone_record, build_net
 from aggregate.models import build
-from extract.backbone import Trunk, load_trunk
+from aggregate.training.checkpoint import Checkpoint
+from extract.backbone.model import Trunk, load_trunk
 
 BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
 CLASSES = ["barbell", "dumbbell", "kettlebells", "none", "reading", "walking", "drinking"]

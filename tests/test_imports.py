@@ -1,33 +1,33 @@
-"""The import rules of the house, held over the syntax tree: imports point up, one foreign library a room."""
+"""The import rules of the house, held over the syntax tree: imports point up, none in a circle, one foreign library a
+room."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "aggregate", "ensemble", "pipelines")  # data flows down: a room imports itself and those before it
-MODULES = sorted(path for room in ROOMS for path in (ROOT / room).glob("*.py"))
+MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+NAMES = [path.relative_to(ROOT).as_posix() for path in MODULES]
 
 # Where a foreign library may be imported; every library that is not named here may be imported anywhere.
 HOMES = {
-    "zarr": {"extract/store.py"},
-    "av": {"extract/decode.py"},
-    "decord": {"extract/decode.py"},
-    "ray": {"extract/crew.py", "aggregate/finetune.py", "aggregate/ablate.py"},
+    "zarr": ("extract/store/",),
+    "av": ("extract/decode/",),
+    "decord": ("extract/decode/",),
+    "ray": ("extract/workers/", "aggregate/training/", "aggregate/finetune.py", "aggregate/ablate.py"),
 }
-# Decode children, score files and the ensemble must start without torch's five seconds.
-TORCH_FREE = {
-    *(f"extract/{name}.py" for name in ("cli", "videos", "folders", "tables", "labels", "sampling")),
-    *("extract/decode.py", "extract/transform.py", "extract/children.py", "extract/shards.py", "extract/store.py"),
-    "aggregate/metrics.py",
-    "aggregate/scores.py",
-}
+# Decoding subprocesses, score files and the ensemble must start without torch's five seconds.
+TORCH_FREE = (
+    *("extract/cli.py", "extract/sampling.py", "extract/listing/", "extract/decode/", "extract/store/"),
+    *("aggregate/metrics.py", "aggregate/scores.py", "ensemble/"),
+)
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a module imports, at any depth."""
+    """Dotted names that a module imports, at any depth, those inside functions and under TYPE_CHECKING included."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -36,20 +36,84 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: f"{path.parent.name}/{path.name}")
-def test_imports_point_up_and_stay_in_their_room(path: Path):
-    here = f"{path.parent.name}/{path.name}"
-    allowed = ROOMS[: ROOMS.index(path.parent.name) + 1]
-    for name in imported(path):
-        top = name.split(".")[0]
-        assert top not in ROOMS or top in allowed, f"{here} imports {name}, which lies below it"
-        assert top not in HOMES or here in HOMES[top], f"{here} imports {top}, whose home is {HOMES[top]}"
-        if here in TORCH_FREE or path.parent.name == "ensemble":
-            assert top not in ("torch", "torchvision", "timm"), f"{here} imports {name} and must start without torch"
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_point_up_and_stay_in_their_room(name: str):
+    allowed = ROOMS[: ROOMS.index(name.split("/")[0]) + 1]
+    for other in imported(ROOT / name):
+        top = other.split(".")[0]
+        assert top not in ROOMS or top in allowed, f"{name} imports {other}, which lies below it"
+        assert top not in HOMES or name.startswith(HOMES[top]), f"{name} imports {top}, whose home is {HOMES[top]}"
+        if name.startswith(TORCH_FREE):
+            assert top not in ("torch", "torchvision", "timm"), f"{name} imports {other} and must start without torch"
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Modules of the house by dotted name, and those of the house that each imports."""
+    known = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ROOT / name for name in NAMES}
+    graph: dict[str, set[str]] = {name: set() for name in known}
+    for name, path in known.items():
+        for other in imported(path):
+            target = other if other in known else other.rpartition(".")[0]
+            if target in known and target != name:
+                graph[name].add(target)
+    return graph
+
+
+def rooms_of(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """The same between rooms: folders with the modules in them. A module beside rooms is a room of its own."""
+    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph) and "." in name}
+
+    def room(name: str) -> str:
+        return next((package for package in packages if name == package or name.startswith(f"{package}.")), name)
+
+    rooms: dict[str, set[str]] = {room(name): set() for name in graph}
+    for name, others in graph.items():
+        rooms[room(name)] |= {room(other) for other in others} - {room(name)}
+    return rooms
+
+
+def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components of more than one module (Tarjan 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(graph[name]):
+            if other not in index:
+                visit(other)
+                low[name] = min(low[name], low[other])
+            elif other in stack:
+                low[name] = min(low[name], index[other])
+        if low[name] == index[name]:
+            place = stack.index(name)
+            if len(stack) - place > 1:
+                found.append(sorted(stack[place:]))
+            del stack[place:]
+
+    for name in graph:
+        if name not in index:
+            visit(name)
+    return found
+
+
+@pytest.mark.xfail(reason="the circles that the move uncovered; the next commits mend them")
+def test_no_circles_between_modules():
+    assert circles(module_graph()) == []
+
+
+@pytest.mark.xfail(reason="the circles that the move uncovered; the next commits mend them")
+def test_no_circles_between_rooms():
+    assert circles(rooms_of(module_graph())) == []
 
 
 def test_the_rules_can_fail(tmp_path):
-    """A rule over nothing holds always: the walker sees imports inside functions and the modules are there."""
+    """A rule over nothing holds always: the walker sees imports inside functions, circles are found."""
     (tmp_path / "m.py").write_text("def f():\n    import zarr.core\n    from torch import nn\n")
     assert list(imported(tmp_path / "m.py")) == ["zarr.core", "torch.nn"]
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
+    assert rooms_of({"x.a": set(), "x.b": {"x.r.m"}, "x.r": set(), "x.r.m": {"x.a"}})["x.r"] == {"x.a"}
     assert len(MODULES) > 4

@@ -10,6 +10,7 @@ import pytest
 from extract.cli import run_command
 
 ROOT = Path(__file__).parent.parent
+ROOMS = ("extract", "aggregate", "ensemble", "pipelines")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Every command is run with these flags behind its own, so that minutes become seconds; none changes what it does.
 SMALL = {"--backbone": "test_resnet", "--weights": "random", "--frames": "4", "--decode-workers": "1"}
@@ -29,13 +30,19 @@ def commands() -> list[list[str]]:
     return [shlex.split(line)[2:] for line in lines]
 
 
-def test_the_tree_names_every_module_and_nothing_else():
+def test_the_tree_names_every_room_and_module_and_nothing_else():
     tree = README[README.index("## The tree") : README.index("## Words")]
-    for room in ("extract", "aggregate", "ensemble", "pipelines"):
-        here = re.search(rf"^{room}/ .*\n((?:  .*\n)+)", tree, re.MULTILINE)
-        assert here, f"the README's tree lacks {room}/"
-        named = set(re.findall(r"^  (\S+\.py)", here[1], re.MULTILINE))
-        assert named == {path.name for path in (ROOT / room).glob("*.py")} - {"__init__.py"}
+    lines = re.search(r"```text\n(.*?)```", tree, re.DOTALL)[1].splitlines()
+    named, folders = set(), []
+    for line in lines:
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folders = folders[: len(indent) // 2]
+        if name.endswith("/"):
+            folders.append(name)
+        else:
+            named.add("".join([*folders, name]))
+    there = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert named == {name for name in there if not name.endswith("__init__.py")}
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aggregate import ablate, compare, train
-from aggregate.checkpoint import Checkpoint
 from aggregate.metrics import paired_bootstrap
-from aggregate.together import Configuration, Trainer, contents_of
+from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.grid import Configuration, Trainer, contents_of
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, poison_row
@@ -431,7 +431,7 @@ def test_an_error_in_a_worker_comes_out_as_what_it_was(tmp_path, cluster):
 
 
 def test_a_worker_that_sees_another_store_fails_naming_its_node(features, tmp_path):
-    from aggregate.together import run_elsewhere
+    from aggregate.training.grid import run_elsewhere
 
     share = planned(options(features, tmp_path / "a"))
     threads = torch.get_num_threads()

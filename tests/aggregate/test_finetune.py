@@ -15,21 +15,21 @@ import pytest
 import torch
 
 from aggregate import evaluate, finetune, train
-from aggregate.checkpoint import Checkpoint
-from aggregate.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.data.frames import VideoFrames
 from aggregate.endtoend import EndToEnd, Recogniser, rebuild
 from aggregate.finetune import Options, Trainer
-from aggregate.frames import VideoFrames
 from aggregate.models import build
 from aggregate.scores import Scores
+from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
-from extract.backbone import load_trunk
+from extract.backbone.model import load_trunk
 from extract.cli import InputError, RunError
 from extract.decode import decode
+from extract.listing.videos import list_videos
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
-from extract.videos import list_videos
 
 BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
 

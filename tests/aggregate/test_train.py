@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from aggregate import evaluate, train
-from aggregate.checkpoint import Checkpoint
 from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
+from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows, poison_row

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from extract.backbone import load_backbone
+from extract.backbone.model import load_backbone
 
 NAME = "legacy_seresnext101_32x4d"
 ROUNDS = 6
@@ -79,7 +79,7 @@ def test_batch_size(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The constant batch is no worse than others by more than 10 % (and small, so that little is padded)."""
     backbones = {}
     for size in (8, 16, 32, 64):
-        monkeypatch.setattr("extract.backbone._BATCH", {"cpu": size})
+        monkeypatch.setattr("extract.backbone.model._BATCH", {"cpu": size})
         backbones[size] = load_backbone(name, weights="random", device="cpu", precision="bf16")
     frames = np.random.default_rng(0).integers(0, 256, (64, 224, 224, 3), dtype=np.uint8)
     seconds = best_seconds(

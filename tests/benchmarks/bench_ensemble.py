@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from aggregate.scores import Scores
-from extract.labels import kinetics700_labels
+from extract.listing.labels import kinetics700_labels
 
 ROOT = Path(__file__).parents[2]
 VIDEOS = 70_000

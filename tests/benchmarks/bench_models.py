@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from aggregate.features import Batch
-from aggregate.fit import Learner
+from aggregate.data.features import Batch
 from aggregate.hgnl import HGNonLocal
 from aggregate.literal import literal_hgnl
 from aggregate.models import build
-from aggregate.optim import Recipe
+from aggregate.training.learner import Learner
+from aggregate.training.recipes import Recipe
 
 DIM, CLASSES, BATCH, THREADS, WARM_UP = 2048, 700, 256, 2, 3
 _COMMON = {"lr": 1e-3, "weight_decay": 5e-4, "epochs": 8, "batch_size": BATCH, "dropout": 0.5}

@@ -16,10 +16,10 @@ from pathlib import Path
 import av
 import numpy as np
 
-from aggregate.checkpoint import Checkpoint
 from aggregate.endtoend import backbone_record
 from aggregate.models import build
-from extract.backbone import load_trunk
+from aggregate.training.checkpoint import Checkpoint
+from extract.backbone.model import load_trunk
 from extract.decode import decode
 from pipelines.predict import Predictor
 

@@ -19,10 +19,10 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from aggregate.features import Batch, StoredFeatures, ahead
-from aggregate.fit import Learner, train_epoch
+from aggregate.data.features import Batch, StoredFeatures, ahead
 from aggregate.models import build
-from aggregate.optim import recipe
+from aggregate.training.learner import Learner, train_epoch
+from aggregate.training.recipes import recipe
 from extract.sampling import segment_random
 from extract.store import OK, FeatureStore, Rows
 

@@ -19,12 +19,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 
+from aggregate.data.features import StoredFeatures, usable
 from aggregate.evaluate import logits_of
-from aggregate.features import StoredFeatures, usable
-from aggregate.fit import Learner, attention, train_epoch
 from aggregate.metrics import bootstrap, challenge_errors, paired_bootstrap, ranks
 from aggregate.models import build
-from aggregate.optim import Recipe, recipe
+from aggregate.training.learner import Learner, attention, train_epoch
+from aggregate.training.recipes import Recipe, recipe
 from extract.store import FeatureStore
 
 ROOT = Path(__file__).parent.parent.parent

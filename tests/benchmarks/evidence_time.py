@@ -159,7 +159,7 @@ def tuned(work: Path) -> None:
 
 def _only(scores: Scores, source: dict, groups: tuple[str, ...]) -> Scores:
     """The rows of the held-out subjects, or all of them."""
-    from extract.videos import list_videos
+    from extract.listing.videos import list_videos
 
     held = {video.id for video in list_videos(source["videos"], root=source["root"]).videos if video.group in groups}
     rows = [row for row, name in enumerate(scores.ids) if name in held or not groups]

@@ -14,7 +14,7 @@ from aggregate.scores import Scores
 from ensemble.grade import grade_submission, read_ids, read_truth
 from ensemble.submit import Options, check_submission, main, neutral_entry, submission_ids, write_submission
 from extract.cli import InputError, run_command
-from extract.labels import kinetics700_labels
+from extract.listing.labels import kinetics700_labels
 
 CLASSES = ["a", "b c", "d'e", "f (g)", "ü", "h", "i"]
 

@@ -19,12 +19,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import extract.backbone as backbone_module
-from extract import inference
-from extract.backbone import Backbone, load_backbone, load_trunk
+import extract.backbone.model as backbone_module
+from extract.backbone import inference
+from extract.backbone.inference import folded, packed, relative_error
+from extract.backbone.model import Backbone, load_backbone, load_trunk
+from extract.backbone.weights import read_weights
 from extract.cli import InputError, RunError
-from extract.inference import folded, packed, relative_error
-from extract.weights import read_weights
 
 DEFAULT = "legacy_seresnext101_32x4d"
 SMALL = "legacy_seresnet18"  # Cadene's names: layer0.conv1, se_module, last_linear

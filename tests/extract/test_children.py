@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from decode_jobs import do
-from extract.children import ATTEMPTS, SLOTS_A_CHILD, DecodePool
 from extract.cli import RunError
-from extract.transform import Plan, Preprocessing, decode_job, prepare
+from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, DecodePool
+from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
 
 SLOT = 1000
 PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
@@ -129,7 +129,7 @@ def test_cpu_seconds_are_the_jobs_own(pool):
 
 def test_a_child_never_imports_torch(pool):
     with pool.submit(("modules", None)).result(PATIENCE) as finished:
-        assert "extract.children" in finished.result or "__main__" in finished.result
+        assert "extract.decode.subprocess_pool" in finished.result or "__main__" in finished.result
         assert not {"torch", "timm", "zarr", "ray"} & set(finished.result)
 
 
@@ -338,7 +338,7 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
     program = (
         "import sys, time\n"
         "from decode_jobs import do\n"
-        "from extract.children import DecodePool\n"
+        "from extract.decode.subprocess_pool import DecodePool\n"
         "pool = DecodePool(do, slot_bytes=1000, workers=3, timeout=1000)\n"
         "for path in sys.argv[2:]: pool.submit((sys.argv[1], path))\n"
         "time.sleep(1000)\n"

@@ -13,9 +13,9 @@ import pytest
 
 from extract.__main__ import Options, main
 from extract.cli import RunError
-from extract.crew import RayCrew
 from extract.store import OK, FeatureStore, RunLog
-from extract.worker import Settings, Worker
+from extract.workers.actor_pool import RayCrew
+from extract.workers.worker import Settings, Worker
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -142,7 +142,7 @@ def test_no_cluster_at_the_address(clips, tmp_path):
 
 
 def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
-    monkeypatch.setattr("extract.crew.SECONDS_WITHOUT_WORKERS", 1.0)
+    monkeypatch.setattr("extract.workers.actor_pool.SECONDS_WITHOUT_WORKERS", 1.0)
     crew = object.__new__(RayCrew)
 
     class Nobody:

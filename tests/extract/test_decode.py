@@ -16,8 +16,8 @@ import av
 import numpy as np
 import pytest
 
-from extract import decode as decoding
 from extract.decode import Decoded, VideoError, decode, decoder_version
+from extract.decode import reader as decoding
 from extract.sampling import segment_centres
 from videos import (
     Whole,

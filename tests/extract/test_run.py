@@ -134,7 +134,7 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
         while not stop.wait(0.3):
             for child in psutil.Process().children(recursive=True):
                 with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
-                    if "extract.children" in " ".join(child.cmdline()) and killed < 3:
+                    if "extract.decode.subprocess_pool" in " ".join(child.cmdline()) and killed < 3:
                         child.kill()
                         killed += 1
                         break
@@ -282,7 +282,7 @@ def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
         while not committed_blocks(tmp_path / "a.zarr") and not stopped.is_set():
             time.sleep(0.001)
         for child in psutil.Process().children(recursive=True):
-            if "extract.children" in " ".join(child.cmdline()):
+            if "extract.decode.subprocess_pool" in " ".join(child.cmdline()):
                 child.send_signal(signal.SIGSTOP)
                 stopped.set()
 

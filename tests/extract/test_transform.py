@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from extract.decode import VideoError
-from extract.sampling import segment_centres
-from extract.transform import (
+from extract.decode.transform import (
     Plan,
     Preprocessing,
     augmentation_rng,
@@ -25,6 +24,7 @@ from extract.transform import (
     training_view,
     view_names,
 )
+from extract.sampling import segment_centres
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = Preprocessing(size=32, resize=40, interpolation="bilinear", **IMAGENET)

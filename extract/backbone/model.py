@@ -20,10 +20,10 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from extract.backbone.inference import folded, packed
+from extract.backbone.weights import load_into, published_file, read_weights
 from extract.cli import InputError, RunError
-from extract.inference import folded, packed
-from extract.transform import Preprocessing
-from extract.weights import load_into, published_file, read_weights
+from extract.decode.transform import Preprocessing
 
 # Frames in a batch, always: what a kernel rounds must not depend on how many frames wait. A CPU loses by more (its
 # caches: EfficientNet-Lite0 a fifth, ResNet-50 a twelfth from 8 to 16; SE-ResNeXt101 gains 2 %), a GPU gains.

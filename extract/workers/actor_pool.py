@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from extract.cli import RunError
-from extract.worker import Block, Done, Settings, Worker
+from extract.workers.worker import Block, Done, Settings, Worker
 
 if TYPE_CHECKING:
     import ray

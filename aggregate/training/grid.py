@@ -20,15 +20,15 @@ import numpy as np
 import torch
 
 from aggregate import train
-from aggregate.checkpoint import Checkpoint
 from aggregate.complexity import Column, madds_by_formula
+from aggregate.data.features import Placement, StoredFeatures, find_non_finite
 from aggregate.evaluate import DamagedModelError, choose_device, held_for_test, logits_of
-from aggregate.features import Placement, StoredFeatures, find_non_finite
-from aggregate.fit import DivergedError, Learner, train_epoch
 from aggregate.literal import count
 from aggregate.metrics import challenge_error, ranks, summarise_places
 from aggregate.models import VideoClassifier, build
-from aggregate.optim import Recipe
+from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.learner import DivergedError, Learner, train_epoch
+from aggregate.training.recipes import Recipe
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 

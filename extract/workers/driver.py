@@ -22,11 +22,11 @@ import numpy as np
 from tqdm import tqdm
 
 from extract.cli import InputError, RunError
-from extract.crew import Here, RayCrew
+from extract.listing.videos import Listing, Video, list_videos
 from extract.status import human_bytes, status_table
 from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
-from extract.videos import Listing, Video, list_videos
-from extract.worker import Block, Done, Settings
+from extract.workers.actor_pool import Here, RayCrew
+from extract.workers.worker import Block, Done, Settings
 
 if TYPE_CHECKING:
     from extract.__main__ import Options

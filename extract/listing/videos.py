@@ -15,9 +15,9 @@ from statistics import median
 from typing import NamedTuple
 
 from extract.cli import InputError
-from extract.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
-from extract.labels import choose_labels, kinetics700_labels
-from extract.tables import files_of, find_clips, find_paths, read_table, stem, tables_in
+from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
+from extract.listing.labels import choose_labels, kinetics700_labels
+from extract.listing.tables import files_of, find_clips, find_paths, read_table, stem, tables_in
 
 __all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
 

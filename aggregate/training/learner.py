@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aggregate.features import Batch
-from aggregate.optim import Recipe, make_optimizer, parameter_groups, set_lr
+from aggregate.data.features import Batch
+from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups, set_lr
 
 
 class DivergedError(ArithmeticError):

@@ -1,0 +1,1 @@
+"""Training: learners, recipes, checkpoints, and several models in one pass."""

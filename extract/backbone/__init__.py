@@ -1,0 +1,1 @@
+"""Any timm image model as a frozen backbone: weights, folding, packing, precision."""

@@ -1,0 +1,5 @@
+"""A video and frame indices in, frames out: reading, cropping, and subprocesses that can be killed."""
+
+from extract.decode.reader import Decoded, VideoError, decode, decoder_version
+
+__all__ = ["Decoded", "VideoError", "decode", "decoder_version"]

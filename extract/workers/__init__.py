@@ -1,0 +1,1 @@
+"""Who does the work of an extraction: a driver, one worker in this process, or Ray actors."""

@@ -1,0 +1,1 @@
+"""python -m pipelines.report: one HTML page of everything in a run folder."""
