@@ -1,7 +1,7 @@
 """python -m aggregate.ablate: many configurations trained in one pass over the features, and what they are worth.
 
 Every option of the aggregators and of training takes a list; all combinations are trained, once a seed. One command is
-one folder: finished results, tables, figures. How a pass is shared: aggregate/training/grid.py; how results are
+one folder: finished results, tables, figures. How a pass is shared: aggregate/ablation/grid.py; how results are
 compared in aggregate/compare.py.
 """
 
@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate import train
+from aggregate.training.options import AGGREGATOR_FLAGS, SplitOptions, completed, plain
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from aggregate.training.grid import Configuration, Result
+    from aggregate.ablation.grid import Configuration, Result
     from extract.store import FeatureStore
 
 # Where an ablation may continue with another value: they say where and how fast, not what.
@@ -38,7 +39,7 @@ LISTS = (
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(SplitOptions):
     """Train all combinations of the listed options on cached features, several at once; run again to resume.
 
     Where no default is named, an option is the recipe's own.
@@ -80,14 +81,6 @@ class Options:
     epochs: tuple[int, ...] = ()
     batch_size: tuple[int, ...] = ()
     dropout: tuple[float, ...] = ()
-    train_split: str = "train"
-    val_split: str = "val"
-    val_groups: tuple[str, ...] = ()
-    """Validate on these groups (subjects, sources), train on all others."""
-    val_fraction: float = 0.2
-    """How much to hold out where the store has no validation split; by the seed, as in aggregate.train."""
-    allow_missing_classes: bool = False
-    """Train although some classes have no example."""
     at_once: int = 32
     """At most so many models share a pass: their memory, and what is lost when the process is killed."""
     workers: int | None = None
@@ -112,7 +105,7 @@ class Plan:
         groups: dict[tuple[int, int, int, int], list[Configuration]] = {}
         for one in self.configurations:
             if one.key not in done:
-                groups.setdefault(one.sees, []).append(one)
+                groups.setdefault(one.shares_batches, []).append(one)
         parts = []
         for group in groups.values():
             count = min(len(group), max(shares, -(-len(group) // at_once)))
@@ -121,9 +114,9 @@ class Plan:
 
 
 def main(options: Options) -> int:
+    from aggregate.ablation.grid import contents_of
     from aggregate.compare import report
-    from aggregate.evaluate import choose_device
-    from aggregate.training.grid import contents_of
+    from aggregate.training.learner import choose_device
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -158,8 +151,9 @@ def main(options: Options) -> int:
 
 def plan(options: Options, store: "FeatureStore") -> Plan:
     """All combinations of the listed options, each once a seed. InputError where none is left, or a list is empty."""
+    from aggregate.ablation.grid import Configuration
     from aggregate.training.checkpoint import Checkpoint
-    from aggregate.training.grid import Configuration
+    from aggregate.training.splits import check_classes, choose_rows
 
     for one in fields(Options):
         if one.name in ("seeds", *LISTS) and one.default and not getattr(options, one.name):
@@ -183,8 +177,8 @@ def plan(options: Options, store: "FeatureStore") -> Plan:
     skipped: dict[str, str] = {}
     videos = {}
     for seed in options.seeds:
-        rows, _, _ = train.choose_rows(store, replace(singles[0], seed=seed))
-        train.check_classes(store, rows, singles[0])
+        rows, _, _ = choose_rows(store, options, seed)
+        check_classes(store, rows, allow_missing=options.allow_missing_classes)
         videos[seed] = len(rows)
     for seed, single in itertools.product(options.seeds, singles):
         name = name_of(single, varied)
@@ -215,7 +209,7 @@ def _combinations(options: Options) -> list[train.Options]:
     defaults = {one.name: one.default for one in fields(train.Options)}
     found: dict[train.Options, None] = {}
     for agg, *values in itertools.product(options.agg, *lists):
-        foreign = set(train.AGGREGATOR_FLAGS["hgnl"]) - set(train.AGGREGATOR_FLAGS.get(agg, ()))
+        foreign = set(AGGREGATOR_FLAGS["hgnl"]) - set(AGGREGATOR_FLAGS.get(agg, ()))
         own: dict[str, Any] = {k: defaults[k] if k in foreign else v for k, v in zip(LISTS[1:], values, strict=True)}
         found[train.Options(agg=agg, **own, **kept)] = None
     return list(found)
@@ -224,16 +218,16 @@ def _combinations(options: Options) -> list[train.Options]:
 def _check_meaning(options: Options) -> None:
     """InputError for a list that none of the aggregators chosen has."""
     defaults = {one.name: one.default for one in fields(Options)}
-    for flag in train.AGGREGATOR_FLAGS["hgnl"]:
+    for flag in AGGREGATOR_FLAGS["hgnl"]:
         given = getattr(options, flag)
-        if given != defaults[flag] and not any(flag in train.AGGREGATOR_FLAGS.get(agg, ()) for agg in options.agg):
+        if given != defaults[flag] and not any(flag in AGGREGATOR_FLAGS.get(agg, ()) for agg in options.agg):
             text = f"--{flag.replace('_', '-')} {' '.join(map(str, given))}"
             raise InputError(f"{text} means nothing to --agg {' '.join(options.agg)}")
 
 
 def name_of(options: train.Options, varied: Sequence[str]) -> str:
     """`hgnl g1=4 g2=2`: the aggregator and those of the `varied` options that it has."""
-    foreign = set(train.AGGREGATOR_FLAGS["hgnl"]) - set(train.AGGREGATOR_FLAGS.get(options.agg, ()))
+    foreign = set(AGGREGATOR_FLAGS["hgnl"]) - set(AGGREGATOR_FLAGS.get(options.agg, ()))
     words = [f"{name}={_text(getattr(options, name))}" for name in varied if name != "agg" and name not in foreign]
     return " ".join([options.agg, *words])
 
@@ -285,7 +279,7 @@ class Records:
         file = out / "results.jsonl"
         if not file.exists() and out.exists() and any(path.name != "options.json" for path in out.iterdir()):
             raise InputError(f"--out {out} is not empty and holds no ablation; give another name")
-        wanted = train.plain(options) | {"contents_of_features": contents}
+        wanted = plain(options) | {"contents_of_features": contents}
         (out / "places").mkdir(parents=True, exist_ok=True)
         self._out = out
         self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
@@ -297,6 +291,9 @@ class Records:
 
     def _open(self, file: Path, wanted: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Lock the folder, read what is done, write the options."""
+        from aggregate.ablation.grid import key_of
+        from aggregate.training.run import refuse_other_options
+
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -305,10 +302,11 @@ class Records:
         whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
         if whole:
-            train.refuse_other_options(self._out, wanted, free=_FREE_ON_RESUME)
+            refuse_other_options(self._out, wanted, Options, free=_FREE_ON_RESUME)
         _replace(self._out / "options.json", (json.dumps(wanted, indent=1) + "\n").encode())
         lines = [json.loads(line) for line in whole.splitlines()]
-        return {line["key"]: line["row"] for line in lines}
+        today = plain(train.Options(agg="tsn"))
+        return {key_of(completed(json.loads(line["key"]), today, train.Options)): line["row"] for line in lines}
 
     def add(self, result: "Result") -> None:
         """Keep a result: on disk when this returns."""
@@ -372,16 +370,17 @@ def _trained(
         return
     from tqdm import tqdm
 
-    from aggregate.training.grid import Trainer
+    from aggregate.ablation.grid import GridTrainer
+    from aggregate.training.splits import choose_rows
 
     passes = chosen.passes(at_once=options.at_once, done=done)
     if not passes:
         return
     init = None if options.init is None else str(options.init)
-    trainer = Trainer(options.features, device=options.device, placement=options.placement, init=init)
+    trainer = GridTrainer(options.features, device=options.device, placement=options.placement, init=init)
     for number, share in enumerate(passes, 1):
         first = share[0]
-        videos = len(train.choose_rows(store, first.options)[0])
+        videos = len(choose_rows(store, first.options, first.options.seed)[0])
         total = first.recipe.epochs * -(-videos // first.recipe.batch_size)
         with tqdm(
             total=total, unit="step", file=sys.stderr, desc=f"pass {number}/{len(passes)}, {len(share)} models"
@@ -397,7 +396,7 @@ def _by_ray(options: Options, chosen: Plan, store: "FeatureStore", done: list[st
     """Each pass in as many shares as there are workers; a share whose worker is lost is trained again by another."""
     import ray
 
-    from aggregate.training.grid import contents_of, run_elsewhere
+    from aggregate.ablation.grid import contents_of, run_elsewhere
     from extract.workers.actor_pool import connect
 
     started = connect(options.address)

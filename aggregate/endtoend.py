@@ -64,13 +64,10 @@ def build_net(options: Mapping[str, Any], backbone: nn.Module) -> EndToEnd | StN
     """The model of `Checkpoint.options` round a backbone without classifier."""
     chosen = dict(options)
     if chosen["name"] == "stnet":
-        return StNet(
-            backbone,
-            chosen["num_classes"],
-            frames_per_segment=chosen["frames_per_segment"],
-            form=chosen["form"],
-            dropout=chosen["dropout"],
-        )
+        own = {name: chosen[name] for name in ("frames_per_segment", "form", "dropout")}
+        net = StNet(backbone, chosen["num_classes"], **own)
+        net.options = chosen  # type: ignore[assignment]  # as a VideoClassifier has them
+        return net
     return EndToEnd(backbone, build(**chosen))
 
 

@@ -111,7 +111,7 @@ class Predictor:
         self._per_segment = 0
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         if checkpoint.options["name"] == "stnet":
-            from aggregate.evaluate import choose_device
+            from aggregate.training.learner import choose_device
 
             if precision not in ("auto", "fp32"):
                 raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")

@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -175,8 +175,8 @@ def evaluation_views(store: FeatureStore) -> np.ndarray:
     return np.array([place for place, name in enumerate(store.views) if not name.startswith("augment_")])
 
 
-def usable(store: FeatureStore) -> np.ndarray:
-    """Videos with features: bool [N]."""
+def usable(store: Any) -> np.ndarray:
+    """Videos of a store, or of whatever has a `status` column, with features: bool [N]."""
     return (store.status != PENDING) & (store.status != FAILED)
 
 

@@ -9,29 +9,18 @@ import torch
 from torch import Tensor
 
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.data.features import Batch
 from extract.cli import RunError
 from extract.decode.subprocess_pool import DecodePool
 from extract.listing.videos import Video
 
 
-@dataclass(frozen=True)
-class FrameBatch:
-    """frames uint8 [B, crops, T, N, H, W, 3] (training: one crop), mask bool [B, T], labels int64 [B].
-
-    `places` says which of the listed videos they are. A video that could not be decoded is not there: it is left out.
-    """
-
-    frames: Tensor
-    mask: Tensor
-    labels: Tensor
-    places: np.ndarray
-
-
 @dataclass
 class VideoFrames:
-    """The videos of a split with decode children of their own; close it, or use it in `with`.
+    """The videos of a split with decoding processes of their own; close it, or use it in `with`.
 
-    `failed` maps the places of videos that could not be decoded to their reasons, as found so far.
+    Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and as `rows` the places in `videos`. A video
+    that could not be decoded is left out; `failed` maps its place to the reason, as found so far.
     """
 
     videos: Sequence[Video]
@@ -61,7 +50,7 @@ class VideoFrames:
 
     def train_batches(
         self, *, epoch: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
-    ) -> Iterator[FrameBatch]:
+    ) -> Iterator[Batch]:
         """One epoch in random order: batches of `batch_size` videos, of which this process takes every `world`-th.
 
         Every process gets the same number of batches; its part of one may be empty. The order is a function of (seed,
@@ -69,14 +58,14 @@ class VideoFrames:
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = [order[start : start + batch_size][rank::world] for start in range(0, len(order), batch_size)]
-        return self._batches(batches, seed=seed, epoch=epoch)
+        return (views[0] for views in self._batches(batches, seed=seed, epoch=epoch))
 
-    def test_batches(self, *, batch_size: int) -> Iterator[FrameBatch]:
-        """All videos in order, middle frames, every crop."""
+    def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
+        """All videos in order, middle frames; of each batch one `Batch` a crop."""
         order = np.arange(len(self.videos))
         return self._batches([order[start : start + batch_size] for start in range(0, len(order), batch_size)])
 
-    def _batches(self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1) -> Iterator[FrameBatch]:
+    def _batches(self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1) -> Iterator[list[Batch]]:
         # Jobs are queued this far ahead; the children's own slots of memory hold them back before that.
         jobs: collections.deque = collections.deque()
         waiting = iter(batches)
@@ -92,16 +81,16 @@ class VideoFrames:
         queue_one()
         while jobs:
             places, futures = jobs.popleft()
-            batch = self._collect(places, futures)
+            views = self._collect(places, futures)
             queue_one()
             # In training an empty batch is a batch too: processes that train together must count alike.
-            if len(batch.places) or epoch >= 0:
-                yield batch
+            if len(views[0].rows) or epoch >= 0:
+                yield views
             if epoch >= 0 and len(places) and len(self.failed) == len(self.videos):
                 name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
                 raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
 
-    def _collect(self, places: np.ndarray, futures: list) -> FrameBatch:
+    def _collect(self, places: np.ndarray, futures: list) -> list[Batch]:
         size, plan = self.plan.preprocessing.size, self.plan
         frames = np.empty((len(places), plan.slot_bytes), np.uint8)
         masks: list[np.ndarray] = []
@@ -115,12 +104,10 @@ class VideoFrames:
                 masks.append(finished.result)
                 good.append(place)
         shape = (len(good), plan.crops, plan.segments, plan.frames_per_segment, size, size, 3)
-        return FrameBatch(
-            frames=torch.from_numpy(frames[: len(good)].reshape(shape)),
-            mask=torch.from_numpy(np.array(masks, bool).reshape(-1, plan.segments)),
-            labels=torch.tensor([self.videos[place].label for place in good], dtype=torch.int64),
-            places=np.array(good, int),
-        )
+        x = torch.from_numpy(frames[: len(good)].reshape(shape))
+        mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.segments))
+        labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
+        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.crops)]
 
 
 def normalised(frames: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

@@ -1,22 +1,25 @@
-"""Training and testing: models, batches and optimizers, and nothing of stores, commands or files."""
+"""A model with its optimizer, trained one batch at a time: cached features or frames, one process or several."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aggregate.data.features import Batch
 from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups, set_lr
+from extract.cli import InputError
 
 
 class DivergedError(ArithmeticError):
-    """A loss that is no number. `rows` are the store's rows of the batches since the last look."""
+    """A loss that is no number. `rows` are those of the batches since the last look."""
 
     def __init__(self, message: str, rows: np.ndarray):
         super().__init__(message)
@@ -25,10 +28,11 @@ class DivergedError(ArithmeticError):
 
 @dataclass(eq=False)
 class Learner:
-    """A model with its optimizer: `step` trains it on one batch. Several can be fed by the same batches.
+    """`step` trains the model on one batch; several learners can be fed by the same batches.
 
-    The randomness of a step (dropout) is a function of (seed, epoch, step), so a learner does the same alone, beside
-    others, and after a resume.
+    The randomness of a step (dropout) is a function of (seed, epoch, step, rank), so a learner does the same alone,
+    beside others, and after a resume. `best_state` is the network as it was when `keep_best` was told the smallest
+    error. A model that sees frames holds its network as `net`; the states are the network's.
     """
 
     name: str
@@ -37,45 +41,112 @@ class Learner:
     steps_per_epoch: int
     seed: int
     device: torch.device
+    file: str = "best.pt"  # where its best state goes, in the folder of the run
     groups: list[dict[str, Any]] | None = None  # of parameters; by default all of one learning rate
-    optimizer: torch.optim.Optimizer = field(init=False)
+    precision: str = "auto"  # bf16 on a GPU, else fp32
+    micro_batch: int = 1 << 30  # videos that go through the network at once; gradients of a batch are added up
+    ema: float = 0.0  # decay of an average of the weights, which is then what is tested and kept
+    frozen: Sequence[nn.Module] = ()  # stay in evaluation mode
+    rank: int = 0
+    world: int = 1  # processes that share every batch
     seconds: float = field(init=False, default=0.0)  # spent in `step`; on a GPU, for launching the work only
+    lost: str = field(init=False, default="")  # why it is trained no further
+    best_error: float = field(init=False, default=math.inf)
+    best_epoch: int = field(init=False, default=-1)
+    best_state: dict[str, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.optimizer = make_optimizer(self.groups or parameter_groups(self.model, self.recipe), self.recipe)
+        if self.precision == "auto":
+            self.precision = "bf16" if self.device.type == "cuda" else "fp32"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")  # type: ignore[attr-defined]
+        self.parallel = self.model
+        if self.world > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()} if self.ema else None
         self._loss = torch.zeros((), device=self.device)
+        self._seen = 0
         self._since: list[np.ndarray] = []
         self._steps = 0
         # On a GPU to look at the loss is to wait for it.
         self._look_every = 1 if self.device.type == "cpu" else 50
 
+    @property
+    def net(self) -> nn.Module:
+        return getattr(self.model, "net", self.model)
+
+    def autocast(self) -> torch.autocast:
+        return autocast(self.device, self.precision)
+
+    def train_mode(self) -> None:
+        self.parallel.train()
+        for module in self.frozen:
+            module.eval()
+
     def step(self, batch: Batch, epoch: int, step: int) -> None:
         """Forward, backward and an update. Raises DivergedError for a loss that is no number."""
         started = time.perf_counter()
-        torch.manual_seed(hash((self.seed, epoch, step)) & 0x7FFF_FFFF_FFFF_FFFF)
+        words = (self.seed, epoch, step, self.rank) if self.rank else (self.seed, epoch, step)
+        torch.manual_seed(hash(words) & 0x7FFF_FFFF_FFFF_FFFF)
         set_lr(self.optimizer, self.recipe, epoch + step / self.steps_per_epoch)
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            loss = F.cross_entropy(self.model(batch.x, batch.mask).float(), batch.labels)
-        loss.backward()
+        count = len(batch.labels)
+        whole = int(total(count, self.world, self.device))
+        if not whole:
+            return
+        if not count:  # other processes have videos, and gradients are averaged with ours: those of nothing
+            with self.autocast():
+                blank = batch.x.new_zeros((1, *batch.x.shape[1:]))
+                nothing = self.parallel(blank, torch.ones((1, batch.x.shape[1]), dtype=torch.bool))
+                self.scaler.scale(0.0 * nothing.sum()).backward()
+        for start in range(0, count, self.micro_batch):
+            part = slice(start, start + self.micro_batch)
+            mask = None if batch.mask is None else batch.mask[part]
+            with self._synchronised(start + self.micro_batch >= count), self.autocast():
+                logits = self.parallel(batch.x[part], mask)
+                loss = F.cross_entropy(logits.float(), batch.labels[part].to(self.device), reduction="sum")
+                # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.
+                self.scaler.scale(loss * (self.world / whole)).backward()
+            self._loss += loss.detach()
         if self.recipe.clip:
+            self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimizer.step()
-        self._loss += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._average_weights()
+        self._seen += count
         self._steps += 1
         self._since.append(batch.rows)
         if self._steps % self._look_every == 0:
             self._look(epoch)
         self.seconds += time.perf_counter() - started
 
+    @contextmanager
+    def _synchronised(self, now: bool) -> Iterator[None]:
+        if self.world > 1 and not now:
+            with self.parallel.no_sync():  # type: ignore[operator]
+                yield
+        else:
+            yield
+
+    def _average_weights(self) -> None:
+        if self.average is None:
+            return
+        for name, value in self.net.state_dict().items():
+            if value.is_floating_point():
+                self.average[name].lerp_(value.detach(), 1 - self.ema)
+            else:
+                self.average[name].copy_(value)
+
     def mean_loss(self, epoch: int) -> float:
-        """The mean loss since the last call."""
+        """The mean loss of a video since the last call, over all processes."""
         self._look(epoch)
-        mean = float(self._loss) / max(self._steps, 1)
+        summed, seen = (total(float(value), self.world, self.device) for value in (self._loss, self._seen))
         self._loss.zero_()
-        self._steps = 0
-        return mean
+        self._seen = self._steps = 0
+        return summed / max(seen, 1)
 
     def _look(self, epoch: int) -> None:
         if not math.isfinite(float(self._loss)):
@@ -83,82 +154,78 @@ class Learner:
             raise DivergedError(f"{self.name}: the loss is {float(self._loss)} in epoch {epoch}", rows)
         self._since.clear()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that resuming bit for bit needs."""
-        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+    # -- states --------------------------------------------------------------------------------------------------------
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-
-def train_epoch(
-    learners: Sequence[Learner],
-    batches: Iterable[Batch],
-    epoch: int,
-    on_step: Callable[[], object] = lambda: None,
-    on_diverged: Callable[[Learner, DivergedError], object] | None = None,
-) -> list[float]:
-    """One pass over `batches`, each fed to all `learners`; their mean losses.
-
-    A learner that diverges ends the pass with its DivergedError; with `on_diverged`, which is told of it, the others
-    go on and its loss is NaN.
-    """
-    running = list(learners)
-
-    def lost(learner: Learner, error: DivergedError) -> None:
-        if on_diverged is None:
-            raise error
-        running.remove(learner)
-        on_diverged(learner, error)
-
-    for learner in learners:
-        learner.model.train()
-    for step, batch in enumerate(batches):
-        for learner in list(running):
-            try:
-                learner.step(batch, epoch, step)
-            except DivergedError as error:
-                lost(learner, error)
-        on_step()
-    losses = [math.nan] * len(learners)
-    for place, learner in enumerate(learners):
+    @contextmanager
+    def tested_weights(self) -> Iterator[None]:
+        """The weights that are tested and kept: within, those of the average where there is one."""
+        if self.average is None:
+            yield
+            return
+        own = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
+        self.net.load_state_dict(self.average)
         try:
-            losses[place] = learner.mean_loss(epoch) if learner in running else math.nan
-        except DivergedError as error:
-            lost(learner, error)
-    return losses
+            yield
+        finally:
+            self.net.load_state_dict(own)
+
+    def tested_state(self) -> dict[str, Tensor]:
+        state = self.net.state_dict() if self.average is None else self.average
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
+
+    def keep_best(self, error: float, epoch: int) -> None:
+        """Keep the state where this epoch's validation error is the smallest so far."""
+        if error < self.best_error:
+            self.best_error, self.best_epoch, self.best_state = error, epoch, self.tested_state()
+
+    def load_best(self) -> None:
+        self.net.load_state_dict(self.best_state)
+        self.average = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that resuming bit for bit needs, but for the best state, which has a file of its own."""
+        return {
+            "learner": {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()},
+            "scaler": self.scaler.state_dict(),
+            "average": self.average,
+            "best_error": self.best_error,
+            "best_epoch": self.best_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], best_state: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(state["learner"]["model"])
+        self.optimizer.load_state_dict(state["learner"]["optimizer"])
+        self.scaler.load_state_dict(state.get("scaler") or {})
+        if self.average is not None:
+            self.average = {name: value.to(self.device) for name, value in state["average"].items()}
+        self.best_error, self.best_epoch, self.best_state = state["best_error"], state["best_epoch"], best_state
 
 
-@torch.inference_mode()
-def predict(models: Sequence[nn.Module], batches: Iterable[Sequence[Batch]]) -> list[np.ndarray]:
-    """Logits of each model, float32 [N, views, C], over batches that hold one `Batch` a view, each read once."""
-    parts: list[list[np.ndarray]] = [[] for _ in models]
-    for model in models:
-        model.eval()
-    for views in batches:
-        for model, part in zip(models, parts, strict=True):
-            logits = [_logits(model, batch) for batch in views]
-            part.append(torch.stack(logits, dim=1).float().cpu().numpy())
-    return [np.concatenate(part) for part in parts]
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Half precision where `precision` is one; bf16 on a GPU for "auto"."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, half, enabled=precision != "fp32")
 
 
-@torch.inference_mode()
-def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> tuple[float, float] | None:
-    """s, and the mean over videos of |s F_o| / |F| (both averaged over frames); None where a model has no s."""
-    aggregator: Any = getattr(model, "aggregator", None)
-    if not hasattr(aggregator, "attention_ratio"):
-        return None
-    model.eval()
-    ratios = []
-    for views in batches:
-        batch = views[0]
-        valid = slice(None) if batch.mask is None else batch.mask.any(1)
-        mask = None if batch.mask is None else batch.mask[valid]
-        ratios.append(aggregator.attention_ratio(batch.x[valid].float(), mask).cpu())
-    return float(aggregator.scale), float(torch.cat(ratios).mean())
+def total(value: float, world: int, device: torch.device) -> float:
+    """The sum over processes."""
+    if world == 1:
+        return value
+    summed = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(summed)
+    return float(summed)
 
 
-def _logits(model: nn.Module, batch: Batch) -> Tensor:
-    with torch.autocast(batch.x.device.type, torch.bfloat16, enabled=batch.x.device.type == "cuda"):
-        return model(batch.x, batch.mask)
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. InputError for a device that is not there: never another one in silence."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device {name!r} is not known; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
+        raise InputError(f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch")
+    return device

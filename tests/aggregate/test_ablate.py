@@ -20,9 +20,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aggregate import ablate, compare, train
+from aggregate.ablation.grid import Configuration, GridTrainer, contents_of
 from aggregate.metrics import paired_bootstrap
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.grid import Configuration, Trainer, contents_of
+from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, poison_row
@@ -69,22 +70,23 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     )
     share = planned(several)
     assert len(share) == 2 * (1 + 1 + 2 + 1)
-    assert len({one.sees for one in share}) == 1
-    trainer = Trainer(features, device="cpu", placement="auto")
-    entrants, lost = trainer.fit(share)
+    assert len({one.shares_batches for one in share}) == 1
+    trainer = GridTrainer(features, device="cpu", placement="auto")
+    _, learners = trainer.fit(share)
     rows = [result.row for result in trainer.run(share)]
-    assert not lost
+    assert not any(learner.lost for learner in learners)
     for number in (0, 3, 5, 6, 9):
-        one, entrant, row = share[number], entrants[number], rows[number]
+        one, learner, row = share[number], learners[number], rows[number]
         out = tmp_path / str(number)
         words = shlex.split(ablate.command(one.options))
         assert words[:3] == ["python", "-m", "aggregate.train"]
         alone = tyro.cli(train.Options, args=words[3:], config=(tyro.conf.FlagCreatePairsOff,))
         train.main(replace(alone, out=out))
         checkpoint = Checkpoint.load(out / "best.pt")
-        assert checkpoint.metrics == {"val_average_error": entrant.best_error, "epoch": entrant.best_epoch}
+        best = {"val_average_error": learner.best_error, "epoch": learner.best_epoch}
+        assert best.items() <= checkpoint.metrics.items()
         for name, tensor in checkpoint.state_dict.items():
-            assert torch.equal(tensor, entrant.best_state[name]), (one.name, name)
+            assert torch.equal(tensor, learner.best_state[name]), (one.name, name)
         reported = json.loads((out / "results.json").read_text())[one.options.agg]
         for segments, suffix in (("3", "at_frames"), ("6", "at_all")):
             for measure in ("top1", "top5", "average_error"):
@@ -104,14 +106,14 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
     store = classes_store(tmp_path / "f.zarr", splits=False, noise=4.0)
     path = str(tmp_path / "f.zarr")
     share = planned(options(path, tmp_path / "a", agg=("tsn",), g1=(16,), g2=(8,), m1=(), seeds=(0, 1)))
-    trainer = Trainer(path, device="cpu", placement="auto")
+    trainer = GridTrainer(path, device="cpu", placement="auto")
     for one in share:
         (result,) = trainer.run([one])
         train.main(replace(one.options, out=tmp_path / str(one.options.seed)))
         reported = json.loads((tmp_path / str(one.options.seed) / "results.json").read_text())
         assert result.row["top1_at_all"] == reported["tsn"]["6"]["top1"]["value"]
-        np.testing.assert_array_equal(result.places[0], train.choose_rows(store, one.options)[1])
-    assert train.choose_rows(store, share[0].options)[1].tolist() != result.places[0].tolist()
+        np.testing.assert_array_equal(result.places[0], choose_rows(store, one.options, one.options.seed)[1])
+    assert choose_rows(store, share[0].options, 0)[1].tolist() != result.places[0].tolist()
 
 
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
@@ -181,7 +183,7 @@ def test_wrong_options_are_named_and_leave_no_folder(changes, message, features,
 def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once, shares, data):
     class One:
         def __init__(self, spec):
-            self.sees, self.key = spec[:4], str(spec)
+            self.shares_batches, self.key = spec[:4], str(spec)
 
     several = [One(spec) for spec in specs]
     done = data.draw(st.sets(st.sampled_from([one.key for one in several]))) if several else set()
@@ -189,7 +191,7 @@ def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once,
     assert sorted(one.key for part in parts for one in part) == sorted({one.key for one in several} - done)
     for part in parts:
         assert 1 <= len(part) <= at_once
-        assert len({one.sees for one in part}) == 1
+        assert len({one.shares_batches for one in part}) == 1
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------
@@ -254,14 +256,14 @@ def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
     with open(log, "ab") as file:
         file.write(b'{"key": "torn')
     trained: list[int] = []
-    run = Trainer.run
+    run = GridTrainer.run
 
     def counted(self, share, on_step=lambda: None):
         trained.append(len(share))
         return run(self, share, on_step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "run", counted)
+        patch.setattr(GridTrainer, "run", counted)
         ablate.main(replace(wanted, out=cut))
         assert sum(trained) == 8 - count
         ablate.main(replace(wanted, out=cut))  # nothing is left: only the tables are written
@@ -321,23 +323,23 @@ def test_a_model_that_diverges_leaves_the_others_alone(features, tmp_path, capsy
 def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
     """A loss may stay finite while the weights that it leaves are not."""
     share = planned(options(features, tmp_path / "a", lr=(0.01, 0.02), epochs=(2,)))
-    trainer = Trainer(features, device="cpu", placement="auto")
-    made = trainer._entrant
+    trainer = GridTrainer(features, device="cpu", placement="auto")
+    made = trainer._learner
 
     def damaged(one, videos):
-        entrant = made(one, videos)
+        learner = made(one, videos)
         if one is share[1]:
-            step = entrant.learner.step
+            step = learner.step
 
             def breaks(batch, epoch, number):
                 step(batch, epoch, number)
                 if epoch == 1:
-                    entrant.learner.model.classifier.bias.data.fill_(math.nan)
+                    learner.model.classifier.bias.data.fill_(math.nan)
 
-            entrant.learner.step = breaks
-        return entrant
+            learner.step = breaks
+        return learner
 
-    trainer._entrant = damaged
+    trainer._learner = damaged
     good, bad = trainer.run(share)
     assert bad.row["status"] in ("scores are not finite in epoch 1", "the loss is nan in epoch 1")
     assert bad.places is None
@@ -431,7 +433,7 @@ def test_an_error_in_a_worker_comes_out_as_what_it_was(tmp_path, cluster):
 
 
 def test_a_worker_that_sees_another_store_fails_naming_its_node(features, tmp_path):
-    from aggregate.training.grid import run_elsewhere
+    from aggregate.ablation.grid import run_elsewhere
 
     share = planned(options(features, tmp_path / "a"))
     threads = torch.get_num_threads()

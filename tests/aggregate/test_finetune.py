@@ -18,10 +18,11 @@ from aggregate import evaluate, finetune, train
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.frames import VideoFrames
 from aggregate.endtoend import EndToEnd, Recogniser, rebuild
-from aggregate.finetune import Options, Trainer
+from aggregate.finetune import Options, prepare
 from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.testing import predict
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_trunk
@@ -83,7 +84,7 @@ def test_every_model_trains_and_is_tested_from_its_checkpoint(model, videos, tmp
     assert finetune.main(options(videos, tmp_path / "run", model, epochs=1, **changes)) == 0
     printed = capsys.readouterr().out
     assert "1 of 9 training videos were left out: train/barbell/broken.mp4" in printed
-    for name in ("best.pt", "last.pt", "metrics.csv", "options.json"):
+    for name in ("best.pt", "last.pt", "metrics.csv", "options.json", "results.json"):
         assert (tmp_path / "run" / name).exists()
     asked = evaluate.Options(
         tmp_path / "run" / "best.pt",
@@ -113,7 +114,7 @@ def test_a_broken_video_counts_as_an_error_in_a_test(videos, tmp_path):
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
-    return Checkpoint.load(folder / "last.pt").training["net"]
+    return Checkpoint.load(folder / "last.pt").training["learners"][0]["learner"]["model"]
 
 
 def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(videos, tmp_path):
@@ -122,17 +123,17 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(videos, tmp_path):
         wanted = options(videos, tmp_path / "whole", "hgnl", epochs=3, ema=0.9)
         finetune.main(wanted)
         cut = replace(wanted, out=tmp_path / "cut")
-        trainer = Trainer(cut)
-        whole_epoch = trainer._epoch
+        with prepare(cut) as run:
+            end_epoch = run.end_epoch
 
-        def dies(*args):
-            if trainer.epoch == 1:
-                raise KeyboardInterrupt
-            whole_epoch(*args)
+            def dies(*args):
+                if run.epoch == 1:
+                    raise KeyboardInterrupt
+                return end_epoch(*args)
 
-        trainer._epoch = dies
-        with pytest.raises(KeyboardInterrupt):
-            trainer.run()
+            run.end_epoch = dies
+            with pytest.raises(KeyboardInterrupt):
+                run.train()
         finetune.main(cut)
     finally:
         torch.use_deterministic_algorithms(False)
@@ -161,9 +162,9 @@ def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_pat
     _gone, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert not alive
-    trainer = Trainer(wanted)
-    assert trainer.epoch >= 1
-    assert len(trainer.history) == trainer.epoch
+    with prepare(wanted) as run:
+        assert run.epoch >= 1
+        assert len(run.history) == run.epoch
 
 
 def test_batches_in_micro_batches_are_the_same_update(videos, tmp_path):
@@ -177,22 +178,24 @@ def test_batches_in_micro_batches_are_the_same_update(videos, tmp_path):
 
 
 def test_partial_batch_norm_keeps_all_but_the_first(videos, tmp_path):
-    trainer = Trainer(options(videos, tmp_path / "run"))
-    before = {name: value.clone() for name, value in trainer.model.net.state_dict().items()}
-    trainer.run()
-    after = trainer.model.net.state_dict()
+    with prepare(options(videos, tmp_path / "run")) as run:
+        net = run.learners[0].net
+        before = {name: value.clone() for name, value in net.state_dict().items()}
+        run.train()
+    after = net.state_dict()
     moved = {name for name in before if name.endswith("running_mean") and not torch.equal(before[name], after[name])}
     assert moved == {"backbone.conv1.1.running_mean"}  # of a deep stem
     assert not torch.equal(before["backbone.layer1.0.conv1.weight"], after["backbone.layer1.0.conv1.weight"])
 
 
 def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
-    trainer = Trainer(options(videos, tmp_path / "frozen", backbone_lr=0, epochs=1))
-    before = trainer.model.net.state_dict()["backbone.layer1.0.conv1.weight"].clone()
-    trainer.run()
-    assert torch.equal(before, trainer.model.net.state_dict()["backbone.layer1.0.conv1.weight"])
-    slow = Trainer(options(videos, tmp_path / "slow", backbone_lr=0.1, epochs=1))
-    assert sorted({group["lr_scale"] for group in slow.optimizer.param_groups}) == [0.1, 1.0]
+    with prepare(options(videos, tmp_path / "frozen", backbone_lr=0, epochs=1)) as run:
+        net = run.learners[0].net
+        before = net.state_dict()["backbone.layer1.0.conv1.weight"].clone()
+        run.train()
+    assert torch.equal(before, net.state_dict()["backbone.layer1.0.conv1.weight"])
+    with prepare(options(videos, tmp_path / "slow", backbone_lr=0.1, epochs=1)) as slow:
+        assert sorted({group["lr_scale"] for group in slow.learners[0].optimizer.param_groups}) == [0.1, 1.0]
 
 
 def test_activations_computed_again_change_no_step(videos, tmp_path):
@@ -202,24 +205,25 @@ def test_activations_computed_again_change_no_step(videos, tmp_path):
     one, other = states(tmp_path / "kept"), states(tmp_path / "again")
     torch.testing.assert_close(one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5)
     with pytest.raises(InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"):
-        Trainer(options(videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True))
+        finetune.main(options(videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True))
 
 
 def test_the_papers_temporal_block_is_calibrated_before_it_trains(videos, tmp_path, monkeypatch):
-    trainer = Trainer(options(videos, tmp_path / "run", "stnet", form="paper", epochs=1))
-    before = trainer.model.net.after_res3.norm.weight.detach().clone()
     seen = []
 
     class EnoughError(Exception):
         pass
 
-    def stop(*_):
-        seen.append(trainer.model.net.after_res3.norm.weight.detach().clone())
+    def stop(run):
+        seen.append(run.learners[0].net.after_res3.norm.weight.detach().clone())
         raise EnoughError
 
-    monkeypatch.setattr(trainer, "_epoch", stop)
+    wanted = options(videos, tmp_path / "run", "stnet", form="paper", epochs=1)
+    with prepare(wanted) as run:
+        before = run.learners[0].net.after_res3.norm.weight.detach().clone()
+    monkeypatch.setattr("aggregate.training.run.Run.train", stop)
     with pytest.raises(EnoughError):
-        trainer.run()
+        finetune.main(wanted)
     assert not torch.equal(before, seen[0])
 
 
@@ -256,21 +260,20 @@ def cached(videos, tmp_path_factory) -> Path:
 
 def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, cached, tmp_path):
     store = FeatureStore.open(cached / "f.zarr")
-    trainer = Trainer(options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt"))
     model = Checkpoint.load(cached / "hgnl" / "best.pt").model()
     rows = np.flatnonzero(store.splits == "val")
-    with VideoFrames(trainer.val_videos, trainer.plan, workers=1) as frames:
-        logits = finetune.predict_videos(trainer.model, frames, batch_size=4, autocast=trainer._autocast)
-    assert [video.id for video in trainer.val_videos] == store.ids[rows].tolist()
+    with prepare(options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt")) as run:
+        (logits,) = run.source.validate([run.learners[0].model], 3)
+        assert [video.id for video in run.source.testing.videos] == store.ids[rows].tolist()
     with torch.inference_mode():
         theirs = model(torch.from_numpy(store.gather(rows, np.arange(3))))
-    np.testing.assert_allclose(logits[:, 0], theirs.numpy(), rtol=5e-3, atol=5e-3)
+    np.testing.assert_allclose(logits, theirs.numpy(), rtol=5e-3, atol=5e-3)
     assert np.ptp(logits) > 0.02, "equal because nothing was learned"
 
 
 def test_features_of_other_weights_do_not_start_a_fine_tuning(videos, cached, tmp_path):
     with pytest.raises(InputError, match=r"was trained on features of weights .*seed 0.*seed 1"):
-        Trainer(options(videos, tmp_path / "run", init=cached / "tsn" / "best.pt", seed=1))
+        finetune.main(options(videos, tmp_path / "run", init=cached / "tsn" / "best.pt", seed=1))
 
 
 def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
@@ -288,14 +291,10 @@ def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
     assert "2 carried over by class name" in capsys.readouterr().out
     hgnl = Checkpoint.load(tmp_path / "hgnl" / "best.pt").model()
     with VideoFrames([v for v in list_videos(videos).videos if v.split == "val"], _plan(net), workers=1) as frames:
-        whole = finetune.predict_videos(net, frames, batch_size=4, autocast=Trainer._autocast.__get__(_Fp32()))
+        _, (whole,) = predict([net], frames.test_batches(batch_size=4))
     with torch.inference_mode():
         logits = hgnl(torch.from_numpy(store.gather(rows, np.arange(3))))
     np.testing.assert_allclose(logits.numpy(), whole[:, 0], rtol=5e-3, atol=5e-3)
-
-
-class _Fp32:
-    device, precision = torch.device("cpu"), "fp32"
 
 
 def _plan(model: Recogniser) -> ClipPlan:
@@ -307,9 +306,9 @@ def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(vi
     old = Checkpoint.load(tmp_path / "tsn" / "best.pt")
     k600 = replace(old, classes=["kettlebells", "snowboarding"])
     k600.save(tmp_path / "k600.pt")
-    trainer = Trainer(options(videos, tmp_path / "hgnl", "hgnl", init=tmp_path / "k600.pt"))
+    with prepare(options(videos, tmp_path / "hgnl", "hgnl", init=tmp_path / "k600.pt")) as run:
+        state = run.learners[0].net.state_dict()
     assert "1 carried over by class name, 1 start fresh" in capsys.readouterr().out
-    state = trainer.model.net.state_dict()
     assert torch.equal(state["backbone.conv1.0.weight"], old.state_dict["backbone.conv1.0.weight"])
     assert torch.equal(state["classifier.weight"][1], old.state_dict["classifier.weight"][0])
 
@@ -317,9 +316,9 @@ def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(vi
 def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path):
     common = {"features": str(cached / "f.zarr"), "epochs": 1, "batch_size": 4}
     train.main(train.Options(agg="txb", out=tmp_path / "txb", **common))
-    trainer = Trainer(options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt"))
+    with prepare(options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt")) as run:
+        ours = run.learners[0].net.state_dict()
     theirs = Checkpoint.load(tmp_path / "txb" / "best.pt").state_dict
-    ours = trainer.model.net.state_dict()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
@@ -382,18 +381,16 @@ def test_no_video_that_decodes_ends_the_run(tmp_path):
 
 
 def test_out_of_memory_says_which_batch_to_try(videos, tmp_path, monkeypatch):
-    trainer = Trainer(options(videos, tmp_path / "run", micro_batch=12))
-
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(trainer, "_step", no_memory)
+    monkeypatch.setattr("aggregate.training.learner.Learner.step", no_memory)
     with pytest.raises(RunError, match="try --micro-batch 6"):
-        trainer.run()
+        finetune.main(options(videos, tmp_path / "run", micro_batch=12))
 
 
 def test_a_loss_that_diverges_says_so(videos, tmp_path):
-    with pytest.raises(RunError, match="try a smaller --lr"):
+    with pytest.raises(RunError, match="a smaller --lr"):
         finetune.main(options(videos, tmp_path / "run", lr=1e30, clip=0.0))
 
 

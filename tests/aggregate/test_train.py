@@ -18,6 +18,7 @@ from aggregate import evaluate, train
 from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows, poison_row
@@ -56,31 +57,31 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(features, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     wanted = options(features, whole, "hgnl", epochs=5)
     train.main(wanted)
-    store = FeatureStore.open(features)
     wanted = replace(wanted, out=cut)
 
     class KilledError(Exception):
         pass
 
     for stop_after in (1, 3):
-        run = train.Run(wanted, store, cut)
-        ended = run._end_epoch
+        run = train.prepare(wanted)
+        ended = run.end_epoch
 
         def dies(*args, run=run, ended=ended, stop_after=stop_after):
             if run.epoch == stop_after:  # the epoch is trained, and lost
                 raise KilledError
             return ended(*args)
 
-        run._end_epoch = dies
+        run.end_epoch = dies
         with pytest.raises(KilledError):
             run.train()
     train.main(wanted)
     one, other = (Checkpoint.load(folder / "last.pt") for folder in (whole, cut))
     for name, tensor in one.state_dict.items():
         assert torch.equal(tensor, other.state_dict[name]), name
-    assert one.training["entrants"][1]["best_epoch"] == other.training["entrants"][1]["best_epoch"]
+    assert one.training["learners"][1]["best_epoch"] == other.training["learners"][1]["best_epoch"]
     rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in (whole, cut)]
-    assert [{**row, "seconds": 0} for row in rows[0]] == [{**row, "seconds": 0} for row in rows[1]]
+    times = {"seconds": 0, "waited": 0}
+    assert [row | times for row in rows[0]] == [row | times for row in rows[1]]
     assert len(rows[0]) == 5
 
 
@@ -128,22 +129,22 @@ def test_without_a_validation_split_whole_groups_are_held_out(tmp_path, capsys):
     store = classes_store(tmp_path / "f.zarr", splits=False)
     train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run"))
     assert "NO SPLIT 'val': 20% held out of the others, whole groups" in capsys.readouterr().out
-    rows, val, _ = train.choose_rows(store, options("", Path()))
+    rows, val, _ = choose_rows(store, options("", Path()), 0)
     assert not set(store.groups[rows]) & set(store.groups[val])
     assert sorted([*rows, *val]) == list(range(60))
     assert 8 <= len(val) <= 16
     assert set(store.labels[val]) == {0, 1, 2}
-    again = train.choose_rows(store, options("", Path(), seed=1))[1]
+    again = choose_rows(store, options("", Path()), 1)[1]
     assert set(again) != set(val)
 
 
 def test_a_group_can_be_held_out_by_name(features, tmp_path):
     store = FeatureStore.open(features)
-    rows, val, _ = train.choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")))
+    rows, val, _ = choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")), 0)
     assert set(store.groups[val]) == {"g0", "g3"}
     assert len(rows) == 50
     with pytest.raises(InputError, match="--val-groups g99"):
-        train.choose_rows(store, options(features, tmp_path, val_groups=("g99",)))
+        choose_rows(store, options(features, tmp_path, val_groups=("g99",)), 0)
 
 
 def test_failed_videos_are_not_trained_on_and_count_as_errors(tmp_path, capsys):

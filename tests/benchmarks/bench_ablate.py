@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from aggregate import ablate
-from aggregate.training.grid import Trainer
+from aggregate.ablation.grid import Trainer
 from extract.store import FeatureStore
 from stores import classes_store
 

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from aggregate.data.features import Batch, StoredFeatures, ahead
 from aggregate.models import build
-from aggregate.training.learner import Learner, train_epoch
+from aggregate.training.learner import Learner
+from aggregate.training.loop import train_epoch
 from aggregate.training.recipes import recipe
 from extract.sampling import segment_random
 from extract.store import OK, FeatureStore, Rows

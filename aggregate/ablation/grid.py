@@ -21,14 +21,17 @@ import torch
 
 from aggregate import train
 from aggregate.complexity import Column, madds_by_formula
-from aggregate.data.features import Placement, StoredFeatures, find_non_finite
-from aggregate.evaluate import DamagedModelError, choose_device, held_for_test, logits_of
+from aggregate.data.features import Placement
 from aggregate.literal import count
-from aggregate.metrics import challenge_error, ranks, summarise_places
+from aggregate.metrics import ranks, summarise_places
 from aggregate.models import VideoClassifier, build
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.learner import DivergedError, Learner, train_epoch
+from aggregate.training.learner import Learner, choose_device
+from aggregate.training.loop import fit
+from aggregate.training.options import AGGREGATOR_FLAGS, aggregator_options, plain
 from aggregate.training.recipes import Recipe
+from aggregate.training.sources import CachedFeatures
+from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 
@@ -44,20 +47,25 @@ class Configuration:
     @property
     def key(self) -> str:
         """Equal where results are: all options but those of place and speed, as JSON."""
-        plain = train.plain(self.options)
-        return json.dumps({k: v for k, v in plain.items() if k not in ("out", "device", "placement")}, sort_keys=True)
+        return key_of(plain(self.options))
 
     @property
-    def sees(self) -> tuple[int, int, int, int]:
+    def shares_batches(self) -> tuple[int, int, int, int]:
         """What its batches are a function of: configurations where this is equal can share a pass."""
         return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs
 
     def build(self, store: FeatureStore) -> VideoClassifier:
         """The model without memory behind its weights. InputError as `aggregate.models.build`."""
-        options = train.aggregator_options(self.options)
+        options = aggregator_options(self.options.agg, self.options)
         classes, dropout = len(store.classes), self.recipe.dropout
         with torch.device("meta"):
             return build(self.options.agg, dim=store.dim, num_classes=classes, dropout=dropout, **options)
+
+
+def key_of(options: dict[str, Any]) -> str:
+    """`Configuration.key` of plain options of `aggregate.train`."""
+    kept = {name: value for name, value in options.items() if name not in ("out", "device", "placement")}
+    return json.dumps(kept, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ class Result:
     places: np.ndarray | None
 
 
-class Trainer:
+class GridTrainer:
     """Trains configurations that share a pass. Features it has read once it keeps for the next pass."""
 
     def __init__(self, features: str, *, device: str, placement: Placement, init: str | None = None) -> None:
@@ -79,138 +87,99 @@ class Trainer:
         self.init = None if init is None else Checkpoint.load(init)
         if self.init is not None:
             self.init.check_features(self.store.provenance, self.store.dim, features)
-        self._kept: dict[tuple[bool, bytes], StoredFeatures] = {}
-        self._said: set[str] = set()
+        self._source: CachedFeatures | None = None
+        self._told: set[str] = set()
 
     def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:
         """Train `share` in one pass and test each at its best epoch, with the segments of training and with all."""
         started = time.perf_counter()
-        entrants, lost = self.fit(share, on_step)
-        val_rows, labels = self._validation(share[0])
-        alive = [place for place, one in enumerate(share) if one.key not in lost]
-        few, every = share[0].options.frames, self.store.frames_per_video
-        ranked: dict[int, list[np.ndarray]] = {}
-        for place in alive:
-            entrants[place].learner.model.load_state_dict(entrants[place].best_state)
-        for segments in {few, every} if alive else ():
-            scores = self._scores([entrants[place] for place in alive], val_rows, segments)
-            ranked[segments] = [ranks(one, labels) for one in scores]
-        measured = {}
-        for position, place in enumerate(alive):
-            at_few, at_all = ranked[few][position], ranked[every][position]
-            learner = entrants[place].learner
-            attention = train.attention_on(learner, self.store, val_rows, segments=few, device=self.device)
-            measured[place] = {
-                "best_epoch": entrants[place].best_epoch,
-                **_measures("at_frames", at_few, labels, len(self.store.classes)),
-                **_measures("at_all", at_all, labels, len(self.store.classes)),
-                "s": attention and attention[0],
-                "attention_ratio": attention and attention[1],
-            }
+        source, learners = self.fit(share, on_step)
+        places, measured = self._test(source, learners)
         wall = time.perf_counter() - started
-        stepping = sum(entrant.learner.seconds for entrant in entrants)
+        stepping = sum(learner.seconds for learner in learners)
         results = []
-        for place, (one, entrant) in enumerate(zip(share, entrants, strict=True)):
-            row = describe(one, self.store) | {"status": lost.get(one.key, "done")} | measured.get(place, {})
+        for one, learner in zip(share, learners, strict=True):
+            row = describe(one, self.store) | {"status": learner.lost or "done"} | measured.get(learner, {})
             # A pass is timed as a whole; a model's part of it is as its steps' of all steps.
-            row["seconds"] = round(wall * entrant.learner.seconds / max(stepping, 1e-9), 3)
+            row["seconds"] = round(wall * learner.seconds / max(stepping, 1e-9), 3)
             row |= {"pass_seconds": round(wall, 3), "pass_models": len(share)}
-            places = None
-            if place in measured:
-                position = alive.index(place)
-                places = np.stack([val_rows, ranked[few][position], ranked[every][position]]).astype(np.int32)
-            results.append(Result(one.key, row, places))
+            results.append(Result(one.key, row, places.get(learner)))
         return results
 
     def fit(
         self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None
-    ) -> tuple[list[train.Entrant], dict[str, str]]:
-        """One pass: entrants with the states of their best epochs, and by key why those that diverged did."""
+    ) -> tuple[CachedFeatures, list[Learner]]:
+        """One pass: the batches it was over, and learners with the states of their best epochs."""
         first = share[0]
-        train_rows, val_rows, _ = train.choose_rows(self.store, first.options)
-        features = self._features(train_rows, training=True)
-        entrants = [self._entrant(one, len(features)) for one in share]
-        labels = self.store.labels[val_rows]
-        lost: dict[str, str] = {}
+        rows, val_rows, _ = choose_rows(self.store, first.options, first.options.seed)
+        self._source = CachedFeatures(
+            self.store,
+            rows,
+            val_rows,
+            frames=first.options.frames,
+            batch_size=first.recipe.batch_size,
+            seed=first.options.seed,
+            device=self.device,
+            placement=self.placement,
+            shared=self._source,
+        )
+        learners = [self._learner(one, len(rows)) for one in share]
+        for _ in fit(learners, self._source, on_step=on_step, strict=False):
+            pass
+        return self._source, learners
 
-        def diverged(learner: Learner, error: DivergedError) -> None:
-            if name := find_non_finite(self.store, error.rows):
-                raise RunError(
-                    f"the stored features of {name} are not finite; `python -m extract.verify` checks the store"
-                ) from None
-            lost[learner.name] = str(error).removeprefix(f"{learner.name}: ")
+    def _test(
+        self, source: CachedFeatures, learners: list[Learner]
+    ) -> tuple[dict[Learner, np.ndarray], dict[Learner, dict[str, Any]]]:
+        """`Result.places` and the measured columns of the learners that did not diverge, at their best epochs."""
+        alive = [learner for learner in learners if not learner.lost]
+        few, every = source.frames, self.store.frames_per_video
+        ranked: dict[int, list[np.ndarray]] = {}
+        for learner in alive:
+            learner.load_best()
+        for segments in {few, every} if alive else ():
+            scores = source.validate([learner.model for learner in alive], segments)
+            ranked[segments] = [ranks(one, source.labels) for one in scores]
+        places: dict[Learner, np.ndarray] = {}
+        measured: dict[Learner, dict[str, Any]] = {}
+        for learner, at_few, at_all in zip(alive, ranked.get(few, ()), ranked.get(every, ()), strict=True):
+            places[learner] = np.stack([source.val_rows, at_few, at_all]).astype(np.int32)
+            attention = source.attention(learner.model)
+            measured[learner] = {
+                "best_epoch": learner.best_epoch,
+                **_measures("at_frames", at_few, source.labels, len(self.store.classes)),
+                **_measures("at_all", at_all, source.labels, len(self.store.classes)),
+                "s": attention.get("scale"),
+                "attention_ratio": attention.get("attention_ratio"),
+            }
+        return places, measured
 
-        running = entrants
-        for epoch in range(first.recipe.epochs):
-            batches = features.train_batches(
-                epoch=epoch, frames=first.options.frames, batch_size=first.recipe.batch_size, seed=first.options.seed
-            )
-            train_epoch([entrant.learner for entrant in running], batches, epoch, on_step, diverged)
-            while running := [entrant for entrant in running if entrant.learner.name not in lost]:
-                try:
-                    several = self._scores(running, val_rows, first.options.frames)
-                except DamagedModelError as error:
-                    lost[running[error.place].learner.name] = f"scores are not finite in epoch {epoch}"
-                    continue
-                for entrant, scores in zip(running, several, strict=True):
-                    entrant.judge(challenge_error(scores, labels), epoch)
-                break
-        return entrants, lost
-
-    def _entrant(self, one: Configuration, videos: int) -> train.Entrant:
+    def _learner(self, one: Configuration, videos: int) -> Learner:
         learner = train.make_learner(
             one.options,
             self.store,
             one.recipe,
             one.options.agg,
-            train.aggregator_options(one.options),
+            aggregator_options(one.options.agg, one.options),
             videos=videos,
             device=self.device,
             init=self.init,
-            say=self._say_once,
+            label=one.options.agg,
+            tell=self._tell_once,
         )
         learner.name = one.key
-        return train.Entrant(learner, "", {})
+        return learner
 
-    def _say_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
             print(text)
-
-    def _validation(self, one: Configuration) -> tuple[np.ndarray, np.ndarray]:
-        _, rows, _ = train.choose_rows(self.store, one.options)
-        return rows, self.store.labels[rows]
-
-    def _scores(self, entrants: Sequence[train.Entrant], rows: np.ndarray, segments: int) -> list[np.ndarray]:
-        """Logits of each at its present state, float32 [N, C], the mean over crops."""
-        crops = logits_of(
-            [entrant.learner.model for entrant in entrants],
-            self.store,
-            rows,
-            segments=segments,
-            batch_size=entrants[0].learner.recipe.batch_size,
-            device=self.device,
-            features=self._features(rows, training=False),
-        )
-        return [one.mean(axis=1) for one in crops]
-
-    def _features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
-        key = training, rows.tobytes()
-        if key not in self._kept:
-            # Of each kind one: seeds that hold out other videos would fill the memory.
-            self._kept = {kept: value for kept, value in self._kept.items() if kept[0] != training}
-            if training:
-                held = StoredFeatures(self.store, rows, device=self.device, placement=self.placement, training=True)
-            else:
-                held = held_for_test(self.store, rows, device=self.device, placement=self.placement)
-            self._kept[key] = held
-        return self._kept[key]
 
 
 @functools.lru_cache(maxsize=1)
-def _trainer(features: str, contents: str, device: str, placement: Placement, init: str | None) -> Trainer:
+def _trainer(features: str, contents: str, device: str, placement: Placement, init: str | None) -> GridTrainer:
     try:
-        trainer = Trainer(features, device=device, placement=placement, init=init)
+        trainer = GridTrainer(features, device=device, placement=placement, init=init)
     except InputError as error:
         raise RunError(f"the worker on {socket.gethostname()}: {error}") from None
     if contents_of(trainer.store) != contents:
@@ -227,7 +196,7 @@ def run_elsewhere(
     init: str | None,
     threads: int,
 ) -> list[Result]:
-    """`Trainer.run` in a worker process, which keeps its trainer for the next share."""
+    """`GridTrainer.run` in a worker process, which keeps its trainer for the next share."""
     torch.set_num_threads(threads)
     return _trainer(features, contents, device, placement, init).run(share)
 
@@ -251,8 +220,8 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     """
     model = one.build(store)
     options, aggregator = one.options, model.aggregator
-    own = train.AGGREGATOR_FLAGS.get(options.agg, ())
-    flags = {flag: getattr(options, flag) if flag in own else None for flag in train.AGGREGATOR_FLAGS["hgnl"]}
+    own = AGGREGATOR_FLAGS.get(options.agg, ())
+    flags = {flag: getattr(options, flag) if flag in own else None for flag in AGGREGATOR_FLAGS["hgnl"]}
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
         flags["m1"] = len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8  # type: ignore

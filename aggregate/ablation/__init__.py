@@ -1,0 +1,1 @@
+"""Many configurations in one pass over the features, and what their results say."""

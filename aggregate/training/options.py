@@ -1,0 +1,114 @@
+"""Groups of options that commands share, so that a flag means the same everywhere (tyro makes the flags)."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from extract.cli import InputError
+
+# The flags that are an aggregator's own; to all others they mean nothing.
+AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
+    "nl": ("m1", "scale_init", "scale_scores"),
+    "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitOptions:
+    """Which videos are trained on, and which validate."""
+
+    train_split: str = "train"
+    val_split: str = "val"
+    val_groups: tuple[str, ...] = ()
+    """Validate on these groups (subjects, sources), train on all others."""
+    val_fraction: float = 0.2
+    """How much to hold out, by the seed, where there is no validation split; whole groups where they are known."""
+    allow_missing_classes: bool = False
+    """Train although some classes have no example."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOptions:
+    """Options of single aggregators."""
+
+    g1: int = 16
+    """hgnl: groups of W_q and W_k."""
+    g2: int = 8
+    """hgnl: groups of W_v, and attention maps."""
+    m1: int | None = None
+    """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl)."""
+    shared: bool = False
+    """hgnl: one set of weights for all groups."""
+    norm: Literal["none", "n", "n_over_train"] = "none"
+    """hgnl: what the ReLU map is divided by."""
+    attention: Literal["relu", "softmax"] = "relu"
+    """hgnl: softmax is an ablation the paper lacks."""
+    scale_init: float = 0.0
+    """hgnl, nl: s before training."""
+    scale_scores: bool = False
+    """hgnl, nl: divide scores by the root of their length."""
+    frames: int = 3
+    """Segments of a video, in training and in the validation of each epoch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions:
+    """What of a recipe can be changed; None keeps the recipe's own."""
+
+    optimizer: Literal["sgd", "adamw"] | None = None
+    """Default: the recipe's, as for the five below."""
+    lr: float | None = None
+    weight_decay: float | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    dropout: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """Where videos come from, and who decodes them."""
+
+    root: Path | None = None
+    """With a CSV as --videos: the folder its videos lie in."""
+    labels: str = "auto"
+    """With --videos: auto, kinetics700, or a file of lines."""
+    decode_workers: int | None = None
+    """With --videos: decoding processes (default: the cores there are)."""
+    video_timeout: float = 60.0
+    """With --videos: seconds after which one is given up, plus one for each 10 s of video."""
+
+
+def changes_of(options: ScheduleOptions) -> dict[str, Any]:
+    """What `options` change of a recipe, as keywords of `aggregate.training.recipes.recipe`."""
+    return {one.name: getattr(options, one.name) for one in fields(ScheduleOptions)}
+
+
+def aggregator_options(name: str, options: HeadOptions) -> dict[str, Any]:
+    """Those of the flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
+
+    InputError for a flag given to an aggregator that does not have it.
+    """
+    own = AGGREGATOR_FLAGS.get(name, ())
+    for one in fields(HeadOptions):
+        given = getattr(options, one.name)
+        if one.name != "frames" and one.name not in own and given != one.default:
+            raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
+    chosen = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
+    if name == "hgnl":
+        chosen["train_frames"] = options.frames
+    return chosen
+
+
+def plain(options: Any) -> dict[str, Any]:
+    """A command's options as JSON keeps them."""
+    return json.loads(json.dumps(asdict(options), default=str))
+
+
+def completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any], options: type) -> dict[str, Any]:
+    """Options that an earlier version recorded, with today's defaults for those that it did not have yet."""
+    defaults = {one.name: one.default for one in fields(options) if one.name in wanted and one.name not in recorded}
+    return {name: value for name, value in recorded.items() if name in wanted} | json.loads(
+        json.dumps(defaults, default=str)
+    )

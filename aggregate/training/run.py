@@ -1,0 +1,232 @@
+"""A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt, results.json."""
+
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from aggregate.metrics import Summary, challenge_errors, paired_bootstrap, ranks, summarise
+from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.learner import Learner
+from aggregate.training.loop import Epoch, fit
+from aggregate.training.options import completed, plain
+from aggregate.training.sources import Source
+from extract.cli import InputError
+from extract.store import difference
+
+# Below this |s F_o| / |F| attention changes nothing that matters.
+_ATTENTION_UNUSED = 1e-3
+
+
+def open_folder(out: Path, options: Any, *, free: Sequence[str]) -> Checkpoint | None:
+    """The last checkpoint of the run in `out`, None where there is none yet.
+
+    InputError for a folder of anything else, or of a run with other options but for `free`.
+    """
+    last = out / "last.pt"
+    if not last.exists():
+        # A run that ended before its first epoch leaves nothing that others could not overwrite.
+        ours = (path.name in ("options.json", "ray") or path.name.startswith("events.out") for path in out.glob("*"))
+        if out.exists() and not all(ours):
+            raise InputError(f"--out {out} is not empty and holds no run; give another name")
+        return None
+    refuse_other_options(out, plain(options), type(options), free=free)
+    return Checkpoint.load(last)
+
+
+def refuse_other_options(out: Path, wanted: dict[str, Any], options: type, *, free: Sequence[str]) -> None:
+    """InputError that lists what differs between `out`/options.json and `wanted`, but for `free`."""
+    recorded = completed(json.loads((out / "options.json").read_text(encoding="utf-8")), wanted, options)
+    before, now = ({k: v for k, v in side.items() if k not in free} for side in (recorded, wanted))
+    lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
+    if lines:
+        raise InputError(
+            f"{out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
+            "use those to resume it, give another --out, or remove it"
+        )
+
+
+class Run:
+    """Learners trained on one source in one folder. The first is what was asked for, the others it is compared with.
+
+    `common` are the fields of `Checkpoint` that all share, `segments` the numbers of frames of the final table, and
+    `reference` a finished model (with its name) that is in that table too. Only the process of rank 0 writes.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        options: Any,
+        learners: Sequence[Learner],
+        source: Source,
+        *,
+        common: dict[str, Any],
+        segments: Sequence[int],
+        reference: tuple[str, nn.Module] | None = None,
+    ) -> None:
+        self.out, self.options, self.learners, self.source = out, options, list(learners), source
+        self.common, self.segments, self.reference = common, segments, reference
+        self.recipe, self.epoch = learners[0].recipe, 0
+        self.history: list[dict[str, Any]] = []
+        self.writes = learners[0].rank == 0
+        self._board: SummaryWriter | None = None
+
+    def _prefix(self, learner: Learner) -> str:
+        """Before a learner's columns in metrics.csv; the first one's have none."""
+        return "" if learner is self.learners[0] else f"{learner.file.removesuffix('.pt')}_"
+
+    def resume(self, last: Checkpoint | None) -> None:
+        """Go on where `last` stopped."""
+        if last is None:
+            return
+        assert last.training is not None
+        state = last.training
+        self.epoch, self.history = state["epoch"], state["history"]
+        for learner, kept in zip(self.learners, _states(state), strict=True):
+            best = kept.get("best_state") or Checkpoint.load(self.out / learner.file).state_dict
+            learner.load_state_dict(kept, best)
+        if self.writes:
+            print(f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done", flush=True)
+
+    def train(self) -> None:
+        """All epochs that are left; each is on the disk before the next begins."""
+        if self.writes:
+            self.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(plain(self.options), indent=1) + "\n"
+            (self.out / "options.json").write_text(text, encoding="utf-8")
+        if self.epoch >= self.recipe.epochs:
+            return
+        steps = self.learners[0].steps_per_epoch
+        bar = tqdm(
+            total=self.recipe.epochs * steps,
+            initial=self.epoch * steps,
+            unit="step",
+            file=sys.stderr,
+            disable=not self.writes,
+        )
+        try:
+            with bar:
+                for epoch in fit(self.learners, self.source, start=self.epoch, on_step=bar.update):
+                    row = self.end_epoch(epoch)
+                    bar.set_postfix_str(f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %")
+        except KeyboardInterrupt:
+            if self.writes:
+                words = f"{self.out / 'last.pt'} holds {self.epoch} epochs, the same command resumes"
+                print(f"\nstopped; {words}", flush=True)
+            raise
+        finally:
+            if self._board is not None:
+                self._board.close()
+
+    def end_epoch(self, epoch: Epoch) -> dict[str, Any]:
+        """Write everything that an epoch leaves; its row of metrics.csv."""
+        row: dict[str, Any] = {"epoch": epoch.number, "lr": self.recipe.lr * self.recipe.factor(epoch.number)}
+        row["seconds"], row["waited"] = round(epoch.seconds, 3), round(epoch.waited / epoch.seconds, 3)
+        for learner, loss, scores in zip(self.learners, epoch.losses, epoch.scores, strict=True):
+            assert scores is not None
+            prefix = self._prefix(learner)
+            places, classes = ranks(scores, self.source.labels), scores.shape[1]
+            row[f"{prefix}loss"] = loss
+            row[f"{prefix}val_top1"] = float((places == 0).mean())
+            row[f"{prefix}val_top5"] = float((places < min(5, classes)).mean())
+            row[f"{prefix}val_average_error"] = float(challenge_errors(scores, self.source.labels).mean())
+        row |= self.source.attention(self.learners[0].model)
+        self.history.append(row)
+        self.epoch = epoch.number + 1
+        if self.writes:
+            self.save(row)
+        return row
+
+    def save(self, row: dict[str, Any]) -> None:
+        for learner in self.learners:
+            if learner.best_epoch == self.epoch - 1:
+                self._checkpoint(learner, learner.best_state).save(self.out / learner.file)
+        first = self.learners[0]
+        states = [learner.state_dict() for learner in self.learners]
+        training = {"epoch": self.epoch, "history": self.history, "learners": states}
+        self._checkpoint(first, first.tested_state(), training).save(self.out / "last.pt")
+        with open(self.out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
+            columns = dict.fromkeys(name for line in self.history for name in line)
+            writer = csv.DictWriter(file, fieldnames=list(columns))
+            writer.writeheader()
+            writer.writerows(self.history)
+        if self._board is None:
+            self._board = SummaryWriter(str(self.out), purge_step=self.epoch - 1)
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, self.epoch - 1)
+        self._board.flush()
+
+    def _checkpoint(self, learner: Learner, state: dict[str, Any], training: dict | None = None) -> Checkpoint:
+        row = self.history[learner.best_epoch]
+        names = ("val_top1", "val_top5", "val_average_error")
+        metrics = {name: row[f"{self._prefix(learner)}{name}"] for name in names} | {"epoch": learner.best_epoch}
+        net: Any = learner.net
+        return Checkpoint(**self.common, options=net.options, metrics=metrics, state_dict=state, training=training)
+
+    # -- after -----------------------------------------------------------------------------------------------------
+
+    def report(self) -> None:
+        """The final table: every model at its best epoch, with few and with all segments, and the differences."""
+        for learner in self.learners:
+            learner.load_best()
+        models, names = [one.model for one in self.learners], [one.name for one in self.learners]
+        if self.reference is not None:
+            models.append(self.reference[1])
+            names.append(self.reference[0])
+        labels = self.source.labels
+        results: dict[str, Any] = {}
+        width = max(map(len, names))
+        lines = [
+            f"\n{self.out}: {len(labels):,} validation videos; each model at its best epoch, chosen on the same videos "
+            f"({', '.join(f'{one.name} {one.best_epoch + 1}' for one in self.learners)})",
+            f"{'model':<{width}} segments {Summary.header()}",
+        ]
+        for segments in self.segments:
+            logits = self.source.validate(models, segments)
+            for name, scores in zip(names, logits, strict=True):
+                summary = summarise(scores, labels)
+                lines.append(f"{name:<{width}} {segments:>8} {summary}")
+                results.setdefault(name, {})[segments] = asdict(summary)
+            lines += _differences(names, logits, labels, f"{'':<{width}} {segments:>8}")
+        found = self.source.attention(models[0])
+        if "attention_ratio" in found:
+            unused = "; attention is not used" if found["attention_ratio"] < _ATTENTION_UNUSED else ""
+            ratio = f"|s F_o| / |F| = {found['attention_ratio']:.2g}"
+            lines.append(f"attention: s = {found['scale']:.3g}, {ratio}{unused}")
+        if self.writes:
+            print("\n".join(lines))
+            (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            print(f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}", flush=True)
+
+
+def _differences(names: list[str], logits: list[np.ndarray], labels: np.ndarray, before: str) -> list[str]:
+    """The first model minus each other, in points, paired over videos."""
+    correct = [ranks(scores, labels) == 0 for scores in logits]
+    errors = [challenge_errors(scores, labels) for scores in logits]
+    return [
+        f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other])}, "
+        f"average error {paired_bootstrap(errors[0], errors[other])} (points)"
+        for other in range(1, len(names))
+    ]
+
+
+def _states(training: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of each learner what resuming needs, from any version's `training`."""
+    if "learners" in training:
+        return training["learners"]
+    if "entrants" in training:  # aggregate.train, first version
+        return training["entrants"]
+    epochs = training["history"]  # aggregate.finetune, first version
+    best = min(epochs, key=lambda row: row["val_average_error"])
+    learner = {"model": training["net"], "optimizer": training["optimizer"]}
+    kept = {"learner": learner, "best_error": training["best"], "best_epoch": best["epoch"]}
+    return [kept | {name: training[name] for name in ("scaler", "average")}]
