@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble.submit import PRETRAINED, Ids, check_submission, submission_ids, write_submission
+from ensemble.entries import Ids, submission_ids
+from ensemble.submit import PRETRAINED, check_submission, write_submission
 from extract.cli import InputError, run_command
 
 if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
@@ -55,7 +56,7 @@ def main(options: Options) -> int:
     from aggregate.scores import Scores
     from ensemble.align import align
     from ensemble.fuse import checked_temperatures, checked_weights, fuse_aligned
-    from ensemble.search import Contest, Row, search, table
+    from ensemble.search import Ranking, Row, search, table
 
     summary_path = _checked_paths(options)
     given = None if options.weights in ("equal", "search") else _numbers(options.weights)
@@ -73,13 +74,13 @@ def main(options: Options) -> int:
     found: Found | None = None
     rows: list[Row] = []
     if (aligned.labels >= 0).any():
-        contest = Contest.of(aligned, of=options.of, temperatures=temperatures.tolist())
-        rows = table(contest, None if given is None else weights.tolist())
+        ranking = Ranking.of(aligned, of=options.of, temperatures=temperatures.tolist())
+        rows = table(ranking, None if given is None else weights.tolist())
         if options.weights == "search":
-            found = search(contest, folds=options.folds, seed=options.seed)
+            found = search(ranking, folds=options.folds, seed=options.seed)
             rows.append(Row("all, searched, held out", found.weights, found.summary, found.against_equal))
             weights = checked_weights(found.weights, len(names))
-        del contest
+        del ranking
         print(_table(rows))
     elif options.weights == "search":
         raise InputError(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from aggregate.metrics import Interval, bootstrap
-from ensemble.submit import is_clip, is_scores, read_entries, read_json, read_results, read_text, submission_ids
+from ensemble.entries import is_clip, is_scores, read_entries, read_json, read_results, read_text, submission_ids
 from extract.cli import InputError
 from extract.listing.folders import SPLITS
 from extract.listing.tables import read_table

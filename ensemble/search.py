@@ -1,6 +1,6 @@
 """Weights of an ensemble, searched on labelled videos and judged on others; and who adds what.
 
-`Contest` answers "where does the true label rank under these weights?" many times over. A class can overtake the true
+`Ranking` answers "where does the true label rank under these weights?" many times over. A class can overtake the true
 label under weights that are not negative only if it is ahead in at least one model, and it stays ahead if it is ahead
 in all; so only the few classes on which the models disagree are kept, which is exact and some hundred times faster
 than fusing again.
@@ -76,11 +76,11 @@ def search_weights(
 ) -> tuple[float, ...]:
     """Weights [M], summing to 1, for `fuse` of scores joined by id; `Found` from `search` says what they are worth."""
     aligned = align(list_of_scores, missing=missing)
-    return search(Contest.of(aligned, of=of, temperatures=temperatures), folds=folds, seed=seed).weights
+    return search(Ranking.of(aligned, of=of, temperatures=temperatures), folds=folds, seed=seed).weights
 
 
 @dataclass(frozen=True)
-class Contest:
+class Ranking:
     """Where the true label ranks under any weights, for the N labelled videos.
 
     `margins` [K, M] float64 is, for each of K contested (video, class), each model's score of the class minus that of
@@ -101,7 +101,7 @@ class Contest:
     @classmethod
     def of(
         cls, aligned: Aligned, *, of: Of = "probabilities", temperatures: Sequence[float] | None = None
-    ) -> "Contest":
+    ) -> "Ranking":
         """InputError where no video has a label."""
         scales = checked_temperatures(temperatures, len(aligned.names))
         rows = np.flatnonzero(aligned.labels >= 0)
@@ -147,7 +147,7 @@ class Contest:
         return summarise_places(places, self.labels, len(self.aligned.classes))
 
 
-def search(contest: Contest, *, folds: int = FOLDS, seed: int = 0) -> Found:
+def search(ranking: Ranking, *, folds: int = FOLDS, seed: int = 0) -> Found:
     """Search weights on all labelled videos, and judge the search by cross-validation.
 
     Every fold's videos are scored under weights that were searched on the other folds. The folds are a function of
@@ -155,47 +155,47 @@ def search(contest: Contest, *, folds: int = FOLDS, seed: int = 0) -> Found:
     """
     if folds < 2:
         raise InputError(f"--folds {folds}: weights are judged on videos they were not searched on, so 2 at least")
-    if len(contest) < 2:
-        raise InputError(f"weights cannot be searched on {len(contest)} labelled video; use --weights equal")
-    fold = _folds(contest, min(folds, len(contest)), seed)
-    places = np.empty(len(contest), np.int64)
+    if len(ranking) < 2:
+        raise InputError(f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal")
+    fold = _folds(ranking, min(folds, len(ranking)), seed)
+    places = np.empty(len(ranking), np.int64)
     by_fold = []
     for held_out in range(fold.max() + 1):
-        weights = _fit(contest, fold != held_out)
+        weights = _fit(ranking, fold != held_out)
         by_fold.append(weights)
-        places[fold == held_out] = contest.places(weights)[fold == held_out]
-    weights = _fit(contest, np.ones(len(contest), bool))
-    equal = contest.errors(checked_weights(None, contest.models))
+        places[fold == held_out] = ranking.places(weights)[fold == held_out]
+    weights = _fit(ranking, np.ones(len(ranking), bool))
+    equal = ranking.errors(checked_weights(None, ranking.models))
     return Found(
         weights=weights,
         weights_by_fold=tuple(by_fold),
-        summary=contest.summary(places),
-        against_equal=paired_bootstrap(contest.errors_at(places), equal, seed=seed),
-        in_sample=float(contest.errors(weights).mean()),
+        summary=ranking.summary(places),
+        against_equal=paired_bootstrap(ranking.errors_at(places), equal, seed=seed),
+        in_sample=float(ranking.errors(weights).mean()),
         seed=seed,
     )
 
 
-def table(contest: Contest, chosen: Sequence[float] | None = None) -> list[Row]:
+def table(ranking: Ranking, chosen: Sequence[float] | None = None) -> list[Row]:
     """Who adds what: single models, all pairs, all but one, all at equal weights, and all at the `chosen` weights."""
-    everyone = tuple(range(contest.models))
-    names = contest.aligned.names
+    everyone = tuple(range(ranking.models))
+    names = ranking.aligned.names
     teams = dict.fromkeys(
-        team for size in (1, 2, contest.models - 1, contest.models) if size for team in combinations(everyone, size)
+        team for size in (1, 2, ranking.models - 1, ranking.models) if size for team in combinations(everyone, size)
     )
     rows = []
-    equal = contest.errors(np.ones(contest.models))
+    equal = ranking.errors(np.ones(ranking.models))
     for team in teams:
         weights = np.isin(everyone, team) / len(team)
-        if len(team) == contest.models > 1:
+        if len(team) == ranking.models > 1:
             name = "all, equal weights"
-        elif len(team) == contest.models - 1 > 2:
+        elif len(team) == ranking.models - 1 > 2:
             name = f"without {next(names[model] for model in everyone if model not in team)}"
         else:
             name = " + ".join(names[model] for model in team)
-        rows.append(_row(contest, name, weights, equal))
+        rows.append(_row(ranking, name, weights, equal))
     if chosen is not None:
-        rows.append(_row(contest, "all, given weights", checked_weights(chosen, contest.models), equal))
+        rows.append(_row(ranking, "all, given weights", checked_weights(chosen, ranking.models), equal))
     return rows
 
 
@@ -204,20 +204,20 @@ def signed(difference: Interval) -> str:
     return f"{100 * difference.value:+.2f} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
 
 
-def _row(contest: Contest, name: str, weights: np.ndarray, equal: np.ndarray) -> Row:
-    places = contest.places(weights)
+def _row(ranking: Ranking, name: str, weights: np.ndarray, equal: np.ndarray) -> Row:
+    places = ranking.places(weights)
     return Row(
         name=name,
         weights=tuple(weights.tolist()),
-        summary=contest.summary(places),
-        against_equal=paired_bootstrap(contest.errors_at(places), equal),
+        summary=ranking.summary(places),
+        against_equal=paired_bootstrap(ranking.errors_at(places), equal),
     )
 
 
 def _contested(
     aligned: Aligned, rows: np.ndarray, start: int, of: Of, temperatures: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The fields of `Contest` from `margins` on, of some rows, the first of which is video `start`."""
+    """The fields of `Ranking` from `margins` on, of some rows, the first of which is video `start`."""
     truth = aligned.labels[rows][:, None]
     lower = np.arange(len(aligned.classes)) < truth
     never = np.ones(lower.shape, bool)
@@ -246,24 +246,24 @@ def _contested(
     )
 
 
-def _folds(contest: Contest, folds: int, seed: int) -> np.ndarray:
+def _folds(ranking: Ranking, folds: int, seed: int) -> np.ndarray:
     """The fold of each video, all of nearly one size."""
-    ids = np.array([contest.aligned.ids[row] for row in contest.rows], object)
+    ids = np.array([ranking.aligned.ids[row] for row in ranking.rows], object)
     fold = np.empty(len(ids), np.int64)
     fold[np.argsort(ids)] = np.random.default_rng(seed).permutation(len(ids)) % folds
     return fold
 
 
-def _fit(contest: Contest, chosen: np.ndarray) -> tuple[float, ...]:
+def _fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
     """Weights from the videos `chosen` bool [N]: least log-loss first, then the challenge error from there."""
 
     def error(weights: np.ndarray) -> float:
-        return float(contest.errors(weights)[chosen].mean())
+        return float(ranking.errors(weights)[chosen].mean())
 
-    equal = checked_weights(None, contest.models)
-    if contest.models == 1:
+    equal = checked_weights(None, ranking.models)
+    if ranking.models == 1:
         return (1.0,)
-    smooth = _rounded(_least_log_loss(contest, chosen))
+    smooth = _rounded(_least_log_loss(ranking, chosen))
     best = _refine(error, smooth if error(smooth) <= error(equal) else equal)
     return tuple(_rounded(best).tolist())
 
@@ -301,19 +301,19 @@ def _rounded(weights: np.ndarray) -> np.ndarray:
     return np.round(rounded, 4)
 
 
-def _least_log_loss(contest: Contest, chosen: np.ndarray) -> np.ndarray:
+def _least_log_loss(ranking: Ranking, chosen: np.ndarray) -> np.ndarray:
     """Weights on the simplex of least mean log-loss (convex in them, for either kind of mean).
 
     Over the videos that every model scored: on others a missing member would be taken for a confident one.
     """
     from scipy.optimize import minimize
 
-    complete = chosen & ~contest.aligned.failed[:, contest.rows].any(axis=0)
-    equal = checked_weights(None, contest.models)
+    complete = chosen & ~ranking.aligned.failed[:, ranking.rows].any(axis=0)
+    equal = checked_weights(None, ranking.models)
     if not complete.any():
         return equal
-    loss = _mixture_loss(contest, complete) if contest.kind == "probabilities" else _logits_loss(contest, complete)
-    bounds = [(0.0, 1.0)] * contest.models
+    loss = _mixture_loss(ranking, complete) if ranking.kind == "probabilities" else _logits_loss(ranking, complete)
+    bounds = [(0.0, 1.0)] * ranking.models
     constraint = {"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like}
     found = minimize(loss, equal, jac=True, method="SLSQP", bounds=bounds, constraints=[constraint], tol=1e-8)
     weights = np.clip(found.x, 0, None)
@@ -323,9 +323,9 @@ def _least_log_loss(contest: Contest, chosen: np.ndarray) -> np.ndarray:
     return weights / weights.sum()
 
 
-def _mixture_loss(contest: Contest, complete: np.ndarray) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+def _mixture_loss(ranking: Ranking, complete: np.ndarray) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """-mean log sum_m w_m p_m(truth) and its gradient [M]."""
-    logs = contest.true_logs[complete]
+    logs = ranking.true_logs[complete]
     peak = logs.max(axis=1, keepdims=True)
     ratios = np.exp(logs - peak)
 
@@ -336,16 +336,16 @@ def _mixture_loss(contest: Contest, complete: np.ndarray) -> Callable[[np.ndarra
     return loss
 
 
-def _logits_loss(contest: Contest, complete: np.ndarray) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
+def _logits_loss(ranking: Ranking, complete: np.ndarray) -> Callable[[np.ndarray], tuple[float, np.ndarray]]:
     """mean of logsumexp(z) - z(truth) with z = sum_m w_m z_m, and its gradient [M]."""
-    aligned, rows = contest.aligned, contest.rows[complete]
+    aligned, rows = ranking.aligned, ranking.rows[complete]
 
     def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        total, gradient = 0.0, np.zeros(contest.models)
+        total, gradient = 0.0, np.zeros(ranking.models)
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             some = rows[start : start + _ROWS_AT_ONCE]
             truth = aligned.labels[some][:, None]
-            parts = [scaled(aligned, model, some, contest.temperatures) for model in range(contest.models)]
+            parts = [scaled(aligned, model, some, ranking.temperatures) for model in range(ranking.models)]
             mixed = sum(weight * part for weight, part in zip(weights, parts, strict=True))
             logs = log_softmax(np.asarray(mixed))
             total -= np.take_along_axis(logs, truth, axis=1).sum()

@@ -13,21 +13,19 @@ import json
 import math
 import os
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
+from ensemble.entries import Ids, is_clip, is_scores, read_entries, read_results, submission_ids
 from extract.cli import InputError, run_command
 from extract.listing.labels import choose_labels
-from extract.listing.videos import youtube_id
 
 if TYPE_CHECKING:  # numpy and what needs it are imported where used: --help is asked for more often than scores
     import numpy as np
 
     from aggregate.scores import Scores
-
-Ids = Literal["auto", "youtube", "file"]
 
 PLACES = 5  # labels a video: as many as the challenge looks at
 VERSION = "VERSION 1.0"
@@ -47,27 +45,6 @@ class Checked:
         more = f", {self.neutral:,} of them neutral (the video failed)" * bool(self.neutral)
         more += f", {self.extra:,} of them not listed (the challenge ignores these)" * bool(self.extra)
         return f"{self.videos:,} videos{more}"
-
-
-def submission_ids(names: Sequence[str], how: Ids = "auto") -> list[str]:
-    """The ids under which videos are submitted: the youtube ids cut from the names of Kinetics clips.
-
-    "auto" leaves all names as they are where none of them is such a clip (another data set, or youtube ids already),
-    "file" leaves them in any case. Raises InputError for a name that is none where others are, and for two names of
-    one youtube id.
-    """
-    if how not in get_args(Ids):
-        raise InputError(f"--submission-ids {how} is unknown; known are {', '.join(get_args(Ids))}")
-    ids = list(names)
-    if how == "youtube" or (how == "auto" and any(map(is_clip, names))):
-        ids = [youtube_id(name) for name in names]
-    first: dict[str, str] = {}
-    for name, video in zip(names, ids, strict=True):
-        if video in first:
-            both = f"{first[video]!r} and {name!r} are both video {video!r}"
-            raise InputError(f"{both}; a submission has one entry a video")
-        first[video] = name
-    return ids
 
 
 def write_submission(
@@ -182,74 +159,6 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
     return best, falling
 
 
-def is_clip(name: str) -> bool:
-    """Whether a name is that of a Kinetics clip, from which `youtube_id` can be cut."""
-    try:
-        youtube_id(name)
-    except InputError:
-        return False
-    return True
-
-
-def read_text(path: str | os.PathLike[str]) -> str:
-    """InputError where there is no such file, or it is no text."""
-    if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error})") from None
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """InputError where the file is no JSON, or an object holds a key twice."""
-
-    def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        """JSON readers keep the last of two equal keys and say nothing."""
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise InputError(f"{path}: {key!r} stands twice in one object")
-            found[key] = value
-        return found
-
-    try:
-        return json.loads(read_text(path), object_pairs_hook=once)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
-
-
-def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of each video of a submission; InputError where the frame around them is not as it must be."""
-    submission = read_json(path)
-    if not isinstance(submission, dict):
-        raise InputError(f"{path} holds a {type(submission).__name__}, expected an object with version, results ...")
-    _must_be(path, submission, version=str, results=dict, external_data=dict)
-    _must_be(f"{path}: external_data", submission["external_data"], used=bool, details=str)
-    if not submission["results"]:
-        raise InputError(f"{path}: 'results' holds no video")
-    return submission["results"]
-
-
-def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: type) -> None:
-    for name, kind in kinds.items():
-        if not isinstance(found.get(name), kind):
-            raise InputError(f"{where}: {name!r} is {found.get(name)!r:.60}, expected a {kind.__name__}")
-
-
-def read_entries(where: str, entries: Any) -> Iterator[tuple[str, float]]:
-    """Label and score of each entry of a video; InputError, beginning with `where`, for what is none."""
-    if not isinstance(entries, list):
-        raise InputError(f"{where} has {entries!r:.60}, expected a list of labels with scores")
-    for place, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("label"), str) or "score" not in entry:
-            raise InputError(f'{where} entry {place} is {entry!r:.80}, expected {{"label": ..., "score": ...}}')
-        label, score = entry["label"], entry["score"]
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise InputError(f"{where} entry {place} ({label!r}) has the score {score!r}; scores are finite numbers")
-        yield label, score
-
-
 def _check_entries(where: str, entries: Any, known: Collection[str]) -> None:
     seen: dict[str, int] = {}
     last = math.inf
@@ -266,11 +175,6 @@ def _check_entries(where: str, entries: Any, known: Collection[str]) -> None:
         seen[label], last = place, score
     if len(entries) < PLACES:
         raise InputError(f"{where} has {len(entries)} labels; at least {PLACES} are needed")
-
-
-def is_scores(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is meant as a scores file, by its extension."""
-    return os.fspath(path).lower().endswith((".h5", ".hdf5"))
 
 
 @dataclass(frozen=True)

@@ -49,11 +49,11 @@ class Options:
 def main(options: Options) -> int:
     from aggregate.evaluate import describe
     from aggregate.training.checkpoint import Checkpoint
-    from pipelines.recorded import rebuild_from_record
+    from pipelines.from_record import model_from_record
 
     _check_installed()
     checkpoint = Checkpoint.load(options.checkpoint)
-    model = rebuild_from_record(checkpoint, options.weights)
+    model = model_from_record(checkpoint, options.weights)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     checked = export(model, checkpoint, options.out)
     see, N = model.preprocessing, checkpoint.options.get("frames_per_segment")
@@ -71,7 +71,7 @@ def main(options: Options) -> int:
 
 
 def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
-    """Write `model` (of `rebuild_from_record`) with the checkpoint's metadata; returns what `check` says of it.
+    """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `check` says of it.
 
     The file appears whole and checked or not at all. Raises RunError where PyTorch cannot express the model in ONNX, or
     where a runtime computes something else from it.

@@ -101,7 +101,7 @@ class Predictor:
         precision: str = "auto",
         segments: int = 25,
     ):
-        from pipelines.recorded import load_recorded_backbone, rebuild_from_record
+        from pipelines.from_record import backbone_from_record, model_from_record
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
@@ -116,13 +116,13 @@ class Predictor:
             if precision not in ("auto", "fp32"):
                 raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")
             where = choose_device(device)
-            self._whole = rebuild_from_record(checkpoint, weights).to(where)
+            self._whole = model_from_record(checkpoint, weights).to(where)
             self._per_segment = checkpoint.options["frames_per_segment"]
             self.preprocessing: Preprocessing = self._whole.preprocessing
             self._batch = 64  # frames that are only gathered
             self.words = f"StNet on {where} in fp32"
             return
-        backbone = load_recorded_backbone(checkpoint, weights, device=device, precision=precision, frames=segments)
+        backbone = backbone_from_record(checkpoint, weights, device=device, precision=precision, frames=segments)
         self._network, self._batch = backbone, backbone.batch_size
         self.preprocessing, self.words = backbone.preprocessing, backbone.describe()
         self._head = checkpoint.model()

@@ -100,12 +100,10 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return found
 
 
-@pytest.mark.xfail(reason="the circles that the move uncovered; the next commits mend them")
 def test_no_circles_between_modules():
     assert circles(module_graph()) == []
 
 
-@pytest.mark.xfail(reason="the circles that the move uncovered; the next commits mend them")
 def test_no_circles_between_rooms():
     assert circles(rooms_of(module_graph())) == []
 

@@ -66,7 +66,7 @@ def test_every_command_runs(folder, monkeypatch, capsys):
         if module == "aggregate.train" and "hgnl" not in arguments:
             flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
         more = [word for pair in flags.items() for word in pair]
-        name = f"{module}.__main__" if (ROOT / module / "__main__.py").exists() else module
+        name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
         command = importlib.import_module(name)
         status = run_command(command.main, command.Options, prog=f"python -m {module}", args=[*arguments, *more])
         assert status == 0, f"python -m {module} {' '.join(arguments)}: {capsys.readouterr().err}"

@@ -26,7 +26,7 @@ from extract.store import FAILED, PENDING, FeatureStore
 Placement = Literal["auto", "device", "memory", "mmap"]
 Item = TypeVar("Item")
 
-BATCHES_AHEAD = 3
+BATCHES_PREFETCHED = 3
 # `auto` copies into memory what is smaller; a larger store stays on disk, mapped, and the page cache decides.
 _MEMORY_LIMIT = 1 << 30
 
@@ -96,12 +96,12 @@ class StoredFeatures:
     def train_batches(self, *, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """One epoch in random order, `frames` random segments of each video, ready before they are needed."""
         self._check_frames(frames)
-        return ahead(self._train_batches(epoch, frames, batch_size, seed))
+        return prefetched(self._train_batches(epoch, frames, batch_size, seed))
 
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
         """All videos in order; of each batch one `Batch` a view, of the middle frames of `frames` segments."""
         self._check_frames(frames)
-        return ahead(self._test_batches(frames, batch_size))
+        return prefetched(self._test_batches(frames, batch_size))
 
     def _check_frames(self, frames: int) -> None:
         stored = self.store.frames_per_video
@@ -223,7 +223,7 @@ def _memory_available() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def ahead(items: Iterable[Item], depth: int = BATCHES_AHEAD) -> Iterator[Item]:
+def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:
     """The same items, made by a thread up to `depth` before they are asked for; its error is raised here."""
     done = object()
     ready: queue.Queue = queue.Queue(depth)

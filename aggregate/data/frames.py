@@ -11,7 +11,7 @@ from torch import Tensor
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.features import Batch
 from extract.cli import RunError
-from extract.decode.subprocess_pool import DecodePool
+from extract.decode.subprocess_pool import SubprocessPool
 from extract.listing.videos import Video
 
 
@@ -31,7 +31,7 @@ class VideoFrames:
     failed: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._pool = DecodePool(
+        self._pool = SubprocessPool(
             prepare_clip,
             slot_bytes=self.plan.slot_bytes,
             workers=self.workers,

@@ -1,9 +1,9 @@
 """Decoding in child processes that can be killed, with frames handed back through shared memory.
 
 A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process helps against that.
-So each child is a process of its own with one thread here that talks to it (a lane):
+So each child is a process of its own with one thread here that talks to it:
 
-    submit(job) -> queue -> lane: job -> child ... "10 s long" ... result -> Future
+    submit(job) -> queue -> thread: job -> child ... "10 s long" ... result -> Future
                             deadline passed, or child dead -> SIGKILL, a fresh child, the job's failure in words
 
 A child starts in under half a second (it never imports torch), ends with its parent even on kill -9, and writes into
@@ -67,7 +67,7 @@ class Finished:
         self.release()
 
 
-class DecodePool:
+class SubprocessPool:
     """Child processes that run `function` over jobs, in the order of `submit`, each under a deadline.
 
     A job may take `timeout` seconds, and one more for each 10 s of video that it reports; then its child is killed
@@ -76,8 +76,9 @@ class DecodePool:
 
     def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0):
         self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
-        self._lanes = [
-            _Lane(self._jobs, function, slot_bytes=slot_bytes, timeout=timeout, nice=nice) for _ in range(workers)
+        self._threads = [
+            _ChildThread(self._jobs, function, slot_bytes=slot_bytes, timeout=timeout, nice=nice)
+            for _ in range(workers)
         ]
 
     def submit(self, job: Any) -> "Future[Finished]":
@@ -88,8 +89,8 @@ class DecodePool:
 
     def close(self) -> None:
         """Kill the children. Jobs that have not ended are cancelled."""
-        for lane in self._lanes:
-            lane.close()
+        for thread in self._threads:
+            thread.close()
         while True:
             try:
                 waiting = self._jobs.get_nowait()
@@ -97,12 +98,12 @@ class DecodePool:
                 break
             if waiting is not None:
                 waiting[1].cancel()
-        for _ in self._lanes:
+        for _ in self._threads:
             self._jobs.put(None)
-        for lane in self._lanes:
-            lane.join()
+        for thread in self._threads:
+            thread.join()
 
-    def __enter__(self) -> "DecodePool":
+    def __enter__(self) -> "SubprocessPool":
         return self
 
     def __exit__(
@@ -119,11 +120,11 @@ class _DeadlineError(Exception):
     """The job took longer than it may; the message says how long."""
 
 
-class _Lane(threading.Thread):
+class _ChildThread(threading.Thread):
     """One child after the other, and the slots of memory they share with this process."""
 
     def __init__(self, jobs: queue.SimpleQueue, function: Function, *, slot_bytes: int, timeout: float, nice: int):
-        super().__init__(name="decode-lane", daemon=True)
+        super().__init__(name="decode-child", daemon=True)
         self._jobs, self._timeout = jobs, timeout
         self._setup = pickle.dumps((function, slot_bytes, nice))
         self._memory = _shared_memory(SLOTS_A_CHILD * slot_bytes)
@@ -138,7 +139,7 @@ class _Lane(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        # The slot first: a job must not wait here while another lane could do it.
+        # The slot first: a job must not wait here while another thread could do it.
         while (slot := self._free.get()) is not None and (waiting := self._jobs.get()) is not None:
             job, future = waiting
             if not future.set_running_or_notify_cancel():
@@ -160,7 +161,7 @@ class _Lane(threading.Thread):
         self._closed = True
         child = self._child
         if child is not None:
-            child.kill()  # the lane, if it waits for the child, sees it die
+            child.kill()  # the thread, if it waits for the child, sees it die
         self._free.put(None)
 
     def _do(self, job: Any, slot: int) -> Finished:

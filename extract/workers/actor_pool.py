@@ -22,7 +22,7 @@ DEATHS_A_BLOCK = 3  # a block that was in hand when so many workers died is take
 SECONDS_WITHOUT_WORKERS = 600.0
 
 
-class Here:
+class LocalWorker:
     """One worker in this process: no Ray, whose start costs 5 to 13 s."""
 
     def __init__(self, settings: Settings):
@@ -66,7 +66,7 @@ def connect(address: str | None) -> bool:
 
 @dataclass(eq=False)
 class _Member:
-    """A worker of the crew: an actor, its calls in flight, and the blocks it has been given and not handed in."""
+    """A worker of the pool: an actor, its calls in flight, and the blocks it has been given and not handed in."""
 
     actor: Any
     ready: "ray.ObjectRef | None"  # its check, until that has ended
@@ -75,7 +75,7 @@ class _Member:
     upcoming: Block | None = None  # of `given`, the one it decodes ahead for
 
 
-class RayCrew:
+class RayActorPool:
     """Workers as Ray actors. Nodes may come and go: blocks of a lost worker are given to another."""
 
     def __init__(self, settings: Settings, *, workers: int | None, address: str | None):
@@ -177,7 +177,7 @@ class RayCrew:
         return [member.ready] if member.ready is not None else member.calls
 
     def _fill(self, queue: deque[Block], left: set[int]) -> None:
-        """Keep the crew complete, and two calls in flight with each worker so that it never waits for the driver."""
+        """Keep the pool complete, and two calls in flight with each worker so that it never waits for the driver."""
         while len(self._members) < min(self._size, len(left)):
             actor = self._actor()
             self._members.append(_Member(actor, ready=actor.check.remote(self._nonce, self._video)))

@@ -25,11 +25,11 @@ from extract.cli import InputError, RunError
 from extract.listing.videos import Listing, Video, list_videos
 from extract.status import human_bytes, status_table
 from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
-from extract.workers.actor_pool import Here, RayCrew
+from extract.workers.actor_pool import LocalWorker, RayActorPool
 from extract.workers.worker import Block, Done, Settings
 
 if TYPE_CHECKING:
-    from extract.__main__ import Options
+    from extract.options import Options
 
 
 def extract(options: "Options") -> int:
@@ -54,9 +54,9 @@ def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log:
     if log:
         log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
     store = _open_if_there(options.out)
-    crew = _hire(options, precision=store.provenance["precision"] if store else options.precision)
+    pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
     try:
-        made = crew.describe()
+        made = pool.describe()
         if store is None:
             store = _create(options, listing, videos, made)
         else:
@@ -69,10 +69,10 @@ def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log:
         _announce(options, store, blocks, made)
         _check_space(store, blocks)
         if blocks:
-            crew.check(nonce, _readable(blocks))
-            _run(crew.run(blocks), store, blocks, log)
+            pool.check(nonce, _readable(blocks))
+            _run(pool.run(blocks), store, blocks, log)
     finally:
-        crew.close()
+        pool.close()
     print(status_table(store))
     failed = int((store.status == FAILED).sum())
     if failed > options.max_failed * len(store):
@@ -224,7 +224,7 @@ def _plain(options: "Options") -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def _hire(options: "Options", *, precision: str) -> Here | RayCrew:
+def _worker_pool(options: "Options", *, precision: str) -> LocalWorker | RayActorPool:
     settings = Settings(
         store=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
         backbone=options.backbone,
@@ -245,9 +245,9 @@ def _hire(options: "Options", *, precision: str) -> Here | RayCrew:
         cores = max(1, len(os.sched_getaffinity(0)) // workers)
         settings = replace(settings, decode_workers=settings.decode_workers or cores, threads=cores)
         if workers == 1:
-            return Here(settings)
-        return RayCrew(settings, workers=workers, address=None)
-    return RayCrew(settings, workers=options.workers, address=options.address)
+            return LocalWorker(settings)
+        return RayActorPool(settings, workers=workers, address=None)
+    return RayActorPool(settings, workers=options.workers, address=options.address)
 
 
 def _visible_gpus(device: str) -> int:

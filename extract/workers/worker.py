@@ -18,7 +18,7 @@ import numpy as np
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decoder_version
-from extract.decode.subprocess_pool import DecodePool, Finished
+from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Plan, Prepared, decode_job, view_names
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
 
@@ -101,8 +101,8 @@ class Worker:
         )
 
     @cached_property
-    def _pool(self) -> DecodePool:
-        return DecodePool(
+    def _pool(self) -> SubprocessPool:
+        return SubprocessPool(
             decode_job,
             slot_bytes=len(self._views) * self.settings.frames * self._plan.preprocessing.size**2 * 3,
             workers=self.settings.decode_workers,

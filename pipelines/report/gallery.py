@@ -17,7 +17,7 @@ from pipelines.report import figures, page
 
 if TYPE_CHECKING:
     from aggregate.models import VideoClassifier
-    from pipelines.report.__main__ import Found
+    from pipelines.report.find import Found
 
 REASONS = 8
 SAMPLES = 16  # videos of which a frame is shown

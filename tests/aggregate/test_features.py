@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from aggregate.data.features import StoredFeatures, ahead, evaluation_views, training_views
+from aggregate.data.features import StoredFeatures, evaluation_views, prefetched, training_views
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows
@@ -146,7 +146,7 @@ def test_items_are_made_ahead_and_errors_come_over():
             yield number
         raise ValueError("the source broke")
 
-    stream = ahead(items(), depth=2)
+    stream = prefetched(items(), depth=2)
     assert next(stream) == 0
     deadline = time.monotonic() + 5
     while len(made) < 3 and time.monotonic() < deadline:
@@ -157,7 +157,7 @@ def test_items_are_made_ahead_and_errors_come_over():
 
 
 def test_leaving_early_ends_the_thread():
-    stream = ahead(iter(range(1000)), depth=2)
+    stream = prefetched(iter(range(1000)), depth=2)
     next(stream)
     stream.close()
     assert not any(thread.name == "batches-ahead" for thread in threading.enumerate())

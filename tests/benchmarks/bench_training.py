@@ -19,7 +19,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from aggregate.data.features import Batch, StoredFeatures, ahead
+from aggregate.data.features import Batch, StoredFeatures
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
@@ -218,6 +218,6 @@ def test_seconds_an_epoch_and_memory(store, name):
 
 
 def test_batches_are_ready_before_they_are_asked_for():
-    """`ahead` costs next to nothing a batch."""
-    cost = seconds(lambda: list(ahead(range(2000)))) / 2000
+    """`prefetched` costs next to nothing a batch."""
+    cost = seconds(lambda: list(prefetched(range(2000)))) / 2000
     print(f"\nhanding a batch over from the thread: {1e6 * cost:.0f} us")

@@ -11,7 +11,7 @@ from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse_aligned
-from ensemble.search import STEPS, Contest, _fit, _least_log_loss, _refine, search, search_weights, table
+from ensemble.search import STEPS, Ranking, _fit, _least_log_loss, _refine, search, search_weights, table
 from extract.cli import InputError
 
 
@@ -61,7 +61,7 @@ def test_places_are_those_of_the_fused_scores(of, case):
     # float32 tells apart what is 1e-7 apart, and rounding makes such things of ties
     logits = np.where(np.isnan(logits), np.nan, np.round(logits.astype(float), 5))
     expected = metrics.ranks(logits, aligned.labels[rows])
-    got = Contest.of(aligned, of=of).places(weights)
+    got = Ranking.of(aligned, of=of).places(weights)
     classes = len(aligned.classes)
     exact = (expected < 5) | (expected == classes)
     assert np.array_equal(got[exact], expected[exact])
@@ -71,7 +71,7 @@ def test_places_are_those_of_the_fused_scores(of, case):
 @pytest.mark.parametrize("of", ["probabilities", "logits"])
 def test_log_loss_weights_are_the_best_of_a_grid(of):
     aligned = align(models(1.5, 2.5, 0.5, seed=3))
-    contest = Contest.of(aligned, of=of)
+    ranking = Ranking.of(aligned, of=of)
 
     def loss(weights) -> float:
         logits = fuse_aligned(aligned, weights, of=of).logits.astype(float)
@@ -80,17 +80,17 @@ def test_log_loss_weights_are_the_best_of_a_grid(of):
 
     grid = [np.array(w) / 20 for w in product(range(21), repeat=3) if sum(w) == 20]
     best = min(map(loss, grid))
-    found = _least_log_loss(contest, np.ones(len(contest), bool))
+    found = _least_log_loss(ranking, np.ones(len(ranking), bool))
     assert found.sum() == pytest.approx(1)
     assert loss(found) <= best + 1e-6
     assert loss(found) < loss(np.ones(3)) - 1e-3
 
 
 def test_refinement_never_ends_above_its_start_nor_above_a_neighbour():
-    contest = Contest.of(align(models(1.0, 1.2, 0.8, count=150, seed=5)))
+    ranking = Ranking.of(align(models(1.0, 1.2, 0.8, count=150, seed=5)))
 
     def error(weights) -> float:
-        return float(contest.errors(weights).mean())
+        return float(ranking.errors(weights).mean())
 
     start = np.array([0.1, 0.1, 0.8])
     end = _refine(error, start)
@@ -107,20 +107,20 @@ def test_refinement_never_ends_above_its_start_nor_above_a_neighbour():
 
 def test_a_fold_never_sees_its_own_videos():
     """The figure is that of weights searched on the other folds: recompute it by hand."""
-    contest = Contest.of(align(models(1.0, 1.4, count=103, seed=7)))
-    found = search(contest, folds=4, seed=2)
+    ranking = Ranking.of(align(models(1.0, 1.4, count=103, seed=7)))
+    found = search(ranking, folds=4, seed=2)
     order = np.random.default_rng(2).permutation(103) % 4  # the ids are sorted already
     places = np.empty(103, int)
     for fold, weights in enumerate(found.weights_by_fold):
-        assert weights == _fit(contest, order != fold)
-        places[order == fold] = contest.places(weights)[order == fold]
-    assert found.summary.average_error.value == pytest.approx(contest.errors_at(places).mean())
-    assert found.weights == _fit(contest, np.ones(103, bool))
+        assert weights == _fit(ranking, order != fold)
+        places[order == fold] = ranking.places(weights)[order == fold]
+    assert found.summary.average_error.value == pytest.approx(ranking.errors_at(places).mean())
+    assert found.weights == _fit(ranking, np.ones(103, bool))
 
 
 def test_a_strong_and_a_useless_model_are_told_apart_and_it_is_said():
     scores = models(3.0, 0.0, count=1500)
-    found = search(Contest.of(align(scores)))
+    found = search(Ranking.of(align(scores)))
     assert found.weights[0] > 0.8
     assert found.beats_equal
     assert found.statement().startswith("Searched weights beat equal ones: on held-out folds (5, seed 0)")
@@ -130,7 +130,7 @@ def test_a_strong_and_a_useless_model_are_told_apart_and_it_is_said():
 
 
 def test_models_that_are_alike_do_not_beat_equal_weights_and_it_is_said():
-    found = search(Contest.of(align(models(1.0, 1.0, 1.0, count=300))))
+    found = search(Ranking.of(align(models(1.0, 1.0, 1.0, count=300))))
     assert not found.beats_equal
     assert "do NOT beat equal ones" in found.statement()
     assert "Prefer --weights equal" in found.statement()
@@ -144,12 +144,12 @@ def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a
     shuffled = [
         Scores([one.ids[row] for row in order], one.classes, one.logits[order], one.labels[order]) for one in scores
     ]
-    first = search(Contest.of(align(scores), of=of), seed=3)
-    again = search(Contest.of(align(shuffled), of=of), seed=3)
+    first = search(Ranking.of(align(scores), of=of), seed=3)
+    again = search(Ranking.of(align(shuffled), of=of), seed=3)
     assert first == again
     assert search_weights(scores, of=of, seed=3) == first.weights
     assert sum(first.weights) == pytest.approx(1)
-    other = search(Contest.of(align(scores), of=of), seed=4)
+    other = search(Ranking.of(align(scores), of=of), seed=4)
     assert other.weights == first.weights  # the whole set has no folds
     assert other.weights_by_fold != first.weights_by_fold
 
@@ -159,11 +159,11 @@ def test_failed_videos_are_errors_and_do_not_spoil_the_search():
     logits = scores[0].logits.copy()
     logits[:10] = np.nan
     scores[0] = Scores(scores[0].ids, scores[0].classes, logits, scores[0].labels)
-    contest = Contest.of(align(scores))
-    rows = {row.name: row for row in table(contest)}
+    ranking = Ranking.of(align(scores))
+    rows = {row.name: row for row in table(ranking)}
     assert (rows["model 1"].summary.scored, rows["model 1"].summary.listed) == (90, 100)
     assert rows["all, equal weights"].summary.scored == 100
-    assert 0 < min(search(contest).weights) < 1
+    assert 0 < min(search(ranking).weights) < 1
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_failed_videos_are_errors_and_do_not_spoil_the_search():
 )
 def test_the_table_holds_singles_pairs_and_all(size, names):
     aligned = align(models(*[1.0, 1.5, 2.0][:size], count=60))
-    rows = table(Contest.of(aligned))
+    rows = table(Ranking.of(aligned))
     assert [row.name for row in rows] == names
     for row in rows:
         fused = fuse_aligned(aligned, row.weights)
@@ -193,7 +193,7 @@ def test_the_table_holds_singles_pairs_and_all(size, names):
 
 
 def test_of_four_models_one_is_left_out_in_turn():
-    rows = table(Contest.of(align(models(1.0, 1.5, 2.0, 0.5, count=60))), chosen=[1, 2, 3, 4])
+    rows = table(Ranking.of(align(models(1.0, 1.5, 2.0, 0.5, count=60))), chosen=[1, 2, 3, 4])
     names = [row.name for row in rows]
     assert len(names) == 4 + 6 + 4 + 1 + 1
     without = {row.name: row.weights for row in rows}

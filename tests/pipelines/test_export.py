@@ -14,7 +14,7 @@ from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
 from extract.decode.transform import Plan, prepare
 from pipelines import export
-from pipelines.recorded import rebuild_from_record
+from pipelines.from_record import model_from_record
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -38,7 +38,7 @@ def real_frames(clips, preprocessing, *, batch: int, frames: int) -> np.ndarray:
 def assert_parity(file: Path, checkpoint: Path, clips, shapes) -> None:
     """The file against the plain model: backbone, aggregator, classifier, normalised by hand."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    model = model_from_record(Checkpoint.load(checkpoint))
     see = model.preprocessing
     for batch, count in shapes:
         frames = real_frames(clips, see, batch=batch, frames=count)
@@ -81,7 +81,7 @@ def test_stnet_with_its_own_number_of_frames_a_segment(clips, tmp_path, capsys):
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
     assert "uint8 [batch, segments, 2, 160, 160, 3]" in capsys.readouterr().out
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
-    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    model = model_from_record(Checkpoint.load(checkpoint))
     for batch, segments in ((1, 1), (2, 7)):
         frames = real_frames(clips, model.preprocessing, batch=batch, frames=2 * segments)
         frames = frames.reshape(batch, segments, 2, *frames.shape[2:])

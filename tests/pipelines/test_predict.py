@@ -27,8 +27,8 @@ from extract.decode.transform import crop_boxes, resize_short_side
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
 from pipelines import predict
+from pipelines.from_record import backbone_from_record, model_from_record
 from pipelines.predict import Options, Prediction, Predictor, Window, timeline, window_spans
-from pipelines.recorded import load_recorded_backbone, rebuild_from_record
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
@@ -112,7 +112,7 @@ def test_any_number_of_segments(segments, hgnl, clips, backbone):
 def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
     checkpoint = small_models.tuned(tmp_path)
     seen = predictor_of(checkpoint, segments=8)(clips[0])
-    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    model = model_from_record(Checkpoint.load(checkpoint))
     plan = ClipPlan(8, 1, model.preprocessing)
     assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], plan), 5e-3)  # features pass through float16
 
@@ -120,7 +120,7 @@ def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
 def test_stnet_sees_neighbouring_frames(clips, tmp_path):
     checkpoint = small_models.tuned(tmp_path, "stnet")
     seen = predictor_of(checkpoint, segments=4)(clips[0])
-    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    model = model_from_record(Checkpoint.load(checkpoint))
     assert seen.windows[0].weights is None
     with pytest.raises(InputError, match="--precision bf16: StNet runs in fp32"):
         predictor_of(checkpoint, precision="bf16")
@@ -333,14 +333,14 @@ def test_options_without_meaning(changes, message, clips, hgnl):
 
 
 def test_random_weights_are_those_of_the_recorded_seed(hgnl, tmp_path):
-    same = load_recorded_backbone(Checkpoint.load(hgnl), precision="fp32", device="cpu").module.state_dict()
+    same = backbone_from_record(Checkpoint.load(hgnl), precision="fp32", device="cpu").module.state_dict()
     assert all(
         torch.equal(value, same[name]) for name, value in small_models.trunk_of(seed=3).module.state_dict().items()
     )
     other = small_models.trunk_of(seed=4).module.state_dict()
     assert not all(torch.equal(value, same[name]) for name, value in other.items())
     with pytest.raises(InputError, match=r"--weights x\.pth: .* was trained on random weights, seed 3; drop it"):
-        rebuild_from_record(Checkpoint.load(hgnl), Path("x.pth"))
+        model_from_record(Checkpoint.load(hgnl), Path("x.pth"))
 
 
 def test_weights_of_a_file_are_asked_for_and_compared(tmp_path):
@@ -349,14 +349,14 @@ def test_weights_of_a_file_are_asked_for_and_compared(tmp_path):
     trunk = small_models.trunk_of(tmp_path / "mine.pth")
     checkpoint = Checkpoint.load(small_models.cached(tmp_path, trunk=trunk))
     with pytest.raises(InputError, match=r"weights mine\.pth \(SHA-256 \w{12}\.\.\.\); give that file: --w"):
-        rebuild_from_record(checkpoint)
+        model_from_record(checkpoint)
     ours, theirs = trunk.weights["sha256"], small_models.trunk_of(tmp_path / "other.pth").weights["sha256"]
     with pytest.raises(
         InputError, match=rf"other.pth \(SHA-256 {theirs}\) in the place of mine.pth \(SHA-256 {ours}\)"
     ):
-        rebuild_from_record(checkpoint, tmp_path / "other.pth")
+        model_from_record(checkpoint, tmp_path / "other.pth")
     (tmp_path / "mine.pth").rename(tmp_path / "renamed.pth")
-    rebuilt = rebuild_from_record(checkpoint, tmp_path / "renamed.pth").net.backbone.state_dict()
+    rebuilt = model_from_record(checkpoint, tmp_path / "renamed.pth").net.backbone.state_dict()
     assert all(torch.equal(value, rebuilt[name]) for name, value in trunk.module.state_dict().items())
 
 
@@ -364,14 +364,14 @@ def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
     checkpoint = Checkpoint.load(small_models.cached(tmp_path))
     checkpoint.features["preprocessing"]["resize"] = 200
     with pytest.raises(InputError, match=r"was trained with .*size=160, resize=200.*takes Prep.*resize=168"):
-        rebuild_from_record(checkpoint)
+        model_from_record(checkpoint)
     tuned = Checkpoint.load(small_models.tuned(tmp_path / "tuned"))
     with pytest.raises(InputError, match=r"--weights x\.pth: the fine-tuned .* holds its own backbone; drop it"):
-        rebuild_from_record(tuned, Path("x.pth"))
+        model_from_record(tuned, Path("x.pth"))
     checkpoint.features.clear()
     checkpoint.features["source"] = "FeatureStore.from_arrays"
     with pytest.raises(InputError, match=r"records no backbone that could see videos, only \{'source'"):
-        rebuild_from_record(checkpoint)
+        model_from_record(checkpoint)
 
 
 def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
@@ -386,7 +386,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr("extract.backbone.model.load_trunk", at_hand)
     with pytest.raises(InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"):
-        rebuild_from_record(checkpoint)
+        model_from_record(checkpoint)
     assert asked == ["pretrained"]
 
 
@@ -399,7 +399,7 @@ def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     ready = predictor_of(checkpoint, segments=3)
     assert "random" not in ready.words.lower()
     (whole,) = ready(clips[0]).windows
-    model = rebuild_from_record(Checkpoint.load(checkpoint))
+    model = model_from_record(Checkpoint.load(checkpoint))
     assert_same(whole.logits, prepared_logits(model, clips[0], ClipPlan(3, 1, model.preprocessing)), 5e-3)
 
 

@@ -14,7 +14,7 @@ import pytest
 from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, RunLog
-from extract.workers.actor_pool import RayCrew
+from extract.workers.actor_pool import RayActorPool
 from extract.workers.worker import Settings, Worker
 from stores import store_digest
 
@@ -143,13 +143,13 @@ def test_no_cluster_at_the_address(clips, tmp_path):
 
 def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
     monkeypatch.setattr("extract.workers.actor_pool.SECONDS_WITHOUT_WORKERS", 1.0)
-    crew = object.__new__(RayCrew)
+    pool = object.__new__(RayActorPool)
 
     class Nobody:
         @staticmethod
         def cluster_resources() -> dict[str, float]:
             return {"CPU": 2.0}
 
-    crew._ray, crew._request = Nobody(), {"num_cpus": 64}
+    pool._ray, pool._request = Nobody(), {"num_cpus": 64}
     with pytest.raises(RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"):
-        crew._complain(2.0)
+        pool._complain(2.0)

@@ -22,7 +22,7 @@ class Source:
     seed: int = 0
 
 
-def load_recorded_backbone(
+def backbone_from_record(
     checkpoint: "Checkpoint",
     weights: Path | None = None,
     *,
@@ -44,10 +44,10 @@ def load_recorded_backbone(
     return backbone
 
 
-def rebuild_from_record(checkpoint: "Checkpoint", weights: Path | None = None) -> "Recogniser":
+def model_from_record(checkpoint: "Checkpoint", weights: Path | None = None) -> "Recogniser":
     """The whole model in fp32 on the CPU, in evaluation mode, from a checkpoint of cached features too.
 
-    Raises InputError as `load_recorded_backbone`.
+    Raises InputError as `backbone_from_record`.
     """
     from aggregate.endtoend import EndToEnd, Recogniser, preprocessing_of, rebuild
     from extract.backbone.model import load_trunk

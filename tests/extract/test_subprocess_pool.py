@@ -16,15 +16,15 @@ import pytest
 
 from decode_jobs import do
 from extract.cli import RunError
-from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, DecodePool
+from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, SubprocessPool
 from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
 
 SLOT = 1000
 PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
 
 
-def pool_of(workers: int = 1, *, timeout: float = 20.0, **changed) -> DecodePool:
-    return DecodePool(do, **({"slot_bytes": SLOT, "workers": workers, "timeout": timeout} | changed))
+def pool_of(workers: int = 1, *, timeout: float = 20.0, **changed) -> SubprocessPool:
+    return SubprocessPool(do, **({"slot_bytes": SLOT, "workers": workers, "timeout": timeout} | changed))
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -65,7 +65,7 @@ def _no_child_is_left(pool):
     wait_for(lambda: children() <= before, "children to be gone")
 
 
-def works(pool: DecodePool) -> None:
+def works(pool: SubprocessPool) -> None:
     with pool.submit(("fill", 9)).result(PATIENCE) as finished:
         assert finished.failure == ""
         assert (finished.buffer == 9).all()
@@ -161,7 +161,7 @@ def test_videos_are_prepared_as_in_this_process(codec_clips, broken_clips):
     see = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
     plan = Plan(frames=3, crops=3, augment_passes=2, preprocessing=see, seed=1, decoder="pyav")
     out = np.zeros((5, 3, 32, 32, 3), np.uint8)
-    with DecodePool(decode_job, slot_bytes=out.size, workers=1, timeout=20) as pool:
+    with SubprocessPool(decode_job, slot_bytes=out.size, workers=1, timeout=20) as pool:
         good = pool.submit((str(codec_clips / "vp9.webm"), "id", plan))
         bad = pool.submit((str(broken_clips / "zero_bytes.mp4"), "id", plan))
         expected = prepare(str(codec_clips / "vp9.webm"), "id", plan, out)
@@ -325,7 +325,7 @@ def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
     monkeypatch.setattr(decode_jobs, "only_here", lambda job, out, on_duration: None, raising=False)
     decode_jobs.only_here.__module__, decode_jobs.only_here.__qualname__ = "decode_jobs", "only_here"
     with (
-        DecodePool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,
+        SubprocessPool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,
         pytest.raises(RunError, match=r"a decode process does not start \(exit status 1\); its error stands above"),
     ):
         pool.submit(("fill", 1)).result(PATIENCE)
@@ -338,8 +338,8 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
     program = (
         "import sys, time\n"
         "from decode_jobs import do\n"
-        "from extract.decode.subprocess_pool import DecodePool\n"
-        "pool = DecodePool(do, slot_bytes=1000, workers=3, timeout=1000)\n"
+        "from extract.decode.subprocess_pool import SubprocessPool\n"
+        "pool = SubprocessPool(do, slot_bytes=1000, workers=3, timeout=1000)\n"
         "for path in sys.argv[2:]: pool.submit((sys.argv[1], path))\n"
         "time.sleep(1000)\n"
     )

@@ -1,0 +1,56 @@
+"""The options of `python -m extract`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run a frozen backbone over sampled frames of every video and store the features.
+
+    Run it again to continue, to add new videos, or (--retry-failed) to try failed ones again.
+    """
+
+    videos: Path
+    """A folder (split/class/clip, class/clip, flat), a file, or a CSV (Kinetics', or path,label[,split,group])."""
+    out: str
+    """The feature store: a folder, or a URL that fsspec knows (s3://bucket/feats.zarr)."""
+    root: Path | None = None
+    """With a CSV: the folder its videos lie in (default: the CSV's own)."""
+    labels: str = "auto"
+    """auto (Kinetics-700's list where all names are in it, else the sorted names), kinetics700, or a file of lines."""
+    backbone: str = "legacy_seresnext101_32x4d"
+    """Any timm model."""
+    weights: str = "pretrained"
+    """pretrained, random, or a file (.pth, .safetensors, or a checkpoint of our own fine-tuning)."""
+    frames: int = 25
+    """Frames a video: the middle of that many equal segments."""
+    crops: Literal[1, 3, 10] = 1
+    """Views of each frame: centre; centre and both ends; corners and centre, each flipped."""
+    augment_passes: int = 0
+    """Further views for training: a random frame of each segment, a random crop, a random flip."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: fp16 on a GPU; on a CPU the faster of fp32 and bf16, measured."""
+    decoder: Literal["pyav", "decord"] = "pyav"
+    """What reads the videos."""
+    workers: int | None = None
+    """Backbones that run side by side (default: one a visible GPU, else one). More than one start Ray."""
+    address: str | None = None
+    """A Ray cluster (auto, or host:port) to spread the work over."""
+    decode_workers: int | None = None
+    """Decoding processes a worker (default: its share of the cores)."""
+    video_timeout: float = 60.0
+    """Seconds after which a video is given up, plus one for each 10 s of video."""
+    block_size: int = 64
+    """Videos that are done, stored and resumed together."""
+    retry_failed: bool = False
+    """Try videos again that failed in an earlier run."""
+    limit: int | None = None
+    """Only the first so many videos."""
+    max_failed: float = 0.05
+    """Fraction of failed videos up to which the run counts as good (exit status 0, else 3)."""
+    seed: int = 0
+    """Of random weights and of augmentation."""
