@@ -19,7 +19,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader, Dataset
 
-from aggregate.data.features import Batch, StoredFeatures
+from aggregate.data.features import Batch, StoredFeatures, prefetched
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
