@@ -24,6 +24,7 @@ STATUS = {"ok": "#2a7f62", "partial": "#e0a92e", "failed": "#b3402c", "pending":
 KINDS = len(COLOURS) * len(SHAPES)
 
 FILM_FRAMES = 25
+WIDE, HALF = 6.8, 4.8  # inches: figures that fill the page, and those of which two stand beside each other
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -127,7 +128,7 @@ def colour(index: int) -> str:
 
 def curves(lines: Sequence[Curve], *, y_label: str, log: bool = False) -> Figure:
     """Lines over epochs."""
-    with _axes(4.8, 3.2) as (figure, axes):
+    with _axes(HALF, 3.0) as (figure, axes):
         for line in lines:
             style = "--" if line.dashed else "-"
             single = "o" if np.isfinite(line.y).sum() < 2 else None
@@ -141,7 +142,7 @@ def curves(lines: Sequence[Curve], *, y_label: str, log: bool = False) -> Figure
 
 def forest(points: Sequence[Point], *, x_label: str, zero: bool = False) -> Figure:
     """Values with their intervals, one below the other; `zero` draws a line there."""
-    with _axes(6.4, 0.7 + 0.26 * len(points)) as (figure, axes):
+    with _axes(WIDE, 0.8 + 0.28 * len(points)) as (figure, axes):
         at = np.arange(len(points))[::-1]
         if zero:
             axes.axvline(0, color=SOFT, linewidth=0.9)
@@ -155,7 +156,7 @@ def forest(points: Sequence[Point], *, x_label: str, zero: bool = False) -> Figu
 
 def bars(names: Sequence[str], values: Sequence[Sequence[float]], kinds: dict[str, str], *, x_label: str) -> Figure:
     """A bar a name, of a piece a kind (name to colour): values [names][kinds]."""
-    with _axes(6.4, 0.9 + 0.3 * len(names)) as (figure, axes):
+    with _axes(WIDE, 0.9 + 0.3 * len(names)) as (figure, axes):
         at = np.arange(len(names))[::-1]
         left = np.zeros(len(names))
         for index, (kind, paint) in enumerate(kinds.items()):
@@ -179,12 +180,12 @@ def heat_map(
     column_label: str,
     show: Callable[[float], str],
     low: float | None = None,
+    width: float = WIDE,
 ) -> Figure:
     """values [rows, columns] as shades of blue with `show(value)` written on each; NaN stays empty."""
     turn = max(map(len, columns), default=0) > 4
-    cell = 0.44 if len(columns) > 8 else 0.62
-    width = 1.3 + cell * len(columns) + 0.05 * min(max(map(len, rows), default=0), 26)
-    with _axes(width, (1.7 if turn else 0.9) + 0.75 * cell * len(rows)) as (figure, axes):
+    tall = 0.33 if len(columns) > 8 else 0.46
+    with _axes(width, (1.7 if turn else 0.9) + tall * len(rows)) as (figure, axes):
         finite = values[np.isfinite(values)]
         low = low if low is not None else float(finite.min(initial=np.inf)) if finite.size else 0.0
         high = float(finite.max()) if finite.size else 1.0
@@ -212,7 +213,7 @@ def tradeoff(
     points: Sequence[Point], sizes: Sequence[float], front: Sequence[bool], *, x_label: str, y_label: str
 ) -> Figure:
     """Values in percent with intervals over `sizes` (logarithmic); those on the Pareto front joined and named."""
-    with _axes(5.6, 3.8) as (figure, axes):
+    with _axes(HALF, 3.4) as (figure, axes):
         order = np.argsort(sizes, kind="stable")
         x, y = np.asarray(sizes, float)[order], np.array([points[at].value for at in order])
         lead = np.asarray(front, bool)[order]
@@ -232,7 +233,7 @@ def tradeoff(
 
 def scatter(places: np.ndarray, kinds: np.ndarray, names: Sequence[str]) -> Figure:
     """Points [n, 2] coloured by `kinds` [n], an index in `names` or -1 (grey); directions have no unit."""
-    with _axes(6.8, 4.6) as (figure, axes):
+    with _axes(WIDE, 4.6) as (figure, axes):
         size = 5.5 if len(places) < 300 else 3
         for kind in range(-1, len(names)):  # grey lies below
             some = places[kinds == kind]

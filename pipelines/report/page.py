@@ -12,7 +12,7 @@ STYLE = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 70rem; background: #fff; color: var(--ink);
+  margin: 0 auto; padding: 2.5rem 1.25rem 4rem; max-width: 64rem; background: #fff; color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "DejaVu Sans", sans-serif;
   overflow-wrap: anywhere;
 }
@@ -24,16 +24,16 @@ p { margin: .4rem 0; max-width: 46rem; }
 a { color: var(--accent); text-decoration: none; }
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin-top: 1rem; font-size: .9rem; }
 figure { margin: 1.1rem 0; min-width: 0; }
-figure img { display: block; max-width: 100%; height: auto; }
+figure img { display: block; width: 100%; height: auto; }
 figcaption { margin-top: .4rem; max-width: 46rem; font-size: .85rem; line-height: 1.45; color: var(--soft); }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: 0 2rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 0 2rem; }
 .scroll { overflow-x: auto; }
-.wide img { max-width: none; width: 100%; min-width: 54rem; }
+.wide img { min-width: 54rem; }
 .strip { display: grid; grid-template-columns: repeat(auto-fill, minmax(6.5rem, 1fr)); gap: .6rem; margin: 1rem 0; }
 .strip div { font-size: .75rem; line-height: 1.3; color: var(--soft); }
 .strip img { display: block; width: 100%; aspect-ratio: 4 / 3; object-fit: cover; border-radius: 3px; }
 table { border-collapse: collapse; margin: .6rem 0; font-size: .87rem; font-variant-numeric: tabular-nums; }
-th { font-weight: 500; text-align: left; vertical-align: bottom; color: var(--soft); }
+th { font-weight: 500; text-align: left; white-space: nowrap; vertical-align: bottom; color: var(--soft); }
 th, td { padding: .28rem 1.1rem .28rem 0; vertical-align: top; }
 tbody td { border-top: 1px solid var(--line); }
 .n { text-align: right; white-space: nowrap; }

@@ -1,12 +1,13 @@
 """What the report shows of models: training, results, what is confused, ablations, ensembles, provenance."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aggregate.metrics import summarise
 from pipelines.report import figures, page
 from pipelines.report.find import Found, columns_of, read_json, read_rows
 
@@ -43,46 +44,96 @@ def training(found: Found) -> str:
     return page.side_by_side(charts) if charts else ""
 
 
-def results(found: Found) -> str:
-    """Top-1, top-5, mean-class accuracy and average error with intervals: of runs, and of scores files with labels."""
-    from aggregate.metrics import summarise
+@dataclass
+class Model:
+    """A model's summaries (`aggregate.metrics.Summary` as a record) on one split, by number of segments ("": fused)."""
 
-    rows: list[tuple[str, str, dict[str, Any]]] = []
-    for run, file in found.files("results.json"):
-        for model, by_segments in read_json(file).items():
-            words = run if model == run else f"{run}: {model}"
-            rows += [(words, segments, summary) for segments, summary in by_segments.items()]
-    for name, several in found.scores.items():
-        for scores in several:
-            if scores.labels is not None and (scores.labels >= 0).any():
-                known = scores.labels >= 0
-                split = f", split {scores.source['split']}" if "split" in scores.source else ""
-                summary = asdict(summarise(scores.logits[known], scores.labels[known]))
-                rows.append((f"{name}{split}", _segments(scores), summary))
-    if not rows:
-        return ""
-    points = [
-        figures.Point(
-            f"{name}, {segments}" if segments else name, *(100 * s["top1"][k] for k in ("value", "low", "high"))
+    name: str
+    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def last(self) -> tuple[str, dict[str, Any]]:
+        return list(self.summaries.items())[-1]
+
+
+MEASURES = {"top1": "top-1 %", "top5": "top-5 %", "mean_class": "mean class %", "average_error": "average error %"}
+
+
+def results(found: Found) -> str:
+    """A part for each split: its best model, intervals of all, and a table of models and measures over segments."""
+    body = ""
+    for split, models in _by_split(found).items():
+        best = max(models, key=lambda model: model.last[1]["top1"]["value"])
+        segments, summary = best.last
+        words = f"Best of {len(models)}: " if len(models) > 1 else ""
+        words += f"{best.name}, top-1 {_percent(summary['top1'])} %{_with(segments)}, {summary['listed']:,} videos."
+        points = [
+            figures.Point(f"{model.name}{_with(count)}", *(100 * one["top1"][k] for k in ("value", "low", "high")))
+            for model in models
+            for count, one in model.summaries.items()
+        ]
+        body += page.heading(f"Split {split}") + page.paragraph(words)
+        body += page.figure(
+            figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval")),
+            f"Top-1 of every model with its interval, split {split}",
+            "Intervals: bootstrap over videos, 95 %. A video without scores counts as wrong.",
         )
-        for name, segments, s in rows
-    ]
-    body = page.figure(
-        figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval")),
-        "Top-1 of every model with its interval",
-        "Model, segments. Intervals: bootstrap over videos, 95 %. A video without scores counts as wrong.",
-    )
-    metrics = ("top1", "top5", "mean_class", "average_error")
-    cells = [
-        (name, segments, *(_percent(s[metric]) for metric in metrics), f"{s['scored']:,} / {s['listed']:,}")
-        for name, segments, s in rows
-    ]
-    head = ("model", "segments", "top-1 %", "top-5 %", "mean class %", "average error %", "scored / listed")
-    body += page.table(head, cells, numbers=(1, 2, 3, 4, 5, 6))
-    return body + page.paragraph(
+        columns = sorted({count for model in models for count in model.summaries}, key=lambda count: int(count or 0))
+        rows = [
+            (model.name if at == 0 else "", words, *(_cell(model, count, measure) for count in columns), _scored(model))
+            for model in models
+            for at, (measure, words) in enumerate(MEASURES.items())
+        ]
+        head = (
+            "model",
+            "measure",
+            *(f"{count} segments" if count else "fused" for count in columns),
+            "scored / listed",
+        )
+        body += page.table(head, rows, numbers=tuple(range(2, len(head))))
+    return body and body + page.paragraph(
         "A run's models are those of its best epoch, chosen on the validation videos that they are measured on here; "
         "scores of split all hold the training videos too."
     )
+
+
+def _by_split(found: Found) -> dict[str, list[Model]]:
+    """The models by the split they were tested on: of the runs' own validation, and of scores files with labels."""
+    splits: dict[str, list[Model]] = {}
+    for run, file in found.files("results.json"):
+        options = read_json(file.with_name("options.json"))
+        split = f"{options.get('val_split', 'val')!r}, in training"
+        if options.get("val_groups"):
+            split = f"of the groups {', '.join(options['val_groups'])}, in training"
+        for name, summaries in read_json(file).items():
+            splits.setdefault(split, []).append(Model(run if name == run else f"{run}: {name}", summaries))
+    for name, several in found.scores.items():
+        model = Model(name)
+        for scores in several:
+            if scores.labels is not None and (known := scores.labels >= 0).any():
+                model.summaries[_segments(scores)] = asdict(summarise(scores.logits[known], scores.labels[known]))
+        if model.summaries:
+            splits.setdefault(f"{_split_of(several[0], found)!r}", []).append(model)
+    return splits
+
+
+def _split_of(scores: "Scores", found: Found) -> str:
+    """What a scores file says; of an ensemble, what those of its members say that lie in the folder."""
+    members = scores.source.get("members", [])
+    theirs = {several[0].source.get("split") for name, several in found.scores.items() if Path(name).stem in members}
+    return str(scores.source.get("split") or (theirs.pop() if len(theirs) == 1 else "") or "not said")
+
+
+def _with(segments: str) -> str:
+    return f", {segments} segments" if segments else ""
+
+
+def _cell(model: Model, segments: str, measure: str) -> str:
+    return _percent(model.summaries[segments][measure]) if segments in model.summaries else ""
+
+
+def _scored(model: Model) -> str:
+    return f"{model.last[1]['scored']:,} / {model.last[1]['listed']:,}"
 
 
 def _segments(scores: "Scores") -> str:
@@ -174,6 +225,7 @@ def _ablation(path: Path, name: str) -> str:
             row_label="g1",
             column_label="g2",
             show=lambda value: f"{value:.1f}",
+            width=figures.HALF,
         )
         caption = f"{heat.title}: top-1 % with {every} segments, mean over seeds; empty: invalid or not done."
         drawn.append(page.figure(figures.svg(drawing), f"Heat map of {name}: {heat.title} over g1 and g2", caption))
