@@ -137,7 +137,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames
-    from aggregate.training.learner import Learner, choose_device
+    from aggregate.training.learner import choose_device
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, check_classes, choose_rows
@@ -155,23 +155,8 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     videos = [listing.videos[row] for row in rows][: options.limit]
     val_videos = [listing.videos[row] for row in val_rows]
     recipe = _recipe(options, len(videos))
-    model, frozen, record = build_model(options, list(listing.classes), recipe.dropout, tell=rank == 0)
-    model.to(device).net.to(memory_format=torch.channels_last)
-    learner = Learner(
-        name=options.model,
-        model=model,
-        recipe=recipe,
-        steps_per_epoch=-(-len(videos) // recipe.batch_size),
-        seed=options.seed,
-        device=device,
-        groups=_parameter_groups(model, recipe, options.backbone_lr),
-        precision=options.precision,
-        micro_batch=options.micro_batch,
-        ema=options.ema,
-        frozen=frozen,
-        rank=rank,
-        world=world,
-    )
+    learner, record = _learner(options, recipe, list(listing.classes), len(videos), device, rank, world)
+    model: Any = learner.model
     plan = ClipPlan(options.frames, options.frames_per_segment, model.preprocessing, decoder=options.decoder)
     cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
     pool: dict[str, Any] = {"workers": cores, "timeout": options.video_timeout}
@@ -203,6 +188,34 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
                 flush=True,
             )
         yield run
+
+
+def _learner(
+    options: Options, recipe: "Recipe", classes: list[str], videos: int, device: "torch.device", rank: int, world: int
+) -> "tuple[Learner, dict[str, Any]]":
+    """The learner of process `rank` of `world`, and the record of its backbone."""
+    import torch
+
+    from aggregate.training.learner import Learner
+
+    model, frozen, record = build_model(options, classes, recipe.dropout, tell=rank == 0)
+    model.to(device).net.to(memory_format=torch.channels_last)
+    learner = Learner(
+        name=options.model,
+        model=model,
+        recipe=recipe,
+        steps_per_epoch=-(-videos // recipe.batch_size),
+        seed=options.seed,
+        device=device,
+        groups=_parameter_groups(model, recipe, options.backbone_lr),
+        precision=options.precision,
+        micro_batch=options.micro_batch,
+        ema=options.ema,
+        frozen=frozen,
+        rank=rank,
+        world=world,
+    )
+    return learner, record
 
 
 def _recipe(options: Options, videos: int) -> "Recipe":

@@ -115,3 +115,16 @@ def test_the_rules_can_fail(tmp_path):
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
     assert rooms_of({"x.a": set(), "x.b": {"x.r.m"}, "x.r": set(), "x.r.m": {"x.a"}})["x.r"] == {"x.a"}
     assert len(MODULES) > 4
+
+
+def test_the_house_stays_readable():
+    """No module above 450 lines, no function above 60."""
+    long: list[str] = []
+    for name in NAMES:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        if text.count("\n") > 450:
+            long.append(f"{name}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+                long.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
+    assert not long

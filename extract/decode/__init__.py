@@ -1,5 +1,6 @@
 """A video and frame indices in, frames out: reading, cropping, and subprocesses that can be killed."""
 
-from extract.decode.reader import Decoded, VideoError, decode, decoder_version
+from extract.decode.opening import VideoError
+from extract.decode.reader import Decoded, decode, decoder_version
 
 __all__ = ["Decoded", "VideoError", "decode", "decoder_version"]

@@ -14,13 +14,14 @@ chosen among what decodes, and `problem` says so if anything was wrong.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
+
+from extract.decode.opening import VideoError, check_file, open_video, opened, words_of
 
 Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
@@ -38,19 +39,6 @@ _REORDERING = frozenset(("h264", "hevc"))
 _PLACEHOLDER_BYTES = 19
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
-
-av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
-
-
-class VideoError(Exception):
-    """A video that cannot be read: `path`, and a `reason` that a person understands."""
-
-    def __init__(self, path: str | os.PathLike[str], reason: str):
-        super().__init__(path, reason)
-        self.path, self.reason = os.fspath(path), reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
 
 
 class _UntrustedError(Exception):
@@ -102,13 +90,13 @@ def decode(
 
     Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
     """
-    _check_file(path)
+    check_file(path)
     pictures = _Pictures(resize)
     if decoder not in ("pyav", "decord"):
         raise ValueError(f"got decoder {decoder!r}, expected 'pyav' or 'decord'")
     if decoder == "decord":
         return _decode_with_decord(path, sample, pictures, on_duration, on_times)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         if on_duration is not None:
             on_duration(container.duration / av.time_base if container.duration else None)
         try:
@@ -223,7 +211,7 @@ def _read_packets(container, stream) -> _Packets:
             if total <= _KEPT_BYTES:
                 kept.append(packet)
     except av.FFmpegError as error:
-        raise _UntrustedError(f"reading it ends with: {_words(error)}") from None
+        raise _UntrustedError(f"reading it ends with: {words_of(error)}") from None
     if len({pts[number] for number in shown}) != len(shown) or not shown:
         raise _UntrustedError("its time stamps are not one a frame")
     if early := _ends_early(container, stream, len(pts)):
@@ -285,7 +273,7 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
                 position += 1
         yield from decoded(None)
     except av.FFmpegError as error:
-        raise _UntrustedError(f"decoding ends with: {_words(error)}") from None
+        raise _UntrustedError(f"decoding ends with: {words_of(error)}") from None
     finally:
         source.close()
 
@@ -307,7 +295,7 @@ class _FromFile:
     """Packets read again from a file too large to keep; forward only, a gap ends at a key frame that is sought."""
 
     def __init__(self, path, packets: _Packets):
-        self._container, self._stream = _open(path)
+        self._container, self._stream = open_video(path)
         self._packets = packets
         # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
         self._numbers = {stamp: number for number, stamp in enumerate(zip(packets.pts, packets.size, strict=True))}
@@ -359,7 +347,7 @@ def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str, on
 
 def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
     """All frames in presentation order, up to the first error; `problems` says what was wrong."""
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         packets = good = 0
         try:
             for packet in container.demux(stream):
@@ -368,7 +356,7 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
                     good += 1
                     yield frame
         except av.FFmpegError as error:
-            problems.append(f"damaged after {good} readable frames: {_words(error)}")
+            problems.append(f"damaged after {good} readable frames: {words_of(error)}")
         else:
             if early := _ends_early(container, stream, packets):
                 problems.append(early)
@@ -387,7 +375,7 @@ def _seconds(times: Sequence[float | None], path) -> np.ndarray:
     if all(time is not None for time in times):
         seconds = np.sort(np.array(times, np.float64))  # frames come in order; time stamps may be those of packets
         return (seconds - seconds[0]).astype(np.float32)
-    with _opened(path) as (_, stream):
+    with opened(path) as (_, stream):
         rate = stream.average_rate or stream.guessed_rate or 25
     return (np.arange(len(times)) / float(rate)).astype(np.float32)
 
@@ -435,69 +423,6 @@ def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
     if len(wrong):
         raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
     return checked.astype(np.int32)
-
-
-def _check_file(path) -> None:
-    """Raise VideoError for what is no file with something in it."""
-    if os.path.isdir(path):
-        raise VideoError(path, "is a folder, not a video")
-    if os.path.exists(path) and not os.path.isfile(path):  # reading from a pipe would wait for ever
-        raise VideoError(path, "is a pipe, a socket or a device, not a file")
-    try:
-        with open(path, "rb") as file:
-            if not file.read(1):
-                raise VideoError(path, "the file is empty (0 bytes); the download failed?")
-    except FileNotFoundError:
-        if os.path.islink(path):
-            raise VideoError(path, f"is a link to {os.readlink(path)!r}, which does not exist") from None
-        raise VideoError(path, "does not exist") from None
-    except PermissionError:
-        raise VideoError(path, "cannot be read: permission denied") from None
-    except OSError as error:
-        raise VideoError(path, f"cannot be read: {error.strerror}") from None
-
-
-@contextmanager
-def _opened(path):
-    container, stream = _open(path)
-    with container:
-        yield container, stream
-
-
-def _open(path):
-    """The container and its best video stream, to be decoded in one thread; VideoError says why there is none."""
-    try:
-        # FFmpeg takes what stands before a colon in a relative path for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, _why_it_does_not_open(path, error)) from None
-    stream = container.streams.best("video")
-    if stream is None:
-        kinds = sorted({stream.type for stream in container.streams})
-        container.close()
-        raise VideoError(path, f"has no video stream ({', '.join(kinds) or 'nothing'} only)")
-    if stream.codec_context is None:
-        container.close()
-        raise VideoError(path, "is in a codec that this FFmpeg does not know")
-    stream.codec_context.thread_count = 1  # clips are decoded side by side, each in a process of its own
-    return container, stream
-
-
-def _why_it_does_not_open(path, error: Exception) -> str:
-    with open(path, "rb") as file:
-        head = file.read(4096)
-    start = head.lstrip()[:200].lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "is a web page (HTML), not a video; the download failed?"
-    if b"\0" not in head and all(byte >= 32 or byte in b"\t\r\n" for byte in head):
-        return "is text, not a video"
-    if head[4:8] == b"ftyp":
-        return f"is an MP4 without its index (moov atom), which is written last; cut short? ({_words(error)})"
-    return f"is no video that FFmpeg knows ({_words(error)})"
-
-
-def _words(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error)
 
 
 def _last_line(error: Exception) -> str:

@@ -5,29 +5,24 @@ block once its shard is there, `status` last. Every file is written under anothe
 share a file, and what a killed run leaves is a store in which some rows still have status 0.
 """
 
-import contextlib
-import fcntl
-import json
 import os
 import shutil
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from extract.cli import InputError, RunError
+from extract.store.rows import OK, PENDING, Rows, check_arrays
+from extract.store.runs import is_remote
 from extract.store.shards import ShardError, ShardMap, damaged_videos
 
 SCHEMA = "hgnl-features/1"
-PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3
-STATUS_NAMES = ("pending", "ok", "partial", "failed")
 ROWS_PER_CHUNK = 4096  # of the per-video arrays: rewriting one chunk costs a few ms, and Kinetics-700 has 133 of them
 
 # name -> (dtype, shape behind [N], fill value); V and T stand for views and frames a video
@@ -42,23 +37,6 @@ _ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
     "errors": (str, "", ""),
     "status": ("i1", "", PENDING),  # last: the number of its rows is the number of videos
 }
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What the driver commits for some rows: outcomes of n videos."""
-
-    rows: np.ndarray  # int [n]
-    status: np.ndarray  # int8 [n]
-    errors: list[str]
-    num_frames: np.ndarray  # int32 [n]
-    frame_indices: np.ndarray  # int32 [n, V, T]
-    timestamps: np.ndarray = field(repr=False)  # float32 [n, V, T], seconds
-
-    def __post_init__(self) -> None:
-        counts = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
-        if len(set(counts.values())) != 1:
-            raise ValueError(f"expected the same number of videos in every field, got {counts}")
 
 
 class FeatureStore:
@@ -181,8 +159,7 @@ class FeatureStore:
         Raises `InputError` naming the first video with a wrong length, label, a NaN, or a value float16 cannot hold.
         """
         features = np.asarray(features)
-        if features.ndim == 3:
-            features = features[:, None]
+        features = features[:, None] if features.ndim == 3 else features
         if features.ndim != 4:
             raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
         count, views, frames, dim = features.shape
@@ -191,18 +168,7 @@ class FeatureStore:
         splits = [""] * count if splits is None else splits
         groups = [""] * count if groups is None else groups
         columns: dict[str, Any] = {"ids": ids, "lengths": lengths, "labels": labels, "splits": splits, "groups": groups}
-        for name, values in columns.items():
-            if len(values) != count:
-                raise InputError(f"features hold {count} videos, {name} {len(values)}")
-        expected = f"a length of 1 to {frames} frames"
-        _check_each(ids, lengths, (lengths < 1) | (lengths > frames), expected)
-        _check_each(ids, labels, (labels < -1) | (labels >= len(classes)), f"a label below {len(classes)}, or -1")
-        real = np.arange(frames) < lengths[:, None]
-        for row in range(count):  # one at a time: a copy of everything may not fit
-            wrong = ~(np.abs(features[row][:, real[row]]) <= np.finfo("f2").max)
-            if wrong.any():
-                value = features[row][:, real[row]][wrong][0]
-                raise InputError(f"{ids[row]} (row {row}): expected features that float16 can hold, got {value}")
+        check_arrays(features, columns, num_classes=len(classes))
         store = cls.create(
             path,
             ids=ids,
@@ -445,74 +411,6 @@ class FeatureStore:
                 leftover.unlink(missing_ok=True)
 
 
-def _check_each(ids: Sequence[str], values: Any, wrong: np.ndarray, expected: str) -> None:
-    if wrong.any():
-        row = int(np.flatnonzero(wrong)[0])
-        raise InputError(f"{ids[row]} (row {row}): expected {expected}, got {values[row]!s}")
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a store's path is a URL for fsspec (`s3://...`, `memory://...`)."""
-    return "://" in str(path)
-
-
 def _target(path: str | Path) -> Any:
     """What zarr opens; a folder, or an fsspec store for a URL."""
     return zarr.storage.FsspecStore.from_url(str(path)) if is_remote(path) else str(path)
-
-
-class RunLog:
-    """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong into the store.
-
-    Its writer holds the store: a second run is refused and told who holds it. The kernel drops the hold with the
-    process, however it ends.
-    """
-
-    def __init__(self, file: TextIO):
-        self._file = file
-
-    def write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
-        self._file.flush()
-
-    @staticmethod
-    def path(store: str | Path) -> Path:
-        return Path(f"{str(store).rstrip('/')}.log")
-
-    @staticmethod
-    def records(store: str | Path) -> list[dict[str, Any]]:
-        """What earlier runs wrote, oldest first; a last line cut by a kill is left out."""
-        if is_remote(store) or not RunLog.path(store).exists():
-            return []
-        records = []
-        for line in RunLog.path(store).read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
-        return records
-
-
-@contextlib.contextmanager
-def exclusive(path: str | Path) -> Iterator[RunLog]:
-    """Hold a local store for one run; `RunError` names the process that holds it already."""
-    log_path = RunLog.path(path)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holders = [record for record in RunLog.records(path) if record["event"] == "start"]
-            holder = f"process {holders[-1]['process']} on {holders[-1]['host']}" if holders else "another process"
-            raise RunError(f"{path} is being written by {holder}; wait for it or stop it first") from None
-        yield RunLog(file)
-
-
-def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two provenance records, one line each: `weights.sha256: 12ab in the store, 34cd now`."""
-    lines = []
-    for key in sorted(recorded.keys() | wanted.keys()):
-        old, new = recorded.get(key), wanted.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += difference(old, new, f"{prefix}{key}.")
-        elif json.dumps(old) != json.dumps(new):
-            lines.append(f"{prefix}{key}: {old} in the store, {new} now")
-    return lines

@@ -21,7 +21,7 @@ from aggregate.models import build
 from aggregate.training.checkpoint import Checkpoint
 from extract.backbone.model import load_trunk
 from extract.decode import decode
-from pipelines.predict import Predictor
+from pipelines.predictor import Predictor
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "daily_actions" / "clips"
 ROUNDS = 5

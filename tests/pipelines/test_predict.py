@@ -28,7 +28,8 @@ from extract.sampling import segment_centres
 from extract.store import FeatureStore
 from pipelines import predict
 from pipelines.from_record import backbone_from_record, model_from_record
-from pipelines.predict import Options, Prediction, Predictor, Window, timeline, window_spans
+from pipelines.predict import Options, timeline
+from pipelines.predictor import Prediction, Predictor, Window, window_spans
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
