@@ -2,10 +2,9 @@
 
 Every option of the aggregators and of training takes a list; all combinations are trained, once a seed. One command is
 one folder: finished results, tables, figures. How a pass is shared: aggregate/ablation/grid.py; how results are
-compared in aggregate/compare.py.
+compared in aggregate/ablation/compare.py.
 """
 
-import csv
 import fcntl
 import hashlib
 import io
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate import train
+from aggregate.training.files import csv_of, replace_file
 from aggregate.training.options import AGGREGATOR_FLAGS, SplitOptions, completed, plain
 from extract.cli import InputError, RunError, run_command
 
@@ -114,8 +114,8 @@ class Plan:
 
 
 def main(options: Options) -> int:
+    from aggregate.ablation.compare import report
     from aggregate.ablation.grid import contents_of
-    from aggregate.compare import report
     from aggregate.training.learner import choose_device
     from extract.store import FeatureStore
 
@@ -303,7 +303,7 @@ class Records:
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self._out, wanted, Options, free=_FREE_ON_RESUME)
-        _replace(self._out / "options.json", (json.dumps(wanted, indent=1) + "\n").encode())
+        replace_file(self._out / "options.json", (json.dumps(wanted, indent=1) + "\n").encode())
         lines = [json.loads(line) for line in whole.splitlines()]
         today = plain(train.Options(agg="tsn"))
         return {key_of(completed(json.loads(line["key"]), today, train.Options)): line["row"] for line in lines}
@@ -315,7 +315,7 @@ class Records:
         if result.places is not None:
             content = io.BytesIO()
             np.save(content, result.places)
-            _replace(self._places_file(result.key), content.getvalue())
+            replace_file(self._places_file(result.key), content.getvalue())
         os.write(self._file, json.dumps({"key": result.key, "row": result.row}).encode() + b"\n")
         os.fsync(self._file)
         self.rows[result.key] = result.row
@@ -337,24 +337,10 @@ class Records:
         os.close(self._file)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """A file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
-
-
 def _write_table(out: Path, chosen: Plan, records: Records) -> list[dict[str, Any]]:
     """ablation.csv of what is done, in the order of the plan; its rows."""
     rows = [records.rows[one.key] for one in chosen.configurations if one.key in records.rows]
-    columns: dict[str, None] = {}
-    for row in sorted(rows, key=len, reverse=True):  # a diverged one has fewer
-        columns |= dict.fromkeys(row)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    _replace(out / "ablation.csv", text.getvalue().encode())
+    replace_file(out / "ablation.csv", csv_of(rows))
     return rows
 
 

@@ -136,7 +136,7 @@ def _clock(seconds: float) -> str:
 
 def attention_picture(prediction: Prediction) -> bytes:
     """PNG: thumbnails over each frame's share of each group's weights (at most as many as a film holds)."""
-    from pipelines.report import figures
+    from aggregate import figures
 
     whole = prediction.windows[0]
     assert whole.weights is not None
@@ -151,7 +151,7 @@ def attention_picture(prediction: Prediction) -> bytes:
 
 def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
     """PNG: the likeliest class along the video."""
-    from pipelines.report import figures
+    from aggregate import figures
 
     runs = [(start, end, name, score) for start, end, name, score, _ in timeline(prediction, classes)]
     return figures.png(figures.timeline(runs, seconds=prediction.seconds))

@@ -1,6 +1,5 @@
 """A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt, results.json."""
 
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from aggregate.metrics import Summary, challenge_errors, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.files import csv_of, replace_file
 from aggregate.training.learner import Learner
 from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import completed, plain
@@ -100,8 +100,7 @@ class Run:
         """All epochs that are left; each is on the disk before the next begins."""
         if self.writes:
             self.out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(plain(self.options), indent=1) + "\n"
-            (self.out / "options.json").write_text(text, encoding="utf-8")
+            replace_file(self.out / "options.json", (json.dumps(plain(self.options), indent=1) + "\n").encode())
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
@@ -153,11 +152,7 @@ class Run:
         states = [learner.state_dict() for learner in self.learners]
         training = {"epoch": self.epoch, "history": self.history, "learners": states}
         self._checkpoint(first, first.tested_state(), training).save(self.out / "last.pt")
-        with open(self.out / "metrics.csv", "w", newline="", encoding="utf-8") as file:
-            columns = dict.fromkeys(name for line in self.history for name in line)
-            writer = csv.DictWriter(file, fieldnames=list(columns))
-            writer.writeheader()
-            writer.writerows(self.history)
+        replace_file(self.out / "metrics.csv", csv_of(self.history))
         if self._board is None:
             self._board = SummaryWriter(str(self.out), purge_step=self.epoch - 1)
         for name, value in row.items():
@@ -204,7 +199,7 @@ class Run:
             lines.append(f"attention: s = {found['scale']:.3g}, {ratio}{unused}")
         if self.writes:
             print("\n".join(lines))
-            (self.out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+            replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
             print(f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}", flush=True)
 
 

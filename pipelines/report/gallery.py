@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aggregate import figures
 from extract.cli import InputError, RunError
 from extract.status import human_bytes
 from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
-from pipelines.report import figures, page
+from pipelines.report import page
 
 if TYPE_CHECKING:
     from aggregate.models import VideoClassifier

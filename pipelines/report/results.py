@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aggregate import figures
 from aggregate.metrics import summarise
-from pipelines.report import figures, page
+from pipelines.report import page
 from pipelines.report.find import Found, columns_of, read_json, read_rows
 
 if TYPE_CHECKING:
@@ -212,33 +213,18 @@ def ablation(found: Found) -> str:
 
 
 def _ablation(path: Path, name: str) -> str:
-    from aggregate.compare import heat_maps, summarise
+    from aggregate.ablation.compare import heat_map_figure, heat_maps, pareto_figure, summarise
 
     summary = summarise([_typed(row) for row in read_rows(path)], {})
     every = summary[0]["all_frames"]
     drawn = []
     for heat in heat_maps(summary):
-        drawing = figures.heat_map(
-            100 * heat.top1,
-            rows=list(map(str, heat.g1)),
-            columns=list(map(str, heat.g2)),
-            row_label="g1",
-            column_label="g2",
-            show=lambda value: f"{value:.1f}",
-            width=figures.HALF,
-        )
+        drawing = heat_map_figure(heat)
         caption = f"{heat.title}: top-1 % with {every} segments, mean over seeds; empty: invalid or not done."
         drawn.append(page.figure(figures.svg(drawing), f"Heat map of {name}: {heat.title} over g1 and g2", caption))
     done = [line for line in summary if line["seeds"]]
     if done:
-        ends = ("", "_low", "_high")
-        drawing = figures.tradeoff(
-            [figures.Point(one["name"], *(100 * one[f"top1_at_all{end}"] for end in ends)) for one in done],
-            [one["parameters"] for one in done],
-            [one["pareto"] for one in done],
-            x_label="parameters, classifier included",
-            y_label=f"top-1 %, {every} segments",
-        )
+        drawing = pareto_figure(done)
         caption = "Joined: no other has at most its parameters and a better top-1. Grey lines: intervals."
         drawn.append(page.figure(figures.svg(drawing), f"Pareto front of {name}: top-1 over parameters", caption))
     differences = {row["name"]: row for row in _finished(path.with_name("summary.csv"))}

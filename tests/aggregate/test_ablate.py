@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from aggregate import ablate, compare, train
+from aggregate import ablate, train
+from aggregate.ablation import compare
 from aggregate.ablation.grid import Configuration, GridTrainer, contents_of
 from aggregate.metrics import paired_bootstrap
 from aggregate.training.checkpoint import Checkpoint

@@ -3,18 +3,20 @@
 Rows are those of ablation.csv: a configuration and seed each. matplotlib is needed for the figures only.
 """
 
-import csv
-import io
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from aggregate.complexity import aligned
 from aggregate.metrics import Interval, bootstrap
+from aggregate.training.files import csv_of, replace_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Row = dict[str, Any]
 MEASURES = tuple(
@@ -201,12 +203,7 @@ def report(
     text = "\n\n".join(parts)
     print(f"{text}\n")
     (out / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
-    table = io.StringIO(newline="")
-    columns = dict.fromkeys(column for line in sorted(summary, key=len, reverse=True) for column in line)
-    writer = csv.DictWriter(table, fieldnames=list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(summary)
-    (out / "summary.csv").write_text(table.getvalue(), encoding="utf-8")
+    replace_file(out / "summary.csv", csv_of(summary))
     files = ["ablation.csv", "summary.csv", "summary.txt", *_figures(out, summary, maps)]
     print(f"files: {', '.join(str(out / name) for name in files)}")
 
@@ -214,50 +211,44 @@ def report(
 def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list[str]:
     """The figures written; without matplotlib none, which is said."""
     try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no state
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         print("no figures: matplotlib is not installed (pip install matplotlib)")
         return []
-    written = []
-    if maps:
-        shown = maps[:6]
-        figure = Figure(figsize=(1 + 3.2 * len(shown), 3.4), layout="constrained")
-        low = np.nanmin([heat.top1 for heat in shown])
-        high = max(np.nanmax([heat.top1 for heat in shown]), low + 0.001)  # where all are equal too
-        for axes, heat in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-            image = axes.imshow(100 * heat.top1, cmap="viridis", vmin=100 * low, vmax=100 * high, aspect="auto")
-            axes.set(title=heat.title, xlabel="g2", ylabel="g1")
-            axes.set_xticks(range(len(heat.g2)), list(map(str, heat.g2)))
-            axes.set_yticks(range(len(heat.g1)), list(map(str, heat.g1)))
-            for (row, column), value in np.ndenumerate(heat.top1):
-                if not math.isnan(value):
-                    dark = value < (low + high) / 2
-                    axes.text(
-                        column, row, f"{100 * value:.2f}", ha="center", va="center", color="white" if dark else "black"
-                    )
-        figure.colorbar(image, label="top-1 %, all segments")
-        figure.savefig(out / "heatmap.png", dpi=150)
-        written.append("heatmap.png")
-    done = [line for line in summary if line["seeds"]]
-    if done:
-        figure = Figure(figsize=(6.4, 4.4), layout="constrained")
-        axes = figure.subplots()
-        x = [line["parameters"] for line in done]
-        y = [100 * line["top1_at_all"] for line in done]
-        spread = [
-            [100 * abs(line[f"top1_at_all_{end}"] - line["top1_at_all"]) for line in done] for end in ("low", "high")
-        ]
-        axes.errorbar(x, y, yerr=spread, fmt="o", color="0.45", ecolor="0.8", zorder=1)
-        lines = {line["name"]: line for line in done}
-        front = [lines[name] for name in pareto(summary)]
-        axes.plot(
-            [line["parameters"] for line in front], [100 * line["top1_at_all"] for line in front], "o-", color="C3"
-        )
-        for line in front:
-            point = (line["parameters"], 100 * line["top1_at_all"])
-            axes.annotate(line["name"], point, xytext=(4, 6), textcoords="offset points", fontsize=8)
-        axes.set(xscale="log", xlabel="parameters, classifier included", ylabel="top-1 %, all segments")
-        axes.set_title("Pareto front; intervals of 95 %")
-        figure.savefig(out / "pareto.png", dpi=150)
-        written.append("pareto.png")
-    return written
+    from aggregate import figures
+
+    drawn = {f"heatmap{number or ''}.png": heat_map_figure(heat) for number, heat in enumerate(maps)}
+    if done := [line for line in summary if line["seeds"]]:
+        drawn["pareto.png"] = pareto_figure(done)
+    for name, figure in drawn.items():
+        (out / name).write_bytes(figures.png(figure))
+    return list(drawn)
+
+
+def heat_map_figure(heat: HeatMap) -> "Figure":
+    """Shades of mean top-1 % over g1 and g2."""
+    from aggregate import figures
+
+    return figures.heat_map(
+        100 * heat.top1,
+        rows=list(map(str, heat.g1)),
+        columns=list(map(str, heat.g2)),
+        row_label="g1",
+        column_label="g2",
+        show=lambda value: f"{value:.1f}",
+        width=figures.HALF,
+    )
+
+
+def pareto_figure(done: Sequence[Row]) -> "Figure":
+    """Top-1 % with its interval over parameters; the front is joined."""
+    from aggregate import figures
+
+    ends = ("", "_low", "_high")
+    return figures.tradeoff(
+        [figures.Point(one["name"], *(100 * one[f"top1_at_all{end}"] for end in ends)) for one in done],
+        [one["parameters"] for one in done],
+        [one["pareto"] for one in done],
+        x_label="parameters, classifier included",
+        y_label=f"top-1 %, {done[0]['all_frames']} segments",
+    )
