@@ -1,17 +1,12 @@
 """python -m extract.status feats.zarr: what is in a store, what failed and why, how fast it went."""
 
-import re
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
 from extract.cli import run_command
-from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore, RunLog
-
-REASONS_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -22,77 +17,10 @@ class Options:
     """The feature store."""
 
 
-def status_table(store: FeatureStore) -> str:
-    """The store in words: counts by split and status, reasons, size, provenance, and the speed its log records."""
-    lines = [repr(store), _counts(store)]
-    for status in (FAILED, PARTIAL):
-        reasons = _reasons(store, status)
-        if reasons:
-            lines.append(reasons)
-    record = store.provenance
-    weights = record.get("weights", {})
-    if weights:
-        digest = f" (SHA-256 {weights['sha256'][:12]}...)" if "sha256" in weights else ""
-        lines.append(f"backbone {record['backbone']}, weights {weights['name']}{digest}, {record['precision']}")
-    done = int((store.status > 0).sum())
-    lines.append(f"size {human_bytes(done * store.video_bytes)} of features")
-    speed = _speed(store.path)
-    return "\n".join(lines + ([speed] if speed else []))
-
-
-def human_bytes(count: float) -> str:
-    """`27.8 GB`; powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} TB"
-
-
-def _counts(store: FeatureStore) -> str:
-    splits = sorted(set(store.splits.tolist()))
-    rows: list[tuple[str, ...]] = [("split", "listed", *STATUS_NAMES)]
-    for split in [*splits, None] if len(splits) > 1 else [None]:
-        chosen = store.status if split is None else store.status[store.splits == split]
-        counts = [int((chosen == value).sum()) for value in range(len(STATUS_NAMES))]
-        name = "all" if split is None else split or "(none)"
-        rows.append((name, f"{len(chosen):,}", *(f"{count:,}" for count in counts)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-
-
-def _reasons(store: FeatureStore, status: int) -> str:
-    """Reasons with their counts and an example each; numbers are left out so that like reasons fall together."""
-    rows = (store.status == status).nonzero()[0]
-    examples: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for row in rows:
-        reason = re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
-        counts[reason] += 1
-        examples.setdefault(reason, f"{store.ids[row]}: {store.errors[row]}")
-    if not counts:
-        return ""
-    lines = [f"{STATUS_NAMES[status]}:"]
-    lines += [f"  {count:>6,}  e.g. {examples[reason]}" for reason, count in counts.most_common(REASONS_SHOWN)]
-    if len(counts) > REASONS_SHOWN:
-        lines.append(f"  and {len(counts) - REASONS_SHOWN} further reasons")
-    return "\n".join(lines)
-
-
-def _speed(path: str) -> str:
-    blocks = [record for record in RunLog.records(path) if record["event"] == "block"]
-    if not blocks:
-        return ""
-    frames, videos = sum(block["frames"] for block in blocks), sum(block["videos"] for block in blocks)
-    device = sum(block["seconds"]["device"] for block in blocks)
-    decode = sum(block["seconds"]["decode"] for block in blocks)
-    return (
-        f"measured: backbone {frames / max(device, 1e-9):,.0f} frames/s, "
-        f"decoding {1000 * decode / max(videos, 1):.0f} CPU ms a video ({len(blocks)} blocks in {RunLog.path(path)})"
-    )
-
-
 def main(options: Options) -> int:
+    from extract.store import FeatureStore
+    from extract.store.summary import status_table
+
     print(status_table(FeatureStore.open(options.store)))
     return 0
 

@@ -121,7 +121,7 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     from extract.backbone.model import load_backbone
     from extract.decode import VideoError
     from extract.decode.transform import Plan, prepare, view_names
-    from extract.status import human_bytes
+    from extract.store.summary import human_bytes
 
     backbone = load_backbone(options.backbone, weights=options.weights, device=options.device, seed=options.seed)
     see, views = backbone.preprocessing, len(view_names(1, options.augment_passes))

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from extract.cli import InputError, RunError
 from extract.sampling import segment_centres
-from extract.status import human_bytes
 from extract.store import FAILED, PENDING, FeatureStore
+from extract.store.summary import human_bytes
 
 Placement = Literal["auto", "device", "memory", "mmap"]
 Item = TypeVar("Item")

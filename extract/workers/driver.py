@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from extract.cli import InputError, RunError
 from extract.listing.videos import Listing, Video, list_videos
-from extract.status import human_bytes, status_table
 from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
+from extract.store.summary import human_bytes, status_table
 from extract.workers.actor_pool import LocalWorker, RayActorPool
 from extract.workers.worker import Block, Done, Settings
 

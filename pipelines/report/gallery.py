@@ -12,8 +12,8 @@ import numpy as np
 
 from aggregate import figures
 from extract.cli import InputError, RunError
-from extract.status import human_bytes
 from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
+from extract.store.summary import human_bytes
 from pipelines.report import page
 
 if TYPE_CHECKING:

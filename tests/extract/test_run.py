@@ -21,8 +21,8 @@ from extract.__main__ import Options, main
 from extract.cli import InputError, RunError, run_command
 from extract.export import Options as ExportOptions
 from extract.export import main as export
-from extract.status import status_table
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, RunLog
+from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
 from stores import store_digest
