@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate import train
 from aggregate.training.files import csv_of, replace_file
-from aggregate.training.options import AGGREGATOR_FLAGS, SplitOptions, completed, plain
+from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, SplitOptions, completed, plain
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _FREE_ON_RESUME = ("out", "device", "placement", "workers", "address", "at_once")
 # Lists here, single values of `aggregate.train`; an empty one is that command's default.
 LISTS = (
-    *("agg", "g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
+    *("agg", *HEAD_FLAGS),
     *("frames", "optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout"),
 )
 
@@ -45,7 +45,7 @@ class Options(SplitOptions):
     Where no default is named, an option is the recipe's own.
     """
 
-    agg: tuple[Literal["tsn", "max", "weighted", "nl", "hgnl", "txb"], ...] = ("hgnl",)
+    agg: tuple[Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"], ...] = ("hgnl",)
     """One or more; options that an aggregator does not have are left out of its combinations."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each combination is trained once a seed."""
@@ -73,6 +73,18 @@ class Options(SplitOptions):
     """hgnl, nl: s before training."""
     scale_scores: tuple[Literal["false", "true"], ...] = ("false",)
     """hgnl, nl: divide scores by the root of their length."""
+    depth: tuple[int, ...] = (1,)
+    """attentive: layers of attention; those before the query's are self-attention of the frames."""
+    heads: tuple[int, ...] = ()
+    """attentive: heads of attention (default: about m/64)."""
+    frame_time: tuple[Literal["false", "true"], ...] = ("false",)
+    """attentive: add each frame's time in the video, so that order is seen."""
+    clusters: tuple[int, ...] = (16,)
+    """nextvlad: cluster centres; 128 in its paper, on 5 million videos."""
+    groups: tuple[int, ...] = (8,)
+    """nextvlad: groups of channels, each with an attention of its own."""
+    expansion: tuple[int, ...] = (2,)
+    """nextvlad: what the width is multiplied by first."""
     frames: tuple[int, ...] = (3,)
     """Segments in training, and in the validation of each epoch."""
     optimizer: tuple[Literal["sgd", "adamw"], ...] = ()
@@ -209,7 +221,7 @@ def _combinations(options: Options) -> list[train.Options]:
     defaults = {one.name: one.default for one in fields(train.Options)}
     found: dict[train.Options, None] = {}
     for agg, *values in itertools.product(options.agg, *lists):
-        foreign = set(AGGREGATOR_FLAGS["hgnl"]) - set(AGGREGATOR_FLAGS.get(agg, ()))
+        foreign = set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(agg, ()))
         own: dict[str, Any] = {k: defaults[k] if k in foreign else v for k, v in zip(LISTS[1:], values, strict=True)}
         found[train.Options(agg=agg, **own, **kept)] = None
     return list(found)
@@ -218,7 +230,7 @@ def _combinations(options: Options) -> list[train.Options]:
 def _check_meaning(options: Options) -> None:
     """InputError for a list that none of the aggregators chosen has."""
     defaults = {one.name: one.default for one in fields(Options)}
-    for flag in AGGREGATOR_FLAGS["hgnl"]:
+    for flag in HEAD_FLAGS:
         given = getattr(options, flag)
         if given != defaults[flag] and not any(flag in AGGREGATOR_FLAGS.get(agg, ()) for agg in options.agg):
             text = f"--{flag.replace('_', '-')} {' '.join(map(str, given))}"
@@ -227,7 +239,7 @@ def _check_meaning(options: Options) -> None:
 
 def name_of(options: train.Options, varied: Sequence[str]) -> str:
     """`hgnl g1=4 g2=2`: the aggregator and those of the `varied` options that it has."""
-    foreign = set(AGGREGATOR_FLAGS["hgnl"]) - set(AGGREGATOR_FLAGS.get(options.agg, ()))
+    foreign = set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(options.agg, ()))
     words = [f"{name}={_text(getattr(options, name))}" for name in varied if name != "agg" and name not in foreign]
     return " ".join([options.agg, *words])
 

@@ -4,10 +4,11 @@ Parameters are counted on the modules. MAdds are computed by the formulas of Tab
 eq. 3-8, and counted on the pooled form that runs.
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from extract.cli import InputError, run_command
 
@@ -34,6 +35,15 @@ PAPER_TABLE_2 = {
     "Q^T K / Gmm(Q, K)": ("n^2 m - n^2", "n^2 m/4 - n^2", "n^2 m/4 - g2 n^2"),
     "V A / Gmm(V, A)": ("m n (2n - 1)",) * 3,
 }
+# Heads that are not the paper's, with the options that they are counted with.
+HEADS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("weighted", "weighted", {}),
+    ("txb", "txb", {}),
+    ("attentive, depth 1", "attentive", {}),
+    ("attentive, depth 4", "attentive", {"depth": 4}),
+    ("nextvlad, K = 16", "nextvlad", {"clusters": 16}),
+    ("nextvlad, K = 128", "nextvlad", {"clusters": 128}),
+)
 
 
 @dataclass(frozen=True)
@@ -156,6 +166,23 @@ def table_2(models: list[Column], *, dim: int, frames: int) -> list[Sequence[str
     return rows
 
 
+def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
+    """Rows of text: the heads that are not the paper's, with parameters and MAdds of one video counted on what runs."""
+    import torch
+
+    from aggregate.literal import count
+    from aggregate.models import build
+
+    rows: list[Sequence[str]] = [("", "parameters", "MAdds")]
+    for title, name, options in HEADS:
+        with torch.device("meta"):
+            head = build(name, dim=dim, num_classes=1, **options).aggregator.eval()
+        counted = count(functools.partial(head, torch.empty(1, frames, dim, device="meta")))
+        parameters = sum(parameter.numel() for parameter in head.parameters())
+        rows.append((title, f"{parameters:,}", f"{sum(counted.products) + counted.rest:,}"))
+    return rows
+
+
 def readings(models: list[Column], *, dim: int) -> list[str]:
     """Where the paper's wording holds, and under which reading of it."""
     full, eighth, grouped, shared = (parameters(column)["All"] for column in models)
@@ -202,6 +229,8 @@ def main(options: Options) -> None:
         print(f"Table 2: multiplications and additions of one video, {title}, n = {options.frames}\n")
         print(aligned(table_2(models[:3], dim=dim, frames=options.frames)) + "\n")
         print("\n".join(f"- {line}" for line in readings(models, dim=dim)) + "\n")
+        print(f"Heads beside the paper's, m = {dim}, n = {options.frames}, counted on what runs\n")
+        print(aligned(other_heads(dim=dim, frames=options.frames)) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from aggregate.attentive import AttentiveProbe
 from aggregate.hgnl import HGNonLocal
+from aggregate.nextvlad import NeXtVLAD
 from aggregate.nl import NonLocal
 from aggregate.pooling import Average, Max, WeightedAverage
 from aggregate.stnet import TemporalXception
@@ -23,6 +25,8 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
     "nl": NonLocal,
     "hgnl": HGNonLocal,
     "txb": TemporalXception,
+    "attentive": AttentiveProbe,
+    "nextvlad": NeXtVLAD,
 }
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 from torch.utils.checkpoint import checkpoint
 
 from aggregate.pooling import blank_masked
@@ -271,8 +272,15 @@ def normalise(
 ) -> Float[Tensor, "batch time dim"]:
     """Batch norm over the valid frames of all videos; masked frames come out as 0."""
     if mask is None:
-        return norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-    return x.new_zeros(x.shape).index_put((mask,), norm(x[mask]))
+        return batch_normed(norm, x.flatten(0, 1)).unflatten(0, x.shape[:2])
+    return x.new_zeros(x.shape).index_put((mask,), batch_normed(norm, x[mask]))
+
+
+def batch_normed(norm: nn.BatchNorm1d, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
+    """Batch norm. One row, as the last batch of an epoch may be, has no variance: the running ones are used."""
+    if norm.training and len(rows) == 1:
+        return batch_norm(rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+    return norm(rows)
 
 
 def valid_first(

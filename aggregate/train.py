@@ -32,8 +32,8 @@ _FREE_ON_RESUME = ("out", "device", "placement")
 class Options(HeadOptions, ScheduleOptions, SplitOptions):
     """Train an aggregator and its classifier on cached features; run again to resume."""
 
-    agg: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb"]
-    """tsn (average), max, weighted, nl, hgnl, or txb (StNet's temporal block, which sees the order of frames)."""
+    agg: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"]
+    """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive V-JEPA's probe."""
     features: str = "feats.zarr"
     """The feature store of `python -m extract`."""
     out: Path | None = None

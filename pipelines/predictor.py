@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
     from extract.decode.transform import Preprocessing
 
-WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
+WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregators with a weight a frame
 _THUMBNAIL = 96  # pixels
 _AHEAD = 3  # batches that wait for the network while more is decoded
 

@@ -20,6 +20,8 @@ AGGREGATORS: dict[str, dict[str, Any]] = {
     "nl": {"scale_init": 0.7},
     "hgnl": {"g1": 4, "g2": 2, "scale_init": 0.7, "norm": "n_over_train"},
     "txb": {},
+    "attentive": {"depth": 2, "heads": 4, "frame_time": True},
+    "nextvlad": {"clusters": 4, "groups": 4},
 }
 
 

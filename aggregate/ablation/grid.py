@@ -28,7 +28,7 @@ from aggregate.models import VideoClassifier, build
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner, choose_device
 from aggregate.training.loop import fit
-from aggregate.training.options import AGGREGATOR_FLAGS, aggregator_options, plain
+from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, aggregator_options, plain
 from aggregate.training.recipes import Recipe
 from aggregate.training.sources import CachedFeatures
 from aggregate.training.splits import choose_rows
@@ -221,7 +221,7 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     model = one.build(store)
     options, aggregator = one.options, model.aggregator
     own = AGGREGATOR_FLAGS.get(options.agg, ())
-    flags = {flag: getattr(options, flag) if flag in own else None for flag in AGGREGATOR_FLAGS["hgnl"]}
+    flags = {flag: getattr(options, flag) if flag in own else None for flag in HEAD_FLAGS}
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
         flags["m1"] = len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8  # type: ignore

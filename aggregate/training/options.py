@@ -10,9 +10,12 @@ from extract.cli import InputError
 
 # The flags that are an aggregator's own; to all others they mean nothing.
 AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
-    "nl": ("m1", "scale_init", "scale_scores"),
     "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
+    "nl": ("m1", "scale_init", "scale_scores"),
+    "attentive": ("depth", "heads", "frame_time"),
+    "nextvlad": ("clusters", "groups", "expansion"),
 }
+HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,18 @@ class HeadOptions:
     """hgnl, nl: s before training."""
     scale_scores: bool = False
     """hgnl, nl: divide scores by the root of their length."""
+    depth: int = 1
+    """attentive: layers of attention; those before the query's are self-attention of the frames."""
+    heads: int | None = None
+    """attentive: heads of attention (default: about m/64)."""
+    frame_time: bool = False
+    """attentive: add each frame's time in the video, so that order is seen."""
+    clusters: int = 16
+    """nextvlad: cluster centres; 128 in its paper, on 5 million videos."""
+    groups: int = 8
+    """nextvlad: groups of channels, each with an attention of its own."""
+    expansion: int = 2
+    """nextvlad: what the width is multiplied by first."""
     frames: int = 3
     """Segments of a video, in training and in the validation of each epoch."""
 

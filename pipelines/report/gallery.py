@@ -25,7 +25,7 @@ SAMPLES = 16  # videos of which a frame is shown
 MAP_VIDEOS = 2000  # more points only hide each other
 FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
 ROWS_AT_ONCE = 64
-WEIGHING = ("hgnl", "nl", "weighted")  # the aggregators with a weight a frame
+WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregators with a weight a frame
 ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
 
 

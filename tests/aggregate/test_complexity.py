@@ -80,6 +80,12 @@ def test_the_command_prints_both_tables_and_the_readings(capsys):
     assert out.count("exact") == 16
     for text in ("2,099,200", "17,552", "592,384", "74.7x", "119.6x", "is 4n M", "2.5n M with M = 2^20", "0.28125n M"):
         assert text in out
+    # K = 128 and m = 2048, by aggregate/nextvlad.py; the query's layer, by aggregate/attentive.py.
+    D, K, L, R = 2048, 128, 512, 256
+    vlad = 2 * D**2 + 2 * D + (8 + 8 * K) * (2 * D + 1) + K * L + D * (K * L + 1) + R * (D + 1) + D * (R + 1)
+    vlad += 2 * (D + K * L + R)
+    for figure in (vlad, 12 * D**2 + 14 * D, 4 * (12 * D**2 + 13 * D) + D):
+        assert f"{figure:,}" in out
 
 
 def test_the_command_takes_one_width_and_other_groups(capsys):
