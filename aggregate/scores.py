@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from extract.cli import InputError
+from extract.files import replace_file
 
 SCHEMA = "hgnl-scores/1"
 
@@ -137,9 +138,8 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
     first = several[0]
     if any((one.ids, one.classes) != (first.ids, first.classes) for one in several):
         raise ValueError("one scores file holds the same videos and classes for every number of segments")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{os.fspath(path)}.partial")
-    with h5py.File(partial, "w") as file:
+    # In memory first: HDF5 keeps to itself what fails while a file is closed.
+    with h5py.File(os.fspath(path), "w", driver="core", backing_store=False) as file:
         text = h5py.string_dtype()
         file.attrs.update(schema=SCHEMA, source=json.dumps(first.source))
         file.create_dataset("ids", data=np.array(first.ids, object), dtype=text)
@@ -150,4 +150,5 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
             file.create_dataset(f"logits/{one.segments}", data=one.logits)
             if one.crops is not None:
                 file.create_dataset(f"crops/{one.segments}", data=np.asarray(one.crops, np.float32))
-    os.replace(partial, path)
+        file.flush()
+        replace_file(path, file.id.get_file_image())

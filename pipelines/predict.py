@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from extract.cli import InputError, run_command
+from extract.files import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
 
 if TYPE_CHECKING:
@@ -196,7 +197,8 @@ def main(options: Options) -> int:
             names[path.stem] += 1
             number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
             picture = options.picture / f"{path.stem}{number}.png"
-            picture.write_bytes(attention_picture(seen) if filming else timeline_picture(seen, predictor.classes))
+            drawn = attention_picture(seen) if filming else timeline_picture(seen, predictor.classes)
+            replace_file(picture, drawn)
             print(f"  picture: {picture}", file=screen)
     if options.json is not None:
         whole = {"checkpoint": options.checkpoint.name, "model": checkpoint.options["name"], "videos": answers}
@@ -204,7 +206,7 @@ def main(options: Options) -> int:
         if options.json == "-":
             print(text)
         else:
-            Path(options.json).write_text(text + "\n", encoding="utf-8")
+            replace_file(options.json, text + "\n")
     if failed:
         print(f"{failed} of {len(options.videos)} videos could not be decoded", file=sys.stderr)
     return 3 if failed else 0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from aggregate.models import VideoClassifier, build
 from extract.cli import InputError
+from extract.files import replacing
 
 FORMAT, VERSION = "hgnl-checkpoint", 1
 # Of a store's provenance, what a model depends on; decoder, views and versions may differ.
@@ -37,11 +38,11 @@ class Checkpoint:
     path: str = ""  # where it was read from; not saved
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it; the file appears whole or not at all."""
-        partial = f"{os.fspath(path)}.partial"
+        """Write it; the file appears whole or not at all. Raises RunError."""
         content = {name: value for name, value in vars(self).items() if name != "path"}
-        torch.save({"format": FORMAT, "version": VERSION, **content}, partial)
-        os.replace(partial, path)
+        # To a file of ours: torch's own says nothing of a disk that is full.
+        with replacing(path) as partial, open(partial, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Checkpoint":

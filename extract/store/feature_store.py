@@ -1,14 +1,16 @@
 """The feature store: a Zarr v3 group with one chunk a video, one shard a block of videos (layout: README, "The store").
 
 Who writes what: workers write whole shards of `features`; the driver alone writes the per-video arrays and commits a
-block once its shard is there, `status` last. Every file is written under another name and renamed. So no two writers
-share a file, and what a killed run leaves is a store in which some rows still have status 0.
+block once its shard is there, `status` last. Every file is written under another name, synced and renamed, and its
+folder synced, before the next one. So no two writers share a file, and what a killed run or a power cut leaves is a
+store in which some rows still have status 0.
 """
 
-import os
-import shutil
+import asyncio
+import uuid
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from extract.cli import InputError, RunError
+from extract.files import replace_file, replacing, sync
 from extract.store.rows import OK, PENDING, Rows, check_arrays
 from extract.store.runs import is_remote
 from extract.store.shards import ShardError, ShardMap, damaged_videos
@@ -70,8 +73,9 @@ class FeatureStore:
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
         """Open a store (a folder, or a URL that fsspec knows); `InputError` if there is none or it is another's."""
+        target = _SyncedFolder(path) if writable and Path(path).is_dir() else _target(path)
         try:
-            group = zarr.open_group(_target(path), mode="r+" if writable else "r", zarr_format=3)
+            group = zarr.open_group(target, mode="r+" if writable else "r", zarr_format=3)
         except FileNotFoundError:
             there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
             raise InputError(f"{path} is no feature store: {there}; `python -m extract --out` makes one") from None
@@ -99,44 +103,12 @@ class FeatureStore:
             raise InputError(f"{len(twice)} ids stand for several videos, the first is {twice[0]!r}")
         if not is_remote(path) and Path(path).exists():
             raise InputError(f"{path} exists already and is no feature store; give another --out or remove it")
-        aside = path if is_remote(path) else f"{str(path).rstrip('/')}.new-{os.getpid()}"
+        columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
         attributes = {"schema": SCHEMA, "classes": list(classes), "provenance": provenance}
-        if not is_remote(path):
-            Path(aside).parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.create_group(_target(aside), zarr_format=3, attributes=attributes)
-        try:
-            group.create_array(
-                "features",
-                shape=(len(ids), len(views), frames, dim),
-                dtype="<f2",
-                chunks=(1, len(views), frames, dim),
-                shards=(block_size, len(views), frames, dim),
-                serializer=BytesCodec(endian="little"),
-                compressors=(Crc32cCodec(),),
-                filters=None,
-                fill_value=0,
-                chunk_key_encoding={"name": "default", "separator": "."},
-            )
-            names = group.create_array("views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="")
-            names[:] = np.array(views, dtype=object)
-            for name, (dtype, extra, fill) in _ROW_ARRAYS.items():
-                shape = (len(views), frames) if extra else ()
-                group.create_array(
-                    name,
-                    shape=(0, *shape),
-                    dtype=dtype,
-                    chunks=(ROWS_PER_CHUNK, *shape),
-                    fill_value=fill,
-                    chunk_key_encoding={"name": "default", "separator": "."},
-                )
-            store = cls(aside, group)
-            store.append(ids=ids, labels=labels, splits=splits, groups=groups)
-            if not is_remote(path):
-                os.replace(aside, path)
-        except BaseException:
-            if not is_remote(path):
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
+        with nullcontext(path) if is_remote(path) else replacing(path) as place:
+            group = zarr.create_group(_target(place), zarr_format=3, attributes=attributes)
+            _create_arrays(group, len(ids), views, frames=frames, dim=dim, block_size=block_size)
+            cls(place, group).append(**columns)  # type: ignore[arg-type]
         return cls.open(path, writable=True)
 
     @classmethod
@@ -409,6 +381,53 @@ class FeatureStore:
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
+
+
+def _create_arrays(
+    group: zarr.Group, count: int, views: Sequence[str], *, frames: int, dim: int, block_size: int
+) -> None:
+    """The arrays of a store of `count` videos, those with a row a video still without rows."""
+    group.create_array(
+        "features",
+        shape=(count, len(views), frames, dim),
+        dtype="<f2",
+        chunks=(1, len(views), frames, dim),
+        shards=(block_size, len(views), frames, dim),
+        serializer=BytesCodec(endian="little"),
+        compressors=(Crc32cCodec(),),
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    names = group.create_array("views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="")
+    names[:] = np.array(views, dtype=object)
+    for name, (dtype, extra, fill) in _ROW_ARRAYS.items():
+        shape = (len(views), frames) if extra else ()
+        group.create_array(
+            name,
+            shape=(0, *shape),
+            dtype=dtype,
+            chunks=(ROWS_PER_CHUNK, *shape),
+            fill_value=fill,
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+
+
+class _SyncedFolder(zarr.storage.LocalStore):
+    """A folder in which every change is on the disk when it has been made."""
+
+    async def set(self, key: str, value: Any) -> None:
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Any) -> None:
+        self._check_writable()
+        # A mark, since a block whose worker was taken for lost may be written twice at the same time.
+        replace_file(self.root / key, value.as_numpy_array().tobytes(), f".{uuid.uuid4().hex}")
+
+    async def delete(self, key: str) -> None:
+        await super().delete(key)
+        if (self.root / key).parent.is_dir():
+            sync((self.root / key).parent)
 
 
 def _target(path: str | Path) -> Any:

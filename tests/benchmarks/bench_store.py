@@ -69,7 +69,7 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     median, worst = 1e3 * np.median(seconds), 1e3 * max(seconds)
     print(f"\ncommit of a block at {KINETICS:,} rows: median {median:.1f} ms, worst {worst:.1f} ms")
     print(f"opening and reading ids, splits, labels, status, frame counts, frame indices: {opening:.2f} s")
-    assert np.median(seconds) < 0.020
+    assert np.median(seconds) < 0.040  # every file of it synced
     assert opening < 2
 
 
