@@ -31,6 +31,8 @@ _REMEDIES = {
     errno.EROFS: "make its disk writable, or choose another place",
     errno.EACCES: "get permission, or choose another place",
     errno.EPERM: "get permission, or choose another place",
+    errno.EEXIST: "a folder is needed there: move the file away, or choose another place",
+    errno.ENOTDIR: "a folder is needed there: move the file away, or choose another place",
     errno.EIO: "its disk fails: choose another one",
 }
 
