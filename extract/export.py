@@ -1,5 +1,6 @@
 """python -m extract.export feats.zarr --to DIR|FILE.h5: features for other people's tools."""
 
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from extract.cli import InputError, RunError, run_command
-from extract.files import replacing
+from extract.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from extract.store import FeatureStore
@@ -26,10 +27,17 @@ class Options:
 
 def main(options: Options) -> int:
     from extract.store import FeatureStore
+    from extract.store.summary import human_bytes
 
     if options.to.exists() and (options.to.is_file() or any(options.to.iterdir())):
         raise InputError(f"--to {options.to} is there already and is left as it is; give a new name or remove it")
     store = FeatureStore.open(options.store)
+    make_folder(options.to.parent)
+    needed, free = len(store) * store.video_bytes, shutil.disk_usage(options.to.parent).free
+    if needed > free:  # said before: HDF5 may crash where a disk becomes full
+        raise RunError(
+            f"--to {options.to} needs {human_bytes(needed)}, its disk has {human_bytes(free)} free; use another one"
+        )
     write = _write_hdf5 if options.to.suffix in (".h5", ".hdf5") else _write_npy
     count = write(store, options.to)
     left_out = len(store) - count

@@ -1,8 +1,8 @@
 """A disk that loses its power, and one that takes no more: every moment of a run, by way of `os`.
 
-What survives a cut is what was synced: a file holds what it held at its last fsync, or nothing; a folder holds the names
-it had at its last fsync. A system may also have written names sooner than it was asked to, so each moment gives two
-disks, the least and the most that may be left.
+What survives a cut is what was synced: a file holds what it held at its last fsync, or nothing; a folder holds the
+names it had at its last fsync. A system may also have written names sooner than it was asked to, so each moment gives
+two disks, the least and the most that may be left.
 """
 
 import contextlib
@@ -46,11 +46,14 @@ class PowerCuts:
             os.close(descriptor)
 
     def _around(self, name: str, real: Callable) -> Callable:
-        def call(*arguments, **named):
+        def call(where, *arguments, **named):
+            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
+            if not Path(path).is_relative_to(self.root):
+                return real(where, *arguments, **named)
             with self._lock:
-                result = real(*arguments, **named)
+                result = real(where, *arguments, **named)
                 if name == "fsync":
-                    self._synced(os.dup(arguments[0]))
+                    self._synced(os.dup(where))
                 self._cut()
                 return result
 
@@ -114,9 +117,10 @@ class FullDisk:
         def call(where, *arguments, **named):
             path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
             if Path(path).is_relative_to(self.root):
+                there = real.__name__ == "mkdir" and os.path.isdir(path)  # needs no room
                 with self._lock:
-                    self.left -= 1
-                    if self.left < 0:
+                    self.left -= not there
+                    if self.left < 0 and not there:
                         self.refused += 1
                         raise OSError(self.code, os.strerror(self.code))  # a write knows no name
             return real(where, *arguments, **named)

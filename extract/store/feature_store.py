@@ -20,7 +20,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from extract.cli import InputError, RunError
-from extract.files import replace_file, replacing, sync
+from extract.files import replace_file, replacing, sync, writing
 from extract.store.rows import OK, PENDING, Rows, check_arrays
 from extract.store.runs import is_remote
 from extract.store.shards import ShardError, ShardMap, damaged_videos
@@ -425,9 +425,14 @@ class _SyncedFolder(zarr.storage.LocalStore):
         replace_file(self.root / key, value.as_numpy_array().tobytes(), f".{uuid.uuid4().hex}")
 
     async def delete(self, key: str) -> None:
-        await super().delete(key)
-        if (self.root / key).parent.is_dir():
-            sync((self.root / key).parent)
+        await asyncio.to_thread(self.delete_sync, key)
+
+    def delete_sync(self, key: str) -> None:
+        path = self.root / key  # of a chunk
+        if path.exists():
+            with writing(path):
+                path.unlink()
+                sync(path.parent)
 
 
 def _target(path: str | Path) -> Any:
