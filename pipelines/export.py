@@ -49,8 +49,8 @@ class Options:
 
 def main(options: Options) -> int:
     from aggregate.evaluate import describe
+    from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import Checkpoint
-    from pipelines.from_record import model_from_record
 
     _check_installed()
     checkpoint = Checkpoint.load(options.checkpoint)

@@ -53,6 +53,8 @@ class Options:
     """auto, cpu, cuda, cuda:1 ..."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: fp16 on a GPU, on a CPU the faster of fp32 and bf16, timed at the start."""
+    video_timeout: float = 60.0
+    """Seconds a video may take to decode, and one more for every 10 s that it lasts; then it is given up."""
 
 
 # -- in words and pictures -----------------------------------------------------------------------------------------
@@ -177,6 +179,7 @@ def main(options: Options) -> int:
         device=options.device,
         precision=options.precision,
         segments=options.segments,
+        video_timeout=options.video_timeout,
     )
     screen: TextIO = sys.stderr if options.json == "-" else sys.stdout
     print(predictor.words, file=screen)
@@ -215,10 +218,10 @@ def main(options: Options) -> int:
 def _check(options: Options) -> None:
     if not options.videos:
         raise InputError("no video is given")
-    for name in ("window", "stride"):
+    for name in ("window", "stride", "video_timeout"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name} {value}: seconds, more than 0")
+            raise InputError(f"--{name.replace('_', '-')} {value}: seconds, more than 0")
     if options.stride is not None and options.window is None:
         raise InputError(f"--stride {options.stride:g} is from one window to the next; give --window too")
 
