@@ -32,7 +32,10 @@ def mutate(content: bytes, seed: int) -> bytes:
     elif kind == "cut":
         data = data[: rng.integers(0, size)]
     elif kind == "swap":
-        data[one : one + block], data[other : other + block] = data[other : other + block], data[one : one + block].copy()
+        data[one : one + block], data[other : other + block] = (
+            data[other : other + block],
+            data[one : one + block].copy(),
+        )
     elif kind == "repeat":
         data = np.insert(data, one, data[other : other + block])
     elif kind == "zeros":
@@ -60,11 +63,15 @@ def compare(job: tuple[str, int], out: np.ndarray, on_duration: Callable[[float 
         return {"partial": found.problem}
     wanted = {digest(frame) for frame in found.frames}
     plain, corrupt, error = plainly(path)
+    damaged: list[int] = []
     if len(plain) == found.num_frames:
+        damaged = [n for n in found.indices.tolist() if corrupt[n]]
         differ = [n for n, frame in zip(found.indices.tolist(), found.frames, strict=True) if digest(frame) != plain[n]]
     else:
         differ = sorted(wanted - set(plain))
-    damaged = [n for n in found.indices.tolist() if n < len(corrupt) and corrupt[n]] if len(plain) == found.num_frames else []
+    damaged = (
+        [n for n in found.indices.tolist() if n < len(corrupt) and corrupt[n]] if len(plain) == found.num_frames else []
+    )
     return {"ok": found.num_frames, "plain": len(plain), "differ": differ, "corrupt": damaged, "error": error}
 
 
