@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate import train
-from aggregate.training.files import csv_of, replace_file
+from aggregate.training.files import csv_of
 from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, SplitOptions, completed, plain
 from extract.cli import InputError, RunError, run_command
+from extract.files import append, make_folder, replace_file
 
 if TYPE_CHECKING:
     import numpy as np
@@ -289,10 +290,10 @@ class Records:
     def __init__(self, options: Options, contents: str) -> None:
         out = options.out
         file = out / "results.jsonl"
-        if not file.exists() and out.exists() and any(path.name != "options.json" for path in out.iterdir()):
+        if not file.exists() and out.exists() and {path.name for path in out.iterdir()} - {"options.json", "places"}:
             raise InputError(f"--out {out} is not empty and holds no ablation; give another name")
         wanted = plain(options) | {"contents_of_features": contents}
-        (out / "places").mkdir(parents=True, exist_ok=True)
+        make_folder(out / "places")
         self._out = out
         self._file = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
@@ -315,7 +316,7 @@ class Records:
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self._out, wanted, Options, free=_FREE_ON_RESUME)
-        replace_file(self._out / "options.json", (json.dumps(wanted, indent=1) + "\n").encode())
+        replace_file(self._out / "options.json", json.dumps(wanted, indent=1) + "\n")
         lines = [json.loads(line) for line in whole.splitlines()]
         today = plain(train.Options(agg="tsn"))
         return {key_of(completed(json.loads(line["key"]), today, train.Options)): line["row"] for line in lines}
@@ -328,8 +329,8 @@ class Records:
             content = io.BytesIO()
             np.save(content, result.places)
             replace_file(self._places_file(result.key), content.getvalue())
-        os.write(self._file, json.dumps({"key": result.key, "row": result.row}).encode() + b"\n")
-        os.fsync(self._file)
+        line = json.dumps({"key": result.key, "row": result.row}) + "\n"
+        append(self._file, self._out / "results.jsonl", line.encode())
         self.rows[result.key] = result.row
 
     def places(self, key: str) -> "np.ndarray | None":

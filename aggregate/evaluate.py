@@ -27,7 +27,9 @@ class Options(VideoOptions):
     features: str = "feats.zarr"
     """The feature store; made with the backbone the checkpoint was trained on."""
     videos: Path | None = None
-    """In the place of features: videos, as for python -m extract; for fine-tuned checkpoints, and StNet's only way."""
+    """In the place of features: videos, as for python -m extract, through the backbone it records; StNet's only way."""
+    weights: Path | None = None
+    """With --videos: the backbone's weights, where the checkpoint records a file of one's own (SHA-256 is checked)."""
     split: str = "val"
     """Which split, or `all`."""
     segments: tuple[int, ...] = (3, 25)
@@ -80,18 +82,18 @@ def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scor
 
 
 def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -> "list[Scores]":
-    """Scores from frames through the checkpoint's own backbone, one for each number of segments."""
+    """Scores from frames through the backbone that the checkpoint holds or records, one for each number of segments."""
     import numpy as np
 
     from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames
-    from aggregate.endtoend import rebuild
+    from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.learner import choose_device
     from aggregate.training.testing import predict
     from extract.listing.videos import list_videos
 
-    model = rebuild(checkpoint)
+    model = model_from_record(checkpoint, options.weights)
     device = choose_device(options.device)
     model.to(device)
     listing = list_videos(videos, labels=options.labels, root=options.root)

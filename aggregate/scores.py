@@ -5,9 +5,11 @@
     crops/3, crops/25 ...   [N, crops, C] float32, where there were several
     attributes: schema; source, a JSON record of model, checkpoint, store and split
 
-numpy, and h5py where a file is touched; no torch.
+Before it stands a block of 512 bytes, which HDF5 skips, with the SHA-256 of the rest. numpy, and h5py where a file is
+touched; no torch.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -19,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from extract.cli import InputError
+from extract.files import replace_file
 
 SCHEMA = "hgnl-scores/1"
+_USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,7 @@ class Scores:
             raise InputError(
                 f"{path} is no scores file: there is no such file; `python -m aggregate.evaluate --out` makes one"
             )
+        _check_whole(path)
         try:
             file = h5py.File(path)
         except OSError as error:
@@ -137,9 +142,8 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
     first = several[0]
     if any((one.ids, one.classes) != (first.ids, first.classes) for one in several):
         raise ValueError("one scores file holds the same videos and classes for every number of segments")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{os.fspath(path)}.partial")
-    with h5py.File(partial, "w") as file:
+    # In memory first: HDF5 keeps to itself what fails while a file is closed.
+    with h5py.File(os.fspath(path), "w", driver="core", backing_store=False) as file:
         text = h5py.string_dtype()
         file.attrs.update(schema=SCHEMA, source=json.dumps(first.source))
         file.create_dataset("ids", data=np.array(first.ids, object), dtype=text)
@@ -150,4 +154,21 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
             file.create_dataset(f"logits/{one.segments}", data=one.logits)
             if one.crops is not None:
                 file.create_dataset(f"crops/{one.segments}", data=np.asarray(one.crops, np.float32))
-    os.replace(partial, path)
+        file.flush()
+        image = file.id.get_file_image()
+    replace_file(path, _checksum(image) + image)
+
+
+def _checksum(image: bytes) -> bytes:
+    """A block that HDF5 skips, with the SHA-256 of what comes behind it."""
+    return f"{SCHEMA} {hashlib.sha256(image).hexdigest()}\n".encode().ljust(_USER_BLOCK, b"\0")
+
+
+def _check_whole(path: str | os.PathLike[str]) -> None:
+    """InputError for a damaged file: HDF5 hangs or crashes over some of those. Files of older versions cannot tell."""
+    content = Path(path).read_bytes()
+    begins = content[_USER_BLOCK : _USER_BLOCK + len(_SIGNATURE)]
+    if begins == _SIGNATURE and content[:_USER_BLOCK] != _checksum(content[_USER_BLOCK:]):
+        raise InputError(
+            f"{path} was damaged, or changed by another program: its checksum does not match; make it again"
+        )

@@ -1,7 +1,6 @@
 """python -m ensemble: several models' scores in; fused scores, a table of who adds what, and a submission out."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ensemble.entries import Ids, submission_ids
 from ensemble.submit import PRETRAINED, check_submission, write_submission
 from extract.cli import InputError, run_command
+from extract.files import replace_file
 
 if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
     from ensemble.align import Aligned
@@ -107,9 +107,7 @@ def main(options: Options) -> int:
         if aligned.dropped:
             print(f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong")
         record["submission"] = {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
-    partial = Path(f"{summary_path}.partial")
-    partial.write_text(json.dumps(record, indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(partial, summary_path)
+    replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
     return 0
 

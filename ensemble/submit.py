@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensemble.entries import Ids, is_clip, is_scores, read_entries, read_results, submission_ids
 from extract.cli import InputError, run_command
+from extract.files import replace_file
 from extract.listing.labels import choose_labels
 
 if TYPE_CHECKING:  # numpy and what needs it are imported where used: --help is asked for more often than scores
@@ -85,10 +86,7 @@ def write_submission(
         "results": results,
         "external_data": {"used": bool(external_data), "details": details},
     }
-    partial = Path(f"{os.fspath(path)}.partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    partial.write_text(json.dumps(submission, ensure_ascii=False, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)
+    replace_file(path, json.dumps(submission, ensure_ascii=False, allow_nan=False))
     return lost
 
 

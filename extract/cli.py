@@ -7,6 +7,8 @@ Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished 
 130 interrupted.
 """
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -20,6 +22,31 @@ class InputError(ValueError):
 
 class RunError(RuntimeError):
     """Something failed at run time, such as damage, a locked store, a full disk (exit status 1)."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room on its disk",
+    errno.EDQUOT: "make room, or have your quota raised",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make its disk writable, or choose another place",
+    errno.EACCES: "get permission, or choose another place",
+    errno.EPERM: "get permission, or choose another place",
+    errno.EEXIST: "a folder is needed there: move the file away, or choose another place",
+    errno.ENOTDIR: "a folder is needed there: move the file away, or choose another place",
+    errno.EIO: "its disk fails: choose another one",
+}
+
+
+def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
+    """`runs/a/last.pt: No space left on device; make room on its disk and run the same command again, which goes on`.
+
+    `path` stands in for the file that the system did not name.
+    """
+    code, name = error.errno or 0, path or error.filename
+    if code not in _REMEDIES or name is None:
+        return str(error) if path is None else f"{os.fspath(path)}: {error.strerror or error}"
+    words = os.strerror(code)  # HDF5's own are a paragraph
+    return f"{os.fspath(name)}: {words}; {_REMEDIES[code]} and run the same command again, which goes on"
 
 
 def run_command(
@@ -36,7 +63,7 @@ def run_command(
     try:
         return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,6 @@
 """python -m extract.export feats.zarr --to DIR|FILE.h5: features for other people's tools."""
 
-import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from extract.cli import InputError, RunError, run_command
+from extract.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from extract.store import FeatureStore
@@ -26,10 +27,17 @@ class Options:
 
 def main(options: Options) -> int:
     from extract.store import FeatureStore
+    from extract.store.summary import human_bytes
 
     if options.to.exists() and (options.to.is_file() or any(options.to.iterdir())):
         raise InputError(f"--to {options.to} is there already and is left as it is; give a new name or remove it")
     store = FeatureStore.open(options.store)
+    make_folder(options.to.parent)
+    needed, free = len(store) * store.video_bytes, shutil.disk_usage(options.to.parent).free
+    if needed > free:  # said before: HDF5 may crash where a disk becomes full
+        raise RunError(
+            f"--to {options.to} needs {human_bytes(needed)}, its disk has {human_bytes(free)} free; use another one"
+        )
     write = _write_hdf5 if options.to.suffix in (".h5", ".hdf5") else _write_npy
     count = write(store, options.to)
     left_out = len(store) - count
@@ -59,13 +67,15 @@ def _write_npy(store: "FeatureStore", folder: Path) -> int:
     import numpy as np
 
     count = 0
-    for rows, features in _finished(store):
-        for row, video in zip(rows, features, strict=True):
-            # The whole name with its ending: a.mp4 and a.webm are two videos.
-            path = folder / f"{store.ids[row]}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, video)
-            count += 1
+    with replacing(folder) as partial:
+        partial.mkdir()
+        for rows, features in _finished(store):
+            for row, video in zip(rows, features, strict=True):
+                # The whole name with its ending: a.mp4 and a.webm are two videos.
+                path = partial / f"{store.ids[row]}.npy"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                np.save(path, video)
+                count += 1
     return count
 
 
@@ -74,8 +84,7 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> int:
     import numpy as np
 
     rows = np.flatnonzero((store.status == 1) | (store.status == 2))
-    aside = path.with_name(f"{path.name}.partial")
-    with h5py.File(aside, "w") as file:
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
         shape = (len(rows), store.num_views, store.frames_per_video, store.dim)
         features = file.create_dataset("features", shape, dtype="f2")
         filled = 0
@@ -89,7 +98,7 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> int:
             file.create_dataset(name, data=getattr(store, name)[rows])
         file.create_dataset("classes", data=np.array(store.classes, dtype=object), dtype=text)
         file.create_dataset("views", data=np.array(store.views, dtype=object), dtype=text)
-    os.replace(aside, path)
+        file.flush()  # closing would keep an error to itself
     return len(rows)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extract.cli import InputError, RunError, run_command
+from extract.files import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -48,13 +49,12 @@ class Options:
 
 def main(options: Options) -> int:
     from aggregate.evaluate import describe
+    from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import Checkpoint
-    from pipelines.from_record import model_from_record
 
     _check_installed()
     checkpoint = Checkpoint.load(options.checkpoint)
     model = model_from_record(checkpoint, options.weights)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     checked = export(model, checkpoint, options.out)
     see, N = model.preprocessing, checkpoint.options.get("frames_per_segment")
     shape = f"[batch, frames, {see.size}, {see.size}, 3]"
@@ -79,7 +79,6 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
     import torch
 
     dynamic = {"frames": {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}}
-    partial = f"{os.fspath(out)}.partial"
     said = io.StringIO()
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
@@ -99,13 +98,9 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
             raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {first[0]}") from error
     assert program is not None
     program.model.metadata_props.update(metadata(model, checkpoint))
-    try:
+    with replacing(out) as partial:
         program.save(partial)
-        checked = check(model, checkpoint, partial)
-        os.replace(partial, out)
-    finally:
-        Path(partial).unlink(missing_ok=True)
-    return checked
+        return check(model, checkpoint, partial)
 
 
 def metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:

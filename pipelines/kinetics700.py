@@ -8,6 +8,7 @@ plan with what it will cost on this machine.
 """
 
 import csv
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError, RunError, run_command
+from extract.files import replace_file
 
 if TYPE_CHECKING:
     from extract.listing.videos import Listing
@@ -220,14 +222,14 @@ def _trial(listing: "Listing", source: _Source, limit: int, folder: Path) -> _So
     videos = [video for video in listing.videos if video.label >= 0]
     chosen = [videos[place * len(videos) // limit] for place in range(min(limit, len(videos)))]
     root = (source.clips or (source.videos if source.videos.is_dir() else source.videos.parent)).resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "labels.txt").write_text("\n".join(listing.classes) + "\n", encoding="utf-8")
-    with open(folder / "videos.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "label", "split", "group"])
-        for video in chosen:
-            path = os.path.relpath(os.path.abspath(video.path), root)
-            writer.writerow([path, listing.classes[video.label], video.split, video.group])
+    replace_file(folder / "labels.txt", "\n".join(listing.classes) + "\n")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["path", "label", "split", "group"])
+    for video in chosen:
+        path = os.path.relpath(os.path.abspath(video.path), root)
+        writer.writerow([path, listing.classes[video.label], video.split, video.group])
+    replace_file(folder / "videos.csv", text.getvalue())
     return _Source(folder / "videos.csv", root, str(folder / "labels.txt"))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import tyro
 
 from extract.cli import InputError, run_command
+from extract.files import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Options:
     """auto, cpu, cuda, cuda:1 ..."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: fp16 on a GPU, on a CPU the faster of fp32 and bf16, timed at the start."""
+    video_timeout: float = 60.0
+    """Seconds a video may take to decode, and one more for every 10 s that it lasts; then it is given up."""
 
 
 # -- in words and pictures -----------------------------------------------------------------------------------------
@@ -176,6 +179,7 @@ def main(options: Options) -> int:
         device=options.device,
         precision=options.precision,
         segments=options.segments,
+        video_timeout=options.video_timeout,
     )
     screen: TextIO = sys.stderr if options.json == "-" else sys.stdout
     print(predictor.words, file=screen)
@@ -196,7 +200,8 @@ def main(options: Options) -> int:
             names[path.stem] += 1
             number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
             picture = options.picture / f"{path.stem}{number}.png"
-            picture.write_bytes(attention_picture(seen) if filming else timeline_picture(seen, predictor.classes))
+            drawn = attention_picture(seen) if filming else timeline_picture(seen, predictor.classes)
+            replace_file(picture, drawn)
             print(f"  picture: {picture}", file=screen)
     if options.json is not None:
         whole = {"checkpoint": options.checkpoint.name, "model": checkpoint.options["name"], "videos": answers}
@@ -204,7 +209,7 @@ def main(options: Options) -> int:
         if options.json == "-":
             print(text)
         else:
-            Path(options.json).write_text(text + "\n", encoding="utf-8")
+            replace_file(options.json, text + "\n")
     if failed:
         print(f"{failed} of {len(options.videos)} videos could not be decoded", file=sys.stderr)
     return 3 if failed else 0
@@ -213,10 +218,10 @@ def main(options: Options) -> int:
 def _check(options: Options) -> None:
     if not options.videos:
         raise InputError("no video is given")
-    for name in ("window", "stride"):
+    for name in ("window", "stride", "video_timeout"):
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name} {value}: seconds, more than 0")
+            raise InputError(f"--{name.replace('_', '-')} {value}: seconds, more than 0")
     if options.stride is not None and options.window is None:
         raise InputError(f"--stride {options.stride:g} is from one window to the next; give --window too")
 

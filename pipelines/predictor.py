@@ -1,8 +1,10 @@
 """A checkpoint that looks at videos: decoding, backbone and aggregator side by side, whole or in windows."""
 
 import os
+import tempfile
+import weakref
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,7 @@ from extract.cli import InputError, RunError
 
 if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
+    from extract.decode.subprocess_pool import Finished
     from extract.decode.transform import Preprocessing
 
 WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregators with a weight a frame
@@ -51,7 +54,8 @@ class Prediction:
 class Predictor:
     """A checkpoint ready to look at videos.
 
-    `weights`, `device`, `precision`: see Options. Raises InputError where the recorded backbone cannot be had.
+    Videos are decoded in a child process, under the deadline that extraction has. `weights`, `device`, `precision`,
+    `video_timeout` (s): see Options. Raises InputError where the recorded backbone cannot be had.
     """
 
     def __init__(
@@ -62,8 +66,10 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
         segments: int = 25,
+        video_timeout: float = 60.0,
     ):
-        from pipelines.from_record import backbone_from_record, model_from_record
+        from aggregate.from_record import backbone_from_record, model_from_record
+        from extract.decode.subprocess_pool import SubprocessPool
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
@@ -71,6 +77,8 @@ class Predictor:
         self.aggregator: Any = None
         self._worker = ThreadPoolExecutor(1)  # one for all videos: a new thread makes torch start new ones too
         self._per_segment = 0
+        self._pool = SubprocessPool(watch, slot_bytes=1, workers=1, timeout=video_timeout)
+        weakref.finalize(self, self._pool.close)
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         if checkpoint.options["name"] == "stnet":
             from aggregate.training.learner import choose_device
@@ -102,55 +110,55 @@ class Predictor:
         """Decode `path` once, look at it as a whole or in windows (seconds).
 
         However long the video, only features of the frames it sees stay in memory (of StNet their pixels).
-        Raises VideoError where not one frame can be read, RunError for scores that are no numbers.
+        Raises VideoError where not one frame can be read or the deadline passes, RunError for scores that are no
+        numbers.
         """
-        from extract.decode import decode
+        from extract.decode import VideoError
 
-        times, stretches = np.zeros(0), [(0, 0)]
-        spans: list[tuple[float, float]] = []
-        chosen: list[np.ndarray] = []
-
-        def note(all_times: np.ndarray) -> None:
-            nonlocal times
-            times = all_times
-
-        def sample(num_frames: int) -> np.ndarray:
-            nonlocal spans, stretches, chosen
-            spans = window_spans(_length(times), window, stride)
-            stretches = [_frames_between(times, *span) for span in spans]
-            chosen = [self._frames_of(*stretch) for stretch in stretches]
-            return np.unique(np.concatenate(chosen))
-
-        feed = _Feed(self.preprocessing, self._network, self._batch, self._worker, thumbnails=thumbnails)
-        decoded = decode(path, sample, resize=feed.take, on_times=note)
-        features = feed.finish()[_numbers(decoded.frames)]  # [n, dim], or frames for StNet
+        with tempfile.NamedTemporaryFile(prefix="frames-") as pixels:
+            plan = (self.preprocessing, self.segments, self._per_segment, window, stride, thumbnails)
+            future = self._pool.submit((os.fspath(path), pixels.name, *plan))
+            features = self._features(Path(pixels.name), future)
+            finished = future.result()
+        finished.release()
+        if finished.failure:
+            raise VideoError(path, finished.failure)
+        seen: Seen = finished.result
         windows = []
-        for (start, end), indices in zip(spans, chosen, strict=True):
-            rows = np.searchsorted(decoded.indices, indices)
-            logits, weights = self._answer(features[rows])
+        for (start, end), indices in zip(seen.spans, seen.chosen, strict=True):
+            rows = np.searchsorted(seen.indices, indices)
+            logits, weights = self._answer(features[seen.places[rows]])  # of [n, dim], or frames for StNet
             if not np.isfinite(logits).all():
                 raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
-            windows.append(Window(start, end, indices, decoded.timestamps[rows], logits, weights))
-        places = _numbers(decoded.frames)[np.searchsorted(decoded.indices, chosen[0])]
+            windows.append(Window(start, end, indices, seen.timestamps[rows], logits, weights))
         return Prediction(
             path=os.fspath(path),
-            num_frames=decoded.num_frames,
-            seconds=_length(times),
+            num_frames=seen.num_frames,
+            seconds=seen.seconds,
             windows=tuple(windows),
-            problem=decoded.problem,
-            thumbnails=[feed.thumbnails[place] for place in places] if thumbnails else [],
+            problem=seen.problem,
+            thumbnails=seen.thumbnails,
         )
 
-    def _frames_of(self, first: int, stop: int) -> np.ndarray:
-        """The frames to see of [first, stop): each once; for StNet N neighbours a segment, as in aggregate/clips.py."""
-        from extract.sampling import segment_centres
-
-        count, N = stop - first, self._per_segment
-        middles = segment_centres(count, self.segments)
-        if not N:
-            return first + np.unique(middles)  # what a mask over repeats gives
-        start = np.clip(middles - (N - 1) // 2, 0, max(count - N, 0))
-        return first + np.minimum(start[:, None] + np.arange(N), count - 1).ravel()
+    def _features(self, pixels: Path, decoding: "Future[Finished]") -> np.ndarray:
+        """What the network makes of each crop in the file, in batches, while the child writes more."""
+        size = self.preprocessing.size
+        computed: list[Future[np.ndarray]] = []
+        taken = 0
+        while True:
+            ended = decoding.done()  # asked first: what was written until then is seen below
+            there = pixels.stat().st_size // (size * size * 3)
+            while there - taken >= self._batch or (ended and taken < there):
+                count = min(self._batch, there - taken)
+                shape = (count, size, size, 3)
+                frames = np.fromfile(pixels, np.uint8, int(np.prod(shape)), offset=taken * size * size * 3)
+                computed.append(self._worker.submit(self._network, frames.reshape(shape)))
+                taken += count
+                if len(computed) > _AHEAD:
+                    computed[-1 - _AHEAD].result()
+            if ended:
+                return np.concatenate([future.result() for future in computed]) if computed else np.empty(0)
+            wait([decoding], timeout=0.002)
 
     def _answer(self, features: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """Logits [C] of one window, and the weights of its frames."""
@@ -165,58 +173,88 @@ class Predictor:
             return self._head(x)[0].numpy(), weights
 
 
-class _Feed:
-    """Takes frames as they are decoded and computes them in batches, in a thread of its own.
+# -- in the child --------------------------------------------------------------------------------------------------
 
-    What `decode` keeps of a frame is the number it has here, so a long video stays small in memory; and where decoding
-    starts over, frames get new numbers.
+
+@dataclass(frozen=True)
+class Seen:
+    """What a child found in a video: `indices` and `timestamps` of the frames wanted, ascending, and their `places` in
+    the file of crops; the windows' `spans` (s) and the frames `chosen` of each."""
+
+    indices: np.ndarray
+    timestamps: np.ndarray
+    places: np.ndarray
+    spans: list[tuple[float, float]]
+    chosen: list[np.ndarray]
+    num_frames: int
+    seconds: float
+    problem: str
+    thumbnails: list[np.ndarray]
+
+
+def watch(job: tuple[Any, ...], _: np.ndarray, on_duration: Callable[[float | None], None]) -> Seen:
+    """Decode a video once; the crop of each frame that is wanted goes to a file as it comes: uint8 [size, size, 3].
+
+    A frame is known by its place in that file, so a long video stays small in memory; and where decoding starts over,
+    frames get new places. Raises VideoError where not one frame can be read.
     """
+    from extract.decode import decode
+    from extract.decode.transform import crop_boxes, resize_short_side
 
-    def __init__(
-        self,
-        see: "Preprocessing",
-        network: Callable[[np.ndarray], np.ndarray],
-        batch: int,
-        worker: ThreadPoolExecutor,
-        *,
-        thumbnails: bool,
-    ):
-        self._see, self._network, self._batch, self._worker = see, network, batch, worker
-        self._waiting: list[np.ndarray] = []
-        self._computed: list[Future[np.ndarray]] = []
-        self._count = 0
-        self._keep = thumbnails
-        self.thumbnails: list[np.ndarray] = []
+    path, pixels, see, segments, per_segment, window, stride, keep = job
+    times = np.zeros(0)
+    spans: list[tuple[float, float]] = []
+    chosen: list[np.ndarray] = []
+    small: list[np.ndarray] = []
 
-    def take(self, frame: np.ndarray) -> np.ndarray:
-        from extract.decode.transform import crop_boxes, resize_short_side
+    def note(all_times: np.ndarray) -> None:
+        nonlocal times
+        times = all_times
 
-        frame = resize_short_side(frame, self._see)
-        height, width = frame.shape[:2]
-        top, left, tall, wide = crop_boxes(height, width, self._see.size, 1)[0][0]
-        self._waiting.append(frame[top : top + tall, left : left + wide])
-        if self._keep:
-            self.thumbnails.append(_shrunk(frame))
-        if len(self._waiting) == self._batch:
-            self._send()
-        self._count += 1
-        return np.array([self._count - 1], np.int64).view(np.uint8).reshape(1, 1, 8)
+    def sample(num_frames: int) -> np.ndarray:
+        nonlocal spans, chosen
+        spans = window_spans(_length(times), window, stride)
+        chosen = [_frames_of(*_frames_between(times, *span), segments, per_segment) for span in spans]
+        return np.unique(np.concatenate(chosen))
 
-    def _send(self) -> None:
-        self._computed.append(self._worker.submit(self._network, np.stack(self._waiting)))
-        self._waiting = []
-        if len(self._computed) > _AHEAD:
-            self._computed[-1 - _AHEAD].result()
+    def take(frame: np.ndarray) -> np.ndarray:
+        frame = resize_short_side(frame, see)
+        top, left, tall, wide = crop_boxes(frame.shape[0], frame.shape[1], see.size, 1)[0][0]
+        file.write(frame[top : top + tall, left : left + wide].tobytes())
+        small.extend([_shrunk(frame)] if keep else [])
+        return np.array([file.tell() // crop_bytes - 1], np.int64).view(np.uint8).reshape(1, 1, 8)
 
-    def finish(self) -> np.ndarray:
-        if self._waiting:
-            self._send()
-        return np.concatenate([future.result() for future in self._computed])
+    crop_bytes = see.size**2 * 3
+    with open(pixels, "r+b", buffering=0) as file:
+        # Behind what a child wrote that died over this job, and perhaps in the middle of a crop.
+        begin = -(-os.path.getsize(pixels) // crop_bytes)
+        file.seek(begin * crop_bytes)
+        decoded = decode(path, sample, resize=take, on_duration=on_duration, on_times=note)
+    places = np.ascontiguousarray(decoded.frames).reshape(-1, 8).view(np.int64)[:, 0]
+    first = places[np.searchsorted(decoded.indices, chosen[0])]
+    return Seen(
+        decoded.indices,
+        decoded.timestamps,
+        places,
+        spans,
+        chosen,
+        decoded.num_frames,
+        _length(times),
+        decoded.problem,
+        [small[place - begin] for place in first] if keep else [],
+    )
 
 
-def _numbers(frames: np.ndarray) -> np.ndarray:
-    """What `_Feed.take` wrote: int64 [n]."""
-    return np.ascontiguousarray(frames).reshape(-1, 8).view(np.int64)[:, 0]
+def _frames_of(first: int, stop: int, segments: int, N: int) -> np.ndarray:
+    """The frames to see of [first, stop): each once; for StNet N neighbours a segment, as in data/clips.py."""
+    from extract.sampling import segment_centres
+
+    count = stop - first
+    middles = segment_centres(count, segments)
+    if not N:
+        return first + np.unique(middles)  # what a mask over repeats gives
+    start = np.clip(middles - (N - 1) // 2, 0, max(count - N, 0))
+    return first + np.minimum(start[:, None] + np.arange(N), count - 1).ravel()
 
 
 def _shrunk(frame: np.ndarray) -> np.ndarray:

@@ -13,7 +13,8 @@ import numpy as np
 
 from aggregate.complexity import aligned
 from aggregate.metrics import Interval, bootstrap
-from aggregate.training.files import csv_of, replace_file
+from aggregate.training.files import csv_of
+from extract.files import replace_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,7 +203,7 @@ def report(
         parts.append("\n".join(["skipped:", *(f"  {one}" for one in skipped)]))
     text = "\n\n".join(parts)
     print(f"{text}\n")
-    (out / "summary.txt").write_text(f"{text}\n", encoding="utf-8")
+    replace_file(out / "summary.txt", f"{text}\n")
     replace_file(out / "summary.csv", csv_of(summary))
     files = ["ablation.csv", "summary.csv", "summary.txt", *_figures(out, summary, maps)]
     print(f"files: {', '.join(str(out / name) for name in files)}")
@@ -221,7 +222,7 @@ def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list
     if done := [line for line in summary if line["seeds"]]:
         drawn["pareto.png"] = pareto_figure(done)
     for name, figure in drawn.items():
-        (out / name).write_bytes(figures.png(figure))
+        replace_file(out / name, figures.png(figure))
     return list(drawn)
 
 

@@ -7,6 +7,7 @@ A model trained end to end also has `backbone`, and its tensors below `backbone.
 
 import hashlib
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from aggregate.models import VideoClassifier, build
 from extract.cli import InputError
+from extract.files import replacing
 
 FORMAT, VERSION = "hgnl-checkpoint", 1
 # Of a store's provenance, what a model depends on; decoder, views and versions may differ.
@@ -37,11 +39,11 @@ class Checkpoint:
     path: str = ""  # where it was read from; not saved
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write it; the file appears whole or not at all."""
-        partial = f"{os.fspath(path)}.partial"
+        """Write it; the file appears whole or not at all. Raises RunError."""
         content = {name: value for name, value in vars(self).items() if name != "path"}
-        torch.save({"format": FORMAT, "version": VERSION, **content}, partial)
-        os.replace(partial, path)
+        # To a file of ours: torch's own says nothing of a disk that is full.
+        with replacing(path) as partial, open(partial, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Checkpoint":
@@ -49,13 +51,20 @@ class Checkpoint:
         if not Path(path).is_file():
             raise InputError(f"there is no checkpoint {path}; `python -m aggregate.train` makes one (best.pt)")
         try:
+            with zipfile.ZipFile(path) as records:  # torch does not look at the checksums that it writes
+                if damaged := records.testzip():
+                    raise ValueError(f"the checksum of {damaged} does not match")
             content = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a damaged, foreign or unsafe file
-            raise InputError(f"{path} is no checkpoint that can be read safely ({type(error).__name__})") from error
+            raise InputError(
+                f"{path} is no checkpoint that can be read safely ({type(error).__name__}: {error!s:.80})"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path} is no checkpoint of aggregate.train or aggregate.finetune")
-        if content["version"] != VERSION:
-            raise InputError(f"{path} has version {content['version']}; this program reads {VERSION}")
+        if content.get("version") != VERSION:
+            raise InputError(f"{path} has version {content.get('version')}; this program reads {VERSION}")
+        if missing := sorted(cls.__dataclass_fields__.keys() - content.keys() - {"path"}):
+            raise InputError(f"{path} is no whole checkpoint: it holds no {missing[0]!r}")
         return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "path"}, path=os.fspath(path))
 
     def model(self) -> VideoClassifier:

@@ -1,10 +1,8 @@
-"""Files of a run or an ablation: tables as CSV, and files that appear whole or not at all."""
+"""Tables of a run or an ablation as CSV."""
 
 import csv
 import io
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 
@@ -18,10 +16,3 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)

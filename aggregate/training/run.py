@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from aggregate.metrics import Summary, challenge_errors, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.files import csv_of, replace_file
+from aggregate.training.files import csv_of
 from aggregate.training.learner import Learner
 from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import completed, plain
 from aggregate.training.sources import Source
 from extract.cli import InputError
+from extract.files import replace_file, writing
 from extract.store import difference
 
 # Below this |s F_o| / |F| attention changes nothing that matters.
@@ -33,10 +34,15 @@ def open_folder(out: Path, options: Any, *, free: Sequence[str]) -> Checkpoint |
     """
     last = out / "last.pt"
     if not last.exists():
-        # A run that ended before its first epoch leaves nothing that others could not overwrite.
-        ours = (path.name in ("options.json", "ray") or path.name.startswith("events.out") for path in out.glob("*"))
-        if out.exists() and not all(ours):
+        # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while
+        # it wrote that epoch leaves checkpoints, which the same command writes again.
+        names = [path.name for path in out.glob("*") if not path.name.startswith(("options.json", "ray", "events.out"))]
+        if any(not name.removesuffix(".partial").endswith(".pt") for name in names) or (
+            names and not (out / "options.json").exists()
+        ):
             raise InputError(f"--out {out} is not empty and holds no run; give another name")
+        if names:
+            refuse_other_options(out, plain(options), type(options), free=free)
         return None
     refuse_other_options(out, plain(options), type(options), free=free)
     return Checkpoint.load(last)
@@ -99,8 +105,7 @@ class Run:
     def train(self) -> None:
         """All epochs that are left; each is on the disk before the next begins."""
         if self.writes:
-            self.out.mkdir(parents=True, exist_ok=True)
-            replace_file(self.out / "options.json", (json.dumps(plain(self.options), indent=1) + "\n").encode())
+            replace_file(self.out / "options.json", json.dumps(plain(self.options), indent=1) + "\n")
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
@@ -153,12 +158,13 @@ class Run:
         training = {"epoch": self.epoch, "history": self.history, "learners": states}
         self._checkpoint(first, first.tested_state(), training).save(self.out / "last.pt")
         replace_file(self.out / "metrics.csv", csv_of(self.history))
-        if self._board is None:
-            self._board = SummaryWriter(str(self.out), purge_step=self.epoch - 1)
-        for name, value in row.items():
-            if isinstance(value, float):
-                self._board.add_scalar(name, value, self.epoch - 1)
-        self._board.flush()
+        with writing(self.out / "events.out.tfevents"):
+            if self._board is None:
+                self._board = SummaryWriter(str(self.out), purge_step=self.epoch - 1)
+            for name, value in row.items():
+                if isinstance(value, float):
+                    self._board.add_scalar(name, value, self.epoch - 1)
+            self._board.flush()
 
     def _checkpoint(self, learner: Learner, state: dict[str, Any], training: dict | None = None) -> Checkpoint:
         row = self.history[learner.best_epoch]
@@ -199,7 +205,7 @@ class Run:
             lines.append(f"attention: s = {found['scale']:.3g}, {ratio}{unused}")
         if self.writes:
             print("\n".join(lines))
-            replace_file(self.out / "results.json", (json.dumps(results, indent=1) + "\n").encode())
+            replace_file(self.out / "results.json", json.dumps(results, indent=1) + "\n")
             print(f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}", flush=True)
 
 

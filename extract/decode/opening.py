@@ -39,6 +39,10 @@ def check_file(path) -> None:
         raise VideoError(path, f"cannot be read: {error.strerror}") from None
 
 
+# What reading a damaged file raises; IndexError is PyAV's, where a stream appears in the middle.
+DAMAGE = (av.FFmpegError, IndexError)
+
+
 @contextmanager
 def opened(path):
     container, stream = open_video(path)

@@ -12,6 +12,7 @@ Where a wanted frame does not come out, is corrupt, or time stamps cannot be tru
 chosen among what decodes, and `problem` says so if anything was wrong.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.opening import VideoError, check_file, open_video, opened, words_of
+from extract.decode.opening import DAMAGE, VideoError, check_file, open_video, opened, words_of
 
 Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
@@ -37,6 +38,8 @@ _TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
 _REORDERING = frozenset(("h264", "hevc"))
 # DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
 _PLACEHOLDER_BYTES = 19
+# What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
+_EXPECTED = "mmco: unref short failure"
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
@@ -169,8 +172,6 @@ def _decode_wanted(path, container, stream, sample: Sample, pictures: _Pictures,
     for frame in _frames(path, stream, packets, sorted(wanted)):
         index = by_time.get(frame.pts)
         if index is not None and index not in found:
-            if frame.is_corrupt:
-                raise _UntrustedError(f"frame {index} is corrupt")
             found[index] = pictures.from_frame(frame)
     lost = [index for index in wanted.values() if index not in found]
     if lost:
@@ -193,7 +194,7 @@ def _read_packets(container, stream) -> _Packets:
     key: list[bool] = []
     shown: list[int] = []
     kept: list[av.Packet] = []
-    total = 0
+    total, latest = 0, -math.inf
     try:
         for packet in container.demux(stream):
             if not packet.size:
@@ -202,6 +203,10 @@ def _read_packets(container, stream) -> _Packets:
                 raise _UntrustedError("its packets have no time stamps")
             if packet.is_corrupt:
                 raise _UntrustedError("a packet is damaged")
+            if packet.dts is not None:
+                if packet.dts < latest:
+                    raise _UntrustedError("its packets do not come in the order in which they are decoded")
+                latest = packet.dts
             if not packet.is_discard:  # an edit list hides the others
                 shown.append(len(pts))
             pts.append(packet.pts)
@@ -210,7 +215,7 @@ def _read_packets(container, stream) -> _Packets:
             total += packet.size
             if total <= _KEPT_BYTES:
                 kept.append(packet)
-    except av.FFmpegError as error:
+    except DAMAGE as error:
         raise _UntrustedError(f"reading it ends with: {words_of(error)}") from None
     if len({pts[number] for number in shown}) != len(shown) or not shown:
         raise _UntrustedError("its time stamps are not one a frame")
@@ -242,16 +247,26 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
     position = key_place = 0
     sought: set[int] = set()
     latest: int | None = None
+    wanted_times = {packets.pts[number] for number in wanted}
 
     def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
         nonlocal latest
+        # Frames shown before a key frame that was sought are damaged: what they refer to was not decoded.
+        before = max(sought) if sought else None
+        complaints = av.logging.get_last_error()[0]
         for frame in context.decode(packet):
             if frame.pts in sought and not frame.key_frame:
                 raise _UntrustedError("a packet is called a key frame and is none")
             if frame.pts is None or (latest is not None and frame.pts <= latest):
                 raise _UntrustedError("frames do not come in the order of their time stamps")
+            if frame.is_corrupt and (before is None or frame.pts >= before or frame.pts in wanted_times):
+                raise _UntrustedError(f"the frame with time stamp {frame.pts} is corrupt")
             latest = frame.pts
             yield frame
+        # Not all that a decoder patches up is marked, but all is logged.
+        count, last = av.logging.get_last_error()
+        if count > complaints and (before is None or _EXPECTED not in str(last)):
+            raise _UntrustedError("its decoder complains")
 
     try:
         for number in wanted:
@@ -272,7 +287,7 @@ def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.V
                 yield from decoded(source.packet(position))
                 position += 1
         yield from decoded(None)
-    except av.FFmpegError as error:
+    except DAMAGE as error:
         raise _UntrustedError(f"decoding ends with: {words_of(error)}") from None
     finally:
         source.close()
@@ -355,7 +370,7 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
                 for frame in packet.decode():
                     good += 1
                     yield frame
-        except av.FFmpegError as error:
+        except DAMAGE as error:
             problems.append(f"damaged after {good} readable frames: {words_of(error)}")
         else:
             if early := _ends_early(container, stream, packets):

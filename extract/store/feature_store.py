@@ -1,42 +1,29 @@
 """The feature store: a Zarr v3 group with one chunk a video, one shard a block of videos (layout: README, "The store").
 
 Who writes what: workers write whole shards of `features`; the driver alone writes the per-video arrays and commits a
-block once its shard is there, `status` last. Every file is written under another name and renamed. So no two writers
-share a file, and what a killed run leaves is a store in which some rows still have status 0.
+block once its shard is there, `status` last. Every file is written under another name, synced and renamed, and its
+folder synced, before the next one. So no two writers share a file, and what a killed run or a power cut leaves is a
+store in which some rows still have status 0.
 """
 
-import os
-import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BytesCodec, Crc32cCodec
 
 from extract.cli import InputError, RunError
+from extract.files import replacing
+from extract.store.layout import ROW_ARRAYS, SyncedFolder, checksum, create_arrays, target
 from extract.store.rows import OK, PENDING, Rows, check_arrays
 from extract.store.runs import is_remote
 from extract.store.shards import ShardError, ShardMap, damaged_videos
 
 SCHEMA = "hgnl-features/1"
-ROWS_PER_CHUNK = 4096  # of the per-video arrays: rewriting one chunk costs a few ms, and Kinetics-700 has 133 of them
-
-# name -> (dtype, shape behind [N], fill value); V and T stand for views and frames a video
-_ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
-    "ids": (str, "", ""),
-    "splits": (str, "", ""),
-    "groups": (str, "", ""),
-    "labels": ("<i4", "", -1),
-    "frame_indices": ("<i4", "VT", -1),
-    "timestamps": ("<f4", "VT", float("nan")),
-    "num_frames": ("<i4", "", 0),
-    "errors": (str, "", ""),
-    "status": ("i1", "", PENDING),  # last: the number of its rows is the number of videos
-}
 
 
 class FeatureStore:
@@ -56,12 +43,15 @@ class FeatureStore:
                 f"{path} is no feature store this version reads: its schema is {attributes.get('schema')!r}, "
                 f"expected {SCHEMA!r}; extract into another folder, or use the version that wrote it"
             )
+        recorded = attributes.pop("checksum", None)  # stores of older versions have none
+        if recorded not in (None, checksum(attributes)):
+            raise InputError(f"{path}/zarr.json is damaged: its checksum does not match")
         self.classes: tuple[str, ...] = tuple(attributes["classes"])
         self.provenance: dict[str, Any] = attributes["provenance"]
         features = self._array("features")
-        assert features.shards is not None
-        self.block_size: int = features.shards[0]
-        _, self.num_views, self.frames_per_video, self.dim = features.shape
+        with self._whole("features"):
+            self.block_size: int = features.shards[0]  # type: ignore[index]
+            _, self.num_views, self.frames_per_video, self.dim = features.shape
         self._length: int = self._array("status").shape[0]
         self._sparse = False
 
@@ -70,11 +60,14 @@ class FeatureStore:
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
         """Open a store (a folder, or a URL that fsspec knows); `InputError` if there is none or it is another's."""
+        place = SyncedFolder(path) if writable and Path(path).is_dir() else target(path)
         try:
-            group = zarr.open_group(_target(path), mode="r+" if writable else "r", zarr_format=3)
+            group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
         except FileNotFoundError:
             there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
             raise InputError(f"{path} is no feature store: {there}; `python -m extract --out` makes one") from None
+        except (ValueError, TypeError, KeyError) as error:  # of Zarr, which checks little of what it reads
+            raise InputError(f"{path}/zarr.json is damaged ({type(error).__name__}: {error!s:.80})") from None
         return cls(path, group)
 
     @classmethod
@@ -99,44 +92,13 @@ class FeatureStore:
             raise InputError(f"{len(twice)} ids stand for several videos, the first is {twice[0]!r}")
         if not is_remote(path) and Path(path).exists():
             raise InputError(f"{path} exists already and is no feature store; give another --out or remove it")
-        aside = path if is_remote(path) else f"{str(path).rstrip('/')}.new-{os.getpid()}"
+        columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
         attributes = {"schema": SCHEMA, "classes": list(classes), "provenance": provenance}
-        if not is_remote(path):
-            Path(aside).parent.mkdir(parents=True, exist_ok=True)
-        group = zarr.create_group(_target(aside), zarr_format=3, attributes=attributes)
-        try:
-            group.create_array(
-                "features",
-                shape=(len(ids), len(views), frames, dim),
-                dtype="<f2",
-                chunks=(1, len(views), frames, dim),
-                shards=(block_size, len(views), frames, dim),
-                serializer=BytesCodec(endian="little"),
-                compressors=(Crc32cCodec(),),
-                filters=None,
-                fill_value=0,
-                chunk_key_encoding={"name": "default", "separator": "."},
-            )
-            names = group.create_array("views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="")
-            names[:] = np.array(views, dtype=object)
-            for name, (dtype, extra, fill) in _ROW_ARRAYS.items():
-                shape = (len(views), frames) if extra else ()
-                group.create_array(
-                    name,
-                    shape=(0, *shape),
-                    dtype=dtype,
-                    chunks=(ROWS_PER_CHUNK, *shape),
-                    fill_value=fill,
-                    chunk_key_encoding={"name": "default", "separator": "."},
-                )
-            store = cls(aside, group)
-            store.append(ids=ids, labels=labels, splits=splits, groups=groups)
-            if not is_remote(path):
-                os.replace(aside, path)
-        except BaseException:
-            if not is_remote(path):
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
+        attributes["checksum"] = checksum(attributes)
+        with nullcontext(path) if is_remote(path) else replacing(path) as place:
+            group = zarr.create_group(target(place), zarr_format=3, attributes=attributes)
+            create_arrays(group, len(ids), views, frames=frames, dim=dim, block_size=block_size)
+            cls(place, group).append(**columns)  # type: ignore[arg-type]
         return cls.open(path, writable=True)
 
     @classmethod
@@ -210,14 +172,29 @@ class FeatureStore:
         return f"FeatureStore({self.path!r}, {shape}, {len(self.classes)} classes)"
 
     def _array(self, name: str) -> zarr.Array:
-        try:
+        with self._whole(name):
             return self._group[name]  # type: ignore[return-value]
-        except KeyError:
-            raise InputError(f"{self.path} is no whole feature store: its array {name!r} is missing") from None
 
     def _column(self, name: str) -> np.ndarray:
-        # A run killed while it appended may have left other arrays longer than `status`.
-        return self._array(name)[: self._length]  # type: ignore[return-value]
+        with self._whole(name):
+            # A run killed while it appended may have left other arrays longer than `status`.
+            column = self._array(name)[: self._length]
+            if len(column) != self._length:  # type: ignore[arg-type]
+                raise ValueError(f"{len(column)} rows, status has {self._length}")  # type: ignore[arg-type]
+            return column  # type: ignore[return-value]
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[None]:
+        """What an array's damage raises in Zarr, NumPy and zstd, as an InputError."""
+        try:
+            yield
+        except (InputError, OSError):
+            raise
+        except KeyError:
+            raise InputError(f"{self.path} is no whole feature store: its array {name!r} is missing") from None
+        except Exception as error:
+            words = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
+            raise InputError(f"{self.path}: {words}; copy the store again, or extract into another folder") from None
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -257,7 +234,8 @@ class FeatureStore:
 
     @cached_property
     def views(self) -> tuple[str, ...]:
-        return tuple(self._array("views")[:].tolist())  # type: ignore[union-attr]
+        with self._whole("views"):
+            return tuple(self._array("views")[:].tolist())  # type: ignore[union-attr]
 
     @property
     def video_bytes(self) -> int:
@@ -381,13 +359,13 @@ class FeatureStore:
         columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
         features = self._array("features")
         features.resize((stop, *features.shape[1:]))
-        for name, (dtype, _, _) in _ROW_ARRAYS.items():  # in this order: `status` tells how many rows there are
+        for name, (dtype, _, _) in ROW_ARRAYS.items():  # in this order: `status` tells how many rows there are
             array = self._array(name)
             array.resize((stop, *array.shape[1:]))
             if name in columns and start < stop:
                 array[start:stop] = np.array(columns[name], dtype=object if dtype is str else dtype)
         self._length = stop
-        for name in (*_ROW_ARRAYS, "_shards"):
+        for name in (*ROW_ARRAYS, "_shards"):
             self.__dict__.pop(name, None)
 
     def damaged_rows(self, block: int) -> dict[int, str]:
@@ -409,8 +387,3 @@ class FeatureStore:
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
-
-
-def _target(path: str | Path) -> Any:
-    """What zarr opens; a folder, or an fsspec store for a URL."""
-    return zarr.storage.FsspecStore.from_url(str(path)) if is_remote(path) else str(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from extract.cli import RunError
+from extract.files import make_folder, writing
 
 
 def is_remote(path: str | Path) -> bool:
@@ -27,8 +28,9 @@ class RunLog:
         self._file = file
 
     def write(self, event: str, **fields: Any) -> None:
-        self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
-        self._file.flush()
+        with writing(self._file.name):
+            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+            self._file.flush()
 
     @staticmethod
     def path(store: str | Path) -> Path:
@@ -50,7 +52,7 @@ class RunLog:
 def exclusive(path: str | Path) -> Iterator[RunLog]:
     """Hold a local store for one run; `RunError` names the process that holds it already."""
     log_path = RunLog.path(path)
-    log_path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(log_path.parent)
     with log_path.open("a", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

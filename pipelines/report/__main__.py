@@ -5,7 +5,6 @@ there is, and names what is not there with the command that makes it. No clock g
 same bytes.
 """
 
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from extract.cli import InputError, RunError, run_command
+from extract.files import replace_file
 from pipelines.report.find import RUN_FILES, Found, find
 
 if TYPE_CHECKING:
@@ -59,10 +59,7 @@ def main(options: Options) -> int:
             raise InputError(f"{folder} is no folder")
     found = find(options.rundir)
     html = render(found, title=options.rundir.resolve().name, videos=options.videos, seed=options.seed)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(f"{options.out}.partial")
-    partial.write_text(html, encoding="utf-8")
-    os.replace(partial, options.out)
+    replace_file(options.out, html)
     for problem in found.problems:
         print(f"not shown: {problem}", file=sys.stderr)
     print(f"{options.out}: {found}, {len(html) / 1e6:.1f} MB")

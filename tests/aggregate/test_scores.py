@@ -86,5 +86,8 @@ def test_files_that_are_no_scores_are_named(tmp_path):
         Scores.load(tmp_path / "s.h5", 25)
     with h5py.File(tmp_path / "s.h5", "a") as file:
         file["logits/3"][1, 1] = np.inf
+    with pytest.raises(InputError, match=r"s\.h5 was damaged, or changed by another program"):
+        Scores.load(tmp_path / "s.h5")
+    (tmp_path / "s.h5").write_bytes((tmp_path / "s.h5").read_bytes()[512:])  # as the first version wrote it
     with pytest.raises(InputError, match=r"s\.h5: val/a b/ü\.mp4 \(row 1\) has inf"):
         Scores.load(tmp_path / "s.h5")

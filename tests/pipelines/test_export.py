@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import small_models
+from aggregate.from_record import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
 from extract.decode.transform import Plan, prepare
 from pipelines import export
-from pipelines.from_record import model_from_record
 
 onnxruntime = pytest.importorskip("onnxruntime")
 

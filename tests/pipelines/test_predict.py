@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import threading
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from PIL import Image
 import small_models
 from aggregate import evaluate
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.from_record import backbone_from_record, model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
@@ -27,9 +29,8 @@ from extract.decode.transform import crop_boxes, resize_short_side
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
 from pipelines import predict
-from pipelines.from_record import backbone_from_record, model_from_record
 from pipelines.predict import Options, timeline
-from pipelines.predictor import Prediction, Predictor, Window, window_spans
+from pipelines.predictor import Prediction, Predictor, Window, watch, window_spans
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
@@ -100,6 +101,9 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
         for video, expected in zip(scores.ids, scores.logits, strict=True):
             (whole,) = ours(tmp_path / "videos" / video).windows
             assert_same(whole.logits, expected)
+        (of_videos,) = evaluate.scores_of_videos(Checkpoint.load(checkpoint), tmp_path / "videos", asked)
+        assert of_videos.ids == scores.ids
+        assert_same(of_videos.logits, scores.logits, 1e-2)  # features of a store are float16
 
 
 @pytest.mark.parametrize("segments", [1, 25, 40])
@@ -174,6 +178,31 @@ def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(broken_clips, c
     assert len(videos[2]["windows"][0]["top"]) == 5
 
 
+def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgnl, tmp_path, capsys):
+    from extract.cli import run_command
+
+    several = [str(clip) for clip in clips]
+    asked = [*several, "--checkpoint", str(hgnl), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
+    late = [*asked, "--video-timeout", "0.001"]
+    assert run_command(predict.main, Options, prog="predict", args=late) == 3
+    assert capsys.readouterr().err.count("given up after") == 2
+    assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
+    assert run_command(predict.main, Options, prog="predict", args=asked) == 0
+    assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0"]) == 2
+    assert "--video-timeout 0.0: seconds, more than 0" in capsys.readouterr().err
+
+
+def test_a_child_that_dies_over_a_video_is_followed_by_another(clips, hgnl, backbone):
+    predictor = predictor_of(hgnl, segments=25)
+    expected = predictor(clips[0]).windows[0].logits
+    (thread,) = predictor._pool._threads
+    for delay in (0.0, 0.01, 0.03, 0.06):
+        killer = threading.Timer(delay, thread._child.kill)
+        killer.start()
+        np.testing.assert_array_equal(predictor(clips[0]).windows[0].logits, expected)
+        killer.join()
+
+
 def test_scores_that_are_no_numbers_are_refused(clips, tmp_path):
     checkpoint = Checkpoint.load(small_models.cached(tmp_path))
     checkpoint.state_dict["classifier.bias"][0] = float("nan")
@@ -221,14 +250,17 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
     assert_same(seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone))
 
 
-def test_windows_are_decoded_once(clips, hgnl, monkeypatch):
+def test_windows_are_decoded_once(clips, tmp_path, monkeypatch):
     calls, resized = [], []
     monkeypatch.setattr("extract.decode.decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
     small = resize_short_side
     monkeypatch.setattr("extract.decode.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
-    seen = predictor_of(hgnl, segments=12)(clips[0], window=1, stride=0.25)
-    used = np.concatenate([window.indices for window in seen.windows])
+    (tmp_path / "crops").touch()
+    see = load_backbone("test_resnet", weights="random", precision="fp32", device="cpu").preprocessing
+    job = (clips[0], tmp_path / "crops", see, 12, 0, 1, 0.25, False)
+    used = np.concatenate(watch(job, np.empty(0), lambda seconds: None).chosen)
     assert len(calls) == 1
+    assert (tmp_path / "crops").stat().st_size == len(resized) * see.size**2 * 3
     assert len(resized) == len(np.unique(used)) < len(used)
 
 

@@ -70,7 +70,7 @@ def _source(checkpoint: "Checkpoint", weights: Path | None) -> Source:
     if not {"backbone", "weights", "preprocessing"} <= set(record):
         raise InputError(
             f"{checkpoint.path} was trained on features made elsewhere: it records no backbone that could see videos, "
-            f"only {record}"
+            f"only {record}; give --features to python -m aggregate.evaluate"
         )
     name, recorded = record["backbone"], record["weights"]
     seed = re.fullmatch(r"random weights, seed (-?\d+)", recorded["name"])

@@ -1,0 +1,98 @@
+"""Of what a store is made on the disk: its arrays, their checksums, and a folder in which every change is synced."""
+
+import asyncio
+import json
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
+
+from extract.files import replace_file, sync, writing
+from extract.store.rows import PENDING
+from extract.store.runs import is_remote
+
+ROWS_PER_CHUNK = 4096  # of the per-video arrays: rewriting one chunk costs a few ms, and Kinetics-700 has 133 of them
+
+# name -> (dtype, shape behind [N], fill value); V and T stand for views and frames a video
+ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
+    "ids": (str, "", ""),
+    "splits": (str, "", ""),
+    "groups": (str, "", ""),
+    "labels": ("<i4", "", -1),
+    "frame_indices": ("<i4", "VT", -1),
+    "timestamps": ("<f4", "VT", float("nan")),
+    "num_frames": ("<i4", "", 0),
+    "errors": (str, "", ""),
+    "status": ("i1", "", PENDING),  # last: the number of its rows is the number of videos
+}
+_CHECKED = (ZstdCodec(level=0, checksum=True),)
+
+
+def create_arrays(
+    group: zarr.Group, count: int, views: Sequence[str], *, frames: int, dim: int, block_size: int
+) -> None:
+    """The arrays of a store of `count` videos, those with a row a video still without rows."""
+    group.create_array(
+        "features",
+        shape=(count, len(views), frames, dim),
+        dtype="<f2",
+        chunks=(1, len(views), frames, dim),
+        shards=(block_size, len(views), frames, dim),
+        serializer=BytesCodec(endian="little"),
+        compressors=(Crc32cCodec(),),
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    names = group.create_array(
+        "views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="", compressors=_CHECKED
+    )
+    names[:] = np.array(views, dtype=object)
+    for name, (dtype, extra, fill) in ROW_ARRAYS.items():
+        shape = (len(views), frames) if extra else ()
+        group.create_array(
+            name,
+            shape=(0, *shape),
+            dtype=dtype,
+            chunks=(ROWS_PER_CHUNK, *shape),
+            fill_value=fill,
+            chunk_key_encoding={"name": "default", "separator": "."},
+            compressors=_CHECKED,
+        )
+
+
+def checksum(attributes: dict[str, Any]) -> str:
+    """CRC-32C of what a store's attributes hold."""
+    return f"{google_crc32c.value(json.dumps(attributes, sort_keys=True).encode()):08x}"
+
+
+class SyncedFolder(zarr.storage.LocalStore):
+    """A folder in which every change is on the disk when it has been made."""
+
+    async def set(self, key: str, value: Any) -> None:
+        await asyncio.to_thread(self.set_sync, key, value)
+
+    def set_sync(self, key: str, value: Any) -> None:
+        self._check_writable()
+        # A mark, since a block whose worker was taken for lost may be written twice at the same time.
+        replace_file(self.root / key, value.as_numpy_array().tobytes(), f".{uuid.uuid4().hex}")
+
+    async def delete(self, key: str) -> None:
+        await asyncio.to_thread(self.delete_sync, key)
+
+    def delete_sync(self, key: str) -> None:
+        path = self.root / key  # of a chunk
+        if path.exists():
+            with writing(path):
+                path.unlink()
+                sync(path.parent)
+
+
+def target(path: str | Path) -> Any:
+    """What zarr opens; a folder, or an fsspec store for a URL."""
+    return zarr.storage.FsspecStore.from_url(str(path)) if is_remote(path) else str(path)

@@ -1,0 +1,128 @@
+"""A disk that loses its power, and one that takes no more: every moment of a run, by way of `os`.
+
+What survives a cut is what was synced: a file holds what it held at its last fsync, or nothing; a folder holds the
+names it had at its last fsync. A system may also have written names sooner than it was asked to, so each moment gives
+two disks, the least and the most that may be left.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+
+class PowerCuts:
+    """Records what is synced below `root` while a run goes on; `check(folder)` is called with every disk left by a cut.
+
+    `check` gets a copy of `root` as it would be after the power came back.
+    """
+
+    def __init__(self, root: Path, scratch: Path, check: Callable[[Path], None]):
+        self.root, self.moments = root, 0
+        self._scratch, self._check = scratch, check
+        self._contents: dict[int, bytes] = {}  # of an inode, when it was synced last
+        self._names: dict[int, dict[str, int]] = {}  # of a folder's inode: its names and their inodes
+        self._held: list[int] = []  # descriptors, so that no inode number is given away twice
+        self._kinds: dict[int, bool] = {}  # inode -> whether it is a folder
+        self._lock = threading.RLock()
+        for folder, _, files in os.walk(root):  # what is there before is on the disk
+            for name in (*files, ""):
+                self._synced(os.open(os.path.join(folder, name), os.O_RDONLY))
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Every fsync, rename and removal of this process in here is a moment at which the power is cut."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
+                patch.setattr(os, name, self._around(name, getattr(os, name)))
+            yield
+        for descriptor in self._held:
+            os.close(descriptor)
+
+    def _around(self, name: str, real: Callable) -> Callable:
+        def call(where, *arguments, **named):
+            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
+            if not Path(path).is_relative_to(self.root):
+                return real(where, *arguments, **named)
+            with self._lock:
+                result = real(where, *arguments, **named)
+                if name == "fsync":
+                    self._synced(os.dup(where))
+                self._cut()
+                return result
+
+        return call
+
+    def _synced(self, descriptor: int) -> None:
+        self._held.append(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        found = os.fstat(descriptor)
+        self._kinds[found.st_ino] = stat.S_ISDIR(found.st_mode)
+        if not self._kinds[found.st_ino]:
+            self._contents[found.st_ino] = os.pread(descriptor, found.st_size, 0)
+            return
+        self._names[found.st_ino] = {}
+        for inside in path.iterdir():
+            number = inside.lstat().st_ino
+            self._kinds[number] = inside.is_dir()
+            self._names[found.st_ino][inside.name] = number
+            self._held.append(os.open(inside, os.O_RDONLY))
+
+    def _cut(self) -> None:
+        least, most = self._scratch / "least", self._scratch / "most"
+        self._restore(self.root.stat().st_ino, least)
+        shutil.copytree(self.root, most)
+        for copy in [*most.rglob("*")]:
+            if copy.is_file():
+                copy.write_bytes(self._contents.get((self.root / copy.relative_to(most)).stat().st_ino, b""))
+        for disk in (least, most):
+            self._check(disk)
+            shutil.rmtree(disk)
+        self.moments += 1
+
+    def _restore(self, inode: int, target: Path) -> None:
+        target.mkdir()
+        for name, number in self._names.get(inode, {}).items():
+            if self._kinds[number]:
+                self._restore(number, target / name)
+            else:
+                (target / name).write_bytes(self._contents.get(number, b""))
+
+
+class FullDisk:
+    """Lets so many steps of writing below `root` pass and refuses the others, until `room()`.
+
+    A step is an open to write, a write, an fsync, a rename or a new folder, as the system is asked for them.
+    """
+
+    def __init__(self, root: Path, steps: int, code: int = errno.ENOSPC):
+        self.root, self.left, self.code, self.refused = root, steps, code, 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def refusing(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("fsync", "replace", "mkdir", "write"):
+                patch.setattr(os, name, self._around(getattr(os, name)))
+            patch.setattr(Path, "write_bytes", self._around(Path.write_bytes))
+            yield
+
+    def _around(self, real: Callable) -> Callable:
+        def call(where, *arguments, **named):
+            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
+            if Path(path).is_relative_to(self.root):
+                there = real.__name__ == "mkdir" and os.path.isdir(path)  # needs no room
+                with self._lock:
+                    self.left -= not there
+                    if self.left < 0 and not there:
+                        self.refused += 1
+                        raise OSError(self.code, os.strerror(self.code))  # a write knows no name
+            return real(where, *arguments, **named)
+
+        return call
