@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ensemble.entries import Ids, submission_ids
+from ensemble.entries import submission_ids
 from ensemble.submit import PRETRAINED, check_submission, write_submission
 from extract.cli import InputError, run_command
 from extract.files import replace_file
@@ -36,18 +36,10 @@ class Options:
     """Write a submission to the challenge too, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"
     """What to do with videos that one model lacks: stop, leave them out, or count them as wrong."""
-    of: Literal["probabilities", "logits"] = "probabilities"
-    """What is averaged."""
-    temperatures: tuple[float, ...] | None = None
-    """Divide each model's logits by this first, one number a model (default: 1)."""
     segments: int | None = None
     """Which scores of each file (default: those of the most segments)."""
-    folds: int = 5
-    """Of the cross-validation of --weights search."""
     seed: int = 0
-    """Of the folds."""
-    submission_ids: Ids = "auto"
-    """youtube ids cut from the names of clips, the names of the file, or auto: youtube where the names are clips'."""
+    """Of the five folds on which --weights search is judged."""
     external_data: str = PRETRAINED
     """What the submission says that the models have seen besides ("" is nothing)."""
 
@@ -55,29 +47,28 @@ class Options:
 def main(options: Options) -> int:
     from aggregate.scores import Scores
     from ensemble.align import align
-    from ensemble.fuse import checked_temperatures, checked_weights, fuse_aligned
+    from ensemble.fuse import checked_weights, fuse_aligned
     from ensemble.search import Ranking, Row, search, table
 
     summary_path = _checked_paths(options)
     given = None if options.weights in ("equal", "search") else _numbers(options.weights)
     # A wrong number of them is known before a gigabyte is read.
     weights = checked_weights(given, len(options.scores))
-    temperatures = checked_temperatures(options.temperatures, len(options.scores))
     names = _names(options.scores)
     loaded = [Scores.load(path, options.segments) for path in options.scores]
     aligned = align(loaded, missing=options.missing, names=names)
     del loaded
     print(aligned.report())
     if options.submission is not None:
-        submission_ids(aligned.ids, options.submission_ids)  # what cannot be submitted is said before the work
+        submission_ids(aligned.ids)  # what cannot be submitted is said before the work
 
     found: Found | None = None
     rows: list[Row] = []
     if (aligned.labels >= 0).any():
-        ranking = Ranking.of(aligned, of=options.of, temperatures=temperatures.tolist())
+        ranking = Ranking.of(aligned)
         rows = table(ranking, None if given is None else weights.tolist())
         if options.weights == "search":
-            found = search(ranking, folds=options.folds, seed=options.seed)
+            found = search(ranking, seed=options.seed)
             rows.append(Row("all, searched, held out", found.weights, found.summary, found.against_equal))
             weights = checked_weights(found.weights, len(names))
         del ranking
@@ -92,17 +83,15 @@ def main(options: Options) -> int:
     if found is not None:
         print(_said(found, names))
     used = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
-    print(f"fused with the weights {used} (mean of {options.of})")
+    print(f"fused with the weights {used}")
 
-    fused = fuse_aligned(aligned, weights, of=options.of, temperatures=temperatures.tolist())
+    fused = fuse_aligned(aligned, weights)
     fused.save(options.out)
     print(f"{options.out}: {len(fused):,} videos, {int(fused.failed.sum()):,} without scores")
     record = _record(options, aligned, weights.tolist(), rows, found)
     if options.submission is not None:
-        neutral = write_submission(
-            fused, options.submission, ids=options.submission_ids, external_data=options.external_data
-        )
-        checked = check_submission(options.submission, fused.classes, fused.ids, how=options.submission_ids)
+        neutral = write_submission(fused, options.submission, external_data=options.external_data)
+        checked = check_submission(options.submission, fused.classes, fused.ids)
         print(f"{options.submission} passes the check: {checked}")
         if aligned.dropped:
             print(f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong")
@@ -174,8 +163,6 @@ def _record(
         "models": list(aligned.names),
         "weights": weights,
         "weights_from": how,
-        "of": options.of,
-        "temperatures": list(options.temperatures) if options.temperatures else [1.0] * len(weights),
         "videos": {
             "joined": len(aligned.ids),
             "labelled": int((aligned.labels >= 0).sum()),

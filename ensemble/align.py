@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import numpy as np
+import pandas as pd
 
 from aggregate.scores import Scores
 from extract.cli import InputError
@@ -72,78 +73,59 @@ def align(
     names = [f"model {place + 1}" for place in range(len(list_of_scores))] if names is None else list(names)
     first = list_of_scores[0]
     columns = [_columns(first, scores, names[0], name) for scores, name in zip(list_of_scores, names, strict=True)]
-    ids, dropped = _join(list_of_scores, names, missing)
-    rows = [_rows(scores, ids) for scores in list_of_scores]
-    lacking = np.stack([row < 0 for row in rows])
-    logits = tuple(
-        _taken(scores.logits, row, column) for scores, row, column in zip(list_of_scores, rows, columns, strict=True)
-    )
+    listed = [pd.Index(scores.ids, dtype=object) for scores in list_of_scores]
+    ids, dropped = _join(listed, names, missing)
+    rows = [index.get_indexer(ids) for index in listed]  # -1: not listed
+    said = [_labels(scores, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
+    taken = [_taken(scores.logits, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
     return Aligned(
         names=tuple(names),
-        ids=ids,
+        ids=ids.tolist(),
         classes=list(first.classes),
-        logits=logits,
-        labels=_labels(list_of_scores, names, rows, columns, ids),
-        lacking=lacking,
+        logits=tuple(taken),
+        labels=_agreed(np.stack(said), names, ids, first.classes),
+        lacking=np.stack(rows) < 0,
         # A row is NaN throughout or not at all, which Scores has seen to.
-        failed=np.stack([np.isnan(part[:, 0]) for part in logits]),
+        failed=np.stack([np.isnan(logits[:, 0]) for logits in taken]),
         missing=missing,
-        listed=tuple(len(scores) for scores in list_of_scores),
+        listed=tuple(map(len, listed)),
         dropped=dropped,
     )
 
 
 def _columns(first: Scores, scores: Scores, first_name: str, name: str) -> np.ndarray:
     """Where the classes of `first` stand in `scores`."""
-    if scores.classes == first.classes:
-        return np.arange(len(first.classes))
-    place = {known: column for column, known in enumerate(scores.classes)}
-    known = set(first.classes)
-    for one, other, here, there in ((first, place, first_name, name), (scores, known, name, first_name)):
-        if alone := [known for known in one.classes if known not in other]:
+    ours, theirs = pd.Index(first.classes, dtype=object), pd.Index(scores.classes, dtype=object)
+    pairs = (ours, theirs, first_name, name), (theirs, ours, name, first_name)
+    for alone, here, there in ((one.difference(other, sort=False), *of) for one, other, *of in pairs):
+        if len(alone):
             raise InputError(
-                f"{name} has other classes than {first_name} ({len(scores.classes):,} and {len(first.classes):,}): "
+                f"{name} has other classes than {first_name} ({len(theirs):,} and {len(ours):,}): "
                 f"{alone[0]!r} is in {here} and not in {there}; fuse models of the same classes"
             )
-    return np.array([place[known] for known in first.classes])
+    return theirs.get_indexer(ours)
 
 
-def _join(list_of_scores: Sequence[Scores], names: Sequence[str], missing: Missing) -> tuple[list[str], int]:
+def _join(listed: Sequence[pd.Index], names: Sequence[str], missing: Missing) -> tuple[pd.Index, int]:
     """The videos to keep and how many were dropped."""
-    if all(scores.ids == list_of_scores[0].ids for scores in list_of_scores):
-        return list(list_of_scores[0].ids), 0
-    union = list(dict.fromkeys(name for scores in list_of_scores for name in scores.ids))
-    sets = [set(scores.ids) for scores in list_of_scores]
-    everywhere = set.intersection(*sets)
-    if len(everywhere) == len(union) or missing == "worst":
-        return union, 0
-    if missing == "error":
-        video = next(name for name in union if name not in everywhere)
-        having = next(name for name, there in zip(names, sets, strict=True) if video in there)
-        without = next(name for name, there in zip(names, sets, strict=True) if video not in there)
-        counts = ", ".join(
-            f"{name} {len(union) - len(there):,}"
-            for name, there in zip(names, sets, strict=True)
-            if there != set(union)
-        )
+    union = pd.Index(dict.fromkeys(name for ids in listed for name in ids), dtype=object)
+    there = np.stack([union.isin(ids) for ids in listed])
+    everywhere = there.all(axis=0)
+    if missing == "error" and not everywhere.all():
+        video = int(everywhere.argmin())
+        having, without = names[there[:, video].argmax()], names[there[:, video].argmin()]
+        lacking = zip(names, (~there).sum(axis=1), strict=True)
         raise InputError(
-            f"{video!r} is in {having} and not in {without}; of {len(union):,} videos are missing: {counts}. "
+            f"{union[video]!r} is in {having} and not in {without}; of {len(union):,} videos are missing: "
+            f"{', '.join(f'{name} {count:,}' for name, count in lacking if count)}. "
             "--missing drop leaves them out, --missing worst counts them as wrong"
         )
-    if not everywhere:
+    if not everywhere.any() and missing == "drop":
         raise InputError(
-            f"{' and '.join(names)} have no video in common; {names[0]} begins with {list_of_scores[0].ids[0]!r}, "
-            f"{names[1]} with {list_of_scores[1].ids[0]!r}"
+            f"{' and '.join(names)} have no video in common; {names[0]} begins with {listed[0][0]!r}, "
+            f"{names[1]} with {listed[1][0]!r}"
         )
-    return [name for name in union if name in everywhere], len(union) - len(everywhere)
-
-
-def _rows(scores: Scores, ids: list[str]) -> np.ndarray:
-    """Where `ids` stand in `scores`, -1 for those that do not."""
-    if scores.ids == ids:
-        return np.arange(len(ids))
-    place = {name: row for row, name in enumerate(scores.ids)}
-    return np.array([place.get(name, -1) for name in ids])
+    return (union[everywhere], int((~everywhere).sum())) if missing == "drop" else (union, 0)
 
 
 def _taken(logits: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -156,28 +138,22 @@ def _taken(logits: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndar
     return taken
 
 
-def _labels(
-    list_of_scores: Sequence[Scores],
-    names: Sequence[str],
-    rows: Sequence[np.ndarray],
-    columns: Sequence[np.ndarray],
-    ids: Sequence[str],
-) -> np.ndarray:
-    """The label that any model knows."""
-    labels, said_by = np.full(len(ids), -1, np.int32), np.full(len(ids), -1)
-    for model, (scores, row, column) in enumerate(zip(list_of_scores, rows, columns, strict=True)):
-        if scores.labels is None:
-            continue
-        to_first = np.append(np.argsort(column), -1).astype(np.int32)  # its class index -> ours; -1 stays -1
-        said = np.where(row < 0, -1, to_first[scores.labels[row]])
-        clash = (said >= 0) & (labels >= 0) & (said != labels)
-        if clash.any():
-            video = int(clash.argmax())
-            classes = list_of_scores[0].classes
-            raise InputError(
-                f"{ids[video]!r} is {classes[labels[video]]!r} in {names[said_by[video]]} and "
-                f"{classes[said[video]]!r} in {names[model]}; the scores were made with different labels"
-            )
-        said_by = np.where((labels < 0) & (said >= 0), model, said_by)
-        labels = np.where(labels < 0, said, labels).astype(np.int32)
+def _labels(scores: Scores, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """What a model says of the videos, as an index in the first one's classes; -1 unknown."""
+    if scores.labels is None:
+        return np.full(len(rows), -1, np.int32)
+    to_first = np.append(np.argsort(columns), -1).astype(np.int32)  # the -1 behind the last index stays -1
+    return np.where(rows < 0, -1, to_first[scores.labels[rows]])
+
+
+def _agreed(said: np.ndarray, names: Sequence[str], ids: pd.Index, classes: Sequence[str]) -> np.ndarray:
+    """The label that any model knows, of what all of them say [M, N]."""
+    by = (said >= 0).argmax(axis=0)
+    labels = said[by, np.arange(len(ids))]
+    if (clash := (said >= 0) & (said != labels)).any():
+        model, video = np.argwhere(clash)[0]
+        raise InputError(
+            f"{ids[video]!r} is {classes[labels[video]]!r} in {names[by[video]]} and "
+            f"{classes[said[model, video]]!r} in {names[model]}; the scores were made with different labels"
+        )
     return labels

@@ -1,30 +1,25 @@
-"""Entries of submissions and of ground truths: reading their files, and the ids under which videos are submitted."""
+"""What submissions and scores files hold, read once for all: entries of videos, JSON, the ids of a submission."""
 
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 from extract.cli import InputError
 from extract.listing.videos import youtube_id
 
-Ids = Literal["auto", "youtube", "file"]
+Entries = list[tuple[str, float]]  # label and score of what a submission says of one video
 
 
-def submission_ids(names: Sequence[str], how: Ids = "auto") -> list[str]:
+def submission_ids(names: Sequence[str]) -> list[str]:
     """The ids under which videos are submitted: the youtube ids cut from the names of Kinetics clips.
 
-    "auto" leaves all names as they are where none of them is such a clip (another data set, or youtube ids already),
-    "file" leaves them in any case. Raises InputError for a name that is none where others are, and for two names of
-    one youtube id.
+    All names stay as they are where none is such a clip (another data set, or youtube ids already). Raises InputError
+    for a name that is none where others are, and for two names of one youtube id.
     """
-    if how not in get_args(Ids):
-        raise InputError(f"--submission-ids {how} is unknown; known are {', '.join(get_args(Ids))}")
-    ids = list(names)
-    if how == "youtube" or (how == "auto" and any(map(is_clip, names))):
-        ids = [youtube_id(name) for name in names]
+    ids = [youtube_id(name) for name in names] if any(map(is_clip, names)) else list(names)
     first: dict[str, str] = {}
     for name, video in zip(names, ids, strict=True):
         if video in first:
@@ -37,10 +32,9 @@ def submission_ids(names: Sequence[str], how: Ids = "auto") -> list[str]:
 def is_clip(name: str) -> bool:
     """Whether a name is that of a Kinetics clip, from which `youtube_id` can be cut."""
     try:
-        youtube_id(name)
+        return bool(youtube_id(name))
     except InputError:
         return False
-    return True
 
 
 def is_scores(path: str | os.PathLike[str]) -> bool:
@@ -76,8 +70,8 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path} is no JSON: {error}") from None
 
 
-def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The entries of each video of a submission; InputError where the frame around them is not as it must be."""
+def read_submission(path: str | os.PathLike[str]) -> dict[str, Entries]:
+    """What a submission says of each video; InputError for a file, a video or an entry that is not as it must be."""
     submission = read_json(path)
     if not isinstance(submission, dict):
         raise InputError(f"{path} holds a {type(submission).__name__}, expected an object with version, results ...")
@@ -85,7 +79,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     _must_be(f"{path}: external_data", submission["external_data"], used=bool, details=str)
     if not submission["results"]:
         raise InputError(f"{path}: 'results' holds no video")
-    return submission["results"]
+    return {video: _entries(f"{path}: {video!r}", entries) for video, entries in submission["results"].items()}
 
 
 def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: type) -> None:
@@ -94,8 +88,7 @@ def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: t
             raise InputError(f"{where}: {name!r} is {found.get(name)!r:.60}, expected a {kind.__name__}")
 
 
-def read_entries(where: str, entries: Any) -> Iterator[tuple[str, float]]:
-    """Label and score of each entry of a video; InputError, beginning with `where`, for what is none."""
+def _entries(where: str, entries: Any) -> Entries:
     if not isinstance(entries, list):
         raise InputError(f"{where} has {entries!r:.60}, expected a list of labels with scores")
     for place, entry in enumerate(entries, start=1):
@@ -104,4 +97,4 @@ def read_entries(where: str, entries: Any) -> Iterator[tuple[str, float]]:
         label, score = entry["label"], entry["score"]
         if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise InputError(f"{where} entry {place} ({label!r}) has the score {score!r}; scores are finite numbers")
-        yield label, score
+    return [(entry["label"], entry["score"]) for entry in entries]

@@ -1,15 +1,15 @@
 """Ground truths: the labels and the videos that they list, and the challenge's errors of a submission against them."""
 
 import os
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from aggregate.metrics import Interval, bootstrap
-from ensemble.entries import is_clip, is_scores, read_entries, read_json, read_results, read_text, submission_ids
+from ensemble.entries import is_clip, is_scores, read_json, read_submission, read_text, submission_ids
 from extract.cli import InputError
 from extract.listing.folders import SPLITS
 from extract.listing.tables import read_table
@@ -27,30 +27,17 @@ class Grade:
     average_error: Interval
     found: int
     listed: int
-    first_missing: str = ""
-    extra: int = 0
-    unknown_labels: tuple[str, ...] = field(default=(), repr=False)
-    repeated: str = ""  # the first video that holds a label twice
+    extra: int
+    notes: tuple[str, ...]  # on what is missing, and on what the official script stumbles over
 
     def __str__(self) -> str:
-        lines = [
+        lines = (
             f"top-1 error %    {self.top1_error}",
             f"top-5 error %    {self.top5_error}",
             f"average error %  {self.average_error}   (the challenge's figure: {self.average_error.value:.5f})",
             f"{self.found:,} of {self.listed:,} videos are in the submission",
-        ]
-        if self.first_missing:
-            lines[-1] += f"; missing ones, the first of which is {self.first_missing}, count as wrong"
-        if self.extra:
-            lines.append(f"{self.extra:,} further videos are not in the truth and are ignored")
-        if self.unknown_labels:
-            lines.append(
-                f"{len(self.unknown_labels):,} labels are not in the truth, the first is {self.unknown_labels[0]!r}: "
-                "the official script stops there with a KeyError"
-            )
-        if self.repeated:
-            lines.append(f"{self.repeated} holds a label twice, which uses up a place")
-        return "\n".join(lines)
+        )
+        return "\n".join([*lines, *self.notes])
 
 
 def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collection[str]]) -> Grade:
@@ -60,28 +47,31 @@ def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collectio
     a place. Where scores tie, which there depends on the sort, the earlier entry ranks first. Raises InputError for
     scores that are no finite number.
     """
-    results = read_results(path)
-    known = {label for labels in truth.values() for label in labels}
-    unknown: dict[str, None] = {}
-    repeated = ""
-    for video, entries in results.items():
-        labels = [label for label, _ in read_entries(f"{path}: {video!r}", entries)]
-        unknown.update(dict.fromkeys(label for label in labels if label not in known))
-        if not repeated and len(set(labels)) < len(labels):
-            repeated = video
+    results = read_submission(path)
+    places = []
+    for video, labels in truth.items():
+        ranked = sorted(results.get(video, []), key=lambda entry: -entry[1])[:5]
+        places.append(next((place for place, (label, _) in enumerate(ranked) if label in labels), 5))
+    wrong = np.array(places)[:, None] >= np.array([1, 5])  # [videos, top-1 and top-5]
     missing = [video for video in truth if video not in results]
-    wrong = {k: np.array([not _hit(results.get(video, []), truth[video], k) for video in truth]) for k in (1, 5)}
-    return Grade(
-        top1_error=bootstrap(wrong[1]),
-        top5_error=bootstrap(wrong[5]),
-        average_error=bootstrap((wrong[1] + wrong[5].astype(float)) / 2),
-        found=len(truth) - len(missing),
-        listed=len(truth),
-        first_missing=missing[0] if missing else "",
-        extra=len(results) - (len(truth) - len(missing)),
-        unknown_labels=tuple(unknown),
-        repeated=repeated,
-    )
+    extra = len(results) - (len(truth) - len(missing))
+    known = {label for labels in truth.values() for label in labels}
+    unknown = list(dict.fromkeys(label for entries in results.values() for label, _ in entries if label not in known))
+    twice = [video for video, entries in results.items() if len(dict(entries)) < len(entries)]
+    notes = []
+    if missing:
+        notes.append(f"missing ones, the first of which is {missing[0]}, count as wrong")
+    if extra:
+        notes.append(f"{extra:,} further videos are not in the truth and are ignored")
+    if unknown:
+        notes.append(
+            f"{len(unknown):,} labels are not in the truth, the first is {unknown[0]!r}: "
+            "the official script stops there with a KeyError"
+        )
+    if twice:
+        notes.append(f"{twice[0]} holds a label twice, which uses up a place")
+    errors = bootstrap(wrong[:, 0]), bootstrap(wrong[:, 1]), bootstrap(wrong.mean(axis=1))
+    return Grade(*errors, len(truth) - len(missing), len(truth), extra, tuple(notes))
 
 
 def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[str]]:
@@ -91,11 +81,10 @@ def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[s
     a CSV `path,label`. Raises InputError where the file is none of them or has no labels, and where it holds several
     splits and none was chosen.
     """
-    rows = _of_split(_truth_rows(os.fspath(path)), path, split)
-    if bare := [video for video, labels, _ in rows if not labels]:
-        raise InputError(f"{path}: {bare[0]!r} has no label; a truth has one for every video")
     truth: dict[str, set[str]] = {}
-    for name, labels, _ in rows:
+    for name, labels, _ in _of_split(os.fspath(path), split):
+        if not labels:
+            raise InputError(f"{path}: {name!r} has no label; a truth has one for every video")
         truth.setdefault(youtube_id(name) if is_clip(name) else name, set()).update(labels)
     return truth
 
@@ -109,19 +98,27 @@ def read_ids(path: str | os.PathLike[str], split: str = "") -> list[str]:
     if is_scores(path):
         from aggregate.scores import Scores
 
-        return submission_ids(Scores.load(path).ids)
-    if path.lower().endswith((".csv", ".json")):
-        names = [video for video, _, _ in _of_split(_truth_rows(path), path, split)]
+        names = list(Scores.load(path).ids)
+    elif path.lower().endswith((".csv", ".json")):
+        names = [video for video, _, _ in _of_split(path, split)]
     else:
-        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+        names = read_text(path).split("\n")
+    names = [name.strip() for name in names if name.strip()]
     if not names:
         raise InputError(f"{path} lists no video")
     return submission_ids(names)
 
 
-def _hit(entries: Sequence[Mapping[str, Any]], labels: Collection[str], k: int) -> bool:
-    best = sorted(entries, key=lambda entry: -entry["score"])[:k]
-    return any(entry["label"] in labels for entry in best)
+def _of_split(path: str, split: str) -> list[Truth]:
+    rows = _truth_rows(path)
+    there = sorted({said for _, _, said in rows})
+    wanted = SPLITS.get(split.lower(), split)
+    if not wanted and len(there) > 1:
+        raise InputError(f"{path} holds the splits {', '.join(map(repr, there))}; choose one with --split")
+    chosen = [row for row in rows if not wanted or row[2] == wanted]
+    if not chosen:
+        raise InputError(f"{path} has no video of the split {split!r}; it has {', '.join(map(repr, there)) or 'none'}")
+    return chosen
 
 
 def _truth_rows(path: str) -> list[Truth]:
@@ -149,14 +146,3 @@ def _json_truth(path: str, video: str, record: Mapping[str, Any]) -> Truth:
         raise InputError(f"{path}: {video!r} has the annotations {annotations!r:.60}, expected labels") from None
     said = str(record.get("subset", ""))
     return video, labels, SPLITS.get(said.lower(), said)
-
-
-def _of_split(rows: list[Truth], path: str | os.PathLike[str], split: str) -> list[Truth]:
-    there = sorted({said for _, _, said in rows})
-    wanted = SPLITS.get(split.lower(), split)
-    if not wanted and len(there) > 1:
-        raise InputError(f"{path} holds the splits {', '.join(map(repr, there))}; choose one with --split")
-    chosen = [row for row in rows if not wanted or row[2] == wanted]
-    if not chosen:
-        raise InputError(f"{path} has no video of the split {split!r}; it has {', '.join(map(repr, there)) or 'none'}")
-    return chosen

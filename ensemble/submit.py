@@ -16,9 +16,9 @@ import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ensemble.entries import Ids, is_clip, is_scores, read_entries, read_results, submission_ids
+from ensemble.entries import Entries, is_clip, is_scores, read_submission, submission_ids
 from extract.cli import InputError, run_command
 from extract.files import replace_file
 from extract.listing.labels import choose_labels
@@ -29,9 +29,7 @@ if TYPE_CHECKING:  # numpy and what needs it are imported where used: --help is 
     from aggregate.scores import Scores
 
 PLACES = 5  # labels a video: as many as the challenge looks at
-VERSION = "VERSION 1.0"
 PRETRAINED = "backbones pre-trained on ImageNet, models as the scores files record them"
-_ROWS_AT_ONCE = 2048
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,7 @@ class Checked:
         return f"{self.videos:,} videos{more}"
 
 
-def write_submission(
-    scores: "Scores", path: str | os.PathLike[str], *, ids: Ids = "auto", external_data: str = PRETRAINED
-) -> int:
+def write_submission(scores: "Scores", path: str | os.PathLike[str], *, external_data: str = PRETRAINED) -> int:
     """Write the five best labels of every video; returns how many failed ones got a neutral entry.
 
     Scores written are probabilities. `external_data` says what else the models have seen, "" is nothing. The file
@@ -59,59 +55,48 @@ def write_submission(
     classes = scores.classes
     if len(classes) < PLACES:
         raise InputError(f"a submission names {PLACES} distinct labels a video, and there are {len(classes)} classes")
-    names = submission_ids(scores.ids, ids)
-    failed = scores.failed
+    results: dict[str, Entries] = {}
     best, falling = _five_best(scores.logits)
-    neutral = neutral_entry(classes)
-    results = {
-        name: neutral
-        if lost
-        else [
-            # The digits of a float32: falling in single precision too, and half as long.
-            {"label": classes[label], "score": float(str(score))}
-            for label, score in zip(labels, row, strict=True)
-        ]
-        for name, lost, labels, row in zip(names, failed.tolist(), best.tolist(), falling, strict=True)
-    }
-    lost = int(failed.sum())
-    details = external_data
-    if lost:
-        stated = (
-            f"{lost} of {len(names)} videos could not be read and hold a neutral entry "
-            f"(the first {PLACES} labels at nearly 1/{len(classes)})"
-        )
-        details = f"{details}; {stated}" if details else stated
+    for name, lost, labels, row in zip(submission_ids(scores.ids), scores.failed, best, falling, strict=True):
+        # The digits of a float32: falling in single precision too, and half as long.
+        entries = [(classes[label], float(str(score))) for label, score in zip(labels, row, strict=True)]
+        results[name] = neutral_entries(classes) if lost else entries
+    lost = int(scores.failed.sum())
+    stated = (
+        f"{lost} of {len(results)} videos could not be read and hold a neutral entry "
+        f"(the first {PLACES} labels at nearly 1/{len(classes)})"
+    )
     submission = {
-        "version": VERSION,
-        "results": results,
-        "external_data": {"used": bool(external_data), "details": details},
+        "version": "VERSION 1.0",
+        "results": {
+            name: [{"label": label, "score": score} for label, score in entries] for name, entries in results.items()
+        },
+        "external_data": {
+            "used": bool(external_data),
+            "details": "; ".join(filter(None, [external_data, stated * bool(lost)])),
+        },
     }
     replace_file(path, json.dumps(submission, ensure_ascii=False, allow_nan=False))
     return lost
 
 
-def neutral_entry(classes: Sequence[str]) -> list[dict[str, Any]]:
+def neutral_entries(classes: Sequence[str]) -> Entries:
     """What a video that failed gets: the first five classes, falling by a thousandth of 1/classes."""
-    return [
-        {"label": label, "score": float(f"{(1 - place / 1000) / len(classes):.6g}")}
-        for place, label in enumerate(classes[:PLACES])
-    ]
+    return [(name, float(f"{(1 - place / 1000) / len(classes):.6g}")) for place, name in enumerate(classes[:PLACES])]
 
 
 def check_submission(
-    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None, *, how: Ids = "auto"
+    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None
 ) -> Checked:
     """Raise InputError, naming the first bad entry, unless the challenge would accept and rank the file as it is meant.
 
     Every video has at least five labels, all of `classes` and none twice, with finite, strictly falling scores; every
-    video of `ids` is there, under its id as `submission_ids(ids, how)` gives it. Without `ids`, every video must be an
+    video of `ids` is there, under its id as `submission_ids(ids)` gives it. Without `ids`, every video must be an
     11-character youtube id, and nobody can say which are missing. Videos that are not in `ids` are counted: the
     challenge ignores them.
     """
-    results = read_results(path)
-    known = frozenset(classes)
-    neutral = neutral_entry(classes)
-    count = 0
+    results = read_submission(path)
+    known, neutral = frozenset(classes), neutral_entries(classes)
     for video, entries in results.items():
         if ids is None and not is_clip(f"{video}_000000_000010"):
             raise InputError(
@@ -119,17 +104,13 @@ def check_submission(
                 "for videos of another data set say which there are (--ids)"
             )
         _check_entries(f"{path}: {video!r}", entries, known)
-        count += entries == neutral
-    if ids is None:
-        return Checked(len(results), count, 0)
-    listed = submission_ids(list(ids), how)
-    missing = [video for video in listed if video not in results]
-    if missing:
-        hint = f"; the file begins with {next(iter(results))!r}" if results and len(missing) == len(listed) else ""
+    listed = list(results) if ids is None else submission_ids(list(ids))
+    if missing := [video for video in listed if video not in results]:
+        hint = f"; the file begins with {next(iter(results))!r}" if len(missing) == len(listed) else ""
         raise InputError(
             f"{path}: {len(missing):,} of {len(listed):,} videos are missing, the first is {missing[0]!r}{hint}"
         )
-    return Checked(len(results), count, len(results) - len(listed))
+    return Checked(len(results), list(results.values()).count(neutral), len(results) - len(listed))
 
 
 def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
@@ -138,29 +119,28 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
     The probabilities are above 0 and fall strictly: ties and zeros are lifted by the least that a float32 can tell.
     """
     import numpy as np
-
-    from ensemble.fuse import log_softmax
+    from scipy.special import logsumexp
 
     best = np.zeros((len(logits), PLACES), np.int64)
     falling = np.empty(best.shape, np.float32)
-    for start in range(0, len(logits), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
+    for start in range(0, len(logits), 2048):  # keeps memory small
+        rows = slice(start, start + 2048)
         left = np.nan_to_num(logits[rows])  # a copy; what failed gets another entry
-        logs = log_softmax(left.astype(np.float64))
+        total = logsumexp(left.astype(np.float64), axis=1, keepdims=True)
         for place in range(PLACES):
             best[rows, place] = left.argmax(axis=1)  # the first of equals
             np.put_along_axis(left, best[rows, place][:, None], -np.inf, axis=1)
-        falling[rows] = np.exp(np.take_along_axis(logs, best[rows], axis=1))
+        falling[rows] = np.exp(np.take_along_axis(np.nan_to_num(logits[rows]), best[rows], axis=1) - total)
     np.maximum(falling, np.finfo(np.float32).tiny, out=falling)
     for place in range(PLACES - 2, -1, -1):
         falling[:, place] = np.maximum(falling[:, place], np.nextafter(falling[:, place + 1], np.float32(np.inf)))
     return best, falling
 
 
-def _check_entries(where: str, entries: Any, known: Collection[str]) -> None:
+def _check_entries(where: str, entries: Entries, known: Collection[str]) -> None:
     seen: dict[str, int] = {}
     last = math.inf
-    for place, (label, score) in enumerate(read_entries(where, entries), start=1):
+    for place, (label, score) in enumerate(entries, start=1):
         if label not in known:
             raise InputError(f"{where} entry {place} has the label {label!r}, which is none of {len(known):,} classes")
         if label in seen:

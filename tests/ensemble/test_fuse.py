@@ -34,8 +34,7 @@ def several(draw):
         logits[rng.random(len(names)) < 0.2] = np.nan
         models.append(Scores(ids=names, classes=draw(st.permutations(CLASSES)), logits=logits))
     weights = draw(st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5]), min_size=len(models), max_size=len(models)))
-    temperatures = draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=len(models), max_size=len(models)))
-    return models, weights if any(weights) else [1.0] * len(models), temperatures
+    return models, weights if any(weights) else [1.0] * len(models)
 
 
 def softmax(row: dict[str, float]) -> dict[str, float]:
@@ -44,14 +43,13 @@ def softmax(row: dict[str, float]) -> dict[str, float]:
     return {name: math.exp(value - top) / total for name, value in row.items()}
 
 
-def obvious(models, weights, temperatures, of) -> dict[str, dict[str, float] | None]:
-    """One video at a time, by name; None for a video that counts as wrong. Probabilities, or mean logits."""
+def obvious(models, weights) -> dict[str, dict[str, float] | None]:
+    """The mean probabilities of one video at a time, by name; None for a video that counts as wrong."""
     tables = []
-    for model, temperature in zip(models, temperatures, strict=True):
+    for model in models:
         table = {}
         for name, row in zip(model.ids, model.logits.tolist(), strict=True):
-            scaled = {cls: value / temperature for cls, value in zip(model.classes, row, strict=True)}
-            table[name] = None if any(map(math.isnan, row)) else scaled
+            table[name] = None if any(map(math.isnan, row)) else dict(zip(model.classes, row, strict=True))
         tables.append(table)
     fused: dict[str, dict[str, float] | None] = {}
     for name in {name for table in tables for name in table}:
@@ -60,18 +58,17 @@ def obvious(models, weights, temperatures, of) -> dict[str, dict[str, float] | N
         if any(name not in table for table, _ in used) or not have:
             fused[name] = None
             continue
-        rows = [(row if of == "logits" else softmax(row), weight) for row, weight in have]
+        rows = [(softmax(row), weight) for row, weight in have]
         total = sum(weight for _, weight in rows)
         fused[name] = {cls: sum(weight * row[cls] for row, weight in rows) / total for cls in CLASSES}
     return fused
 
 
-@pytest.mark.parametrize("of", ["probabilities", "logits"])
 @given(several())
-def test_fusion_is_the_obvious_loop(of, case):
-    models, weights, temperatures = case
-    fused = fuse(models, weights, of=of, temperatures=temperatures, missing="worst")
-    expected = obvious(models, weights, temperatures, of)
+def test_fusion_is_the_obvious_loop(case):
+    models, weights = case
+    fused = fuse(models, weights, missing="worst")
+    expected = obvious(models, weights)
     assert set(fused.ids) == set(expected)
     assert fused.classes == models[0].classes
     for name, row in zip(fused.ids, fused.logits.astype(float).tolist(), strict=True):
@@ -79,16 +76,14 @@ def test_fusion_is_the_obvious_loop(of, case):
         if want is None:
             assert all(map(math.isnan, row))
             continue
-        got = dict(zip(fused.classes, row, strict=True))
-        if of == "probabilities":
-            got = {cls: math.exp(value) for cls, value in got.items()}
+        got = {cls: math.exp(value) for cls, value in zip(fused.classes, row, strict=True)}
         assert got == pytest.approx(want, rel=2e-4, abs=1e-30)  # float32 of a logarithm near -100 is good to 4e-6
 
 
 @given(several())
 def test_softmax_of_a_fused_file_gives_the_mean_probabilities_back(case):
-    models, weights, temperatures = case
-    fused = fuse(models, weights, temperatures=temperatures, missing="worst")
+    models, weights = case
+    fused = fuse(models, weights, missing="worst")
     rows = np.exp(fused.logits[~fused.failed].astype(float))
     np.testing.assert_allclose(rows.sum(axis=1), 1, rtol=1e-5)
 
@@ -144,13 +139,10 @@ def test_improbable_classes_keep_their_order():
         ([scores("uv"), scores("vuw")], {}, "'w' is in model 2 and not in model 1; .*: model 1 1. --missing drop"),
         ([scores("uv"), scores("wx")], {"missing": "drop"}, "no video in common; model 1 begins with 'u', model 2 wi"),
         ([scores()], {"missing": "maybe"}, "--missing maybe is unknown; known are error, drop, worst"),
-        ([scores()], {"of": "ranks"}, "--of ranks is unknown; known are probabilities, logits"),
         ([scores()], {"weights": [1, 2]}, "--weights 1,2: got 2 weights for 1 models"),
         ([scores()], {"weights": [-1]}, "--weights -1: weights are finite and not negative"),
         ([scores()], {"weights": [0]}, "--weights 0: .*not all 0"),
         ([scores()], {"weights": [np.inf]}, "--weights inf"),
-        ([scores()], {"temperatures": [0]}, "--temperatures 0: temperatures are finite and above 0"),
-        ([scores()], {"temperatures": [1, 1]}, "--temperatures 1,1: got 2 temperatures for 1 models"),
     ],
 )
 def test_what_cannot_be_fused_is_refused(models, options, message):

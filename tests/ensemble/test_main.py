@@ -99,9 +99,9 @@ def test_without_labels_there_is_a_fusion_and_no_search(files, tmp_path, capsys)
     assert command("--scores", *bare, "--weights", "search", "--out", out) == 2
     assert "none of the 120 videos has a label" in capsys.readouterr().err
     assert not out.exists()
-    assert command("--scores", *bare, "--weights", "0.5,0.3,0.2", "--of", "logits", "--out", out) == 0
+    assert command("--scores", *bare, "--weights", "0.5,0.3,0.2", "--out", out) == 0
     assert "no video has a label: there is no figure to show" in capsys.readouterr().out
-    expected = fuse([Scores.load(path) for path in files], [0.5, 0.3, 0.2], of="logits")
+    expected = fuse([Scores.load(path) for path in files], [0.5, 0.3, 0.2])
     np.testing.assert_array_equal(Scores.load(out).logits, expected.logits)
 
 
@@ -117,13 +117,6 @@ def test_missing_videos_are_dropped_only_when_asked_and_it_is_said(files, tmp_pa
     assert command("--scores", *files, "--out", out, "--missing", "worst", "--submission", sub) == 0
     assert "20 videos that one model lacks count as wrong" in capsys.readouterr().out
     assert Scores.load(out).failed.sum() in (20, 21)  # one failed anyway
-
-
-def test_a_submission_may_keep_the_names_of_the_file(files, tmp_path, capsys):
-    sub = tmp_path / "sub.json"
-    args = ("--scores", *files, "--out", tmp_path / "f.h5", "--submission", sub)
-    assert command(*args, "--submission-ids", "file") == 0
-    assert set(json.loads(sub.read_text())["results"]) == set(Scores.load(files[0]).ids)
 
 
 def test_what_cannot_be_submitted_is_said_before_anything_is_written(tmp_path, capsys):
@@ -145,7 +138,6 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
     [
         (["--weights", "best"], "--weights best: known are equal, search, or a number a model"),
         (["--weights", "1,2"], "--weights 1,2: got 2 weights for 3 models"),
-        (["--temperatures", "1", "2"], "--temperatures 1,2: got 2 temperatures for 3 models"),
         (["--segments", "25"], "tsn.h5 has no scores of 25 segments; it has 1"),
         (["--submission", "fused.json"], "fused.json would be written over another output, fused.json"),
         (["--submission", "tsn.h5"], "tsn.h5 would be written over an input"),

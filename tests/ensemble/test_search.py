@@ -51,30 +51,28 @@ def contests(draw):
     return align(scores, missing="worst"), np.array(weights if any(weights) else [1] * size) / 8
 
 
-@pytest.mark.parametrize("of", ["probabilities", "logits"])
 @settings(max_examples=200)
 @given(contests())
-def test_places_are_those_of_the_fused_scores(of, case):
+def test_places_are_those_of_the_fused_scores(case):
     aligned, weights = case
     rows = aligned.labels >= 0
-    logits = fuse_aligned(aligned, weights, of=of).logits[rows]
+    logits = fuse_aligned(aligned, weights).logits[rows]
     # float32 tells apart what is 1e-7 apart, and rounding makes such things of ties
     logits = np.where(np.isnan(logits), np.nan, np.round(logits.astype(float), 5))
     expected = metrics.ranks(logits, aligned.labels[rows])
-    got = Ranking.of(aligned, of=of).places(weights)
+    got = Ranking.of(aligned).places(weights)
     classes = len(aligned.classes)
     exact = (expected < 5) | (expected == classes)
     assert np.array_equal(got[exact], expected[exact])
     assert ((got >= 5) & (got < classes))[~exact].all()
 
 
-@pytest.mark.parametrize("of", ["probabilities", "logits"])
-def test_log_loss_weights_are_the_best_of_a_grid(of):
+def test_log_loss_weights_are_the_best_of_a_grid():
     aligned = align(models(1.5, 2.5, 0.5, seed=3))
-    ranking = Ranking.of(aligned, of=of)
+    ranking = Ranking.of(aligned)
 
     def loss(weights) -> float:
-        logits = fuse_aligned(aligned, weights, of=of).logits.astype(float)
+        logits = fuse_aligned(aligned, weights).logits.astype(float)
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
         return -np.log(probabilities[np.arange(len(logits)), aligned.labels]).mean()
 
@@ -90,7 +88,7 @@ def test_refinement_never_ends_above_its_start_nor_above_a_neighbour():
     ranking = Ranking.of(align(models(1.0, 1.2, 0.8, count=150, seed=5)))
 
     def error(weights) -> float:
-        return float(ranking.errors(weights).mean())
+        return float(ranking.errors(ranking.places(weights)).mean())
 
     start = np.array([0.1, 0.1, 0.8])
     end = _refine(error, start)
@@ -114,7 +112,7 @@ def test_a_fold_never_sees_its_own_videos():
     for fold, weights in enumerate(found.weights_by_fold):
         assert weights == _fit(ranking, order != fold)
         places[order == fold] = ranking.places(weights)[order == fold]
-    assert found.summary.average_error.value == pytest.approx(ranking.errors_at(places).mean())
+    assert found.summary.average_error.value == pytest.approx(ranking.errors(places).mean())
     assert found.weights == _fit(ranking, np.ones(103, bool))
 
 
@@ -137,19 +135,18 @@ def test_models_that_are_alike_do_not_beat_equal_weights_and_it_is_said():
     assert found.in_sample <= found.summary.average_error.value
 
 
-@pytest.mark.parametrize("of", ["probabilities", "logits"])
-def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a_file(of):
+def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a_file():
     scores = models(1.0, 1.5, 0.7, count=200, seed=4)
     order = np.random.default_rng(0).permutation(200)
     shuffled = [
         Scores([one.ids[row] for row in order], one.classes, one.logits[order], one.labels[order]) for one in scores
     ]
-    first = search(Ranking.of(align(scores), of=of), seed=3)
-    again = search(Ranking.of(align(shuffled), of=of), seed=3)
+    first = search(Ranking.of(align(scores)), seed=3)
+    again = search(Ranking.of(align(shuffled)), seed=3)
     assert first == again
-    assert search_weights(scores, of=of, seed=3) == first.weights
+    assert search_weights(scores, seed=3) == first.weights
     assert sum(first.weights) == pytest.approx(1)
-    other = search(Ranking.of(align(scores), of=of), seed=4)
+    other = search(Ranking.of(align(scores)), seed=4)
     assert other.weights == first.weights  # the whole set has no folds
     assert other.weights_by_fold != first.weights_by_fold
 
@@ -203,7 +200,7 @@ def test_of_four_models_one_is_left_out_in_turn():
 
 def test_what_cannot_be_searched_is_refused():
     scores = models(1.0, 1.0, count=3)
-    with pytest.raises(InputError, match="--folds 1: "):
+    with pytest.raises(InputError, match="1 fold: weights are judged"):
         search_weights(scores, folds=1)
     bare = [Scores(one.ids, one.classes, one.logits) for one in scores]
     with pytest.raises(InputError, match="none of the 3 videos has a label"):
