@@ -112,13 +112,12 @@ def madds_counted(column: Column, *, dim: int, frames: int) -> tuple["Count", "C
     """MAdds of one video counted on the literal form, whose products are Table 2's rows, and on the pooled form."""
     import torch
 
-    from aggregate.hgnl import HGNonLocal
     from aggregate.literal import count, literal_hgnl, literal_nl
 
     module = column.module
     x = torch.empty(1, frames, dim, device="meta")
     F = x.transpose(1, 2)
-    literal = count(lambda: literal_hgnl(module, F) if isinstance(module, HGNonLocal) else literal_nl(module, F))
+    literal = count(lambda: literal_nl(module, F) if isinstance(module, NonLocal) else literal_hgnl(module, F))
     return literal, count(lambda: module(x))
 
 

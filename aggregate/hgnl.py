@@ -7,8 +7,8 @@ Secondary group h owns the r = g1/g2 primary groups r h .. r h + r - 1, and its 
 
     A_h = ReLU(sum of Q_i^T K_i over the primary groups i of h)  (7)        F_o,h = V_h A_h  (8)
 
-As in aggregate/nl.py, F_v needs only the row sums: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h sum(w_h)` with
-`w = A 1 / n`.
+F_v needs only the row sums of A: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h sum(w_h)` with `w = A 1 / n`. So W_v is
+applied to one vector a video, and no n x n x m product is made. Tests hold the two forms together, gradients too.
 """
 
 from typing import Literal
@@ -16,13 +16,35 @@ from typing import Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
-from aggregate.nl import masked_row_sums, softmax_columns
 from aggregate.pooling import average, blank_masked, frame_counts
 from extract.cli import InputError
 
 NORMS = ("none", "n", "n_over_train")
 ATTENTIONS = ("relu", "softmax")
+
+
+def masked_row_sums(
+    A: Float[Tensor, "maps time time"], mask: Bool[Tensor, "maps time"] | None
+) -> Float[Tensor, "maps time"]:
+    """`A 1` over the valid frames: column j counts where frame j is valid, row i is 0 where frame i is not."""
+    if mask is None:
+        return A.sum(-1)
+    valid = mask.to(A.dtype)
+    return torch.bmm(A, valid[..., None]).squeeze(-1) * valid
+
+
+def softmax_columns(
+    scores: Float[Tensor, "maps time time"], mask: Bool[Tensor, "maps time"] | None
+) -> Float[Tensor, "maps time time"]:
+    """Softmax over the FIRST index of A, so that its columns, which F_o = V A mixes the frames by, sum to 1.
+
+    Over the last index the rows would sum to 1, `w` would be 1/n for every frame and attention would vanish in eq. 6.
+    """
+    if mask is not None:
+        scores = scores.masked_fill(~mask[..., None], -torch.inf)
+    return scores.softmax(-2)
 
 
 class GroupedLinear(nn.Module):
@@ -55,8 +77,10 @@ class HGNonLocal(nn.Module):
     column). `norm` is about n: with the un-normalised ReLU map the attention term grows with it. "none" is the paper,
     "n" divides A by n, "n_over_train" multiplies it by `train_frames` / n, which leaves training as in the paper.
     `attention="softmax"` puts eq. 3's softmax in the place of the ReLU, for an ablation the paper lacks.
-    `scale_init` is s before training: at 0 the module is the average of TSN. `scale_scores` divides the scores by
-    sqrt(m1/g2), the length of the products they sum, which the paper does not.
+    `normalise` gives W_q and W_k frames of mean 0 and variance 1 over their channels (layer norm without parameters),
+    so that products have one size whatever the backbone; the paper does not. `scale_init` is s before training: at 0
+    the module is the average of TSN. `scale_scores` divides the scores by sqrt(m1/g2), the length of the products they
+    sum, which the paper does not.
 
     Raises InputError for groups that do not divide, saying which, and for an unknown or meaningless option.
     """
@@ -72,6 +96,7 @@ class HGNonLocal(nn.Module):
         *,
         attention: Literal["relu", "softmax"] = "relu",
         train_frames: int = 3,
+        normalise: bool = False,
         scale_init: float = 0.0,
         scale_scores: bool = False,
     ) -> None:
@@ -89,7 +114,7 @@ class HGNonLocal(nn.Module):
         if train_frames < 1:
             raise InputError(f"train_frames is {train_frames}; it is the number of frames in training, at least 1")
         self.out_dim, self.g1, self.g2 = dim, g1, g2
-        self.norm, self.attention, self.train_frames = norm, attention, train_frames
+        self.norm, self.attention, self.train_frames, self.normalise = norm, attention, train_frames, normalise
         self.query = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_q
         self.key = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_k
         self.value = GroupedLinear(dim, dim, groups=g2, shared=shared)  # W_v
@@ -101,6 +126,8 @@ class HGNonLocal(nn.Module):
 
         No copy is made of `x`, `Q` or `K`: batched matrix products take a primary group as the strided view it is.
         """
+        if self.normalise:
+            x = layer_norm(x, x.shape[-1:])
         ratio = self.g1 // self.g2
         (w_q, b_q), (w_k, b_k) = self.query.blocks(), self.key.blocks()
         weight, bias = torch.cat([w_q, w_k], 1).transpose(1, 2), torch.cat([b_q, b_k], 2)  # one pass over x for both

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import conv1d
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,7 +21,7 @@ from aggregate.nl import NonLocal
 
 def literal_nl(module: NonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim"]:
     """NL by eq. 3-6, with the weights of `module`."""
-    Q, K, V = (convolve(F, layer) for layer in (module.query, module.key, module.value))
+    Q, K, V = _products(module, F)
     A = (torch.bmm(Q.transpose(1, 2), K) * module.score_factor).softmax(1)  # eq. 3
     F_o = torch.bmm(V, A)  # eq. 4
     F_weight = module.scale * F_o + F  # eq. 5
@@ -31,7 +31,7 @@ def literal_nl(module: NonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Te
 def literal_hgnl(module: HGNonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim"]:
     """HG-NL by eq. 7, 8, 5, 6, with the weights and options of `module`."""
     n = F.shape[-1]
-    Q, K, V = (convolve(F, layer) for layer in (module.query, module.key, module.value))
+    Q, K, V = _products(module, F)
     scores = gmm(Q, K, groups=module.g2, transpose=True) * module.score_factor
     A = scores.relu() if module.attention == "relu" else scores.softmax(2)  # eq. 7: [batch, g2, time, time]
     A = A * {"none": 1, "n": 1 / n, "n_over_train": module.train_frames / n}[module.norm]
@@ -40,11 +40,18 @@ def literal_hgnl(module: HGNonLocal, F: Float[Tensor, "batch dim time"]) -> Floa
     return F_weight.mean(-1)  # eq. 6
 
 
-def convolve(F: Float[Tensor, "batch dim time"], layer: nn.Linear | GroupedLinear) -> Float[Tensor, "batch out time"]:
+def _products(module: HGNonLocal, F: Float[Tensor, "batch dim time"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K [batch, m1, time] and V [batch, dim, time]."""
+    asked = (
+        (F - F.mean(1, keepdim=True)) / (F.var(1, keepdim=True, correction=0) + 1e-5).sqrt() if module.normalise else F
+    )
+    return convolve(asked, module.query), convolve(asked, module.key), convolve(F, module.value)
+
+
+def convolve(F: Float[Tensor, "batch dim time"], layer: GroupedLinear) -> Float[Tensor, "batch out time"]:
     """W F of a 1x1 convolution, grouped where `layer` is; shared weights are repeated for each group."""
-    groups = getattr(layer, "groups", 1)
-    repeats = groups if getattr(layer, "shared", False) else 1
-    return conv1d(F, layer.weight.repeat(repeats, 1)[..., None], layer.bias.repeat(repeats), groups=groups)
+    repeats = layer.groups if layer.shared else 1
+    return conv1d(F, layer.weight.repeat(repeats, 1)[..., None], layer.bias.repeat(repeats), groups=layer.groups)
 
 
 def gmm(left: Tensor, right: Tensor, *, groups: int, transpose: bool = False) -> Float[Tensor, "batch groups _ time"]:

@@ -6,16 +6,16 @@ import numpy as np
 import torch
 
 from aggregate.hgnl import HGNonLocal
-from aggregate.nl import NonLocal
 
 
-def attention_by_loops(module: NonLocal | HGNonLocal, video: torch.Tensor) -> np.ndarray:
+def attention_by_loops(module: HGNonLocal, video: torch.Tensor) -> np.ndarray:
     """F_v of one video `[time, dim]` in float64; every frame counts."""
     frames = video.detach().double().numpy()
     n, m = frames.shape
-    grouped = isinstance(module, HGNonLocal)
-    g1, g2 = (module.g1, module.g2) if grouped else (1, 1)
-    Q, K, V = (convolve(frames, layer, groups) for layer, groups in zip(layers(module), (g1, g1, g2), strict=True))
+    g1, g2 = module.g1, module.g2
+    asked = np.array([normalised(frame) for frame in frames]) if module.normalise else frames
+    Q, K = convolve(asked, module.query, g1), convolve(asked, module.key, g1)
+    V = convolve(frames, module.value, g2)
     inner, F_o = Q.shape[1] // g2, np.zeros((n, m))
     for h in range(g2):
         A = np.zeros((n, n))
@@ -24,7 +24,7 @@ def attention_by_loops(module: NonLocal | HGNonLocal, video: torch.Tensor) -> np
                 for c in range(h * inner, (h + 1) * inner):
                     A[i, j] += Q[i, c] * K[j, c]
         A *= module.score_factor
-        if not grouped or module.attention == "softmax":
+        if module.attention == "softmax":
             for j in range(n):
                 total = sum(math.exp(A[i, j]) for i in range(n))
                 A[:, j] = [math.exp(A[i, j]) / total for i in range(n)]
@@ -39,8 +39,10 @@ def attention_by_loops(module: NonLocal | HGNonLocal, video: torch.Tensor) -> np
     return sum(F_weight[j] for j in range(n)) / n
 
 
-def layers(module: NonLocal | HGNonLocal) -> tuple[torch.nn.Module, ...]:
-    return module.query, module.key, module.value
+def normalised(frame: np.ndarray) -> list[float]:
+    mean = sum(frame) / len(frame)
+    variance = sum((value - mean) ** 2 for value in frame) / len(frame)
+    return [(value - mean) / math.sqrt(variance + 1e-5) for value in frame]
 
 
 def convolve(frames: np.ndarray, layer: torch.nn.Module, groups: int) -> np.ndarray:

@@ -29,6 +29,7 @@ def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
         draw(st.sampled_from(NORMS)) if attention == "relu" else "none",
         attention=attention,
         train_frames=draw(st.integers(1, 5)),
+        normalise=draw(st.booleans()),
         scale_init=0.7,
         scale_scores=draw(st.booleans()),
     ).double()
@@ -158,6 +159,12 @@ def test_dividing_the_map_by_n_is_scaling_the_query():
         module.query.weight /= 5
         module.query.bias /= 5
     assert_close(divided(x), module(x))
+
+
+def test_normalised_products_do_not_know_the_size_of_features():
+    module, x = hgnl(16, 8, 4, 2, normalise=True), torch.randn(2, 5, 16, dtype=torch.float64)
+    assert_close(module.frame_weights(1000 * x + 7), module.frame_weights(x), precision=torch.float32)  # LN's 1e-5
+    assert (module.frame_weights(x) - hgnl(16, 8, 4, 2).frame_weights(x)).abs().max() > 1e-3
 
 
 def test_shapes_of_the_weights_are_those_of_grouped_convolutions():

@@ -17,6 +17,10 @@ def case(batch: int, time: int, dim: int, inner: int, *, seed: int, **options) -
     return NonLocal(dim, inner, scale_init=0.7, **options).double(), torch.randn(batch, time, dim, dtype=torch.float64)
 
 
+def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
+    return torch.nn.functional.linear(x, layer.weight, layer.bias)
+
+
 def some_mask(batch: int, time: int) -> torch.Tensor:
     mask = torch.rand(batch, time) < 0.5
     mask[torch.arange(batch), torch.randint(time, (batch,))] = True
@@ -73,8 +77,8 @@ def test_softmax_over_the_last_index_would_leave_no_attention():
     """FACTS: then the mean of F_o is the mean of V, whatever Q and K are. Over the first index, it is not."""
     module, x = case(2, 5, 8, 3, seed=0)
     with torch.no_grad():
-        scores = torch.bmm(module.query(x), module.key(x).transpose(1, 2))
-        V = module.value(x).transpose(1, 2)
+        scores = torch.bmm(linear(x, module.query), linear(x, module.key).transpose(1, 2))
+        V = linear(x, module.value).transpose(1, 2)
         assert_close(torch.bmm(V, scores.softmax(2)).mean(2), V.mean(2))
         _, attended = module.terms(x)
         assert_close(torch.bmm(V, scores.softmax(1)).mean(2), attended)
