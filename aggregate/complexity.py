@@ -113,6 +113,7 @@ def madds_counted(column: Column, *, dim: int, frames: int) -> tuple["Count", "C
     import torch
 
     from aggregate.literal import count, literal_hgnl, literal_nl
+    from aggregate.nl import NonLocal
 
     module = column.module
     x = torch.empty(1, frames, dim, device="meta")
