@@ -71,7 +71,9 @@ def test_classifier_starts_as_tsn_s_and_dropout_is_before_it():
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(InputError, match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, attentive"):
         build("mean", dim=16, num_classes=5)
-    with pytest.raises(InputError, match="nl has no option 'g1'; it has inner_dim, normalise, scale_init, scale_scores, dropout"):
+    with pytest.raises(
+        InputError, match="nl has no option 'g1'; it has inner_dim, normalise, scale_init, scale_scores, dropout"
+    ):
         build("nl", dim=16, num_classes=5, g1=4)
     with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout"):
         build("tsn", dim=16, num_classes=5, norm="n")
