@@ -36,16 +36,16 @@ VIDEOS, FRAMES, DIM = 5, 2, 4
 class FakeWorker:
     """In the place of a backbone and decoders: features that tell which video they are of."""
 
-    def __init__(self, settings):
-        self._path = settings.store
+    def __init__(self, options, cores):
+        self._path = options.out
 
     def describe(self):
         return {"provenance": {"precision": "fp32"}, "views": ("center",), "dim": DIM, "precision": "fp32", "words": ""}
 
-    def check(self, nonce, video):
+    def check(self, nonce, video, version):
         pass
 
-    def run(self, blocks):
+    def extract(self, blocks):
         for block in blocks:
             store = FeatureStore.open(self._path, writable=True)
             rows = np.array(block.rows)
@@ -59,9 +59,8 @@ class FakeWorker:
                 np.full(shape, 3, "<i4"),
                 np.zeros(shape, "<f4"),
             )
-            yield Done(
-                block.number, outcome, "here", len(rows), dict.fromkeys(("decode", "wait", "device", "write"), 0.0)
-            )
+            seconds = dict.fromkeys(("decode", "wait", "device", "write"), 0.0)
+            yield [Done(block.number, outcome, "here", len(rows), seconds)]
 
     def close(self):
         pass
@@ -73,7 +72,7 @@ def features_of(rows: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def extraction(tmp_path, monkeypatch) -> ExtractOptions:
-    monkeypatch.setattr(driver, "LocalWorker", FakeWorker)
+    monkeypatch.setattr(driver, "Worker", FakeWorker)
     folder = tmp_path / "videos" / "train" / "walking"
     folder.mkdir(parents=True)
     for number in range(VIDEOS):

@@ -25,7 +25,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -76,9 +77,10 @@ class SubprocessPool:
 
     def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0):
         self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
-        self._threads = [
-            _ChildThread(self._jobs, function, slot_bytes=slot_bytes, timeout=timeout, nice=nice)
-            for _ in range(workers)
+        same: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
+        self._one_more = partial(SubprocessPool, function, workers=1, **same)
+        self._threads: list[_ChildThread | _HelpThread] = [
+            _ChildThread(self._jobs, function, **same) for _ in range(workers)
         ]
 
     def submit(self, job: Any) -> "Future[Finished]":
@@ -86,6 +88,13 @@ class SubprocessPool:
         future: Future[Finished] = Future()
         self._jobs.put((job, future))
         return future
+
+    def help(self, elsewhere: Callable[[Any], Finished], *, at_once: int) -> None:
+        """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the help is over."""
+        helpers = [_HelpThread(self._jobs, elsewhere, self._one_more) for _ in range(at_once)]
+        for helper in helpers:
+            helper.start()
+        self._threads += helpers
 
     def close(self) -> None:
         """Kill the children. Jobs that have not ended are cancelled."""
@@ -240,6 +249,41 @@ class _ChildThread(threading.Thread):
             self._child.kill()  # SIGKILL also ends a stopped process, and one that holds Python's lock
             self._child.wait()
         self._pipe = self._child = None
+
+
+class _HelpThread(threading.Thread):
+    """Takes jobs from the same queue and has them done elsewhere; holds half as many results as a child."""
+
+    def __init__(
+        self, jobs: queue.SimpleQueue, elsewhere: Callable[[Any], Finished], one_more: Callable[[], SubprocessPool]
+    ):
+        super().__init__(name="decode-help", daemon=True)
+        self._jobs, self._elsewhere, self._one_more = jobs, elsewhere, one_more
+        self._slots = threading.Semaphore(SLOTS_A_CHILD // 2)
+
+    def run(self) -> None:
+        lost = False
+        while not lost and self._slots.acquire() and (waiting := self._jobs.get()) is not None:
+            job, future = waiting
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                finished = self._elsewhere(job)
+            except Exception:
+                lost = True
+                finished = self._here(job)
+            future.set_result(replace(finished, _free=self._slots.release))
+
+    def _here(self, job: Any) -> Finished:
+        """A job whose help was lost: behind later jobs in the queue it might wait for slots that those fill."""
+        try:
+            with self._one_more() as pool, pool.submit(job).result() as finished:
+                return replace(finished, buffer=finished.buffer.copy(), _free=None)
+        except RunError as error:
+            return Finished(failure=str(error))
+
+    def close(self) -> None:
+        self._slots.release()
 
 
 def _shared_memory(size: int) -> int:

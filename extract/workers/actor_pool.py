@@ -1,46 +1,38 @@
-"""Who does the work of an extraction: one worker in this process, or Ray actors on one machine or many.
+"""Workers as Ray actors on one machine or many, and children on nodes without a GPU that decode for them.
 
-Both answer `describe`, `check`, `run` (blocks in, written blocks out, in any order) and `close`.
+    GPU node:   Worker: own children --+-> batches -> backbone -> shard      driver: blocks out, commits in
+    CPU nodes:  Decoder: children  ----+  (frames, through Ray's object store)
+
+A worker's queue of videos is emptied by its own children and by the decoders lent to it, whoever is free. Each decoding
+core, near or far, holds the frames of at most four videos that the backbone has not taken: that bounds the memory.
+Nodes may come and go: blocks of a lost worker are given to another; videos of a lost decoder are decoded by the worker.
 """
 
 import logging
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from extract.cli import RunError
-from extract.workers.worker import Block, Done, Settings, Worker
+from extract.decode.subprocess_pool import Finished, SubprocessPool
+from extract.options import Options
+from extract.workers.worker import Block, Done, Worker, check_node
 
 if TYPE_CHECKING:
     import ray
 
 DEATHS_A_BLOCK = 3  # a block that was in hand when so many workers died is taken for the cause
 SECONDS_WITHOUT_WORKERS = 600.0
-
-
-class LocalWorker:
-    """One worker in this process: no Ray, whose start costs 5 to 13 s."""
-
-    def __init__(self, settings: Settings):
-        self._worker = Worker(settings)
-
-    def describe(self) -> dict[str, Any]:
-        return self._worker.describe()
-
-    def check(self, nonce: str, video: str) -> None:
-        self._worker.check(nonce, video)
-
-    def run(self, blocks: list[Block]) -> Iterator[Done]:
-        for block, upcoming in zip(blocks, [*blocks[1:], None], strict=True):
-            yield from self._worker.run(block, upcoming)
-        yield from self._worker.drain()
-
-    def close(self) -> None:
-        self._worker.close()
+SECONDS_BETWEEN_LOOKS = 2.0  # at which nodes there are
+CORES_A_DECODER = 4  # a large node becomes several, so that they can be shared out among workers
 
 
 def connect(address: str | None) -> bool:
@@ -64,6 +56,45 @@ def connect(address: str | None) -> bool:
     return True
 
 
+def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bool) -> tuple[int, dict[str, float]]:
+    """How many workers, and what each asks of its node, from the nodes' resources (`CPU`, `GPU`).
+
+    With `gpu` one a GPU, with its share of its node's cores; else one a node, with its cores. The smallest node counts.
+    """
+    if gpu:
+        hosts = [node for node in nodes if node.get("GPU", 0) >= 1] or [{"GPU": 1, "CPU": 1}]
+        size = workers or int(sum(node["GPU"] for node in hosts))
+        return size, {"num_gpus": 1, "num_cpus": min(node.get("CPU", 0) // node["GPU"] for node in hosts)}
+    hosts = [node for node in nodes if node.get("CPU", 0) >= 1] or [{"CPU": 1}]
+    size = workers or len(hosts)
+    cores = min(node["CPU"] for node in hosts) / -(-size // len(hosts))
+    return size, {"num_cpus": cores // 1 or cores}
+
+
+class Decoder:
+    """Decode children on a node of the cluster, for a worker on another."""
+
+    def __init__(self, options: Options, decode_job: Any, slot_bytes: int, cores: int):
+        self._pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=cores, timeout=options.video_timeout)
+
+    def check(self, video: str, version: str) -> None:
+        check_node(version, video)
+
+    def decode(self, job: Any) -> tuple[Any, np.ndarray, str, float]:
+        with self._pool.submit(job).result() as finished:
+            return finished.result, finished.buffer.copy(), finished.failure, finished.cpu_seconds
+
+    def stay(self) -> None:
+        """Never returns: the call fails when this decoder is lost."""
+        threading.Event().wait()
+
+
+def _decode_elsewhere(decoder: Any, job: Any) -> Finished:
+    import ray
+
+    return Finished(*ray.get(decoder.decode.remote(job)))  # the frames are seen in the object store, not copied
+
+
 @dataclass(eq=False)
 class _Member:
     """A worker of the pool: an actor, its calls in flight, and the blocks it has been given and not handed in."""
@@ -75,48 +106,59 @@ class _Member:
     upcoming: Block | None = None  # of `given`, the one it decodes ahead for
 
 
-class RayActorPool:
-    """Workers as Ray actors. Nodes may come and go: blocks of a lost worker are given to another."""
+@dataclass(eq=False)
+class _Helper:
+    """A decoder, its check or (`ready`) its endless call, and the worker it is lent to."""
 
-    def __init__(self, settings: Settings, *, workers: int | None, address: str | None):
+    actor: Any
+    node: str
+    cores: int
+    call: "ray.ObjectRef"
+    ready: bool = False
+    member: _Member | None = None
+
+
+class RayActorPool:
+    """Hands blocks to workers and keeps the pool as large as the cluster allows."""
+
+    def __init__(self, options: Options, worker: type[Worker] = Worker):
         import ray
 
         self._ray = ray
-        self._started = connect(address)
-        resources = ray.cluster_resources()
-        gpus = int(resources.get("GPU", 0)) if settings.device in ("auto", "cuda") else 0
-        self._size = workers or gpus or max(1, len([node for node in ray.nodes() if node["Alive"]]))
-        cores = max(1, int(resources.get("CPU", 1)) // self._size)
-        self._settings = replace(
-            settings, decode_workers=settings.decode_workers or cores, threads=settings.threads or cores
-        )
-        # An actor asks for the cores it uses, its decoding children's included; by default it would have one.
-        self._request: dict[str, float] = {"num_cpus": min(cores, float(resources.get("CPU", 1)) / self._size)}
-        if gpus:
-            self._request["num_gpus"] = 1
+        self._started = connect(options.address)
+        self._options, self._worker = options, worker
+        # Decided once: where the last GPU goes, the run waits for another and does not fall back to CPUs.
+        self._gpu = options.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= 1
         self._members: list[_Member] = []
-        self._nonce, self._video = "", ""
+        self._helpers: list[_Helper] = []
+        self._looked = 0.0
+        self._deaths: Counter[Any] = Counter()  # of workers by block, of decoders by node
+        self._check: tuple[str, str, str] = ("", "", "")  # nonce, video, version
+        self._slot_bytes = 0
+        self._look()
         self._first = self._actor()
 
     def _actor(self) -> Any:
         # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
-        return (
-            self._ray.remote(Worker).options(max_restarts=0, max_task_retries=0, **self._request).remote(self._settings)
-        )
+        cores = max(1, int(self._request["num_cpus"]))
+        remote = self._ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **self._request)
+        return remote.remote(self._options, cores)
 
     def describe(self) -> dict[str, Any]:
         made = self._get(self._first.describe.remote())
         # The others take the precision that the first one measured to be the faster.
-        self._settings = replace(self._settings, precision=made["precision"])
+        self._options = replace(self._options, precision=made["precision"])
+        self._slot_bytes = made["slot_bytes"]
         return made
 
-    def check(self, nonce: str, video: str) -> None:
-        self._nonce, self._video = nonce, video
-        self._get(self._first.check.remote(nonce, video))
+    def check(self, nonce: str, video: str, version: str) -> None:
+        self._check = nonce, video, version
+        self._get(self._first.check.remote(*self._check))
         self._members.append(_Member(self._first, ready=None))
 
     def close(self) -> None:
-        for actor in {id(a): a for a in [self._first, *(member.actor for member in self._members)]}.values():
+        actors = [self._first, *(part.actor for part in (*self._members, *self._helpers))]
+        for actor in {id(actor): actor for actor in actors}.values():
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
@@ -139,71 +181,128 @@ class RayActorPool:
             raise RunError(f"{text}; add nodes, or ask for fewer --workers or --decode-workers")
         print(f"waiting: {text}", file=sys.stderr)
 
-    def run(self, blocks: list[Block]) -> Iterator[Done]:
+    # -- the run ---------------------------------------------------------------------------------------------------
+
+    def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
+        """All blocks, in any order; those that are handed in at the same time come together."""
         queue = deque(blocks)
         left = {block.number for block in blocks}
-        deaths: Counter[int] = Counter()
         heard = time.monotonic()
         while left:
             self._fill(queue, left)
-            calls = {call: member for member in self._members for call in self._pending(member)}
-            ready, _ = self._ray.wait(list(calls), timeout=5)
+            calls: dict[Any, _Member | _Helper] = {helper.call: helper for helper in self._helpers}
+            for member in self._members:
+                calls |= dict.fromkeys(member.calls if member.ready is None else [member.ready], member)
+            finished: list[Done] = []
+            ready = self._ready(list(calls))
             for call in ready:
-                member = calls[call]
-                if member not in self._members:
-                    continue  # lost a moment ago
-                try:
-                    result = self._get(call)
-                except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
-                    self._lose(member, queue, deaths, error)
-                    continue
+                part = calls[call]
+                finished += self._hear_helper(part) if isinstance(part, _Helper) else self._hear(part, call, queue)
+            new = {done.number: done for done in finished if done.number in left}
+            left -= new.keys()  # another worker may have been given it meanwhile, and have written the same bytes
+            if new:
+                yield list(new.values())
+            silent = time.monotonic() - heard
+            if ready or any(member.ready is None for member in self._members):
                 heard = time.monotonic()
-                if call == member.ready:
-                    member.ready = None
-                    continue
-                member.calls.remove(call)
-                for done in result:
-                    member.given = [block for block in member.given if block.number != done.number]
-                    if done.number in left:  # or another worker was given it meanwhile, and wrote the same bytes
-                        left.remove(done.number)
-                        yield done
-            if not ready and not any(member.ready is None for member in self._members):
-                silent = time.monotonic() - heard
-                if silent > 30:
-                    self._complain(silent)
+            elif silent > 30:
+                self._complain(silent)
 
-    @staticmethod
-    def _pending(member: _Member) -> "list[ray.ObjectRef]":
-        return [member.ready] if member.ready is not None else member.calls
+    def _ready(self, calls: "list[ray.ObjectRef]") -> "list[ray.ObjectRef]":
+        ready, waiting = self._ray.wait(calls, timeout=SECONDS_BETWEEN_LOOKS)
+        return ready + self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if ready and waiting else ready
+
+    def _hear(self, member: _Member, call: "ray.ObjectRef", queue: deque[Block]) -> list[Done]:
+        if member not in self._members:
+            return []  # lost a moment ago
+        try:
+            result = self._get(call)
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
+            self._lose(member, queue, error)
+            return []
+        if call == member.ready:
+            member.ready = None
+            return []
+        member.calls.remove(call)
+        numbers = {done.number for done in result}
+        member.given = [block for block in member.given if block.number not in numbers]
+        return result
+
+    def _hear_helper(self, helper: _Helper) -> list[Done]:
+        try:
+            self._get(helper.call)
+            helper.ready, helper.call = True, helper.actor.stay.remote()
+        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
+            print(f"a decoder was lost ({type(error).__name__})", file=sys.stderr)
+            self._helpers.remove(helper)
+            self._deaths[helper.node] += 1
+        return []
+
+    # -- who works -------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        """See which nodes there are: how many workers fit, and who decodes for them."""
+        self._looked = time.monotonic()
+        nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
+        self._size, self._request = places(list(nodes.values()), self._options.workers, gpu=self._gpu)
+        if not self._slot_bytes or not self._gpu:
+            return
+        for name, resources in nodes.items():
+            cores = 0 if resources.get("GPU", 0) else int(resources.get("CPU", 0))
+            cores -= sum(helper.cores for helper in self._helpers if helper.node == name)
+            while cores > 0 and self._deaths[name] < DEATHS_A_BLOCK:
+                self._helpers.append(self._helper(name, min(cores, CORES_A_DECODER)))
+                cores -= CORES_A_DECODER
+
+    def _helper(self, node: str, cores: int) -> _Helper:
+        here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+        # Besides its endless call, two videos a core are on their way, so that no child waits for the next.
+        limits = {"num_cpus": cores, "max_concurrency": 2 * cores + 1, "max_restarts": 0, "max_task_retries": 0}
+        remote = self._ray.remote(Decoder).options(scheduling_strategy=here, **limits)
+        actor = remote.remote(self._options, self._worker.decode_job, self._slot_bytes, cores)
+        return _Helper(actor, node, cores, actor.check.remote(*self._check[1:]))
 
     def _fill(self, queue: deque[Block], left: set[int]) -> None:
         """Keep the pool complete, and two calls in flight with each worker so that it never waits for the driver."""
+        if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
+            self._look()
         while len(self._members) < min(self._size, len(left)):
             actor = self._actor()
-            self._members.append(_Member(actor, ready=actor.check.remote(self._nonce, self._video)))
-        for member in self._members:
-            while member.ready is None and len(member.calls) < 2:
-                block = member.upcoming or (queue.popleft() if queue else None)
-                member.upcoming = None
-                if block is None:
-                    if member.given and not member.calls:
-                        member.calls.append(member.actor.drain.remote())
-                    break
-                if block not in member.given:
-                    member.given.append(block)
-                if queue:
-                    member.upcoming = queue.popleft()
-                    member.given.append(member.upcoming)
-                member.calls.append(member.actor.run.remote(block, member.upcoming))
+            self._members.append(_Member(actor, ready=actor.check.remote(*self._check)))
+        ready = [member for member in self._members if member.ready is None]
+        for helper in self._helpers:
+            if helper.ready and helper.member not in self._members and ready:
+                lent = Counter(id(other.member) for other in self._helpers)
+                helper.member = min(ready, key=lambda member: lent[id(member)])
+                helper.member.actor.help.remote(partial(_decode_elsewhere, helper.actor), at_once=2 * helper.cores)
+        for member in ready:
+            while len(member.calls) < 2 and self._give(member, queue):
+                pass
 
-    def _lose(self, member: _Member, queue: deque[Block], deaths: Counter[int], error: Exception) -> None:
+    @staticmethod
+    def _give(member: _Member, queue: deque[Block]) -> bool:
+        block = member.upcoming or (queue.popleft() if queue else None)
+        member.upcoming = None
+        if block is None:
+            if member.given and not member.calls:
+                member.calls.append(member.actor.drain.remote())
+            return False
+        if block not in member.given:
+            member.given.append(block)
+        if queue:
+            member.upcoming = queue.popleft()
+            member.given.append(member.upcoming)
+        member.calls.append(member.actor.run.remote(block, member.upcoming))
+        return True
+
+    def _lose(self, member: _Member, queue: deque[Block], error: Exception) -> None:
         self._members.remove(member)
         self._ray.kill(member.actor)  # if it was only unreachable, it must not go on beside its successor
         again = sorted(member.given, key=lambda block: block.number)
         print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)
-        deaths.update(block.number for block in again[:1])
+        self._deaths.update(block.number for block in again[:1])
         for block in again:
-            if deaths[block.number] >= DEATHS_A_BLOCK:
+            if self._deaths[block.number] >= DEATHS_A_BLOCK:
                 raise RunError(
                     f"block {block.number} ({block.ids[0]} ... {block.ids[-1]}) was in hand when {DEATHS_A_BLOCK} "
                     f"workers died; the last said: {str(error).splitlines()[0]}"

@@ -16,23 +16,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from extract.cli import InputError, RunError
 from extract.listing.videos import Listing, Video, list_videos
-from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
+from extract.options import Options
+from extract.store import FAILED, PENDING, FeatureStore, Rows, RunLog, difference, exclusive, is_remote
 from extract.store.summary import human_bytes, status_table
-from extract.workers.actor_pool import LocalWorker, RayActorPool
-from extract.workers.worker import Block, Done, Settings
-
-if TYPE_CHECKING:
-    from extract.options import Options
+from extract.workers.actor_pool import RayActorPool
+from extract.workers.worker import Block, Done, Worker, code_version
 
 
-def extract(options: "Options") -> int:
+def extract(options: Options) -> int:
     """Extract features of `options.videos` into `options.out`; returns the exit status (DESIGN: Commands)."""
     _check(options)
     if threading.current_thread() is threading.main_thread():
@@ -49,7 +47,7 @@ def extract(options: "Options") -> int:
         return _extract(options, listing, videos, log)
 
 
-def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log: RunLog | None) -> int:
+def _extract(options: Options, listing: Listing, videos: Sequence[Video], log: RunLog | None) -> int:
     nonce = uuid.uuid4().hex
     if log:
         log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
@@ -58,7 +56,16 @@ def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log:
     try:
         made = pool.describe()
         if store is None:
-            store = _create(options, listing, videos, made)
+            store = FeatureStore.create(
+                options.out,
+                **_columns(videos),
+                classes=listing.classes,
+                views=made["views"],
+                frames=options.frames,
+                dim=made["dim"],
+                block_size=options.block_size,
+                provenance=made["provenance"],
+            )
         else:
             _agree(store, made, listing)
             store.clean_up()
@@ -69,8 +76,8 @@ def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log:
         _announce(options, store, blocks, made)
         _check_space(store, blocks)
         if blocks:
-            pool.check(nonce, _readable(blocks))
-            _run(pool.run(blocks), store, blocks, log)
+            pool.check(nonce, _readable(blocks), code_version())
+            _run(pool.extract(blocks), store, blocks, log)
     finally:
         pool.close()
     print(status_table(store))
@@ -84,18 +91,11 @@ def _extract(options: "Options", listing: Listing, videos: Sequence[Video], log:
 # -- before the run ------------------------------------------------------------------------------------------------
 
 
-def _check(options: "Options") -> None:
-    for name, least in (
-        ("frames", 1),
-        ("augment_passes", 0),
-        ("block_size", 1),
-        ("limit", 1),
-        ("workers", 1),
-        ("decode_workers", 1),
-    ):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+def _check(options: Options) -> None:
+    least = {"augment_passes": 0} | dict.fromkeys(("frames", "block_size", "limit", "workers", "decode_workers"), 1)
+    for name, value in least.items():
+        if (given := getattr(options, name)) is not None and given < value:
+            raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {value}")
     if not 0 <= options.max_failed <= 1:
         raise InputError(f"--max-failed {options.max_failed:g}: expected a fraction between 0 and 1")
     if options.video_timeout <= 0:
@@ -120,22 +120,6 @@ def _open_if_there(out: str) -> FeatureStore | None:
         raise
 
 
-def _create(options: "Options", listing: Listing, videos: Sequence[Video], made: dict[str, Any]) -> FeatureStore:
-    return FeatureStore.create(
-        options.out,
-        ids=[video.id for video in videos],
-        labels=[video.label for video in videos],
-        splits=[video.split for video in videos],
-        groups=[video.group for video in videos],
-        classes=listing.classes,
-        views=made["views"],
-        frames=options.frames,
-        dim=made["dim"],
-        block_size=options.block_size,
-        provenance=made["provenance"],
-    )
-
-
 def _agree(store: FeatureStore, made: dict[str, Any], listing: Listing) -> None:
     """A store is continued with the settings it was begun with, or not at all."""
     differences = difference(store.provenance, made["provenance"])
@@ -158,12 +142,11 @@ def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
             raise InputError(f"{video.id} is {before!r} in {store.path} and {now!r} now; use another --out")
     new = [video for video in videos if video.id not in known]
     if new:
-        store.append(
-            ids=[video.id for video in new],
-            labels=[video.label for video in new],
-            splits=[video.split for video in new],
-            groups=[video.group for video in new],
-        )
+        store.append(**_columns(new))
+
+
+def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
+    return {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
@@ -185,7 +168,7 @@ def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
     return blocks
 
 
-def _announce(options: "Options", store: FeatureStore, blocks: list[Block], made: dict[str, Any]) -> None:
+def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: dict[str, Any]) -> None:
     to_do = sum(len(block.rows) for block in blocks)
     frames = store.num_views * store.frames_per_video
     print(
@@ -220,34 +203,25 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _plain(options: "Options") -> dict[str, Any]:
+def _plain(options: Options) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
-def _worker_pool(options: "Options", *, precision: str) -> LocalWorker | RayActorPool:
-    settings = Settings(
-        store=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
-        backbone=options.backbone,
-        weights=str(Path(options.weights).resolve()) if Path(options.weights).is_file() else options.weights,
-        device=options.device,
+def _worker_pool(options: Options, *, precision: str) -> Worker | RayActorPool:
+    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
+    weights = Path(options.weights)
+    options = replace(
+        options,
+        out=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
+        weights=str(weights.resolve()) if weights.is_file() else options.weights,
         precision=precision if options.precision == "auto" else options.precision,
-        frames=options.frames,
-        crops=options.crops,
-        augment_passes=options.augment_passes,
-        seed=options.seed,
-        decoder=options.decoder,
-        decode_workers=options.decode_workers or 0,
-        video_timeout=options.video_timeout,
-        threads=0,
     )
-    if options.address is None:
-        workers = options.workers or _visible_gpus(options.device)
-        cores = max(1, len(os.sched_getaffinity(0)) // workers)
-        settings = replace(settings, decode_workers=settings.decode_workers or cores, threads=cores)
-        if workers == 1:
-            return LocalWorker(settings)
-        return RayActorPool(settings, workers=workers, address=None)
-    return RayActorPool(settings, workers=options.workers, address=options.address)
+    if options.address is not None:
+        return RayActorPool(options)
+    workers = options.workers or _visible_gpus(options.device)
+    if workers == 1:
+        return Worker(options, len(os.sched_getaffinity(0)))
+    return RayActorPool(replace(options, workers=workers))
 
 
 def _visible_gpus(device: str) -> int:
@@ -259,27 +233,26 @@ def _visible_gpus(device: str) -> int:
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _run(finished: Iterator[Done], store: FeatureStore, blocks: list[Block], log: RunLog | None) -> None:
+def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block], log: RunLog | None) -> None:
     """Commit blocks as they come; show progress, and at the end where the time went."""
     started = time.perf_counter()
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
     with tqdm(total=sum(len(block.rows) for block in blocks), unit="video", smoothing=0.1, file=sys.stderr) as bar:
-        for done in finished:
-            store.commit(done.outcome)
-            totals.update(done.seconds)
-            totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
-            nodes.add(done.node)
-            if log:
-                log.write(
-                    "block",
-                    number=done.number,
-                    node=done.node,
-                    videos=len(done.outcome.rows),
-                    frames=done.frames,
-                    seconds={k: round(v, 4) for k, v in done.seconds.items()},
-                )
-            bar.update(len(done.outcome.rows))
+        for together in finished:
+            if together:
+                store.commit(Rows.joined([done.outcome for done in together]))
+            for done in together:
+                totals.update(done.seconds)
+                totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
+                nodes.add(done.node)
+                bar.update(len(done.outcome.rows))
+                if log:
+                    seconds = {name: round(value, 4) for name, value in done.seconds.items()}
+                    videos = len(done.outcome.rows)
+                    log.write(
+                        "block", number=done.number, node=done.node, videos=videos, frames=done.frames, seconds=seconds
+                    )
             elapsed = time.perf_counter() - started
             bar.set_postfix_str(f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed")
     wall = time.perf_counter() - started

@@ -1,15 +1,18 @@
 """One block of videos -> one block of features: the same code in this process and in a Ray actor.
 
-Three things run beside each other in a worker: child processes decode ahead (`children.py`), this thread feeds the
-device with batches of a constant size, and one thread writes the shard of the block before.
+Three things run beside each other in a worker: child processes decode ahead (`subprocess_pool.py`), this thread feeds
+the device with batches of a constant size, and one thread writes the shard of the block before.
 """
 
+import hashlib
+import importlib.metadata
 import os
 import socket
 import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +23,8 @@ from extract.cli import InputError, RunError
 from extract.decode import decoder_version
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Plan, Prepared, decode_job, view_names
+from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a worker is built from; plain values, so that it can travel to another machine."""
-
-    store: str
-    backbone: str
-    weights: str
-    device: str
-    precision: str
-    frames: int
-    crops: int
-    augment_passes: int
-    seed: int
-    decoder: str
-    decode_workers: int
-    video_timeout: float
-    threads: int  # that the backbone may use on a CPU
 
 
 @dataclass(frozen=True)
@@ -63,13 +48,38 @@ class Done:
     seconds: dict[str, float]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
 
 
+@cache
+def code_version() -> str:
+    """`0.1.0 (sources 3f2a90c1)`: nodes of one run must not differ in the version, nor in a line."""
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    return f"{importlib.metadata.version('hgnl-video')} (sources {digest})"
+
+
+def check_node(version: str, video: str) -> str:
+    """This node's name, if it has the same code and can read the videos; else RunError naming it."""
+    node = socket.gethostname()
+    if code_version() != version:
+        raise RunError(
+            f"the worker on {node} has hgnl-video {code_version()}, the driver {version}; install the same everywhere"
+        )
+    try:
+        with open(video, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise RunError(f"the worker on {node} cannot read the videos: {error}; mount them at the same path") from None
+    return node
+
+
 class Worker:
-    """Holds a backbone and decode children; `run` blocks one after the other, then `drain`, then `close`."""
+    """Holds a backbone and decode children; `extract` blocks, or `run` one after the other, `drain`; then `close`."""
+
+    decode_job = staticmethod(decode_job)
 
     # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's constructor.
-    def __init__(self, settings: Settings):
-        self.settings = settings
-        self._views = view_names(settings.crops, settings.augment_passes)
+    def __init__(self, options: Options, cores: int):
+        self.options, self.cores = options, cores
+        self._views = view_names(options.crops, options.augment_passes)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: Future[Done] | None = None
         self._ahead: dict[int, list[Future[Finished]]] = {}
@@ -78,35 +88,35 @@ class Worker:
     def _backbone(self) -> Backbone:
         import torch
 
-        settings = self.settings
-        torch.set_num_threads(settings.threads)
+        options = self.options
+        torch.set_num_threads(self.cores)
         return load_backbone(
-            settings.backbone,
-            weights=settings.weights,
-            device=settings.device,
-            precision=settings.precision,
-            seed=settings.seed,
+            options.backbone,
+            weights=options.weights,
+            device=options.device,
+            precision=options.precision,
+            seed=options.seed,
         )
 
     @cached_property
     def _plan(self) -> Plan:
-        settings = self.settings
+        options = self.options
         return Plan(
-            frames=settings.frames,
-            crops=settings.crops,
-            augment_passes=settings.augment_passes,
+            frames=options.frames,
+            crops=options.crops,
+            augment_passes=options.augment_passes,
             preprocessing=self._backbone.preprocessing,
-            seed=settings.seed,
-            decoder=settings.decoder,
+            seed=options.seed,
+            decoder=options.decoder,
         )
 
     @cached_property
     def _pool(self) -> SubprocessPool:
         return SubprocessPool(
-            decode_job,
-            slot_bytes=len(self._views) * self.settings.frames * self._plan.preprocessing.size**2 * 3,
-            workers=self.settings.decode_workers,
-            timeout=self.settings.video_timeout,
+            self.decode_job,
+            slot_bytes=self.slot_bytes,
+            workers=self.options.decode_workers or self.cores,
+            timeout=self.options.video_timeout,
             # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
             # a decoder that takes one of them away for a moment stops both.
             nice=10 if self._backbone.device.type == "cpu" else 0,
@@ -114,30 +124,36 @@ class Worker:
 
     @cached_property
     def _store(self) -> FeatureStore:
-        return FeatureStore.open(self.settings.store, writable=True)
+        return FeatureStore.open(self.options.out, writable=True)
 
     def describe(self) -> dict[str, Any]:
         """What the store records of how its features were made, its views and width, and the device in words."""
-        settings = self.settings
+        options = self.options
         provenance = {
             **self._backbone.provenance(),
-            "sampling": {"frames": settings.frames, "method": "segment centres (TSN); augment: random in each segment"},
+            "sampling": {"frames": options.frames, "method": "segment centres (TSN); augment: random in each segment"},
             "views": list(self._views),
-            "seed": settings.seed,
-            "decoder": {"name": settings.decoder, "version": decoder_version(settings.decoder)},
+            "seed": options.seed,
+            "decoder": {"name": options.decoder, "version": decoder_version(options.decoder)},
         }
         return {
             "provenance": provenance,
             "views": self._views,
             "dim": self._backbone.dim,
+            "slot_bytes": self.slot_bytes,
             "precision": self._backbone.precision,
             "words": self._backbone.describe(),
         }
 
-    def check(self, nonce: str, video: str) -> str:
-        """Make sure that this worker sees the store and the videos, and return its node's name, or fail naming it."""
-        node = socket.gethostname()
-        store = self.settings.store
+    @property
+    def slot_bytes(self) -> int:
+        """Of the frames of one video."""
+        return len(self._views) * self.options.frames * self._plan.preprocessing.size**2 * 3
+
+    def check(self, nonce: str, video: str, version: str) -> None:
+        """Make sure that this worker has the driver's code and sees the store and videos, or fail naming its node."""
+        node = check_node(version, video)
+        store = self.options.out
         if not is_remote(store):
             if not Path(store).is_dir():
                 raise RunError(
@@ -145,14 +161,16 @@ class Worker:
                 )
             if not any(record.get("nonce") == nonce for record in RunLog.records(store)):
                 raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
-        try:
-            with open(video, "rb") as file:
-                file.read(1)
-        except OSError as error:
-            raise RunError(
-                f"the worker on {node} cannot read the videos: {error}; mount them at the same path"
-            ) from None
-        return node
+
+    def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
+        """Have another node decode too, until `decode` raises."""
+        self._pool.help(decode, at_once=at_once)
+
+    def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
+        """All blocks, one after the other, in this process."""
+        for block, upcoming in zip(blocks, [*blocks[1:], None], strict=True):
+            yield self.run(block, upcoming)
+        yield self.drain()
 
     def run(self, block: Block, upcoming: Block | None = None) -> list[Done]:
         """Extract a block and begin to write it; decode ahead for `upcoming`. Returns blocks written meanwhile."""
@@ -161,7 +179,7 @@ class Worker:
         if upcoming is not None:
             self._ahead[upcoming.number] = self._submit(upcoming)
         features, outcome, seconds = self._extract(block, futures)
-        frames = int((outcome.status != FAILED).sum()) * len(self._views) * self.settings.frames
+        frames = int((outcome.status != FAILED).sum()) * len(self._views) * self.options.frames
         finished = self.drain()
         self._writing = self._writer.submit(self._write, block, features, outcome, frames, seconds, started)
         return finished
@@ -181,7 +199,7 @@ class Worker:
         return [self._pool.submit((path, name, self._plan)) for path, name in zip(block.paths, block.ids, strict=True)]
 
     def _extract(self, block: Block, futures: list[Future[Finished]]) -> tuple[np.ndarray, Rows, dict[str, float]]:
-        views, frames, size = len(self._views), self.settings.frames, self._plan.preprocessing.size
+        views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
         count = len(block.rows)
         features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
         status, errors = np.full(count, FAILED, "i1"), [""] * count
@@ -235,7 +253,7 @@ class Worker:
         except ValueError as error:
             raise RunError(
                 f"{self._store.shard_path(block.number)} is damaged ({error}); "
-                f"run `python -m extract.verify {self.settings.store} --repair`, then extract again"
+                f"run `python -m extract.verify {self.options.out} --repair`, then extract again"
             ) from None
         whole[np.array(block.rows) - rows[0]] = features
         return whole

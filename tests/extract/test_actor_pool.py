@@ -1,12 +1,19 @@
-"""Ray: several raylets on this machine, one of them killed in the middle; workers that cannot see store or videos."""
+"""Ray: several raylets on this machine, workers, decoders and nodes lost in the middle; nodes that do not fit the run.
+
+One cluster for all: a head without cores, to which each test adds its nodes. A node may claim a GPU; what runs there
+uses the CPU, and the pool treats it as it would treat a GPU node.
+"""
 
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -14,11 +21,16 @@ import pytest
 from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, RunLog
-from extract.workers.actor_pool import RayActorPool
-from extract.workers.worker import Settings, Worker
+from extract.workers.actor_pool import RayActorPool, places
+from extract.workers.worker import Worker, code_version
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+ROOT = Path(__file__).parents[2]
+TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
+TWO_NODES = ({"num_cpus": 1}, {"num_cpus": 1})
+GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +44,19 @@ def clips(tmp_path_factory, demo_clips) -> Path:
 
 
 def options(videos: Path, out: Path, **changed) -> Options:
-    tiny = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
-    return Options(videos=videos, out=str(out), **(tiny | changed))
+    return Options(videos=videos, out=str(out), **(TINY | changed))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory) -> dict[str, str]:
+    """The digest of the store that one worker makes in its own process."""
+    out = tmp_path_factory.mktemp("undisturbed") / "feats.zarr"
+    assert main(options(clips, out)) == 0
+    return store_digest(out)
 
 
 @pytest.fixture(scope="module")
 def cluster():
-    """Three nodes: a head without cores for workers, and two with one each."""
     import ray
     from ray.cluster_utils import Cluster
 
@@ -48,91 +66,177 @@ def cluster():
     cluster.shutdown()
 
 
-def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[list, int], None]) -> None:
-    """Extract over two nodes; when the first block is handed in, `disturb(nodes, process of the worker that did it)`.
+@pytest.fixture
+def add_nodes(cluster):
+    """Adds nodes to the cluster and takes them away after the test; no process of a run may be left then."""
+    added = []
 
-    That worker has its next block in hand. The store must be the one a single process makes.
-    """
+    def add(*nodes: dict[str, Any]) -> list:
+        added.extend(cluster.add_node(**node) for node in nodes)
+        cluster.wait_for_nodes()
+        return added
+
+    yield add
     import ray
 
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
-    cluster.wait_for_nodes()
+    ray.shutdown()
+    for node in added:
+        if node in cluster.worker_nodes:
+            cluster.remove_node(node)
+    deadline = time.monotonic() + 30
+    while decode_children() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not decode_children()
+
+
+def decode_children() -> list[psutil.Process]:
+    """Decode children anywhere below this process: the local cluster's too."""
+    return [p for p in psutil.Process().children(recursive=True) if "subprocess_pool" in " ".join(command_of(p))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended meanwhile
+        return []
+
+
+def blocks_of(out: Path) -> list[dict]:
+    return [record for record in RunLog.records(out) if record["event"] == "block"]
+
+
+def worker_of(out: Path) -> int:
+    """The process of the worker that handed in the first block; it is named HOST/PROCESS."""
+    return int(blocks_of(out)[0]["node"].rpartition("/")[2])
+
+
+def raylet_of(nodes: list, process: int) -> Any:
+    raylet = psutil.Process(process).ppid()
+    (node,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
+    return node
+
+
+def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[], object]) -> None:
+    """Extract over the cluster; when the first block is handed in, `disturb()`. The run must not mind."""
     result: list[object] = []
 
     def run() -> None:
         try:
-            result.append(main(options(clips, out, workers=2, address=cluster.address)))
+            result.append(main(options(clips, out, address=cluster.address)))
         except BaseException as error:
             result.append(error)
 
-    def blocks() -> list[dict]:
-        return [record for record in RunLog.records(out) if record["event"] == "block"]
-
     thread = threading.Thread(target=run)
     thread.start()
-    try:
-        while thread.is_alive() and not blocks():
-            time.sleep(0.01)
-        disturb(nodes, int(blocks()[0]["node"].rpartition("/")[2]))  # a worker is named HOST/PROCESS
-        assert len(blocks()) < 12, "the run was over before it was disturbed"
-        thread.join(timeout=120)
-    finally:
-        ray.shutdown()
-        for node in nodes:
-            if node in cluster.worker_nodes:
-                cluster.remove_node(node)
+    while thread.is_alive() and not blocks_of(out):
+        time.sleep(0.005)
+    disturb()
+    assert len(blocks_of(out)) < 12, "the run was over before it was disturbed"
+    thread.join(timeout=150)
     assert result == [0]
-    here = out.with_name("here.zarr")
-    assert main(options(clips, here)) == 0
-    assert store_digest(out) == store_digest(here)
+
+
+def whole(out: Path, undisturbed: dict[str, str]) -> None:
+    """The same bytes, and each block handed in once."""
+    assert store_digest(out) == undisturbed
     assert FeatureStore.open(out).status.tolist() == [OK] * 24
+    assert sorted(block["number"] for block in blocks_of(out)) == list(range(12))
 
 
-def test_a_killed_node_costs_nothing_but_time(clips, cluster, tmp_path):
-    def kill(nodes: list, worker: int) -> None:
-        raylet = psutil.Process(worker).ppid()
-        (node,) = [node for node in nodes if node.all_processes["raylet"][0].process.pid == raylet]
-        cluster.remove_node(node, allow_graceful=False)
-
-    disturbed(clips, cluster, tmp_path / "ray.zarr", kill)
+def test_a_killed_node_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
+    nodes, out = add_nodes(*TWO_NODES), tmp_path / "ray.zarr"
+    disturbed(clips, cluster, out, lambda: cluster.remove_node(raylet_of(nodes, worker_of(out)), allow_graceful=False))
+    whole(out, undisturbed)
 
 
-def test_a_killed_worker_costs_nothing_but_time(clips, cluster, tmp_path):
-    disturbed(clips, cluster, tmp_path / "ray.zarr", lambda _, worker: os.kill(worker, signal.SIGKILL))
+def test_a_killed_worker_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
+    out = tmp_path / "ray.zarr"
+    add_nodes(*TWO_NODES)
+    disturbed(clips, cluster, out, lambda: os.kill(worker_of(out), signal.SIGKILL))
+    whole(out, undisturbed)
+
+
+def test_a_node_may_come_late(clips, cluster, add_nodes, undisturbed, tmp_path):
+    out = tmp_path / "ray.zarr"
+    add_nodes({"num_cpus": 1})
+    disturbed(clips, cluster, out, lambda: add_nodes({"num_cpus": 1}))
+    whole(out, undisturbed)
+
+
+def decoders() -> list[psutil.Process]:
+    """Actor processes that decode for others, by the title that Ray gives them."""
+    return [p for p in psutil.Process().children(recursive=True) if "ray::Decoder" in " ".join(command_of(p))]
+
+
+def test_a_node_without_a_gpu_decodes_for_one_with(clips, cluster, add_nodes, undisturbed, tmp_path):
+    """Its decoder is killed, then a child of the decoder that comes in its place, then the node."""
+    nodes, out = add_nodes(*GPU_AND_CPU), tmp_path / "ray.zarr"
+
+    def disturb() -> None:
+        wait_for(decoders)[0].kill()
+        second = wait_for(decoders)[0]
+        wait_for(second.children)[0].kill()
+        cluster.remove_node(raylet_of(nodes, second.pid), allow_graceful=False)
+
+    disturbed(clips, cluster, out, disturb)
+    whole(out, undisturbed)
+
+
+def wait_for(what: Callable[[], list]) -> list:
+    deadline = time.monotonic() + 60
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
+
+
+def test_a_killed_driver_goes_on_upon_the_same_cluster(clips, cluster, add_nodes, undisturbed, tmp_path):
+    out = tmp_path / "ray.zarr"
+    add_nodes(*GPU_AND_CPU)
+    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log)
+        while run.poll() is None and not blocks_of(out):
+            time.sleep(0.005)
+        run.kill()
+        run.wait()
+    before = len(blocks_of(out))
+    assert 0 < before < 12
+    assert main(options(clips, out, address=cluster.address)) == 0
+    assert store_digest(out) == undisturbed
+    assert len(blocks_of(out)) <= 12 + 1  # one may have been committed and not logged
+
+
+def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__"))
+    with (other / "extract" / "sampling.py").open("a") as file:
+        file.write("# a line more\n")
+    add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(other)}})
+    ours = code_version().replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"):
+        main(options(clips, tmp_path / "a.zarr", address=cluster.address))
 
 
 def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(clips, tmp_path):
     out = tmp_path / "a.zarr"
     assert main(options(clips, out, limit=1)) == 0
-    nonce = RunLog.records(out)[0]["nonce"]
-    clip = next(clips.rglob("*.mp4"))
+    nonce, version = RunLog.records(out)[0]["nonce"], code_version()
+    clip = str(next(clips.rglob("*.mp4")))
 
-    def worker(store: Path) -> Worker:
-        return Worker(
-            Settings(
-                store=str(store),
-                backbone="test_resnet",
-                weights="random",
-                device="cpu",
-                precision="fp32",
-                frames=3,
-                crops=1,
-                augment_passes=0,
-                seed=0,
-                decoder="pyav",
-                decode_workers=1,
-                video_timeout=9.0,
-                threads=1,
-            )
-        )
+    def check(store: Path, nonce: str, clip: str, version: str = version) -> None:
+        Worker(options(clips, store), 1).check(nonce, clip, version)
 
-    assert worker(out).check(nonce, str(clip))
+    check(out, nonce, clip)
     with pytest.raises(RunError, match=r"the worker on \S+ does not see the store .*b\.zarr"):
-        worker(tmp_path / "b.zarr").check(nonce, str(clip))
+        check(tmp_path / "b.zarr", nonce, clip)
     with pytest.raises(RunError, match=r"the worker on \S+ sees another .*a\.zarr than this run's"):
-        worker(out).check("another nonce", str(clip))
+        check(out, "another nonce", clip)
     with pytest.raises(RunError, match=r"the worker on \S+ cannot read the videos: .*gone\.mp4"):
-        worker(out).check(nonce, str(tmp_path / "gone.mp4"))
+        check(out, nonce, str(tmp_path / "gone.mp4"))
+    with pytest.raises(RunError, match=r"has hgnl-video 0\.1\.0 \(sources \w+\), the driver 0\.0\.9"):
+        check(out, nonce, clip, "0.0.9")
 
 
 def test_no_cluster_at_the_address(clips, tmp_path):
@@ -153,3 +257,24 @@ def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
     pool._ray, pool._request = Nobody(), {"num_cpus": 64}
     with pytest.raises(RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"):
         pool._complain(2.0)
+
+
+HEAD, SMALL, LARGE = {"CPU": 0.0}, {"CPU": 4.0}, {"CPU": 64.0}
+GPUS = {"CPU": 32.0, "GPU": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "workers", "gpu", "expected"),
+    [
+        ([HEAD, SMALL, SMALL], None, False, (2, {"num_cpus": 4})),
+        ([SMALL, LARGE], None, False, (2, {"num_cpus": 4})),
+        ([SMALL], 3, False, (3, {"num_cpus": 1})),
+        ([{"CPU": 1.0}], 2, False, (2, {"num_cpus": 0.5})),
+        ([HEAD, GPUS, GPUS, LARGE], None, True, (16, {"num_gpus": 1, "num_cpus": 4})),
+        ([HEAD, GPUS, LARGE], 2, True, (2, {"num_gpus": 1, "num_cpus": 4})),
+        ([HEAD, LARGE], None, True, (1, {"num_gpus": 1, "num_cpus": 1})),  # the GPU's node is away for a while
+        ([HEAD], None, False, (1, {"num_cpus": 1})),
+    ],
+)
+def test_how_many_workers_a_cluster_has_places_for(nodes, workers, gpu, expected):
+    assert places(nodes, workers, gpu=gpu) == expected

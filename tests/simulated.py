@@ -1,0 +1,58 @@
+"""A worker whose decoding and backbone are sleeps, as long as they take on machines that are not at hand."""
+
+import time
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.backbone.model import Backbone
+from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.transform import Plan, Prepared, Preprocessing, view_names
+from extract.workers.worker import Worker
+
+FRAMES, SIZE, DIM = 25, 224, 64
+DECODE_SECONDS = 0.2  # one core, one video
+H100_FRAMES = 5000.0  # that the backbone takes a second
+
+
+def sleep_to_decode(job: tuple[str, str, Plan], out: np.ndarray, on_duration: Any) -> Prepared:
+    _, name, plan = job
+    time.sleep(DECODE_SECONDS)
+    out[:] = int.from_bytes(name.encode()[-8:], "little") % 251
+    views = len(view_names(plan.crops, plan.augment_passes))
+    indices = np.tile(np.arange(plan.frames, dtype="<i4"), (views, 1))
+    return Prepared(indices, indices.astype("<f4") / 25, plan.frames, "")
+
+
+class SleepingBackbone:
+    """As much of a Backbone as a worker uses."""
+
+    device, batch_size, dim, precision = torch.device("cpu"), 256, DIM, "fp32"
+    preprocessing = Preprocessing(SIZE, SIZE, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    def __call__(self, frames: np.ndarray) -> np.ndarray:
+        time.sleep(len(frames) / H100_FRAMES)
+        return np.repeat(frames[:, :1, 0, 0].astype("<f2"), DIM, axis=1)
+
+    def provenance(self) -> dict[str, Any]:
+        return {"backbone": "simulated"}
+
+    def describe(self) -> str:
+        return "a simulated H100"
+
+
+class SimulatedWorker(Worker):
+    @cached_property
+    def _backbone(self) -> Backbone:
+        return SleepingBackbone()  # type: ignore[return-value]
+
+    @cached_property
+    def _pool(self) -> SubprocessPool:
+        return SubprocessPool(
+            sleep_to_decode,
+            slot_bytes=len(self._views) * self.settings.frames * SIZE**2 * 3,
+            workers=self.settings.decode_workers,
+            timeout=60.0,
+        )
