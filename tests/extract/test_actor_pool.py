@@ -156,10 +156,19 @@ def test_a_killed_worker_costs_nothing_but_time(clips, cluster, add_nodes, undis
     whole(out, undisturbed)
 
 
-def test_a_node_may_come_late(clips, cluster, add_nodes, undisturbed, tmp_path):
+def test_a_node_that_comes_late_takes_its_part(clips, cluster, add_nodes, undisturbed, tmp_path):
+    """The first worker is stopped, with blocks in hand, until a second one on the new node has handed in one."""
     out = tmp_path / "ray.zarr"
     add_nodes({"num_cpus": 1})
-    disturbed(clips, cluster, out, lambda: add_nodes({"num_cpus": 1}))
+
+    def disturb() -> None:
+        first = psutil.Process(worker_of(out))
+        first.suspend()
+        add_nodes({"num_cpus": 1})
+        wait_for(lambda: {block["node"] for block in blocks_of(out)} - {blocks_of(out)[0]["node"]})
+        first.resume()
+
+    disturbed(clips, cluster, out, disturb)
     whole(out, undisturbed)
 
 
@@ -182,7 +191,7 @@ def test_a_node_without_a_gpu_decodes_for_one_with(clips, cluster, add_nodes, un
     whole(out, undisturbed)
 
 
-def wait_for(what: Callable[[], list]) -> list:
+def wait_for(what: Callable[[], Any]) -> Any:
     deadline = time.monotonic() + 60
     while not (found := what()):
         assert time.monotonic() < deadline
