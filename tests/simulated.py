@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from extract.backbone.model import Backbone
-from extract.decode.subprocess_pool import SubprocessPool
 from extract.decode.transform import Plan, Prepared, Preprocessing, view_names
 from extract.workers.worker import Worker
 
@@ -44,15 +43,8 @@ class SleepingBackbone:
 
 
 class SimulatedWorker(Worker):
+    decode_job = staticmethod(sleep_to_decode)
+
     @cached_property
     def _backbone(self) -> Backbone:
         return SleepingBackbone()  # type: ignore[return-value]
-
-    @cached_property
-    def _pool(self) -> SubprocessPool:
-        return SubprocessPool(
-            sleep_to_decode,
-            slot_bytes=len(self._views) * self.settings.frames * SIZE**2 * 3,
-            workers=self.settings.decode_workers,
-            timeout=60.0,
-        )

@@ -1,0 +1,237 @@
+"""The pool of workers and decoders against the same extraction as two stages of Ray Data, on clusters of raylets here.
+
+Method: each contender extracts the same videos on the same fresh cluster (`ray.cluster_utils.Cluster`). Videos a second
+are counted from the first block that is handed in to the last, so that the start of processes, which a machine of two
+cores spends its minutes on, stays outside; it is printed beside. "Alone" is the pool without decoders: what it was
+before it had any. Where a cluster needs more cores than this machine has, decoding sleeps 0.2 s a video and the
+backbone sleeps as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`); frames travel as they would.
+"""
+
+import contextlib
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from extract.decode.subprocess_pool import Finished
+from extract.options import Options
+from extract.store import OK, FeatureStore, exclusive
+from extract.workers.actor_pool import RayActorPool
+from extract.workers.driver import _blocks, _columns
+from extract.workers.worker import Block, Done, Worker, code_version
+from simulated import SimulatedWorker
+
+ROOT = Path(__file__).parents[2]
+TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "device": "auto"}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """As much of a listing's video as the driver's functions ask for."""
+
+    id: str
+    path: str
+    label: int = 0
+    split: str = "train"
+    group: str = ""
+
+
+class DecodeStage:
+    """First stage of Ray Data: a block in, its videos' frames out, from children under deadlines as in the pool."""
+
+    def __init__(self, worker: type[Worker], options: Options, cores: int):
+        self._worker = worker(options, cores)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        (block,) = batch["block"]
+        frames, ends = [], []
+        for future in self._worker._submit(block):
+            with future.result() as finished:
+                frames.append(finished.buffer.copy())
+                ends.append((finished.result, finished.failure, finished.cpu_seconds))
+        return {"block": batch["block"], "ends": objects(ends), "frames": np.stack(frames)[None]}
+
+
+class BackboneStage:
+    """Second stage: the frames of a block in, its shard written."""
+
+    def __init__(self, worker: type[Worker], options: Options, cores: int):
+        self._worker = worker(options, cores)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        (block,), (frames,), (ends,) = batch["block"], batch["frames"], batch["ends"]
+        self._worker._ahead[block.number] = [
+            Ready(Finished(result, buffer, failure, seconds))
+            for buffer, (result, failure, seconds) in zip(frames, ends, strict=True)
+        ]
+        return {"done": objects(self._worker.run(block) + self._worker.drain())}
+
+
+@dataclass
+class Ready:
+    finished: Finished
+
+    def result(self) -> Finished:
+        return self.finished
+
+
+def objects(values: list) -> np.ndarray:
+    """One cell that holds a list, whatever is in it."""
+    cell = np.empty(1, object)
+    cell[0] = values
+    return cell
+
+
+class RayData:
+    """The contender: map_batches with an actor pool for each stage, `concurrency` from one to what the nodes hold."""
+
+    def __init__(self, options: Options, worker: type[Worker], *, decoders: int, workers: int, cpus: float, gpu: bool):
+        self._arguments = worker, options, max(1, int(cpus))
+        self._decode = {"num_cpus": cpus, "concurrency": (decoders, decoders)}
+        self._backbone = {"concurrency": (workers, workers), **({"num_gpus": 1} if gpu else {"num_cpus": cpus})}
+
+    def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
+        import ray
+
+        context = ray.data.DataContext.get_current()
+        context.target_max_block_size = 1 << 40  # a block's frames stay together
+        context.enable_progress_bars = False
+        data = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
+        data = data.map_batches(DecodeStage, fn_constructor_args=self._arguments, batch_size=1, **self._decode)
+        data = data.map_batches(BackboneStage, fn_constructor_args=self._arguments, batch_size=1, **self._backbone)
+        for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
+            yield [done for cell in batch["done"] for done in cell]
+
+    def close(self) -> None:
+        pass
+
+
+class Alone(RayActorPool):
+    """The pool as it was: every worker decodes for itself."""
+
+    def _helper(self, *_: Any) -> Any:
+        raise AssertionError
+
+    def _look(self) -> None:
+        slots, self._slot_bytes = self._slot_bytes, 0
+        super()._look()
+        self._slot_bytes = slots
+
+
+@contextlib.contextmanager
+def cluster_of(nodes: list[dict[str, Any]]) -> Iterator[str]:
+    import ray
+    from ray.cluster_utils import Cluster
+
+    os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for node in nodes:
+            cluster.add_node(object_store_memory=800 << 20, **node)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+        yield cluster.address
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+def measure(pool: Any, store: FeatureStore, blocks: list[Block]) -> tuple[float, float]:
+    """Videos a second from the first block handed in to the last, and seconds until the first."""
+    started, first, videos = time.perf_counter(), 0.0, 0
+    for together in pool.extract(blocks):
+        if together:
+            if not first:
+                first = time.perf_counter()
+                videos -= sum(len(done.outcome.rows) for done in together)
+            for done in together:
+                store.commit(done.outcome)
+                videos += len(done.outcome.rows)
+    speed = videos / (time.perf_counter() - first)
+    assert (store.status == OK).all()
+    return speed, first - started
+
+
+def contest(
+    tmp_path: Path,
+    videos: list[Listed],
+    nodes: list[dict[str, Any]],
+    contenders: list[str],
+    *,
+    worker: type[Worker],
+    block_size: int,
+    cores: float,
+) -> dict[str, float]:
+    """Videos a second of each contender, each on a cluster of its own."""
+    gpu = any("num_gpus" in node for node in nodes)
+    speeds = {}
+    for name in contenders:
+        out = tmp_path / f"{name.replace(' ', '_')}.zarr"
+        shutil.rmtree(out, ignore_errors=True)
+        options = Options(Path(), str(out), block_size=block_size, decode_workers=max(1, int(cores)), **TINY)
+        with cluster_of(nodes) as address:
+            options = Options(**(vars(options) | {"address": address}))
+            made = worker(options, 1).describe()
+            FeatureStore.create(
+                out,
+                **_columns(videos),
+                classes=["a"],
+                views=made["views"],
+                frames=25,
+                dim=made["dim"],
+                block_size=block_size,
+                provenance=made["provenance"],
+            )
+            store = FeatureStore.open(out, writable=True)
+            blocks = _blocks(store, videos)
+            if name == "Ray Data":
+                # One decoder a node; without GPUs, each stage has half of its node.
+                share = cores if gpu else cores / 2
+                workers = 1 if gpu else len(nodes)
+                pool: Any = RayData(options, worker, decoders=len(nodes), workers=workers, cpus=share, gpu=gpu)
+            else:
+                pool = (Alone if name == "alone" else RayActorPool)(options, worker)
+                pool.describe()
+                with exclusive(out) as log:
+                    log.write("start", nonce="this run")
+                pool.check("this run", videos[0].path, code_version())
+            try:
+                speeds[name], start = measure(pool, store, blocks)
+            finally:
+                pool.close()
+        print(f"{name:>8}: {speeds[name]:6.1f} videos/s over {len(nodes)} nodes; {start:.0f} s to the first block")
+    ratios = [f"{name} {speed / speeds['alone']:.2f}" for name, speed in speeds.items()]
+    print(f"of alone: {', '.join(ratios)}")
+    return speeds
+
+
+@pytest.fixture(scope="module")
+def real_videos() -> list[Listed]:
+    """Real clips, decoded for real: Kinetics' of ../shared where they are, else the ones the package ships."""
+    source = sorted((ROOT.parent / "shared" / "clips" / "kinetics_like").glob("mmaction2*.mp4"))
+    source = source or sorted((ROOT / "pipelines" / "clips" / "daily_actions").rglob("*.mp4"))[:8]
+    return [Listed(f"{copy}/{clip.name}", str(clip)) for copy in range(128 // len(source)) for clip in source]
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
+    """Nodes of one core with a real decoder and a small real backbone. More than two of them share the two cores."""
+    nodes = [{"num_cpus": 1}] * count
+    speeds = contest(tmp_path, real_videos, nodes, ["alone", "pool", "Ray Data"], worker=Worker, block_size=8, cores=1)
+    assert speeds["pool"] >= 0.9 * speeds["alone"]
+
+
+def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
+    """Simulated: a "GPU" node whose two cores decode 10 videos a second where its GPU takes 200, and two CPU nodes."""
+    videos = [Listed(f"{number:04d}.mp4", __file__) for number in range(256)]
+    nodes: list[dict[str, Any]] = [{"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2}, {"num_cpus": 2}]
+    speeds = contest(
+        tmp_path, videos, nodes, ["alone", "pool", "Ray Data"], worker=SimulatedWorker, block_size=16, cores=2
+    )
+    assert speeds["pool"] >= 1.8 * speeds["alone"]
