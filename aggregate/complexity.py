@@ -205,7 +205,7 @@ def readings(models: list[Column], *, dim: int) -> list[str]:
     return lines
 
 
-def aligned(rows: list[Sequence[str]]) -> str:
+def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as a table: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

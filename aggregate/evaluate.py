@@ -60,9 +60,10 @@ def main(options: Options) -> int:
 
 def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
     """Scores from a feature store, one for each number of segments."""
+    from aggregate.data.features import StoredFeatures
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.learner import choose_device
-    from aggregate.training.testing import features_to_test, logits_of, possible_segments
+    from aggregate.training.sources import logits_of, possible_segments
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -72,11 +73,11 @@ def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scor
     device = choose_device(options.device)
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
     wanted = possible_segments(options.segments, store)
-    features = features_to_test(store, rows, device=device, placement=options.placement)  # read once for all of them
+    features = StoredFeatures(store, rows, device=device, placement=options.placement)  # read once for all of them
     models = [checkpoint.model().to(device)]
     several = []
     for segments in wanted:
-        (crops,) = logits_of(models, store, rows, segments=segments, batch_size=options.batch_size, features=features)
+        (crops,) = logits_of(models, features, segments=segments, batch_size=options.batch_size)
         several.append(_scores(crops, store.ids[rows].tolist(), labels, checkpoint, options, segments))
     return several
 
@@ -90,7 +91,7 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
     from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.learner import choose_device
-    from aggregate.training.testing import predict
+    from aggregate.training.sources import predict
     from extract.listing.videos import list_videos
 
     model = model_from_record(checkpoint, options.weights)

@@ -5,8 +5,11 @@ first, which is also the order a submission lists them in. A row that holds a Na
 every metric. numpy only.
 """
 
-from collections.abc import Iterator
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 
@@ -168,3 +171,13 @@ def _resampled(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.nda
     total = int(counts.sum())
     for _ in range(resamples):
         yield rng.multinomial(total, counts / total)
+
+
+def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of measures with a heading; what a row lacks stays empty."""
+    columns = dict.fromkeys(name for row in sorted(rows, key=len, reverse=True) for name in row)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import (
+    Aggregator,
     HeadOptions,
     ScheduleOptions,
     SplitOptions,
@@ -32,7 +33,7 @@ _FREE_ON_RESUME = ("out", "device", "placement")
 class Options(HeadOptions, ScheduleOptions, SplitOptions):
     """Train an aggregator and its classifier on cached features; run again to resume."""
 
-    agg: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"]
+    agg: Aggregator
     """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive V-JEPA's probe."""
     features: str = "feats.zarr"
     """The feature store of `python -m extract`."""
@@ -60,11 +61,11 @@ def main(options: Options) -> int:
 
 def prepare(options: Options) -> "Run":
     """The run that `options` ask for, at the epoch where its folder stands."""
+    from aggregate.data.features import StoredFeatures
     from aggregate.training.learner import choose_device
     from aggregate.training.run import Run, open_folder
-    from aggregate.training.sources import CachedFeatures
+    from aggregate.training.sources import CachedFeatures, possible_segments
     from aggregate.training.splits import check_classes, choose_rows
-    from aggregate.training.testing import possible_segments
     from extract.store import FeatureStore
 
     out = options.out or Path("runs") / options.agg
@@ -74,22 +75,15 @@ def prepare(options: Options) -> "Run":
     rows, val_rows, words = choose_rows(store, options, options.seed)
     check_classes(store, rows, allow_missing=options.allow_missing_classes)
     recipe = recipe_of(options, videos=len(rows))
-    source = CachedFeatures(
-        store,
-        rows,
-        val_rows,
-        frames=options.frames,
-        batch_size=recipe.batch_size,
-        seed=options.seed,
-        device=device,
-        placement=options.placement,
-    )
+    training = StoredFeatures(store, rows, device=device, placement=options.placement, training=True)
+    testing = StoredFeatures(store, val_rows, device=device, placement=options.placement)
     print(
         f"features  {store!r}\nvideos    {words}\n"
-        f"training  {source.training.words}; {len(source.training.views)} views; on {device}\n"
+        f"training  {training.words}; {len(training.views)} views; on {device}\n"
         f"recipe    {options.recipe}: {recipe}"
     )
     learners, reference = _contestants(options, store, recipe, videos=len(rows), device=device)
+    source = CachedFeatures(training, testing, options.frames, recipe.batch_size, options.seed)
     common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames}
     segments = possible_segments((options.frames, store.frames_per_video), store)
     run = Run(out, options, learners, source, common=common, segments=segments, reference=reference)
@@ -104,31 +98,28 @@ def _contestants(
     --init as it is, which then is the baseline."""
     from aggregate.training.checkpoint import Checkpoint
 
-    def learner(name: str, file: str, aggregator: dict[str, Any], init: "Checkpoint | None", label: str) -> "Learner":
-        made = make_learner(
-            options, store, recipe, name, aggregator, videos=videos, device=device, init=init, label=label
-        )
-        made.file = file
-        return made
-
     init = None if options.init is None else Checkpoint.load(options.init)
     if init is not None:
         init.check_features(store.provenance, store.dim, str(options.features))
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print("note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh")
+    common: dict[str, Any] = {"videos": videos, "device": device}
+    learners = [make_learner(options, store, recipe, init=init, **common)]
+    defaults: dict[str, Any] = {one.name: one.default for one in fields(HeadOptions) if one.name != "frames"}
+    tsn = replace(options, agg="tsn", **defaults)
     from_tsn = init is not None and init.options["name"] == "tsn"
-    learners = [learner(options.agg, "best.pt", aggregator_options(options.agg, options), init, options.agg)]
     reference = None
     if options.agg != "tsn":
         if init is not None and from_tsn and init.classes == list(store.classes):
             print(f"baseline  the TSN of {options.init}, as it is")
             reference = ("tsn (as it was)", init.model().to(device))
         else:
-            learners.append(learner("tsn", "baseline.pt", {}, None, "tsn (baseline)"))
+            learners.append(make_learner(tsn, store, recipe, **common, label="tsn (baseline)", file="baseline.pt"))
     if options.control:
         if not from_tsn:
             raise InputError("--control trains the TSN of --init for as many more epochs; give --init tsn.pt")
-        learners.append(learner("tsn", "control.pt", {}, init, "tsn (control)"))
+        control = make_learner(tsn, store, recipe, init=init, **common, label="tsn (control)", file="control.pt")
+        learners.append(control)
     return learners, reference
 
 
@@ -143,28 +134,28 @@ def make_learner(
     options: Options,
     store: "FeatureStore",
     recipe: "Recipe",
-    name: str,
-    aggregator: dict[str, Any],
     *,
     videos: int,
     device: "torch.device",
-    init: "Checkpoint | None",
-    label: str,
+    init: "Checkpoint | None" = None,
+    label: str = "",
+    file: str = "best.pt",
     tell: Callable[[str], object] = print,
 ) -> "Learner":
-    """A learner of the aggregator `name`, started from `init` where there is one; `tell`s what that carried over."""
+    """A learner of `options`, started from `init` where there is one; `tell`s what that carried over."""
     import torch
 
     from aggregate.models import build, carry_over
     from aggregate.training.learner import Learner
 
+    own, label = aggregator_options(options.agg, options), label or options.agg
     torch.manual_seed(options.seed)  # a model's start is a function of the seed, whatever stands beside it
-    model = build(name, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **aggregator)
+    model = build(options.agg, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **own)
     if init is not None:
         carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
         tell(f"{label}: from {options.init}: {carried}")
     steps = -(-videos // recipe.batch_size)
-    return Learner(label, model, recipe, steps_per_epoch=steps, seed=options.seed, device=device)
+    return Learner(label, model, recipe, steps_per_epoch=steps, seed=options.seed, device=device, file=file)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ HOMES = {
     "zarr": ("extract/store/",),
     "av": ("extract/decode/",),
     "decord": ("extract/decode/",),
-    "ray": ("extract/workers/", "aggregate/training/", "aggregate/finetune.py", "aggregate/ablate.py"),
+    "ray": ("extract/workers/", "aggregate/finetune.py"),
 }
 # Decoding subprocesses, score files and the ensemble must start without torch's five seconds.
 TORCH_FREE = (

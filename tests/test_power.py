@@ -15,7 +15,7 @@ import pytest
 import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
 from aggregate import ablate, evaluate, finetune, train
-from aggregate.ablation.grid import contents_of
+from aggregate.ablation.records import Records
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
@@ -202,8 +202,8 @@ def test_a_run_folder_and_an_ablation_go_on_whenever_the_power_goes(tmp_path):
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()
         if (disk / "grid").exists():
-            with ablate.Records(ablating(tmp_path, disk / "grid"), contents) as records:
-                assert all(records.places(key) is not None for key in records.rows)
+            with Records(ablating(tmp_path, disk / "grid"), store, free=("out",), what="ablation") as records:
+                assert all(records.array(key) is not None for key in records.rows)
                 results.add(len(records.rows))
         for file in disk.glob("*.h5"):
             assert Scores.load(file).ids
@@ -211,7 +211,7 @@ def test_a_run_folder_and_an_ablation_go_on_whenever_the_power_goes(tmp_path):
             json.loads(file.read_text())
 
     results: set[int] = set()
-    contents = contents_of(FeatureStore.open(tmp_path / "feats.zarr"))
+    store = FeatureStore.open(tmp_path / "feats.zarr")
     cuts = PowerCuts(tmp_path / "disk", tmp_path / "after", check)
     with cuts.recording():
         train.main(training(tmp_path, tmp_path / "disk" / "run"))

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from aggregate.complexity import aligned
-from aggregate.metrics import Interval, bootstrap
-from aggregate.training.files import csv_of
+from aggregate.metrics import Interval, bootstrap, csv_of
 from extract.files import replace_file
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ _OWN_TO_A_SEED = {"seed", "status", "best_epoch", "s", "attention_ratio", "secon
 class HeatMap(NamedTuple):
     """Mean top-1 with all segments over g1 (rows) and g2 (columns); NaN where a pair is invalid or not done."""
 
-    title: str  # what the other options are, "" where there is one setting only
+    title: str  # the aggregator and what the other options are
     g1: list[int]
     g2: list[int]
     top1: np.ndarray
@@ -116,76 +115,58 @@ def heat_maps(summary: Sequence[Row]) -> list[HeatMap]:
         return []
     maps: dict[str, HeatMap] = {}
     for line in grouped:
-        words = [word for word in line["name"].split() if not word.startswith(("g1=", "g2="))]
-        title = " ".join(words)
-        if title not in maps:
-            maps[title] = HeatMap(title, g1, g2, np.full((len(g1), len(g2)), np.nan))
-        maps[title].top1[g1.index(line["g1"]), g2.index(line["g2"])] = line.get("top1_at_all", np.nan)
+        title = " ".join(word for word in line["name"].split() if not word.startswith(("g1=", "g2=")))
+        heat = maps.setdefault(title, HeatMap(title, g1, g2, np.full((len(g1), len(g2)), np.nan)))
+        heat.top1[g1.index(line["g1"]), g2.index(line["g2"])] = line.get("top1_at_all", np.nan)
     return list(maps.values())
 
 
 # -- in words ------------------------------------------------------------------------------------------------------
 
+_ABOUT = {
+    "seeds": "With several seeds: 95 % intervals of the mean over seeds (Student's t), not of other videos.",
+    "videos": "With one seed: 95 % bootstrap intervals over videos, not of other seeds.",
+}
+
 
 def summary_text(summary: Sequence[Row]) -> str:
     """The table of the terminal: percent, differences in points."""
-    frames = sorted({line["frames"] for line in summary})
+    frames, every = sorted({line["frames"] for line in summary}), summary[0]["all_frames"]
     few = str(frames[0]) if len(frames) == 1 else "few"
-    every = summary[0]["all_frames"]
-    head = [f"top-1 % @{few}", f"top-1 % @{every}", f"top-5 % @{every}", f"average error % @{every}"]
     shown = ("top1_at_frames", "top1_at_all", "top5_at_all", "average_error_at_all")
-    rows: list[Sequence[str]] = [
-        ("", "seeds", "parameters", "MAdds", *head, "top-1 - first's", "s", "|s F_o|/|F|", "seconds", "")
-    ]
+    heads = [f"top-1 % @{few}", f"top-1 % @{every}", f"top-5 % @{every}", f"average error % @{every}"]
+    rows = [["", "seeds", "parameters", "MAdds", *heads, "top-1 - first's", "s", "|s F_o|/|F|", "seconds", ""]]
     for line in summary:
-        cells = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
-        if line["seeds"]:
-            cells += [_percent(line[m], line[f"{m}_low"], line[f"{m}_high"]) for m in shown]
-            gain = (line["difference"], line["difference_low"], line["difference_high"])
-            cells.append("" if gain[0] is None else _percent(*gain, sign="+"))
-            cells += ["" if line[name] is None else f"{line[name]:.2g}" for name in ("s", "attention_ratio")]
-            cells.append(f"{line['seconds']:.1f}")
-        else:
-            cells += [""] * (len(rows[0]) - 5)
-        notes = ["front"] if line["pareto"] else []
-        notes += [f"{line['diverged']} DIVERGED"] if line["diverged"] else []
-        rows.append((line["name"], *cells, ", ".join(notes)))
-    about = {line["interval_over"] for line in summary} - {""}
-    words = {
-        "seeds": "With several seeds: 95 % intervals of the mean over seeds (Student's t), not of other videos.",
-        "videos": "With one seed: 95 % bootstrap intervals over videos, not of other seeds.",
-    }
-    return "\n".join(
-        [
-            aligned(rows),
-            "",
-            "Each model at its best epoch, chosen on the same videos.",
-            *(words[one] for one in sorted(about)),
-            "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos. front: no",
-            "other has at most its parameters and a better top-1.",
-        ]
-    )
+        cells = [percent(line, measure) for measure in shown]
+        cells += [percent(line, "difference", sign="+")]
+        cells += ["" if line[name] is None else f"{line[name]:.2g}" for name in ("s", "attention_ratio")]
+        cells += ["" if line["seconds"] is None else f"{line['seconds']:.1f}"]
+        notes = ["front"] * line["pareto"] + [f"{line['diverged']} DIVERGED"] * bool(line["diverged"])
+        size = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
+        rows.append([line["name"], *size, *cells, ", ".join(notes)])
+    about = sorted({line["interval_over"] for line in summary} - {""})
+    words = [
+        "Each model at its best epoch, chosen on the same videos.",
+        *(_ABOUT[one] for one in about),
+        "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos. front: no",
+        "other has at most its parameters and a better top-1.",
+    ]
+    return "\n".join([aligned(rows), "", *words])
 
 
-def _percent(mean: float, low: float, high: float, *, sign: str = "") -> str:
-    return f"{100 * mean:{sign}.2f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
-
-
-def front_text(summary: Sequence[Row]) -> str:
-    """The Pareto front as a table."""
-    lines = {line["name"]: line for line in summary}
-    rows: list[Sequence[str]] = [("Pareto front", "parameters", "top-1 %")]
-    for name in pareto(summary):
-        line = lines[name]
-        rows.append((name, f"{line['parameters']:,}", f"{100 * line['top1_at_all']:.2f}"))
-    return aligned(rows)
+def percent(line: Row, measure: str, *, sign: str = "") -> str:
+    """`61.83 [61.3, 62.4]`, or nothing where it was not measured."""
+    if line.get(measure) is None:
+        return ""
+    value, low, high = (100 * line[f"{measure}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:{sign}.2f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def heat_map_text(heat: HeatMap) -> str:
     """The map as a table: percent, a dot where there is none."""
-    rows: list[Sequence[str]] = [(f"top-1 %, {heat.title}", *(f"g2={g2}" for g2 in heat.g2))]
+    rows = [[f"top-1 %, {heat.title}", *(f"g2={g2}" for g2 in heat.g2)]]
     for g1, values in zip(heat.g1, heat.top1, strict=True):
-        rows.append((f"g1={g1}", *("." if math.isnan(value) else f"{100 * value:.2f}" for value in values)))
+        rows.append([f"g1={g1}", *("." if math.isnan(value) else f"{100 * value:.2f}" for value in values)])
     return aligned(rows)
 
 
@@ -198,7 +179,7 @@ def report(
     """Print the summary; write summary.csv, summary.txt and, with matplotlib, heatmap.png and pareto.png."""
     summary = summarise(rows, places)
     maps = heat_maps(summary)
-    parts = [summary_text(summary), front_text(summary), *map(heat_map_text, maps)]
+    parts = [summary_text(summary), *map(heat_map_text, maps)]
     if skipped:
         parts.append("\n".join(["skipped:", *(f"  {one}" for one in skipped)]))
     text = "\n\n".join(parts)

@@ -1,18 +1,14 @@
 """Several configurations trained in one pass over the features: each batch is gathered once and feeds all models.
 
-    batch -> model 1, model 2, ... model k        the same seed, frames, batch size and epochs
+    batch -> model 1, model 2, ... model k        the same videos, seed, frames, batch size and epochs
 
 A configuration is an `Options` of `aggregate.train` and gives what that command gives for it, bit for bit (on one
 machine, with one number of threads): the same start, batches, dropout and choice of the best epoch.
 """
 
-import functools
-import hashlib
 import json
-import math
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,18 +17,17 @@ import torch
 
 from aggregate import train
 from aggregate.complexity import Column, madds_by_formula
-from aggregate.data.features import Placement
+from aggregate.data.features import Placement, StoredFeatures
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
 from aggregate.models import VideoClassifier, build
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner, choose_device
-from aggregate.training.loop import fit
+from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, aggregator_options, plain
 from aggregate.training.recipes import Recipe
 from aggregate.training.sources import CachedFeatures
 from aggregate.training.splits import choose_rows
-from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 
 
@@ -43,6 +38,11 @@ class Configuration:
     name: str  # its options that differ from the others', without the seed
     options: train.Options
     recipe: Recipe
+    videos: int  # to train on
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * -(-self.videos // self.recipe.batch_size)
 
     @property
     def key(self) -> str:
@@ -50,7 +50,7 @@ class Configuration:
         return key_of(plain(self.options))
 
     @property
-    def shares_batches(self) -> tuple[int, int, int, int]:
+    def shares_batches(self) -> Hashable:
         """What its batches are a function of: configurations where this is equal can share a pass."""
         return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs
 
@@ -81,20 +81,59 @@ class Result:
 class GridTrainer:
     """Trains configurations that share a pass. Features it has read once it keeps for the next pass."""
 
-    def __init__(self, features: str, *, device: str, placement: Placement, init: str | None = None) -> None:
-        self.store = FeatureStore.open(features)
+    def __init__(
+        self, store: FeatureStore, *, device: str, placement: Placement = "auto", init: Checkpoint | None = None
+    ) -> None:
+        self.store, self.init = store, init
         self.device, self.placement = choose_device(device), placement
-        self.init = None if init is None else Checkpoint.load(init)
-        if self.init is not None:
-            self.init.check_features(self.store.provenance, self.store.dim, features)
-        self._source: CachedFeatures | None = None
+        self._held: dict[bool, StoredFeatures] = {}
         self._told: set[str] = set()
+
+    def features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
+        """Those of `rows`, from what is held where they are among it."""
+        held = self._held.get(training)
+        if held is None or not np.isin(rows, held.rows).all():
+            held = StoredFeatures(self.store, rows, device=self.device, placement=self.placement, training=training)
+            self._held[training] = held
+        return held.subset(rows)
+
+    def source(self, one: Configuration, rows: np.ndarray, val_rows: np.ndarray) -> CachedFeatures:
+        """Batches as `one` and all that share them see them."""
+        training, testing = self.features(rows, training=True), self.features(val_rows, training=False)
+        return CachedFeatures(training, testing, one.options.frames, one.recipe.batch_size, one.options.seed)
+
+    def learner(self, one: Configuration) -> Learner:
+        def tell_once(text: str) -> None:
+            if text not in self._told:
+                self._told.add(text)
+                print(text)
+
+        return train.make_learner(
+            one.options, self.store, one.recipe, videos=one.videos, device=self.device, init=self.init, tell=tell_once
+        )
+
+    def fit(
+        self,
+        share: Sequence[Configuration],
+        rows: np.ndarray,
+        val_rows: np.ndarray,
+        on_step: Callable[[], object] = lambda: None,
+        on_epoch: Callable[[Epoch], object] = lambda epoch: None,
+    ) -> tuple[CachedFeatures, list[Learner]]:
+        """One pass over `rows`, validated on `val_rows`: its batches, and learners with the states of their best epochs
+        (or `lost`)."""
+        source = self.source(share[0], rows, val_rows)
+        learners = [self.learner(one) for one in share]
+        for epoch in fit(learners, source, on_step=on_step, strict=False):
+            on_epoch(epoch)
+        return source, learners
 
     def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:
         """Train `share` in one pass and test each at its best epoch, with the segments of training and with all."""
         started = time.perf_counter()
-        source, learners = self.fit(share, on_step)
-        places, measured = self._test(source, learners)
+        rows, val_rows, _ = choose_rows(self.store, share[0].options, share[0].options.seed)
+        source, learners = self.fit(share, rows, val_rows, on_step)
+        places, measured = _test(source, learners)
         wall = time.perf_counter() - started
         stepping = sum(learner.seconds for learner in learners)
         results = []
@@ -106,109 +145,31 @@ class GridTrainer:
             results.append(Result(one.key, row, places.get(learner)))
         return results
 
-    def fit(
-        self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None
-    ) -> tuple[CachedFeatures, list[Learner]]:
-        """One pass: the batches it was over, and learners with the states of their best epochs."""
-        first = share[0]
-        rows, val_rows, _ = choose_rows(self.store, first.options, first.options.seed)
-        self._source = CachedFeatures(
-            self.store,
-            rows,
-            val_rows,
-            frames=first.options.frames,
-            batch_size=first.recipe.batch_size,
-            seed=first.options.seed,
-            device=self.device,
-            placement=self.placement,
-            shared=self._source,
-        )
-        learners = [self._learner(one, len(rows)) for one in share]
-        for _ in fit(learners, self._source, on_step=on_step, strict=False):
-            pass
-        return self._source, learners
 
-    def _test(
-        self, source: CachedFeatures, learners: list[Learner]
-    ) -> tuple[dict[Learner, np.ndarray], dict[Learner, dict[str, Any]]]:
-        """`Result.places` and the measured columns of the learners that did not diverge, at their best epochs."""
-        alive = [learner for learner in learners if not learner.lost]
-        few, every = source.frames, self.store.frames_per_video
-        ranked: dict[int, list[np.ndarray]] = {}
-        for learner in alive:
-            learner.load_best()
-        for segments in {few, every} if alive else ():
-            scores = source.validate([learner.model for learner in alive], segments)
-            ranked[segments] = [ranks(one, source.labels) for one in scores]
-        places: dict[Learner, np.ndarray] = {}
-        measured: dict[Learner, dict[str, Any]] = {}
-        for learner, at_few, at_all in zip(alive, ranked.get(few, ()), ranked.get(every, ()), strict=True):
-            places[learner] = np.stack([source.val_rows, at_few, at_all]).astype(np.int32)
-            attention = source.attention(learner.model)
-            measured[learner] = {
-                "best_epoch": learner.best_epoch,
-                **_measures("at_frames", at_few, source.labels, len(self.store.classes)),
-                **_measures("at_all", at_all, source.labels, len(self.store.classes)),
-                "s": attention.get("scale"),
-                "attention_ratio": attention.get("attention_ratio"),
-            }
-        return places, measured
-
-    def _learner(self, one: Configuration, videos: int) -> Learner:
-        learner = train.make_learner(
-            one.options,
-            self.store,
-            one.recipe,
-            one.options.agg,
-            aggregator_options(one.options.agg, one.options),
-            videos=videos,
-            device=self.device,
-            init=self.init,
-            label=one.options.agg,
-            tell=self._tell_once,
-        )
-        learner.name = one.key
-        return learner
-
-    def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
-            print(text)
-
-
-@functools.lru_cache(maxsize=1)
-def _trainer(features: str, contents: str, device: str, placement: Placement, init: str | None) -> GridTrainer:
-    try:
-        trainer = GridTrainer(features, device=device, placement=placement, init=init)
-    except InputError as error:
-        raise RunError(f"the worker on {socket.gethostname()}: {error}") from None
-    if contents_of(trainer.store) != contents:
-        raise RunError(f"the worker on {socket.gethostname()} sees another {features} than this run's")
-    return trainer
-
-
-def run_elsewhere(
-    share: Sequence[Configuration],
-    features: str,
-    contents: str,
-    device: str,
-    placement: Placement,
-    init: str | None,
-    threads: int,
-) -> list[Result]:
-    """`GridTrainer.run` in a worker process, which keeps its trainer for the next share."""
-    torch.set_num_threads(threads)
-    return _trainer(features, contents, device, placement, init).run(share)
-
-
-def contents_of(store: FeatureStore) -> str:
-    """A digest of what a store lists and of how it was made (not of every feature): another one is another data set."""
-    digest = hashlib.sha256(json.dumps(store.provenance, sort_keys=True, default=str).encode())
-    for values in (store.ids, store.splits, store.groups, store.classes):
-        digest.update("\0".join(values).encode() + b"\1")
-    for numbers in (store.labels, store.status, store.num_frames):
-        digest.update(np.ascontiguousarray(numbers).tobytes())
-    return digest.hexdigest()[:16]
+def _test(
+    source: CachedFeatures, learners: list[Learner]
+) -> tuple[dict[Learner, np.ndarray], dict[Learner, dict[str, Any]]]:
+    """`Result.places` and the measured columns of the learners that did not diverge, at their best epochs."""
+    alive = [learner for learner in learners if not learner.lost]
+    for learner in alive:
+        learner.load_best()
+    models, store = [learner.model for learner in alive], source.testing.store
+    few, every = (source.validate(models, n) if alive else [] for n in (source.frames, store.frames_per_video))
+    places: dict[Learner, np.ndarray] = {}
+    measured: dict[Learner, dict[str, Any]] = {}
+    for learner, at_few, at_all in zip(alive, few, every, strict=True):
+        ranked = [ranks(scores, source.labels) for scores in (at_few, at_all)]
+        places[learner] = np.stack([source.testing.rows, *ranked]).astype(np.int32)
+        attention = source.attention(learner.model)
+        row: dict[str, Any] = {"best_epoch": learner.best_epoch}
+        for suffix, place in zip(("at_frames", "at_all"), ranked, strict=True):
+            summary = summarise_places(place, source.labels, len(store.classes))
+            for name in ("top1", "top5", "average_error"):
+                interval = getattr(summary, name)
+                row[f"{name}_{suffix}"] = interval.value
+                row |= {f"{name}_{suffix}_low": interval.low, f"{name}_{suffix}_high": interval.high}
+        measured[learner] = row | {"s": attention.get("scale"), "attention_ratio": attention.get("attention_ratio")}
+    return places, measured
 
 
 def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
@@ -228,7 +189,7 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
         column = Column("", aggregator, flags["m1"], flags["g1"] or 1, flags["g2"] or 1)  # type: ignore
         table_2 = sum(madds_by_formula(column, dim=store.dim, frames=frames))
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
-    recipe = {name: getattr(one.recipe, name) for name in ("optimizer", "lr", "weight_decay", "epochs", "batch_size")}
+    recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout")
     return {
         "name": one.name,
         "seed": options.seed,
@@ -236,22 +197,9 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
         **flags,
         "frames": options.frames,
         "all_frames": frames,
-        **recipe,
-        "dropout": one.recipe.dropout,
+        **{name: getattr(one.recipe, name) for name in recipe},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "aggregator_parameters": sum(parameter.numel() for parameter in aggregator.parameters()),
         "madds": sum(counted.products) + counted.rest,
         "madds_table2": table_2,
     }
-
-
-def _measures(suffix: str, places: np.ndarray, labels: np.ndarray, classes: int) -> dict[str, float]:
-    """Fractions, with their bootstrap intervals over videos, as `aggregate.train` reports them."""
-    summary = summarise_places(places, labels, classes)
-    measures: dict[str, float] = {}
-    for name in ("top1", "top5", "average_error"):
-        interval = getattr(summary, name)
-        measures |= {f"{name}_{suffix}": interval.value}
-        measures |= {f"{name}_{suffix}_low": interval.low, f"{name}_{suffix}_high": interval.high}
-    assert all(map(math.isfinite, measures.values()))
-    return measures

@@ -7,10 +7,11 @@
 What a training batch holds is a function of (seed, epoch, place in the split) and of nothing else.
 """
 
+import copy
 import os
-import queue
-import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -44,8 +45,9 @@ class Batch:
 class StoredFeatures:
     """The videos `rows` of a store, with their features on the device, in memory, or memory-mapped.
 
-    `placement` is what was taken, `words` says it with its reason. Raises InputError where there is no row, where more
-    frames are asked for than are stored, and RunError for a video that is not extracted yet, naming it.
+    `placement` is what was taken, `words` says it with its reason. Videos that failed in extraction are left out of
+    tests and may not be trained on. Raises InputError where there is no row, where more frames are asked for than are
+    stored, and RunError for a video that is not extracted yet, naming it.
     """
 
     def __init__(
@@ -65,26 +67,38 @@ class StoredFeatures:
                 f"{store.path}: {store.ids[pending[0]]} and {len(pending) - 1:,} more are not extracted yet; "
                 "run the extraction to its end"
             )
-        self.store, self.rows, self.device = store, np.asarray(rows), torch.device(device)
-        self.labels = store.labels[self.rows].astype(np.int64)
+        self.store, self.device = store, torch.device(device)
         self.views = training_views(store) if training else evaluation_views(store)
+        self._choose(np.asarray(rows), np.arange(len(rows)))
         size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
         self.placement, self.words = _placed(size, self.device, placement)
         if self.placement == "mmap" and size > _memory_available():
             store.read_sparsely()
             self.words += "; larger than memory, so without reading ahead"
-        # A video shorter than its slots repeats frames; all others are spared the search for repeats.
-        self._short = store.num_frames[self.rows] < store.frames_per_video
-        self._resident: Tensor | None = None
-        self._copy: np.ndarray | None = None
-        if self.placement == "device":
+        self._held: Tensor | None = None  # [n, views, T, D]
+        if self.placement != "mmap":
             shape = (len(rows), len(self.views), store.frames_per_video, store.dim)
-            self._resident = torch.empty(shape, dtype=torch.float16, device=self.device)
+            where = self.device if self.placement == "device" else None
+            self._held = torch.empty(shape, dtype=torch.float16, device=where)
+            slots = np.arange(store.frames_per_video)
             for start in range(0, len(rows), 256):
-                part = slice(start, start + 256)
-                self._resident[part] = torch.from_numpy(self._all_frames(self.rows[part])).to(self.device)
-        elif self.placement == "memory":
-            self._copy = self._all_frames(self.rows)
+                for place, view in enumerate(self.views.tolist()):
+                    part = store.gather(self.rows[start : start + 256], slots, view)
+                    self._held[start : start + 256, place] = torch.from_numpy(part)
+
+    def _choose(self, rows: np.ndarray, at: np.ndarray) -> None:
+        self.rows, self._at = rows, at  # of the store, and in what is held
+        self.labels = self.store.labels[rows].astype(np.int64)
+        self.good = usable(self.store)[rows]
+        # A video shorter than its slots repeats frames; all others are spared the search for repeats.
+        self._short = self.store.num_frames[rows] < self.store.frames_per_video
+
+    def subset(self, rows: np.ndarray) -> "StoredFeatures":
+        """Some of the same videos, in the order given; what is held is shared."""
+        order = np.argsort(self.rows)
+        few = copy.copy(self)
+        few._choose(rows, self._at[order[np.searchsorted(self.rows, rows, sorter=order)]])
+        return few
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -99,7 +113,7 @@ class StoredFeatures:
         return prefetched(self._train_batches(epoch, frames, batch_size, seed))
 
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
-        """All videos in order; of each batch one `Batch` a view, of the middle frames of `frames` segments."""
+        """Videos that did not fail, in order; of each batch one `Batch` a view, of the middles of `frames` segments."""
         self._check_frames(frames)
         return prefetched(self._test_batches(frames, batch_size))
 
@@ -120,8 +134,9 @@ class StoredFeatures:
             yield self._batch(places, frames, view, draws[places, :-1])
 
     def _test_batches(self, frames: int, batch_size: int) -> Iterator[list[Batch]]:
-        for start in range(0, len(self), batch_size):
-            places = np.arange(start, min(start + batch_size, len(self)))
+        good = np.flatnonzero(self.good)
+        for start in range(0, len(good), batch_size):
+            places = good[start : start + batch_size]
             views = [np.full(len(places), view) for view in range(len(self.views))]
             yield [self._batch(places, frames, view, None) for view in views]
 
@@ -149,19 +164,12 @@ class StoredFeatures:
         )
 
     def _read(self, places: np.ndarray, view: np.ndarray, slots: np.ndarray) -> Tensor:
-        if self._resident is not None:
-            index = (torch.from_numpy(part).to(self.device) for part in (places[:, None], view[:, None], slots))
-            return self._resident[tuple(index)]
-        if self._copy is not None:
-            x = self._copy[places[:, None], view[:, None], slots]
-        else:
-            x = self.store.gather(self.rows[places], slots, self.views[view])
-        return torch.from_numpy(x).to(self.device)
-
-    def _all_frames(self, rows: np.ndarray) -> np.ndarray:
-        """float16 [n, views, T, D]."""
-        slots = np.arange(self.store.frames_per_video)
-        return np.stack([self.store.gather(rows, slots, int(view)) for view in self.views], axis=1)
+        if self._held is None:
+            return torch.from_numpy(self.store.gather(self.rows[places], slots, self.views[view])).to(self.device)
+        index = (self._at[places][:, None], view[:, None], slots)
+        if self._held.device.type == "cpu":  # numpy copies in one thread, which beside training is the faster way
+            return torch.from_numpy(self._held.numpy()[index]).to(self.device)
+        return self._held[tuple(torch.from_numpy(part).to(self.device) for part in index)]
 
 
 def training_views(store: FeatureStore) -> np.ndarray:
@@ -178,14 +186,6 @@ def evaluation_views(store: FeatureStore) -> np.ndarray:
 def usable(store: Any) -> np.ndarray:
     """Videos of a store, or of whatever has a `status` column, with features: bool [N]."""
     return (store.status != PENDING) & (store.status != FAILED)
-
-
-def find_non_finite(store: FeatureStore, rows: np.ndarray) -> str:
-    """Name the first of `rows` whose stored features hold NaN or infinity, "" where none does."""
-    for row in rows:
-        if not np.isfinite(store.read(np.array([row]))).all():
-            return f"{store.ids[row]} (row {row})"
-    return ""
 
 
 def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndarray:
@@ -225,35 +225,12 @@ def _memory_available() -> int:
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:
     """The same items, made by a thread up to `depth` before they are asked for; its error is raised here."""
-    done = object()
-    ready: queue.Queue = queue.Queue(depth)
-    stop = threading.Event()
-
-    def put(item: object) -> bool:
-        while not stop.is_set():
-            try:
-                ready.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def make() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    return
-            put(done)
-        except BaseException as error:  # carried over to the thread that consumes
-            put(error)
-
-    thread = threading.Thread(target=make, daemon=True, name="batches-ahead")
-    thread.start()
+    iterator, done = iter(items), object()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="batches-ahead")
     try:
-        while (item := ready.get()) is not done:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        ready = deque(pool.submit(next, iterator, done) for _ in range(depth))
+        while (item := ready.popleft().result()) is not done:
+            ready.append(pool.submit(next, iterator, done))
+            yield item  # type: ignore[misc]
     finally:
-        stop.set()
-        thread.join()
+        pool.shutdown(cancel_futures=True)

@@ -18,14 +18,6 @@ from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups,
 from extract.cli import InputError
 
 
-class DivergedError(ArithmeticError):
-    """A loss that is no number. `rows` are those of the batches since the last look."""
-
-    def __init__(self, message: str, rows: np.ndarray):
-        super().__init__(message)
-        self.rows = rows
-
-
 @dataclass(eq=False)
 class Learner:
     """`step` trains the model on one batch; several learners can be fed by the same batches.
@@ -50,7 +42,8 @@ class Learner:
     rank: int = 0
     world: int = 1  # processes that share every batch
     seconds: float = field(init=False, default=0.0)  # spent in `step`; on a GPU, for launching the work only
-    lost: str = field(init=False, default="")  # why it is trained no further
+    lost: str = field(init=False, default="")  # why it is trained no further: its loss is no number
+    suspects: np.ndarray = field(init=False, repr=False)  # then the rows of the batches since the last look
     best_error: float = field(init=False, default=math.inf)
     best_epoch: int = field(init=False, default=-1)
     best_state: dict[str, Tensor] = field(init=False, default_factory=dict)
@@ -86,7 +79,7 @@ class Learner:
             module.eval()
 
     def step(self, batch: Batch, epoch: int, step: int) -> None:
-        """Forward, backward and an update. Raises DivergedError for a loss that is no number."""
+        """Forward, backward and an update."""
         started = time.perf_counter()
         words = (self.seed, epoch, step, self.rank) if self.rank else (self.seed, epoch, step)
         torch.manual_seed(hash(words) & 0x7FFF_FFFF_FFFF_FFFF)
@@ -150,8 +143,7 @@ class Learner:
 
     def _look(self, epoch: int) -> None:
         if not math.isfinite(float(self._loss)):
-            rows = np.concatenate(self._since)
-            raise DivergedError(f"{self.name}: the loss is {float(self._loss)} in epoch {epoch}", rows)
+            self.lost, self.suspects = f"the loss is {float(self._loss)} in epoch {epoch}", np.concatenate(self._since)
         self._since.clear()
 
     # -- states --------------------------------------------------------------------------------------------------------

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from extract.cli import InputError
 
+Aggregator = Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"]
 # The flags that are an aggregator's own; to all others they mean nothing.
 AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
     "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
@@ -93,6 +94,20 @@ class VideoOptions:
     """With --videos: decoding processes (default: the cores there are)."""
     video_timeout: float = 60.0
     """With --videos: seconds after which one is given up, plus one for each 10 s of video."""
+
+
+def listed(*groups: type) -> Any:
+    """A dataclass with a list of values for each option of `groups`; an empty one is the option's default None."""
+    made: list[tuple[str, Any, Any]] = []
+    for group in groups:
+        for one in fields(group):
+            kind: Any = get_type_hints(group)[one.name]
+            kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
+            default: tuple = () if one.default is None else (one.default,)
+            if kind is bool:  # `--shared false true`
+                kind, default = Literal["false", "true"], (str(one.default).lower(),)
+            made.append((one.name, tuple[kind, ...], default))  # type: ignore[valid-type]
+    return make_dataclass("Lists", made, bases=groups, frozen=True, kw_only=True)
 
 
 def changes_of(options: ScheduleOptions) -> dict[str, Any]:

@@ -12,9 +12,8 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from aggregate.metrics import Summary, challenge_errors, paired_bootstrap, ranks, summarise
+from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.files import csv_of
 from aggregate.training.learner import Learner
 from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import completed, plain

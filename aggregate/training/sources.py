@@ -1,6 +1,6 @@
-"""Where batches come from: features of a store, or frames decoded from videos. A training loop asks both the same."""
+"""Where batches come from, features of a store or frames decoded from videos, and the scores of models over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,17 +9,29 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from aggregate.data.features import Batch, Placement, StoredFeatures, find_non_finite, usable
+from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
-from aggregate.training.testing import attention, features_to_test, logits_of, predict
+from aggregate.training.learner import autocast
+from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 
 
-class Source(Protocol):
-    """Batches to train on, and scores of models over the videos that validate."""
+class DamagedModelError(RunError):
+    """Scores that are no numbers; `place` is the model's, among those asked."""
 
-    labels: np.ndarray  # of the validation videos: int [N]
+    def __init__(self, message: str, place: int):
+        super().__init__(message)
+        self.place = place
+
+
+class Source(Protocol):
+    """Batches to train on, and scores of models over the videos that validate. A training loop asks all the same."""
+
     frames: int  # segments of a video in training
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of the validation videos: int [N]."""
 
     def train_batches(self, epoch: int) -> Iterator[Batch]: ...
 
@@ -29,59 +41,39 @@ class Source(Protocol):
     def attention(self, model: nn.Module) -> dict[str, float]:
         """What there is to say of the attention of a model: s as `scale`, |s F_o| / |F| as `attention_ratio`."""
 
-    def non_finite(self, rows: np.ndarray) -> str:
-        """The name of the first video among `rows` whose input is not finite, "" where there is none."""
+    def check_finite(self, rows: np.ndarray) -> None:
+        """RunError naming the first video among `rows` whose input is not finite."""
 
 
+@dataclass
 class CachedFeatures:
-    """Videos of a feature store: `rows` to train on, `val_rows` to validate."""
+    """Videos of a feature store to train on, and those that validate."""
 
-    def __init__(
-        self,
-        store: FeatureStore,
-        rows: np.ndarray,
-        val_rows: np.ndarray,
-        *,
-        frames: int,
-        batch_size: int,
-        seed: int,
-        device: torch.device,
-        placement: Placement,
-        shared: "CachedFeatures | None" = None,
-    ) -> None:
-        """Features that `shared` has read are not read again."""
-        self.store, self.rows, self.val_rows = store, rows, val_rows
-        self.frames, self.batch_size, self.seed = frames, batch_size, seed
-        self.labels = store.labels[val_rows]
-        self.training: StoredFeatures
-        self.testing: StoredFeatures
-        if shared is not None and np.array_equal(shared.rows, rows):
-            self.training = shared.training
-        else:
-            self.training = StoredFeatures(store, rows, device=device, placement=placement, training=True)
-        if shared is not None and np.array_equal(shared.val_rows, val_rows):
-            self.testing = shared.testing
-        else:
-            self.testing = features_to_test(store, val_rows, device=device, placement=placement)
+    training: StoredFeatures
+    testing: StoredFeatures
+    frames: int
+    batch_size: int
+    seed: int
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.testing.labels
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         return self.training.train_batches(epoch=epoch, frames=self.frames, batch_size=self.batch_size, seed=self.seed)
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
-        crops = logits_of(
-            models, self.store, self.val_rows, segments=segments, batch_size=self.batch_size, features=self.testing
-        )
+        crops = logits_of(models, self.testing, segments=segments, batch_size=self.batch_size)
         return [one.mean(axis=1) for one in crops]
 
     def attention(self, model: nn.Module) -> dict[str, float]:
         """Over the first 1,024 validation videos that can be read."""
-        rows = self.val_rows[usable(self.store)[self.val_rows]][:1024]
-        few = StoredFeatures(self.store, rows, device=self.testing.device)
+        few = self.testing.subset(self.testing.rows[self.testing.good][:1024])
         found = attention(model, few.test_batches(frames=self.frames, batch_size=self.batch_size))
         return {} if found is None else dict(zip(("scale", "attention_ratio"), found, strict=True))
 
-    def non_finite(self, rows: np.ndarray) -> str:
-        return find_non_finite(self.store, rows)
+    def check_finite(self, rows: np.ndarray) -> None:
+        check_finite(self.training.store, rows)
 
 
 @dataclass
@@ -127,5 +119,90 @@ class DecodedVideos:
         scale = getattr(getattr(getattr(model, "net", None), "aggregator", None), "scale", None)
         return {} if scale is None else {"scale": scale.item()}
 
-    def non_finite(self, rows: np.ndarray) -> str:
-        return ""  # pictures are always finite
+    def check_finite(self, rows: np.ndarray) -> None:
+        pass  # pictures always are
+
+
+@torch.inference_mode()
+def predict(
+    models: Sequence[nn.Module], batches: Iterable[Sequence[Batch]], *, precision: str = "auto"
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Rows int64 [N] that the batches hold, and logits of each model for them, float32 [N, views, C].
+
+    `batches` hold one `Batch` a view, each read once for all models.
+    """
+    rows: list[np.ndarray] = []
+    parts: list[list[np.ndarray]] = [[] for _ in models]
+    for model in models:
+        model.eval()
+    for views in batches:
+        rows.append(views[0].rows)
+        for model, part in zip(models, parts, strict=True):
+            with autocast(next(model.parameters()).device, precision):
+                logits = [model(batch.x, batch.mask) for batch in views]
+            part.append(torch.stack(logits, dim=1).float().cpu().numpy())
+    return np.concatenate(rows or [np.empty(0, int)]), [np.concatenate(part) for part in parts if part]
+
+
+def logits_of(
+    models: Sequence[nn.Module], features: StoredFeatures, *, segments: int, batch_size: int
+) -> list[np.ndarray]:
+    """Logits of each model over all videos of `features`: float32 [N, crops, C], NaN where extraction failed.
+
+    Raises InputError where it failed for all, RunError naming a video whose features are not finite, and
+    DamagedModelError for a model whose scores are not.
+    """
+    store = features.store
+    if not features.good.any():
+        count = f"all {len(features)} videos"
+        raise InputError(f"{store.path}: {count} failed in extraction; see `python -m extract.status {store.path}`")
+    seen, predicted = predict(models, features.test_batches(frames=segments, batch_size=batch_size))
+    several = []
+    for place, scores in enumerate(predicted):
+        wrong = seen[~np.isfinite(scores).all(axis=(1, 2))]
+        if len(wrong):
+            check_finite(store, wrong)
+            name = store.ids[wrong[0]]
+            raise DamagedModelError(
+                f"scores of {name} are not finite though its features are; the weights are damaged", place
+            )
+        logits = np.full((len(features), *scores.shape[1:]), np.nan, np.float32)
+        logits[features.good] = scores
+        several.append(logits)
+    return several
+
+
+def check_finite(store: FeatureStore, rows: np.ndarray) -> None:
+    """RunError naming the first of `rows` whose stored features hold NaN or infinity."""
+    for row in rows:
+        if not np.isfinite(store.read(np.array([row]))).all():
+            raise RunError(
+                f"{store.path}: the stored features of {store.ids[row]} (row {row}) are not finite; "
+                "`python -m extract.verify` checks the store"
+            )
+
+
+@torch.inference_mode()
+def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> tuple[float, float] | None:
+    """s, and the mean over videos of |s F_o| / |F| (both averaged over frames); None where a model has no s."""
+    aggregator: Any = getattr(model, "aggregator", None)
+    if not hasattr(aggregator, "attention_ratio"):
+        return None
+    model.eval()
+    ratios = []
+    for views in batches:
+        batch = views[0]
+        valid = slice(None) if batch.mask is None else batch.mask.any(1)
+        mask = None if batch.mask is None else batch.mask[valid]
+        ratios.append(aggregator.attention_ratio(batch.x[valid].float(), mask).cpu())
+    return float(aggregator.scale), float(torch.cat(ratios).mean())
+
+
+def possible_segments(wanted: Sequence[int], store: FeatureStore) -> list[int]:
+    """The numbers asked for, each at most what is stored (said where that changes one)."""
+    stored = store.frames_per_video
+    if min(wanted, default=0) < 1:
+        raise InputError(f"--segments {' '.join(map(str, wanted))}: each must be at least 1")
+    if max(wanted) > stored:
+        print(f"{store.path} holds {stored} frames a video: {stored} segments in the place of {max(wanted)}")
+    return sorted({min(segments, stored) for segments in wanted})

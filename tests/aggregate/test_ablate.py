@@ -1,4 +1,4 @@
-"""python -m aggregate.ablate as a user runs it: equal to aggregate.train, killed and resumed, spread over Ray."""
+"""python -m aggregate.ablate as a user runs it: equal to aggregate.train, killed and resumed."""
 
 import csv
 import json
@@ -21,7 +21,8 @@ from scipy import stats
 
 from aggregate import ablate, train
 from aggregate.ablation import compare
-from aggregate.ablation.grid import Configuration, GridTrainer, contents_of
+from aggregate.ablation.grid import Configuration, GridTrainer
+from aggregate.ablation.records import Records
 from aggregate.metrics import paired_bootstrap
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.splits import choose_rows
@@ -72,8 +73,9 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     share = planned(several)
     assert len(share) == 2 * (1 + 1 + 2 + 1)
     assert len({one.shares_batches for one in share}) == 1
-    trainer = GridTrainer(features, device="cpu", placement="auto")
-    _, learners = trainer.fit(share)
+    trainer = GridTrainer(FeatureStore.open(features), device="cpu")
+    rows, val_rows, _ = choose_rows(trainer.store, share[0].options, 1)
+    _, learners = trainer.fit(share, rows, val_rows)
     rows = [result.row for result in trainer.run(share)]
     assert not any(learner.lost for learner in learners)
     for number in (0, 3, 5, 6, 9):
@@ -107,7 +109,7 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
     store = classes_store(tmp_path / "f.zarr", splits=False, noise=4.0)
     path = str(tmp_path / "f.zarr")
     share = planned(options(path, tmp_path / "a", agg=("tsn",), g1=(16,), g2=(8,), m1=(), seeds=(0, 1)))
-    trainer = GridTrainer(path, device="cpu", placement="auto")
+    trainer = GridTrainer(store, device="cpu")
     for one in share:
         (result,) = trainer.run([one])
         train.main(replace(one.options, out=tmp_path / str(one.options.seed)))
@@ -163,7 +165,6 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
         ({"g1": ()}, "--g1 needs at least one value"),
         ({"lr": (0.1, -1.0)}, "--lr is -1.0"),
         ({"at_once": 0}, "--at-once is 0"),
-        ({"workers": 0}, "--workers is 0"),
         ({"train_split": "training"}, "has no such split"),
         ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
@@ -178,17 +179,16 @@ def test_wrong_options_are_named_and_leave_no_folder(changes, message, features,
 @given(
     st.sets(st.tuples(*[st.integers(0, 2)] * 4, st.integers(0, 5)), max_size=40),
     st.integers(1, 5),
-    st.integers(1, 4),
     st.data(),
 )
-def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once, shares, data):
+def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once, data):
     class One:
         def __init__(self, spec):
             self.shares_batches, self.key = spec[:4], str(spec)
 
     several = [One(spec) for spec in specs]
     done = data.draw(st.sets(st.sampled_from([one.key for one in several]))) if several else set()
-    parts = ablate.Plan(several).passes(at_once=at_once, done=done, shares=shares)
+    parts = ablate.in_passes(several, at_once=at_once, done=done)
     assert sorted(one.key for part in parts for one in part) == sorted({one.key for one in several} - done)
     for part in parts:
         assert 1 <= len(part) <= at_once
@@ -297,7 +297,7 @@ def test_other_options_and_other_contents_are_refused(features, tmp_path):
 def test_two_processes_do_not_share_a_folder(features, tmp_path):
     wanted = options(features, tmp_path / "a", epochs=(1,))
     with (
-        ablate.Records(wanted, contents_of(FeatureStore.open(features))),
+        Records(wanted, FeatureStore.open(features), free=(), what="ablation"),
         pytest.raises(RunError, match=f"another process works in {tmp_path / 'a'}"),
     ):
         ablate.main(wanted)
@@ -324,11 +324,11 @@ def test_a_model_that_diverges_leaves_the_others_alone(features, tmp_path, capsy
 def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
     """A loss may stay finite while the weights that it leaves are not."""
     share = planned(options(features, tmp_path / "a", lr=(0.01, 0.02), epochs=(2,)))
-    trainer = GridTrainer(features, device="cpu", placement="auto")
-    made = trainer._learner
+    trainer = GridTrainer(FeatureStore.open(features), device="cpu")
+    made = trainer.learner
 
-    def damaged(one, videos):
-        learner = made(one, videos)
+    def damaged(one):
+        learner = made(one)
         if one is share[1]:
             step = learner.step
 
@@ -340,7 +340,7 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
             learner.step = breaks
         return learner
 
-    trainer._learner = damaged
+    trainer.learner = damaged
     good, bad = trainer.run(share)
     assert bad.row["status"] in ("scores are not finite in epoch 1", "the loss is nan in epoch 1")
     assert bad.places is None
@@ -386,62 +386,6 @@ def test_differences_are_paired_by_video():
     places |= {(name, 1): places[name, 0] for name in "ab"}
     assert compare.difference(places, "b", "a", [0, 1]) == found
     assert compare.difference(places | {("a", 0): None}, "b", "a", [0]) is None
-
-
-# -- Ray -----------------------------------------------------------------------------------------------------------
-
-
-def test_no_cluster_at_the_address(features, tmp_path):
-    with pytest.raises(RunError, match=r"--address 127\.0\.0\.1:1: no Ray cluster answers"):
-        ablate.main(options(features, tmp_path / "a", address="127.0.0.1:1"))
-
-
-@pytest.fixture(scope="module")
-def cluster():
-    import ray
-
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(240)
-def test_two_workers_give_what_one_process_gives(features, tmp_path, cluster, capsys, monkeypatch):
-    wanted = options(features, tmp_path / "here", g1=(2, 4), g2=(1, 2), agg=("tsn", "hgnl"), seeds=(0, 1))
-    ablate.main(wanted)
-    capsys.readouterr()
-    # Relative paths are the driver's.
-    monkeypatch.chdir(Path(features).parent)
-    spread = replace(wanted, features=Path(features).name, out=tmp_path / "ray", workers=2)
-    ablate.main(spread)
-    assert "workers   2 of 1 cores: 4 shares" in capsys.readouterr().out
-    assert results_of(tmp_path / "ray") == results_of(tmp_path / "here")
-    with open(tmp_path / "ray" / "results.jsonl", "r+b") as file:
-        lines = file.readlines()
-        file.truncate(sum(map(len, lines[:3])))
-    ablate.main(replace(spread, workers=None))  # a folder does not care who goes on
-    assert results_of(tmp_path / "ray") == results_of(tmp_path / "here")
-
-
-@pytest.mark.ray
-@pytest.mark.timeout(240)
-def test_an_error_in_a_worker_comes_out_as_what_it_was(tmp_path, cluster):
-    classes_store(tmp_path / "f.zarr")
-    poison_row(tmp_path / "f.zarr", 4)
-    with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
-        ablate.main(options(str(tmp_path / "f.zarr"), tmp_path / "a", workers=2, seeds=(0, 1)))
-
-
-def test_a_worker_that_sees_another_store_fails_naming_its_node(features, tmp_path):
-    from aggregate.ablation.grid import run_elsewhere
-
-    share = planned(options(features, tmp_path / "a"))
-    threads = torch.get_num_threads()
-    with pytest.raises(RunError, match=r"the worker on \S+ sees another .*feats\.zarr than this run's"):
-        run_elsewhere(share, features, "0123", "cpu", "auto", None, threads)
-    with pytest.raises(RunError, match=r"the worker on \S+: .*nowhere\.zarr"):
-        run_elsewhere(share, str(tmp_path / "nowhere.zarr"), "0123", "cpu", "auto", None, threads)
 
 
 def test_an_interval_over_seeds_stays_among_fractions():

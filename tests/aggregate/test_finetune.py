@@ -22,7 +22,7 @@ from aggregate.finetune import Options, prepare
 from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.testing import predict
+from aggregate.training.sources import predict
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_trunk

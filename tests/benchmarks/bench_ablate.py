@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from aggregate import ablate
-from aggregate.ablation.grid import Trainer
+from aggregate.ablation.grid import GridTrainer
+from aggregate.training.splits import choose_rows
 from extract.store import FeatureStore
 from stores import classes_store
 
@@ -85,19 +86,20 @@ def test_one_pass_against_sixteen_runs_in_one_process(tmp_path):
     )
     share = ablate.plan(options, store).configurations
     assert len(share) == 16
-    trainer = Trainer(store.path, device="cpu", placement="memory")
+    trainer = GridTrainer(store, device="cpu", placement="memory")
+    rows = choose_rows(store, share[0].options, 0)[:2]
 
     def one_pass() -> None:
-        trainer.fit(share)
+        trainer.fit(share, *rows)
 
     def runs() -> None:
         for one in share:
-            trainer.fit([one])
+            trainer.fit([one], *rows)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer.fit(share[:1])
+        trainer.fit(share[:1], *rows)
         turns = [tuple(map(wall_and_cpu, (one_pass, runs, runs))) for _ in range(4)]
     finally:
         torch.set_num_threads(threads)

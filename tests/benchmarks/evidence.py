@@ -25,7 +25,7 @@ from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
 from aggregate.training.recipes import Recipe, recipe
-from aggregate.training.testing import attention, features_to_test, logits_of
+from aggregate.training.sources import attention, logits_of
 from extract.store import FeatureStore
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,8 +69,8 @@ def table(title: str, store: FeatureStore, folds, models: dict[str, dict], *, fr
         for train, test in folds:
             trained = fitted(store, train, models, seed, frames=frames, chosen=chosen)
             for count in segments:
-                held = features_to_test(store, test, device="cpu")
-                several = logits_of(list(trained.values()), store, test, segments=count, batch_size=64, features=held)
+                held = StoredFeatures(store, test)
+                several = logits_of(list(trained.values()), held, segments=count, batch_size=64)
                 for name, crops in zip(trained, several, strict=True):
                     scores, labels = crops.mean(1), store.labels[test]
                     first.setdefault((name, count, seed), []).append(ranks(scores, labels) == 0)
@@ -196,9 +196,9 @@ def choose_recipe(stores: dict[str, tuple[FeatureStore, list]]) -> None:
                     recipe("cached", "tsn", videos=len(train)), optimizer=optimizer, lr=lr, weight_decay=decay
                 )
                 several = fitted(store, train, models, seed, chosen=how)
-                held = features_to_test(store, test, device="cpu")
+                held = StoredFeatures(store, test)
                 count = store.frames_per_video
-                logits = logits_of(list(several.values()), store, test, segments=count, batch_size=64, features=held)
+                logits = logits_of(list(several.values()), held, segments=count, batch_size=64)
                 for name, crops in zip(several, logits, strict=True):
                     right[name].extend((ranks(crops.mean(1), store.labels[test]) == 0).tolist())
             cells += [f"{100 * np.mean(values):.1f}" for values in right.values()]
