@@ -18,31 +18,46 @@ import zarr
 
 from extract.cli import InputError, RunError
 from extract.files import replacing
-from extract.store.layout import ROW_ARRAYS, SyncedFolder, checksum, create_arrays, target
-from extract.store.rows import OK, PENDING, Rows, check_arrays
-from extract.store.runs import is_remote
+from extract.store.layout import (
+    OK,
+    PENDING,
+    ROW_ARRAYS,
+    Rows,
+    SyncedFolder,
+    check_arrays,
+    checksum,
+    create_arrays,
+    is_remote,
+    target,
+)
 from extract.store.shards import ShardError, ShardMap, damaged_videos
 
-SCHEMA = "hgnl-features/1"
+SCHEMAS = ("hgnl-features/1", "hgnl-features/2")  # the second has `starts` and `ends`
+
+
+def _read_once(name: str) -> "cached_property[np.ndarray]":
+    return cached_property(lambda store: store._column(name))
 
 
 class FeatureStore:
     """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
 
-    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1;
-    `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed); `num_frames` int32 [N]; `frame_indices` int32 and
-    `timestamps` float32 (seconds) [N, V, T]. Per-video arrays are read once, on first use.
+    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1; `starts` and
+    `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed);
+    `num_frames` int32 [N]; `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those
+    of a span. Per-video arrays are read once, on first use.
     """
 
     def __init__(self, path: str | Path, group: zarr.Group):
         self.path = str(path)
         self._group = group
         attributes: dict[str, Any] = dict(group.attrs)
-        if attributes.get("schema") != SCHEMA:
+        if attributes.get("schema") not in SCHEMAS:
             raise InputError(
                 f"{path} is no feature store this version reads: its schema is {attributes.get('schema')!r}, "
-                f"expected {SCHEMA!r}; extract into another folder, or use the version that wrote it"
+                f"expected {' or '.join(SCHEMAS)}; extract into another folder, or use the version that wrote it"
             )
+        self._older = () if attributes["schema"] == SCHEMAS[-1] else ("starts", "ends")  # arrays that it lacks
         recorded = attributes.pop("checksum", None)  # stores of older versions have none
         if recorded not in (None, checksum(attributes)):
             raise InputError(f"{path}/zarr.json is damaged: its checksum does not match")
@@ -75,30 +90,26 @@ class FeatureStore:
         cls,
         path: str | Path,
         *,
-        ids: Sequence[str],
-        labels: Sequence[int] | np.ndarray,
-        splits: Sequence[str],
-        groups: Sequence[str],
         classes: Sequence[str],
         views: Sequence[str],
         frames: int,
         dim: int,
         block_size: int,
         provenance: dict[str, Any],
+        **columns: Sequence[Any] | np.ndarray,
     ) -> "FeatureStore":
-        """Make a store with every row pending. A local one appears whole or not at all (made aside, then renamed)."""
-        twice = [name for name, times in Counter(ids).items() if times > 1]
+        """Make a store with every row pending, `columns` as for `append`; a local one appears whole or not at all."""
+        twice = [name for name, times in Counter(columns["ids"]).items() if times > 1]
         if twice:
             raise InputError(f"{len(twice)} ids stand for several videos, the first is {twice[0]!r}")
         if not is_remote(path) and Path(path).exists():
             raise InputError(f"{path} exists already and is no feature store; give another --out or remove it")
-        columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
-        attributes = {"schema": SCHEMA, "classes": list(classes), "provenance": provenance}
+        attributes = {"schema": SCHEMAS[-1], "classes": list(classes), "provenance": provenance}
         attributes["checksum"] = checksum(attributes)
         with nullcontext(path) if is_remote(path) else replacing(path) as place:
             group = zarr.create_group(target(place), zarr_format=3, attributes=attributes)
-            create_arrays(group, len(ids), views, frames=frames, dim=dim, block_size=block_size)
-            cls(place, group).append(**columns)  # type: ignore[arg-type]
+            create_arrays(group, views, frames=frames, dim=dim, block_size=block_size)
+            cls(place, group).append(**columns)
         return cls.open(path, writable=True)
 
     @classmethod
@@ -110,39 +121,33 @@ class FeatureStore:
         lengths: Sequence[int] | np.ndarray,
         labels: Sequence[int] | np.ndarray,
         classes: Sequence[str],
-        ids: Sequence[str] | None = None,
-        splits: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
+        **columns: Sequence[Any] | np.ndarray | None,
     ) -> "FeatureStore":
         """Make a finished store of features made elsewhere.
 
         `features` is [N, T, D], or [N, V, T, D] with several views, of any float type (stored as float16);
-        `lengths` [N] says how many of its T frames each video really has, the rest is padding and masked.
-        Raises `InputError` naming the first video with a wrong length, label, a NaN, or a value float16 cannot hold.
+        `lengths` [N] says how many of its T frames each video really has, the rest is padding and masked; `columns` are
+        those of `append`, each optional. Raises `InputError` naming the first video with a wrong length, label, a NaN,
+        or a value float16 cannot hold.
         """
         features = np.asarray(features)
         features = features[:, None] if features.ndim == 3 else features
         if features.ndim != 4:
             raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
         count, views, frames, dim = features.shape
-        ids = [f"{row:08d}" for row in range(count)] if ids is None else list(ids)
-        lengths, labels = np.asarray(lengths), np.asarray(labels)
-        splits = [""] * count if splits is None else splits
-        groups = [""] * count if groups is None else groups
-        columns: dict[str, Any] = {"ids": ids, "lengths": lengths, "labels": labels, "splits": splits, "groups": groups}
-        check_arrays(features, columns, num_classes=len(classes))
+        made = {"ids": [f"{row:08d}" for row in range(count)], "labels": np.asarray(labels)}
+        made |= {name: values for name, values in columns.items() if values is not None}
+        lengths = np.asarray(lengths)
+        check_arrays(features, {**made, "lengths": lengths}, num_classes=len(classes))
         store = cls.create(
             path,
-            ids=ids,
-            labels=labels,
-            splits=splits,
-            groups=groups,
             classes=classes,
             views=["center", *(f"view_{view}" for view in range(1, views))],
             frames=frames,
             dim=dim,
             block_size=64,
             provenance={"source": "FeatureStore.from_arrays"},
+            **made,
         )
         # Padding repeats the last real frame's index, which is what `mask` looks at.
         indices = np.minimum(np.arange(frames), lengths[:, None] - 1).astype("<i4")
@@ -176,6 +181,8 @@ class FeatureStore:
             return self._group[name]  # type: ignore[return-value]
 
     def _column(self, name: str) -> np.ndarray:
+        if name in self._older:
+            return np.full(self._length, np.nan)
         with self._whole(name):
             # A run killed while it appended may have left other arrays longer than `status`.
             column = self._array(name)[: self._length]
@@ -196,41 +203,17 @@ class FeatureStore:
             words = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
             raise InputError(f"{self.path}: {words}; copy the store again, or extract into another folder") from None
 
-    @cached_property
-    def ids(self) -> np.ndarray:
-        return self._column("ids")
-
-    @cached_property
-    def splits(self) -> np.ndarray:
-        return self._column("splits")
-
-    @cached_property
-    def groups(self) -> np.ndarray:
-        return self._column("groups")
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        return self._column("labels")
-
-    @cached_property
-    def status(self) -> np.ndarray:
-        return self._column("status")
-
-    @cached_property
-    def errors(self) -> np.ndarray:
-        return self._column("errors")
-
-    @cached_property
-    def num_frames(self) -> np.ndarray:
-        return self._column("num_frames")
-
-    @cached_property
-    def frame_indices(self) -> np.ndarray:
-        return self._column("frame_indices")
-
-    @cached_property
-    def timestamps(self) -> np.ndarray:
-        return self._column("timestamps")
+    ids = _read_once("ids")
+    splits = _read_once("splits")
+    groups = _read_once("groups")
+    errors = _read_once("errors")
+    labels = _read_once("labels")
+    starts = _read_once("starts")
+    ends = _read_once("ends")
+    status = _read_once("status")
+    num_frames = _read_once("num_frames")
+    frame_indices = _read_once("frame_indices")
+    timestamps = _read_once("timestamps")
 
     @cached_property
     def views(self) -> tuple[str, ...]:
@@ -351,15 +334,16 @@ class FeatureStore:
         if len(rows):
             self._set("status", np.sort(rows), np.full(len(rows), PENDING, "i1"))
 
-    def append(
-        self, *, ids: Sequence[str], labels: Sequence[int] | np.ndarray, splits: Sequence[str], groups: Sequence[str]
-    ) -> None:
-        """Add pending rows behind the others."""
-        start, stop = self._length, self._length + len(ids)
-        columns = {"ids": ids, "labels": labels, "splits": splits, "groups": groups}
+    def append(self, **columns: Sequence[Any] | np.ndarray) -> None:
+        """Add pending rows behind the others: `ids`, and `labels` `splits` `groups` `starts` `ends` where known."""
+        start, stop = self._length, self._length + len(columns["ids"])
+        if self._older and not np.isnan(np.array(columns.get("starts", np.nan), float)).all():
+            raise InputError(f"{self.path} was made by a version that knew no spans; use another --out for them")
         features = self._array("features")
         features.resize((stop, *features.shape[1:]))
         for name, (dtype, _, _) in ROW_ARRAYS.items():  # in this order: `status` tells how many rows there are
+            if name in self._older:
+                continue
             array = self._array(name)
             array.resize((stop, *array.shape[1:]))
             if name in columns and start < stop:

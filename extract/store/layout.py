@@ -1,9 +1,10 @@
-"""Of what a store is made on the disk: its arrays, their checksums, and a folder in which every change is synced."""
+"""Of what a store is made: arrays with a row a video, their checksums, a folder in which every change is synced."""
 
 import asyncio
 import json
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
+from extract.cli import InputError
 from extract.files import replace_file, sync, writing
-from extract.store.rows import PENDING
-from extract.store.runs import is_remote
 
+PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3
+STATUS_NAMES = ("pending", "ok", "partial", "failed")
 ROWS_PER_CHUNK = 4096  # of the per-video arrays: rewriting one chunk costs a few ms, and Kinetics-700 has 133 of them
 
 # name -> (dtype, shape behind [N], fill value); V and T stand for views and frames a video
@@ -23,6 +25,8 @@ ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
     "ids": (str, "", ""),
     "splits": (str, "", ""),
     "groups": (str, "", ""),
+    "starts": ("<f8", "", float("nan")),
+    "ends": ("<f8", "", float("nan")),
     "labels": ("<i4", "", -1),
     "frame_indices": ("<i4", "VT", -1),
     "timestamps": ("<f4", "VT", float("nan")),
@@ -33,13 +37,11 @@ ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
 _CHECKED = (ZstdCodec(level=0, checksum=True),)
 
 
-def create_arrays(
-    group: zarr.Group, count: int, views: Sequence[str], *, frames: int, dim: int, block_size: int
-) -> None:
-    """The arrays of a store of `count` videos, those with a row a video still without rows."""
+def create_arrays(group: zarr.Group, views: Sequence[str], *, frames: int, dim: int, block_size: int) -> None:
+    """The arrays of a store that has no videos yet."""
     group.create_array(
         "features",
-        shape=(count, len(views), frames, dim),
+        shape=(0, len(views), frames, dim),
         dtype="<f2",
         chunks=(1, len(views), frames, dim),
         shards=(block_size, len(views), frames, dim),
@@ -96,3 +98,55 @@ class SyncedFolder(zarr.storage.LocalStore):
 def target(path: str | Path) -> Any:
     """What zarr opens; a folder, or an fsspec store for a URL."""
     return zarr.storage.FsspecStore.from_url(str(path)) if is_remote(path) else str(path)
+
+
+def is_remote(path: str | Path) -> bool:
+    """Whether a store's path is a URL for fsspec (`s3://...`, `memory://...`)."""
+    return "://" in str(path)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the driver commits for some rows: outcomes of n videos."""
+
+    rows: np.ndarray  # int [n]
+    status: np.ndarray  # int8 [n]
+    errors: list[str]
+    num_frames: np.ndarray  # int32 [n]
+    frame_indices: np.ndarray  # int32 [n, V, T]
+    timestamps: np.ndarray = field(repr=False)  # float32 [n, V, T], seconds
+
+    def __post_init__(self) -> None:
+        counts = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
+        if len(set(counts.values())) != 1:
+            raise ValueError(f"expected the same number of videos in every field, got {counts}")
+
+    @classmethod
+    def joined(cls, parts: "Sequence[Rows]") -> "Rows":
+        """Outcomes of several blocks as one, which costs as much to commit as one."""
+        errors = [error for part in parts for error in part.errors]
+        columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
+        return cls(**{name: np.concatenate(of) for name, of in columns.items() if name != "errors"}, errors=errors)
+
+
+def check_arrays(features: np.ndarray, columns: dict[str, Any], *, num_classes: int) -> None:
+    """InputError naming the first video with a wrong length or label, or a value that float16 cannot hold."""
+    count, _, frames, _ = features.shape
+    for name, values in columns.items():
+        if len(values) != count:
+            raise InputError(f"features hold {count} videos, {name} {len(values)}")
+    ids, lengths, labels = columns["ids"], columns["lengths"], columns["labels"]
+    _check_each(ids, lengths, (lengths < 1) | (lengths > frames), f"a length of 1 to {frames} frames")
+    _check_each(ids, labels, (labels < -1) | (labels >= num_classes), f"a label below {num_classes}, or -1")
+    real = np.arange(frames) < lengths[:, None]
+    for row in range(count):  # one at a time: a copy of everything may not fit
+        wrong = ~(np.abs(features[row][:, real[row]]) <= np.finfo("f2").max)
+        if wrong.any():
+            value = features[row][:, real[row]][wrong][0]
+            raise InputError(f"{ids[row]} (row {row}): expected features that float16 can hold, got {value}")
+
+
+def _check_each(ids: Sequence[str], values: Any, wrong: np.ndarray, expected: str) -> None:
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise InputError(f"{ids[row]} (row {row}): expected {expected}, got {values[row]!s}")

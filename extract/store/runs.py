@@ -10,11 +10,7 @@ from typing import Any, TextIO
 
 from extract.cli import RunError
 from extract.files import make_folder, writing
-
-
-def is_remote(path: str | Path) -> bool:
-    """Whether a store's path is a URL for fsspec (`s3://...`, `memory://...`)."""
-    return "://" in str(path)
+from extract.store.layout import is_remote
 
 
 class RunLog:

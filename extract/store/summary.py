@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from extract.store.feature_store import FeatureStore
-from extract.store.rows import FAILED, PARTIAL, STATUS_NAMES
+from extract.store.layout import FAILED, PARTIAL, STATUS_NAMES
 from extract.store.runs import RunLog
 
 REASONS_SHOWN = 12
