@@ -10,42 +10,27 @@ everything would give:
 
 Where a wanted frame does not come out, is corrupt, or time stamps cannot be trusted, everything is decoded, frames are
 chosen among what decodes, and `problem` says so if anything was wrong.
+
+Several spans of one file are read in one pass. What was learned of a file stays until another one is read by spans, so
+that those who come for its next spans pay for their own frames and a seek.
 """
 
-import math
 import os
+from array import array
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from typing import TypeAlias
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.opening import DAMAGE, VideoError, check_file, open_video, opened, words_of
+from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
+from extract.decode.packets import Packets, Span, UntrustedError, cut_short, end_of, ends_early, seconds, upright
 
 Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
-Times = Callable[[np.ndarray], None] | None
-
-# Codecs whose decoders leave out frames that nothing refers to, and only those, when told NONREF.
-_SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
-# A packet of these may hold a picture that is never shown, so packets are not frames.
-_HIDDEN_PICTURES = frozenset(("vp8",))
-# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare streams) FFmpeg numbers
-# packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
-_TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
-_REORDERING = frozenset(("h264", "hevc"))
-# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
-_PLACEHOLDER_BYTES = 19
-# What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
-_EXPECTED = "mmco: unref short failure"
-# Packets that stay in memory between the two passes; a longer video is read from its file twice.
-_KEPT_BYTES = 64 << 20
-
-
-class _UntrustedError(Exception):
-    """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
 
 
 @dataclass(frozen=True)
@@ -78,35 +63,67 @@ def decode(
     path: str | os.PathLike[str],
     sample: Sample,
     *,
+    span: Span | None = None,
     resize: Resize | None = None,
     decoder: str = "pyav",
     on_duration: Callable[[float | None], None] | None = None,
-    on_times: Times = None,
+    on_times: Callable[[np.ndarray], None] | None = None,
 ) -> Decoded:
     """Decode the frames of `path` that `sample(num_frames)` asks for (any order, repeats allowed).
 
-    `resize` is applied to each wanted frame as it comes, so memory does not grow with a video's length or its picture
-    size. `on_duration` is called once with the container's duration in seconds (None if unknown) before decoding.
-    `on_times` is called before `sample`, each time, with when every frame is shown: float [num_frames], seconds after
-    the first.
+    With a `span`, `sample` is told how many frames are shown in it and chooses among those. `resize` is applied to each
+    wanted frame as it comes, so memory does not grow with a video's length or its picture size. `on_duration` is called
+    once with the container's duration in seconds (None if unknown) before decoding. `on_times` is called before
+    `sample`, each time, with when every frame is shown: float [num_frames], seconds after the first.
     decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1).
 
     Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
     """
+    wanted = [(span, sample)]
+    options = {"resize": resize, "decoder": decoder, "on_duration": on_duration, "on_times": on_times}
+    [(_, decoded)] = decode_spans(path, wanted, **options)  # type: ignore[arg-type]
+    if isinstance(decoded, VideoError):
+        raise decoded
+    return decoded
+
+
+def decode_spans(
+    path: str | os.PathLike[str],
+    wanted: Sequence[tuple[Span | None, Sample]],
+    *,
+    resize: Resize | None = None,
+    decoder: str = "pyav",
+    on_duration: Callable[[float | None], None] | None = None,
+    on_times: Callable[[np.ndarray], None] | None = None,
+) -> Iterator[tuple[int, Decoded | VideoError]]:
+    """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its frames or its failure.
+
+    They come as they are complete, so spans that follow each other are not all in memory.
+    """
     check_file(path)
-    pictures = _Pictures(resize)
     if decoder not in ("pyav", "decord"):
         raise ValueError(f"got decoder {decoder!r}, expected 'pyav' or 'decord'")
-    if decoder == "decord":
-        return _decode_with_decord(path, sample, pictures, on_duration, on_times)
-    with opened(path) as (container, stream):
-        if on_duration is not None:
-            on_duration(container.duration / av.time_base if container.duration else None)
-        try:
-            return _decode_wanted(path, container, stream, sample, pictures, on_times)
-        except _UntrustedError as reason:
-            doubt = str(reason)
-    return _decode_everything(path, sample, pictures, doubt, on_times)
+    left = list(range(len(wanted)))
+    key = (os.fspath(path), decoder, os.stat(path).st_mtime_ns)
+    file: _File | None = _recent.pop(key, None)
+    _recent.clear()
+    try:
+        if file is None:
+            file = (_Decord if decoder == "decord" else Packets)(path, on_duration)
+        elif on_duration is not None:
+            on_duration(file.end)
+        for place, result in _decode(file, path, wanted, left, resize, on_times):
+            left.remove(place)
+            yield place, result
+    except UntrustedError as doubt:
+        file = _Everything(path, str(doubt))
+        yield from _decode(file, path, wanted, left, resize, on_times)
+    if any(span for span, _ in wanted):
+        _recent[key] = file
+
+
+_File: TypeAlias = "Packets | _Everything | _Decord"  # what they have in common is described at Packets
+_recent: dict[tuple, _File] = {}  # the file whose spans were read last, if they were
 
 
 def decoder_version(decoder: str) -> str:
@@ -116,248 +133,104 @@ def decoder_version(decoder: str) -> str:
     return f"decord {_import_decord().__version__}"
 
 
-class _Pictures:
-    """Wanted frames as RGB arrays, turned as they are to be displayed, resized, all of one shape."""
-
-    def __init__(self, resize: Resize | None):
-        self._resize = resize
-        self._to_rgb = VideoReformatter()
-        self._shape: tuple[int, ...] | None = None
-
-    def from_frame(self, frame: av.VideoFrame) -> np.ndarray:
-        picture = self._to_rgb.reformat(frame, format="rgb24").to_ndarray()
-        turns = round(frame.rotation / 90) % 4  # the display matrix turns counter-clockwise, as np.rot90 does
-        return self.from_array(np.rot90(picture, turns) if turns else picture)
-
-    def from_array(self, picture: np.ndarray) -> np.ndarray:
-        if self._resize is not None:
-            picture = self._resize(picture)
-        if self._shape is None:
-            self._shape = picture.shape
-        elif picture.shape != self._shape:  # the stream changes its picture size half-way
-            from PIL import Image
-
-            height, width = self._shape[:2]
-            picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR))
-        return picture
-
-
-# -- wanted frames only --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Packets:
-    """What the first pass learns, in the file's order: time stamps, key frames, which are shown; packets if small."""
-
-    pts: list[int]
-    size: list[int]
-    key: list[bool]
-    order: list[int]  # packets that are shown, in presentation order
-    kept: list[av.Packet]
-
-    @property
-    def keys(self) -> list[int]:
-        return [number for number, key in enumerate(self.key) if key]
-
-
-def _decode_wanted(path, container, stream, sample: Sample, pictures: _Pictures, on_times: Times) -> Decoded:
-    packets = _read_packets(container, stream)
+def _decode(
+    file: _File,
+    path: str | os.PathLike[str],
+    wanted: Sequence[tuple[Span | None, Sample]],
+    left: list[int],
+    resize: Resize | None,
+    on_times: Callable[[np.ndarray], None] | None,
+) -> Iterator[tuple[int, Decoded | VideoError]]:
+    """What `left` (places in `wanted`) ask of a file, in one pass over it."""
     if on_times is not None:
-        shown = np.array([packets.pts[number] for number in packets.order])
-        on_times((shown - shown[0]) * float(stream.time_base))
-    indices = _checked(sample(len(packets.order)), len(packets.order), path)
-    wanted = {packets.order[index]: index for index in np.unique(indices).tolist()}
+        on_times(file.times)
+    chosen: dict[int, np.ndarray] = {}  # indices in the file
+    counts: dict[int, int] = {}
+    for place in [*left]:
+        span, sample = wanted[place]
+        first, stop = (0, len(file.times)) if span is None else np.searchsorted(file.times, span).tolist()
+        if first < stop:
+            counts[place] = stop - first
+            chosen[place] = first + _checked(sample(stop - first), stop - first, path)
+        else:
+            why = file.problem(span)
+            nothing = f"no frame of it is shown from {span[0]:g} to {span[1]:g} s"  # type: ignore[index]
+            yield place, VideoError(path, nothing + (f" ({why})" if why else ""))
+    order = sorted(chosen, key=lambda place: chosen[place].max())
+    pictures = file.pictures(np.unique(np.concatenate([*chosen.values()])).tolist()) if chosen else iter(())
     found: dict[int, np.ndarray] = {}
-    by_time = {packets.pts[number]: index for number, index in wanted.items()}
-    for frame in _frames(path, stream, packets, sorted(wanted)):
-        index = by_time.get(frame.pts)
-        if index is not None and index not in found:
-            found[index] = pictures.from_frame(frame)
-    lost = [index for index in wanted.values() if index not in found]
-    if lost:
-        raise _UntrustedError(f"frame {min(lost)} does not decode")
-    first = packets.pts[packets.order[0]]
-    times = [float((packets.pts[packets.order[index]] - first) * stream.time_base) for index in indices.tolist()]
-    return Decoded(
-        frames=np.stack([found[index] for index in indices.tolist()]),
-        indices=indices,
-        timestamps=np.array(times, np.float32),
-        num_frames=len(packets.order),
-    )
+    for position, place in enumerate(order):
+        indices = chosen[place]
+        last = int(indices.max())
+        while last not in found and (come := next(pictures, None)):
+            found[come[0]] = come[1] if resize is None else resize(come[1])
+        if position == len(order) - 1:
+            deque(pictures, maxlen=0)  # what is wrong behind the last frame may be wrong with it
+        lost = [index for index in indices.tolist() if index not in found]
+        if lost:
+            raise UntrustedError(f"frame {min(lost)} does not decode")
+        shape = found[int(indices.min())].shape
+        frames = np.stack([_fitted(found[index], shape) for index in indices.tolist()])
+        times = file.times[indices].astype(np.float32)
+        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]))
+        needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
+        found = {index: picture for index, picture in found.items() if index >= needed}
 
 
-def _read_packets(container, stream) -> _Packets:
-    if stream.codec_context.name in _HIDDEN_PICTURES:
-        raise _UntrustedError("its packets may hold pictures that are never shown")
-    pts: list[int] = []
-    sizes: list[int] = []
-    key: list[bool] = []
-    shown: list[int] = []
-    kept: list[av.Packet] = []
-    total, latest = 0, -math.inf
-    try:
-        for packet in container.demux(stream):
-            if not packet.size:
-                continue
-            if packet.pts is None:
-                raise _UntrustedError("its packets have no time stamps")
-            if packet.is_corrupt:
-                raise _UntrustedError("a packet is damaged")
-            if packet.dts is not None:
-                if packet.dts < latest:
-                    raise _UntrustedError("its packets do not come in the order in which they are decoded")
-                latest = packet.dts
-            if not packet.is_discard:  # an edit list hides the others
-                shown.append(len(pts))
-            pts.append(packet.pts)
-            key.append(packet.is_keyframe)
-            sizes.append(packet.size)
-            total += packet.size
-            if total <= _KEPT_BYTES:
-                kept.append(packet)
-    except DAMAGE as error:
-        raise _UntrustedError(f"reading it ends with: {words_of(error)}") from None
-    if len({pts[number] for number in shown}) != len(shown) or not shown:
-        raise _UntrustedError("its time stamps are not one a frame")
-    if early := _ends_early(container, stream, len(pts)):
-        raise _UntrustedError(early)
-    if _order_is_guessed(container, stream, pts, sizes):
-        raise _UntrustedError("its time stamps are those of packets, not of frames")
-    kept = kept if total <= _KEPT_BYTES else []
-    return _Packets(pts, sizes, key, sorted(shown, key=pts.__getitem__), kept)
+def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A picture in the size of those before it, where the stream changes its size half-way."""
+    if picture.shape == shape:
+        return picture
+    from PIL import Image
 
-
-def _order_is_guessed(container, stream, pts: list[int], sizes: list[int]) -> bool:
-    """Whether frames may come in another order than time stamps say."""
-    codec = stream.codec_context
-    if not (codec.has_b_frames or codec.name in _REORDERING):
-        return False
-    if codec.name == "mpeg4" and min(sizes) <= _PLACEHOLDER_BYTES:
-        return True
-    if container.format.name.split(",")[0] in _TIMED:
-        return False
-    return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
-
-
-def _frames(path, stream, packets: _Packets, wanted: list[int]) -> Iterator[av.VideoFrame]:
-    """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
-    context = stream.codec_context
-    skips, keys, chosen = context.name in _SKIPPING, packets.keys, set(wanted)
-    source = _Kept(packets) if packets.kept else _FromFile(path, packets)
-    position = key_place = 0
-    sought: set[int] = set()
-    latest: int | None = None
-    wanted_times = {packets.pts[number] for number in wanted}
-
-    def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
-        nonlocal latest
-        # Frames shown before a key frame that was sought are damaged: what they refer to was not decoded.
-        before = max(sought) if sought else None
-        complaints = av.logging.get_last_error()[0]
-        for frame in context.decode(packet):
-            if frame.pts in sought and not frame.key_frame:
-                raise _UntrustedError("a packet is called a key frame and is none")
-            if frame.pts is None or (latest is not None and frame.pts <= latest):
-                raise _UntrustedError("frames do not come in the order of their time stamps")
-            if frame.is_corrupt and (before is None or frame.pts >= before or frame.pts in wanted_times):
-                raise _UntrustedError(f"the frame with time stamp {frame.pts} is corrupt")
-            latest = frame.pts
-            yield frame
-        # Not all that a decoder patches up is marked, but all is logged.
-        count, last = av.logging.get_last_error()
-        if count > complaints and (before is None or _EXPECTED not in str(last)):
-            raise _UntrustedError("its decoder complains")
-
-    try:
-        for number in wanted:
-            start = position
-            while key_place < len(keys) and keys[key_place] <= number:
-                # A frame shown before its key frame may refer to what lies before that.
-                if packets.pts[keys[key_place]] <= packets.pts[number]:
-                    start = max(start, keys[key_place])
-                key_place += 1
-            if start > position + 1:
-                yield from decoded(None)  # what the decoder still holds back
-                context.flush_buffers()
-                position = start
-                sought.add(packets.pts[start])
-            while position <= number:
-                if skips:
-                    context.skip_frame = "DEFAULT" if position in chosen else "NONREF"
-                yield from decoded(source.packet(position))
-                position += 1
-        yield from decoded(None)
-    except DAMAGE as error:
-        raise _UntrustedError(f"decoding ends with: {words_of(error)}") from None
-    finally:
-        source.close()
-
-
-class _Kept:
-    """Packets that the first pass kept."""
-
-    def __init__(self, packets: _Packets):
-        self._packets = packets.kept
-
-    def packet(self, number: int) -> av.Packet:
-        return self._packets[number]
-
-    def close(self) -> None:
-        pass
-
-
-class _FromFile:
-    """Packets read again from a file too large to keep; forward only, a gap ends at a key frame that is sought."""
-
-    def __init__(self, path, packets: _Packets):
-        self._container, self._stream = open_video(path)
-        self._packets = packets
-        # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
-        self._numbers = {stamp: number for number, stamp in enumerate(zip(packets.pts, packets.size, strict=True))}
-        self._next, self._read = 0, self._container.demux(self._stream)
-
-    def packet(self, number: int) -> av.Packet:
-        if number != self._next:
-            self._container.seek(self._packets.pts[number], stream=self._stream)
-            self._read = self._container.demux(self._stream)
-        for packet in self._read:
-            if packet.size and self._numbers.get((packet.pts, packet.size)) == number:
-                self._next = number + 1
-                return packet
-        raise _UntrustedError(f"packet {number} is not found again")
-
-    def close(self) -> None:
-        self._container.close()
+    return np.asarray(Image.fromarray(picture).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
 
 
 # -- everything ----------------------------------------------------------------------------------------------------
 
 
-def _decode_everything(path, sample: Sample, pictures: _Pictures, doubt: str, on_times: Times) -> Decoded:
-    """Two passes that decode all: the first counts the good frames, the second takes the wanted ones."""
-    problems: list[str] = []
-    frames = [(frame.time, frame.is_corrupt) for frame in _all_frames(path, problems)]
-    if not frames:
-        raise VideoError(path, f"no frame of it decodes ({problems[0] if problems else doubt})")
-    # Frames that the decoder had to patch up are left out, unless there are no others.
-    corrupt = sum(is_corrupt for _, is_corrupt in frames)
-    take_corrupt = corrupt == len(frames)
-    if corrupt:
-        problems.insert(0, f"{corrupt} of {len(frames)} readable frames are corrupt")
-    times = [time for time, is_corrupt in frames if take_corrupt or not is_corrupt]
-    every_second = _seconds(times, path)
-    if on_times is not None:
-        on_times(every_second)
-    indices = _checked(sample(len(times)), len(times), path)
-    wanted, found = set(indices.tolist()), {}
-    good = (frame for frame in _all_frames(path, []) if take_corrupt or not frame.is_corrupt)
-    for index, frame in enumerate(good):
-        if index in wanted:
-            found[index] = pictures.from_frame(frame)
-            if len(found) == len(wanted):
-                break
-    pictures_wanted = np.stack([found[index] for index in indices.tolist()])
-    return Decoded(pictures_wanted, indices, every_second[indices], len(times), "; ".join(problems))
+class _Everything:
+    """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones."""
+
+    def __init__(self, path, doubt: str):
+        self._path, self._next = path, 0
+        self._damage: list[str] = []
+        stamps, corrupt, timed = array("q"), bytearray(), True
+        for frame in _all_frames(path, self._damage):
+            timed = timed and frame.pts is not None
+            stamps.append(frame.pts or 0)
+            corrupt.append(frame.is_corrupt)
+        if not stamps:
+            raise VideoError(path, f"no frame of it decodes ({self._damage[0] if self._damage else doubt})")
+        with opened(path) as (_, stream):
+            rate, base = stream.average_rate or stream.guessed_rate or 25, stream.time_base
+        every = np.arange(len(stamps)) / float(rate)
+        if timed:  # frames come in order; time stamps may be those of packets
+            every = seconds(np.sort(np.array(stamps)) - min(stamps), base)
+        self._every, self._corrupt = every, np.frombuffer(corrupt, bool)
+        # Frames that the decoder had to patch up are left out, unless there are no others.
+        self._take_corrupt = bool(self._corrupt.all())
+        self.times = every if self._take_corrupt else every[~self._corrupt]
+        self.end = end_of(every)
+        self._frames: Iterator[av.VideoFrame] = iter(())
+
+    def problem(self, span: Span | None) -> str:
+        place = slice(None) if span is None else slice(*np.searchsorted(self._every, span))
+        corrupt, cut = self._corrupt[place], cut_short(span, self.end)
+        words = [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"] if corrupt.any() else []
+        return "; ".join([*words, *([cut] if cut else []), *(self._damage if cut or span is None else [])])
+
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        if not self._next or indices[0] < self._next:  # else it goes on where the spans before ended
+            self._frames, self._next = _all_frames(self._path, []), 0
+        wanted, to_rgb = set(indices), VideoReformatter()
+        for frame in self._frames:
+            if self._take_corrupt or not frame.is_corrupt:
+                index, self._next = self._next, self._next + 1
+                if index in wanted:
+                    yield index, upright(frame, to_rgb)
+                if index == indices[-1]:
+                    break
 
 
 def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
@@ -373,48 +246,39 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
         except DAMAGE as error:
             problems.append(f"damaged after {good} readable frames: {words_of(error)}")
         else:
-            if early := _ends_early(container, stream, packets):
+            if early := ends_early(container, stream, packets):
                 problems.append(early)
-
-
-def _ends_early(container, stream, packets: int) -> str:
-    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit list never needs."""
-    if "mp4" not in container.format.name:
-        return ""
-    named = sum(1 for entry in stream.index_entries if entry.size)
-    return f"the file ends early: it names {named} frames and holds {packets}" if packets < named else ""
-
-
-def _seconds(times: Sequence[float | None], path) -> np.ndarray:
-    """Seconds after the first frame; by the frame rate where a frame has no time stamp."""
-    if all(time is not None for time in times):
-        seconds = np.sort(np.array(times, np.float64))  # frames come in order; time stamps may be those of packets
-        return (seconds - seconds[0]).astype(np.float32)
-    with opened(path) as (_, stream):
-        rate = stream.average_rate or stream.guessed_rate or 25
-    return (np.arange(len(times)) / float(rate)).astype(np.float32)
 
 
 # -- decord --------------------------------------------------------------------------------------------------------
 
 
-def _decode_with_decord(path, sample: Sample, pictures: _Pictures, on_duration, on_times: Times) -> Decoded:
-    decord = _import_decord()
-    try:
-        reader = decord.VideoReader(os.fspath(path), num_threads=1)
-        count = len(reader)
+class _Decord:
+    """A video as decord reads it."""
+
+    def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
+        decord = _import_decord()
+        self._path, self._errors = path, (decord.DECORDError, RuntimeError)
+        try:
+            self._reader = decord.VideoReader(os.fspath(path), num_threads=1)
+            shown = np.asarray(self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64)
+        except self._errors as error:
+            raise VideoError(path, f"decord cannot read it: {_last_line(error)}") from None
+        if not len(shown):
+            raise VideoError(path, "decord finds no frame in it")
+        self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
         if on_duration is not None:
-            on_duration(float(reader.get_frame_timestamp(count - 1)[1]) if count else None)
-        if on_times is not None:
-            every = np.asarray(reader.get_frame_timestamp(np.arange(count)))[:, 0]
-            on_times(every - every[0])
-        indices = _checked(sample(count), count, path)
-        unique = np.unique(indices)
-        found = {int(index): pictures.from_array(reader[int(index)].asnumpy()) for index in unique}
-        times = np.asarray(reader.get_frame_timestamp(indices))[:, 0] - float(reader.get_frame_timestamp(0)[0])
-    except (decord.DECORDError, RuntimeError) as error:
-        raise VideoError(path, f"decord cannot read it: {_last_line(error)}") from None
-    return Decoded(np.stack([found[index] for index in indices.tolist()]), indices, times.astype(np.float32), count)
+            on_duration(float(shown[-1, 1]))
+
+    def problem(self, span: Span | None) -> str:
+        return cut_short(span, self.end)
+
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        try:
+            for index in indices:
+                yield index, self._reader[index].asnumpy()
+        except self._errors as error:
+            raise VideoError(self._path, f"decord cannot read it: {_last_line(error)}") from None
 
 
 def _import_decord():

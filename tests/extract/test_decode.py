@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from extract.decode import Decoded, VideoError, decode, decoder_version
+from extract.decode import Decoded, VideoError, decode, decoder_version, packets
 from extract.decode import reader as decoding
 from extract.sampling import segment_centres
 from videos import (
@@ -77,10 +77,10 @@ def assert_exact(path: Path, whole: Whole | None = None, *, singly: bool = True)
 def no_fallback(monkeypatch):
     """Decoding everything is a failure here: what is tested is that wanted frames come alone."""
 
-    def refuse(path, sample, pictures, doubt):
+    def refuse(path, doubt):
         pytest.fail(f"{path} is decoded as a whole: {doubt}")
 
-    monkeypatch.setattr(decoding, "_decode_everything", refuse)
+    monkeypatch.setattr(decoding, "_Everything", refuse)
 
 
 # -- every encoder ---------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_every_encoder_that_this_ffmpeg_has(name):
     whole = decode_everything(path)
     assert len(whole.frames) == (1 if name in _READ_AS_ONE_PICTURE else 13)
     # Opening a file of still pictures takes long (FFmpeg looks at many of them), so it is not done for each frame.
-    assert_exact(path, whole, singly=ENCODERS[name].name in decoding._SKIPPING)
+    assert_exact(path, whole, singly=ENCODERS[name].name in packets._SKIPPING)
 
 
 def test_most_encoders_are_tested():
@@ -246,7 +246,7 @@ def test_wanted_frames_alone_are_exact(name, tmp_path):
 def test_frames_are_exact_where_packets_are_read_again(name, tmp_path, monkeypatch):
     """As in a file too large to keep; where a packet is not found again, everything is decoded."""
     path = write_video(tmp_path / name, **TRUSTED[name])
-    monkeypatch.setattr(decoding, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     assert_exact(path)
 
 
@@ -254,15 +254,15 @@ def test_frames_are_exact_where_packets_are_read_again(name, tmp_path, monkeypat
 @pytest.mark.usefixtures("no_fallback")
 def test_packets_are_found_again_in_the_containers_of_kinetics(name, tmp_path, monkeypatch):
     path = write_video(tmp_path / name, **TRUSTED[name])
-    monkeypatch.setattr(decoding, "_KEPT_BYTES", 0)
+    monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     assert_exact(path)
 
 
 @pytest.mark.parametrize("name", DOUBTED)
-@pytest.mark.parametrize("kept", [decoding._KEPT_BYTES, 0])
+@pytest.mark.parametrize("kept", [packets._KEPT_BYTES, 0])
 def test_frames_are_exact_where_packets_cannot_be_trusted(name, kept, tmp_path, monkeypatch):
     path = write_video(tmp_path / name, **DOUBTED[name])
-    monkeypatch.setattr(decoding, "_KEPT_BYTES", kept)
+    monkeypatch.setattr(packets, "_KEPT_BYTES", kept)
     assert_exact(path)
 
 
@@ -321,8 +321,9 @@ def test_pictures_that_change_size_half_way_get_one_shape(tmp_path):
 def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", frames=200, gop=20, bframes=2)
     fed, resized = [], []
-    packet = decoding._Kept.packet
-    monkeypatch.setattr(decoding._Kept, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    packet = packets._Again.packet
+    monkeypatch.setattr(packets._Again, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     decoded = decode(path, lambda n: np.array([30, 30, 190]), resize=lambda frame: resized.append(1) or frame)
     assert decoded.frames.shape[0] == 3
     assert len(resized) == 2

@@ -1,0 +1,239 @@
+"""A video by its packets: which frames there are, and the wanted ones decoded without the others.
+
+What packets say is believed only where it is what decoding everything would say; `UntrustedError` says why not.
+"""
+
+import math
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from itertools import pairwise
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+
+from extract.decode.opening import DAMAGE, open_video, words_of
+
+Span = tuple[float, float]  # seconds after the first frame of a file: start <= time < end
+
+# Codecs whose decoders leave out frames that nothing refers to, and only those, when told NONREF.
+_SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
+# A packet of these may hold a picture that is never shown, so packets are not frames.
+_HIDDEN_PICTURES = frozenset(("vp8",))
+# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare streams) FFmpeg numbers
+# packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
+_TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
+_REORDERING = frozenset(("h264", "hevc"))
+# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
+_PLACEHOLDER_BYTES = 19
+# What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
+_EXPECTED = "mmco: unref short failure"
+# Packets that stay in memory between the two passes; a longer video is read from its file twice.
+_KEPT_BYTES = 64 << 20
+
+
+class UntrustedError(Exception):
+    """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
+
+
+class Packets:
+    """A video by its packets, which go by their numbers in the file's order; those of a small file stay in memory.
+
+    times float64 [num_frames]: when every frame is shown, ascending, seconds after the first; end: when the last goes.
+    Raises UntrustedError.
+    """
+
+    def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
+        self._path = path
+        self.pts, self._sizes, self._key, self._order = array("q"), array("l"), bytearray(), array("l")
+        self._kept: list[av.Packet] = []
+        container, stream = open_video(path)
+        self._opened: Any = container, stream  # until frames are asked for
+        if on_duration is not None:
+            on_duration(container.duration / av.time_base if container.duration else None)
+        try:
+            stop = self._read(container, stream)
+        except UntrustedError:
+            container.close()
+            raise
+        first = self.pts[self._order[0]]
+        self.times = seconds(np.array(self.pts)[self._order] - first, stream.time_base)
+        self.end = end_of(self.times, float(seconds(stop - first, stream.time_base)))
+
+    def problem(self, span: Span | None) -> str:
+        """What is wrong with the file, as far as a span is concerned."""
+        return cut_short(span, self.end)
+
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""
+        (container, stream), self._opened = self._opened or open_video(self._path), None
+        with container:
+            wanted = {self._order[index]: index for index in indices}
+            by_time = {self.pts[number]: index for number, index in wanted.items()}
+            to_rgb = VideoReformatter()
+            for frame in self._frames(stream.codec_context, sorted(wanted)):
+                index = by_time.pop(frame.pts, None)  # type: ignore[arg-type]
+                if index is not None:
+                    yield index, upright(frame, to_rgb)
+
+    def _read(self, container, stream) -> int:
+        """Look at every packet, without decoding; returns the time stamp at which the last frame goes."""
+        if stream.codec_context.name in _HIDDEN_PICTURES:
+            raise UntrustedError("its packets may hold pictures that are never shown")
+        total, stop, latest = 0, -math.inf, -math.inf
+        try:
+            for packet in container.demux(stream):
+                if not packet.size:
+                    continue
+                if packet.pts is None:
+                    raise UntrustedError("its packets have no time stamps")
+                if packet.is_corrupt:
+                    raise UntrustedError("a packet is damaged")
+                if packet.dts is not None:
+                    if packet.dts < latest:
+                        raise UntrustedError("its packets do not come in the order in which they are decoded")
+                    latest = packet.dts
+                if not packet.is_discard:  # an edit list hides the others
+                    self._order.append(len(self.pts))
+                    stop = max(stop, packet.pts + (packet.duration or 0))
+                self.pts.append(packet.pts)
+                self._key.append(packet.is_keyframe)
+                self._sizes.append(packet.size)
+                total += packet.size
+                if total <= _KEPT_BYTES:
+                    self._kept.append(packet)
+        except DAMAGE as error:
+            raise UntrustedError(f"reading it ends with: {words_of(error)}") from None
+        if total > _KEPT_BYTES:
+            self._kept.clear()
+        shown = np.array(self.pts)[self._order] if self._order else np.empty(0)
+        if len(np.unique(shown)) != len(shown) or not len(shown):
+            raise UntrustedError("its time stamps are not one a frame")
+        if early := ends_early(container, stream, len(self.pts)):
+            raise UntrustedError(early)
+        if _order_is_guessed(container, stream, self.pts, self._sizes):
+            raise UntrustedError("its time stamps are those of packets, not of frames")
+        self._order = array("l", np.array(self._order)[np.argsort(shown)].tolist())
+        return int(stop)
+
+    def _frames(self, context, wanted: list[int]) -> Iterator[av.VideoFrame]:
+        """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
+        skips, chosen = context.name in _SKIPPING, set(wanted)
+        keys = np.flatnonzero(np.frombuffer(self._key, bool)).tolist()
+        again = None if self._kept else _Again(self._path, self.pts, self._sizes)
+        position = key_place = 0
+        sought: set[int] = set()
+        latest: int | None = None
+        wanted_times = {self.pts[number] for number in wanted}
+
+        def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
+            nonlocal latest
+            # Frames shown before a key frame that was sought are damaged: what they refer to was not decoded.
+            before = max(sought) if sought else None
+            complaints = av.logging.get_last_error()[0]
+            frames = context.decode(packet)
+            # Not all that a decoder patches up is marked, but all is logged.
+            count, last = av.logging.get_last_error()
+            if count > complaints and (before is None or _EXPECTED not in str(last)):
+                raise UntrustedError("its decoder complains")
+            for frame in frames:
+                if frame.pts in sought and not frame.key_frame:
+                    raise UntrustedError("a packet is called a key frame and is none")
+                if frame.pts is None or (latest is not None and frame.pts <= latest):
+                    raise UntrustedError("frames do not come in the order of their time stamps")
+                if frame.is_corrupt and (before is None or frame.pts >= before or frame.pts in wanted_times):
+                    raise UntrustedError(f"the frame with time stamp {frame.pts} is corrupt")
+                latest = frame.pts
+                yield frame
+
+        try:
+            for number in wanted:
+                start = position
+                while key_place < len(keys) and keys[key_place] <= number:
+                    # A frame shown before its key frame may refer to what lies before that.
+                    if self.pts[keys[key_place]] <= self.pts[number]:
+                        start = max(start, keys[key_place])
+                    key_place += 1
+                if start > position + 1:
+                    yield from decoded(None)  # what the decoder still holds back
+                    context.flush_buffers()
+                    position = start
+                    sought.add(self.pts[start])
+                while position <= number:
+                    if skips:
+                        context.skip_frame = "DEFAULT" if position in chosen else "NONREF"
+                    yield from decoded(again.packet(position) if again else self._kept[position])
+                    position += 1
+            yield from decoded(None)
+        except DAMAGE as error:
+            raise UntrustedError(f"decoding ends with: {words_of(error)}") from None
+        finally:
+            if again:
+                again.close()
+
+
+def _order_is_guessed(container, stream, pts: Sequence[int], sizes: Sequence[int]) -> bool:
+    """Whether frames may come in another order than time stamps say."""
+    codec = stream.codec_context
+    if not (codec.has_b_frames or codec.name in _REORDERING):
+        return False
+    if codec.name == "mpeg4" and min(sizes) <= _PLACEHOLDER_BYTES:
+        return True
+    if container.format.name.split(",")[0] in _TIMED:
+        return False
+    return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
+
+
+class _Again:
+    """Packets of a file too large to keep, read once more; forward only, a gap ends at a key frame that is sought."""
+
+    def __init__(self, path, pts: Sequence[int], sizes: Sequence[int]):
+        self._container, self._stream = open_video(path)
+        self._pts, self._sizes = pts, sizes
+        self._next, self._read = 0, self._container.demux(self._stream)
+
+    def packet(self, number: int) -> av.Packet:
+        if number != self._next:
+            self._container.seek(self._pts[number], stream=self._stream)
+            self._read = self._container.demux(self._stream)
+        self._next = number + 1
+        for packet in self._read:
+            # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
+            if packet.size == self._sizes[number] and packet.pts == self._pts[number]:
+                return packet
+        raise UntrustedError(f"packet {number} is not found again")
+
+    def close(self) -> None:
+        self._container.close()
+
+
+def ends_early(container, stream, packets: int) -> str:
+    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit list never needs."""
+    if "mp4" not in container.format.name:
+        return ""
+    named = sum(1 for entry in stream.index_entries if entry.size)
+    return f"the file ends early: it names {named} frames and holds {packets}" if packets < named else ""
+
+
+def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
+    """A frame as RGB, turned as it is to be displayed."""
+    picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
+    turns = round(frame.rotation / 90) % 4  # the display matrix turns counter-clockwise, as np.rot90 does
+    return np.rot90(picture, turns) if turns else picture
+
+
+def seconds(ticks, base: Fraction):
+    """Time stamps in seconds. One rounding: a frame at 2 s is at 2.0 whatever the time base, and spans begin there."""
+    return ticks * base.numerator / base.denominator
+
+
+def end_of(times: np.ndarray, known: float = 0.0) -> float:
+    """When the last of frames at `times` goes: when its packet says, at least after as long as is usual."""
+    return max(known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0))
+
+
+def cut_short(span: Span | None, end: float) -> str:
+    """Says so where a file ends (s) before a span of it."""
+    return "" if span is None or span[1] <= end + 1e-3 else f"the file ends at {end:.3f} s, the span at {span[1]:g} s"
