@@ -13,7 +13,7 @@ class Options:
     """
 
     videos: Path
-    """A folder (split/class/clip, class/clip, flat), a file, or a CSV (Kinetics', or path,label[,split,group])."""
+    """A folder (split/class/clip, class/clip, flat), a file, or a CSV (Kinetics', or path,label[,start,end] ...)."""
     out: str
     """The feature store: a folder, or a URL that fsspec knows (s3://bucket/feats.zarr)."""
     root: Path | None = None
@@ -26,6 +26,12 @@ class Options:
     """pretrained, random, or a file (.pth, .safetensors, or a checkpoint of our own fine-tuning)."""
     frames: int = 25
     """Frames a video: the middle of that many equal segments."""
+    window: float | None = None
+    """Cut each video into windows of so many seconds, a row each (a rest shorter than half a window joins the last)."""
+    stride: float | None = None
+    """Seconds from one window to the next (default: as long as a window)."""
+    fps: float | None = None
+    """Frames a second, in windows: of --window seconds, or else so long that --frames are shown in them."""
     crops: Literal[1, 3, 10] = 1
     """Views of each frame: centre; centre and both ends; corners and centre, each flipped."""
     augment_passes: int = 0

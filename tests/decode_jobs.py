@@ -99,3 +99,12 @@ _KINDS = {
     "process": _process,
     "burn": _burn,
 }
+
+
+def crash_at_four_seconds(job, out, on_duration):
+    """`decode_job` of a decoder that crashes where a file is broken: in the span that begins at 4 s."""
+    from extract.decode.transform import decode_job
+
+    if any(span and span[0] == 4.0 for _, span in job[1]):
+        os._exit(9)
+    return decode_job(job, out, on_duration)

@@ -91,10 +91,18 @@ class SubprocessPool:
 
     def help(self, elsewhere: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the help is over."""
-        helpers = [_HelpThread(self._jobs, elsewhere, self._one_more) for _ in range(at_once)]
+        helpers = [_HelpThread(self._jobs, elsewhere, self.alone) for _ in range(at_once)]
         for helper in helpers:
             helper.start()
         self._threads += helpers
+
+    def alone(self, job: Any) -> Finished:
+        """Do a job now, in a child of its own: behind later jobs in the queue it might wait for slots that those fill."""
+        try:
+            with self._one_more() as pool, pool.submit(job).result() as finished:
+                return replace(finished, buffer=finished.buffer.copy(), _free=None)
+        except RunError as error:
+            return Finished(failure=str(error))
 
     def close(self) -> None:
         """Kill the children. Jobs that have not ended are cancelled."""
@@ -254,11 +262,9 @@ class _ChildThread(threading.Thread):
 class _HelpThread(threading.Thread):
     """Takes jobs from the same queue and has them done elsewhere; holds half as many results as a child."""
 
-    def __init__(
-        self, jobs: queue.SimpleQueue, elsewhere: Callable[[Any], Finished], one_more: Callable[[], SubprocessPool]
-    ):
+    def __init__(self, jobs: queue.SimpleQueue, elsewhere: Callable[[Any], Finished], here: Callable[[Any], Finished]):
         super().__init__(name="decode-help", daemon=True)
-        self._jobs, self._elsewhere, self._one_more = jobs, elsewhere, one_more
+        self._jobs, self._elsewhere, self._here = jobs, elsewhere, here
         self._slots = threading.Semaphore(SLOTS_A_CHILD // 2)
 
     def run(self) -> None:
@@ -273,14 +279,6 @@ class _HelpThread(threading.Thread):
                 lost = True
                 finished = self._here(job)
             future.set_result(replace(finished, _free=self._slots.release))
-
-    def _here(self, job: Any) -> Finished:
-        """A job whose help was lost: behind later jobs in the queue it might wait for slots that those fill."""
-        try:
-            with self._one_more() as pool, pool.submit(job).result() as finished:
-                return replace(finished, buffer=finished.buffer.copy(), _free=None)
-        except RunError as error:
-            return Finished(failure=str(error))
 
     def close(self) -> None:
         self._slots.release()

@@ -5,14 +5,16 @@ unflipped centre crop.
 """
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from extract.decode import decode
+from extract.decode import Decoded, Span, VideoError, decode_spans
 from extract.sampling import segment_centres, segment_random
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -20,6 +22,7 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 _CORNERS = ("tl", "tr", "bl", "br")
 # TSN's multi-scale corner crop: sides are these fractions of the short side, at most one scale apart.
 _SCALES = (1.0, 0.875, 0.75, 0.66)
+_ROWS_A_JOB, _SLOT_BYTES = 16, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,25 @@ class Plan:
     preprocessing: Preprocessing
     seed: int
     decoder: str
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of the frames of one row: V, T, size, size, 3."""
+        size = self.preprocessing.size
+        return len(view_names(self.crops, self.augment_passes)), self.frames, size, size, 3
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def rows_a_job(self) -> int:
+        """Spans of one file that a decode child does in one pass; what is decoded twice between passes is little."""
+        return max(1, min(_ROWS_A_JOB, _SLOT_BYTES // self.row_bytes))
+
+    @property
+    def slot_bytes(self) -> int:
+        return self.rows_a_job * self.row_bytes
 
 
 @dataclass(frozen=True)
@@ -146,36 +168,61 @@ def prepare(
     video_id: str,
     plan: Plan,
     out: np.ndarray,
+    *,
+    span: Span | None = None,
     on_duration: Callable[[float | None], None] | None = None,
 ) -> Prepared:
-    """Decode a video once and write all its views into `out`: uint8 [V, T, size, size, 3].
+    """Decode a video, or a span of it, once and write all its views into `out`: uint8 [V, T, size, size, 3].
 
     Raises VideoError where not one frame can be read.
     """
-    see = plan.preprocessing
-    expected = (len(view_names(plan.crops, plan.augment_passes)), plan.frames, see.size, see.size, 3)
-    if out.shape != expected or out.dtype != np.uint8:
-        raise ValueError(f"got {out.dtype} {out.shape} to write into, expected uint8 {expected}")
-    rngs = [augmentation_rng(plan.seed, video_id, number) for number in range(plan.augment_passes)]
+    [prepared] = prepare_spans(path, [(video_id, span)], plan, out[None], on_duration)
+    if isinstance(prepared, VideoError):
+        raise prepared
+    return prepared
 
-    def sample(num_frames: int) -> np.ndarray:
+
+def prepare_spans(
+    path: str,
+    wanted: Sequence[tuple[str, Span | None]],
+    plan: Plan,
+    out: np.ndarray,
+    on_duration: Callable[[float | None], None] | None = None,
+) -> list[Prepared | VideoError]:
+    """`prepare` for n rows (id, span) of one file in one pass over it: `out` is uint8 [n, V, T, size, size, 3]."""
+    if len(out) != len(wanted) or out.shape[1:] != plan.shape or out.dtype != np.uint8:
+        raise ValueError(f"got {out.dtype} {out.shape[1:]} to write into, expected uint8 {plan.shape}")
+    rngs = [[augmentation_rng(plan.seed, name, number) for number in range(plan.augment_passes)] for name, _ in wanted]
+
+    def sample(num_frames: int, rngs: list[np.random.Generator]) -> np.ndarray:
         passes = [segment_random(num_frames, plan.frames, rng) for rng in rngs]
         return np.concatenate([segment_centres(num_frames, plan.frames), *passes])
 
-    decoded = decode(
-        path,
-        sample,
-        resize=lambda frame: resize_short_side(frame, see),
-        decoder=plan.decoder,
-        on_duration=on_duration,
-    )
+    results: dict[int, Prepared | VideoError] = {}
+    try:
+        for place, decoded in decode_spans(
+            path,
+            [(span, partial(sample, rngs=mine)) for (_, span), mine in zip(wanted, rngs, strict=True)],
+            resize=lambda frame: resize_short_side(frame, plan.preprocessing),
+            decoder=plan.decoder,
+            on_duration=on_duration,
+        ):
+            results[place] = (
+                decoded if isinstance(decoded, VideoError) else _write_views(decoded, plan, rngs[place], out[place])
+            )
+    except VideoError as error:  # of the whole file
+        return [results.get(place, error) for place in range(len(wanted))]
+    return [results[place] for place in range(len(wanted))]
+
+
+def _write_views(decoded: Decoded, plan: Plan, rngs: list[np.random.Generator], out: np.ndarray) -> Prepared:
     height, width = decoded.frames.shape[1:3]
-    boxes = crop_boxes(height, width, see.size, plan.crops)
+    boxes = crop_boxes(height, width, plan.preprocessing.size, plan.crops)
     for view, ((top, left, tall, wide), flip) in enumerate(boxes):
         crops = decoded.frames[: plan.frames, top : top + tall, left : left + wide]
         out[view] = crops[:, :, ::-1] if flip else crops
     for number, rng in enumerate(rngs):
-        view_of = training_view(height, width, see, rng)
+        view_of = training_view(height, width, plan.preprocessing, rng)
         first = (1 + number) * plan.frames
         for place, frame in enumerate(decoded.frames[first : first + plan.frames]):
             out[len(boxes) + number, place] = view_of(frame)
@@ -187,12 +234,33 @@ def prepare(
     return Prepared(by_view(decoded.indices), by_view(decoded.timestamps), decoded.num_frames, decoded.problem)
 
 
-def decode_job(job: tuple[str, str, Plan], out: np.ndarray, on_duration: Callable[[float | None], None]) -> Prepared:
-    """`prepare` as a decode child calls it: job (path, id, plan), `out` a flat uint8 buffer of the right size."""
-    path, video_id, plan = job
-    size = plan.preprocessing.size
-    views = len(view_names(plan.crops, plan.augment_passes))
-    return prepare(path, video_id, plan, out.reshape(views, plan.frames, size, size, 3), on_duration)
+Job = tuple[str, list[tuple[str, Span | None]], Plan]  # a path, rows (id, span) of that file, what to prepare of each
+
+
+def jobs_of(
+    paths: Sequence[str], ids: Sequence[str], spans: Sequence[Span | None], plan: Plan
+) -> list[tuple[list[int], Job]]:
+    """What decode children are to do for n rows, and which rows (places) each job is for.
+
+    A whole file is a job of its own. Spans of one file that stand side by side go together, as many as a slot holds.
+    """
+    together: list[list[int]] = []
+    for place, (path, span) in enumerate(zip(paths, spans, strict=True)):
+        before = together[-1] if together else []
+        if span and before and len(before) < plan.rows_a_job and paths[before[0]] == path and spans[before[0]]:
+            before.append(place)
+        else:
+            together.append([place])
+    return [(places, (paths[places[0]], [(ids[k], spans[k]) for k in places], plan)) for places in together]
+
+
+def decode_job(
+    job: Job, out: np.ndarray, on_duration: Callable[[float | None], None] | None
+) -> list[Prepared | VideoError]:
+    """`prepare_spans` as a decode child calls it: `out` is a flat uint8 buffer of `plan.slot_bytes`."""
+    path, wanted, plan = job
+    views = out[: len(wanted) * plan.row_bytes].reshape(len(wanted), *plan.shape)
+    return prepare_spans(path, wanted, plan, views, on_duration)
 
 
 def _resized(frame: np.ndarray, size: tuple[int, int], preprocessing: Preprocessing) -> np.ndarray:

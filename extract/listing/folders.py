@@ -113,13 +113,13 @@ def split_of(below: str) -> str:
     return next((SPLITS[part] for part in below.lower().split("/") if part in SPLITS), "")
 
 
-def places(folders: Collection[str]) -> dict[str, tuple[str, str, bool]]:
-    """For each folder that holds videos: its split, its class, and whether it lies deeper than its class's folder.
+def places(folders: Collection[str]) -> dict[str, tuple[str, str]]:
+    """For each folder that holds videos: its split and its class.
 
     ```
     train/abseiling      -> train, abseiling        val              -> val, ""
     abseiling            -> "", abseiling           videos/vol_03    -> "", ""
-    videos/val/abseiling -> val, abseiling          abseiling/group1 -> "", abseiling, deeper
+    videos/val/abseiling -> val, abseiling          abseiling/group1 -> "", abseiling
     ```
     An outer folder around everything says nothing. `InputError` where splits and other folders stand side by side.
     """
@@ -139,7 +139,7 @@ def places(folders: Collection[str]) -> dict[str, tuple[str, str, bool]]:
         split = SPLITS[part[0].lower()] if splits and part else ""
         inner = part[1:] if split else part
         named = bool(inner) and not _VOLUME.fullmatch(inner[-1])
-        found[folder] = (split, inner[0] if named else "", named and len(inner) > 1)
+        found[folder] = (split, inner[0] if named else "")
     return found
 
 

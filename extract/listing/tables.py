@@ -1,4 +1,5 @@
-"""CSV files that list videos: `label,youtube_id,time_start,time_end,split` (Kinetics) and `path,label[,split,group]`.
+"""CSV files that list videos: `label,youtube_id,time_start,time_end,split` (Kinetics) and
+`path,label[,start,end][,split,group]`.
 
 Columns go by the header's names, never by position. Every error names file and line.
 """
@@ -17,7 +18,7 @@ from extract.listing.folders import SPLITS, extension, folder, split_of
 from extract.listing.labels import spellings
 
 KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # label too, but files for test lack it
-PATH_COLUMNS = ("path", "label")  # and, where they are there: split, and group or else subject
+PATH_COLUMNS = ("path", "label")  # and, where they are there: start and end, split, and group or else subject
 
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
@@ -31,6 +32,7 @@ class Row(NamedTuple):
     label: str  # "" for unknown
     split: str
     group: str = ""
+    span: tuple[float, float] | None = None  # seconds; of Kinetics, what an untrimmed video is to be cut by
 
     @property
     def where(self) -> str:
@@ -68,59 +70,68 @@ def read_table(path: str, root: str) -> Table:
         return Table(kind, list(_path_rows(path, columns, root, group)), group)
     raise InputError(
         f"{path} has the columns {', '.join(columns) or '(none)'}; needed are {', '.join(KINETICS_COLUMNS)} "
-        f"(and label, but for test), or {', '.join(PATH_COLUMNS)} (and split, group)"
+        f"(and label, but for test), or {', '.join(PATH_COLUMNS)} (and start, end, split, group)"
     )
 
 
 def find_clips(rows: Sequence[Row], files: Iterable[str]) -> Iterator[tuple[Row, str]]:
-    """Rows of Kinetics with their file, "" for none: by its name, and never from the folder of another split."""
-    first: dict[str, str] = {}
-    more: dict[str, list[str]] = defaultdict(list)
+    """Rows of Kinetics with their file: the clip of that name, or else the untrimmed video that it is a span of.
+
+    "" for none. A file never comes from the folder of another split.
+    """
+    by_stem: dict[str, list[str]] = defaultdict(list)
     for file in files:
-        if (name := stem(file)) in first:
-            more[name].append(file)
-        else:
-            first[name] = file
+        by_stem[stem(file)].append(file)
     split_of_folder = cache(split_of)
     for row in rows:
-        file = first.get(row.name, "")
-        if file and (row.name in more or split_of_folder(folder(file)) not in ("", row.split)):
-            file = _the_one(row, [file, *more.get(row.name, ())])
-        yield row, file
-
-
-def _the_one(row: Row, files: Sequence[str]) -> str:
-    there = [file for file in files if not row.split or split_of(folder(file)) in ("", row.split)]
-    if len(there) > 1:  # a clip that is there under two classes: the row's own
-        there = [file for file in there if not spellings(row.label).isdisjoint(file.split("/"))] or there
-    if len(there) > 1:
-        raise InputError(f"{row.where}: {there[0]} and {there[1]} could both be {row.name}; remove one")
-    return there[0] if there else ""
+        for name, span in ((row.name, None), (row.name[:11], row.span)):
+            there = [
+                file
+                for file in by_stem.get(name, ())
+                if not row.split or split_of_folder(folder(file)) in ("", row.split)
+            ]
+            if len(there) > 1:  # a clip that is there under two classes: the row's own
+                there = [file for file in there if not spellings(row.label).isdisjoint(file.split("/"))] or there
+            if len(there) > 1:
+                raise InputError(f"{row.where}: {there[0]} and {there[1]} could both be {row.name}; remove one")
+            if there:
+                yield row._replace(span=span), there[0]
+                break
+        else:
+            yield row, ""
 
 
 def find_paths(rows: Sequence[Row], files: Iterable[str], root: str) -> Iterator[tuple[Row, str]]:
     """Rows of paths with their file, "" for none; what a row names is a video, whatever its extension."""
     there = set(files)
     for row in rows:
-        yield row, row.name if row.name in there or os.path.lexists(os.path.join(root, row.name)) else ""
+        if row.name not in there and os.path.lexists(os.path.join(root, row.name)):
+            there.add(row.name)
+        yield row, row.name if row.name in there else ""
 
 
-def files_of(found: Iterable[tuple[Row, str]]) -> set[str]:
-    """All files of all rows; `InputError` where two rows stand for one file, or for one missing video."""
-    first: dict[str | tuple[str, ...], Row] = {}
-    files = set()
+def refuse_doubles(found: Iterable[tuple[Row, str]], *, of_two_classes: bool) -> None:
+    """`InputError` where two rows stand for one file, or one span of it, or one missing video (unless of two classes).
+
+    A missing clip of Kinetics may stand under two classes: it has no file that would have to decide for one.
+    """
+    first: dict[tuple, Row] = {}
     for row, file in found:
-        # A missing clip may stand under two classes: it has no file that would have to decide for one.
-        if (earlier := first.setdefault(file or (row.name, row.label, row.split), row)) is not row:
-            raise InputError(f"{earlier.where} and {row.where} both list {file or row.name}; a video stands in one row")
-        files.add(file)
-    return files - {""}
+        key = (file or row.name, row.span, *((row.label, row.split) if of_two_classes and not file else ()))
+        if (earlier := first.setdefault(key, row)) is not row:
+            what = span_id(file or row.name, row.span)
+            raise InputError(f"{earlier.where} and {row.where} both list {what}; a video stands in one row")
 
 
 def stem(path: str) -> str:
     """The name at the end of a POSIX path, without its extension."""
     name = path.rpartition("/")[2]
     return name.rpartition(".")[0] or name
+
+
+def span_id(path: str, span: tuple[float, float] | None) -> str:
+    """The id of a span of a file: `match.mp4#2000-5000`, in milliseconds; the path itself for the whole."""
+    return path if span is None else f"{path}#{span[0] * 1000:.0f}-{span[1] * 1000:.0f}"
 
 
 def _kind(columns: Sequence[str]) -> Literal["kinetics", "path", ""]:
@@ -169,19 +180,17 @@ def _kinetics_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
     for line, (name, start, end, said, label) in _values(path, columns, (*KINETICS_COLUMNS, "label")):
         if not _YOUTUBE_ID.fullmatch(name):
             raise InputError(f"{path} line {line}: {name!r} is no youtube id, which has 11 characters")
-        try:
-            clip = f"{name}_{int(float(start)):06d}_{int(float(end)):06d}"
-        except (ValueError, OverflowError):
-            raise InputError(f"{path} line {line}: {start!r} to {end!r} are no times in seconds") from None
+        span = _span(start, end, path, line)
         split = _split(said, path, line)
         if labelled and not label and split != "test":
             raise InputError(f"{path} line {line}: {name} has no label; only videos of the test split may lack one")
-        yield Row(path, line, clip, label, split)
+        yield Row(path, line, f"{name}_{int(span[0]):06d}_{int(span[1]):06d}", label, split, "", span)
 
 
 def _path_rows(path: str, columns: Sequence[str], root: str, group_column: str) -> Iterator[Row]:
     base = os.path.abspath(root)
-    for line, (name, label, said, group) in _values(path, columns, ("path", "label", "split", group_column)):
+    wanted = ("path", "label", "split", group_column, "start", "end")
+    for line, (name, label, said, group, start, end) in _values(path, columns, wanted):
         if not name:
             raise InputError(f"{path} line {line} has no path")
         below = os.path.relpath(name, base) if os.path.isabs(name) else name
@@ -190,7 +199,21 @@ def _path_rows(path: str, columns: Sequence[str], root: str, group_column: str) 
             raise InputError(
                 f"{path} line {line}: {name} is not below {root}; give --root DIR, a folder around all videos"
             )
-        yield Row(path, line, below, label, _split(said, path, line), group)
+        span = _span(start, end, path, line) if start or end else None
+        yield Row(path, line, below, label, _split(said, path, line), group, span)
+
+
+def _span(start: str, end: str, path: str, line: int) -> tuple[float, float]:
+    """Seconds, in whole milliseconds."""
+    try:
+        span = round(float(start) * 1000), round(float(end) * 1000)
+    except (ValueError, OverflowError):
+        raise InputError(f"{path} line {line}: {start!r} to {end!r} are no times in seconds") from None
+    if not 0 <= span[0] < span[1]:
+        raise InputError(
+            f"{path} line {line}: {start} to {end} s is no span; it begins at 0 or later, and ends after it begins"
+        )
+    return span[0] / 1000, span[1] / 1000
 
 
 def _split(value: str, path: str, line: int) -> str:

@@ -12,36 +12,40 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import NamedTuple
 
 from extract.cli import InputError
 from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
 from extract.listing.labels import choose_labels, kinetics700_labels
-from extract.listing.tables import files_of, find_clips, find_paths, read_table, stem, tables_in
+from extract.listing.tables import Row, find_clips, find_paths, read_table, refuse_doubles, span_id, tables_in
 
 __all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
 
-_CLIP = re.compile(r"([A-Za-z0-9_-]{11})_\d{6,}_\d{6,}")
+# Of a clip, or of a span of an untrimmed video.
+_CLIP = re.compile(r"(?:.*/)?([A-Za-z0-9_-]{11})(?:_\d{6,}_\d{6,}(?:\.[^.]*)?|\.[^.#]+#\d+-\d+)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes or -1."""
+    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes or -1.
+
+    With a `span` it is a part of its file, in seconds, and its id ends with the milliseconds: `a.mp4#2000-5000`.
+    """
 
     id: str
     path: str
     label: int
     split: str = ""
     group: str = ""
+    span: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
 class Listing:
     """The videos of a source and what was left out of them; `report()` says it all in a short table.
 
-    `videos` are sorted by id, those of a CSV stand in its order. `missing` are rows of a CSV without a file (their id
-    is the name that was looked for), `unlisted` are videos beside them that no row names, `ignored` holds, by reason,
-    the names of what is no video.
+    `videos` are sorted by id, those of a CSV stand in its order, spans of one file side by side. `missing` are rows of
+    a CSV without a file (their id is the name that was looked for), `unlisted` are videos beside them that no row
+    names, `ignored` holds, by reason, the names of what is no video.
     """
 
     source: str
@@ -120,8 +124,10 @@ def list_videos(
     - a folder: `<split>/<class>/<clip>`, `<class>/<clip>`, or flat. One outer folder around all of it is looked
       through, `vol_NN` is no class. Where the folders name no class, CSVs in the folder or its `annotations/` are the
       list, if there are any; where they do, they are believed and no CSV is read.
-    - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, its files anywhere below `root`,
-    - a CSV `path,label[,split,group]`, paths below `root`; without `group`, a column `subject` is the group,
+    - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, its files anywhere below `root`: the clips, or
+      where one is not there, the untrimmed `<youtube_id>.mp4` that it is a span of,
+    - a CSV `path,label[,start,end][,split,group]`, paths below `root`, start and end in seconds; without `group`, a
+      column `subject` is the group,
     - one video.
 
     `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where every name is in it,
@@ -130,12 +136,38 @@ def list_videos(
     """
     source = os.fspath(source)
     with _no_collector():
-        return _finish(source, _draft(source, None if root is None else os.fspath(root)), labels)
+        draft = _draft(source, None if root is None else os.fspath(root))
+        # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
+        classes, index, labels_from = choose_labels({row.label for row, _ in draft.rows} - {""}, labels)
+        index[""] = -1
+        base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else os.fspath(root)
+        videos = [
+            Video(
+                span_id(file or row.name, row.span if file else None),
+                os.path.join(base, file) if file else "",
+                index[row.label],
+                row.split,
+                row.group,
+                row.span,
+            )
+            for row, file in draft.rows
+        ]
+        return Listing(
+            source=source,
+            layout=draft.layout,
+            videos=tuple(video for video in videos if video.path),
+            classes=classes,
+            labels_from=labels_from,
+            missing=tuple(video for video in videos if not video.path),
+            unlisted=tuple(draft.unlisted),
+            ignored={reason: tuple(sorted(names)) for reason, names in draft.ignored.items() if names},
+            notes=tuple(draft.notes),
+        )
 
 
 def youtube_id(video_id: str) -> str:
-    """The 11 characters before `_{start:06d}_{end:06d}` in the name of a Kinetics clip; `InputError` for others."""
-    if not (clip := _CLIP.fullmatch(stem(video_id))):
+    """The 11 characters before `_{start:06d}_{end:06d}`, or before `.mp4#{start}-{end}`; `InputError` for others."""
+    if not (clip := _CLIP.fullmatch(video_id)):
         raise InputError(f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension")
     return clip[1]
 
@@ -148,25 +180,16 @@ def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple
 
 def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
     for video in videos:
-        if clip := _CLIP.fullmatch(stem(video.id)):
+        if clip := _CLIP.fullmatch(video.id):
             yield clip[1], video
-
-
-class _Entry(NamedTuple):
-    """A video before its class has an index ("" is unknown)."""
-
-    id: str
-    path: str
-    label: str = ""
-    split: str = ""
-    group: str = ""
 
 
 @dataclass
 class _Draft:
+    """A listing before classes have an index: of each video a row, and its file, "" for one that is missing."""
+
     layout: str
-    found: list[_Entry]
-    missing: list[_Entry] = field(default_factory=list)
+    rows: list[tuple[Row, str]]
     unlisted: list[str] = field(default_factory=list)
     ignored: Ignored = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -201,7 +224,7 @@ def _draft(source: str, root: str | None) -> _Draft:
         raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
     if printable(name) != name:
         raise InputError(f"the name {printable(name)} is not UTF-8, so that no store can hold it; rename the video")
-    return _Draft(layout="one video", found=[_Entry(name, source)])
+    return _Draft("one video", [(Row(source, 0, name, "", ""), name)])
 
 
 def _from_folder(source: str) -> _Draft:
@@ -210,21 +233,12 @@ def _from_folder(source: str) -> _Draft:
         why = "; ".join(f"{reason}: {len(names):,}{_named(sorted(names))}" for reason, names in ignored.items())
         raise InputError(f"there is no video in {source}; " + (f"ignored were, {why}" if why else "it is empty"))
     by_folder = places({folder(file) for file in files})
-    splits, classes, deeper = (any(place[part] for place in by_folder.values()) for part in range(3))
+    splits, classes = (any(place[part] for place in by_folder.values()) for part in range(2))
     if not classes and (tables := tables_in(source)):
         return _from_tables(tables, source, scanned=(files, ignored))
-    prefix = os.path.join(source, "")
-    found = []
-    for file in files:
-        split, name, _ = by_folder[folder(file)]
-        found.append(_Entry(file, prefix + file, name, split))
+    rows = [(Row(source, 0, file, *by_folder[folder(file)][::-1]), file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
-    notes = []
-    if deeper:
-        inner = [below for below, place in by_folder.items() if place[2]]
-        notes.append(f"folders that lie deeper than their class's: {len(inner):,}{_named(sorted(inner))}")
-    layout = f"folders {layout}" if splits or classes else "a flat folder"
-    return _Draft(layout=layout, found=found, ignored=ignored, notes=notes)
+    return _Draft(f"folders {layout}" if splits or classes else "a flat folder", rows, ignored=ignored)
 
 
 def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None) -> _Draft:
@@ -240,48 +254,31 @@ def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], I
         # A CSV of paths may lie in a large place: only the folders that it names are looked into.
         scanned = scan(root, only=None if clips else {row.name.partition("/")[0] for row in by_path})
     files, ignored = scanned
-    files_of((row, row.name) for row in by_path)
-    rows = [*find_clips(clips, files if clips else ()), *find_paths(by_path, files, root)]
-    used = files_of(rows)
+    refuse_doubles(((row, row.name) for row in by_path), of_two_classes=False)
+    found_clips = list(find_clips(clips, files if clips else ()))
+    refuse_doubles(found_clips, of_two_classes=True)
+    rows = [*found_clips, *find_paths(by_path, files, root)]
+    used = {file for _, file in rows} - {""}
     if not used:
         there = f"there are {examples(files)}" if files else "there is no video"
         raise InputError(
             f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0][0].name}, {there}); "
             "say with --root where they are"
         )
-    prefix = os.path.join(root, "")
+    notes = [f"groups: the column `{table.group_column}`" for table in tables if table.group_column]
+    if spans := sum(row.span is not None for row, file in rows if file):
+        whole = sum(row.span is None for row, file in rows if file)
+        notes.append(f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files")
+        # Spans of one file side by side, by when they begin, so that it is read in one pass.
+        first = {file: place for place, (_, file) in reversed([*enumerate(rows)])}
+        rows.sort(key=lambda found: (first[found[1]], found[0].span or ()))
     no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     return _Draft(
-        layout=f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
-        found=[_Entry(file, prefix + file, row.label, row.split, row.group) for row, file in rows if file],
-        missing=[_Entry(row.name, "", row.label, row.split, row.group) for row, file in rows if not file],
+        f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
+        rows,
         unlisted=[file for file in files if file not in used],
         ignored={why: [name for name in names if name not in no_surprise] for why, names in ignored.items()},
-        notes=[f"groups: the column `{table.group_column}`" for table in tables if table.group_column],
-    )
-
-
-def _finish(source: str, draft: _Draft, labels: str | os.PathLike[str]) -> Listing:
-    # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
-    names = {entry.label for entry in (*draft.found, *draft.missing)} - {""}
-    classes, index, labels_from = choose_labels(names, labels)
-
-    def videos(entries: Iterable[_Entry]) -> tuple[Video, ...]:
-        return tuple(
-            Video(name, path, index[label] if label else -1, split, group)
-            for name, path, label, split, group in entries
-        )
-
-    return Listing(
-        source=source,
-        layout=draft.layout,
-        videos=videos(draft.found),
-        classes=classes,
-        labels_from=labels_from,
-        missing=videos(draft.missing),
-        unlisted=tuple(draft.unlisted),
-        ignored={reason: tuple(sorted(names)) for reason, names in draft.ignored.items() if names},
-        notes=tuple(draft.notes),
+        notes=notes,
     )
 
 

@@ -42,8 +42,8 @@ def _read_once(name: str) -> "cached_property[np.ndarray]":
 class FeatureStore:
     """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
 
-    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1; `starts` and
-    `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed);
+    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1; `starts`
+    and `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed);
     `num_frames` int32 [N]; `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those
     of a span. Per-video arrays are read once, on first use.
     """
@@ -135,7 +135,7 @@ class FeatureStore:
         if features.ndim != 4:
             raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
         count, views, frames, dim = features.shape
-        made = {"ids": [f"{row:08d}" for row in range(count)], "labels": np.asarray(labels)}
+        made: dict[str, Any] = {"ids": [f"{row:08d}" for row in range(count)], "labels": np.asarray(labels)}
         made |= {name: values for name, values in columns.items() if values is not None}
         lengths = np.asarray(lengths)
         check_arrays(features, {**made, "lengths": lengths}, num_classes=len(classes))

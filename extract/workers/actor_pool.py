@@ -81,8 +81,10 @@ class Decoder:
         check_node(version, video)
 
     def decode(self, job: Any) -> tuple[Any, np.ndarray, str, float]:
+        _, wanted, plan = job
         with self._pool.submit(job).result() as finished:
-            return finished.result, finished.buffer.copy(), finished.failure, finished.cpu_seconds
+            frames = finished.buffer[: len(wanted) * plan.row_bytes].copy()  # a slot may hold more rows
+            return finished.result, frames, finished.failure, finished.cpu_seconds
 
     def stay(self) -> None:
         """Never returns: the call fails when this decoder is lost."""

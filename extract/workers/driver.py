@@ -4,6 +4,7 @@ The driver alone writes the per-video arrays. A restart is the list of blocks wi
 blocks go back to that list.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 from extract.cli import InputError, RunError
 from extract.listing.videos import Listing, Video, list_videos
+from extract.listing.windows import cut_windows, settle
 from extract.options import Options
 from extract.store import FAILED, PENDING, FeatureStore, Rows, RunLog, difference, exclusive, is_remote
 from extract.store.summary import human_bytes, status_table
@@ -33,12 +35,16 @@ from extract.workers.worker import Block, Done, Worker, code_version
 def extract(options: Options) -> int:
     """Extract features of `options.videos` into `options.out`; returns the exit status (DESIGN: Commands)."""
     _check(options)
+    options = settle(options)
     if threading.current_thread() is threading.main_thread():
         # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     listing = list_videos(options.videos, root=options.root, labels=options.labels)
     print(listing.report())
-    videos = listing.videos[: options.limit]
+    videos: Sequence[Video] = listing.videos[: options.limit]
+    if options.window is not None and options.stride is not None:
+        files, videos = len(videos), cut_windows(videos, options.window, options.stride)
+        print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
     if is_remote(options.out):
         print(f"{options.out} is remote: nothing keeps a second run from writing to it at the same time")
         return _extract(options, listing, videos, None)
@@ -55,6 +61,8 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], log: R
     pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
     try:
         made = pool.describe()
+        if options.window is not None:
+            made["provenance"]["sampling"] |= {"window": options.window, "stride": options.stride}
         if store is None:
             store = FeatureStore.create(
                 options.out,
@@ -146,25 +154,29 @@ def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
 
 
 def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
-    return {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
+    """What a store holds of its rows from the start."""
+    columns = {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
+    spans = [video.span or (math.nan, math.nan) for video in videos]
+    return columns | {"starts": [start for start, _ in spans], "ends": [end for _, end in spans]}
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
     """The blocks with pending rows, and in them those rows; a pending video that is no longer there is an error."""
-    paths = {video.id: video.path for video in videos}
+    by_id = {video.id: video for video in videos}
     ids = store.ids
     blocks = []
     for number in store.missing_blocks():
         rows = store.block_rows(number)
         rows = rows[store.status[rows] == PENDING]
         names = ids[rows].tolist()
-        gone = [name for name in names if name not in paths]
+        gone = [name for name in names if name not in by_id]
         if gone:
             raise InputError(
                 f"{store.path} still waits for {gone[0]!r} (and {len(gone) - 1} more of its block), which --videos "
                 "does not hold; give the folder (and --limit) the store was begun with"
             )
-        blocks.append(Block(number, tuple(rows.tolist()), tuple(names), tuple(paths[name] for name in names)))
+        paths, spans = zip(*((by_id[name].path, by_id[name].span) for name in names), strict=True)
+        blocks.append(Block(number, tuple(rows.tolist()), tuple(names), paths, spans))
     return blocks
 
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
-from extract.decode import decoder_version
+from extract.decode import Span, VideoError, decoder_version
 from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import Plan, Prepared, decode_job, view_names
+from extract.decode.transform import Job, Plan, Prepared, decode_job, jobs_of, view_names
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
 
@@ -35,6 +35,10 @@ class Block:
     rows: tuple[int, ...]
     ids: tuple[str, ...]
     paths: tuple[str, ...] = field(repr=False)
+    spans: tuple[Span | None, ...] = field(repr=False)
+
+
+Submitted = tuple[list[int], Job, "Future[Finished]"]  # rows of a block (their places), and who decodes them
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Worker:
         self._views = view_names(options.crops, options.augment_passes)
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: Future[Done] | None = None
-        self._ahead: dict[int, list[Future[Finished]]] = {}
+        self._ahead: dict[int, list[Submitted]] = {}
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -114,7 +118,7 @@ class Worker:
     def _pool(self) -> SubprocessPool:
         return SubprocessPool(
             self.decode_job,
-            slot_bytes=self.slot_bytes,
+            slot_bytes=self._plan.slot_bytes,
             workers=self.options.decode_workers or self.cores,
             timeout=self.options.video_timeout,
             # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
@@ -140,15 +144,10 @@ class Worker:
             "provenance": provenance,
             "views": self._views,
             "dim": self._backbone.dim,
-            "slot_bytes": self.slot_bytes,
+            "slot_bytes": self._plan.slot_bytes,
             "precision": self._backbone.precision,
             "words": self._backbone.describe(),
         }
-
-    @property
-    def slot_bytes(self) -> int:
-        """Of the frames of one video."""
-        return len(self._views) * self.options.frames * self._plan.preprocessing.size**2 * 3
 
     def check(self, nonce: str, video: str, version: str) -> None:
         """Make sure that this worker has the driver's code and sees the store and videos, or fail naming its node."""
@@ -195,10 +194,11 @@ class Worker:
             self._pool.close()
         self._writer.shutdown()
 
-    def _submit(self, block: Block) -> list[Future[Finished]]:
-        return [self._pool.submit((path, name, self._plan)) for path, name in zip(block.paths, block.ids, strict=True)]
+    def _submit(self, block: Block) -> "list[Submitted]":
+        jobs = jobs_of(block.paths, block.ids, block.spans, self._plan)
+        return [(places, job, self._pool.submit(job)) for places, job in jobs]
 
-    def _extract(self, block: Block, futures: list[Future[Finished]]) -> tuple[np.ndarray, Rows, dict[str, float]]:
+    def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Rows, dict[str, float]]:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
         count = len(block.rows)
         features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
@@ -209,25 +209,36 @@ class Worker:
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
 
         batches = _Batches(self._backbone, size=size, into=features)
-        for place, future in enumerate(futures):
-            started = time.perf_counter()
-            finished = future.result()
-            seconds["wait"] += time.perf_counter() - started
-            seconds["decode"] += finished.cpu_seconds
-            with finished:  # its slot of shared memory is free for another video afterwards
-                if finished.failure:
-                    errors[place] = finished.failure
-                    continue
-                prepared: Prepared = finished.result
-                status[place] = PARTIAL if prepared.problem else OK
-                errors[place] = prepared.problem
-                num_frames[place] = prepared.num_frames
-                indices[place], timestamps[place] = prepared.indices, prepared.timestamps
-                batches.add(finished.buffer.reshape(-1, size, size, 3), place * views * frames)
+        for place, prepared, pictures in self._prepared(submitted, seconds):
+            if isinstance(prepared, VideoError):
+                errors[place] = prepared.reason
+                continue
+            status[place] = PARTIAL if prepared.problem else OK
+            errors[place] = prepared.problem
+            num_frames[place] = prepared.num_frames
+            indices[place], timestamps[place] = prepared.indices, prepared.timestamps
+            batches.add(pictures.reshape(-1, size, size, 3), place * views * frames)
         batches.flush()
         seconds["device"] = batches.seconds
         outcome = Rows(np.array(block.rows), status, errors, num_frames, indices, timestamps)
         return features.reshape(count, views, frames, -1), outcome, seconds
+
+    def _prepared(
+        self, submitted: "list[Submitted]", seconds: dict[str, float]
+    ) -> Iterator[tuple[int, Prepared | VideoError, np.ndarray]]:
+        """Each row's place, what was decoded of it, and its frames, which are there until the next is asked for."""
+        for places, (path, wanted, plan), future in submitted:
+            started = time.perf_counter()
+            finished = future.result()
+            seconds["wait"] += time.perf_counter() - started
+            seconds["decode"] += finished.cpu_seconds
+            for number, (place, row) in enumerate(zip(places, wanted, strict=True)):
+                one, first = finished, number * plan.row_bytes
+                if finished.failure and len(places) > 1:  # each alone, so that one fails and not all
+                    one, first = self._pool.alone((path, [row], plan)), 0
+                prepared = VideoError(path, one.failure) if one.failure else one.result[first // plan.row_bytes]
+                yield place, prepared, one.buffer[first : first + plan.row_bytes]
+            finished.release()  # its slot of shared memory is free for another job
 
     def _write(
         self, block: Block, features: np.ndarray, outcome: Rows, frames: int, seconds: dict[str, float], started: float

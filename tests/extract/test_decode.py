@@ -20,6 +20,8 @@ from extract.decode import Decoded, VideoError, decode, decoder_version, packets
 from extract.decode import reader as decoding
 from extract.sampling import segment_centres
 from videos import (
+    DOUBTED,
+    TRUSTED,
     Whole,
     cut_by_edit_list,
     decode_everything,
@@ -160,81 +162,6 @@ def test_most_encoders_are_tested():
 
 # -- kinds of video --------------------------------------------------------------------------------------------------
 
-_B = {"gop": 8, "bframes": 3, "frames": 30}
-_VFR = np.cumsum(np.random.default_rng(0).integers(5, 300, 30)).tolist()
-_LATE = [5000 + 40 * number for number in range(30)]
-
-# name -> how it is made; what only decoding everything gets right stands below
-TRUSTED = {
-    "a.mp4": {},
-    "b-frames.mp4": _B,
-    "b-frames.mkv": _B,
-    "b-frames.ts": _B,
-    "b-frames.flv": _B,
-    "b-frames.mov": _B,
-    "no-b-frames.mp4": {"gop": 8, "bframes": 0},
-    "keys-only.mp4": {"gop": 1},
-    "one-key.mp4": {"options": {"x264-params": "keyint=infinite"}},
-    "open-gop.mp4": _B | {"options": {"x264-params": "open-gop=1:keyint=6:b-pyramid=strict"}},
-    "open-gop.ts": _B | {"options": {"x264-params": "open-gop=1:keyint=6"}},
-    "many-references.mkv": {"frames": 30, "options": {"x264-params": "ref=8:bframes=8:b-adapt=2:weightp=2"}},
-    "slices.mp4": _B | {"options": {"x264-params": "slices=4:aud=1:pic-struct=1"}},
-    "fragments.mp4": _B | {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
-    "faststart.mp4": _B | {"container_options": {"movflags": "faststart"}},
-    "interlaced.mp4": _B | {"interlaced": True},
-    "interlaced.ts": _B | {"codec": "mpeg2video", "interlaced": True},
-    "10-bit-h264.mp4": _B | {"pix_fmt": "yuv420p10le"},
-    "10-bit-hevc.mp4": _B | {"codec": "libx265", "pix_fmt": "yuv420p10le"},
-    "12-bit-hevc.mkv": _B | {"codec": "libx265", "pix_fmt": "yuv422p12le"},
-    "10-bit-av1.mp4": {"codec": "libsvtav1", "pix_fmt": "yuv420p10le"},
-    "grey.mp4": _B | {"pix_fmt": "gray"},
-    "grey-10-bit.mkv": {"pix_fmt": "gray10le"},
-    "odd-size.mp4": _B | {"pix_fmt": "yuv444p", "size": (63, 47)},
-    "odd-size-vp9.webm": {"codec": "libvpx-vp9", "size": (33, 17)},
-    "tiny.mkv": {"codec": "ffv1", "size": (1, 1)},
-    "full-range.mp4": _B | {"pix_fmt": "yuvj420p"},
-    "rgb.mkv": _B | {"codec": "libx264rgb", "pix_fmt": "rgb24"},
-    "alpha.mkv": {"codec": "ffv1", "pix_fmt": "yuva420p"},
-    "hevc.mkv": _B | {"codec": "libx265"},
-    "hevc-open-gop.ts": _B | {"codec": "libx265", "gop": 6},
-    "vfr.mp4": _B | {"pts": _VFR},
-    "vfr.mkv": _B | {"pts": _VFR},
-    "vfr.ts": _B | {"pts": _VFR},
-    "vfr-vp9.webm": {"codec": "libvpx-vp9", "frames": 30, "pts": _VFR},
-    "late.mp4": _B | {"pts": _LATE},
-    "late.mkv": _B | {"pts": _LATE},
-    "late.ts": _B | {"pts": _LATE},
-    "audio.mp4": _B | {"audio": True},
-    "streams.mp4": _B | {"more_streams": [(96, 80)]},
-    "streams.mkv": _B | {"more_streams": [(32, 32), (96, 80)]},
-    "mpeg4.avi": _B | {"codec": "mpeg4"},
-    "mpeg4.mp4": _B | {"codec": "mpeg4"},
-    "mpeg1.mpg": _B | {"codec": "mpeg1video", "container": "mpeg"},
-    "mpeg2.vob": _B | {"codec": "mpeg2video", "container": "vob"},
-    "mjpeg.avi": {"codec": "mjpeg", "pix_fmt": "yuvj420p"},
-    "wmv.wmv": {"codec": "wmv2"},
-    "a.gif": {"codec": "gif", "pix_fmt": "rgb8"},
-    "one-frame.mp4": {"frames": 1},
-}
-
-DOUBTED = {
-    # Packets are numbered as they come: these frames were silently in the wrong order.
-    "b-frames.avi": _B,
-    "b-frames.wmv": _B,
-    "b-frames.mxf": _B,
-    "mpeg1.wmv": _B | {"codec": "mpeg1video"},
-    "bare.m1v": {"codec": "mpeg1video", "gop": 6, "bframes": 3, "frames": 30, "options": {"flags": "-cgop"}},
-    "bare.h264": _B,
-    "bare.hevc": _B | {"codec": "libx265"},
-    # Every packet is called a key frame: these were decoded from the middle of a group.
-    "h263.avi": {"codec": "h263p"},
-    "h263.mov": {"codec": "h263", "size": (176, 144)},
-    # Decoding can start at no frame but the first, though others are called key frames.
-    "intra-refresh.mp4": {"frames": 40, "options": {"x264-params": "intra-refresh=1:keyint=8:bframes=0"}},
-    # Packets hold pictures that are never shown.
-    "vp8.webm": {"codec": "libvpx", "frames": 40, "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
-}
-
 
 @pytest.mark.parametrize("name", TRUSTED)
 @pytest.mark.usefixtures("no_fallback")
@@ -268,7 +195,7 @@ def test_frames_are_exact_where_packets_cannot_be_trusted(name, kept, tmp_path, 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
 def test_a_file_that_calls_every_frame_a_key_frame(codec, tmp_path):
-    assert_exact(forget_key_frames(write_video(tmp_path / "a.mp4", codec=codec, **_B)))
+    assert_exact(forget_key_frames(write_video(tmp_path / "a.mp4", codec=codec, gop=8, bframes=3, frames=30)))
 
 
 @pytest.mark.parametrize(("start", "seconds"), [(0.2, 0.4), (0.0, 0.5), (0.3, 10), (0.52, 0.04)])

@@ -162,13 +162,14 @@ def test_videos_are_prepared_as_in_this_process(codec_clips, broken_clips):
     plan = Plan(frames=3, crops=3, augment_passes=2, preprocessing=see, seed=1, decoder="pyav")
     out = np.zeros((5, 3, 32, 32, 3), np.uint8)
     with SubprocessPool(decode_job, slot_bytes=out.size, workers=1, timeout=20) as pool:
-        good = pool.submit((str(codec_clips / "vp9.webm"), "id", plan))
-        bad = pool.submit((str(broken_clips / "zero_bytes.mp4"), "id", plan))
+        good = pool.submit((str(codec_clips / "vp9.webm"), [("id", None)], plan))
+        bad = pool.submit((str(broken_clips / "zero_bytes.mp4"), [("id", None)], plan))
         expected = prepare(str(codec_clips / "vp9.webm"), "id", plan, out)
         with good.result(PATIENCE) as finished:
             assert finished.buffer.tobytes() == out.tobytes()
-            assert np.array_equal(finished.result.indices, expected.indices)
-        assert bad.result(PATIENCE).failure.startswith("the file is empty")
+            assert np.array_equal(finished.result[0].indices, expected.indices)
+        with bad.result(PATIENCE) as finished:
+            assert finished.result[0].reason.startswith("the file is empty")
 
 
 # -- jobs that do not ------------------------------------------------------------------------------------------------

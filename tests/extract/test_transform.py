@@ -353,7 +353,7 @@ def test_decode_job_writes_into_a_flat_buffer(codec_clips):
     clip, what = codec_clips / "vp9.webm", plan(crops=3, augment_passes=1)
     out, seen = prepared(clip, what)
     flat, durations = np.zeros(out.size, np.uint8), []
-    result = decode_job((str(clip), "id", what), flat, durations.append)
+    [result] = decode_job((str(clip), [("id", None)], what), flat, durations.append)
     assert flat.tobytes() == out.tobytes()
     assert np.array_equal(result.indices, seen.indices)
     assert durations == [pytest.approx(1.92, abs=0.05)]

@@ -1,0 +1,115 @@
+"""Windows of a long file against one pass over it: CPU time of 360 windows of an hour, as a decode child gets them.
+
+Method: an hour of one H.264 file (real pictures, x264's defaults, a key frame every 250 frames), 25 frames a window of
+10 s. Contenders take turns in one process: one `decode` that asks for all 9,000 frames in one pass; the 360 windows in
+jobs as `jobs_of` makes them; each window as a job of its own; and, for scale, plain PyAV that decodes every frame and
+turns the 9,000 into RGB. What is asserted is the ratio of jobs to one pass. Peak memory is that of a child of its own.
+Run: `python -m pytest -s tests/benchmarks/bench_spans.py`
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from bench_decode import x264_defaults
+
+from extract.decode import decode
+from extract.decode.transform import Plan, Preprocessing, decode_job, jobs_of, resize_short_side
+from extract.listing.windows import window_spans
+from extract.sampling import segment_centres
+from videos import write_repeated
+
+SECONDS, WINDOW, FRAMES = 3600, 10.0, 25
+SEE = Preprocessing(224, 256, "bicubic", (0.5,) * 3, (0.5,) * 3)
+PLAN = Plan(FRAMES, 1, 0, SEE, 0, "pyav")
+CLIP = Path(__file__).parents[3] / "shared" / "clips" / "kinetics_like" / "mmaction2_demo.mp4"
+
+
+@pytest.fixture(scope="module")
+def hour(tmp_path_factory) -> Path:
+    if not CLIP.exists():
+        pytest.skip(f"needs {CLIP.name}, which is not shipped")
+    folder = tmp_path_factory.mktemp("hour")
+    clip = x264_defaults(CLIP, folder / "clip.mp4")
+    with av.open(str(clip)) as container:
+        length = container.duration / av.time_base
+    return write_repeated(folder / "hour.mp4", clip, round(SECONDS / length))
+
+
+def in_jobs(path: str, spans: list[tuple[float, float]], plan: Plan = PLAN) -> int:
+    out = np.zeros(plan.slot_bytes, np.uint8)
+    jobs = jobs_of([path] * len(spans), ["id"] * len(spans), spans, plan)
+    return sum(len(decode_job(job, out, None)) for _, job in jobs)
+
+
+def one_by_one(path: str, spans: list[tuple[float, float]]) -> int:
+    out = np.zeros(PLAN.slot_bytes, np.uint8)
+    return sum(len(decode_job((path, [("id", span)], PLAN), out, None)) for span in spans)
+
+
+def one_pass(path: str, spans: list[tuple[float, float]]) -> int:
+    """All frames of all windows in one `decode`; a frame is one number afterwards, since 9,000 would not fit."""
+    times = np.zeros(0)
+
+    def sample(_: int) -> np.ndarray:
+        places = (np.searchsorted(times, span) for span in spans)
+        return np.concatenate([first + segment_centres(stop - first, FRAMES) for first, stop in places])
+
+    def note(found: np.ndarray) -> None:
+        nonlocal times
+        times = found
+
+    def shrink(frame: np.ndarray) -> np.ndarray:
+        return resize_short_side(frame, SEE)[16:240, 16:240][:1, :1].copy()
+
+    return len(decode(path, sample, resize=shrink, on_times=note).frames) // FRAMES
+
+
+def everything(path: str, spans: list[tuple[float, float]]) -> int:
+    with av.open(path) as container:
+        container.streams.video[0].thread_count = 1
+        wanted = len(spans) * FRAMES
+        every = max(1, container.streams.video[0].frames // wanted)
+        for number, frame in enumerate(container.decode(video=0)):
+            if number % every == 0:
+                resize_short_side(frame.to_ndarray(format="rgb24"), SEE)
+    return len(spans)
+
+
+def test_windows_of_an_hour_cost_what_one_pass_costs(hour):
+    spans = window_spans(SECONDS, WINDOW, WINDOW)
+    contenders = {"one pass": one_pass, "in jobs": in_jobs, "one by one": one_by_one, "all decoded": everything}
+    seconds = {}
+    for name, run in contenders.items():
+        started = time.process_time()
+        assert run(str(hour), spans) == len(spans)
+        seconds[name] = time.process_time() - started
+    print(f"\n{len(spans)} windows of {hour.stat().st_size / 1e6:.0f} MB, CPU s:")
+    for name, spent in seconds.items():
+        print(f"  {name:<12}{spent:8.1f}  {spent / seconds['one pass']:.2f}")
+    assert seconds["in jobs"] <= 1.3 * seconds["one pass"]
+
+
+def peak(path: Path, spans: int) -> float:
+    """MB that a process of its own needs at most for the first windows of a file."""
+    program = (
+        "import sys; sys.path[:0] = ['tests', 'tests/benchmarks']\n"
+        "from bench_spans import in_jobs, WINDOW\n"
+        "from extract.listing.windows import window_spans\n"
+        "in_jobs(sys.argv[1], window_spans(float(sys.argv[2]) * WINDOW, WINDOW, WINDOW))\n"
+        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program, str(path), str(spans)], capture_output=True, text=True)
+    assert not run.returncode, run.stderr
+    return int(run.stdout.split()[-1]) / 1024
+
+
+def test_memory_does_not_grow_with_the_hour(hour, tmp_path):
+    short = write_repeated(tmp_path / "short.mp4", hour.parent / "clip.mp4", 18)
+    few, many = peak(short, 16), peak(hour, 64)
+    print(f"\npeak of a decode child: {few:.0f} MB for windows of 3 minutes, {many:.0f} MB for those of an hour")
+    assert many < few + 100
