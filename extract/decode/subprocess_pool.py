@@ -97,7 +97,7 @@ class SubprocessPool:
         self._threads += helpers
 
     def alone(self, job: Any) -> Finished:
-        """Do a job now, in a child of its own: behind later jobs in the queue it might wait for slots that those fill."""
+        """Do a job now, in a child of its own: behind others in the queue it might wait for slots that those fill."""
         try:
             with self._one_more() as pool, pool.submit(job).result() as finished:
                 return replace(finished, buffer=finished.buffer.copy(), _free=None)
