@@ -32,6 +32,8 @@ class Options(VideoOptions):
     """With --videos: the backbone's weights, where the checkpoint records a file of one's own (SHA-256 is checked)."""
     split: str = "val"
     """Which split, or `all`."""
+    by: Literal["row", "video"] = "row"
+    """Of a store of windows or spans: a score each, or one a video, their mean."""
     segments: tuple[int, ...] = (3, 25)
     """How many frames of a video the model sees; more than are stored are answered with all."""
     out: Path | None = None
@@ -160,6 +162,8 @@ def report(several: "Sequence[Scores]", options: Options) -> int:
     from aggregate.metrics import Summary, summarise
     from aggregate.scores import save_scores
 
+    if options.by == "video":
+        several = [scores.by_video() for scores in several]
     labels = several[0].labels
     assert labels is not None
     print(f"{several[0].failed.sum():,} of {len(labels):,} videos failed; they count as errors")

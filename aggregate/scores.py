@@ -12,6 +12,7 @@ touched; no torch.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from extract.cli import InputError
 from extract.files import replace_file
 
 SCHEMA = "hgnl-scores/1"
+_SPAN = re.compile(r"#\d+-\d+$")  # of an id: the milliseconds of a window
 _USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
 
 
@@ -89,6 +91,27 @@ class Scores:
     def failed(self) -> np.ndarray:
         """Videos without scores: bool [N]."""
         return np.isnan(self.logits).any(axis=1)
+
+    def by_video(self) -> "Scores":
+        """One row a video: the mean over its windows (ids `path#<start ms>-<end ms>`), failed ones left out.
+
+        Crops are averaged too. Raises InputError where the windows of a video are of different classes.
+        """
+        videos, of = np.unique([_SPAN.sub("", name) for name in self.ids], return_inverse=True)
+        good = ~self.failed
+        counts = np.bincount(of[good], minlength=len(videos))
+        logits = np.zeros((len(videos), len(self.classes)))
+        np.add.at(logits, of[good], self.logits[good])
+        logits[counts == 0] = np.nan
+        labels = None
+        if self.labels is not None:
+            labels = np.full(len(videos), -1)
+            labels[of] = self.labels
+            if (labels[of] != self.labels).any():
+                mixed = videos[of[labels[of] != self.labels][0]]
+                raise InputError(f"the windows of {mixed} are of several classes; average those of one class only")
+        means = logits / np.maximum(counts, 1)[:, None]
+        return Scores(videos.tolist(), self.classes, means, labels, {**self.source, "by": "video"}, self.segments)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a scores file with these logits; it appears whole or not at all."""

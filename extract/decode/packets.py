@@ -8,7 +8,7 @@ import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -31,7 +31,6 @@ _REORDERING = frozenset(("h264", "hevc"))
 _PLACEHOLDER_BYTES = 19
 # What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
 _EXPECTED = "mmco: unref short failure"
-_REORDERED = 64  # packets within which the frame that is shown first must come
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
@@ -227,32 +226,20 @@ def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
 
 
 def length_of(path: str) -> float:
-    """Seconds from a video's first frame to the end of its last; of MP4 and Matroska only both ends are read.
+    """Seconds from a video's first frame to the end of its last, by packets (in common containers, the last ones only).
 
-    Where the end cannot be read, what the container claims. Raises VideoError for what is no video.
+    Where they cannot be read, what the container claims. Raises VideoError for what is no video.
     """
     with opened(path) as (container, stream):
+        first = stream.start_time or 0
+        stop = first + (stream.duration or (container.duration or 0) / av.time_base / stream.time_base)
         usual = 1 / (stream.average_rate * stream.time_base) if stream.average_rate else 1
-
-        def shown(packets: Iterator[av.Packet]) -> list[tuple[int, float]]:
-            here: list[tuple[int, float]] = []
-            with contextlib.suppress(*DAMAGE):
-                for packet in packets:
-                    if packet.size and packet.pts is not None and not packet.is_discard:
-                        here.append((packet.pts, packet.pts + float(packet.duration or usual)))
-            return here
-
-        seeks = container.format.name.split(",")[0] in ("mov", "matroska")
-        start = shown(islice(container.demux(stream), _REORDERED if seeks else None))
-        first = min((pts for pts, _ in start), default=0)
-        claimed = stream.duration or (container.duration or 0) / av.time_base / stream.time_base
-        last: list[tuple[int, float]] = []
-        if seeks:
-            with contextlib.suppress(*DAMAGE):
-                container.seek(int(first + claimed), stream=stream)
-                last = shown(container.demux(stream))
-        stop = max((end for _, end in last or ([] if seeks else start)), default=first + claimed)
-        return float(seconds(float(stop - first), stream.time_base))
+        with contextlib.suppress(*DAMAGE, ValueError):
+            if container.format.name.split(",")[0] in ("mov", "matroska", "mpegts"):
+                container.seek(int(stop), stream=stream)
+            last = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
+            stop = max(packet.pts + (packet.duration or usual) for packet in last)
+        return float((stop - first) * stream.time_base)
 
 
 def seconds(ticks, base: Fraction):

@@ -91,3 +91,19 @@ def test_files_that_are_no_scores_are_named(tmp_path):
     (tmp_path / "s.h5").write_bytes((tmp_path / "s.h5").read_bytes()[512:])  # as the first version wrote it
     with pytest.raises(InputError, match=r"s\.h5: val/a b/ü\.mp4 \(row 1\) has inf"):
         Scores.load(tmp_path / "s.h5")
+
+
+def test_windows_of_a_video_are_averaged_into_one_score(tmp_path):
+    ids = ["b.mp4#0-10000", "b.mp4#10000-20000", "a.mp4#0-10000", "c#1.mp4", "b.mp4#20000-25500"]
+    logits = np.array([[1, 2], [3, 4], [5, 6], [7, 8], [np.nan, np.nan]])
+    scores = Scores(ids, ["x", "y"], logits, np.array([1, 1, 0, -1, 1]), {"model": "tsn"}, 25)
+    by_video = scores.by_video()
+    assert by_video.ids == ["a.mp4", "b.mp4", "c#1.mp4"]
+    np.testing.assert_allclose(by_video.logits, [[5, 6], [2, 3], [7, 8]])  # what failed is left out of the mean
+    assert by_video.labels is not None
+    assert by_video.labels.tolist() == [0, 1, -1]
+    assert (by_video.segments, by_video.source) == (25, {"model": "tsn", "by": "video"})
+    failed = Scores(ids[:2], ["x", "y"], np.full((2, 2), np.nan)).by_video()
+    assert failed.failed.tolist() == [True]
+    with pytest.raises(InputError, match=r"the windows of b\.mp4 are of several classes"):
+        Scores(ids, ["x", "y"], logits, np.array([1, 0, 0, 0, 1])).by_video()

@@ -3,6 +3,7 @@
 import csv
 import re
 import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -215,8 +216,8 @@ def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     assert plan.slot_bytes == plan.rows_a_job * 4 * 32 * 32 * 3
     many = jobs_of(["a"] * 50, ["x"] * 50, [(0.0, 1.0)] * 50, plan)
     assert [len(places) for places, _ in many] == [16, 16, 16, 2]
-    large = Plan(frames=25, crops=10, augment_passes=0, preprocessing=SEE, seed=0, decoder="pyav")
-    assert large.rows_a_job == 32 * 2**20 // (250 * 32 * 32 * 3)
+    assert replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 8  # of 3.8 MB each
+    assert replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 1
 
 
 def test_a_file_that_cannot_be_read_fails_each_of_its_spans_with_the_reason(broken_clips):
@@ -336,6 +337,12 @@ def test_the_length_of_a_video_is_when_its_last_frame_goes(name, tmp_path):
     assert length_of(str(path)) == pytest.approx(2.4, abs=0.041)
     last = decode(path, np.arange, span=(2.3, length_of(str(path)) + 0.001))
     assert last.indices[-1] == 59
+
+
+def test_the_length_of_what_an_edit_list_leaves(tmp_path):
+    path = write_video(tmp_path / "a.mp4", gop=6, bframes=2, frames=40)
+    cut = cut_by_edit_list(path, start=0.3, seconds=0.8)
+    assert length_of(str(cut)) == pytest.approx(packets.Packets(cut).end, abs=0.05)
 
 
 def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
