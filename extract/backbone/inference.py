@@ -4,12 +4,12 @@ On SE-ResNeXt101 and 2 CPU cores, bf16, this makes 21 frames/s of 17 (LOG.md). B
 """
 
 import copy
-import operator
 from collections.abc import Callable
 
 import torch
 from timm.layers import BatchNormAct2d
 from torch import Tensor, fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 # Activations that oneDNN computes with the convolution before them, by its names.
@@ -20,6 +20,7 @@ _POST_OPS: dict[type[nn.Module], tuple[str, list[float]]] = {nn.ReLU: ("relu", [
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 5e-2}
 
 
+@torch.inference_mode()
 def folded(module: nn.Module, frame: Tensor) -> fx.GraphModule | None:
     """`module` (in evaluation mode) as a graph in which every batch norm right after a convolution is part of it.
 
@@ -36,6 +37,7 @@ def folded(module: nn.Module, frame: Tensor) -> fx.GraphModule | None:
     return graph
 
 
+@torch.inference_mode()
 def packed(graph: fx.GraphModule, frame: Tensor, *, batch: int) -> fx.GraphModule | None:
     """`graph` with its convolutions in oneDNN's own weight layout, a following ReLU or ReLU6 computed with them.
 
@@ -45,10 +47,12 @@ def packed(graph: fx.GraphModule, frame: Tensor, *, batch: int) -> fx.GraphModul
     """
     try:
         fast = copy.deepcopy(graph)
-        _pack_convolutions(fast, _convolution_inputs(fast, frame), batch=batch)
-        _mean_by_product(fast)
-        _gate_and_add(fast)
-        fast.recompile()
+        ShapeProp(fast).propagate(frame)
+        _pack_convolutions(fast, batch=batch)
+        # Squeeze-and-excitation: a mean for which PyTorch first copies bf16 into fp32, and a gate with the sum after it
+        # in one pass over memory and with one rounding less.
+        fx.replace_pattern(fast, lambda x: x.mean((2, 3), keepdim=True), lambda x: _spatial_mean(x))
+        fx.replace_pattern(fast, lambda x, gate, z: x * gate + z, lambda x, gate, z: torch.addcmul(z, x, gate))
         if relative_error(fast(frame), graph(frame)) > _TOLERANCE[frame.dtype]:
             return None
     except Exception:  # these operators are not public: whatever a build of PyTorch lacks, the graph is right without
@@ -116,20 +120,7 @@ class _PackedConvolution(nn.Module):
         return torch.ops.mkldnn._convolution_pointwise(x, self._weight, *self._rest)
 
 
-def _convolution_inputs(graph: fx.GraphModule, frame: Tensor) -> dict[str, torch.Size]:
-    shapes: dict[str, torch.Size] = {}
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs, name=name: shapes.__setitem__(name, inputs[0].shape))
-        for name, module in graph.named_modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    graph(frame)
-    for hook in hooks:
-        hook.remove()
-    return shapes
-
-
-def _pack_convolutions(graph: fx.GraphModule, shapes: dict[str, torch.Size], *, batch: int) -> None:
+def _pack_convolutions(graph: fx.GraphModule, *, batch: int) -> None:
     modules = dict(graph.named_modules())
     for node, convolution in _called(graph, modules, lambda module: type(module) is nn.Conv2d):
         assert isinstance(convolution, nn.Conv2d)
@@ -138,7 +129,7 @@ def _pack_convolutions(graph: fx.GraphModule, shapes: dict[str, torch.Size], *, 
         users = list(node.users)
         after = type(modules[str(users[0].target)]) if len(users) == 1 and users[0].op == "call_module" else None
         activation = after if after in _POST_OPS else None
-        frames, *rest = shapes[str(node.target)]
+        frames, *rest = node.args[0].meta["tensor_meta"].shape
         new = _PackedConvolution(convolution, [frames * batch, *rest], activation=activation)
         graph.set_submodule(str(node.target), new)
         if activation:
@@ -146,32 +137,7 @@ def _pack_convolutions(graph: fx.GraphModule, shapes: dict[str, torch.Size], *, 
             graph.graph.erase_node(users[0])
 
 
-def _mean_by_product(graph: fx.GraphModule) -> None:
-    """Squeeze-and-excitation's `x.mean((2, 3), keepdim=True)`, for which PyTorch first copies bf16 into fp32."""
-    for node in list(graph.graph.nodes):
-        if (node.op, node.target, node.args[1:], node.kwargs) == ("call_method", "mean", ((2, 3),), {"keepdim": True}):
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.call_function(_spatial_mean, (node.args[0],)))
-            graph.graph.erase_node(node)
-
-
-def _gate_and_add(graph: fx.GraphModule) -> None:
-    """Squeeze-and-excitation's `gate * x + shortcut` in one pass over memory and with one rounding less."""
-    for node in list(graph.graph.nodes):
-        if (node.op, node.target) != ("call_function", operator.add):
-            continue
-        product, shortcut = node.args
-        if not (isinstance(product, fx.Node) and isinstance(shortcut, fx.Node) and len(product.users) == 1):
-            continue
-        if (product.op, product.target) == ("call_function", operator.mul) and all(
-            isinstance(factor, fx.Node) and factor.op == "call_module" for factor in product.args
-        ):
-            with graph.graph.inserting_before(node):
-                node.replace_all_uses_with(graph.graph.call_function(torch.addcmul, (shortcut, *product.args)))
-            graph.graph.erase_node(node)
-            graph.graph.erase_node(product)
-
-
+@fx.wrap
 def _spatial_mean(x: Tensor) -> Tensor:
     """[batch, channels, height, width] -> [batch, channels, 1, 1]; oneDNN sums in fp32."""
     batch, channels, height, width = x.shape

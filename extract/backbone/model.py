@@ -20,6 +20,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from extract.backbone.batches import Batches, HostSlot, gpu_slots
 from extract.backbone.inference import folded, packed
 from extract.backbone.weights import load_into, published_file, read_weights
 from extract.cli import InputError, RunError
@@ -27,8 +28,7 @@ from extract.decode.transform import Preprocessing
 
 # Frames in a batch, always: what a kernel rounds must not depend on how many frames wait. A CPU loses by more (its
 # caches: EfficientNet-Lite0 a fifth, ResNet-50 a twelfth from 8 to 16; SE-ResNeXt101 gains 2 %), a GPU gains.
-_BATCH = {"cpu": 8}
-_BATCH_GPU = 256
+_BATCH = {"cpu": 8, "cuda": 256}
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -78,15 +78,18 @@ def load_backbone(
     weights: str | Path,
     device: str = "auto",
     precision: str = "auto",
+    form: str = "auto",
     seed: int = 0,
     frames: int | None = None,
 ) -> "Backbone":
     """`load_trunk`, made ready to run frozen.
 
-    device: "auto" (a CUDA GPU where there is one, else the CPU), or what torch calls it: cpu, cuda, cuda:1, mps.
+    device: "auto" (a CUDA GPU where there is one, else the CPU), or what torch calls it: cpu, cuda, cuda:1.
     precision: fp32, bf16, fp16, or "auto": fp16 on a GPU; on a CPU one batch of fp32 and one of bf16 are timed and
     the faster is taken (CPUs that claim bf16 can be 6 times slower in it). A run that is continued passes the
     precision it recorded.
+    form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
+    bytes (torch.compile, which takes a minute, rounds otherwise).
     frames: how many a call will have, where that is known and small: they are then spread evenly over batches.
     Raises InputError for a device that is not there and for fp16 on a CPU.
     """
@@ -97,16 +100,19 @@ def load_backbone(
     if precision == "fp16" and where.type == "cpu":
         raise InputError("--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16")
     trunk = load_trunk(name, weights=weights, seed=seed)
-    with torch.inference_mode():
-        graph = folded(trunk.module, _noise(trunk.preprocessing))
-    if precision != "auto" or where.type != "cpu":
-        chosen = "fp16" if precision == "auto" else precision
-        return Backbone(trunk, network=_Network(trunk, graph, device=where, precision=chosen, frames=frames))
-    networks = [_Network(trunk, graph, device=where, precision=choice, frames=frames) for choice in ("bf16", "fp32")]
-    speeds = [_frames_per_second(network) for network in networks]
-    tried = ", ".join(f"{network.precision} {speed:.3g}" for network, speed in zip(networks, speeds, strict=True))
-    fastest = networks[speeds.index(max(speeds))]
-    return Backbone(trunk, network=fastest, measured=f"the faster of {tried} frames/s, timed on one batch")
+    graph = folded(trunk.module, _noise(trunk.preprocessing))
+    if where.type == "cpu":
+        choices = [("bf16", ""), ("fp32", "")] if precision == "auto" else [(precision, "")]
+    else:
+        forms = ("eager", "graphs") if form == "auto" else (form,)
+        choices = [("fp16" if precision == "auto" else precision, one) for one in forms]
+    made = [Backbone(trunk, graph, device=where, precision=one, form=way, frames=frames) for one, way in choices]
+    if len(made) > 1:
+        speeds = [_frames_per_second(backbone) for backbone in made]
+        tried = ", ".join(f"{one}{way} {speed:.3g}" for (one, way), speed in zip(choices, speeds, strict=True))
+        made = [made[speeds.index(max(speeds))]]
+        made[0].measured = f" (the faster of {tried} frames/s, timed on one batch)"
+    return made[0]
 
 
 class Backbone:
@@ -116,17 +122,37 @@ class Backbone:
     `batch_size` frames, the last one padded. Calls with multiples of `batch_size` waste nothing.
     """
 
-    def __init__(self, trunk: Trunk, *, network: "_Network", measured: str = ""):
-        self.name = trunk.name
-        self.module = trunk.module  # timm's own: fp32, not folded, on the CPU
-        self.dim = trunk.dim
-        self.preprocessing = trunk.preprocessing
-        self.weights = trunk.weights
-        self.device = network.device
-        self.precision = network.precision
-        self.batch_size = network.batch_size
-        self._network = network
-        self._measured = measured
+    def __init__(
+        self,
+        trunk: Trunk,
+        graph: GraphModule | None,
+        *,
+        device: torch.device,
+        precision: str,
+        form: str = "",
+        frames: int | None = None,
+    ):
+        self.name, self.weights, self.dim = trunk.name, trunk.weights, trunk.dim
+        self.module, self.preprocessing = trunk.module, trunk.preprocessing  # timm's own: fp32, not folded, on the CPU
+        self.device, self.precision, self._dtype, self.measured = device, precision, _DTYPES[precision], ""
+        self.batch_size = _BATCH[device.type]
+        if frames is not None:  # 25 are two batches of 13, not four of 8 with 7 frames of padding
+            self.batch_size = ceil(frames / ceil(frames / (2 * self.batch_size)))
+        # (frame / 255 - mean) / std as one multiply-add of uint8 values
+        mean, std = torch.tensor(self.preprocessing.mean), torch.tensor(self.preprocessing.std)
+        self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
+        self._shift = (-mean / std).view(3, 1, 1).to(device)
+        self._network: nn.Module = copy.deepcopy(trunk.module if graph is None else graph)
+        self._network.to(device, self._dtype).to(memory_format=torch.channels_last)
+        self._form = "as timm built it" if graph is None else "batch norm folded"
+        if isinstance(self._network, GraphModule) and device.type == "cpu":
+            fast = packed(self._network, _noise(trunk.preprocessing).to(self._dtype), batch=self.batch_size)
+            if fast is not None:
+                self._network, self._form = fast, f"{self._form}, weights packed"
+        batch = torch.zeros(self.batch_size, *[self.preprocessing.size] * 2, 3, dtype=torch.uint8)
+        self._slots: list[Any] = [HostSlot(self._run, batch)]
+        if device.type == "cuda":
+            self._form, self._slots = f"{self._form}, {form}", gpu_slots(self._run, batch, device=device, form=form)
 
     def __repr__(self) -> str:
         return f"Backbone({self.describe()})"
@@ -139,12 +165,27 @@ class Backbone:
         size = self.preprocessing.size
         if frames.dtype != np.uint8 or frames.shape[1:] != (size, size, 3):
             raise ValueError(f"got frames {frames.dtype} {list(frames.shape)}, expected uint8 [n, {size}, {size}, 3]")
-        starts = range(0, len(frames), self.batch_size)
-        # On a GPU a batch is staged while the one before is computed; only taking the features down waits.
-        batches = [self._network(frames[start : start + self.batch_size]) for start in starts]
-        if not batches:
-            return np.empty((0, self.dim), np.float16)
-        features = torch.cat(batches)[: len(frames)].cpu().numpy()
+        features = np.empty((len(frames), self.dim), np.float16)
+        batches = self.batches()
+        batches.add(frames, features)
+        batches.finish()
+        return features
+
+    def batches(self) -> Batches:
+        """For frames that come bit by bit: on a GPU several batches are under way while more come. One at a time.
+
+        Raises RunError, as a call does, where a feature is not finite in float16.
+        """
+        return Batches(self._slots, check=self._check_finite)
+
+    def _run(self, frames: Tensor) -> Tensor:
+        """uint8 [n, size, size, 3] on the device -> float16 [n, dim], perhaps still being computed."""
+        with torch.inference_mode():
+            pixels = frames.permute(0, 3, 1, 2).to(torch.float32)  # stored channels-last
+            x = torch.addcmul(self._shift, pixels, self._scale).to(self._dtype)
+            return self._network(x).to(torch.float16)
+
+    def _check_finite(self, features: np.ndarray) -> None:
         damaged = int((~np.isfinite(features)).any(axis=1).sum())
         if damaged:
             hint = "damaged or unfit weights?" if self.precision == "fp32" else "try --precision bf16 or fp32"
@@ -152,7 +193,6 @@ class Backbone:
                 f"{damaged} of {len(features)} frames have features that are not finite in float16 "
                 f"({self.name}, {self.precision}); {hint}"
             )
-        return features
 
     def provenance(self) -> dict[str, Any]:
         """What a feature store records of it: two stores with the same record may be joined."""
@@ -168,83 +208,23 @@ class Backbone:
         weights = self.weights["name"]
         if weights.startswith("random"):
             weights = f"RANDOM WEIGHTS ({weights}): its features mean nothing"
-        if self.device.type == "cuda":
-            where = f"{torch.cuda.get_device_name(self.device)} ({self.device})"
-        else:
-            where = f"{self.device} ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else "mps"
-        measured = f" ({self._measured})" if self._measured else ""
-        return f"{self.name}, {weights}; on {where} in {self.precision}{measured}, {self._network.form}"
-
-    def flops_per_frame(self) -> int:
-        """Floating-point operations a frame, of convolutions and matrix products, a multiply-add counted as two."""
-        from torch.utils.flop_counter import FlopCounterMode
-
-        size = self.preprocessing.size
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            self.module(torch.zeros(1, 3, size, size))
-        return counter.get_total_flops()
+        on_gpu = self.device.type == "cuda"
+        which = torch.cuda.get_device_name(self.device) if on_gpu else f"{torch.get_num_threads()} threads"
+        return f"{self.name}, {weights}; on {self.device} ({which}) in {self.precision}{self.measured}, {self._form}"
 
 
-class _Network:
-    """A trunk's copy on a device, in a precision, in its fastest form; `form` says which in words."""
-
-    def __init__(
-        self,
-        trunk: Trunk,
-        graph: GraphModule | None,
-        *,
-        device: torch.device,
-        precision: str,
-        frames: int | None = None,
-    ):
-        self.device = device
-        self.precision = precision
-        self.batch_size = _BATCH.get(device.type, _BATCH_GPU)
-        if frames is not None:  # 25 are two batches of 13, not four of 8 with 7 frames of padding
-            self.batch_size = ceil(frames / ceil(frames / (2 * self.batch_size)))
-        self._size = trunk.preprocessing.size
-        self._dtype = _DTYPES[precision]
-        # (frame / 255 - mean) / std as one multiply-add of uint8 values
-        mean, std = torch.tensor(trunk.preprocessing.mean), torch.tensor(trunk.preprocessing.std)
-        self._scale = (1 / (255 * std)).view(3, 1, 1).to(device)
-        self._shift = (-mean / std).view(3, 1, 1).to(device)
-        self._module: nn.Module = copy.deepcopy(trunk.module if graph is None else graph)
-        self._module.to(device, self._dtype).to(memory_format=torch.channels_last)
-        self.form = "as timm built it" if graph is None else "batch norm folded"
-        if isinstance(self._module, GraphModule) and device.type == "cpu":
-            with torch.inference_mode():
-                fast = packed(self._module, _noise(trunk.preprocessing).to(self._dtype), batch=self.batch_size)
-            if fast is not None:
-                self._module, self.form = fast, f"{self.form}, weights packed"
-
-    def __call__(self, frames: np.ndarray) -> Tensor:
-        """uint8 [n <= batch_size, size, size, 3] -> float16 [n, dim], on the device, perhaps still being computed."""
-        count = len(frames)
-        shape = (self.batch_size, *frames.shape[1:])
-        batch = torch.zeros(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
-        batch.numpy()[:count] = frames
-        with torch.inference_mode():
-            x = self._normalised(batch.to(self.device, non_blocking=True))
-            return self._module(x)[:count].to(torch.float16)
-
-    def _normalised(self, frames: Tensor) -> Tensor:
-        """uint8 [n, size, size, 3] -> [n, 3, size, size] in the network's precision, stored channels-last."""
-        return torch.addcmul(self._shift, frames.permute(0, 3, 1, 2).to(torch.float32), self._scale).to(self._dtype)
-
-
-def _noise(preprocessing: Preprocessing) -> Tensor:
+def _noise(see: Preprocessing) -> Tensor:
     """One normalised frame, always the same, to try a network on: float32 [1, 3, size, size], channels-last."""
-    size = preprocessing.size
-    noise = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    return noise.to(memory_format=torch.channels_last)
+    frame = torch.randn(1, 3, see.size, see.size, generator=torch.Generator().manual_seed(0))
+    return frame.to(memory_format=torch.channels_last)
 
 
-def _frames_per_second(network: _Network) -> float:
-    frames = np.zeros((network.batch_size, network._size, network._size, 3), np.uint8)
-    network(frames)  # the first call makes the kernels
+def _frames_per_second(backbone: Backbone) -> float:
+    frames = np.zeros((backbone.batch_size, *[backbone.preprocessing.size] * 2, 3), np.uint8)
+    backbone(frames)  # the first call makes the kernels
     start = time.perf_counter()
-    network(frames)
-    return network.batch_size / (time.perf_counter() - start)
+    backbone(frames)
+    return backbone.batch_size / (time.perf_counter() - start)
 
 
 def _check_name(name: str) -> None:
@@ -326,13 +306,11 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"--device {name}: unknown; known are auto, cpu, cuda, cuda:N and mps") from None
+        raise InputError(f"--device {name}: unknown; known are auto, cpu, cuda and cuda:N") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
         )
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError(f"--device {name}: PyTorch sees no such device here; use cpu or auto")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device {name}: not supported; known are auto, cpu, cuda, cuda:N and mps")
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {name}: not supported; known are auto, cpu, cuda and cuda:N")
     return device

@@ -9,7 +9,7 @@ import argparse
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,11 +29,8 @@ class WeightsFile:
 
     path: Path
     sha256: str
-    state: Mapping[str, Tensor]
+    state: Mapping[str, Tensor] = field(repr=False)
     backbone: str = ""  # the timm name that a checkpoint of our own fine-tuning records
-
-    def __repr__(self) -> str:
-        return f"WeightsFile({self.path.name}, sha256={self.sha256[:12]}..., {len(self.state)} tensors)"
 
 
 def read_weights(path: str | Path) -> WeightsFile:
@@ -48,19 +45,14 @@ def read_weights(path: str | Path) -> WeightsFile:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     content = _load(path)
-    # The format is aggregate/checkpoint.py's; what was trained on cached features has no backbone in it.
-    ours = content.get("format") == "hgnl-checkpoint"
-    record = content.get("backbone") if ours else None
-    state = _without_prefix(_state_dict(content, path), "module.")
+    state = timm.models.clean_state_dict(_state_dict(content, path))
     of_backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    # The format is aggregate/training/checkpoint.py's; what was trained on cached features has no backbone in it.
+    ours = content.get("format") == "hgnl-checkpoint"
     if ours and not of_backbone:
         raise InputError(f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features")
-    return WeightsFile(
-        path=path,
-        sha256=sha256,
-        state=of_backbone or state,
-        backbone=record.get("name", "") if isinstance(record, dict) else "",
-    )
+    name = (content.get("backbone") or {}).get("name", "") if ours else ""
+    return WeightsFile(path, sha256, of_backbone or state, name)
 
 
 def load_into(module: nn.Module, weights: WeightsFile, *, name: str) -> None:
@@ -140,12 +132,6 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
             f"--weights {path}: no state dict found, neither plain nor below 'state_dict' or 'model' ({keys})"
         )
     return nested
-
-
-def _without_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    if all(key.startswith(prefix) for key in state):
-        return {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
 
 
 def _without_classifier(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:

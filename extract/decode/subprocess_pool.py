@@ -17,18 +17,15 @@ import os
 import pickle
 import queue
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from multiprocessing.connection import Connection
-from types import TracebackType
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 import numpy as np
@@ -108,12 +105,8 @@ class SubprocessPool:
         """Kill the children. Jobs that have not ended are cancelled."""
         for thread in self._threads:
             thread.close()
-        while True:
-            try:
-                waiting = self._jobs.get_nowait()
-            except queue.Empty:
-                break
-            if waiting is not None:
+        with contextlib.suppress(queue.Empty):
+            while waiting := self._jobs.get_nowait():
                 waiting[1].cancel()
         for _ in self._threads:
             self._jobs.put(None)
@@ -123,9 +116,7 @@ class SubprocessPool:
     def __enter__(self) -> "SubprocessPool":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
@@ -144,7 +135,8 @@ class _ChildThread(threading.Thread):
         super().__init__(name="decode-child", daemon=True)
         self._jobs, self._timeout = jobs, timeout
         self._setup = pickle.dumps((function, slot_bytes, nice))
-        self._memory = _shared_memory(SLOTS_A_CHILD * slot_bytes)
+        self._memory = os.memfd_create("decoded-frames")  # not /dev/shm, which is 64 MB in many containers
+        os.ftruncate(self._memory, SLOTS_A_CHILD * slot_bytes)
         mapped = mmap.mmap(self._memory, SLOTS_A_CHILD * slot_bytes)
         self._slots = np.frombuffer(mapped, np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
         self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -215,7 +207,7 @@ class _ChildThread(threading.Thread):
             raise _ChildDiedError(self._how_it_ended()) from None
 
     def _start_child(self) -> Connection:
-        ours, theirs = socket.socketpair()
+        pipe, theirs = Pipe()
         with theirs:
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
@@ -225,7 +217,6 @@ class _ChildThread(threading.Thread):
             )
         if self._closed:  # while it was being started, so that `close` did not see it
             self._child.kill()
-        pipe = Connection(ours.detach())
         try:
             pipe.send_bytes(self._setup)
             if not pipe.poll(SECONDS_TO_START):
@@ -284,25 +275,13 @@ class _HelpThread(threading.Thread):
         self._slots.release()
 
 
-def _shared_memory(size: int) -> int:
-    """A descriptor of anonymous memory; not /dev/shm, which is 64 MB in many containers."""
-    if hasattr(os, "memfd_create"):
-        memory = os.memfd_create("decoded-frames")
-    else:
-        with tempfile.TemporaryFile() as file:
-            memory = os.dup(file.fileno())
-    os.ftruncate(memory, size)
-    return memory
-
-
 # -- in the child --------------------------------------------------------------------------------------------------
 
 
 def _serve(pipe: Connection, memory: int) -> None:
     """Do jobs until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
     os.nice(nice)
     slots = np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)

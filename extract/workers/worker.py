@@ -208,7 +208,7 @@ class Worker:
         timestamps = np.full((count, views, frames), np.nan, "<f4")
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
 
-        batches = _Batches(self._backbone, size=size, into=features)
+        batches = self._backbone.batches()
         for place, prepared, pictures in self._prepared(submitted, seconds):
             if isinstance(prepared, VideoError):
                 errors[place] = prepared.reason
@@ -217,8 +217,8 @@ class Worker:
             errors[place] = prepared.problem
             num_frames[place] = prepared.num_frames
             indices[place], timestamps[place] = prepared.indices, prepared.timestamps
-            batches.add(pictures.reshape(-1, size, size, 3), place * views * frames)
-        batches.flush()
+            batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])
+        batches.finish()
         seconds["device"] = batches.seconds
         outcome = Rows(np.array(block.rows), status, errors, num_frames, indices, timestamps)
         return features.reshape(count, views, frames, -1), outcome, seconds
@@ -268,33 +268,3 @@ class Worker:
             ) from None
         whole[np.array(block.rows) - rows[0]] = features
         return whole
-
-
-class _Batches:
-    """Collects frames of videos into batches of the backbone's constant size, and puts features where they belong."""
-
-    def __init__(self, backbone: Backbone, *, size: int, into: np.ndarray):
-        self.seconds = 0.0
-        self._backbone, self._features = backbone, into
-        self._frames = np.empty((backbone.batch_size, size, size, 3), np.uint8)
-        self._targets = np.empty(backbone.batch_size, np.int64)  # rows of `into`
-        self._filled = 0
-
-    def add(self, frames: np.ndarray, first: int) -> None:
-        """Frames [n, size, size, 3] whose features go to rows `first` to `first + n - 1`."""
-        taken = 0
-        while taken < len(frames):
-            count = min(len(frames) - taken, len(self._frames) - self._filled)
-            here = slice(self._filled, self._filled + count)
-            self._frames[here] = frames[taken : taken + count]
-            self._targets[here] = np.arange(first + taken, first + taken + count)
-            self._filled, taken = self._filled + count, taken + count
-            if self._filled == len(self._frames):
-                self.flush()
-
-    def flush(self) -> None:
-        if self._filled:
-            started = time.perf_counter()
-            self._features[self._targets[: self._filled]] = self._backbone(self._frames[: self._filled])
-            self.seconds += time.perf_counter() - started
-            self._filled = 0

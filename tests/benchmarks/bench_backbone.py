@@ -7,7 +7,6 @@ operations of one frame as PyTorch counts them (convolutions and matrix products
 """
 
 import copy
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,22 +14,11 @@ import pytest
 import torch
 
 from extract.backbone.model import load_backbone
+from timing import best_seconds, flops_per_frame
 
 NAME = "legacy_seresnext101_32x4d"
 ROUNDS = 6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int = ROUNDS) -> dict[str, float]:
-    """The shortest time of each, taken in turns; the first round, which makes the kernels, does not count."""
-    best = dict.fromkeys(work, float("inf"))
-    for turn in range(rounds + 1):
-        for name, call in work.items():
-            start = time.perf_counter()
-            call()
-            if turn:
-                best[name] = min(best[name], time.perf_counter() - start)
-    return best
 
 
 def product(dtype: torch.dtype, *, size: int = 4096) -> Callable[[], object]:
@@ -53,9 +41,9 @@ def test_share_of_the_matrix_peak() -> None:
         work[f"product {precision}"] = product(dtype)
         work[f"backbone {precision}"] = lambda backbone=backbone, frames=frames: backbone(frames)
         work[f"timm {precision}"] = as_timm_built_it(backbone.module, dtype, backbone.batch_size)
-    seconds = best_seconds(work)
+    seconds = best_seconds(work, rounds=ROUNDS)
 
-    flops = backbones["fp32"].flops_per_frame()
+    flops = flops_per_frame(backbones["fp32"])
     batch = backbones["fp32"].batch_size
     peak = {precision: 2 * 4096**3 / seconds[f"product {precision}"] for precision in DTYPES}
     allowed = max(peak.values()) / flops

@@ -25,6 +25,7 @@ from extract.backbone.inference import folded, packed, relative_error
 from extract.backbone.model import Backbone, load_backbone, load_trunk
 from extract.backbone.weights import read_weights
 from extract.cli import InputError, RunError
+from timing import flops_per_frame
 
 DEFAULT = "legacy_seresnext101_32x4d"
 SMALL = "legacy_seresnet18"  # Cadene's names: layer0.conv1, se_module, last_linear
@@ -111,7 +112,7 @@ def test_default_backbone_in_each_form(tmp_path: Path) -> None:
     assert (see.size, see.resize, see.interpolation) == (224, 256, "bilinear")
     assert (see.mean, see.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert backbone.dim == 2048
-    assert backbone.flops_per_frame() == pytest.approx(2 * 8.02e9, rel=0.01)  # FACTS: 8.02 GMACs
+    assert flops_per_frame(backbone) == pytest.approx(2 * 8.02e9, rel=0.01)  # FACTS: 8.02 GMACs
     frames = frames_of(backbone, 2)
     features = backbone(frames)
     assert_near(features, reference_features(backbone, frames), relative=2e-2)  # bf16 keeps 8 bits
@@ -255,7 +256,7 @@ def test_names_that_only_look_like_a_digest_are_free(cadene_state: dict[str, Ten
     trunk = load_trunk(SMALL, weights=tmp_path / "run-20191231.pth")
     digest = hashlib.sha256((tmp_path / "run-20191231.pth").read_bytes()).hexdigest()
     assert trunk.weights == {"name": "run-20191231.pth", "sha256": digest}
-    assert "run-20191231.pth, sha256=" in repr(read_weights(tmp_path / "run-20191231.pth"))
+    assert digest in repr(read_weights(tmp_path / "run-20191231.pth"))
 
 
 # Pretrained and random
@@ -351,8 +352,6 @@ def test_unknown_names_are_answered_with_known_ones(name: str, said: str) -> Non
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "cuda:99", "mps"])
 def test_devices_that_are_not_there(device: str) -> None:
-    if device == "mps" and torch.backends.mps.is_available():
-        pytest.skip("this machine has that device")
     with pytest.raises(InputError, match=rf"--device {device}: "):
         load_backbone("resnet10t", weights="random", device=device)
 
@@ -367,7 +366,7 @@ def test_precisions_that_make_no_sense() -> None:
 @pytest.mark.parametrize("faster", ["fp32", "bf16"])
 def test_auto_takes_the_faster_and_says_both(faster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     speeds = {"fp32": 10.0, "bf16": 10.0, faster: 31.4}
-    monkeypatch.setattr(backbone_module, "_frames_per_second", lambda network: speeds[network.precision])
+    monkeypatch.setattr(backbone_module, "_frames_per_second", lambda backbone: speeds[backbone.precision])
     chosen = load_backbone("test_resnet", weights="random", device="cpu")
     assert chosen.precision == faster
     assert chosen.provenance()["precision"] == faster
@@ -382,7 +381,7 @@ def test_auto_really_times_both() -> None:
 
 
 def test_a_given_precision_is_not_timed(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backbone_module, "_frames_per_second", lambda network: pytest.fail("timed"))
+    monkeypatch.setattr(backbone_module, "_frames_per_second", lambda backbone: pytest.fail("timed"))
     assert load_backbone("test_resnet", weights="random", device="cpu", precision="bf16").precision == "bf16"
 
 

@@ -1,0 +1,254 @@
+"""Batches under way, on a device that does not exist: slow, asynchronous, and watching what is done to its memory."""
+
+import gc
+import threading
+import time
+import tracemalloc
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extract.backbone.batches import Batches
+
+PIXELS, DIM = 2, 5
+
+
+class ReusedError(AssertionError):
+    """Memory of a batch was written while the batch was under way."""
+
+
+@dataclass
+class FakeDevice:
+    """Computes in a thread of its own, in order, each batch in `seconds`; a batch named in `failing` raises."""
+
+    seconds: float = 0.0
+    failing: frozenset[int] = frozenset()
+    launched: int = 0
+    most_under_way: int = 0
+    under_way: int = 0
+    batches: list[np.ndarray] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def slots(self, count: int, size: int) -> "list[FakeSlot]":
+        return [FakeSlot(self, size) for _ in range(count)]
+
+
+class FakeSlot:
+    """As `CudaSlot`: nothing is there before `wait`, and frames are read long after `launch` returned."""
+
+    def __init__(self, device: FakeDevice, size: int):
+        self.size, self._device = size, device
+        self._frames = np.full((size, PIXELS, PIXELS, 3), 77, np.uint8)  # rubbish that must never be seen
+        self._features = np.full((size, DIM), np.nan, np.float16)
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def put(self, place: int, frames: np.ndarray) -> None:
+        if self._thread is not None:
+            raise ReusedError
+        self._frames[place : place + len(frames)] = frames
+
+    def launch(self, count: int) -> None:
+        if self._thread is not None:
+            raise ReusedError
+        self._frames[count:] = 0
+        device = self._device
+        with device.lock:
+            number, device.launched = device.launched, device.launched + 1
+            device.under_way += 1
+            device.most_under_way = max(device.most_under_way, device.under_way)
+        self._features[:] = np.nan
+        self._thread = threading.Thread(target=self._compute, args=(number,))
+        self._thread.start()
+
+    def _compute(self, number: int) -> None:
+        time.sleep(self._device.seconds)
+        if number in self._device.failing:
+            self._error = RuntimeError(f"batch {number} is lost")
+            return
+        self._device.batches.append(self._frames.copy())
+        self._features[:] = features_of(self._frames)
+
+    def wait(self) -> tuple[np.ndarray, float]:
+        assert self._thread is not None, "waited for a batch that is not under way"
+        self._thread.join()
+        self._thread = None
+        with self._device.lock:
+            self._device.under_way -= 1
+        error, self._error = self._error, None
+        if error:
+            raise error
+        return self._features, self._device.seconds
+
+
+def features_of(frames: np.ndarray) -> np.ndarray:
+    """What the device makes of frames, a frame for itself."""
+    return frames.reshape(len(frames), PIXELS * PIXELS * 3)[:, :DIM].astype(np.float16) * np.float16(0.5)
+
+
+def noise(count: int, *, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(1, 256, (count, PIXELS, PIXELS, 3), dtype=np.uint8)
+
+
+def through(batches: Batches, frames: np.ndarray, features: np.ndarray) -> None:
+    batches.add(frames, features)
+    batches.finish()
+
+
+def accept(features: np.ndarray) -> None:
+    pass
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    videos=st.lists(st.integers(0, 23), max_size=12),
+    size=st.integers(1, 9),
+    slots=st.integers(1, 4),
+)
+def test_every_frame_gets_its_own_features(videos: list[int], size: int, slots: int) -> None:
+    """However many batches are under way; they are whole, in order, padded with zeros at the end."""
+    device = FakeDevice()
+    frames = noise(sum(videos))
+    features = np.full((len(frames), DIM), np.nan, np.float16)
+    batches = Batches(device.slots(slots, size), check=accept)
+    start = 0
+    for count in videos:
+        video = frames[start : start + count].copy()
+        batches.add(video, features[start:])
+        video[:] = 0  # the caller's memory is another video's now
+        start += count
+    batches.finish()
+    np.testing.assert_array_equal(features, features_of(frames))
+    assert device.launched == -(-len(frames) // size)
+    assert device.under_way == 0
+    padded = np.zeros((device.launched * size, PIXELS, PIXELS, 3), np.uint8)
+    padded[: len(frames)] = frames
+    if slots == 1:  # else threads may end in any order
+        np.testing.assert_array_equal(np.concatenate([padded[:0], *device.batches]), padded)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_so_many_batches_are_under_way_and_no_more(slots: int) -> None:
+    device = FakeDevice(seconds=0.02)
+    frames = noise(8 * 4)
+    features = np.zeros((len(frames), DIM), np.float16)
+    batches = Batches(device.slots(slots, 4), check=accept)
+    batches.add(frames, features)
+    batches.finish()
+    assert device.most_under_way == slots
+    assert batches.seconds == pytest.approx(8 * 0.02)
+    np.testing.assert_array_equal(features, features_of(frames))
+
+
+def test_a_slow_device_works_while_its_host_does() -> None:
+    """Host and device each take 10 ms a batch; one after the other they would take twice as long as side by side."""
+    device = FakeDevice(seconds=0.01)
+    frames, features = noise(4), np.zeros((4, DIM), np.float16)
+
+    def seconds(slots: int) -> float:
+        batches = Batches(device.slots(slots, 4), check=accept)
+        started = time.perf_counter()
+        for _ in range(20):
+            time.sleep(0.01)  # decoding
+            batches.add(frames, features)
+        batches.finish()
+        return time.perf_counter() - started
+
+    assert seconds(3) < 0.8 * seconds(1)
+
+
+def test_features_come_without_finish_once_their_batch_is_back() -> None:
+    device = FakeDevice()
+    frames = noise(12)
+    features = np.full((12, DIM), np.nan, np.float16)
+    batches = Batches(device.slots(3, 2), check=accept)
+    batches.add(frames, features)  # six batches, of which two may still be under way
+    np.testing.assert_array_equal(features[:8], features_of(frames[:8]))
+    batches.finish()
+    batches.finish()  # nothing is left
+    np.testing.assert_array_equal(features, features_of(frames))
+
+
+@pytest.mark.parametrize("failing", [0, 1, 4])
+def test_an_error_while_two_batches_are_under_way(failing: int) -> None:
+    """It is raised once, what else was under way is waited for, and the same slots go on as if nothing had been."""
+    device = FakeDevice(seconds=0.005, failing=frozenset((failing,)))
+    frames, features = noise(5 * 3), np.zeros((15, DIM), np.float16)
+    slots = device.slots(3, 3)
+    batches = Batches(slots, check=accept)
+    with pytest.raises(RuntimeError, match=f"batch {failing} is lost"):
+        through(batches, frames, features)
+    assert device.under_way == 0
+    np.testing.assert_array_equal(features[: 3 * failing], features_of(frames[: 3 * failing]))
+    again = np.zeros_like(features)
+    for one in (batches, Batches(slots, check=accept)):
+        again[:] = 0
+        one.add(frames, again)
+        one.finish()
+        np.testing.assert_array_equal(again, features_of(frames))
+
+
+def test_a_batch_that_cannot_be_launched() -> None:
+    device = FakeDevice()
+    slots = device.slots(3, 2)
+    batches = Batches(slots, check=accept)
+    features = np.zeros((6, DIM), np.float16)
+    batches.add(noise(4), features)
+    launch, slots[2].launch = slots[2].launch, lambda count: (launch(count), 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        batches.add(noise(2), features[4:])
+    assert device.under_way == 0
+
+
+def test_bad_features_are_refused_before_they_are_kept() -> None:
+    """The check sees each batch without its padding."""
+    seen: list[np.ndarray] = []
+
+    def refuse_17(features: np.ndarray) -> None:
+        seen.append(features.copy())
+        if (features == 17).any():
+            raise ValueError(f"17 among {len(features)}")
+
+    frames = np.full((7, PIXELS, PIXELS, 3), 10, np.uint8)
+    frames[6] = 34
+    features = np.zeros((7, DIM), np.float16)
+    batches = Batches(FakeDevice().slots(3, 3), check=refuse_17)
+    batches.add(frames, features)
+    with pytest.raises(ValueError, match=r"17 among 1$"):
+        batches.finish()
+    assert [len(one) for one in seen] == [3, 3, 1]
+    assert (features[6] == 0).all()
+
+
+def test_memory_does_not_grow() -> None:
+    """Over thousands of batches, and after errors; targets that are filled are let go."""
+    device = FakeDevice(failing=frozenset(range(100, 4000, 100)))
+    device.batches = _Forgetting()
+    batches = Batches(device.slots(3, 4), check=accept)
+    frames, features = noise(4), np.zeros((4, DIM), np.float16)
+
+    def work(count: int) -> None:
+        for _ in range(count):
+            try:
+                batches.add(frames, features)
+            except RuntimeError:
+                continue
+        gc.collect()
+
+    work(300)
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        work(1500)
+        grown = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert grown < 20_000
+
+
+class _Forgetting(list):
+    def append(self, one: object) -> None:
+        pass

@@ -1,0 +1,30 @@
+"""How fast work is, measured in turns, and what it costs at least; for benchmarks."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from extract.backbone.model import Backbone
+
+
+def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
+    """The shortest time of each, taken in turns; the first round, which makes the kernels, does not count."""
+    best = dict.fromkeys(work, float("inf"))
+    for turn in range(rounds + 1):
+        for name, call in work.items():
+            start = time.perf_counter()
+            call()
+            if turn:
+                best[name] = min(best[name], time.perf_counter() - start)
+    return best
+
+
+def flops_per_frame(backbone: Backbone) -> int:
+    """Floating-point operations of convolutions and matrix products, a multiply-add counted as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    size = backbone.preprocessing.size
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        backbone.module(torch.zeros(1, 3, size, size))
+    return counter.get_total_flops()
