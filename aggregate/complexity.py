@@ -6,7 +6,7 @@ eq. 3-8, and counted on the pooled form that runs.
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from aggregate.hgnl import HGNonLocal
     from aggregate.literal import Count
     from aggregate.nl import NonLocal
-
-LAYERS = {"W_q": "query", "W_k": "key", "W_v": "value"}
 
 # Table 1 as printed, at m = 1024, g1 = 16, g2 = 8; the four columns are those of `columns`.
 PAPER_DIM, PAPER_G1, PAPER_G2 = 1024, 16, 8
@@ -88,11 +86,9 @@ def columns(dim: int, *, g1: int, g2: int) -> list[Column]:
 
 def parameters(column: Column) -> dict[str, int]:
     """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as in Table 1."""
-    layers = {
-        title: sum(parameter.numel() for parameter in getattr(column.module, name).parameters())
-        for title, name in LAYERS.items()
-    }
-    return {**layers, "All": sum(layers.values())}
+    layers = (column.module.query, column.module.key, column.module.value)
+    counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    return dict(zip(PAPER_TABLE_1, [*counts, sum(counts)], strict=True))
 
 
 def madds_by_formula(column: Column, *, dim: int, frames: int) -> tuple[int, ...]:
@@ -128,42 +124,41 @@ def number(printed: str) -> float:
 
 
 def table_1(models: list[Column], *, dim: int) -> list[Sequence[str]]:
-    """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's figure before them."""
+    """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's figures round them."""
     counted = [parameters(column) for column in models]
     printed = (dim, models[2].g1, models[2].g2) == (PAPER_DIM, PAPER_G1, PAPER_G2)
     rows: list[Sequence[str]] = [("parameters", *(column.title for column in models))]
     for title, paper in PAPER_TABLE_1.items():
         ours = [figures[title] for figures in counted]
-        if printed:
-            rows.append((f"{title}, paper", *paper))
-        rows.append((f"{title}, counted", *(f"{figure:,}" for figure in ours)))
-        if printed:
-            agree = ("exact" if number(text) == figure else "DIFFERS" for text, figure in zip(paper, ours, strict=True))
-            rows.append(("", *agree))
+        own = (f"{title}, counted", *(f"{figure:,}" for figure in ours))
+        agree = ("exact" if number(text) == figure else "DIFFERS" for text, figure in zip(paper, ours, strict=True))
+        rows += [(f"{title}, paper", *paper), own, ("", *agree)] if printed else [own]
     return rows
 
 
 def table_2(models: list[Column], *, dim: int, frames: int) -> list[Sequence[str]]:
     """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and the pooled form."""
     formulas = [madds_by_formula(column, dim=dim, frames=frames) for column in models]
-    counts = [madds_counted(column, dim=dim, frames=frames) for column in models]
+    literal, pooled = zip(*(madds_counted(column, dim=dim, frames=frames) for column in models), strict=True)
+
+    def row(title: str, figures: Iterable[int]) -> Sequence[str]:
+        return (title, *(f"{figure:,}" for figure in figures))
+
     rows: list[Sequence[str]] = [("MAdds", *(column.title for column in models))]
-    for row, (title, paper) in enumerate(PAPER_TABLE_2.items()):
+    for place, (title, paper) in enumerate(PAPER_TABLE_2.items()):
         rows.append((f"{title}, paper", *paper))
-        rows.append(("  by that formula", *(f"{formula[row]:,}" for formula in formulas)))
-        rows.append(("  counted, literal form", *(f"{literal.products[row]:,}" for literal, _ in counts)))
-    literal_sums = [sum(literal.products) for literal, _ in counts]
-    pooled_sums = [sum(pooled.products) for _, pooled in counts]
-    fewer = (f"{literal / pooled:.1f}x" for literal, pooled in zip(literal_sums, pooled_sums, strict=True))
-    rows += [
-        ("all rows, by formula", *(f"{sum(formula):,}" for formula in formulas)),
-        ("all rows, literal form", *(f"{figure:,}" for figure in literal_sums)),
-        ("products, pooled form", *(f"{figure:,}" for figure in pooled_sums)),
-        ("  times fewer", *fewer),
-        ("element-wise, literal", *(f"{literal.rest:,}" for literal, _ in counts)),
-        ("element-wise, pooled", *(f"{pooled.rest:,}" for _, pooled in counts)),
+        rows.append(row("  by that formula", (formula[place] for formula in formulas)))
+        rows.append(row("  counted, literal form", (one.products[place] for one in literal)))
+    sums = [[sum(one.products) for one in counts] for counts in (literal, pooled)]
+    return [
+        *rows,
+        row("all rows, by formula", map(sum, formulas)),
+        row("all rows, literal form", sums[0]),
+        row("products, pooled form", sums[1]),
+        ("  times fewer", *(f"{one / other:.1f}x" for one, other in zip(*sums, strict=True))),
+        row("element-wise, literal", (one.rest for one in literal)),
+        row("element-wise, pooled", (one.rest for one in pooled)),
     ]
-    return rows
 
 
 def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
@@ -183,37 +178,11 @@ def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
     return rows
 
 
-def readings(models: list[Column], *, dim: int) -> list[str]:
-    """Where the paper's wording holds, and under which reading of it."""
-    full, eighth, grouped, shared = (parameters(column)["All"] for column in models)
-    lines = [
-        f"'about 8 - 14 times fewer' parameters: HG-NL has {eighth / grouped:.1f}x fewer than NL m1=m/8, "
-        f"{full / grouped:.1f}x fewer than NL m1=m/2.",
-        f"'roughly 70 times fewer' with shared parameters: holds against NL m1=m/8 ({eighth / shared:.1f}x); "
-        f"against NL m1=m/2 it is {full / shared:.1f}x.",
-    ]
-    if dim == PAPER_DIM:
-        g1, g2 = models[2].g1, models[2].g2
-        for column, words in zip(models, ("4n M", "2.5n M", "(0.5n/g1 + 2n/g2) M"), strict=False):
-            convolutions = sum(madds_by_formula(column, dim=dim, frames=1)[:3])
-            in_binary, in_decimal = f"{convolutions / 2**20:g}n M", f"{convolutions / 1e6:.4g}n M"
-            lines.append(
-                f"'{words}' MAdds in convolutions, {column.title}: {convolutions:,} n. "
-                f"That is {in_binary} with M = 2^20, the paper's; with M = 10^6 it would be {in_decimal}."
-            )
-        lines[-1] += f" (0.5/{g1} + 2/{g2} = {0.5 / g1 + 2 / g2:g}.)"
-    return lines
-
-
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as a table: the first column to the left, the others to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    )
+    first, *others = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
+    widths = [max(lengths) for lengths in others]
+    return "\n".join("  ".join([row[0].ljust(max(first)), *map(str.rjust, row[1:], widths)]) for row in rows)
 
 
 def main(options: Options) -> None:
@@ -228,7 +197,6 @@ def main(options: Options) -> None:
         print(f"Table 1: parameters, {title}\n\n{aligned(table_1(models, dim=dim))}\n")
         print(f"Table 2: multiplications and additions of one video, {title}, n = {options.frames}\n")
         print(aligned(table_2(models[:3], dim=dim, frames=options.frames)) + "\n")
-        print("\n".join(f"- {line}" for line in readings(models, dim=dim)) + "\n")
         print(f"Heads beside the paper's, m = {dim}, n = {options.frames}, counted on what runs\n")
         print(aligned(other_heads(dim=dim, frames=options.frames)) + "\n")
 

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from aggregate.data.frames import normalised
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
-from aggregate.training.checkpoint import Checkpoint
-from extract.backbone.model import Trunk, load_trunk
+from extract.backbone.model import Trunk
 from extract.cli import InputError
 from extract.decode.transform import Preprocessing
 
@@ -61,39 +60,19 @@ class Recogniser(nn.Module):
 
 
 def build_net(options: Mapping[str, Any], backbone: nn.Module) -> EndToEnd | StNet:
-    """The model of `Checkpoint.options` round a backbone without classifier."""
-    chosen = dict(options)
-    if chosen["name"] == "stnet":
-        own = {name: chosen[name] for name in ("frames_per_segment", "form", "dropout")}
-        net = StNet(backbone, chosen["num_classes"], **own)
-        net.options = chosen  # type: ignore[assignment]  # as a VideoClassifier has them
-        return net
-    return EndToEnd(backbone, build(**chosen))
+    """The model of `Checkpoint.options` round a backbone without classifier. InputError for blocks of another form."""
+    if options["name"] != "stnet":
+        return EndToEnd(backbone, build(**options))
+    if options.get("form", "released") != "released":  # an option of earlier versions
+        raise InputError("a StNet of form 'paper' is built no more, only the released form; train it anew")
+    net = StNet(backbone, options["num_classes"], options["frames_per_segment"], dropout=options["dropout"])
+    net.options = dict(options)  # type: ignore[assignment]  # as a VideoClassifier has them
+    return net
 
 
 def backbone_record(trunk: Trunk) -> dict[str, Any]:
     """What a checkpoint keeps of its backbone: a store's provenance, without the precision."""
-    return {
-        "name": trunk.name,
-        "weights": dict(trunk.weights),
-        "preprocessing": trunk.preprocessing.record(),
-    }
-
-
-def rebuild(checkpoint: Checkpoint) -> Recogniser:
-    """The model of a fine-tuned checkpoint, in evaluation mode. InputError for one without backbone."""
-    if checkpoint.backbone is None:
-        raise InputError("this checkpoint was trained on cached features and holds no backbone; give --features")
-    trunk = load_trunk(checkpoint.backbone["name"], weights="random")
-    net = build_net(checkpoint.options, trunk.module)
-    net.load_state_dict(checkpoint.state_dict)
-    return Recogniser(net, preprocessing_of(checkpoint.backbone)).eval()
-
-
-def preprocessing_of(record: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing that a checkpoint records."""
-    see = record["preprocessing"]
-    return Preprocessing(**{**see, "mean": tuple(see["mean"]), "std": tuple(see["std"])})
+    return {"name": trunk.name, "weights": dict(trunk.weights), "preprocessing": trunk.preprocessing.record()}
 
 
 def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
@@ -101,9 +80,7 @@ def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
 
     They must be put back to evaluation mode after every `train()`.
     """
-    kind = nn.modules.batchnorm._BatchNorm
-    norms: list[nn.Module] = []
-    norms += [module for module in backbone.modules() if isinstance(module, kind)][1:]
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)][1:]
     for norm in norms:
         norm.eval()
         for parameter in norm.parameters(recurse=False):

@@ -89,7 +89,7 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
     import numpy as np
 
     from aggregate.data.clips import ClipPlan
-    from aggregate.data.frames import VideoFrames
+    from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.learner import choose_device
@@ -118,7 +118,8 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
             crops=options.crops,
         )
         crops = np.full((len(chosen), options.crops, len(checkpoint.classes)), np.nan, np.float32)
-        with VideoFrames(chosen, plan, workers=cores, timeout=options.video_timeout) as frames:
+        with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
+            frames = VideoFrames(chosen, plan, pool)
             rows, predicted = predict([model], frames.test_batches(batch_size=options.micro_batch))
             for place, reason in list(frames.failed.items())[:5]:
                 print(f"failed: {chosen[place].id}: {reason}")

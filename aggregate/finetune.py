@@ -4,10 +4,9 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from aggregate.training.options import (
     HeadOptions,
@@ -20,15 +19,10 @@ from aggregate.training.options import (
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
-    import torch
-
     from aggregate.endtoend import Recogniser
     from aggregate.training.checkpoint import Checkpoint
-    from aggregate.training.learner import Learner
     from aggregate.training.recipes import Recipe
     from aggregate.training.run import Run
-    from aggregate.training.sources import DecodedVideos
-    from extract.backbone.model import Trunk
 
 _FREE_ON_RESUME = ("out", "device", "workers", "address", "decode_workers", "micro_batch")
 
@@ -40,7 +34,7 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     Where no recipe is named it is the paper's: TSN 40 epochs, NL and HG-NL 8, StNet 20.
     """
 
-    model: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "stnet"]
+    model: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad", "stnet"]
     """An aggregator over the backbone's frame features, or stnet."""
     videos: Path
     """As for python -m extract: a folder, or a CSV with --root."""
@@ -53,31 +47,27 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     """A checkpoint to start from: of cached features (same backbone and weights), or fine-tuned (its backbone too)."""
     frames_per_segment: int = 1
     """stnet: N, the frames of a super-image."""
-    form: Literal["released", "paper"] = "released"
-    """stnet: the temporal block of the released code, or of the paper."""
     backbone_lr: float = 1.0
     """What --lr is multiplied by for the backbone; 0 freezes it."""
-    clip: float = 20.0
-    """Largest norm of the gradient; 0: not clipped."""
     micro_batch: int = 16
     """Videos that go through the network at once; gradients of a batch are added up."""
     train_batch_norm: bool = False
     """Train all batch norms of the backbone; by default all but the first keep their statistics (partial BN)."""
-    ema: float = 0.0
-    """Decay of an average of the weights, which is then what is tested and saved; 0: off."""
-    checkpoint_activations: bool = False
-    """Compute activations of the backbone again in the backward pass: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
-    decoder: Literal["pyav", "decord"] = "pyav"
     workers: int = 1
     """Data-parallel processes; more than one run in Ray Train."""
     address: str | None = None
     """A Ray cluster (auto, or host:port)."""
-    limit: int | None = None
-    """Only the first so many videos to train on."""
     seed: int = 0
+
+    GONE: ClassVar[dict[str, Any]] = {
+        "ema": 0.0,
+        "clip": 20.0,
+        "decoder": "pyav",
+        "limit": None,
+    }
 
     @property
     def folder(self) -> Path:
@@ -87,8 +77,10 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
 def main(options: Options) -> int:
     _check(options)
     if options.workers > 1 or options.address is not None:
-        return _train_with_ray(options)
-    return train(options)
+        _train_with_ray(options)
+    else:
+        train(options)
+    return 0
 
 
 def _check(options: Options) -> None:
@@ -97,36 +89,36 @@ def _check(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
     if options.model != "stnet" and options.frames_per_segment > 1:
         raise InputError(f"--frames-per-segment {options.frames_per_segment} is for stnet, not for {options.model}")
-    if not 0 <= options.ema < 1:
-        raise InputError(f"--ema {options.ema:g}: a decay is from 0 to below 1")
     if options.backbone_lr < 0:
         raise InputError(f"--backbone-lr {options.backbone_lr:g}: expected 0 or more")
 
 
-def train(options: Options, *, rank: int = 0, world: int = 1) -> int:
+def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
     """Train to the end as one process, `rank` of `world`; rank 0 prints and writes."""
+    import torch
+
     with prepare(options, rank=rank, world=world) as run:
-        _train(run, options)
-    return 0
-
-
-def _train(run: "Run", options: Options) -> None:
-    source: Any = run.source
-    with _out_of_memory_named(run.learners[0].device, options):
-        if options.model == "stnet" and options.form == "paper" and run.epoch == 0:
-            _calibrate(run.learners[0], source, options)
-        run.train()
-        if run.writes and source.failed:
-            videos = source.training.videos
-            some = "; ".join(f"{videos[place].id}: {why}" for place, why in list(source.failed.items())[:3])
-            print(f"{len(source.failed)} of {len(videos)} training videos were left out: {some}")
-        run.report()  # every process tests its share
-    if run.writes:
-        best = run.out / "best.pt"
-        print(
-            f"Next: python -m aggregate.evaluate --checkpoint {best} --videos {options.videos},\n"
-            f"or python -m extract --weights {best}, to train HG-NL on its cache."
-        )
+        source: Any = run.source
+        try:
+            run.train()
+            if run.writes and source.failed:
+                videos = source.training.videos
+                some = "; ".join(f"{videos[place].id}: {why}" for place, why in list(source.failed.items())[:3])
+                print(f"{len(source.failed)} of {len(videos)} training videos were left out: {some}")
+            run.report()  # every process tests its share
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            raise RunError(
+                f"{run.learners[0].device} has too little memory for {options.micro_batch} videos of {options.frames} "
+                f"frames at once; try --micro-batch {max(1, options.micro_batch // 2)}, which changes nothing else"
+            ) from None
+        if run.writes:
+            best = run.out / "best.pt"
+            print(
+                f"Next: python -m aggregate.evaluate --checkpoint {best} --videos {options.videos},\n"
+                f"or python -m extract --weights {best}, to train HG-NL on its cache."
+            )
 
 
 @contextmanager
@@ -136,94 +128,66 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     import torch
 
     from aggregate.data.clips import ClipPlan
-    from aggregate.data.frames import VideoFrames
-    from aggregate.training.learner import choose_device
+    from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.training.learner import Learner, choose_device
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, check_classes, choose_rows
     from extract.listing.videos import list_videos
 
-    device_name = options.device
-    if world > 1 and device_name == "auto" and torch.cuda.is_available():
-        device_name = f"cuda:{rank % torch.cuda.device_count()}"
-    device = choose_device(device_name)
+    spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
+    device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
     last = open_folder(options.folder, options, free=_FREE_ON_RESUME)
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
-    listed = ListedVideos(str(options.videos), listing.videos, listing.classes)
+    listed, classes = ListedVideos(str(options.videos), listing.videos, listing.classes), list(listing.classes)
     rows, val_rows, words = choose_rows(listed, options, options.seed)
     check_classes(listed, rows, allow_missing=options.allow_missing_classes)
-    videos = [listing.videos[row] for row in rows][: options.limit]
-    val_videos = [listing.videos[row] for row in val_rows]
+    videos, val_videos = ([listing.videos[row] for row in chosen] for chosen in (rows, val_rows))
     recipe = _recipe(options, len(videos))
-    learner, record = _learner(options, recipe, list(listing.classes), len(videos), device, rank, world)
-    model: Any = learner.model
-    plan = ClipPlan(options.frames, options.frames_per_segment, model.preprocessing, decoder=options.decoder)
-    cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
-    pool: dict[str, Any] = {"workers": cores, "timeout": options.video_timeout}
-    pool["nice"] = 10 if device.type == "cpu" else 0
-    labels = np.array([video.label for video in val_videos])
-    features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
-    common = {"classes": list(listing.classes), "features": features, "frames": options.frames, "backbone": record}
-    with VideoFrames(videos, plan, **pool) as training, VideoFrames(val_videos[rank::world], plan, **pool) as testing:
-        source = DecodedVideos(
-            training,
-            testing,
-            labels=labels,
-            frames=options.frames,
-            batch_size=recipe.batch_size,
-            micro_batch=options.micro_batch,
-            seed=options.seed,
-            precision=learner.precision,
-            classes=len(listing.classes),
-            rank=rank,
-            world=world,
-        )
-        run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
-        run.resume(last)
-        if rank == 0:
-            print(
-                f"videos    {words}\nmodel     {options.model} over {options.backbone}, {_parameters(model)} "
-                f"on {device} in {learner.precision}, {world} process(es)\n"
-                f"recipe    {recipe}, backbone at {options.backbone_lr:g} of it",
-                flush=True,
-            )
-        yield run
-
-
-def _learner(
-    options: Options, recipe: "Recipe", classes: list[str], videos: int, device: "torch.device", rank: int, world: int
-) -> "tuple[Learner, dict[str, Any]]":
-    """The learner of process `rank` of `world`, and the record of its backbone."""
-    import torch
-
-    from aggregate.training.learner import Learner
-
     model, frozen, record = build_model(options, classes, recipe.dropout, tell=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
+    shared: dict[str, Any] = {"seed": options.seed, "micro_batch": options.micro_batch, "rank": rank, "world": world}
     learner = Learner(
         name=options.model,
         model=model,
         recipe=recipe,
-        steps_per_epoch=-(-videos // recipe.batch_size),
-        seed=options.seed,
+        steps_per_epoch=-(-len(videos) // recipe.batch_size),
         device=device,
         groups=_parameter_groups(model, recipe, options.backbone_lr),
         precision=options.precision,
-        micro_batch=options.micro_batch,
-        ema=options.ema,
         frozen=frozen,
-        rank=rank,
-        world=world,
+        **shared,
     )
-    return learner, record
+    plan = ClipPlan(options.frames, options.frames_per_segment, model.preprocessing)
+    cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
+    features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
+    common = {"classes": classes, "features": features, "frames": options.frames, "backbone": record}
+    with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:
+        source = DecodedVideos(
+            VideoFrames(videos, plan, pool),
+            VideoFrames(val_videos[rank::world], plan, pool),
+            labels=np.array([video.label for video in val_videos]),
+            frames=options.frames,
+            batch_size=recipe.batch_size,
+            precision=learner.precision,
+            classes=len(classes),
+            **shared,
+        )
+        run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
+        run.resume(last)
+        if rank == 0:
+            where = f"{_parameters(model)} on {device} in {learner.precision}, {world} process(es)"
+            print(f"videos    {words}\nmodel     {options.model} over {options.backbone}, {where}")
+            print(f"recipe    {recipe}, backbone at {options.backbone_lr:g} of it", flush=True)
+        yield run
 
 
 def _recipe(options: Options, videos: int) -> "Recipe":
     from aggregate.training.recipes import recipe
 
-    # The paper's 256 where there are enough videos for some steps an epoch.
+    # The paper's 256 where there are enough videos for some steps an epoch; tsn-pytorch's limit of the gradient.
     few = min(256, max(8, 1 << (max(videos // 8, 1).bit_length() - 1)))
-    changes = changes_of(options) | {"batch_size": options.batch_size or few, "clip": options.clip}
+    changes = changes_of(options) | {"batch_size": options.batch_size or few, "clip": 20.0}
     return recipe("paper", options.model, videos=videos, **changes)
 
 
@@ -235,6 +199,7 @@ def build_model(
     import torch
 
     from aggregate.endtoend import Recogniser, backbone_record, build_net, freeze_batch_norms
+    from aggregate.from_record import check_backbone
     from aggregate.training.checkpoint import Checkpoint
     from extract.backbone.model import load_trunk
 
@@ -242,62 +207,29 @@ def build_model(
     with_backbone = init is not None and init.backbone is not None
     weights = str(options.init) if with_backbone else options.weights
     trunk = load_trunk(options.backbone, weights=weights, seed=options.seed)
-    record = backbone_record(trunk)
     if init is not None and not with_backbone:
-        _check_same_backbone(init, record)
+        check_backbone(init, trunk)  # a classifier starts from the very features it was trained on, or not at all
     torch.manual_seed(options.seed)
-    net: Any = build_net(_model_options(options, trunk, len(classes), dropout), trunk.module)
+    stnet, common = options.model == "stnet", {"num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
+    own = {"frames_per_segment": options.frames_per_segment} if stnet else aggregator_options(options.model, options)
+    net: Any = build_net({"name": options.model, **common, **own}, trunk.module)
     if init is not None:
-        carried = _carry_over(net, init, options, classes)
+        carried = _carry_over(net, init, classes)
         if tell:
-            print(f"init      {carried}")
+            print(f"init      {options.init}: {carried}")
     frozen = [] if options.train_batch_norm else freeze_batch_norms(net.backbone)
     if options.backbone_lr == 0:
-        for parameter in net.backbone.parameters():
-            parameter.requires_grad_(False)
-    if options.checkpoint_activations:
-        try:
-            net.backbone.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError):
-            raise InputError(f"--checkpoint-activations: timm's {options.backbone} does not know how to") from None
-    return Recogniser(net, trunk.preprocessing), frozen, record
+        net.backbone.requires_grad_(False)
+    return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
 
 
-def _model_options(options: Options, trunk: "Trunk", classes: int, dropout: float) -> dict[str, Any]:
-    common: dict[str, Any] = {"name": options.model, "num_classes": classes, "dropout": dropout, "dim": trunk.dim}
-    if options.model == "stnet":
-        return {**common, "frames_per_segment": options.frames_per_segment, "form": options.form}
-    return {**common, **aggregator_options(options.model, options)}
-
-
-def _check_same_backbone(init: "Checkpoint", record: dict[str, Any]) -> None:
-    """Classifiers of cached features start from the very features they were trained on, or not at all."""
-    theirs = {"name": init.features.get("backbone"), **{k: init.features.get(k) for k in ("weights", "preprocessing")}}
-    for name, value in record.items():
-        if theirs[name] != value:
-            raise InputError(
-                f"--init {init.path} was trained on features of {name} {theirs[name]}, this run has {value}; "
-                "give its --backbone and --weights"
-            )
-
-
-def _carry_over(net: Any, init: "Checkpoint", options: Options, classes: list[str]) -> str:
+def _carry_over(net: Any, init: "Checkpoint", classes: list[str]) -> str:
     """Start `net` from what fits in `init`; that in words."""
     from aggregate.models import carry_over
 
-    if options.model != "stnet":
-        carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
-        return f"{options.init}: {carried}"
-    state = net.state_dict()
-    fits = {
-        name: value
-        for name, value in init.state_dict.items()
-        if name in state
-        and state[name].shape == value.shape
-        and (init.classes == classes or not name.startswith("classifier."))
-    }
-    net.load_state_dict({**state, **fits})
-    return f"{len(fits)} of {len(state)} tensors from {options.init}, the others start fresh"
+    blocks = {name: value for name, value in init.state_dict.items() if name.startswith("after_res")}
+    net.load_state_dict(blocks if net.options["name"] == "stnet" else {}, strict=False)
+    return str(carry_over(net, init.state_dict, classes=classes, source_classes=init.classes))
 
 
 def _parameter_groups(model: "Recogniser", recipe: "Recipe", backbone_lr: float) -> list[dict[str, Any]]:
@@ -316,72 +248,33 @@ def _parameters(model: "Recogniser") -> str:
     return f"{trained:,} of {sum(parameter.numel() for parameter in every):,} parameters trained"
 
 
-def _calibrate(learner: "Learner", source: "DecodedVideos", options: Options) -> None:
-    """The paper's temporal block is the identity only once its batch norm knows the maps (FACTS 5)."""
-    from aggregate.data.frames import normalised
-
-    model: Any = learner.model
-    see = model.preprocessing
-    batches = source.training.train_batches(epoch=0, batch_size=options.micro_batch, seed=options.seed + 1)
-    model.net.calibrate(normalised(batch.x, see.mean, see.std, learner.device) for batch in islice(batches, 8))
-
-
-@contextmanager
-def _out_of_memory_named(device: "torch.device", options: Options) -> Iterator[None]:
-    import torch
-
-    try:
-        yield
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        least = max(1, options.micro_batch // 2)
-        raise RunError(
-            f"{device} has too little memory for {options.micro_batch} videos of {options.frames} frames at once; "
-            f"try --micro-batch {least}, which changes nothing else, or --checkpoint-activations"
-        ) from None
-
-
-# -- Ray Train -----------------------------------------------------------------------------------------------------
-
-
-def _train_with_ray(options: Options) -> int:
+def _train_with_ray(options: Options) -> None:
     """Data parallel: `workers` processes of Ray Train, each with its share of every batch."""
     import ray
-    from ray.train import RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train import RunConfig, ScalingConfig, TrainingFailedError, get_context
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    with prepare(options):
+    # Workers have another working directory.
+    paths: dict[str, Any] = {"videos": options.videos, "root": options.root, "init": options.init}
+    paths = {name: path.resolve() for name, path in paths.items() if path is not None}
+    files = {name: Path(getattr(options, name)) for name in ("weights", "labels")}
+    files = {name: str(path.resolve()) for name, path in files.items() if path.is_file()}
+    there = replace(options, out=options.folder.resolve(), **paths, **files)
+    with prepare(there):
         pass  # what is wrong with the options is said here, in words, before processes start
     if not ray.is_initialized():
         ray.init(address=options.address, log_to_driver=True)
     gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in ("auto", "cuda")
-    paths: dict[str, Any] = {"videos": options.videos, "root": options.root, "init": options.init}
-    paths["out"] = options.folder
-    config = {**asdict(options), **{k: str(Path(v).resolve()) for k, v in paths.items() if v is not None}}
-    if Path(options.weights).is_file():
-        config["weights"] = str(Path(options.weights).resolve())
     trainer = TorchTrainer(
-        _ray_worker,
-        train_loop_config=config,
+        lambda: train(there, rank=get_context().get_world_rank(), world=get_context().get_world_size()),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=RunConfig(name="finetune", storage_path=str(Path(config["out"]) / "ray")),
+        run_config=RunConfig(name="finetune", storage_path=str(there.folder / "ray")),
     )
     try:
         trainer.fit()
     except TrainingFailedError as error:
         raise RunError(f"a worker failed: {error}") from None
-    return 0
-
-
-def _ray_worker(config: dict[str, Any]) -> None:
-    from ray import train as ray_train
-
-    context = ray_train.get_context()
-    paths = {name: Path(config[name]) for name in ("videos", "root", "init", "out") if config[name] is not None}
-    options = Options(**{**config, **paths, "val_groups": tuple(config["val_groups"])})
-    train(options, rank=context.get_world_rank(), world=context.get_world_size())
 
 
 if __name__ == "__main__":

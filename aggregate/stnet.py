@@ -7,42 +7,29 @@ super-images -> stem -> Res2 -> Res3 -> temporal block -> Res4 -> temporal block
                                                  logits <- linear <- max over time <- TXB <- [batch, T, dim]
 """
 
-from collections.abc import Iterable
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
-from torch.utils.checkpoint import checkpoint
 
 from aggregate.pooling import blank_masked
 from extract.cli import InputError
-
-FORMS = ("released", "paper")
 
 
 class TemporalBlock(nn.Module):
     """A convolution over time between two stages of the trunk, at every place of the map by itself.
 
-    form "released": x + BN(ReLU(conv(x))), as Baidu released it. It starts with gamma 0, so it is the identity,
-        bit for bit and in training too, and a pretrained trunk is kept.
-    form "paper": ReLU(BN(conv(x))) with the convolution as the identity. Batch norm undoes that in training, so it is
-        to be calibrated on data first (`StNet.calibrate`).
+    x + BN(ReLU(conv(x))), as Baidu released it (the paper has ReLU(BN(conv(x)))). It starts with gamma 0, so it is the
+    identity, bit for bit and in training too, and a pretrained trunk is kept.
     """
 
-    def __init__(self, channels: int, *, form: Literal["released", "paper"] = "released") -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.form = form
         # The 3 x 1 x 1 convolution of the paper, over [time, height * width]: the same weights, but up to twice as fast
         # on a CPU, and a model with weights of five dimensions could not be made channels-last.
         self.conv = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0))
         self.norm = nn.BatchNorm2d(channels)
-        if form == "released":
-            nn.init.zeros_(self.norm.weight)
-        else:
-            nn.init.dirac_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.norm.weight)
 
     def forward(
         self, x: Float[Tensor, "images channels height width"], time: int
@@ -50,10 +37,8 @@ class TemporalBlock(nn.Module):
         """The `time` maps of a video follow each other in `images`."""
         # Where x is channels-last, this is a view of it and channels-last too: nothing is copied.
         videos = x.unflatten(0, (-1, time)).transpose(1, 2).flatten(3)
-        out = self.conv(videos)
-        out = self.norm(out).relu() if self.form == "paper" else self.norm(out.relu())
-        out = out.unflatten(3, x.shape[2:]).transpose(1, 2).flatten(0, 1)
-        return out if self.form == "paper" else x + out
+        out = self.norm(self.conv(videos).relu())
+        return x + out.unflatten(3, x.shape[2:]).transpose(1, 2).flatten(0, 1)
 
 
 class StNet(nn.Module):
@@ -62,9 +47,8 @@ class StNet(nn.Module):
     `backbone` becomes a part of this model: its classifier is taken off, and for `frames_per_segment` N > 1 its first
     convolution is widened to 3 N channels with weights w.repeat(1, N, 1, 1) / N, which sees N equal frames as it saw
     one. T may be another in the test than in training: all that runs over time is a convolution or a maximum.
-    `form`: see TemporalBlock. The children `aggregator` and `classifier` are named as in a VideoClassifier, so those of
-    a "txb" trained on cached features fit in (`aggregate.models.carry_over`). `backbone.set_grad_checkpointing` works
-    as it does without us, where timm has it.
+    The children `aggregator` and `classifier` are named as in a VideoClassifier, so those of
+    a "txb" trained on cached features fit in (`aggregate.models.carry_over`).
 
     Raises InputError for a trunk without those stages, or one that does not take RGB, and for unfit numbers.
     """
@@ -75,7 +59,6 @@ class StNet(nn.Module):
         num_classes: int,
         frames_per_segment: int = 1,
         *,
-        form: Literal["released", "paper"] = "released",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
@@ -83,8 +66,6 @@ class StNet(nn.Module):
             raise InputError(
                 f"num_classes {num_classes} and frames_per_segment {frames_per_segment} must both be at least 1"
             )
-        if form not in FORMS:
-            raise InputError(f"form {form!r} is not known; known are {', '.join(FORMS)}")
         if not 0 <= dropout < 1:
             raise InputError(f"dropout is {dropout}; it is the fraction of features set to 0, from 0 to below 1")
         _check_trunk(backbone)
@@ -93,8 +74,8 @@ class StNet(nn.Module):
         channels = {stage["module"]: stage["num_chs"] for stage in backbone.feature_info}  # type: ignore[union-attr]
         self.frames_per_segment = frames_per_segment
         self.backbone = backbone
-        self.after_res3 = TemporalBlock(channels["layer2"], form=form)
-        self.after_res4 = TemporalBlock(channels["layer3"], form=form)
+        self.after_res3 = TemporalBlock(channels["layer2"])
+        self.after_res4 = TemporalBlock(channels["layer3"])
         self.aggregator = TemporalXception(channels["layer4"])
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(self.aggregator.out_dim, num_classes)
@@ -110,13 +91,8 @@ class StNet(nn.Module):
         if frames.ndim != 6 or not frames.shape[1] or tuple(frames.shape[2:4]) != (N, 3):
             raise ValueError(f"got frames {list(frames.shape)}; this model takes [batch, time, {N}, 3, height, width]")
         time, x = frames.shape[1], frames.flatten(0, 1).flatten(1, 2)
-        recompute = getattr(self.backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
         for name, child in self.backbone.named_children():
-            if recompute and isinstance(child, nn.Sequential):  # a stage, block by block
-                for block in child:
-                    x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = child(x)
+            x = child(x)
             if name == "layer2":
                 x = self.after_res3(x, time)
             elif name == "layer3":
@@ -134,65 +110,6 @@ class StNet(nn.Module):
 
     def forward(self, frames: Float[Tensor, "batch time frames 3 height width"]) -> Float[Tensor, "batch classes"]:
         return self.classifier(self.dropout(self.features(frames)))
-
-    def calibrate(self, batches: Iterable[Float[Tensor, "batch time frames 3 height width"]]) -> None:
-        """Form "paper", before training: set the blocks' batch norms so that the maps of `batches` pass unchanged.
-
-        Over all the batches together, running statistics become those of the maps, gamma their deviation and beta their
-        mean: an identity in evaluation up to rounding, in training up to how far a batch is from the whole. The trunk
-        is seen in evaluation mode; modes are as before afterwards. Raises ValueError for the form "released", whose
-        blocks need none of this, and for no batches.
-        """
-        blocks = (self.after_res3, self.after_res4)
-        if blocks[0].form != "paper":
-            raise ValueError(f"form {blocks[0].form!r} starts as the identity; only 'paper' is calibrated")
-        seen = {block.conv: _ChannelStatistics() for block in blocks}
-        hooks = [conv.register_forward_hook(statistics.add) for conv, statistics in seen.items()]
-        # A block passes its input on meanwhile, so that the second sees what it will see when the first is calibrated.
-        hooks += [block.register_forward_hook(lambda _block, inputs, _out: inputs[0]) for block in blocks]
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        try:
-            with torch.no_grad():
-                for frames in batches:
-                    self.maps(frames)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, training in modes:
-                module.training = training
-        for block in blocks:
-            seen[block.conv].into(block.norm)
-
-
-class _ChannelStatistics:
-    """Mean and variance of each channel of all the maps [batch, channels, ...] that came by, summed in float64."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.sum: Tensor | float = 0.0
-        self.squares: Tensor | float = 0.0
-
-    def add(self, _module: nn.Module, _inputs: tuple[Tensor, ...], maps: Tensor) -> None:
-        """A forward hook."""
-        var, mean = (each.cpu().double() for each in torch.var_mean(maps.float(), (0, 2, 3), correction=0))
-        count = maps.numel() // maps.shape[1]
-        self.count += count
-        self.sum = self.sum + count * mean
-        self.squares = self.squares + count * (var + mean.square())
-
-    @torch.no_grad()
-    def into(self, norm: nn.BatchNorm2d) -> None:
-        if not self.count:
-            raise ValueError("got no batches to calibrate on; give at least one")
-        mean = torch.as_tensor(self.sum / self.count)
-        var = (torch.as_tensor(self.squares / self.count) - mean.square()).clamp(min=0)
-        assert norm.running_mean is not None  # a batch norm of ours keeps statistics
-        assert norm.running_var is not None
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(var)
-        norm.weight.copy_((var + norm.eps).sqrt())
-        norm.bias.copy_(mean)
 
 
 def _check_trunk(backbone: nn.Module) -> None:

@@ -22,12 +22,12 @@ class ClipPlan:
     frames_per_segment: int
     preprocessing: Preprocessing
     crops: int = 1
-    decoder: str = "pyav"
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of one prepared video."""
-        return self.crops * self.segments * self.frames_per_segment * self.preprocessing.size**2 * 3
+    def shape(self) -> tuple[int, ...]:
+        """Of one prepared video, uint8: [crops, T, N, size, size, 3]."""
+        size = self.preprocessing.size
+        return (self.crops, self.segments, self.frames_per_segment, size, size, 3)
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,9 @@ def prepare_clip(job: ClipJob, out: np.ndarray, on_duration: Callable[[float | N
         start = np.clip(first - (N - 1) // 2, 0, max(num_frames - N, 0))
         return np.minimum(start[:, None] + np.arange(N), num_frames - 1).ravel()
 
-    decoded = decode(
-        job.path,
-        sample,
-        resize=lambda frame: resize_short_side(frame, see),
-        decoder=plan.decoder,
-        on_duration=on_duration,
-    )
+    decoded = decode(job.path, sample, resize=lambda frame: resize_short_side(frame, see), on_duration=on_duration)
     height, width = decoded.frames.shape[1:3]
-    views = out[: plan.slot_bytes].reshape(-1, T * N, see.size, see.size, 3)
+    views = out[: np.prod(plan.shape)].reshape(-1, T * N, see.size, see.size, 3)
     if rng is None:
         for view, ((top, left, tall, wide), flip) in enumerate(crop_boxes(height, width, see.size, plan.crops)):
             crops = decoded.frames[:, top : top + tall, left : left + wide]

@@ -1,8 +1,9 @@
 """Batches from videos, for end-to-end training and its test: decoded by extraction's own children and deadlines."""
 
-import collections
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 import torch
@@ -15,9 +16,14 @@ from extract.decode.subprocess_pool import SubprocessPool
 from extract.listing.videos import Video
 
 
+def clip_pool(plan: ClipPlan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
+    """Processes that decode the clips of `plan`; use it in `with`."""
+    return SubprocessPool(prepare_clip, slot_bytes=prod(plan.shape), workers=workers, timeout=timeout, nice=nice)
+
+
 @dataclass
 class VideoFrames:
-    """The videos of a split with decoding processes of their own; close it, or use it in `with`.
+    """The videos of a split, decoded by `pool`, which several splits may share.
 
     Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and as `rows` the places in `videos`. A video
     that could not be decoded is left out; `failed` maps its place to the reason, as found so far.
@@ -25,28 +31,8 @@ class VideoFrames:
 
     videos: Sequence[Video]
     plan: ClipPlan
-    workers: int
-    timeout: float = 60.0
-    nice: int = 0
+    pool: SubprocessPool
     failed: dict[int, str] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._pool = SubprocessPool(
-            prepare_clip,
-            slot_bytes=self.plan.slot_bytes,
-            workers=self.workers,
-            timeout=self.timeout,
-            nice=self.nice,
-        )
-
-    def __enter__(self) -> "VideoFrames":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._pool.close()
 
     def train_batches(
         self, *, epoch: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
@@ -54,45 +40,37 @@ class VideoFrames:
         """One epoch in random order: batches of `batch_size` videos, of which this process takes every `world`-th.
 
         Every process gets the same number of batches; its part of one may be empty. The order is a function of (seed,
-        epoch), a video's frames and view of (seed, epoch, id).
+        epoch), a video's frames and view of (seed, epoch, id). Raises RunError where not one video can be decoded.
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = [order[start : start + batch_size][rank::world] for start in range(0, len(order), batch_size)]
-        return (views[0] for views in self._batches(batches, seed=seed, epoch=epoch))
+        for places, views in self._batches(batches, seed=seed, epoch=epoch):
+            yield views[0]
+            if len(places) and len(self.failed) == len(self.videos):
+                name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
+                raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
         """All videos in order, middle frames; of each batch one `Batch` a crop."""
         order = np.arange(len(self.videos))
-        return self._batches([order[start : start + batch_size] for start in range(0, len(order), batch_size)])
+        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        return (views for _, views in self._batches(batches) if len(views[0].rows))
 
-    def _batches(self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1) -> Iterator[list[Batch]]:
-        # Jobs are queued this far ahead; the children's own slots of memory hold them back before that.
-        jobs: collections.deque = collections.deque()
-        waiting = iter(batches)
-
-        def queue_one() -> None:
-            places = next(waiting, None)
+    def _batches(
+        self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1
+    ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        # The next batch is queued before one is handed out; the slots of the children's memory hold both back.
+        jobs: deque[tuple[np.ndarray, list]] = deque()
+        for places in [*batches, None]:
             if places is not None:
                 videos = [self.videos[place] for place in places]
-                futures = [self._pool.submit(ClipJob(video.path, video.id, self.plan, seed, epoch)) for video in videos]
+                futures = [self.pool.submit(ClipJob(video.path, video.id, self.plan, seed, epoch)) for video in videos]
                 jobs.append((places, futures))
-
-        queue_one()
-        queue_one()
-        while jobs:
-            places, futures = jobs.popleft()
-            views = self._collect(places, futures)
-            queue_one()
-            # In training an empty batch is a batch too: processes that train together must count alike.
-            if len(views[0].rows) or epoch >= 0:
-                yield views
-            if epoch >= 0 and len(places) and len(self.failed) == len(self.videos):
-                name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
-                raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
+            if jobs and (places is None or len(jobs) > 1):
+                yield jobs[0][0], self._collect(*jobs.popleft())
 
     def _collect(self, places: np.ndarray, futures: list) -> list[Batch]:
-        size, plan = self.plan.preprocessing.size, self.plan
-        frames = np.empty((len(places), plan.slot_bytes), np.uint8)
+        frames = np.empty((len(places), *self.plan.shape), np.uint8)
         masks: list[np.ndarray] = []
         good: list[int] = []
         for place, future in zip(places.tolist(), futures, strict=True):
@@ -100,14 +78,13 @@ class VideoFrames:
                 if finished.failure:
                     self.failed[place] = finished.failure
                     continue
-                frames[len(good)] = finished.buffer[: plan.slot_bytes]
+                frames[len(good)] = finished.buffer[: frames[0].size].reshape(self.plan.shape)
                 masks.append(finished.result)
                 good.append(place)
-        shape = (len(good), plan.crops, plan.segments, plan.frames_per_segment, size, size, 3)
-        x = torch.from_numpy(frames[: len(good)].reshape(shape))
-        mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.segments))
+        x = torch.from_numpy(frames[: len(good)])
+        mask = torch.from_numpy(np.array(masks, bool).reshape(-1, self.plan.segments))
         labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
-        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.crops)]
+        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(self.plan.crops)]
 
 
 def normalised(frames: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:

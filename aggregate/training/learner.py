@@ -37,7 +37,6 @@ class Learner:
     groups: list[dict[str, Any]] | None = None  # of parameters; by default all of one learning rate
     precision: str = "auto"  # bf16 on a GPU, else fp32
     micro_batch: int = 1 << 30  # videos that go through the network at once; gradients of a batch are added up
-    ema: float = 0.0  # decay of an average of the weights, which is then what is tested and kept
     frozen: Sequence[nn.Module] = ()  # stay in evaluation mode
     rank: int = 0
     world: int = 1  # processes that share every batch
@@ -58,7 +57,6 @@ class Learner:
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
-        self.average = {k: v.detach().clone() for k, v in self.net.state_dict().items()} if self.ema else None
         self._loss = torch.zeros((), device=self.device)
         self._seen = 0
         self._since: list[np.ndarray] = []
@@ -108,7 +106,6 @@ class Learner:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self._average_weights()
         self._seen += count
         self._steps += 1
         self._since.append(batch.rows)
@@ -123,15 +120,6 @@ class Learner:
                 yield
         else:
             yield
-
-    def _average_weights(self) -> None:
-        if self.average is None:
-            return
-        for name, value in self.net.state_dict().items():
-            if value.is_floating_point():
-                self.average[name].lerp_(value.detach(), 1 - self.ema)
-            else:
-                self.average[name].copy_(value)
 
     def mean_loss(self, epoch: int) -> float:
         """The mean loss of a video since the last call, over all processes."""
@@ -148,22 +136,8 @@ class Learner:
 
     # -- states --------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def tested_weights(self) -> Iterator[None]:
-        """The weights that are tested and kept: within, those of the average where there is one."""
-        if self.average is None:
-            yield
-            return
-        own = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
-        self.net.load_state_dict(self.average)
-        try:
-            yield
-        finally:
-            self.net.load_state_dict(own)
-
     def tested_state(self) -> dict[str, Tensor]:
-        state = self.net.state_dict() if self.average is None else self.average
-        return {name: value.detach().cpu().clone() for name, value in state.items()}
+        return {name: value.detach().cpu().clone() for name, value in self.net.state_dict().items()}
 
     def keep_best(self, error: float, epoch: int) -> None:
         """Keep the state where this epoch's validation error is the smallest so far."""
@@ -172,14 +146,12 @@ class Learner:
 
     def load_best(self) -> None:
         self.net.load_state_dict(self.best_state)
-        self.average = None
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that resuming bit for bit needs, but for the best state, which has a file of its own."""
         return {
             "learner": {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()},
             "scaler": self.scaler.state_dict(),
-            "average": self.average,
             "best_error": self.best_error,
             "best_epoch": self.best_epoch,
         }
@@ -188,8 +160,6 @@ class Learner:
         self.net.load_state_dict(state["learner"]["model"])
         self.optimizer.load_state_dict(state["learner"]["optimizer"])
         self.scaler.load_state_dict(state.get("scaler") or {})
-        if self.average is not None:
-            self.average = {name: value.to(self.device) for name, value in state["average"].items()}
         self.best_error, self.best_epoch, self.best_state = state["best_error"], state["best_epoch"], best_state
 
 

@@ -3,7 +3,6 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,14 +95,10 @@ def train_epoch(
 
 
 def _validate(learners: list[Learner], source: Source, epoch: int, strict: bool) -> dict[Learner, np.ndarray]:
-    """Scores of the learners with the weights that are tested; one whose scores are not finite is lost, or ends the run
-    where `strict`."""
+    """Scores of the learners; one whose scores are not finite is lost, or ends the run where `strict`."""
     while learners:
         try:
-            with ExitStack() as stack:
-                for learner in learners:
-                    stack.enter_context(learner.tested_weights())
-                scores = source.validate([learner.model for learner in learners], source.frames)
+            scores = source.validate([learner.model for learner in learners], source.frames)
             return dict(zip(learners, scores, strict=True))
         except DamagedModelError as error:
             if strict:

@@ -137,8 +137,12 @@ def plain(options: Any) -> dict[str, Any]:
 
 
 def completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any], options: type) -> dict[str, Any]:
-    """Options that an earlier version recorded, with today's defaults for those that it did not have yet."""
+    """Options that an earlier version recorded, with today's defaults for those that it did not have yet.
+
+    Of those that are no more, what was not as the command's `GONE` has it stays: it must not be dropped in silence.
+    """
+    gone = {name: value for name, value in getattr(options, "GONE", {}).items() if recorded.get(name, value) != value}
     defaults = {one.name: one.default for one in fields(options) if one.name in wanted and one.name not in recorded}
-    return {name: value for name, value in recorded.items() if name in wanted} | json.loads(
+    return {name: value for name, value in recorded.items() if name in wanted or name in gone} | json.loads(
         json.dumps(defaults, default=str)
     )

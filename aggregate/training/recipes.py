@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from extract.cli import InputError
+from extract.postponed import postpone_compiler
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,7 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
 
 def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> torch.optim.Optimizer:
     """The optimizer over parameter groups of `parameter_groups`."""
+    postpone_compiler()
     if chosen.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)

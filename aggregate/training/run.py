@@ -229,4 +229,4 @@ def _states(training: dict[str, Any]) -> list[dict[str, Any]]:
     best = min(epochs, key=lambda row: row["val_average_error"])
     learner = {"model": training["net"], "optimizer": training["optimizer"]}
     kept = {"learner": learner, "best_error": training["best"], "best_epoch": best["epoch"]}
-    return [kept | {name: training[name] for name in ("scaler", "average")}]
+    return [kept | {"scaler": training["scaler"]}]

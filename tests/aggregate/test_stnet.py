@@ -12,7 +12,7 @@ from timm.models.senet import SENet, SEResNeXtBottleneck
 from torch import Tensor, nn
 
 from aggregate.models import build, carry_over
-from aggregate.stnet import FORMS, StNet, TemporalBlock, TemporalXception
+from aggregate.stnet import StNet, TemporalBlock, TemporalXception
 from extract.cli import InputError
 from tolerance import assert_close
 
@@ -75,8 +75,6 @@ def literal_block(block: TemporalBlock, x: Tensor) -> Tensor:
     """x [batch, time, height, width, channels]"""
     weight = block.conv.weight[..., 0]
     convolved = over_time(x, lambda k, frame: frame @ weight[:, :, k].T) + block.conv.bias
-    if block.form == "paper":
-        return batch_norm(block.norm, convolved).clamp(min=0)
     return x + batch_norm(block.norm, convolved.clamp(min=0))
 
 
@@ -129,10 +127,9 @@ def literal_stnet(model: StNet, frames: Tensor) -> Tensor:
         ("resnet50", 5, 400, 33_158_864),
     ],
 )
-@pytest.mark.parametrize("form", FORMS)
-def test_parameter_counts(trunk, frames_per_segment, num_classes, parameters, form):
+def test_parameter_counts(trunk, frames_per_segment, num_classes, parameters):
     with torch.device("meta"):
-        model = StNet(timm.create_model(trunk), num_classes, frames_per_segment, form=form)
+        model = StNet(timm.create_model(trunk), num_classes, frames_per_segment)
 
     def count(module):
         return sum(parameter.numel() for parameter in module.parameters())
@@ -171,17 +168,16 @@ def test_at_the_start_the_trunk_is_kept_in_half_precision_and_the_head_is_comput
 @settings(max_examples=12, deadline=None)
 @given(
     trunk=st.just("resnet"),
-    form=st.sampled_from(FORMS),
     batch=st.integers(2, 3),
     time=st.integers(1, 5),
     frames_per_segment=st.integers(1, 3),
     training=st.booleans(),
     seed=st.integers(0, 9),
 )
-@example(trunk="seresnext", form="paper", batch=2, time=2, frames_per_segment=1, training=False, seed=0)
-@example(trunk="legacy_seresnext", form="released", batch=2, time=3, frames_per_segment=2, training=True, seed=0)
-def test_it_is_the_literal_form(trunk, form, batch, time, frames_per_segment, training, seed):
-    model = trained(stnet(trunk, frames_per_segment=frames_per_segment, form=form, seed=seed)).train(training)
+@example(trunk="seresnext", batch=2, time=2, frames_per_segment=1, training=False, seed=0)
+@example(trunk="legacy_seresnext", batch=2, time=3, frames_per_segment=2, training=True, seed=0)
+def test_it_is_the_literal_form(trunk, batch, time, frames_per_segment, training, seed):
+    model = trained(stnet(trunk, frames_per_segment=frames_per_segment, seed=seed)).train(training)
     frames = noise(batch, time, frames_per_segment, 3, 32, 40, seed=seed)
     logits, expected = model(frames), literal_stnet(model, frames)
     assert_close(logits, expected)
@@ -239,32 +235,6 @@ def test_gradients_reach_everything_from_the_second_step_on():
     # gamma is 0 at first and shuts the convolutions off; it moves at the first step itself
     assert still[0] == {f"after_res{stage}.conv.{part}" for stage in (3, 4) for part in ("weight", "bias")}
     assert still[1] == set()
-
-
-def test_the_trunk_s_activation_checkpointing_is_kept():
-    model, frames = trained(stnet()).train(), noise(2, 3, 1, 3, 64, 64)
-
-    def step():
-        kept = 0
-
-        def keep(tensor):
-            nonlocal kept
-            kept += tensor.numel() * (
-                tensor.ndim == 4 and tensor.shape[:2] in {(6, 4), (6, 6), (6, 8), (6, 10)}
-            )  # stages
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = model(frames)
-        return logits, torch.autograd.grad(logits.square().sum(), model.parameters()), kept
-
-    logits, gradients, kept = step()
-    model.backbone.set_grad_checkpointing(True)
-    again, gradients_again, kept_again = step()
-    assert torch.equal(again, logits)
-    for one, other in zip(gradients_again, gradients, strict=True):
-        assert_close(one, other)
-    assert 0 < kept_again < 0.5 * kept
 
 
 def test_a_few_steps_learn_the_direction_of_a_movement():
@@ -330,52 +300,6 @@ def test_dropout_before_the_classifier_and_nowhere_in_evaluation():
     assert torch.equal(seen[1], model.features(frames))
 
 
-# The paper's form
-
-
-def changed_by(model: StNet, frames: Tensor) -> float:
-    """How far the temporal blocks move the maps after Res5, relative to their size."""
-    with torch.no_grad():
-        maps, alone = model.maps(frames), model.backbone.forward_features(frames.flatten(0, 1).flatten(1, 2))
-    return ((maps - alone).norm() / alone.norm()).item()
-
-
-def test_the_paper_s_form_is_the_identity_in_training_only_after_calibration():
-    model, frames = stnet(form="paper").double(), noise(6, 3, 1, 3, 64, 64)
-    assert changed_by(model.eval(), frames) < 1e-4
-    model.train()
-    model.backbone.eval()  # so that what changes is the blocks' own doing
-    assert changed_by(model, frames) > 0.5
-
-    model = stnet(form="paper").double()
-    model.calibrate(frames.split([1, 2, 3]))
-    model.eval()
-    assert changed_by(model, frames) < 1e-6  # statistics are taken in float32
-    model.after_res3.train()
-    model.after_res4.train()
-    assert changed_by(model, frames) < 1e-6
-
-
-def test_calibration_keeps_modes_and_everything_but_the_blocks_norms():
-    model = stnet(form="paper").double().train()
-    model.backbone.bn1.eval()
-    modes = [module.training for module in model.modules()]
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.calibrate([noise(2, 3, 1, 3, 32, 32)])
-    assert [module.training for module in model.modules()] == modes
-    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    parts = ("weight", "bias", "running_mean", "running_var")
-    assert changed == {f"after_res{stage}.norm.{part}" for stage in (3, 4) for part in parts}
-    assert not model.after_res3.conv._forward_hooks
-
-
-def test_calibration_that_cannot_be_is_refused():
-    with pytest.raises(ValueError, match="form 'released' starts as the identity"):
-        stnet().calibrate([torch.randn(2, 3, 1, 3, 32, 32)])
-    with pytest.raises(ValueError, match="got no batches to calibrate on"):
-        stnet(form="paper").calibrate([])
-
-
 # Bad input
 
 
@@ -409,7 +333,6 @@ def test_other_modules_are_no_trunk():
     [
         ((0,), {}, "num_classes 0 and frames_per_segment 1 must both be at least 1"),
         ((5, 0), {}, "num_classes 5 and frames_per_segment 0 must both be at least 1"),
-        ((5,), {"form": "baidu"}, "form 'baidu' is not known; known are released, paper"),
         ((5,), {"dropout": 1.0}, "dropout is 1.0"),
     ],
 )

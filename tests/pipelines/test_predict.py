@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -134,7 +135,7 @@ def test_stnet_sees_neighbouring_frames(clips, tmp_path):
 
 def prepared_logits(model, clip: Path, plan: ClipPlan) -> np.ndarray:
     """As `aggregate.evaluate --videos` sees a clip."""
-    out = np.zeros(plan.slot_bytes, np.uint8)
+    out = np.zeros(math.prod(plan.shape), np.uint8)
     mask = prepare_clip(ClipJob(str(clip), "clip", plan), out, lambda _: None)
     size = plan.preprocessing.size
     frames = torch.from_numpy(out).view(1, plan.segments, plan.frames_per_segment, size, size, 3)

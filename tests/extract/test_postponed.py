@@ -1,0 +1,50 @@
+"""torch's compiler stays out of commands that compile nothing, and comes when it is asked for."""
+
+import subprocess
+import sys
+
+import pytest
+
+STEP = """
+import sys
+import torch
+from extract.backbone.model import load_trunk
+from aggregate.training.recipes import make_optimizer, parameter_groups, recipe
+trunk = load_trunk("test_resnet", weights="random")
+module = torch.nn.Linear(2, 2)
+optimizers = []
+for name in ("sgd", "adamw"):
+    chosen = recipe("cached", "tsn", videos=10, optimizer=name)
+    optimizers.append(make_optimizer(parameter_groups(module, chosen), chosen))
+def step():
+    for one in optimizers:
+        one.zero_grad()
+        module(torch.ones(1, 2)).sum().backward()
+        one.step()
+        one.load_state_dict(one.state_dict())
+step()
+assert "sympy" not in sys.modules, "the compiler was loaded"
+"""
+
+
+def run(code: str) -> None:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "",
+        "import torch._dynamo.config; assert torch._dynamo.config.recompile_limit",
+        "from torch._dynamo.utils import counters; assert not counters['stats']",
+        "from torchvision.ops import roi_align; from torch._dynamo.utils import is_compile_supported as real\n"
+        "import torchvision.ops.roi_align as m; assert m.is_compile_supported('cpu') == real('cpu')",
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
+        "exported = torch.export.export(module, (torch.ones(1, 2),))\n"
+        "assert torch.equal(exported.module()(torch.ones(1, 2)), module(torch.ones(1, 2)))",
+        "import torch._dynamo; assert not hasattr(torch._dynamo, 'no_such_name')",
+    ],
+)
+def test_the_compiler_comes_when_it_is_asked_for_and_training_goes_on(asked):
+    run(f"{STEP}\n{asked}\nstep()\nimport torch._dynamo; torch._dynamo.graph_break()")
