@@ -36,16 +36,13 @@ def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
         "predict": ["-m", "pipelines.predict", str(CLIP), "--checkpoint", "best.pt"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for _ in range(TURNS):
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
         for name, command in commands.items():
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
             started = time.perf_counter()
             done = subprocess.run(
-                [sys.executable, *command],
-                cwd=tmp_path,
-                env=os.environ | {"PYTHONPATH": str(ROOT)},
-                capture_output=True,
+                [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, check=False
             )
             seconds[name].append(time.perf_counter() - started)
             assert done.returncode == 0, done.stderr.decode()
