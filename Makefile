@@ -8,7 +8,7 @@ STAMP := .venv/.synced
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install -q uv
-	.venv/bin/uv pip sync -q --python $(PY) requirements.lock
+	.venv/bin/uv pip sync -q --compile-bytecode --python $(PY) requirements.lock
 	.venv/bin/uv pip install -q --python $(PY) --no-deps -e .
 	touch $(STAMP)
 
