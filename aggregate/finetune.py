@@ -62,12 +62,7 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     """A Ray cluster (auto, or host:port)."""
     seed: int = 0
 
-    GONE: ClassVar[dict[str, Any]] = {
-        "ema": 0.0,
-        "clip": 20.0,
-        "decoder": "pyav",
-        "limit": None,
-    }
+    GONE: ClassVar[dict] = {"ema": 0.0, "clip": 20.0, "decoder": "pyav", "limit": None, "form": "released"}
 
     @property
     def folder(self) -> Path:
