@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.special import log_softmax, logsumexp
+from scipy.special import log_softmax
 
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
@@ -37,8 +37,12 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
         shares = weights[used, None] * ~aligned.failed[used, rows]  # [models, rows]
         total = shares.sum(axis=0)
         shares /= np.where(total > 0, total, 1)
+        logs = np.stack([log_probabilities(aligned, model, rows) for model in used])
+        logs[aligned.failed[used, rows]] = -np.inf  # must not be the peak of a video that it says nothing about
         # log sum_m w_m p_m without leaving the logarithm, so that no class is lost however improbable
-        mean = logsumexp([log_probabilities(aligned, model, rows) for model in used], axis=0, b=shares[..., None])
+        peak = np.maximum(logs.max(axis=0), -1e300)
+        with np.errstate(divide="ignore"):  # videos that no model has: NaN in the end
+            mean = np.log(np.einsum("mr,mrc->rc", shares, np.exp(logs - peak))) + peak
         # A probability below what float32 can say in logits must not become -inf.
         fused[rows] = np.maximum(mean, np.finfo(np.float32).min)
     fused[aligned.unscored(weights)] = np.nan

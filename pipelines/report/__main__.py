@@ -8,28 +8,33 @@ same bytes.
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from extract.cli import InputError, RunError, run_command
 from extract.files import replace_file
-from pipelines.report.find import RUN_FILES, Found, find
+from pipelines.report.find import RUN_FILES, UNREADABLE, Found, find
 
-if TYPE_CHECKING:
-    pass
-
-# What makes the things of a section that is empty.
-MAKERS = {
-    "extracted": "no feature store (*.zarr): python -m extract makes one",
-    "training": "no training run (metrics.csv): python -m aggregate.train makes one",
-    "results": "no results: python -m aggregate.train and aggregate.evaluate --out make some",
-    "confusion": "no scores of videos with labels (*.h5): python -m aggregate.evaluate --out makes some",
-    "ablation": "no ablation (ablation.csv): python -m aggregate.ablate makes one",
-    "attention": "no attention: python -m aggregate.train --agg hgnl makes a model that has it (and keep its features)",
-    "map": "no map: python -m extract makes the features",
-    "ensemble": "no ensemble: python -m ensemble --scores ... --out makes one",
-    "provenance": "no provenance: it comes with stores, runs and scores",
+# The sections: heading, and what is said where there is nothing for one.
+SECTIONS = {
+    "extracted": ("What was extracted", "no feature store (*.zarr): python -m extract makes one"),
+    "training": ("Training", "no training run (metrics.csv): python -m aggregate.train makes one"),
+    "results": ("Results", "no results: python -m aggregate.train and aggregate.evaluate --out make some"),
+    "confusion": (
+        "What is confused",
+        "no scores of videos with labels (*.h5): python -m aggregate.evaluate --out makes some",
+    ),
+    "ablation": ("Ablation", "no ablation (ablation.csv): python -m aggregate.ablate makes one"),
+    "attention": (
+        "Attention along the timeline",
+        "no attention: python -m aggregate.train --agg hgnl makes a model that has it (and keep its features)",
+    ),
+    "map": ("Map of features", "no map: python -m extract makes the features"),
+    "ensemble": ("Ensemble", "no ensemble: python -m ensemble --scores ... --out makes one"),
+    "provenance": ("Provenance", "no provenance: it comes with stores, runs and scores"),
+    "missing": ("What is missing", ""),
+    "problems": ("What could not be read", ""),
 }
 
 
@@ -66,49 +71,36 @@ def main(options: Options) -> int:
     return 0
 
 
-# -- the page ------------------------------------------------------------------------------------------------------
-
-
 def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int = 0) -> str:
     """The page: a section for each kind of thing there is, and what is missing at its end."""
     from pipelines.report import gallery, page, results
 
     makers = {
-        "What was extracted": lambda: gallery.extracted(found, videos, seed),
-        "Training": lambda: results.training(found),
-        "Results": lambda: results.results(found),
-        "What is confused": lambda: results.confusion(found),
-        "Ablation": lambda: results.ablation(found),
-        "Attention along the timeline": lambda: gallery.attention(found, videos, seed),
-        "Map of features": lambda: gallery.feature_maps(found, seed),
-        "Ensemble": lambda: results.ensemble(found),
-        "Provenance": lambda: results.provenance(found),
+        "extracted": lambda: gallery.extracted(found, videos, seed),
+        "training": lambda: results.training(found),
+        "results": lambda: results.results(found),
+        "confusion": lambda: results.confusion(found),
+        "ablation": lambda: results.ablations(found),
+        "attention": lambda: gallery.attention(found, videos, seed),
+        "map": lambda: gallery.feature_maps(found, seed),
+        "ensemble": lambda: results.ensembles(found),
+        "provenance": lambda: results.provenance(found),
     }
-    made = []
-    for name, (heading, make) in zip(MAKERS, makers.items(), strict=True):
+    sections = dict.fromkeys(SECTIONS)
+    for name, make in makers.items():
         try:
-            made.append((name, heading, make()))
-        except (InputError, RunError, OSError, ValueError, KeyError) as error:  # the other sections are still shown
-            found.problems.append(f"{heading}: {error!r}")
-    missing = [MAKERS[name] for name, _, body in made if not body] + _missing_files(found)
+            sections[name] = make()
+        except UNREADABLE as error:
+            found.problems.append(f"{SECTIONS[name][0]}: {error!r}")
+    missing = [SECTIONS[name][1] for name in makers if not sections[name]]
+    for name, folder in found.runs.items():
+        if absent := [file for file in RUN_FILES if not (folder / file).is_file()]:
+            missing.append(f"run {name}: no {', '.join(absent)}; the same python -m aggregate.train resumes it")
     if found.stores and not videos:
         missing.append("no frames of the videos: --videos DIR says where they lie")
-    sections = [section for section in made if section[2]]
-    if missing:
-        sections.append(("missing", "What is missing", page.items(missing)))
-    if found.problems:
-        sections.append(("problems", "What could not be read", page.items(found.problems)))
-    return page.page(f"Report: {title}", page.paragraph(f"{found}."), sections)
-
-
-def _missing_files(found: Found) -> list[str]:
-    """What the run folders lack."""
-    lines = []
-    for name, folder in found.runs.items():
-        absent = [file for file in RUN_FILES if not (folder / file).is_file()]
-        if absent:
-            lines.append(f"run {name}: no {', '.join(absent)}; the same python -m aggregate.train resumes it")
-    return lines
+    sections |= {"missing": missing, "problems": found.problems}
+    headings = {name: heading for name, (heading, _) in SECTIONS.items()}
+    return page.render(title=title, found=str(found), videos=videos, headings=headings, sections=sections)
 
 
 if __name__ == "__main__":

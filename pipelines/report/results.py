@@ -1,16 +1,17 @@
 """What the report shows of models: training, results, what is confused, ablations, ensembles, provenance."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from aggregate import figures
-from aggregate.metrics import summarise
-from pipelines.report import page
-from pipelines.report.find import Found, columns_of, read_json, read_rows
+from aggregate.metrics import summarise, top_k_error
+from pipelines.report.find import Found, read_json
+from pipelines.report.page import percent
 
 if TYPE_CHECKING:
     from aggregate.scores import Scores
@@ -23,99 +24,87 @@ CURVES = (
     ("Validation average error %", "val_average_error", 100),
     ("Attention: |s F_o| / |F|", "attention_ratio", 1),
 )
-
-
-def training(found: Found) -> str:
-    """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
-
-    columns = {name: columns_of(read_rows(f)) for name, f in found.files("metrics.csv")}
-    charts = []
-    for label, column, factor in CURVES:
-        lines = []
-        for at, (name, values) in enumerate(columns.items()):
-            for beside in ("", "baseline_", "control_"):
-                if f"{beside}{column}" in values:
-                    words = f"{name}, {beside.rstrip('_')}" if beside else name
-                    epochs = values["epoch"] + 1
-                    lines.append(
-                        figures.Curve(words, epochs, factor * values[f"{beside}{column}"], at, dashed=bool(beside))
-                    )
-        if lines:
-            charts.append(page.figure(figures.svg(figures.curves(lines, y_label=label)), f"{label} over epochs"))
-    return page.side_by_side(charts) if charts else ""
-
-
-@dataclass
-class Model:
-    """A model's summaries (`aggregate.metrics.Summary` as a record) on one split, by number of segments ("": fused)."""
-
-    name: str
-    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def last(self) -> tuple[str, dict[str, Any]]:
-        return list(self.summaries.items())[-1]
-
-
 MEASURES = {"top1": "top-1 %", "top5": "top-5 %", "mean_class": "mean class %", "average_error": "average error %"}
+Summaries = dict[str, dict[str, Any]]  # `aggregate.metrics.Summary` as a record, by number of segments ("": fused)
 
 
-def results(found: Found) -> str:
-    """A part for each split: its best model, intervals of all, and a table of models and measures over segments."""
-    body = ""
+def training(found: Found) -> dict[str, bytes]:
+    """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
+    tables = {run: pd.read_csv(file) for run, file in found.files("metrics.csv")}
+    charts = {}
+    for label, column, factor in CURVES:
+        lines = [
+            figures.Curve(
+                ", ".join(filter(None, [run, beside])), epochs["epoch"] + 1, factor * epochs[name], at, beside
+            )
+            for at, (run, epochs) in enumerate(tables.items())
+            for beside in ("", "baseline", "control")
+            if (name := "_".join(filter(None, [beside, column]))) in epochs and np.isfinite(epochs[name]).any()
+        ]
+        if lines:
+            charts[label] = figures.svg(figures.curves(lines, y_label=label))
+    return charts
+
+
+def results(found: Found) -> list[dict[str, Any]]:
+    """For each split: its best model, intervals of all, and a table of models and measures over segments."""
+    splits = []
     for split, models in _by_split(found).items():
-        best = max(models, key=lambda model: model.last[1]["top1"]["value"])
-        segments, summary = best.last
-        words = f"Best of {len(models)}: " if len(models) > 1 else ""
-        words += f"{best.name}, top-1 {_percent(summary['top1'])} %{_with(segments)}, {summary['listed']:,} videos."
+        last = {name: list(summaries.items())[-1] for name, summaries in models.items()}
+        best = max(last, key=lambda name: last[name][1]["top1"]["value"])
         points = [
-            figures.Point(f"{model.name}{_with(count)}", *(100 * one["top1"][k] for k in ("value", "low", "high")))
-            for model in models
-            for count, one in model.summaries.items()
+            _point(f"{name}, {count} segments" if count else name, one["top1"])
+            for name, summaries in models.items()
+            for count, one in summaries.items()
         ]
-        body += page.heading(f"Split {split}") + page.paragraph(words)
-        body += page.figure(
-            figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval")),
-            f"Top-1 of every model with its interval, split {split}",
-            "Intervals: bootstrap over videos, 95 %. A video without scores counts as wrong.",
-        )
-        columns = sorted({count for model in models for count in model.summaries}, key=lambda count: int(count or 0))
+        columns = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
         rows = [
-            (model.name if at == 0 else "", words, *(_cell(model, count, measure) for count in columns), _scored(model))
-            for model in models
-            for at, (measure, words) in enumerate(MEASURES.items())
+            (
+                name if measure == "top1" else "",
+                words,
+                *(percent(summaries[count][measure]) if count in summaries else "" for count in columns),
+                f"{last[name][1]['scored']:,} / {last[name][1]['listed']:,}",
+            )
+            for name, summaries in models.items()
+            for measure, words in MEASURES.items()
         ]
-        head = (
-            "model",
-            "measure",
-            *(f"{count} segments" if count else "fused" for count in columns),
-            "scored / listed",
+        counts = [f"{count} segments" if count else "fused" for count in columns]
+        splits.append(
+            {"name": split, "models": models, "best": best, "segments": last[best][0], "summary": last[best][1]}
+            | {"head": ["model", "measure", *counts, "scored / listed"], "rows": rows}
+            | {"picture": figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval"))}
         )
-        body += page.table(head, rows, numbers=tuple(range(2, len(head))))
-    return body and body + page.paragraph(
-        "A run's models are those of its best epoch, chosen on the validation videos that they are measured on here; "
-        "scores of split all hold the training videos too."
-    )
+    return splits
 
 
-def _by_split(found: Found) -> dict[str, list[Model]]:
+def _point(name: str, interval: dict[str, float]) -> figures.Point:
+    return figures.Point(name, *(100 * interval[end] for end in ("value", "low", "high")))
+
+
+def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
     """The models by the split they were tested on: of the runs' own validation, and of scores files with labels."""
-    splits: dict[str, list[Model]] = {}
+    splits: dict[str, dict[str, Summaries]] = {}
     for run, file in found.files("results.json"):
         options = read_json(file.with_name("options.json"))
         split = f"{options.get('val_split', 'val')!r}, in training"
         if options.get("val_groups"):
             split = f"of the groups {', '.join(options['val_groups'])}, in training"
         for name, summaries in read_json(file).items():
-            splits.setdefault(split, []).append(Model(run if name == run else f"{run}: {name}", summaries))
-    for name, several in found.scores.items():
-        model = Model(name)
-        for scores in several:
-            if scores.labels is not None and (known := scores.labels >= 0).any():
-                model.summaries[_segments(scores)] = asdict(summarise(scores.logits[known], scores.labels[known]))
-        if model.summaries:
-            splits.setdefault(f"{_split_of(several[0], found)!r}", []).append(model)
+            splits.setdefault(split, {})[run if name == run else f"{run}: {name}"] = summaries
+    for name, several in _labelled(found).items():
+        split = f"{_split_of(several[0], found)!r}"
+        splits.setdefault(split, {})[name] = {
+            # An ensemble has no number of segments of its own.
+            "" if "members" in one.source else str(one.segments): asdict(summarise(one.logits, one.labels))
+            for one in several
+        }
     return splits
+
+
+def _labelled(found: Found) -> "dict[str, list[Scores]]":
+    """The scores of videos of which some have labels."""
+    known = {name: [one for one in several if one.labels is not None] for name, several in found.scores.items()}
+    return {name: several for name, several in known.items() if any((one.labels >= 0).any() for one in several)}
 
 
 def _split_of(scores: "Scores", found: Found) -> str:
@@ -125,201 +114,125 @@ def _split_of(scores: "Scores", found: Found) -> str:
     return str(scores.source.get("split") or (theirs.pop() if len(theirs) == 1 else "") or "not said")
 
 
-def _with(segments: str) -> str:
-    return f", {segments} segments" if segments else ""
-
-
-def _cell(model: Model, segments: str, measure: str) -> str:
-    return _percent(model.summaries[segments][measure]) if segments in model.summaries else ""
-
-
-def _scored(model: Model) -> str:
-    return f"{model.last[1]['scored']:,} / {model.last[1]['listed']:,}"
-
-
-def _segments(scores: "Scores") -> str:
-    """How many; an ensemble has none of its own."""
-    return "" if "members" in scores.source else str(scores.segments)
-
-
-def _percent(interval: dict[str, float], *, sign: str = "") -> str:
-    """`61.8 [61.3, 62.4]`, in percent."""
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def confusion(found: Found) -> str:
+def confusion(found: Found) -> dict[str, Any]:
     """What the scores file with the best top-1 confuses: a matrix of the classes and the most frequent pairs."""
+    last = {name: several[-1] for name, several in _labelled(found).items()}
+    if not last:
+        return {}
 
-    best: tuple[float, str, Scores] | None = None
-    for name, several in found.scores.items():
-        scores = several[-1]
-        if scores.labels is not None and (known := scores.labels >= 0).any():
-            top1 = float((scores.logits.argmax(1) == scores.labels)[known & ~scores.failed].sum() / known.sum())
-            best = max(best, (top1, name, scores), key=lambda b: b[0]) if best else (top1, name, scores)
-    if best is None:
-        return ""
-    _, name, scores = best
-    assert scores.labels is not None
+    def top1(name: str) -> float:
+        known = last[name].labels >= 0
+        return 1 - top_k_error(last[name].logits[known], last[name].labels[known], 1)
+
+    name = max(last, key=top1)
+    scores = last[name]
     scored = (scores.labels >= 0) & ~scores.failed
-    truth, guess, count = scores.labels[scored], scores.logits[scored].argmax(1), len(scores.classes)
-    matrix = np.zeros((count, count), int)
+    truth, guess = scores.labels[scored], scores.logits[scored].argmax(1)
+    matrix = np.zeros((len(scores.classes),) * 2, int)
     np.add.at(matrix, (truth, guess), 1)
-    sizes = matrix.sum(1)
-    wrong = matrix - np.diag(matrix.diagonal())
+    sizes, wrong = matrix.sum(1), matrix - np.diag(matrix.diagonal())
     order = np.argsort(-wrong, axis=None, kind="stable")[: max(PAIRS, MATRIX_CLASSES)]
-    pairs = [divmod(int(at), count) for at in order if wrong.flat[at]]
+    pairs = [divmod(int(at), len(matrix)) for at in order if wrong.flat[at]]
     present = np.flatnonzero(sizes + matrix.sum(0)).tolist()
-    confused = list(dict.fromkeys(c for pair in pairs for c in pair))[:MATRIX_CLASSES]
-    shown = present if len(present) <= MATRIX_CLASSES else sorted(confused)
-    body = ""
-    if shown:
-        shares = np.where(matrix > 0, matrix / np.maximum(sizes, 1)[:, None], np.nan)[np.ix_(shown, shown)]
-        names = [scores.classes[c] for c in shown]
-        drawn = figures.heat_map(
-            shares,
-            rows=names,
-            columns=names,
-            row_label="true",
-            column_label="predicted",
-            show=lambda share: f"{100 * share:.0f}",
-            low=0.0,
-        )
-        rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
-        split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
-        of = f"{_segments(scores)} segments, " if _segments(scores) else ""
-        best_of = ", the best top-1 of the scores files" if len(found.scores) > 1 else ""
-        caption = f"{name}{best_of}: {of}{scored.sum():,} videos{split}; % of a true class (row).{rest}"
-        body += page.figure(figures.svg(drawn), f"Confusion matrix of {name}", caption)
-    if pairs:
-        ids = np.array(scores.ids, object)[scored]
-        rows = [
-            (scores.classes[true], scores.classes[said], f"{wrong[true, said]:,} of {sizes[true]:,}",
-             ids[(truth == true) & (guess == said)][0])
-            for true, said in pairs[:PAIRS]
-        ]  # fmt: skip
-        body += page.heading("Most confused pairs")
-        body += page.table(("true", "predicted", "videos", "for example"), rows, numbers=(2,))
-    return body or page.paragraph(f"{name}: no video has scores.")
+    worst = sorted(list(dict.fromkeys(c for pair in pairs for c in pair))[:MATRIX_CLASSES])
+    shown = present if len(present) <= MATRIX_CLASSES else worst
+    ids = np.array(scores.ids, object)[scored]
+    rows = [
+        (scores.classes[true], scores.classes[said], f"{wrong[true, said]:,} of {sizes[true]:,}",
+         ids[(truth == true) & (guess == said)][0])
+        for true, said in pairs[:PAIRS]
+    ]  # fmt: skip
+    best = ", the best top-1 of the scores files" if len(last) > 1 else ""
+    of = "" if "members" in scores.source else f"{scores.segments} segments, "
+    split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
+    rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
+    caption = f"{name}{best}: {of}{scored.sum():,} videos{split}; % of a true class (row).{rest}"
+    shares = np.where(matrix > 0, matrix / np.maximum(sizes, 1)[:, None], np.nan)[np.ix_(shown, shown)]
+    picture = _confusion_figure(shares, [scores.classes[c] for c in shown]) if shown else b""
+    return {"name": name, "picture": picture, "caption": caption, "pairs": rows}
 
 
-# -- ablation and ensemble -----------------------------------------------------------------------------------------
+def _confusion_figure(shares: np.ndarray, names: list[str]) -> bytes:
+    axes: dict[str, Any] = {"rows": names, "columns": names, "row_label": "true", "column_label": "predicted"}
+    return figures.svg(figures.heat_map(shares, **axes, show=lambda share: f"{100 * share:.0f}", low=0.0))
 
 
-def ablation(found: Found) -> str:
+def ablations(found: Found) -> list[dict[str, Any]]:
     """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the parameters."""
+    return [_ablation(path) | {"name": name} for name, path in found.ablations.items()]
 
-    return "".join(page.heading(name) + _ablation(path, name) for name, path in found.ablations.items())
 
-
-def _ablation(path: Path, name: str) -> str:
+def _ablation(path: Path) -> dict[str, Any]:
     from aggregate.ablation.compare import heat_map_figure, heat_maps, pareto_figure, summarise
 
-    summary = summarise([_typed(row) for row in read_rows(path)], {})
-    every = summary[0]["all_frames"]
-    drawn = []
-    for heat in heat_maps(summary):
-        drawing = heat_map_figure(heat)
-        caption = f"{heat.title}: top-1 % with {every} segments, mean over seeds; empty: invalid or not done."
-        drawn.append(page.figure(figures.svg(drawing), f"Heat map of {name}: {heat.title} over g1 and g2", caption))
-    done = [line for line in summary if line["seeds"]]
-    if done:
-        drawing = pareto_figure(done)
-        caption = "Joined: no other has at most its parameters and a better top-1. Grey lines: intervals."
-        drawn.append(page.figure(figures.svg(drawing), f"Pareto front of {name}: top-1 over parameters", caption))
-    differences = {row["name"]: row for row in _finished(path.with_name("summary.csv"))}
+    summary = summarise(_records(path), {})
+    finished = {row["name"]: row for row in _records(path.with_name("summary.csv"))}  # none before an ablation's end
+    done = [row for row in summary if row["seeds"]]
     rows = []
     for one in summary:
-        same = differences.get(one["name"])
         cells = [""] * 5
         if one["seeds"]:
-            measures = ("top1_at_all", "top5_at_all", "average_error_at_all")
-            cells = [*(_spread(one, measure) for measure in measures), "", f"{one['seconds']:.1f}"]
-            if same and same["seeds"] == one["seeds"] and same["difference"] is not None:
+            cells[:3] = (_spread(one, f"{measure}_at_all") for measure in ("top1", "top5", "average_error"))
+            same = finished.get(one["name"], {"seeds": 0})
+            if same["seeds"] == one["seeds"] and same["difference"] is not None:
                 cells[3] = _spread(same, "difference", sign="+")
+            cells[4] = f"{one['seconds']:.1f}"
         notes = ["front"] * one["pareto"] + [f"{one['diverged']} diverged"] * bool(one["diverged"])
         rows.append((one["name"], one["seeds"], f"{one['parameters']:,}", *cells, ", ".join(notes)))
-    percents = ("top-1 %", "top-5 %", "average error %", "top-1 - first's")
-    head = ("configuration", "seeds", "parameters", *percents, "seconds", "")
-    about = "of the mean over seeds" if any(one["seeds"] > 1 for one in summary) else "over videos, of one seed"
-    words = (
-        f"With {every} segments; intervals: 95 %, {about}; those of differences: paired, over videos. "
-        "Each model at its best epoch, chosen on the same videos."
-    )
-    return page.side_by_side(drawn) + page.table(head, rows, numbers=tuple(range(1, 8))) + page.paragraph(words)
+    return {
+        "segments": summary[0]["all_frames"],
+        "heat_maps": [(heat.title, figures.svg(heat_map_figure(heat))) for heat in heat_maps(summary)],
+        "front": figures.svg(pareto_figure(done)) if done else b"",
+        "rows": rows,
+        "intervals": "of the mean over seeds"
+        if any(one["seeds"] > 1 for one in summary)
+        else "over videos, of one seed",
+    }
 
 
-def _finished(path: Path) -> list[dict[str, Any]]:
-    """The rows of a summary.csv; none before an ablation's end."""
-    return [_typed(row) for row in read_rows(path)] if path.is_file() else []
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The rows of a CSV, their cells None, whole numbers, numbers or text; none where there is no file."""
+    if not path.is_file():
+        return []
+    table = pd.read_csv(path).convert_dtypes().astype(object)
+    return table.where(table.notna(), None).to_dict("records")
 
 
 def _spread(row: dict[str, Any], name: str, *, sign: str = "") -> str:
-    return _percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign=sign)
+    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign)
 
 
-def _typed(row: dict[str, str]) -> dict[str, Any]:
-    """The cells of a CSV as what they were before: None, whole numbers, numbers or text."""
-
-    def typed(value: str) -> Any:
-        for kind in (int, float):
-            try:
-                return kind(value)
-            except ValueError:
-                continue
-        return value or None
-
-    return {name: typed(value) for name, value in row.items()}
-
-
-def ensemble(found: Found) -> str:
+def ensembles(found: Found) -> list[dict[str, Any]]:
     """Weights, and who adds what: the average error of all models but one against all at equal weights."""
-
-    body = ""
+    shown = []
     for name, record in found.ensembles.items():
-        models, weights = record["models"], record["weights"]
         kind = f"weight ({record['weights_from']})"
-        drawn = figures.bars(models, [[w] for w in weights], {kind: figures.COLOURS[0]}, x_label=kind)
-        body += page.heading(name) + page.figure(figures.svg(drawn), f"Weights of the models in {name}")
-        if record.get("search"):
-            body += page.paragraph(record["search"]["statement"])
+        weights = figures.bars(record["models"], [[w] for w in record["weights"]], {kind: "C0"}, x_label=kind)
+        table = record["table"]
+        others = [_point(row["name"], row["against_equal"]) for row in table if row["name"] != "all, equal weights"]
+        adds = figures.forest(others, zero=True, x_label="average error against all at equal weights, points")
         rows = [
-            (row["name"], _percent(row["summary"]["top1"]), _percent(row["summary"]["average_error"]),
-             _percent(row["against_equal"], sign="+"))
-            for row in record["table"]
+            (row["name"], *(percent(row["summary"][measure]) for measure in ("top1", "average_error")),
+             percent(row["against_equal"], sign="+"))
+            for row in table
         ]  # fmt: skip
-        if rows:
-            differences = [
-                figures.Point(row["name"], *(100 * row["against_equal"][k] for k in ("value", "low", "high")))
-                for row in record["table"]
-                if row["name"] != "all, equal weights"
-            ]
-            drawn = figures.forest(differences, zero=True, x_label="average error against all at equal weights, points")
-            body += page.figure(
-                figures.svg(drawn),
-                f"Who adds what in {name}",
-                "Right of 0 is worse than all models together; `without` a model: what that one adds.",
-            )
-            head = ("models", "top-1 %", "average error %", "error against equal weights, points")
-            body += page.table(head, rows, numbers=(1, 2, 3))
-    return body
+        shown.append(
+            {"name": name, "weights": figures.svg(weights), "statement": record.get("search", {}).get("statement")}
+            | {"rows": rows, "differences": figures.svg(adds)}
+        )
+    return shown
 
 
-def provenance(found: Found) -> str:
-    """What made the stores, and the options of the runs."""
-
-    body = ""
-    for name, store in found.stores.items():
-        body += page.heading(name) + page.table(("setting", "value"), _flat(store.provenance))
-    for name, file in found.files("options.json"):
-        body += page.heading(f"run {name}") + page.table(("setting", "value"), _flat(read_json(file)))
+def provenance(found: Found) -> list[tuple[str, list[tuple[str, str]]]]:
+    """What made the stores and the scores, and the options of the runs: settings with their values."""
+    made = [store.provenance for store in found.stores.values()]
+    records = dict(zip(found.stores, made, strict=True))
+    records |= {f"run {name}": read_json(file) for name, file in found.files("options.json")}
     for name, several in found.scores.items():
-        source = dict(several[0].source)
-        if any(source.get("features") == store.provenance for store in found.stores.values()):
-            del source["features"]  # it is shown above
-        if source:
-            body += page.heading(name) + page.table(("setting", "value"), _flat(source))
-    return body
+        source = several[0].source
+        shown_above = {"features"} if source.get("features") in made else set()
+        records[name] = {key: value for key, value in source.items() if key not in shown_above}
+    return [(name, list(_flat(record))) for name, record in records.items() if record]
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

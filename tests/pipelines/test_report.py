@@ -21,7 +21,7 @@ from aggregate import ablate, evaluate, train
 from aggregate.scores import Scores
 from extract.cli import InputError, run_command
 from extract.store import FeatureStore
-from pipelines.report import gallery, page
+from pipelines.report import gallery
 from stores import classes_store, fail_rows
 
 SECTIONS = ("extracted", "training", "results", "confusion", "ablation", "attention", "map", "ensemble", "provenance")
@@ -169,7 +169,7 @@ def test_it_says_what_it_shows(whole, folder):
 
 def test_a_phone_and_paper_are_thought_of(whole):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in whole.html
-    assert "@media print" in page.STYLE
+    assert "@media print" in whole.html
     assert whole.html.count('class="scroll wide"') == sum(alt.startswith("Attention of") for alt in whole.images)
 
 
@@ -354,13 +354,13 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     np.testing.assert_allclose(shares[79, 0], [0.5, 0.25, 0.25, 0])
     assert np.isnan(shares[:, 1]).all()
     assert ratio == pytest.approx(5e-4)
-    shown = Page(f"<main>{gallery.films(model, store, np.arange(count), (), name='m', seed=0)}</main>")
-    clips = [alt.rpartition(" ")[2] for alt in shown.images]
+    shown = gallery.films(model, store, np.arange(count), (), seed=0)
+    clips = [film["id"] for film in shown["films"]]
     assert clips[:2] == [store.ids[17], store.ids[70]]
     assert len(clips) == 3
-    assert "attention is not used" in shown.words[""]
-    assert "1 of the groups weigh nothing in any video" in shown.words[""]
-    assert "up to 100.0%" in shown.words[""]
+    assert "attention is not used" in shown["words"]
+    assert "1 of the groups weigh nothing in any video" in shown["words"]
+    assert "up to 100.0%" in shown["films"][0]["words"]
 
 
 def test_mean_features_count_repeats_once(tmp_path):
