@@ -81,7 +81,7 @@ def main(options: Options) -> int:
     else:
         print("no video has a label: there is no figure to show")
     if found is not None:
-        print(_said(found, names))
+        print(_verdict(found, names))
     used = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
     print(f"fused with the weights {used}")
 
@@ -139,8 +139,8 @@ def _table(rows: "Sequence[Row]") -> str:
     return "\n".join(lines)
 
 
-def _said(found: "Found", names: Sequence[str]) -> str:
-    """The verdict, how far the folds agree, and the weights to give for other videos."""
+def _verdict(found: "Found", names: Sequence[str]) -> str:
+    """Whether the search was worth it, how far the folds agree, and the weights to give for other videos."""
     spread = ", ".join(
         f"{name} {min(column):.2f} to {max(column):.2f}"
         for name, column in zip(names, zip(*found.weights_by_fold, strict=True), strict=True)
@@ -156,30 +156,19 @@ def _record(
     options: Options, aligned: "Aligned", weights: list[float], rows: "Sequence[Row]", found: "Found | None"
 ) -> dict[str, Any]:
     """The summary beside the fused scores; figures are fractions, intervals have value, low, high."""
-    how = options.weights if options.weights in ("equal", "search") else "given"
+    videos = {"joined": len(aligned.ids), "labelled": int((aligned.labels >= 0).sum())}
     record: dict[str, Any] = {
         "schema": SCHEMA,
         "scores": [str(path) for path in options.scores],
         "models": list(aligned.names),
         "weights": weights,
-        "weights_from": how,
-        "videos": {
-            "joined": len(aligned.ids),
-            "labelled": int((aligned.labels >= 0).sum()),
-            "missing": options.missing,
-            "dropped": aligned.dropped,
-            "listed": list(aligned.listed),
-            "lacking": aligned.lacking.sum(axis=1).tolist(),
-            "failed": (aligned.failed & ~aligned.lacking).sum(axis=1).tolist(),
-        },
+        "weights_from": options.weights if options.weights in ("equal", "search") else "given",
+        "videos": videos | {"missing": options.missing, "dropped": aligned.dropped, **aligned.counts.to_dict("list")},
         "table": [asdict(row) for row in rows],
     }
     if found is not None:
-        record["search"] = asdict(found) | {
-            "folds": len(found.weights_by_fold),
-            "beats_equal": found.beats_equal,
-            "statement": found.statement(),
-        }
+        record["search"] = asdict(found) | {"folds": len(found.weights_by_fold), "beats_equal": found.beats_equal}
+        record["search"]["statement"] = found.statement()
     return record
 
 

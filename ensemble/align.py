@@ -28,8 +28,8 @@ class Aligned:
     labels: np.ndarray = field(repr=False)
     lacking: np.ndarray = field(repr=False)
     failed: np.ndarray = field(repr=False)  # bool [M, N], lacking ones included
+    counts: pd.DataFrame = field(repr=False)  # of each model: videos it lists, that it lacks, and that failed
     missing: Missing = "error"
-    listed: tuple[int, ...] = ()  # videos in each file
     dropped: int = 0
 
     def unscored(self, weights: np.ndarray) -> np.ndarray:
@@ -45,11 +45,7 @@ class Aligned:
         """What was joined, with the counts of what is missing."""
         videos, labelled = len(self.ids), int((self.labels >= 0).sum())
         lines = [f"{videos:,} videos, {labelled:,} with a label, {len(self.classes):,} classes"]
-        width = max(map(len, self.names))
-        for name, listed, lacking, failed in zip(self.names, self.listed, self.lacking, self.failed, strict=True):
-            absent, broken = int(lacking.sum()), int((failed & ~lacking).sum())
-            more = f", {absent:,} not listed" * bool(absent) + f", {broken:,} failed" * bool(broken)
-            lines.append(f"  {name:<{width}}  {listed:,} listed{more}")
+        lines.append(self.counts.map("{:,}".format).to_string())
         if self.dropped:
             lines.append(f"{self.dropped:,} videos that one model lacks are left out (--missing drop)")
         if wrong := int(self.lacking.any(axis=0).sum()):
@@ -78,17 +74,20 @@ def align(
     rows = [index.get_indexer(ids) for index in listed]  # -1: not listed
     said = [_labels(scores, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
     taken = [_taken(scores.logits, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
+    lacking = np.stack(rows) < 0
+    # A row is NaN throughout or not at all, which Scores has seen to.
+    failed = np.stack([np.isnan(logits[:, 0]) for logits in taken])
+    counts = {"listed": map(len, listed), "lacking": lacking.sum(axis=1), "failed": (failed & ~lacking).sum(axis=1)}
     return Aligned(
         names=tuple(names),
         ids=ids.tolist(),
         classes=list(first.classes),
         logits=tuple(taken),
         labels=_agreed(np.stack(said), names, ids, first.classes),
-        lacking=np.stack(rows) < 0,
-        # A row is NaN throughout or not at all, which Scores has seen to.
-        failed=np.stack([np.isnan(logits[:, 0]) for logits in taken]),
+        lacking=lacking,
+        failed=failed,
+        counts=pd.DataFrame(counts, index=names),
         missing=missing,
-        listed=tuple(map(len, listed)),
         dropped=dropped,
     )
 

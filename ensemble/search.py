@@ -6,7 +6,7 @@ in all; so only the few classes on which the models disagree are kept, which is 
 than fusing again.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
@@ -19,8 +19,7 @@ from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
 from extract.cli import InputError
 
 FOLDS = 5
-STEPS = (0.1, 0.05, 0.02, 0.01)  # weight moved from one model to another in the refinement
-_EM_STEPS = 1000  # at most
+STEPS = (0.1, 0.05, 0.02, 0.01)  # weight moved from one model to another
 _TIE = 1e-12  # a sum of differences this small is a tie that rounding hides
 
 
@@ -86,7 +85,6 @@ class Ranking:
     videos: np.ndarray
     first: np.ndarray
     ahead: np.ndarray
-    true_logs: np.ndarray  # [N, M] each model's log probability of the true label
 
     @classmethod
     def of(cls, aligned: Aligned) -> "Ranking":
@@ -130,11 +128,9 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
     truth = aligned.labels[rows][:, None]
     lower = np.arange(len(aligned.classes)) < truth
     some, always = np.zeros(lower.shape, bool), np.ones(lower.shape, bool)
-    margins, true_logs = [], []
+    margins = []
     for model in range(len(aligned.names)):
-        logs = log_probabilities(aligned, model, rows)
-        true_logs.append(np.take_along_axis(logs, truth, axis=1)[:, 0])
-        values = np.exp(logs, out=logs)
+        values = np.exp(log_probabilities(aligned, model, rows))
         margin = values - np.take_along_axis(values, truth, axis=1)
         margin[aligned.failed[model, rows]] = 0  # decides nothing
         ahead = (margin > 0) | ((margin == 0) & lower)
@@ -144,13 +140,8 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
     ahead_of_truth = always.sum(axis=1)
     # Five classes ahead in every model: wrong under any weights, however the others stand.
     videos, classes = np.nonzero(some & ~always & (ahead_of_truth < 5)[:, None])
-    return (
-        np.stack([margin[videos, classes] for margin in margins], axis=1),
-        videos + start,
-        lower[videos, classes],
-        ahead_of_truth,
-        np.stack(true_logs, axis=1),
-    )
+    contested = np.stack([margin[videos, classes] for margin in margins], axis=1)
+    return contested, videos + start, lower[videos, classes], ahead_of_truth
 
 
 def search(ranking: Ranking, *, folds: int = FOLDS, seed: int = 0) -> Found:
@@ -169,9 +160,9 @@ def search(ranking: Ranking, *, folds: int = FOLDS, seed: int = 0) -> Found:
     places = np.empty(len(ranking), np.int64)
     by_fold = []
     for held_out in range(fold.max() + 1):
-        by_fold.append(_fit(ranking, fold != held_out))
+        by_fold.append(fit(ranking, fold != held_out))
         places[fold == held_out] = ranking.places(by_fold[-1])[fold == held_out]
-    weights = _fit(ranking, np.ones(len(ranking), bool))
+    weights = fit(ranking, np.ones(len(ranking), bool))
     equal = ranking.errors(ranking.places(np.ones(ranking.models)))
     return Found(
         weights=weights,
@@ -210,53 +201,28 @@ def signed(difference: Interval) -> str:
     return f"{100 * difference.value:+.2f} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
 
 
-def _fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
-    """Weights from the videos `chosen` bool [N]: least log-loss first, then the challenge error from there."""
+def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
+    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search from equal ones.
+
+    Weight goes from one model to another, the best move first, while the error falls; ties stay where they are.
+    """
 
     def error(weights: np.ndarray) -> float:
         return float(ranking.errors(ranking.places(weights))[chosen].mean())
 
-    starts = [_rounded(_least_log_loss(ranking, chosen)), checked_weights(None, ranking.models)]
-    return tuple(_rounded(_refine(error, min(starts, key=error))).tolist())
-
-
-def _least_log_loss(ranking: Ranking, chosen: np.ndarray) -> np.ndarray:
-    """Weights of least mean log-loss of the mixture, which is convex in them: EM from equal ones (Dempster 1977).
-
-    Over the videos that every model scored: on others a missing member would be taken for a confident one.
-    """
-    logs = ranking.true_logs[chosen & ~ranking.aligned.failed[:, ranking.rows].any(axis=0)]
-    weights = checked_weights(None, ranking.models)
-    if not len(logs):
-        return weights
-    likelihoods = np.exp(logs - logs.max(axis=1, keepdims=True))
-    for _ in range(_EM_STEPS):
-        before = weights
-        weights = before * (likelihoods.T @ (1 / np.maximum(likelihoods @ before, 1e-300))) / len(logs)
-        if np.abs(weights - before).max() < 1e-6:
-            break
-    return weights / weights.sum()
-
-
-def _refine(error: Callable[[np.ndarray], float], weights: np.ndarray) -> np.ndarray:
-    """Move weight from one model to another, the best move first, while the error falls; ties stay where they are."""
-    least, unit = error(weights), np.eye(len(weights))
+    weights, unit = checked_weights(None, ranking.models), np.eye(ranking.models)
+    least = error(weights)
     for step in STEPS:
         while True:
             moves = [
                 weights + min(step, weights[giver]) * (unit[taker] - unit[giver])
-                for giver, taker in permutations(range(len(weights)), 2)
+                for giver, taker in permutations(range(ranking.models), 2)
                 if weights[giver] > 0
             ]
             best = min(moves, key=error, default=weights)
             if (lower := error(best)) >= least:
                 break
             weights, least = best, lower
-    return weights
-
-
-def _rounded(weights: np.ndarray) -> np.ndarray:
-    """To four digits, summing to 1: what is printed is what is used."""
-    rounded = np.round(weights, 4)
+    rounded = np.round(weights, 4)  # what is printed is what is used
     rounded[rounded.argmax()] += 1 - rounded.sum()
-    return np.round(rounded, 4)
+    return tuple(np.round(rounded, 4).tolist())

@@ -52,18 +52,19 @@ def main(options: Options) -> int:
     from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import Checkpoint
 
-    _check_installed()
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise InputError(f"ONNX needs {error.name}, which is not installed: pip install 'hgnl-video[demo]'") from None
     checkpoint = Checkpoint.load(options.checkpoint)
     model = model_from_record(checkpoint, options.weights)
+    see, shape = model.preprocessing, _shape(model, checkpoint)
     checked = export(model, checkpoint, options.out)
-    see, N = model.preprocessing, checkpoint.options.get("frames_per_segment")
-    shape = f"[batch, frames, {see.size}, {see.size}, 3]"
-    if N is not None:
-        shape = f"[batch, segments, {N}, {see.size}, {see.size}, 3]"
     print(
         f"{options.out}: {describe(checkpoint)}, {options.out.stat().st_size / 1e6:.1f} MB\n"
-        f"in:  {INPUT} uint8 {shape}, RGB: short side resized to {see.resize} ({see.interpolation}, antialiased), "
-        f"the middle {see.size} x {see.size} of it; normalisation is in the graph\n"
+        f"in:  {INPUT} uint8 [batch, {', '.join(map(str, shape))}], RGB: short side resized to {see.resize} "
+        f"({see.interpolation}, antialiased), the middle {see.size} x {see.size} of it; normalisation is in the graph\n"
         f"out: {OUTPUT} float32 [batch, {len(checkpoint.classes)}]\n"
         f"{checked}"
     )
@@ -71,24 +72,23 @@ def main(options: Options) -> int:
 
 
 def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
-    """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `check` says of it.
+    """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `_check` says of it.
 
     The file appears whole and checked or not at all. Raises RunError where PyTorch cannot express the model in ONNX, or
     where a runtime computes something else from it.
     """
     import torch
 
-    dynamic = {"frames": {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}}
-    said = io.StringIO()
+    network, shape = _pixels_to_logits(model), _shape(model, checkpoint)[1:]
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         try:
-            with contextlib.redirect_stdout(said):
+            with contextlib.redirect_stdout(io.StringIO()):
                 program = torch.onnx.export(
-                    _pixels_to_logits(model).eval(),
-                    (example(model, checkpoint, batch=2, frames=3),),
+                    network,
+                    (_noise(2, 3, *shape),),
                     dynamo=True,
-                    dynamic_shapes=dynamic,
+                    dynamic_shapes={"frames": {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}},
                     input_names=[INPUT],
                     output_names=[OUTPUT],
                     verbose=False,
@@ -97,18 +97,21 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
             raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {first[0]}") from error
     assert program is not None
-    program.model.metadata_props.update(metadata(model, checkpoint))
+    program.model.metadata_props.update(_metadata(model, checkpoint))
     with replacing(out) as partial:
         program.save(partial)
-        return check(model, checkpoint, partial)
+        return _check(network, partial, shape)
 
 
-def metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
+def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[int | str, ...]:
+    """Of the input behind the batch: frames, or segments and N of StNet, then size, size, 3."""
+    size, N = model.preprocessing.size, checkpoint.options.get("frames_per_segment")
+    return (*(["frames"] if N is None else ["segments", N]), size, size, 3)
+
+
+def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
     """The file's metadata_props, each a JSON text: classes in the order of the logits, preprocessing, options ..."""
-    record = checkpoint.backbone or {
-        "name": checkpoint.features["backbone"],
-        "weights": checkpoint.features["weights"],
-    }
+    record = checkpoint.backbone or {"name": checkpoint.features["backbone"], "weights": checkpoint.features["weights"]}
     values = {
         "classes": checkpoint.classes,
         "preprocessing": asdict(model.preprocessing),
@@ -120,16 +123,13 @@ def metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
 
-def example(model: "Recogniser", checkpoint: "Checkpoint", *, batch: int, frames: int) -> "torch.Tensor":
-    """Noise of the input's shape: uint8 [batch, frames, (N,) size, size, 3]."""
+def _noise(*shape: int) -> "torch.Tensor":
     import torch
 
-    size, N = model.preprocessing.size, checkpoint.options.get("frames_per_segment")
-    shape = (batch, frames, *([] if N is None else [N]), size, size, 3)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def check(model: "Recogniser", checkpoint: "Checkpoint", file: str | os.PathLike[str]) -> str:
+def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> str:
     """Run the file beside PyTorch, with batches and numbers of frames it was not traced with; what came of it.
 
     Raises RunError where they differ.
@@ -140,23 +140,22 @@ def check(model: "Recogniser", checkpoint: "Checkpoint", file: str | os.PathLike
         return "not checked: onnxruntime is not installed (pip install onnxruntime)"
     import torch
 
+    runtime = f"onnxruntime {onnxruntime.__version__}"
     session = onnxruntime.InferenceSession(os.fspath(file), providers=["CPUExecutionProvider"])
     worst = 0.0
     for batch, frames in ((1, 1), (3, 2)):
-        noise = example(model, checkpoint, batch=batch, frames=frames)
+        noise = _noise(batch, frames, *shape)
         (got,) = session.run(None, {INPUT: noise.numpy()})
         with torch.inference_mode():
-            expected = _pixels_to_logits(model)(noise)
-        error = (torch.from_numpy(got) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
-        worst = max(worst, float(error))
+            expected = network(noise)
+        error = float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        worst = max(worst, error)
         if not error <= TOLERANCE:
             raise RunError(
-                f"onnxruntime {onnxruntime.__version__} differs from PyTorch by {error:.2g} of the largest logit, more "
-                f"than {TOLERANCE:g}, for {batch} x {frames} frames; nothing was written"
+                f"{runtime} differs from PyTorch by {error:.2g} of the largest logit, more than {TOLERANCE:g}, "
+                f"for {batch} x {frames} frames; nothing was written"
             )
-    return (
-        f"checked with onnxruntime {onnxruntime.__version__}: differs from PyTorch by {worst:.1g} of the largest logit"
-    )
+    return f"checked with {runtime}: differs from PyTorch by {worst:.1g} of the largest logit"
 
 
 def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
@@ -176,15 +175,7 @@ def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
                 frames = frames.unsqueeze(2)  # one frame a segment
             return self.net(normalised(frames, see.mean, see.std, frames.device))
 
-    return PixelsToLogits()
-
-
-def _check_installed() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise InputError(f"ONNX needs {error.name}, which is not installed: pip install 'hgnl-video[demo]'") from None
+    return PixelsToLogits().eval()
 
 
 if __name__ == "__main__":

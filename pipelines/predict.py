@@ -10,8 +10,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO
 
 import numpy as np
 import tyro
@@ -19,9 +20,6 @@ import tyro
 from extract.cli import InputError, run_command
 from extract.files import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
-
-if TYPE_CHECKING:
-    pass
 
 TOP = 5
 
@@ -42,7 +40,7 @@ class Options:
     segments: int = 25
     """Frames the model sees of a video, or of a window: the middles of so many equal segments."""
     window: float | None = None
-    """Seconds: look at the video in windows, for a timeline; the last one ends with the video."""
+    """Seconds: look at the video in windows, for a timeline, as python -m extract --window cuts it."""
     stride: float | None = None
     """Seconds from one window to the next (default: the window)."""
     picture: Path | None = None
@@ -60,32 +58,26 @@ class Options:
 # -- in words and pictures -----------------------------------------------------------------------------------------
 
 
-def probabilities(logits: np.ndarray) -> np.ndarray:
-    """Softmax over the last axis, float64."""
-    shifted = np.exp(logits.astype(np.float64) - logits.max(axis=-1, keepdims=True))
-    return shifted / shifted.sum(axis=-1, keepdims=True)
-
-
 def top_classes(window: Window, classes: Sequence[str], count: int = TOP) -> list[tuple[str, float]]:
     """The likeliest classes and their probabilities, the likeliest first."""
-    scores = probabilities(window.logits)
+    from scipy.special import softmax
+
+    scores = softmax(window.logits.astype(np.float64))
     return [(classes[place], float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count].tolist()]
 
 
 def table(prediction: Prediction, classes: Sequence[str], window: float | None = None) -> str:
     """A video in words: its top 5, or its timeline."""
-    frames = f"{prediction.num_frames:,} frames, {prediction.seconds:.1f} s"
-    lines = [f"{prediction.path}: {frames}"]
+    whole, several = prediction.windows[0], f"{len(prediction.windows)} windows"
+    what = f"{several} of {window:g} s" if window else f"{whole.num_frames:,} frames, {len(whole.indices)} seen"
+    lines = [f"{prediction.path}: {prediction.seconds:.1f} s, {what}"]
     if prediction.problem:
         lines.append(f"  only partly readable: {prediction.problem}")
     if window is None:
-        (whole,) = prediction.windows
-        lines[0] += f", {len(np.unique(whole.indices))} seen"
         return "\n".join(lines + [f"  {score:6.1%}  {name}" for name, score in top_classes(whole, classes)])
-    lines[0] += f", {len(prediction.windows)} windows of {window:g} s"
     for start, end, name, score, count in timeline(prediction, classes):
-        several = f"  ({count} windows)" if count > 1 else ""
-        lines.append(f"  {_clock(start):>7} - {_clock(end):>7}  {score:6.1%}  {name}{several}")
+        joined = f"  ({count} windows)" if count > 1 else ""
+        lines.append(f"  {_clock(start):>7} - {_clock(end):>7}  {score:6.1%}  {name}{joined}")
     return "\n".join(lines)
 
 
@@ -94,12 +86,8 @@ def timeline(prediction: Prediction, classes: Sequence[str]) -> list[tuple[float
 
     Where windows overlap, a run ends where the next one starts.
     """
-    runs: list[list[tuple[Window, str, float]]] = []
-    for window in prediction.windows:
-        name, score = top_classes(window, classes, 1)[0]
-        if not runs or runs[-1][0][1] != name:
-            runs.append([])
-        runs[-1].append((window, name, score))
+    best = [(window, *top_classes(window, classes, 1)[0]) for window in prediction.windows]
+    runs = [list(run) for _, run in groupby(best, key=lambda one: one[1])]
     starts = [run[0][0].start for run in runs[1:]] + [np.inf]
     return [
         (run[0][0].start, min(run[-1][0].end, until), run[0][1], float(np.mean([score for *_, score in run])), len(run))
@@ -113,6 +101,7 @@ def as_json(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
         {
             "start": round(window.start, 3),
             "end": round(window.end, 3),
+            "num_frames": window.num_frames,
             "top": [{"label": name, "score": score} for name, score in top_classes(window, classes)],
             "frames": window.indices.tolist(),
             "seconds": [round(float(time), 3) for time in window.times],
@@ -120,13 +109,8 @@ def as_json(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
         }
         for window in prediction.windows
     ]
-    return {
-        "video": prediction.path,
-        "num_frames": prediction.num_frames,
-        "seconds": round(prediction.seconds, 3),
-        "problem": prediction.problem,
-        "windows": windows,
-    }
+    common = {"video": prediction.path, "seconds": round(prediction.seconds, 3), "problem": prediction.problem}
+    return {**common, "windows": windows}
 
 
 def _clock(seconds: float) -> str:
@@ -143,21 +127,20 @@ def attention_picture(prediction: Prediction) -> bytes:
 
     whole = prediction.windows[0]
     assert whole.weights is not None
-    count = len(whole.indices)
-    shown = np.unique(np.linspace(0, count - 1, figures.FILM_FRAMES).round().astype(int))
+    shown = figures.evenly(len(whole.indices))
     totals = whole.weights.sum(axis=1, keepdims=True, dtype=np.float64)
     shares = np.divide(whole.weights, totals, out=np.full(whole.weights.shape, np.nan), where=totals != 0)
     moments = [f"{time:.1f} s" for time in whole.times[shown]]
-    pictures = [prediction.thumbnails[place] for place in shown]
-    return figures.png(figures.film(pictures, shares[:, shown], moments, even=1 / count))
+    return figures.png(
+        figures.film(list(prediction.crops[shown]), shares[:, shown], moments, even=1 / len(whole.indices))
+    )
 
 
 def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
     """PNG: the likeliest class along the video."""
     from aggregate import figures
 
-    runs = [(start, end, name, score) for start, end, name, score, _ in timeline(prediction, classes)]
-    return figures.png(figures.timeline(runs, seconds=prediction.seconds))
+    return figures.png(figures.timeline([run[:4] for run in timeline(prediction, classes)], seconds=prediction.seconds))
 
 
 # -- the command ---------------------------------------------------------------------------------------------------
@@ -171,24 +154,15 @@ def main(options: Options) -> int:
     checkpoint = Checkpoint.load(options.checkpoint)
     if options.picture is not None:
         _check_picture(options, checkpoint.options["name"])
-    if options.json not in (None, "-"):
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-    predictor = Predictor(
-        checkpoint,
-        weights=options.weights,
-        device=options.device,
-        precision=options.precision,
-        segments=options.segments,
-        video_timeout=options.video_timeout,
-    )
+    same = ("weights", "device", "precision", "segments", "video_timeout")
+    predictor = Predictor(checkpoint, **{name: getattr(options, name) for name in same})
     screen: TextIO = sys.stderr if options.json == "-" else sys.stdout
     print(predictor.words, file=screen)
-    filming = options.picture is not None and options.window is None
     answers: list[dict[str, Any]] = []
     failed, names = 0, Counter[str]()
     for path in options.videos:
         try:
-            seen = predictor(path, window=options.window, stride=options.stride, thumbnails=filming)
+            seen = predictor(path, window=options.window, stride=options.stride)
         except VideoError as error:
             failed += 1
             print(f"failed: {error}", file=sys.stderr)
@@ -200,7 +174,7 @@ def main(options: Options) -> int:
             names[path.stem] += 1
             number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
             picture = options.picture / f"{path.stem}{number}.png"
-            drawn = attention_picture(seen) if filming else timeline_picture(seen, predictor.classes)
+            drawn = timeline_picture(seen, predictor.classes) if options.window else attention_picture(seen)
             replace_file(picture, drawn)
             print(f"  picture: {picture}", file=screen)
     if options.json is not None:

@@ -6,14 +6,11 @@ import math
 import subprocess
 import sys
 import threading
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 import small_models
@@ -26,12 +23,14 @@ from extract.__main__ import main as extract
 from extract.backbone.model import load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decode
+from extract.decode.packets import length_of
 from extract.decode.transform import crop_boxes, resize_short_side
+from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
 from pipelines import predict
 from pipelines.predict import Options, timeline
-from pipelines.predictor import Prediction, Predictor, Window, watch, window_spans
+from pipelines.predictor import Prediction, Predictor, Window, look
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
@@ -110,7 +109,7 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
 @pytest.mark.parametrize("segments", [1, 25, 40])
 def test_any_number_of_segments(segments, hgnl, clips, backbone):
     seen = predictor_of(hgnl, segments=segments)(clips[0])
-    wanted = np.unique(segment_centres(seen.num_frames, segments))
+    wanted = np.unique(segment_centres(seen.windows[0].num_frames, segments))
     assert seen.windows[0].indices.tolist() == wanted.tolist()
     assert_same(seen.windows[0].logits, plain_logits(clips[0], wanted, hgnl, backbone))
 
@@ -160,7 +159,7 @@ def test_weights_are_the_aggregators(name, clips, tmp_path, backbone):
 def test_where_decoding_starts_over_frames_keep_their_features(name, broken_clips, hgnl, backbone):
     seen = predictor_of(hgnl, segments=9)(broken_clips / name)
     assert seen.problem
-    wanted = np.unique(segment_centres(seen.num_frames, 9))
+    wanted = np.unique(segment_centres(seen.windows[0].num_frames, 9))
     assert_same(seen.windows[0].logits, plain_logits(broken_clips / name, wanted, hgnl, backbone))
 
 
@@ -214,55 +213,48 @@ def test_scores_that_are_no_numbers_are_refused(clips, tmp_path):
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
-@given(st.floats(0.0, 500.0), st.floats(0.1, 60.0), st.one_of(st.none(), st.floats(0.5, 60.0)))
-def test_windows_cover_the_video(seconds, window, stride):
-    spans = window_spans(seconds, window, stride)
-    assert spans[0][0] == 0
-    assert spans[-1][1] == pytest.approx(seconds, abs=2e-3)
-    for start, end in spans:
-        assert end - start == pytest.approx(min(window, seconds), abs=2e-3)
-    for (one, _), (other, _) in pairwise(spans):
-        assert 0 < other - one <= (stride or window) + 1e-9
-    assert len(spans) <= seconds / (stride or window) + 2
-
-
-def test_windows_as_drawn():
-    assert window_spans(10, 4) == [(0, 4), (4, 8), (6, 10)]
-    assert window_spans(9, 3) == [(0, 3), (3, 6), (6, 9)]
-    assert window_spans(10, 4, 3) == [(0, 4), (3, 7), (6, 10)]
-    assert window_spans(3, 4, 1) == [(0, 3)]
-
-
 @pytest.mark.parametrize("clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"])
 def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone):
     """Frames are told to be in a window by their own times, which a rate times an index would get wrong."""
     path = codec_clips / clip
     everything = decode(path, np.arange)
     seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)
-    assert (len(seen.windows) > 1) == (len(everything.frames) > 1)
-    for window in seen.windows:
-        inside = (everything.timestamps >= window.start - 1e-3) & (everything.timestamps < window.end - 1e-3)
-        frames = np.flatnonzero(inside)
-        if not len(frames):  # the picture stands still: the one that came last
-            frames = np.flatnonzero(everything.timestamps <= window.start + 1e-3)[-1:]
+    spans = window_spans(length_of(str(path)), 0.3, 0.2)
+    inside = [(everything.timestamps >= start - 1e-3) & (everything.timestamps < end - 1e-3) for start, end in spans]
+    shown = [(span, np.flatnonzero(frames)) for span, frames in zip(spans, inside, strict=True) if frames.any()]
+    assert len(shown) == len(seen.windows) <= len(spans)
+    for window, (span, frames) in zip(seen.windows, shown, strict=True):
         wanted = frames[np.unique(segment_centres(len(frames), 3))]
+        assert ((window.start, window.end), window.num_frames) == (span, len(frames))
         assert window.indices.tolist() == wanted.tolist()
         np.testing.assert_allclose(window.times, everything.timestamps[wanted], atol=1e-5)
     assert_same(seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone))
+    empty = len(spans) - len(shown)  # the picture stands still in them
+    assert (f"{empty} of {len(spans)} windows could not be seen: no frame of it is shown" in seen.problem) == (
+        empty > 0
+    )
 
 
-def test_windows_are_decoded_once(clips, tmp_path, monkeypatch):
-    calls, resized = [], []
-    monkeypatch.setattr("extract.decode.decode", lambda *a, **k: calls.append(a) or decode(*a, **k))
+def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
+    resized = []
     small = resize_short_side
     monkeypatch.setattr("extract.decode.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
-    (tmp_path / "crops").touch()
     see = load_backbone("test_resnet", weights="random", precision="fp32", device="cpu").preprocessing
-    job = (clips[0], tmp_path / "crops", see, 12, 0, 1, 0.25, False)
-    used = np.concatenate(watch(job, np.empty(0), lambda seconds: None).chosen)
-    assert len(calls) == 1
-    assert (tmp_path / "crops").stat().st_size == len(resized) * see.size**2 * 3
+    spans = window_spans(look((str(clips[0]), None, see, 12, 0), np.empty(0), print), 1, 0.25)
+    out = np.zeros(len(spans) * 12 * see.size**2 * 3, np.uint8)
+    seen = look((str(clips[0]), spans, see, 12, 0), out, lambda seconds: None)
+    used = np.concatenate([window.indices for window in seen])
     assert len(resized) == len(np.unique(used)) < len(used)
+
+
+def test_a_long_video_passes_through_a_few_slots(clips, hgnl, backbone, monkeypatch):
+    """Windows are sent in many jobs; what comes back stands in the order of the video."""
+    monkeypatch.setattr("pipelines.predictor._SLOT_BYTES", 1)
+    seen = predictor_of(hgnl, segments=2)(clips[0], window=0.2)
+    assert len(seen.windows) > 8
+    assert [window.start for window in seen.windows] == sorted(window.start for window in seen.windows)
+    for window in (seen.windows[0], seen.windows[-1]):
+        assert_same(window.logits, plain_logits(clips[0], window.indices, hgnl, backbone))
 
 
 def test_stnet_in_windows(clips, tmp_path):
@@ -278,12 +270,12 @@ def test_stnet_in_windows(clips, tmp_path):
 def said(start: float, end: float, best: int, logit: float = 5.0) -> Window:
     logits = np.zeros(3, np.float32)
     logits[best] = logit
-    return Window(start, end, np.zeros(1, int), np.zeros(1), logits)
+    return Window(start, end, 1, np.zeros(1, int), np.zeros(1), logits)
 
 
 def test_a_timeline_joins_windows_of_one_label():
     windows = (said(0, 4, 0), said(2, 6, 0, 2.0), said(4, 8, 1), said(6, 10, 0))
-    runs = timeline(Prediction("v", 100, 10.0, windows), ["a", "b", "c"])
+    runs = timeline(Prediction("v", 10.0, windows), ["a", "b", "c"])
     assert [(start, end, name, count) for start, end, name, _, count in runs] == [
         (0, 4, "a", 2),
         (4, 6, "b", 1),
@@ -291,7 +283,7 @@ def test_a_timeline_joins_windows_of_one_label():
     ]
     sure, less = (np.exp(logit) / (np.exp(logit) + 2) for logit in (5, 2))
     assert runs[0][3] == pytest.approx((sure + less) / 2, rel=1e-6)
-    text = predict.table(Prediction("v", 100, 3725.0, (said(0, 10, 0), said(3715, 3725, 1))), ["a", "b", "c"], 10.0)
+    text = predict.table(Prediction("v", 3725.0, (said(0, 10, 0), said(3715, 3725, 1))), ["a", "b", "c"], 10.0)
     assert "   0:00.0 -  0:10.0 " in text
     assert "1:01:55.0 - 1:02:05.0" in text
 
@@ -333,7 +325,7 @@ def pixels(file: Path) -> np.ndarray:
 
 
 def test_a_silent_group_is_drawn_empty(clips, hgnl):
-    seen = predictor_of(hgnl, segments=3)(clips[0], thumbnails=True)
+    seen = predictor_of(hgnl, segments=3)(clips[0])
     seen.windows[0].weights[1] = 0
     assert predict.attention_picture(seen).startswith(b"\x89PNG")
 
