@@ -25,6 +25,7 @@ SECTIONS = {
         "What is confused",
         "no scores of videos with labels (*.h5): python -m aggregate.evaluate --out makes some",
     ),
+    "crossval": ("Cross-validation", "no cross-validation: python -m aggregate.crossval --out makes one"),
     "ablation": ("Ablation", "no ablation (ablation.csv): python -m aggregate.ablate makes one"),
     "attention": (
         "Attention along the timeline",
@@ -80,6 +81,7 @@ def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int
         "training": lambda: results.training(found),
         "results": lambda: results.results(found),
         "confusion": lambda: results.confusion(found),
+        "crossval": lambda: results.crossvals(found),
         "ablation": lambda: results.ablations(found),
         "attention": lambda: gallery.attention(found, videos, seed),
         "map": lambda: gallery.feature_maps(found, seed),

@@ -1,4 +1,4 @@
-"""What a folder of runs holds: stores, run folders, scores, ensembles and ablations, wherever they lie in it."""
+"""What a folder of runs holds: stores, runs, scores, ablations, ensembles, cross-validations, wherever they lie."""
 
 import json
 from collections.abc import Iterator
@@ -25,6 +25,7 @@ class Found:
     scores: "dict[str, list[Scores]]" = field(default_factory=dict)  # by rising number of segments
     ablations: dict[str, Path] = field(default_factory=dict)
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
+    crossvals: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def files(self, name: str) -> "Iterator[tuple[str, Path]]":
@@ -35,8 +36,11 @@ class Found:
 
     def __str__(self) -> str:
         kinds = {"feature store": self.stores, "run": self.runs, "scores file": self.scores}
-        kinds |= {"ablation": self.ablations, "ensemble": self.ensembles}
+        kinds |= {"ablation": self.ablations, "ensemble": self.ensembles, "cross-validation": self.crossvals}
         return ", ".join(f"{len(there)} {what}{'s' * (len(there) != 1)}" for what, there in kinds.items())
+
+    def __bool__(self) -> bool:
+        return any((self.stores, self.runs, self.scores, self.ablations, self.ensembles, self.crossvals, self.problems))
 
 
 def find(root: Path) -> Found:
@@ -48,7 +52,7 @@ def find(root: Path) -> Found:
             _take(found, path, name)
         except UNREADABLE as error:
             found.problems.append(f"{name}: {error}")
-    if not any((found.stores, found.runs, found.scores, found.ensembles, found.ablations, found.problems)):
+    if not found:
         raise InputError(
             f"{root} holds nothing to report on: no feature store (*.zarr), run folder (options.json, metrics.csv), "
             "scores (*.h5) or ablation.csv; give the folder that the commands wrote to"
@@ -76,8 +80,10 @@ def _take(found: Found, path: Path, name: str) -> None:
         found.scores[name] = scores
     elif path.suffix == ".json":
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict) and str(record.get("schema", "")).startswith("hgnl-ensemble/"):
-            found.ensembles[name] = record
+        schema = str(record.get("schema", "")) if isinstance(record, dict) else ""
+        for kind, there in (("hgnl-ensemble/", found.ensembles), ("hgnl-crossval/", found.crossvals)):
+            if schema.startswith(kind):
+                there[name] = record
 
 
 def _scores(path: Path) -> "list[Scores]":

@@ -40,6 +40,11 @@ def draw(rows: np.ndarray, most: int, *, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
 
 
+def file_name(store: FeatureStore, row: int) -> str:
+    """The file that a row, perhaps a span of it, is of."""
+    return store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]
+
+
 def class_name(store: FeatureStore, row: int) -> str:
     label = int(store.labels[row])
     return store.classes[label] if label >= 0 else "no label"
@@ -57,7 +62,7 @@ def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[
         counts = counts.reindex(columns=list(kinds), fill_value=0).rename(index={"": "(no split)"})
         shape = f"{store.num_views} views x {store.frames_per_video} frames x {store.dim} numbers"
         words = f"{len(store):,} videos of {len(store.classes):,} classes, each {shape}, "
-        words += f"{human_bytes(len(store) * store.video_bytes)} in all. {_per_class(store)}"
+        words += f"{human_bytes(len(store) * store.video_bytes)} in all. {_spans(store)}{_per_class(store)}"
         bars = figures.bars(counts.index.tolist(), counts.to_numpy(), kinds, x_label="videos")
         shown.append(
             {"name": name, "words": words, "picture": figures.svg(bars), "kinds": list(kinds)}
@@ -65,6 +70,15 @@ def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[
             | {"reasons": _reasons(store), "samples": list(sample_frames(store, videos, seed=seed))}
         )
     return shown
+
+
+def _spans(store: FeatureStore) -> str:
+    rows = np.flatnonzero(np.isfinite(store.starts))
+    if not len(rows):
+        return ""
+    files = {file_name(store, row) for row in rows}
+    length = np.median(store.ends[rows] - store.starts[rows])
+    return f"{len(rows):,} are spans of {len(files):,} files, {length:.3g} s long in the median. "
 
 
 def _per_class(store: FeatureStore) -> str:
@@ -108,7 +122,7 @@ def thumbnails(
 
     from extract.decode import VideoError, decode
 
-    path = next((folder / store.ids[row] for folder in folders if (folder / store.ids[row]).is_file()), None)
+    path = next((path for folder in folders if (path := folder / file_name(store, row)).is_file()), None)
     if path is None:
         return []
 

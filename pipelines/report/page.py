@@ -18,8 +18,10 @@ def render(**values: Any) -> str:
     return pages.get_template("page.html.j2").render(values)
 
 
-def percent(interval: Mapping[str, float], sign: str = "") -> str:
-    """`61.8 [61.3, 62.4]`, in percent, of `value`, `low` and `high`."""
+def percent(interval: Mapping[str, float] | None, sign: str = "") -> str:
+    """`61.8 [61.3, 62.4]`, in percent, of `value`, `low` and `high`; nothing of None."""
+    if interval is None:
+        return ""
     value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 

@@ -157,6 +157,29 @@ def _confusion_figure(shares: np.ndarray, names: list[str]) -> bytes:
     return figures.svg(figures.heat_map(shares, **axes, show=lambda share: f"{100 * share:.0f}", low=0.0))
 
 
+def crossvals(found: Found) -> list[dict[str, Any]]:
+    """Heads judged on videos that none of their folds trained on: top-1, and what each gains over the baseline."""
+    shown = []
+    for name, record in found.crossvals.items():
+        segments = max(record["heads"][0]["segments"], key=int)
+        heads = {head["name"]: head["segments"][segments] for head in record["heads"]}
+        measures = ("top1", "top5", "average_error", "over_seeds")
+        rows = [
+            (head, *(percent(one[measure]) for measure in measures), percent(one["difference"], "+"))
+            for head, one in heads.items()
+        ]
+        points = [_point(head, one["top1"]) for head, one in heads.items()]
+        gained = [_point(head, one["difference"]) for head, one in heads.items() if one["difference"]]
+        against = f"top-1 minus that of {record['baseline']}, points"
+        shown.append(
+            {key: record[key] for key in ("by", "videos", "classes", "baseline")}
+            | {"name": name, "segments": segments, "seeds": len(record["seeds"]), "rows": rows}
+            | {"picture": figures.svg(figures.forest(points, x_label=f"top-1 %, {segments} segments"))}
+            | {"gains": figures.svg(figures.forest(gained, zero=True, x_label=against)) if gained else b""}
+        )
+    return shown
+
+
 def ablations(found: Found) -> list[dict[str, Any]]:
     """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the parameters."""
     return [_ablation(path) | {"name": name} for name, path in found.ablations.items()]

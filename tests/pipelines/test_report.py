@@ -24,7 +24,18 @@ from extract.store import FeatureStore
 from pipelines.report import gallery
 from stores import classes_store, fail_rows
 
-SECTIONS = ("extracted", "training", "results", "confusion", "ablation", "attention", "map", "ensemble", "provenance")
+SECTIONS = (
+    "extracted",
+    "training",
+    "results",
+    "confusion",
+    "crossval",
+    "ablation",
+    "attention",
+    "map",
+    "ensemble",
+    "provenance",
+)
 VOID = ("meta", "link", "img", "br")
 
 
@@ -90,7 +101,20 @@ def folder(tmp_path_factory) -> Path:
     fusing.main(fusing.Options(scores=both, out=root / "fused.h5"))
     grid = {"g1": (2, 4), "g2": (2, 4), "m1": (8,), "seeds": (0, 1), "epochs": (1,), "batch_size": (16,)}
     ablate.main(ablate.Options(agg=("tsn", "hgnl"), features=features, out=root / "grid", **grid))
+    (root / "cv").mkdir()
+    (root / "cv" / "results.json").write_text(json.dumps(crossval_record()))
     return root
+
+
+def crossval_record() -> dict:
+    """What aggregate.crossval writes of two heads."""
+    around = {"value": 0.5, "low": 0.4, "high": 0.625}
+    one = dict.fromkeys(("top1", "top5", "average_error"), around) | {"over_seeds": None, "by_seed": [0.5]}
+    gain = {"value": 0.07, "low": -0.01, "high": 0.15}
+    segments = [{"3": one | {"difference": None}, "16": one | {"difference": found}} for found in (None, gain)]
+    heads = [{"name": name, "segments": each} for name, each in zip(("tsn", "hgnl"), segments, strict=True)]
+    common = {"by": "5 folds", "videos": 1440, "classes": 6, "baseline": "tsn", "seeds": [0]}
+    return {"schema": "hgnl-crossval/1", **common, "heads": heads}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +153,8 @@ def test_every_figure_is_on_the_page(whole):
         "Confusion matrix of ",
         "Attention of hgnl along v/",
         "Map of the features of deep/feats.zarr, coloured by class",
+        "Top-1 of every head in cv/results.json",
+        "Gain of every head over tsn in cv/results.json",
         "Heat map of grid/ablation.csv: hgnl",
         "Pareto front of grid/ablation.csv: top-1 over parameters",
         "Weights of the models in fused.json",
@@ -164,6 +190,10 @@ def test_it_says_what_it_shows(whole, folder):
     assert "2 groups over 6 frames; an even share is 16.7%" in whole.words["attention"]
     assert "split 'val'" in whole.words["attention"]
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
+    assert "5 folds, 1 seed, 1,440 videos of 6 classes" in whole.words["crossval"]
+    assert re.search(
+        r"hgnl\s*50.0 \[40.0, 62.5\]\s*(50.0 \[40.0, 62.5\]\s*){2}\+7.0 \[-1.0, \+15.0\]", whole.words["crossval"]
+    )
     assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d \[", whole.words["ablation"])
 
 
@@ -198,6 +228,19 @@ def test_a_clip_that_cannot_be_read_is_left_out(folder, videos, tmp_path):
     assert gallery.thumbnails(store, 0, np.array([0]), (tmp_path,), height=20) == []
     frames = gallery.thumbnails(store, 0, np.array([0, 99_999]), (videos,), height=20, square=True)
     assert [frame.shape for frame in frames] == [(20, 20, 3)] * 2
+
+
+def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tmp_path):
+    clip = next((demo_clips / "daily_actions" / "clips").glob("*/*.mp4"))
+    common = {"lengths": [2] * 4, "labels": [0] * 4, "classes": ["only"]}
+    FeatureStore.from_arrays(tmp_path / "s.zarr", np.ones((4, 2, 4)), ids=["whole.mp4", "a", "b", "c"], **common)
+    store = FeatureStore.open(tmp_path / "s.zarr")
+    store.starts, store.ends = np.array([np.nan, 0, 1, 2]), np.array([np.nan, 1, 2, 4])
+    store.ids = np.array(["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object)
+    (tmp_path / "long.mp4").symlink_to(clip)
+    (shown,) = gallery.extracted(report.Found(stores={"s.zarr": store}), (tmp_path,), 0)
+    assert "3 are spans of 1 files, 1 s long in the median" in shown["words"]
+    assert sorted(id for _, id, _ in shown["samples"]) == store.ids[1:].tolist()
 
 
 def test_partial_runs_show_what_there_is(folder, tmp_path):
