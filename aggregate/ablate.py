@@ -26,7 +26,7 @@ from aggregate.training.options import (
     listed,
     plain,
 )
-from extract.cli import InputError, run_command
+from extract.cli import InputError, progress, run_command
 
 if TYPE_CHECKING:
     from aggregate.ablation.grid import Configuration
@@ -74,8 +74,6 @@ class Options(GridOptions, SplitOptions):
 
 
 def main(options: Options) -> int:
-    from tqdm import tqdm
-
     from aggregate.ablation.compare import report
     from aggregate.ablation.grid import GridTrainer, key_of
     from aggregate.ablation.records import Records
@@ -106,7 +104,7 @@ def main(options: Options) -> int:
             passes = in_passes(chosen.configurations, at_once=options.at_once, done=known)
             for number, share in enumerate(passes, 1):
                 words = f"pass {number}/{len(passes)}, {len(share)} models"
-                with tqdm(total=share[0].steps, unit="step", file=sys.stderr, desc=words) as bar:
+                with progress(total=share[0].steps, unit="step", desc=words) as bar:
                     for result in trainer.run(share, bar.update):
                         records.add(result.key, result.row, result.places)
                         known[result.key] = result.key

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aggregate.training.options import VideoOptions
-from extract.cli import InputError, run_command
+from extract.cli import InputError, progress, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -120,7 +120,9 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
         crops = np.full((len(chosen), options.crops, len(checkpoint.classes)), np.nan, np.float32)
         with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
             frames = VideoFrames(chosen, plan, pool)
-            rows, predicted = predict([model], frames.test_batches(batch_size=options.micro_batch))
+            batches = frames.test_batches(batch_size=options.micro_batch)
+            total = -(-len(chosen) // options.micro_batch)
+            rows, predicted = predict([model], progress(batches, total=total, unit="batch"))
             for place, reason in list(frames.failed.items())[:5]:
                 print(f"failed: {chosen[place].id}: {reason}")
         if predicted:
@@ -177,6 +179,7 @@ def report(several: "Sequence[Scores]", options: Options) -> int:
     if options.out is not None:
         save_scores(options.out, several)
         print(f"scores: {options.out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
+        print(f"Next: python -m ensemble --scores {options.out} ... --out fused.h5")
     return 0
 
 

@@ -98,6 +98,7 @@ def main(options: Options) -> int:
         record["submission"] = {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
     replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
+    print(f"Next: python -m pipelines.report {options.out.parent} --out report.html")
     return 0
 
 

@@ -7,7 +7,7 @@ from scipy.special import log_softmax
 
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
-from extract.cli import InputError
+from extract.cli import InputError, progress
 
 ROWS_AT_ONCE = 2048  # M x 2048 x 700 float64 stay within 100 MB
 
@@ -32,7 +32,7 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
     weights = checked_weights(weights, len(aligned.names))
     used = np.flatnonzero(weights).tolist()
     fused = np.empty((len(aligned.ids), len(aligned.classes)), np.float32)
-    for start in range(0, len(fused), ROWS_AT_ONCE):
+    for start in progress(range(0, len(fused), ROWS_AT_ONCE), desc="fusing"):
         rows = slice(start, start + ROWS_AT_ONCE)
         shares = weights[used, None] * ~aligned.failed[used, rows]  # [models, rows]
         total = shares.sum(axis=0)

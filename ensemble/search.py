@@ -16,7 +16,7 @@ from aggregate.metrics import Interval, Summary, paired_bootstrap, summarise_pla
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
 from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
-from extract.cli import InputError
+from extract.cli import InputError, progress
 
 FOLDS = 5
 STEPS = (0.1, 0.05, 0.02, 0.01)  # weight moved from one model to another
@@ -92,7 +92,7 @@ class Ranking:
         rows = np.flatnonzero(aligned.labels >= 0)
         if not len(rows):
             raise InputError(f"none of the {len(aligned.ids):,} videos has a label; there is nothing to search on")
-        starts = range(0, len(rows), ROWS_AT_ONCE)
+        starts = progress(range(0, len(rows), ROWS_AT_ONCE), desc="ranking")
         pieces = [_contested(aligned, rows[start : start + ROWS_AT_ONCE], start) for start in starts]
         return cls(aligned, rows, *(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
@@ -159,7 +159,7 @@ def search(ranking: Ranking, *, folds: int = FOLDS, seed: int = 0) -> Found:
     fold[by_id] = np.random.default_rng(seed).permutation(len(fold)) % min(folds, len(fold))
     places = np.empty(len(ranking), np.int64)
     by_fold = []
-    for held_out in range(fold.max() + 1):
+    for held_out in progress(range(fold.max() + 1), desc="searching", unit="fold"):
         by_fold.append(fit(ranking, fold != held_out))
         places[fold == held_out] = ranking.places(by_fold[-1])[fold == held_out]
     weights = fit(ranking, np.ones(len(ranking), bool))

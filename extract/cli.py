@@ -10,8 +10,11 @@ Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished 
 import errno
 import os
 import sys
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 Options = TypeVar("Options")
 
@@ -47,6 +50,17 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
         return str(error) if path is None else f"{os.fspath(path)}: {error.strerror or error}"
     words = os.strerror(code)  # HDF5's own are a paragraph
     return f"{os.fspath(name)}: {words}; {_REMEDIES[code]} and run the same command again, which goes on"
+
+
+def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
+    """tqdm on stderr: how far, and the time that is left by the speed so far. Nothing of what takes a second.
+
+    In a log, where lines stay, it says so at most twice a minute.
+    """
+    from tqdm import tqdm
+
+    pace = {"smoothing": 0.05, "delay": 1, "mininterval": 0.1 if sys.stderr.isatty() else 30}
+    return tqdm(iterable, file=sys.stderr, **pace, **options)
 
 
 def run_command(

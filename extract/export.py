@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from extract.cli import InputError, RunError, run_command
+from extract.cli import InputError, RunError, progress, run_command
 from extract.files import make_folder, replacing
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def _finished(store: "FeatureStore"):
     """Rows and features of finished videos, block by block, checksums checked."""
     from extract.store import OK, PARTIAL
 
-    for block in range(store.num_blocks):
+    for block in progress(range(store.num_blocks), unit="block"):
         rows = store.block_rows(block)
         rows = rows[(store.status[rows] == OK) | (store.status[rows] == PARTIAL)]
         if len(rows):
@@ -104,7 +104,7 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
     left_out = {}
     with replacing(folder) as partial:
         partial.mkdir()
-        for video, listed in windows.items():
+        for video, listed in progress(windows.items(), unit="video"):
             rows = np.array([row for row in listed if store.status[row] in (1, 2)])
             try:
                 places, record = dense_rows(store, rows)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from extract.cli import InputError, run_command
+from extract.cli import InputError, progress, run_command
 
 SHOWN = 20
 
@@ -24,8 +24,6 @@ class Options:
 def main(options: Options) -> int:
     import contextlib
 
-    from tqdm import tqdm
-
     from extract.store import FeatureStore, exclusive, is_remote
 
     if is_remote(options.store):
@@ -33,7 +31,7 @@ def main(options: Options) -> int:
     store = FeatureStore.open(options.store, writable=options.repair)
     with exclusive(options.store) if options.repair else contextlib.nullcontext():
         damaged: dict[int, str] = {}
-        for block in tqdm(range(store.num_blocks), unit="shard", file=sys.stderr):
+        for block in progress(range(store.num_blocks), unit="shard"):
             damaged |= store.damaged_rows(block)
         for row in sorted(damaged)[:SHOWN]:
             print(f"damaged: {store.ids[row]} (row {row}): {damaged[row]}")
@@ -41,6 +39,8 @@ def main(options: Options) -> int:
             print(f"... and {len(damaged) - SHOWN} more")
         committed = int((store.status > 0).sum())
         print(f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, {len(damaged):,} damaged")
+        if damaged and not options.repair:
+            print(f"Next: python -m extract.verify {options.store} --repair")
         if not damaged or not options.repair:
             return 1 if damaged else 0
         blocks = sorted({row // store.block_size for row in damaged})

@@ -123,6 +123,7 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     if options.stnet and "stnet" not in options.skip:
         print("stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs")
     print(f"in all    about {_duration(total)} on this machine with one worker")
+    print("Next: the same command without --dry-run")
 
 
 def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tuple[float, float]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from extract.cli import InputError, RunError
+from extract.cli import InputError, RunError, progress
 
 if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
@@ -103,8 +103,6 @@ class Predictor:
         However long the video, only the frames of some windows are in memory. A window in which nothing can be seen is
         left out and counted. Raises VideoError where there is no other, RunError for scores that are no numbers.
         """
-        from tqdm import tqdm
-
         from extract.decode import VideoError
         from extract.listing.windows import window_spans
 
@@ -117,8 +115,7 @@ class Predictor:
         windows: list[Window] = []
         crops, lost = np.empty(0), 0
         problems: dict[str, None] = {}  # an ordered set
-        quiet = None if window else True  # None: where stderr is no terminal
-        for seen, frames in tqdm(self._seen(path, spans), unit="window", total=len(spans), leave=False, disable=quiet):
+        for seen, frames in progress(self._seen(path, spans), total=len(spans), unit="window", leave=False):
             problems[seen if isinstance(seen, str) else seen.problem] = None
             if isinstance(seen, str):
                 lost += 1

@@ -1,7 +1,6 @@
 """A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt, results.json."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
@@ -18,7 +16,7 @@ from aggregate.training.learner import Learner
 from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import completed, plain
 from aggregate.training.sources import Source
-from extract.cli import InputError
+from extract.cli import InputError, progress
 from extract.files import replace_file, writing
 from extract.store import difference
 
@@ -108,18 +106,15 @@ class Run:
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
-        bar = tqdm(
-            total=self.recipe.epochs * steps,
-            initial=self.epoch * steps,
-            unit="step",
-            file=sys.stderr,
-            disable=not self.writes,
-        )
+        total, done = self.recipe.epochs * steps, self.epoch * steps
+        bar = progress(total=total, initial=done, unit="step", disable=not self.writes)
         try:
             with bar:
                 for epoch in fit(self.learners, self.source, start=self.epoch, on_step=bar.update):
                     row = self.end_epoch(epoch)
-                    bar.set_postfix_str(f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %")
+                    bar.set_postfix_str(
+                        f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %", refresh=False
+                    )
         except KeyboardInterrupt:
             if self.writes:
                 words = f"{self.out / 'last.pt'} holds {self.epoch} epochs, the same command resumes"

@@ -12,7 +12,7 @@ from torch import nn
 from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
 from aggregate.training.learner import autocast
-from extract.cli import InputError, RunError
+from extract.cli import InputError, RunError, progress
 from extract.store import FeatureStore
 
 
@@ -156,7 +156,9 @@ def logits_of(
     if not features.good.any():
         count = f"all {len(features)} videos"
         raise InputError(f"{store.path}: {count} failed in extraction; see `python -m extract.status {store.path}`")
-    seen, predicted = predict(models, features.test_batches(frames=segments, batch_size=batch_size))
+    batches = features.test_batches(frames=segments, batch_size=batch_size)
+    total = -(-int(features.good.sum()) // batch_size)
+    seen, predicted = predict(models, progress(batches, total=total, unit="batch", leave=False))
     several = []
     for place, scores in enumerate(predicted):
         wrong = seen[~np.isfinite(scores).all(axis=(1, 2))]

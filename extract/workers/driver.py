@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
@@ -20,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from extract.cli import InputError, RunError
+from extract.cli import InputError, RunError, progress
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, settle
 from extract.options import Options
@@ -92,7 +90,9 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], log: R
     failed = int((store.status == FAILED).sum())
     if failed > options.max_failed * len(store):
         print(f"{failed} of {len(store)} videos failed, more than --max-failed {options.max_failed:g} allows")
+        print(f"Next: python -m extract.status {options.out} says why; --retry-failed tries them again")
         return 3
+    print(f"Next: python -m aggregate.train --agg tsn --features {options.out}")
     return 0
 
 
@@ -250,7 +250,7 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
     started = time.perf_counter()
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
-    with tqdm(total=sum(len(block.rows) for block in blocks), unit="video", smoothing=0.1, file=sys.stderr) as bar:
+    with progress(total=sum(len(block.rows) for block in blocks), unit="video") as bar:
         for together in finished:
             if together:
                 store.commit(Rows.joined([done.outcome for done in together]))
@@ -266,7 +266,9 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
                         "block", number=done.number, node=done.node, videos=videos, frames=done.frames, seconds=seconds
                     )
             elapsed = time.perf_counter() - started
-            bar.set_postfix_str(f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed")
+            bar.set_postfix_str(
+                f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed", refresh=False
+            )
     wall = time.perf_counter() - started
     if log:
         log.write("end", wall=round(wall, 3), frames=totals["frames"])

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from extract.cli import InputError, RunError, run_command
+from extract.cli import InputError, RunError, progress, run_command
 from extract.files import replace_file
 from pipelines.report.find import RUN_FILES, UNREADABLE, Found, find
 
@@ -68,7 +68,7 @@ def main(options: Options) -> int:
     replace_file(options.out, html)
     for problem in found.problems:
         print(f"not shown: {problem}", file=sys.stderr)
-    print(f"{options.out}: {found}, {len(html) / 1e6:.1f} MB")
+    print(f"{options.out}: {found}, {len(html) / 1e6:.1f} MB\nNext: open it in a browser")
     return 0
 
 
@@ -89,7 +89,7 @@ def render(found: Found, *, title: str, videos: tuple[Path, ...] = (), seed: int
         "provenance": lambda: results.provenance(found),
     }
     sections = dict.fromkeys(SECTIONS)
-    for name, make in makers.items():
+    for name, make in progress(makers.items(), unit="section"):
         try:
             sections[name] = make()
         except UNREADABLE as error:
