@@ -56,8 +56,8 @@ def main(options: Options) -> int:
     run = prepare(options)
     run.train()
     run.report()
-    asked = f"--checkpoint {run.out / 'best.pt'} --features {options.features} --split {options.val_split} --out {run.out}.h5"
-    print(f"Next: python -m aggregate.evaluate {asked}")
+    where = f"--features {options.features} --split {options.val_split} --out {run.out}.h5"
+    print(f"Next: python -m aggregate.evaluate --checkpoint {run.out / 'best.pt'} {where}")
     return 0
 
 
