@@ -56,7 +56,7 @@ def open_video(path):
         # FFmpeg takes what stands before a colon in a relative path for a protocol.
         container = av.open(os.path.abspath(path), metadata_errors="replace")
     except (av.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(path, _why_it_does_notopen_video(path, error)) from None
+        raise VideoError(path, _why_not(path, error)) from None
     stream = container.streams.best("video")
     if stream is None:
         kinds = sorted({stream.type for stream in container.streams})
@@ -69,7 +69,7 @@ def open_video(path):
     return container, stream
 
 
-def _why_it_does_notopen_video(path, error: Exception) -> str:
+def _why_not(path, error: Exception) -> str:
     with open(path, "rb") as file:
         head = file.read(4096)
     start = head.lstrip()[:200].lower()

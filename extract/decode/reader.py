@@ -111,7 +111,7 @@ def decode_spans(
         if file is None:
             file = (_Decord if decoder == "decord" else Packets)(path, on_duration)
         elif on_duration is not None:
-            on_duration(file.end)
+            on_duration(sum(span[1] - span[0] if span else file.end for span, _ in wanted))
         for place, result in _decode(file, path, wanted, left, resize, on_times):
             left.remove(place)
             yield place, result

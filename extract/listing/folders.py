@@ -22,7 +22,7 @@ SPLITS |= dict.fromkeys(("test", "testing"), "test")
 
 _VOLUME = re.compile(r"vol_\d+")  # a folder that holds clips of any class, as in videos/vol_00/<clip>
 
-Ignored = dict[str, list[str]]  # reason -> POSIX paths
+Ignored = dict[str, tuple[str, ...]]  # reason -> POSIX paths
 
 
 def extension(name: str) -> str:
@@ -49,7 +49,7 @@ def scan(root: str, *, only: Collection[str] | None = None) -> tuple[list[str], 
     video that its name says it is, since whoever made it meant one.
     """
     videos: list[str] = []
-    ignored: Ignored = defaultdict(list)
+    ignored: dict[str, list[str]] = defaultdict(list)
     waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while waiting:
         below, around = waiting.pop()
@@ -76,7 +76,7 @@ def scan(root: str, *, only: Collection[str] | None = None) -> tuple[list[str], 
                 else:
                     waiting.append((path, (*around, real)))
     videos.sort()
-    return videos, ignored
+    return videos, {reason: tuple(sorted(names)) for reason, names in ignored.items()}
 
 
 def _why_not(entry: os.DirEntry[str], is_folder: bool) -> str:

@@ -46,28 +46,20 @@ def choose_labels(
     `labels` is "auto" (the Kinetics-700 list where all `names` are in it, else the sorted names), "kinetics700", or
     a file. `InputError` for names outside the list, with the nearest that are in it.
     """
-    if labels == "auto":
-        return _fitting_labels(names)
-    if labels == "kinetics700":
+    if labels in ("auto", "kinetics700"):
         classes, said = kinetics700_labels(), "the Kinetics-700 list"
     elif os.path.isfile(labels):
         classes, said = read_labels(labels), f"the labels of {os.fspath(labels)}"
     else:
         raise InputError(f"--labels {os.fspath(labels)}: there is no such file; known are auto, kinetics700 or a FILE")
     index = _spelling_index(classes)
-    if strange := sorted(name for name in names if name not in index):
-        raise InputError(f"{len(strange):,} of {len(names):,} names are not in {said}: {_nearest(strange, index)}")
-    return classes, index, said
-
-
-def _fitting_labels(names: Collection[str]) -> tuple[tuple[str, ...], dict[str, int], str]:
-    if not names:
+    if labels == "auto" and not names:
         return (), {}, "no folder and no CSV names any"
-    kinetics = kinetics700_labels()
-    index = _spelling_index(kinetics)
     strange = sorted(name for name in names if name not in index)
     if not strange:
-        return kinetics, index, "the Kinetics-700 list"
+        return classes, index, said
+    if labels != "auto":
+        raise InputError(f"{len(strange):,} of {len(names):,} names are not in {said}: {_nearest(strange, index)}")
     said = "the sorted names"
     if 2 * len(strange) <= len(names):  # it may well be meant for Kinetics
         said += f" ({len(strange):,} are not in the Kinetics-700 list: {_nearest(strange, index)})"

@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 from extract.cli import InputError
 from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
@@ -136,9 +137,9 @@ def list_videos(
     """
     source = os.fspath(source)
     with _no_collector():
-        draft = _draft(source, None if root is None else os.fspath(root))
+        known, rows = _draft(source, None if root is None else os.fspath(root))
         # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
-        classes, index, labels_from = choose_labels({row.label for row, _ in draft.rows} - {""}, labels)
+        classes, index, labels_from = choose_labels({row.label for row, _ in rows} - {""}, labels)
         index[""] = -1
         base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else os.fspath(root)
         videos = [
@@ -147,22 +148,14 @@ def list_videos(
                 os.path.join(base, file) if file else "",
                 index[row.label],
                 row.split,
-                row.group,
+                row.group or (file if row.span else ""),  # the spans of a file must not be torn apart
                 row.span,
             )
-            for row, file in draft.rows
+            for row, file in rows
         ]
-        return Listing(
-            source=source,
-            layout=draft.layout,
-            videos=tuple(video for video in videos if video.path),
-            classes=classes,
-            labels_from=labels_from,
-            missing=tuple(video for video in videos if not video.path),
-            unlisted=tuple(draft.unlisted),
-            ignored={reason: tuple(sorted(names)) for reason, names in draft.ignored.items() if names},
-            notes=tuple(draft.notes),
-        )
+        found = tuple(video for video in videos if video.path)
+        missing = tuple(video for video in videos if not video.path)
+        return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **known)
 
 
 def youtube_id(video_id: str) -> str:
@@ -184,15 +177,9 @@ def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
             yield clip[1], video
 
 
-@dataclass
-class _Draft:
-    """A listing before classes have an index: of each video a row, and its file, "" for one that is missing."""
-
-    layout: str
-    rows: list[tuple[Row, str]]
-    unlisted: list[str] = field(default_factory=list)
-    ignored: Ignored = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+# What a source is before its classes have an index: the fields of its listing that are known, and of each video a row
+# and its file, "" for one that is missing.
+_Draft = tuple[dict[str, Any], list[tuple[Row, str]]]
 
 
 @contextlib.contextmanager
@@ -224,13 +211,13 @@ def _draft(source: str, root: str | None) -> _Draft:
         raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
     if printable(name) != name:
         raise InputError(f"the name {printable(name)} is not UTF-8, so that no store can hold it; rename the video")
-    return _Draft("one video", [(Row(source, 0, name, "", ""), name)])
+    return {"layout": "one video"}, [(Row(source, 0, name, "", ""), name)]
 
 
 def _from_folder(source: str) -> _Draft:
     files, ignored = scan(source)
     if not files:
-        why = "; ".join(f"{reason}: {len(names):,}{_named(sorted(names))}" for reason, names in ignored.items())
+        why = "; ".join(f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items())
         raise InputError(f"there is no video in {source}; " + (f"ignored were, {why}" if why else "it is empty"))
     by_folder = places({folder(file) for file in files})
     splits, classes = (any(place[part] for place in by_folder.values()) for part in range(2))
@@ -238,7 +225,7 @@ def _from_folder(source: str) -> _Draft:
         return _from_tables(tables, source, scanned=(files, ignored))
     rows = [(Row(source, 0, file, *by_folder[folder(file)][::-1]), file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
-    return _Draft(f"folders {layout}" if splits or classes else "a flat folder", rows, ignored=ignored)
+    return {"layout": f"folders {layout}" if splits or classes else "a flat folder", "ignored": ignored}, rows
 
 
 def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None) -> _Draft:
@@ -273,13 +260,14 @@ def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], I
         first = {file: place for place, (_, file) in reversed([*enumerate(rows)])}
         rows.sort(key=lambda found: (first[found[1]], found[0].span or ()))
     no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
-    return _Draft(
-        f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
-        rows,
-        unlisted=[file for file in files if file not in used],
-        ignored={why: [name for name in names if name not in no_surprise] for why, names in ignored.items()},
-        notes=notes,
-    )
+    left = {why: tuple(name for name in names if name not in no_surprise) for why, names in ignored.items()}
+    known = {
+        "layout": f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
+        "unlisted": tuple(file for file in files if file not in used),
+        "ignored": {why: names for why, names in left.items() if names},
+        "notes": tuple(notes),
+    }
+    return known, rows
 
 
 def _named(names: Sequence[str]) -> str:

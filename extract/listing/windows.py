@@ -56,7 +56,10 @@ def window_spans(seconds: float, window: float, stride: float) -> list[tuple[flo
 
 
 def cut_windows(videos: Iterable[Video], window: float, stride: float) -> list[Video]:
-    """Windows of videos, or of spans of them. A file that cannot be opened stays whole, and fails when it is read."""
+    """Windows of videos, or of spans of them; a group each, where none is known, so that no split tears one apart.
+
+    A file that cannot be opened stays whole, and fails when it is read.
+    """
     from extract.decode import VideoError
     from extract.decode.packets import length_of
 
@@ -75,5 +78,5 @@ def cut_windows(videos: Iterable[Video], window: float, stride: float) -> list[V
             begin, file = (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
             for start, end in window_spans(seconds, window, stride):
                 span = round(begin + start, 3), round(begin + end, 3)
-                cut.append(replace(video, id=span_id(file, span), span=span))
+                cut.append(replace(video, id=span_id(file, span), group=video.group or file, span=span))
     return cut

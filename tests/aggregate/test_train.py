@@ -234,6 +234,31 @@ def trained(features, tmp_path_factory) -> Path:
     return out / "best.pt"
 
 
+def test_windows_are_averaged_into_one_score_a_video(trained, tmp_path, capsys):
+    rng, labels = np.random.default_rng(1), np.repeat([0, 1, 2, 0], 5)
+    features = np.eye(3, 16)[labels][:, None] * 3 + rng.normal(size=(20, 6, 16)) * 0.5
+    starts = np.tile(np.arange(5) * 10.0, 4)
+    store = FeatureStore.from_arrays(
+        tmp_path / "w.zarr",
+        features,
+        lengths=[6] * 20,
+        labels=labels,
+        classes=[f"class {number}" for number in range(3)],
+        ids=[f"{row // 5}.mp4#{start:.0f}000-{start + 10:.0f}000" for row, start in enumerate(starts)],
+        splits=["val"] * 20,
+        starts=starts,
+        ends=starts + 10,
+    )
+    assert store.ends[-1] == 50
+    for by, ids in (("row", store.ids.tolist()), ("video", ["0.mp4", "1.mp4", "2.mp4", "3.mp4"])):
+        asked = evaluate.Options(trained, store.path, by=by, segments=(6,), out=tmp_path / f"{by}.h5")
+        assert evaluate.main(asked) == 0
+        assert Scores.load(tmp_path / f"{by}.h5").ids == ids
+    by_row, by_video = (Scores.load(tmp_path / f"{by}.h5") for by in ("row", "video"))
+    np.testing.assert_allclose(by_video.logits, by_row.logits.reshape(4, 5, 3).mean(axis=1), rtol=1e-5)
+    assert "0 of 4 videos failed" in capsys.readouterr().out
+
+
 def test_evaluate_writes_what_training_reported(trained, features, tmp_path, capsys):
     out = tmp_path / "scores.h5"
     assert evaluate.main(evaluate.Options(trained, features, segments=(3, 25), out=out)) == 0

@@ -24,6 +24,7 @@ import pytest
 
 from extract.decode import decode
 from extract.sampling import segment_centres
+from videos import x264_defaults
 
 CLIPS = (
     "mmaction2_demo.mp4",
@@ -39,20 +40,6 @@ TURNS = 7
 # out of reach for torchcodec 0.17 with the FFmpeg 8 that both use here (LOG.md, "Decoding"): what is left is FFmpeg's
 # own decoding of the frames that others refer to.
 LIMITS = {25: {"decord": 0.75, "torchcodec": 0.85}, 3: {"decord": 0.70, "torchcodec": 0.85}}
-
-
-def x264_defaults(source: Path, out: Path) -> Path:
-    """The pictures of `source` encoded again as `x264` does it unasked (medium, crf 23, a key frame every 250)."""
-    with av.open(str(source)) as reader, av.open(str(out), "w") as writer:
-        video = reader.streams.video[0]
-        stream = writer.add_stream("libx264", rate=video.average_rate)
-        stream.width, stream.height, stream.pix_fmt = video.width, video.height, "yuv420p"
-        for number, frame in enumerate(reader.decode(video)):
-            picture = av.VideoFrame.from_ndarray(frame.to_ndarray(), format="yuv420p")
-            picture.pts = number
-            writer.mux(stream.encode(picture))
-        writer.mux(stream.encode(None))
-    return out
 
 
 def ours(path: str, frames: int) -> np.ndarray:

@@ -15,13 +15,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from bench_decode import x264_defaults
 
 from extract.decode import decode
 from extract.decode.transform import Plan, Preprocessing, decode_job, jobs_of, resize_short_side
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
-from videos import write_repeated
+from videos import write_repeated, x264_defaults
 
 SECONDS, WINDOW, FRAMES = 3600, 10.0, 25
 SEE = Preprocessing(224, 256, "bicubic", (0.5,) * 3, (0.5,) * 3)

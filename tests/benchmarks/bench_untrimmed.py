@@ -30,7 +30,7 @@ def table(path: Path, rows: list[list]) -> Path:
     return path
 
 
-def tested(head: Path, store: Path, out: Path) -> Scores:
+def scores_of(head: Path, store: Path, out: Path) -> Scores:
     evaluate.main(evaluate.Options(head / "best.pt", str(store), split="test", segments=(8,), out=out))
     return Scores.load(out)
 
@@ -51,7 +51,7 @@ def test_the_windows_of_untrimmed_videos(tmp_path):
         rows += [[clip, clip.parent.name, "", "", "test"] for clip in joined]
         clips = table(folder / "clips.csv", rows)
         assert main(Options(clips, str(folder / "clips.zarr"), root=CLIPS, **same)) == 0
-        assert train.main(train.Options("tsn", str(folder / "clips.zarr"), folder / "tsn")) == 0
+        assert train.main(train.Options(agg="tsn", features=str(folder / "clips.zarr"), out=folder / "tsn")) == 0
         names = [clip.parent.name for clip in joined]
         cut = [["untrimmed.mp4", name, *span, "test"] for name, span in zip(names, spans, strict=True)]
         middles = [(a + (b - a) / 2, b + (b - a) / 2) for a, b in spans[:-1]]
@@ -63,7 +63,7 @@ def test_the_windows_of_untrimmed_videos(tmp_path):
         by_span, by_window = (FeatureStore.open(folder / name) for name in ("windows.zarr", "grid.zarr"))
         np.testing.assert_array_equal(by_window.read(slice(0, 72)), by_span.read(slice(0, 72)))
         for name in found:
-            scores = tested(folder / "tsn", folder / f"{name}.zarr", folder / f"{name}.h5")
+            scores = scores_of(folder / "tsn", folder / f"{name}.zarr", folder / f"{name}.h5")
             found[name].append(scores.logits)
             truth[name].append(scores.labels)
         # A shifted window shows two clips: either class is right. The better placed of the two stands for it.

@@ -281,6 +281,8 @@ def test_kinetics_over_untrimmed_downloads_and_trimmed_names_win(tmp_path):
     assert listing.unlisted == ("c.mp4",)
     assert "2 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
     assert [youtube_id(video.id)[0] for video in listing.videos] == ["a", "b", "a"]
+    # Spans of a file are a group, so that no split of one's own tears them apart.
+    assert [video.group for video in listing.videos] == ["", "train/bbbbbbbbbbb.mkv", "train/aaaaaaaaaaa.mp4"]
 
 
 def test_a_million_spans_of_one_file_are_listed(tmp_path):
@@ -359,6 +361,7 @@ def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
         "clips/c.mp4#1000-2400",
     ]
     table = write(tmp_path / "l.csv", "path,label,start,end\na.mp4,x,0.5,2.4\n")
+    assert [video.group for video in windows[:3]] == ["a.mp4", "a.mp4", ""]
     spans = cut_windows(list_videos(table).videos, 1.0, 0.5)
     assert [(video.id, video.span) for video in spans] == [
         ("a.mp4#500-1500", (0.5, 1.5)),
