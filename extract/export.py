@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -63,20 +64,21 @@ def main(options: Options) -> int:
     return 0
 
 
-def _finished(store: "FeatureStore"):
-    """Rows and features of finished videos, block by block, checksums checked."""
-    from extract.store import OK, PARTIAL
+def _read(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
+    """Features [n, V, T, D] of rows, checksums checked."""
+    try:
+        return store.read(rows)
+    except ValueError as error:
+        words = f"{store.path} is damaged ({error}); run `python -m extract.verify {store.path} --repair`"
+        raise RunError(words) from None
 
+
+def _finished(store: "FeatureStore") -> "Iterator[np.ndarray]":
+    """Rows of finished videos, block by block."""
     for block in progress(range(store.num_blocks), unit="block"):
         rows = store.block_rows(block)
-        rows = rows[(store.status[rows] == OK) | (store.status[rows] == PARTIAL)]
-        if len(rows):
-            try:
-                yield rows, store.read(rows)
-            except ValueError as error:
-                raise RunError(
-                    f"block {block} is damaged ({error}); run `python -m extract.verify {store.path} --repair`"
-                ) from None
+        if len(done := rows[(store.status[rows] == 1) | (store.status[rows] == 2)]):
+            yield done
 
 
 def _write_npy(store: "FeatureStore", folder: Path) -> int:
@@ -85,8 +87,8 @@ def _write_npy(store: "FeatureStore", folder: Path) -> int:
     count = 0
     with replacing(folder) as partial:
         partial.mkdir()
-        for rows, features in _finished(store):
-            for row, video in zip(rows, features, strict=True):
+        for rows in _finished(store):
+            for row, video in zip(rows, _read(store, rows), strict=True):
                 # The whole name with its ending: a.mp4 and a.webm are two videos.
                 path = partial / f"{store.ids[row]}.npy"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +115,7 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
                 continue
             path = partial / f"{video}.npy"
             path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, store.read(rows)[:, 0].reshape(-1, store.dim)[places].astype(np.float32))
+            np.save(path, _read(store, rows)[:, 0].reshape(-1, store.dim)[places].astype(np.float32))
             made_by = {"backbone": store.provenance.get("backbone"), "windows": len(rows), "of": len(listed)}
             path.with_suffix(".json").write_text(json.dumps({"video": video, **record, **made_by}, indent=1))
     print(f"{len(windows) - len(left_out):,} videos of {len(store):,} rows written to {folder}")
@@ -133,6 +135,8 @@ def dense_rows(store: "FeatureStore", rows: "np.ndarray") -> "tuple[np.ndarray, 
 
     if not len(rows):
         raise InputError("nothing of it was extracted")
+    if len(rows) > 1 and np.isnan(store.starts[rows]).any():
+        raise InputError("it is there as a whole and in spans; dense features are made of one of them")
     times = store.timestamps[rows, 0].ravel().astype(float)
     _, first = np.unique(store.frame_indices[rows, 0].ravel(), return_index=True)
     if np.isnan(times).any():
@@ -171,9 +175,9 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> int:
         shape = (len(rows), store.num_views, store.frames_per_video, store.dim)
         features = file.create_dataset("features", shape, dtype="f2")
         filled = 0
-        for block_rows, block in _finished(store):
-            features[filled : filled + len(block_rows)] = block
-            filled += len(block_rows)
+        for done in _finished(store):
+            features[filled : filled + len(done)] = _read(store, done)
+            filled += len(done)
         text = h5py.string_dtype()
         for name in ("ids", "splits", "groups"):
             file.create_dataset(name, data=getattr(store, name)[rows].astype(object), dtype=text)
