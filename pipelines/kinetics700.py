@@ -139,7 +139,7 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
     for video in listing.videos[:VIDEOS_MEASURED]:
         started = time.process_time()
         with contextlib.suppress(VideoError):
-            prepare(video.path, video.id, plan, out)
+            prepare(video.path, video.id, plan, out, span=video.span)
             seconds.append(time.process_time() - started)
     if not seconds:
         raise InputError(f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from extract.decode import decode
+from extract.decode import Span, decode
 from extract.decode.transform import Preprocessing, augmentation_rng, crop_boxes, resize_short_side, training_view
 from extract.sampling import segment_centres, segment_random
 
@@ -39,6 +39,7 @@ class ClipJob:
     plan: ClipPlan
     seed: int = 0
     epoch: int = -1  # -1: a test, middle frames and evaluation crops
+    span: Span | None = None  # of the file, where the video is a part of it
 
 
 def prepare_clip(job: ClipJob, out: np.ndarray, on_duration: Callable[[float | None], None]) -> np.ndarray:
@@ -57,7 +58,9 @@ def prepare_clip(job: ClipJob, out: np.ndarray, on_duration: Callable[[float | N
         start = np.clip(first - (N - 1) // 2, 0, max(num_frames - N, 0))
         return np.minimum(start[:, None] + np.arange(N), num_frames - 1).ravel()
 
-    decoded = decode(job.path, sample, resize=lambda frame: resize_short_side(frame, see), on_duration=on_duration)
+    decoded = decode(
+        job.path, sample, span=job.span, resize=lambda frame: resize_short_side(frame, see), on_duration=on_duration
+    )
     height, width = decoded.frames.shape[1:3]
     views = out[: np.prod(plan.shape)].reshape(-1, T * N, see.size, see.size, 3)
     if rng is None:

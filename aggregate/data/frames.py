@@ -64,7 +64,8 @@ class VideoFrames:
         for places in [*batches, None]:
             if places is not None:
                 videos = [self.videos[place] for place in places]
-                futures = [self.pool.submit(ClipJob(video.path, video.id, self.plan, seed, epoch)) for video in videos]
+                clips = (ClipJob(video.path, video.id, self.plan, seed, epoch, video.span) for video in videos)
+                futures = [self.pool.submit(clip) for clip in clips]
                 jobs.append((places, futures))
             if jobs and (places is None or len(jobs) > 1):
                 yield jobs[0][0], self._collect(*jobs.popleft())
