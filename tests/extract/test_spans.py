@@ -139,6 +139,22 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
         assert all("the file ends at" in found[number].reason for number in range(8) if broken[number])
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
+def test_damage_in_the_middle_is_that_of_the_spans_it_lies_in(name, tmp_path):
+    path = write_video(tmp_path / name, frames=100, gop=10, size=(160, 120), bframes=2)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 60] = np.random.default_rng(0).bytes(60)
+    path.write_bytes(content)
+    whole = decode(path, np.arange)
+    found = dict(decode_spans(path, [((n / 2, n / 2 + 0.5), centres) for n in range(8)]))
+    assert sum(bool(decoded.problem) for decoded in found.values()) <= 2
+    assert any(decoded.problem for decoded in found.values()) == bool(whole.problem)
+    for decoded in found.values():
+        places = [int(np.abs(whole.timestamps - time).argmin()) for time in decoded.timestamps]
+        assert np.array_equal(decoded.frames, whole.frames[places])
+
+
 def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
     """Over several calls, as a decode child gets them: the file's packets are looked at once, few are decoded twice."""
     path = write_video(tmp_path / "a.mp4", frames=400, gop=20, bframes=2)
