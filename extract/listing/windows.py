@@ -3,15 +3,13 @@
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TypeVar
 
 from extract.cli import InputError
 from extract.listing.tables import span_id
 from extract.listing.videos import Video
+from extract.options import Options
 
 _OPENED_AT_ONCE = 8
-
-Options = TypeVar("Options")
 
 
 def settle(options: Options) -> Options:
@@ -19,7 +17,7 @@ def settle(options: Options) -> Options:
 
     `fps` and `window` together give the frames a window, `fps` alone a window in which as many as `frames` are shown.
     """
-    window, stride, fps, frames = (getattr(options, name) for name in ("window", "stride", "fps", "frames"))
+    window, stride, fps, frames = options.window, options.stride, options.fps, options.frames
     for name, value, what in (
         ("window", window, "seconds"),
         ("stride", stride, "seconds"),
@@ -32,13 +30,13 @@ def settle(options: Options) -> Options:
         frames = max(1, round(fps * window))
     if stride is not None and (window is None or stride > window):
         raise InputError(f"--stride {stride:g} is that of windows, and at most their length; give --window too")
-    return replace(options, window=window, stride=stride or window, fps=None, frames=frames)  # type: ignore[type-var]
+    return replace(options, window=window, stride=stride or window, fps=None, frames=frames)
 
 
 def window_spans(seconds: float, window: float, stride: float) -> list[tuple[float, float]]:
     """Where the windows of a video of so many seconds begin and end, in whole milliseconds.
 
-    seconds = 10, window = 4, stride = 4    |0   4|4    10|       a rest shorter than half a window joins the last
+    seconds = 9, window = 4, stride = 4     |0   4|4    9|       a rest shorter than half a window joins the last
     seconds = 10, window = 4, stride = 3    |0   4|
                                                |3   7|
                                                   |6   10|
