@@ -17,7 +17,7 @@ import torch
 
 from aggregate import train
 from aggregate.complexity import Column, madds_by_formula
-from aggregate.data.features import Placement, StoredFeatures
+from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
 from aggregate.models import VideoClassifier, build
@@ -96,6 +96,13 @@ class GridTrainer:
             held = StoredFeatures(self.store, rows, device=self.device, placement=self.placement, training=training)
             self._held[training] = held
         return held.subset(rows)
+
+    def hold(self, rows: np.ndarray) -> None:
+        """Read all of `rows` once, to train and to test on; where both see the same views, into one place."""
+        testing = self.features(rows, training=False)
+        if np.array_equal(training_views(self.store), testing.views):
+            self._held[True] = testing
+        self.features(rows, training=True)
 
     def source(self, one: Configuration, rows: np.ndarray, val_rows: np.ndarray) -> CachedFeatures:
         """Batches as `one` and all that share them see them."""

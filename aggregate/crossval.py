@@ -1,0 +1,371 @@
+"""python -m aggregate.crossval: aggregators compared on all videos of a store, each scored by models that never saw it.
+
+    fold 1   test | train ................ | inner hold-out      of the training part of each fold: chooses the epoch
+    fold 2   train .. | test | train ..... | inner hold-out      and the options; then trained again on all of that
+    ...                                                          part, so far as the epoch says, and tested once
+
+The features are read once for all folds, seeds, aggregators and options that are tried; all that see the same batches
+share a pass over them (aggregate/ablation/grid.py). With the same folds, batches and options, a model is what
+`aggregate.train` alone makes of them, bit for bit.
+"""
+
+import itertools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aggregate import train
+from aggregate.ablate import GridOptions, candidates, configured, in_passes
+from extract.cli import InputError, RunError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aggregate.ablation.grid import Configuration, GridTrainer
+    from aggregate.ablation.records import Records
+    from aggregate.training.learner import Learner
+    from extract.store import FeatureStore
+
+_FREE_ON_RESUME = ("out", "device", "placement", "at_once")
+SCHEMA = "hgnl-crossval/1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(GridOptions):
+    """Compare aggregators by cross-validation on cached features; run again to resume.
+
+    Where options of training take several values, the best combination is chosen inside the training part of each fold,
+    as the epoch is.
+    """
+
+    folds: str = "5"
+    """How many (classes evenly, groups never split, drawn anew by each seed), or `group`: leave one group out."""
+    splits: tuple[str, ...] = ()
+    """Only videos of these splits (default: of all)."""
+    val_fraction: float = 0.2
+    """How much of a fold's training part is held out in it, to choose the epoch and the options."""
+    allow_missing_classes: bool = False
+    """Train although some classes have no example in a fold."""
+    out: Path = Path("runs/crossval")
+    """The folder of AGG.h5 (out-of-fold scores, the mean over seeds), results.json and finished folds."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of the store: to test on, to train on, and of these the ones that choose (bool)."""
+
+    name: str
+    seed: int
+    test: "np.ndarray"
+    train: "np.ndarray"
+    held_out: "np.ndarray"
+
+
+@dataclass
+class Choice:
+    """The best of what was tried so far for one aggregator in one fold."""
+
+    one: "Configuration | None" = None
+    epoch: int = -1
+    measure: tuple[float, float] = (2.0, 0.0)  # the challenge's error, and among equals the cross-entropy
+
+
+def main(options: Options) -> int:
+    from tqdm import tqdm
+
+    from aggregate.ablation.grid import GridTrainer
+    from aggregate.ablation.records import Records
+    from extract.store import FeatureStore
+
+    store = FeatureStore.open(options.features)
+    tried, skipped = candidates(options, store)
+    folds = [fold for seed in options.seeds for fold in folds_of(store, options, seed)]
+    trainer = GridTrainer(store, device=options.device, placement=options.placement)
+    print(f"features  {store!r}\nfolds     {_describe(store, options, folds)}")
+    for name, reason in skipped:
+        print(f"skipped   {name}: {reason}")
+    print(f"tried     {', '.join(name for name, _ in tried)}", flush=True)
+    with Records(options, store, free=_FREE_ON_RESUME, what="cross-validation") as records:
+        waiting = [(fold, [one for one in tried if _key(fold, one[1].agg) not in records.rows]) for fold in folds]
+        waiting = [(fold, left) for fold, left in waiting if left]
+        if len(waiting) < len(folds):
+            print(f"resuming  {options.out}: {len(folds) - len(waiting)} of {len(folds)} folds are done")
+        if waiting:
+            trainer.hold(_rows(store, options))
+        bar = tqdm(waiting, unit="fold", initial=len(folds) - len(waiting), total=len(folds), file=sys.stderr)
+        try:
+            for fold, left in bar:
+                _run_fold(trainer, fold, left, options, records)
+        except KeyboardInterrupt:
+            print(f"\nstopped; {options.out} holds the folds that are done, the same command goes on", flush=True)
+            raise
+        report(store, options, folds, records)
+    return 0
+
+
+# -- folds -------------------------------------------------------------------------------------------------------------
+
+
+def _rows(store: "FeatureStore", options: Options) -> "np.ndarray":
+    """All videos that count: labelled, of the splits asked for; failed ones too, which are tested as errors."""
+    import numpy as np
+
+    known = sorted(set(store.splits.tolist()))
+    if unknown := [name for name in options.splits if name not in known]:
+        raise InputError(f"--splits {unknown[0]}: {store.path} has no such split; it has {', '.join(map(repr, known))}")
+    chosen = np.isin(store.splits, options.splits) if options.splits else np.ones(len(store), bool)
+    rows = np.flatnonzero(chosen & (store.labels >= 0))
+    if not len(rows):
+        raise InputError(f"{store.path} has no labelled video in these splits")
+    return rows
+
+
+def folds_of(store: "FeatureStore", options: Options, seed: int) -> list[Fold]:
+    """The folds of a seed. InputError for what cannot be divided so, naming the class, the group or the fold."""
+    import numpy as np
+
+    from aggregate.data.features import usable
+    from aggregate.training.splits import check_classes, hold_out
+
+    rows = _rows(store, options)
+    folds = []
+    for name, test in _tests(store, options, rows, seed):
+        others = np.setdiff1d(rows, test)
+        others = others[usable(store)[others]]
+        held_out = hold_out(store, others, options.val_fraction, seed)[others]
+        if len(set(store.groups[rows])) > 1 and len(set(store.groups[others])) < 2:
+            raise InputError(
+                f"fold {name}: all it has to train on is one group, and groups are not split to choose the epoch; "
+                "cross-validation over groups needs at least 3"
+            )
+        if not held_out.any():
+            raise InputError(
+                f"fold {name}: nothing of its {len(others)} videos to train on can be held out to choose the epoch and "
+                "leave every class an example; give --val-fraction another value, or more videos"
+            )
+        try:
+            check_classes(store, others[~held_out], allow_missing=options.allow_missing_classes)
+        except InputError as error:
+            raise InputError(f"fold {name}: {error}") from None
+        folds.append(Fold(name, seed, test, others, held_out))
+    return folds
+
+
+def _tests(
+    store: "FeatureStore", options: Options, rows: "np.ndarray", seed: int
+) -> "Iterator[tuple[str, np.ndarray]]":
+    """Names of the folds, and the rows that each tests."""
+    import numpy as np
+    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
+
+    labels = store.labels[rows]
+    names, groups = np.unique(store.groups[rows], return_inverse=True)
+    if options.folds == "group":
+        if len(names) < 2:
+            raise InputError(
+                f"--folds group: the {len(rows)} videos of {store.path} are of one group ({str(names[0])!r}); "
+                "give a number, as in --folds 5, or extract with a CSV that has a column group"
+            )
+        for _, test in LeaveOneGroupOut().split(rows, labels, groups):
+            yield str(names[groups[test[0]]]), rows[test]
+        return
+    if not options.folds.isdecimal() or int(options.folds) < 2:
+        raise InputError(f"--folds {options.folds}: give a number from 2 on, or group")
+    count, present = int(options.folds), np.unique(labels)
+    sizes = np.bincount(labels, minlength=len(store.classes))[present]
+    if sizes.min() < count:
+        name = store.classes[present[sizes.argmin()]]
+        raise InputError(
+            f"--folds {count}: class {name!r} has {sizes.min()} videos, so a fold would be without it; give --folds "
+            f"{max(sizes.min(), 2)}, or more videos of it"
+        )
+    if 1 < len(names) < count:
+        raise InputError(f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group")
+    kind = StratifiedGroupKFold if len(names) > 1 else StratifiedKFold
+    split = kind(count, shuffle=True, random_state=seed).split(rows, labels, groups)
+    for number, (_, test) in enumerate(split):
+        yield str(number), rows[test]
+
+
+def _describe(store: "FeatureStore", options: Options, folds: list[Fold]) -> str:
+    """What is divided how; and the folds that do not test every class, which is no error."""
+    rows = _rows(store, options)
+    every = len(set(store.labels[rows].tolist()))
+    without = [f"{fold.name} of seed {fold.seed}" for fold in folds if len(set(store.labels[fold.test])) < every]
+    lacking = f"; {len(without)} test not every class: {', '.join(without[:3])}" if without else ""
+    by = "one for each group" if options.folds == "group" else "classes evenly, groups whole"
+    seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
+    return f"{len(rows):,} videos, {len(folds) // len(options.seeds)} folds x {seeds}, {by}{lacking}"
+
+
+# -- a fold ------------------------------------------------------------------------------------------------------------
+
+
+def _key(fold: Fold, agg: str) -> str:
+    return json.dumps([fold.seed, fold.name, agg])
+
+
+def _run_fold(
+    trainer: "GridTrainer", fold: Fold, tried: list[tuple[str, train.Options]], options: Options, records: "Records"
+) -> None:
+    """Choose, train again, test and keep each aggregator of `tried` in one fold."""
+    import numpy as np
+
+    inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
+    singles = [(name, replace(one, seed=fold.seed)) for name, one in tried]
+    choices: dict[str, Choice] = {one.agg: Choice() for _, one in singles}
+    several = [configured(name, one, videos=len(inner)) for name, one in singles]
+    for share in in_passes(several, at_once=options.at_once):
+        trainer.fit(share, inner, held_out, on_epoch=_chooser(share, choices, trainer.store.labels[held_out]))
+    for agg, choice in choices.items():
+        if choice.one is None:
+            raise RunError(f"fold {fold.name}, seed {fold.seed}: every {agg} diverged; a smaller --lr may help")
+    again = {configured(c.one.name, c.one.options, videos=len(fold.train)): c for c in choices.values() if c.one}
+    segments = segments_of(trainer.store, options)
+    for share in in_passes(again, at_once=options.at_once):
+        epochs = [again[one].epoch + 1 for one in share]
+        for one, scores in zip(share, _out_of_fold(trainer, share, epochs, fold, segments), strict=True):
+            choice = again[one]
+            row = {"seed": fold.seed, "fold": fold.name, "agg": one.options.agg, "videos": len(fold.test)}
+            row |= {"options": one.name, "epoch": choice.epoch, "inner_error": choice.measure[0]}
+            records.add(_key(fold, one.options.agg), row, np.stack(scores))
+
+
+def _chooser(
+    share: "Sequence[Configuration]", choices: dict[str, Choice], labels: "np.ndarray"
+) -> Callable[[Any], None]:
+    """Looks at each epoch of `share` for a smaller error than that of the `choices`."""
+    import numpy as np
+    from scipy.special import log_softmax
+
+    from aggregate.metrics import challenge_error
+
+    def look(epoch: Any) -> None:
+        for one, logits in zip(share, epoch.scores, strict=True):
+            if logits is None:  # it diverged
+                continue
+            likelihood = np.take_along_axis(log_softmax(logits.astype(float), axis=1), labels[:, None], axis=1)
+            measure = (challenge_error(logits, labels), -float(likelihood.mean()))
+            if measure < choices[one.options.agg].measure:
+                choices[one.options.agg] = Choice(one, epoch.number, measure)
+
+    return look
+
+
+def _out_of_fold(
+    trainer: "GridTrainer", share: "Sequence[Configuration]", epochs: list[int], fold: Fold, segments: list[int]
+) -> "list[list[np.ndarray]]":
+    """Train `share` on all that the fold has to train on, for so many of its epochs: logits [N, C] of the videos
+    that it tests, by model and number of segments."""
+    from aggregate.training.loop import refuse, train_epoch
+
+    source = trainer.source(share[0], fold.train, fold.test)
+    learners = [trainer.learner(one) for one in share]
+
+    def on_lost(learner: "Learner") -> None:
+        source.check_finite(learner.suspects)
+        refuse(learner)
+
+    for epoch in range(max(epochs)):
+        running = [learner for learner, count in zip(learners, epochs, strict=True) if epoch < count]
+        train_epoch(running, source.train_batches(epoch), epoch, on_lost=on_lost)
+    tested = [source.validate([learner.model for learner in learners], count) for count in segments]
+    return [list(by_segments) for by_segments in zip(*tested, strict=True)]
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def segments_of(store: "FeatureStore", options: Options) -> list[int]:
+    """The segments of training, and all."""
+    return sorted({options.frames[0], store.frames_per_video})
+
+
+def report(store: "FeatureStore", options: Options, folds: list[Fold], records: "Records") -> None:
+    """Write AGG.h5 and results.json; print the table."""
+    import numpy as np
+
+    from aggregate.metrics import ranks
+    from aggregate.scores import Scores, save_scores
+    from extract.files import replace_file
+
+    rows, segments = _rows(store, options), segments_of(store, options)
+    labels, classes, seeds = store.labels[rows], len(store.classes), list(options.seeds)
+    aggs = list(dict.fromkeys(options.agg))
+    baseline = "tsn" if "tsn" in aggs else aggs[0]
+    places: dict[tuple[str, int], np.ndarray] = {}  # of each true label: int [seeds, N]
+    for agg in aggs:
+        logits = np.full((len(seeds), len(segments), len(rows), classes), np.nan, np.float32)
+        for fold in folds:
+            logits[seeds.index(fold.seed)][:, np.searchsorted(rows, fold.test)] = records.array(_key(fold, agg))
+        source = {"model": agg, "folds": options.folds, "seeds": seeds, "features": store.provenance}
+        common: dict[str, Any] = {"ids": store.ids[rows].tolist(), "classes": store.classes, "labels": labels}
+        mean = [Scores(**common, logits=logits[:, at].mean(axis=0), source=source, segments=n)
+                for at, n in enumerate(segments)]  # fmt: skip
+        save_scores(options.out / f"{agg}.h5", mean)
+        for at, count in enumerate(segments):
+            places[agg, count] = np.stack([ranks(one, labels) for one in logits[:, at]])
+    heads = []
+    for agg in aggs:
+        chosen = [dict(records.rows[_key(fold, agg)]) for fold in folds]
+        measured = {
+            str(n): measures(places[agg, n], None if agg == baseline else places[baseline, n], classes)
+            for n in segments
+        }
+        heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})
+    results = {"schema": SCHEMA, "features": options.features, "videos": len(rows), "classes": classes}
+    names = list(dict.fromkeys(fold.name for fold in folds))
+    results |= {"by": options.folds, "folds": names, "seeds": seeds, "baseline": baseline, "heads": heads}
+    replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+    print(f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean over seeds): "
+          f"{', '.join(str(options.out / one['scores']) for one in heads)}")  # fmt: skip
+
+
+def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) -> dict[str, Any]:
+    """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over videos; of top-1
+    also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
+    from aggregate.ablation.compare import over_seeds
+    from aggregate.metrics import bootstrap
+
+    first, in_five = places == 0, places < min(5, classes)
+    by_seed = first.mean(axis=1).tolist()
+    return {
+        "top1": asdict(bootstrap(first.mean(axis=0))),
+        "top5": asdict(bootstrap(in_five.mean(axis=0))),
+        "average_error": asdict(bootstrap(1 - (first + in_five.astype(float)).mean(axis=0) / 2)),
+        "by_seed": by_seed,
+        "over_seeds": dict(zip(("value", "low", "high"), over_seeds(by_seed), strict=True)) if by_seed[1:] else None,
+        "difference": None
+        if baseline is None
+        else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0))),
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """The table of the terminal: percent, differences in points."""
+    from aggregate.complexity import aligned
+
+    def cell(interval: dict[str, float] | None, sign: str = "") -> str:
+        if interval is None:
+            return ""
+        value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
+        return f"{value:{sign}.2f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+    head = ["", "segments", "top-1 %", "over seeds", "top-5 %", "average error %", f"top-1 - {results['baseline']}'s"]
+    lines = [head]
+    for one, count in itertools.product(results["heads"], results["heads"][0]["segments"]):
+        m = one["segments"][count]
+        cells = (cell(m[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
+        lines.append([one["name"], count, *cells, cell(m["difference"], "+")])
+    return (
+        f"{aligned(lines)}\n\nMeans over {len(results['seeds'])} seed(s) with 95 % intervals over videos (bootstrap; "
+        "differences paired), and over seeds (Student's t).\nThe epoch and what else was tried were chosen inside each "
+        "fold's training part."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m aggregate.crossval"))

@@ -1,0 +1,266 @@
+"""python -m aggregate.crossval: equal to separate runs, blind to what it reports on, killed and resumed."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aggregate import crossval, evaluate, train
+from aggregate.metrics import bootstrap, ranks
+from aggregate.scores import Scores
+from aggregate.training.checkpoint import Checkpoint
+from extract.cli import InputError, RunError
+from extract.store import FeatureStore
+from stores import classes_store, fail_rows, poison_row
+
+QUICK = {"epochs": (4,), "batch_size": (16,), "lr": (0.01,), "g1": (4,), "g2": (2,), "m1": (8,), "seeds": (0,)}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("crossval") / "feats.zarr"
+    classes_store(path, noise=4.0)
+    return str(path)
+
+
+def options(features: str, out: Path, **changes) -> crossval.Options:
+    return crossval.Options(features=features, out=out, **({"agg": ("tsn", "hgnl")} | QUICK | changes))
+
+
+def results_of(out: Path) -> dict:
+    return json.loads((out / "results.json").read_text())
+
+
+def relabelled(source: str, path: Path, *, splits: np.ndarray | None = None, labels: np.ndarray | None = None) -> str:
+    """The same videos in other splits, or with other labels."""
+    store = FeatureStore.open(source)
+    FeatureStore.from_arrays(
+        path,
+        store.read(slice(0, len(store))),
+        lengths=store.num_frames,
+        labels=store.labels if labels is None else labels,
+        classes=store.classes,
+        ids=store.ids.tolist(),
+        splits=(store.splits if splits is None else splits).tolist(),
+        groups=store.groups.tolist(),
+    )
+    return str(path)
+
+
+# -- what it gives -----------------------------------------------------------------------------------------------------
+
+
+def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_path, monkeypatch):
+    """The inner run chooses the epoch; a run on all but the fold, ended there, scores the fold."""
+    wanted = options(features, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03))
+    crossval.main(wanted)
+    store = FeatureStore.open(features)
+    folds = {fold.name: fold for fold in crossval.folds_of(store, wanted, 0)}
+    assert len(folds) == 12
+    fold = folds["g7"]
+    splits = np.full(len(store), "", "U8")
+    splits[fold.train], splits[fold.train[fold.held_out]] = "train", "val"
+    inner = relabelled(features, tmp_path / "inner.zarr", splits=splits)
+    splits[fold.train], splits[fold.test] = "train", "val"
+    outer = relabelled(features, tmp_path / "outer.zarr", splits=splits)
+    for head in results_of(tmp_path / "cv")["heads"]:
+        (chosen,) = [one for one in head["chosen"] if one["fold"] == "g7"]
+        own = {"g1": 4, "g2": 2, "m1": 8} if head["name"] == "hgnl" else {}
+        rate = float(chosen["options"].split("lr=")[1].split()[0])
+        single = train.Options(agg=head["name"], epochs=4, batch_size=16, lr=rate, **own)
+        errors = {}
+        for lr in (0.003, 0.03):
+            out = tmp_path / f"{head['name']} {lr}"
+            train.main(replace(single, features=inner, out=out, lr=lr))
+            errors[lr] = Checkpoint.load(out / "best.pt").metrics["val_average_error"]
+        assert chosen["inner_error"] == errors[rate] == min(errors.values())
+        run = train.prepare(replace(single, features=outer, out=tmp_path / head["name"]))
+        ended = run.end_epoch
+
+        def stops(epoch, run=run, ended=ended, last=chosen["epoch"]):
+            ended(epoch)
+            if epoch.number == last:
+                raise KeyboardInterrupt
+            return run.history[-1]
+
+        monkeypatch.setattr(run, "end_epoch", stops)
+        with pytest.raises(KeyboardInterrupt):
+            run.train()
+        scores = tmp_path / f"{head['name']}.h5"
+        asked = evaluate.Options(tmp_path / head["name"] / "last.pt", outer, out=scores, segments=(3, 6), batch_size=16)
+        evaluate.main(asked)
+        for segments in (3, 6):
+            alone, together = Scores.load(scores, segments), Scores.load(tmp_path / "cv" / head["scores"], segments)
+            places = [together.ids.index(name) for name in alone.ids]
+            assert len(places) == 5
+            np.testing.assert_array_equal(together.logits[places], alone.logits)
+
+
+def test_the_reported_videos_have_no_say(features, tmp_path):
+    """Other labels of a fold's videos change nothing of how it is scored, though much of how the others are."""
+    store = FeatureStore.open(features)
+    labels = store.labels.copy()
+    labels[store.groups == "g4"] = (labels[store.groups == "g4"] + 1) % 3
+    other = relabelled(features, tmp_path / "other.zarr", labels=labels)
+    wanted = options(features, tmp_path / "a", folds="group", agg=("hgnl",), lr=(0.003, 0.03))
+    crossval.main(wanted)
+    crossval.main(replace(wanted, features=other, out=tmp_path / "b"))
+    one, two = (Scores.load(tmp_path / name / "hgnl.h5") for name in "ab")
+    own = store.groups == "g4"
+    np.testing.assert_array_equal(one.logits[own], two.logits[own])
+    assert (one.logits[~own] != two.logits[~own]).any(axis=1).mean() > 0.9
+
+
+def test_table_scores_and_results_say_the_same(features, tmp_path, capsys):
+    out = tmp_path / "cv"
+    assert crossval.main(options(features, out, agg=("weighted", "tsn"), seeds=(0, 1), epochs=(2,), folds="3")) == 0
+    printed = capsys.readouterr().out
+    assert "60 videos, 3 folds x 2 seeds, classes evenly, groups whole" in printed
+    results = results_of(out)
+    assert (results["schema"], results["baseline"], results["videos"]) == ("hgnl-crossval/1", "tsn", 60)
+    weighted, tsn = results["heads"]
+    assert tsn["segments"]["6"]["difference"] is None
+    assert {"seed", "fold", "options", "epoch", "inner_error"} <= tsn["chosen"][0].keys()
+    assert len(tsn["chosen"]) == 6
+    store, first = FeatureStore.open(features), {}
+    for seed in (0, 1):
+        crossval.main(
+            options(features, tmp_path / str(seed), agg=("weighted", "tsn"), seeds=(seed,), epochs=(2,), folds="3")
+        )
+        for name in ("weighted", "tsn"):
+            scores = Scores.load(tmp_path / str(seed) / f"{name}.h5")
+            assert scores.ids == store.ids.tolist()
+            first[name, seed] = ranks(scores.logits, scores.labels) == 0
+    mean = {name: (first[name, 0] + first[name, 1].astype(float)) / 2 for name in ("weighted", "tsn")}
+    measured = weighted["segments"]["6"]
+    assert measured["by_seed"] == [first["weighted", seed].mean() for seed in (0, 1)]
+    assert measured["top1"] == vars(bootstrap(mean["weighted"]))
+    assert measured["difference"] == vars(bootstrap(mean["weighted"] - mean["tsn"]))
+    assert f"{100 * measured['top1']['value']:.2f} [" in printed
+    together = Scores.load(out / "tsn.h5")
+    alone = [Scores.load(tmp_path / str(seed) / "tsn.h5").logits for seed in (0, 1)]
+    np.testing.assert_allclose(together.logits, np.mean(alone, axis=0), rtol=1e-6)
+
+
+@given(st.integers(0, 5), st.sampled_from(["2", "3", "5", "group"]), st.booleans())
+def test_folds_hold_every_video_once_and_split_no_group(features, seed, folds, grouped):
+    store = FeatureStore.open(features)
+    if not grouped and folds != "group":
+        store.__dict__["groups"] = np.full(len(store), "")
+    several = crossval.folds_of(store, options(features, Path(), folds=folds), seed)
+    assert sorted(np.concatenate([fold.test for fold in several])) == list(range(60))
+    for fold in several:
+        assert sorted([*fold.test, *fold.train]) == list(range(60))
+        inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
+        assert set(store.labels[inner]) == {0, 1, 2}
+        if len(set(store.groups)) > 1:
+            parts = [set(store.groups[rows]) for rows in (fold.test, inner, held_out)]
+            assert sum(map(len, parts)) == len(set.union(*parts)) == 12
+        else:
+            counts = np.bincount(store.labels[fold.test])
+            assert counts.max() - counts.min() <= 1
+
+
+def test_failed_videos_are_errors_and_chosen_splits_alone_count(tmp_path, capsys):
+    classes_store(tmp_path / "f.zarr")
+    fail_rows(tmp_path / "f.zarr", [3])
+    crossval.main(options(str(tmp_path / "f.zarr"), tmp_path / "cv", agg=("tsn",), splits=("train",), epochs=(12,)))
+    scores = Scores.load(tmp_path / "cv" / "tsn.h5")
+    store = FeatureStore.open(tmp_path / "f.zarr")
+    assert scores.ids == store.ids[store.splits == "train"].tolist()
+    assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["v/0003.mp4"]
+    assert results_of(tmp_path / "cv")["heads"][0]["segments"]["6"]["top1"]["value"] < 1
+
+
+# -- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
+    wanted = options(features, tmp_path / "whole", epochs=(30,), seeds=(0, 1))
+    crossval.main(wanted)
+    cut = tmp_path / "cut"
+    flags = "--agg tsn hgnl --epochs 30 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8 --seeds 0 1"
+    command = [sys.executable, "-m", "aggregate.crossval", *flags.split(), "--features", features, "--out", str(cut)]
+    log = cut / "results.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 200
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    before = log.read_bytes()
+    assert 4 <= before.count(b"\n") < 20, "killed too late to show anything"
+    crossval.main(replace(wanted, out=cut))
+    assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
+    assert results_of(cut) == results_of(tmp_path / "whole")
+    for name in ("tsn.h5", "hgnl.h5"):
+        np.testing.assert_array_equal(Scores.load(cut / name).logits, Scores.load(tmp_path / "whole" / name).logits)
+    with pytest.raises(InputError, match=r"folds: '?5'? in the folder, '?3'? now"):
+        crossval.main(replace(wanted, out=cut, folds="3"))
+
+
+# -- what cannot be divided --------------------------------------------------------------------------------------------
+
+
+def small(path: Path, labels: str, groups: str = "") -> str:
+    """A video a letter of `labels`, of the group beside it."""
+    names = sorted(set(labels))
+    FeatureStore.from_arrays(
+        path,
+        np.random.default_rng(0).normal(size=(len(labels), 3, 8)),
+        lengths=np.full(len(labels), 3),
+        labels=[names.index(label) for label in labels],
+        classes=names,
+        groups=list(groups or [""] * len(labels)),
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "groups", "changes", "message"),
+    [
+        ("aaaaaabbb", "", {}, "--folds 5: class 'b' has 3 videos, so a fold would be without it; give --folds 3"),
+        ("aabbaabb", "", {"folds": "group"}, "--folds group: the 8 videos of .* are of one group"),
+        ("aabbaabb", "xxxxyyyy", {"folds": "group"}, "fold x: all it has to train on is one group.* at least 3"),
+        ("aaabbb" * 2, "xxyyzz" * 2, {}, "--folds 5: there are 3 groups, which are not split; give --folds group"),
+        ("aabbaabbcc", "xxxxyyyyzz", {"folds": "group"}, "fold z: 1 of 3 classes have no video to train on: c"),
+        ("abab", "", {"folds": "2"}, "fold 0: nothing of its 2 videos to train on can be held out"),
+        ("aabb", "", {"folds": "1"}, "--folds 1: give a number from 2 on, or group"),
+        ("aabb", "", {"folds": "groups"}, "--folds groups: give a number from 2 on, or group"),
+        ("aabb", "", {"splits": ("val",)}, "--splits val: .* has no such split; it has ''"),
+        ("aabb", "", {"val_fraction": 1.0, "folds": "2"}, "--val-fraction 1: expected a fraction between 0 and 1"),
+        ("aabb", "", {"agg": ("max",)}, "--g1 4 means nothing to --agg max"),
+    ],
+)
+def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, changes, message, tmp_path):
+    features = small(tmp_path / "f.zarr", labels, groups)
+    with pytest.raises(InputError, match=message):
+        crossval.main(options(features, tmp_path / "cv", **changes))
+    assert not (tmp_path / "cv").exists()
+
+
+def test_a_fold_that_tests_not_every_class_is_said(tmp_path, capsys):
+    features = small(tmp_path / "f.zarr", "aabb" * 4 + "aa", "wwwwxxxxyyyyzzzzvv")
+    chosen = options(features, tmp_path / "cv", folds="group", agg=("tsn",), g1=(16,), g2=(8,), m1=(), frames=(2,))
+    assert crossval.main(chosen) == 0
+    assert "1 test not every class: v of seed 0" in capsys.readouterr().out
+
+
+def test_nan_in_features_is_traced_to_its_video(tmp_path):
+    classes_store(tmp_path / "f.zarr")
+    poison_row(tmp_path / "f.zarr", 4)
+    with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
+        crossval.main(options(str(tmp_path / "f.zarr"), tmp_path / "cv"))
+
+
+def test_an_aggregator_that_diverges_whatever_is_tried_is_named(features, tmp_path):
+    with pytest.raises(RunError, match="fold 0, seed 0: every tsn diverged; a smaller --lr may help"):
+        crossval.main(options(features, tmp_path / "cv", agg=("tsn",), g1=(16,), g2=(8,), m1=(), lr=(1e38,)))
