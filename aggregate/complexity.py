@@ -8,16 +8,15 @@ import functools
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from extract.cli import InputError, run_command
 
 if TYPE_CHECKING:
     from aggregate.hgnl import HGNonLocal
     from aggregate.literal import Count
-    from aggregate.nl import NonLocal
 
-# Table 1 as printed, at m = 1024, g1 = 16, g2 = 8; the four columns are those of `columns`.
+# Table 1 as printed, at m = 1024, g1 = 16, g2 = 8; the columns are those of `columns`.
 PAPER_DIM, PAPER_G1, PAPER_G2 = 1024, 16, 8
 PAPER_TABLE_1 = {
     "W_q": ("0.5248M", "0.1312M", "8.32K", "0.52k"),
@@ -58,15 +57,7 @@ class Options:
     """n, the number of frames that MAdds are counted for."""
 
 
-class Column(NamedTuple):
-    title: str
-    module: "NonLocal | HGNonLocal"
-    inner_dim: int
-    g1: int  # 1 for NL
-    g2: int
-
-
-def columns(dim: int, *, g1: int, g2: int) -> list[Column]:
+def columns(dim: int, *, g1: int, g2: int) -> "dict[str, HGNonLocal]":
     """The models of Table 1's columns, without memory behind their weights. Raises InputError as HGNonLocal does."""
     import torch
 
@@ -76,46 +67,43 @@ def columns(dim: int, *, g1: int, g2: int) -> list[Column]:
     if dim % 8:
         raise InputError(f"dim is {dim}; the tables are about m1 = m/2 and m/8, so it must be a multiple of 8")
     with torch.device("meta"):
-        return [
-            Column("NL m1=m/2", NonLocal(dim, dim // 2), dim // 2, 1, 1),
-            Column("NL m1=m/8", NonLocal(dim, dim // 8), dim // 8, 1, 1),
-            Column("HG-NL m1=m/8", HGNonLocal(dim, dim // 8, g1, g2), dim // 8, g1, g2),
-            Column("HG-NL shared", HGNonLocal(dim, dim // 8, g1, g2, shared=True), dim // 8, g1, g2),
-        ]
+        return {
+            "NL m1=m/2": NonLocal(dim, dim // 2),
+            "NL m1=m/8": NonLocal(dim, dim // 8),
+            "HG-NL m1=m/8": HGNonLocal(dim, dim // 8, g1, g2),
+            "HG-NL shared": HGNonLocal(dim, dim // 8, g1, g2, shared=True),
+        }
 
 
-def parameters(column: Column) -> dict[str, int]:
+def parameters(module: "HGNonLocal") -> dict[str, int]:
     """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as in Table 1."""
-    layers = (column.module.query, column.module.key, column.module.value)
-    counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    counts = [
+        sum(parameter.numel() for parameter in layer.parameters()) for layer in (module.query, module.key, module.value)
+    ]
     return dict(zip(PAPER_TABLE_1, [*counts, sum(counts)], strict=True))
 
 
-def madds_by_formula(column: Column, *, dim: int, frames: int) -> tuple[int, ...]:
-    """Table 2's rows for m = dim, n = frames. Each multiplication and each addition counts, biases included."""
-    m, n, m1 = dim, frames, column.inner_dim
-    convolution = 2 * m * m1 * n // column.g1
+def madds_by_formula(module: "HGNonLocal", *, frames: int) -> tuple[int, ...]:
+    """Table 2's rows for n = frames. Each multiplication and each addition counts, biases included."""
+    m, n, g1, g2 = module.out_dim, frames, module.g1, module.g2
+    m1 = len(module.key.bias) * (g1 if module.key.shared else 1)
     return (
-        convolution,  # W_q F
-        convolution,  # W_k F
-        2 * m * m * n // column.g2,  # W_v F
-        n * n * (2 * m1 - column.g2),  # Q^T K or Gmm(Q, K)
+        2 * m * m1 * n // g1,  # W_q F
+        2 * m * m1 * n // g1,  # W_k F
+        2 * m * m * n // g2,  # W_v F
+        n * n * (2 * m1 - g2),  # Q^T K or Gmm(Q, K)
         m * n * (2 * n - 1),  # V A or Gmm(V, A)
     )
 
 
-def madds_counted(column: Column, *, dim: int, frames: int) -> tuple["Count", "Count"]:
+def madds_counted(module: "HGNonLocal", *, frames: int) -> tuple["Count", "Count"]:
     """MAdds of one video counted on the literal form, whose products are Table 2's rows, and on the pooled form."""
     import torch
 
-    from aggregate.literal import count, literal_hgnl, literal_nl
-    from aggregate.nl import NonLocal
+    from aggregate.literal import count, literal_form
 
-    module = column.module
-    x = torch.empty(1, frames, dim, device="meta")
-    F = x.transpose(1, 2)
-    literal = count(lambda: literal_nl(module, F) if isinstance(module, NonLocal) else literal_hgnl(module, F))
-    return literal, count(lambda: module(x))
+    x = torch.empty(1, frames, module.out_dim, device="meta")
+    return count(lambda: literal_form(module, x.transpose(1, 2))), count(lambda: module(x))
 
 
 def number(printed: str) -> float:
@@ -123,11 +111,12 @@ def number(printed: str) -> float:
     return round(float(printed[:-1]) * {"M": 1e6, "K": 1e3}[printed[-1].upper()], 3)
 
 
-def table_1(models: list[Column], *, dim: int) -> list[Sequence[str]]:
+def table_1(models: "dict[str, HGNonLocal]") -> list[Sequence[str]]:
     """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's figures round them."""
-    counted = [parameters(column) for column in models]
-    printed = (dim, models[2].g1, models[2].g2) == (PAPER_DIM, PAPER_G1, PAPER_G2)
-    rows: list[Sequence[str]] = [("parameters", *(column.title for column in models))]
+    counted = [parameters(module) for module in models.values()]
+    grouped = models["HG-NL shared"]
+    printed = (grouped.out_dim, grouped.g1, grouped.g2) == (PAPER_DIM, PAPER_G1, PAPER_G2)
+    rows: list[Sequence[str]] = [("parameters", *models)]
     for title, paper in PAPER_TABLE_1.items():
         ours = [figures[title] for figures in counted]
         own = (f"{title}, counted", *(f"{figure:,}" for figure in ours))
@@ -136,20 +125,24 @@ def table_1(models: list[Column], *, dim: int) -> list[Sequence[str]]:
     return rows
 
 
-def table_2(models: list[Column], *, dim: int, frames: int) -> list[Sequence[str]]:
-    """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and the pooled form."""
-    formulas = [madds_by_formula(column, dim=dim, frames=frames) for column in models]
-    literal, pooled = zip(*(madds_counted(column, dim=dim, frames=frames) for column in models), strict=True)
+def table_2(models: "dict[str, HGNonLocal]", *, frames: int) -> list[Sequence[str]]:
+    """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and the pooled form.
+
+    It has no column for shared parameters: they are as many MAdds as unshared ones.
+    """
+    three = dict(list(models.items())[:3])
+    formulas = [madds_by_formula(module, frames=frames) for module in three.values()]
+    literal, pooled = zip(*(madds_counted(module, frames=frames) for module in three.values()), strict=True)
+    sums = [[sum(one.products) for one in counts] for counts in (literal, pooled)]
 
     def row(title: str, figures: Iterable[int]) -> Sequence[str]:
         return (title, *(f"{figure:,}" for figure in figures))
 
-    rows: list[Sequence[str]] = [("MAdds", *(column.title for column in models))]
+    rows: list[Sequence[str]] = [("MAdds", *three)]
     for place, (title, paper) in enumerate(PAPER_TABLE_2.items()):
         rows.append((f"{title}, paper", *paper))
         rows.append(row("  by that formula", (formula[place] for formula in formulas)))
         rows.append(row("  counted, literal form", (one.products[place] for one in literal)))
-    sums = [[sum(one.products) for one in counts] for counts in (literal, pooled)]
     return [
         *rows,
         row("all rows, by formula", map(sum, formulas)),
@@ -192,13 +185,12 @@ def main(options: Options) -> None:
         raise InputError("--dim needs at least one width, such as 1024")
     for dim in options.dim:
         models = columns(dim, g1=options.g1, g2=options.g2)
-        title = f"m = {dim}, g1 = {options.g1}, g2 = {options.g2}"
-        # Table 2 has no column for shared parameters: they are as many MAdds as unshared ones.
-        print(f"Table 1: parameters, {title}\n\n{aligned(table_1(models, dim=dim))}\n")
-        print(f"Table 2: multiplications and additions of one video, {title}, n = {options.frames}\n")
-        print(aligned(table_2(models[:3], dim=dim, frames=options.frames)) + "\n")
-        print(f"Heads beside the paper's, m = {dim}, n = {options.frames}, counted on what runs\n")
-        print(aligned(other_heads(dim=dim, frames=options.frames)) + "\n")
+        title, frames = f"m = {dim}, g1 = {options.g1}, g2 = {options.g2}", options.frames
+        print(f"Table 1: parameters, {title}\n\n{aligned(table_1(models))}\n")
+        print(f"Table 2: multiplications and additions of one video, {title}, n = {frames}\n")
+        print(f"{aligned(table_2(models, frames=frames))}\n")
+        print(f"Heads beside the paper's, m = {dim}, n = {frames}, counted on what runs\n")
+        print(f"{aligned(other_heads(dim=dim, frames=frames))}\n")
 
 
 if __name__ == "__main__":

@@ -16,26 +16,17 @@ from torch.nn.functional import conv1d
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aggregate.hgnl import GroupedLinear, HGNonLocal
-from aggregate.nl import NonLocal
 
 
-def literal_nl(module: NonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim"]:
-    """NL by eq. 3-6, with the weights of `module`."""
-    Q, K, V = _products(module, F)
-    A = (torch.bmm(Q.transpose(1, 2), K) * module.score_factor).softmax(1)  # eq. 3
-    F_o = torch.bmm(V, A)  # eq. 4
-    F_weight = module.scale * F_o + F  # eq. 5
-    return F_weight.mean(-1)  # eq. 6
-
-
-def literal_hgnl(module: HGNonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim"]:
-    """HG-NL by eq. 7, 8, 5, 6, with the weights and options of `module`."""
+def literal_form(module: HGNonLocal, F: Float[Tensor, "batch dim time"]) -> Float[Tensor, "batch dim"]:
+    """HG-NL by eq. 7, 8, 5, 6, and NL, of one group and with softmax, by eq. 3-6, with the weights of `module`."""
     n = F.shape[-1]
     Q, K, V = _products(module, F)
     scores = gmm(Q, K, groups=module.g2, transpose=True) * module.score_factor
-    A = scores.relu() if module.attention == "relu" else scores.softmax(2)  # eq. 7: [batch, g2, time, time]
-    A = A * {"none": 1, "n": 1 / n, "n_over_train": module.train_frames / n}[module.norm]
-    F_o = gmm(V, A, groups=module.g2).flatten(1, 2)  # eq. 8
+    A = scores.relu() if module.attention == "relu" else scores.softmax(2)  # eq. 7 or 3: [batch, g2, time, time]
+    if module.norm != "none":
+        A = A * {"n": 1 / n, "n_over_train": module.train_frames / n}[module.norm]
+    F_o = gmm(V, A, groups=module.g2).flatten(1, 2)  # eq. 8 or 4
     F_weight = module.scale * F_o + F  # eq. 5
     return F_weight.mean(-1)  # eq. 6
 

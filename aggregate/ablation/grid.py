@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from aggregate import train
-from aggregate.complexity import Column, madds_by_formula
+from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
@@ -193,8 +193,7 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
         flags["m1"] = len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8  # type: ignore
-        column = Column("", aggregator, flags["m1"], flags["g1"] or 1, flags["g2"] or 1)  # type: ignore
-        table_2 = sum(madds_by_formula(column, dim=store.dim, frames=frames))
+        table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
     recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout")
     return {

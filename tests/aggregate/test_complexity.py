@@ -1,5 +1,6 @@
 """Tables 1 and 2 of the paper: every figure, by formula and by counting; the counter itself on known products."""
 
+import functools
 import re
 
 import pytest
@@ -17,19 +18,19 @@ from aggregate.complexity import (
     number,
     parameters,
 )
-from aggregate.literal import count, literal_hgnl, literal_nl
+from aggregate.literal import count, literal_form
 from extract.cli import InputError, run_command
 
 
 def test_table_1_comes_out_exactly():
     models = columns(1024, g1=16, g2=8)
     for title, paper in PAPER_TABLE_1.items():
-        assert [number(text) for text in paper] == [parameters(column)[title] for column in models]
-    assert [parameters(column)["All"] for column in models] == [2_099_200, 1_312_000, 148_736, 17_552]
+        assert [number(text) for text in paper] == [parameters(module)[title] for module in models.values()]
+    assert [parameters(module)["All"] for module in models.values()] == [2_099_200, 1_312_000, 148_736, 17_552]
 
 
 def test_parameters_at_the_real_width():
-    totals = [parameters(column)["All"] for column in columns(2048, g1=16, g2=8)]
+    totals = [parameters(module)["All"] for module in columns(2048, g1=16, g2=8).values()]
     assert totals == [8_392_704, 5_245_440, 592_384, 69_920]
 
 
@@ -37,9 +38,9 @@ def test_parameters_at_the_real_width():
     ("dim", "g1", "g2", "frames"), [(1024, 16, 8, 25), (2048, 16, 8, 3), (96, 12, 4, 1), (64, 4, 4, 7)]
 )
 def test_the_literal_form_counts_what_table_2_says(dim, g1, g2, frames):
-    for column in columns(dim, g1=g1, g2=g2):
-        literal, pooled = madds_counted(column, dim=dim, frames=frames)
-        assert literal.products == madds_by_formula(column, dim=dim, frames=frames)
+    for module in columns(dim, g1=g1, g2=g2).values():
+        literal, pooled = madds_counted(module, frames=frames)
+        assert literal.products == madds_by_formula(module, frames=frames)
         if frames > 1:
             assert sum(pooled.products) < sum(literal.products)
 
@@ -55,9 +56,9 @@ def evaluate(formula: str, **values: int) -> float:
 
 @pytest.mark.parametrize("n", [1, 3, 25])
 def test_our_formulas_are_those_that_the_paper_prints(n):
-    for place, column in enumerate(columns(1024, g1=16, g2=8)[:3]):
+    for place, module in enumerate(list(columns(1024, g1=16, g2=8).values())[:3]):
         printed = [evaluate(row[place], m=1024, n=n, g1=16, g2=8) for row in PAPER_TABLE_2.values()]
-        assert printed == list(madds_by_formula(column, dim=1024, frames=n))
+        assert printed == list(madds_by_formula(module, frames=n))
 
 
 def test_the_counter_on_known_products():
@@ -75,11 +76,11 @@ def test_the_counter_on_known_products():
 
 def test_the_papers_words_about_its_tables():
     """What of them holds, and under which reading (FACTS 1): M is 2^20; about 70 times fewer than NL with m1 = m/8."""
-    models = columns(1024, g1=16, g2=8)
-    full, eighth, grouped, shared = (parameters(column)["All"] for column in models)
+    models = list(columns(1024, g1=16, g2=8).values())
+    full, eighth, grouped, shared = (parameters(module)["All"] for module in models)
     assert [round(eighth / grouped, 1), round(full / grouped, 1)] == [8.8, 14.1]  # "about 8 - 14 times fewer"
     assert [round(eighth / shared, 1), round(full / shared, 1)] == [74.7, 119.6]  # "roughly 70 times fewer"
-    convolutions = [sum(madds_by_formula(column, dim=1024, frames=1)[:3]) / 2**20 for column in models[:3]]
+    convolutions = [sum(madds_by_formula(module, frames=1)[:3]) / 2**20 for module in models[:3]]
     assert convolutions == [4, 2.5, 0.5 / 16 + 2 / 8]
 
 
@@ -87,15 +88,13 @@ def test_torchs_own_counter_agrees_where_it_counts_the_same():
     """It takes 2 k for a product of length k, right where a bias is added; ours takes 2 k - 1 where none is."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    for column in columns(64, g1=4, g2=2):
-        x = torch.empty(1, 5, 64, device="meta")
-        F = x.transpose(1, 2)
-        literal = literal_hgnl if column.g2 > 1 else literal_nl
+    for module in columns(64, g1=4, g2=2).values():
+        F = torch.empty(1, 64, 5, device="meta")
         with FlopCounterMode(display=False) as theirs:
-            literal(column.module, F)
-        ours = count(lambda: literal(column.module, F)).products  # noqa: B023  # called at once
+            literal_form(module, F)
+        ours = count(functools.partial(literal_form, module, F)).products
         # Q^T K has g2 n^2 sums, V A m n, and no bias.
-        assert theirs.get_total_flops() - sum(ours) == column.g2 * 25 + 64 * 5
+        assert theirs.get_total_flops() - sum(ours) == module.g2 * 25 + 64 * 5
 
 
 def test_the_command_prints_both_tables(capsys):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregate.hgnl import ATTENTIONS, NORMS, HGNonLocal
-from aggregate.literal import literal_hgnl
+from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
 from extract.cli import InputError
@@ -53,7 +53,7 @@ def hgnl(*args, seed: int = 0, **options) -> HGNonLocal:
 def test_pooled_equals_literal_in_values_and_gradients(case):
     module, x = case
     x.requires_grad_()
-    pooled, literal = module(x), literal_hgnl(module, x.transpose(1, 2))
+    pooled, literal = module(x), literal_form(module, x.transpose(1, 2))
     assert_close(pooled, literal)
     cotangent = torch.randn_like(pooled)
     references = gradients(module, x, literal, cotangent)
@@ -67,7 +67,7 @@ def test_pooled_equals_literal_in_values_and_gradients(case):
 def test_literal_equals_loops(case):
     module, x = case
     expected = torch.stack([torch.from_numpy(attention_by_loops(module, video)) for video in x])
-    assert_close(literal_hgnl(module, x.transpose(1, 2)), expected)
+    assert_close(literal_form(module, x.transpose(1, 2)), expected)
 
 
 @given(cases())

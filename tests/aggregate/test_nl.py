@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregate.literal import literal_nl
+from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
 from extract.cli import InputError
@@ -42,7 +42,7 @@ SIZES = (
 def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, scale_scores, seed):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     x.requires_grad_()
-    pooled, literal = module(x), literal_nl(module, x.transpose(1, 2))
+    pooled, literal = module(x), literal_form(module, x.transpose(1, 2))
     assert_close(pooled, literal)
     cotangent = torch.randn_like(pooled)
     references = gradients(module, x, literal, cotangent)
@@ -56,7 +56,7 @@ def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, 
 def test_literal_equals_loops(batch, time, dim, inner, scale_scores, seed):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     expected = torch.stack([torch.from_numpy(attention_by_loops(module, video)) for video in x])
-    assert_close(literal_nl(module, x.transpose(1, 2)), expected)
+    assert_close(literal_form(module, x.transpose(1, 2)), expected)
 
 
 @given(*SIZES)

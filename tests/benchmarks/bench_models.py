@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aggregate.data.features import Batch
 from aggregate.hgnl import HGNonLocal
-from aggregate.literal import literal_hgnl
+from aggregate.literal import literal_form
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.recipes import Recipe
@@ -43,7 +43,7 @@ class LiteralHGNonLocal(HGNonLocal):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         assert mask is None
-        return literal_hgnl(self, x.transpose(1, 2))
+        return literal_form(self, x.transpose(1, 2))
 
 
 @pytest.fixture(autouse=True)
