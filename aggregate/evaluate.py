@@ -90,7 +90,7 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
 
     from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames, clip_pool
-    from aggregate.from_record import model_from_record
+    from aggregate.endtoend import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.learner import choose_device
     from aggregate.training.sources import predict

@@ -193,8 +193,7 @@ def build_model(
     its backbone."""
     import torch
 
-    from aggregate.endtoend import Recogniser, backbone_record, build_net, freeze_batch_norms
-    from aggregate.from_record import check_backbone
+    from aggregate.endtoend import Recogniser, backbone_record, build_net, check_backbone, freeze_batch_norms
     from aggregate.training.checkpoint import Checkpoint
     from extract.backbone.model import load_trunk
 

@@ -48,8 +48,8 @@ class Options:
 
 
 def main(options: Options) -> int:
+    from aggregate.endtoend import model_from_record
     from aggregate.evaluate import describe
-    from aggregate.from_record import model_from_record
     from aggregate.training.checkpoint import Checkpoint
 
     try:

@@ -66,7 +66,7 @@ class Predictor:
         segments: int = 25,
         video_timeout: float = 60.0,
     ):
-        from aggregate.from_record import backbone_from_record, model_from_record
+        from aggregate.endtoend import backbone_from_record, model_from_record
         from extract.decode.subprocess_pool import SubprocessPool
 
         if segments < 1:

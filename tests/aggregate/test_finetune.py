@@ -18,9 +18,8 @@ import torch
 from aggregate import evaluate, finetune, train
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.frames import VideoFrames, clip_pool
-from aggregate.endtoend import EndToEnd
+from aggregate.endtoend import EndToEnd, model_from_record
 from aggregate.finetune import Options, prepare
-from aggregate.from_record import model_from_record
 from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import small_models
-from aggregate.from_record import model_from_record
+from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
 from extract.decode.transform import Plan, prepare

@@ -16,7 +16,7 @@ from PIL import Image
 import small_models
 from aggregate import evaluate
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
-from aggregate.from_record import backbone_from_record, model_from_record
+from aggregate.endtoend import backbone_from_record, model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
@@ -410,7 +410,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
         asked.append(weights)
         return small_models.trunk_of()
 
-    monkeypatch.setattr("extract.backbone.model.load_trunk", at_hand)
+    monkeypatch.setattr("aggregate.endtoend.load_trunk", at_hand)
     with pytest.raises(InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"):
         model_from_record(checkpoint)
     assert asked == ["pretrained"]
