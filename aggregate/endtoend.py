@@ -16,7 +16,7 @@ from aggregate.data.frames import normalised
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
-from extract.backbone.model import Backbone, Trunk, load_backbone, load_trunk
+from extract.backbone.model import Backbone, Trunk, load_backbone, load_trunk, package_file
 from extract.cli import InputError
 from extract.decode.transform import Preprocessing
 
