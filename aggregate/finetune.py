@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from aggregate.training.options import (
+    Aggregator,
     HeadOptions,
     ScheduleOptions,
     SplitOptions,
@@ -34,7 +35,7 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     Where no recipe is named it is the paper's: TSN 40 epochs, NL and HG-NL 8, StNet 20.
     """
 
-    model: Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad", "stnet"]
+    model: Aggregator | Literal["stnet"]
     """An aggregator over the backbone's frame features, or stnet."""
     videos: Path
     """As for python -m extract: a folder, or a CSV with --root."""
