@@ -8,12 +8,15 @@ plan with what it will cost on this machine.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -111,12 +114,12 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
         videos = len(listing.videos)
         computing, decoding = videos * options.frames * frame, videos * decode
         on_cpu = backbone.device.type == "cpu"  # there both share the cores
-        hours = (computing + decoding if on_cpu else max(computing, decoding)) / 3600
+        seconds = computing + decoding if on_cpu else max(computing, decoding)
         print(
             f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "
-            f"{_duration(hours)} (backbone {_duration(computing / 3600)}, decoding {_duration(decoding / 3600)})"
+            f"{_duration(seconds)} (backbone {_duration(computing)}, decoding {_duration(decoding)})"
         )
-        total += hours
+        total += seconds
         for agg in ("tsn", "hgnl", "nl") if name == "k700" else ("tsn",):
             if agg not in options.skip:
                 total += _plan_training(options, name, listing, agg, backbone.dim)
@@ -154,7 +157,7 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
 
 
 def _plan_training(options: Options, name: str, listing: "Listing", agg: str, dim: int) -> float:
-    """Hours of training on cached features, from some timed steps on features of the true shape."""
+    """Seconds of training on cached features, from some timed steps on features of the true shape."""
     import numpy as np
     import torch
 
@@ -170,9 +173,9 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
     learner = Learner(agg, model, chosen, 1, 0, torch.device("cpu"))
     x = torch.rand(chosen.batch_size, 3, dim).half()
     batch = Batch(x, None, torch.zeros(len(x), dtype=torch.int64), np.zeros(len(x)))
-    hours = _timed(lambda: learner.step(batch, 0, 0)) * -(-train // chosen.batch_size) * chosen.epochs / 3600
-    print(f"train     {name} {agg}: {chosen}: about {_duration(hours)} on this CPU")
-    return hours
+    seconds = _timed(lambda: learner.step(batch, 0, 0)) * -(-train // chosen.batch_size) * chosen.epochs
+    print(f"train     {name} {agg}: {chosen}: about {_duration(seconds)} on this CPU")
+    return seconds
 
 
 def _timed(call: Callable[[], object], times: int = 3) -> float:
@@ -184,12 +187,9 @@ def _timed(call: Callable[[], object], times: int = 3) -> float:
     return (time.perf_counter() - started) / times
 
 
-def _duration(hours: float) -> str:
-    """`3.2 h`, `12 min`, `40 s`, `2.1 days`."""
-    for unit, length in (("days", 24.0), ("h", 1.0), ("min", 1 / 60)):
-        if hours >= length * 1.5:
-            return f"{hours / length:.3g} {unit}"
-    return f"{hours * 3600:.2g} s"
+def _duration(seconds: float) -> str:
+    """`3:12:00`, `2 days, 4:30:00`."""
+    return str(timedelta(seconds=max(1, round(seconds))))
 
 
 # -- the steps -----------------------------------------------------------------------------------------------------
@@ -197,117 +197,77 @@ def _duration(hours: float) -> str:
 
 def _run(options: Options, splits: Sequence[str]) -> None:
     """The steps in their order, each in a folder of its own below the work folder."""
-    work, init = options.workdir, None
-    wanted = [step for step in ("tsn", "hgnl", "nl", "stnet") if step not in options.skip]
-    if "extract" not in options.skip:
-        _extract(options, options.root, "k700")
-    if options.pretrain is not None:
-        if "extract" not in options.skip:
-            _extract(options, options.pretrain, "k600")
-        if "tsn" in wanted:
-            _train(options, "tsn", "k600_tsn", features="k600")
+    work, skip = options.workdir, options.skip
+    backbone, machine = _same(options, "backbone", "weights"), _same(options, "address", "decode_workers")
+    sources = {"k700": options.root} | ({"k600": options.pretrain} if options.pretrain else {})
+    for name, videos in sources.items() if "extract" not in skip else ():
+        more = _same(options, "frames", "workers", "max_failed") | {
+            "labels": options.labels if name == "k700" else "auto"
+        }
+        _step("extract.__main__", videos=videos, out=f"{work}/{name}.zarr", **backbone, **machine, **more)
+    schedule = _same(options, "epochs", "batch_size")
+    init = None
+    if options.pretrain:
         init = work / "k600_tsn" / "best.pt"
-    for name in wanted[: 3 + options.stnet]:
-        if name == "stnet":
-            _stnet(options)
-        else:
-            _train(options, name, name, init=init if name == "tsn" else work / "tsn" / "best.pt")
+        if "tsn" not in skip:
+            _train(options, "tsn", features="k600", out=work / "k600_tsn")
+    for agg in ("tsn", "hgnl", "nl"):
+        if agg not in skip:
+            _train(options, agg, out=work / agg, init=init if agg == "tsn" else work / "tsn" / "best.pt")
+    if options.stnet and "stnet" not in skip:
+        more = {"videos": options.root, "labels": options.labels, "workers": options.workers or 1}
+        _step("aggregate.finetune", model="stnet", out=work / "stnet", **backbone, **machine, **schedule, **more)
     models = [name for name in ("tsn", "hgnl", "nl", "stnet") if (work / name / "best.pt").exists()]
     if not models:
         raise InputError(f"{work} holds no trained model; leave fewer steps out with --skip")
-    if "ensemble" not in options.skip:
+    if "ensemble" not in skip:
         _ensemble(options, models, [split for split in ("val", "test") if split in splits])
-    if "report" not in options.skip:
-        import pipelines.report.__main__ as report
-
-        _step("report", report.main, report.Options(work, out=work / "report.html"))
+    if "report" not in skip:
+        _step("pipelines.report.__main__", rundir=work, out=work / "report.html")
     _table(options, models)
 
 
-def _step(what: str, command: Callable[[Any], int | None], options: Any) -> None:
-    """One command of the recipe."""
-    print(f"\n== {what} ==", flush=True)
-    if status := command(options):
-        raise RunError(f"the recipe ends here: {what} gave exit status {status}; what it said stands above")
+def _step(module: str, **options: Any) -> None:
+    """One command of the recipe, as `python -m` runs it."""
+    command = importlib.import_module(module)
+    name = module.removesuffix(".__main__")
+    print(f"\n== {name} {options.get('out', '')} ==", flush=True)
+    if status := command.main(command.Options(**options)):
+        raise RunError(f"the recipe ends here: python -m {name} gave exit status {status}; what it said stands above")
 
 
-def _shared(options: Options, *names: str) -> dict[str, Any]:
+def _same(options: Options, *names: str) -> dict[str, Any]:
     """Options that a step has under the same names."""
     return {name: getattr(options, name) for name in names}
 
 
-def _extract(options: Options, videos: Path, name: str) -> None:
-    from extract.__main__ import Options as ExtractOptions
-    from extract.__main__ import main as extract
-
-    common = _shared(options, "backbone", "weights", "frames", "workers", "address", "decode_workers", "max_failed")
-    labels = options.labels if name == "k700" else "auto"
-    chosen = ExtractOptions(videos=videos, out=str(options.workdir / f"{name}.zarr"), labels=labels, **common)
-    _step(f"features of {videos}", extract, chosen)
-
-
-def _train(options: Options, agg: Any, folder: str, *, features: str = "k700", init: Path | None = None) -> None:
-    from aggregate import train
-
-    groups = _shared(options, "g1", "g2") if agg == "hgnl" else {}
-    chosen = train.Options(
-        agg=agg,
-        features=str(options.workdir / f"{features}.zarr"),
-        out=options.workdir / folder,
-        init=init,
-        recipe="paper",
-        control=agg == "hgnl",
-        **_shared(options, "epochs", "batch_size"),
-        **groups,
-    )
-    _step(f"training {folder}", train.main, chosen)
-
-
-def _stnet(options: Options) -> None:
-    from aggregate import finetune
-
-    common = _shared(options, "labels", "backbone", "weights", "epochs", "batch_size", "address", "decode_workers")
-    chosen = finetune.Options(
-        model="stnet", videos=options.root, out=options.workdir / "stnet", workers=options.workers or 1, **common
-    )
-    _step("StNet end to end", finetune.main, chosen)
-
-
-def _scores(options: Options, name: str, split: str) -> Path:
-    return options.workdir / "scores" / f"{name}_{split}.h5"
+def _train(options: Options, agg: str, *, out: Path, features: str = "k700", init: Path | None = None) -> None:
+    more = _same(options, "epochs", "batch_size") | (_same(options, "g1", "g2") if agg == "hgnl" else {})
+    store = f"{options.workdir}/{features}.zarr"
+    _step("aggregate.train", agg=agg, features=store, out=out, init=init, recipe="paper", control=agg == "hgnl", **more)
 
 
 def _ensemble(options: Options, models: Sequence[str], splits: Sequence[str]) -> None:
     """Weights searched on val, then used for test (where there is one) and its submission."""
-    import ensemble.__main__ as fusion
-
+    work = options.workdir
+    for split, name in product(splits, models):
+        checkpoint, out = work / name / "best.pt", _scores(options, name, split)
+        if out.exists() and out.stat().st_mtime > checkpoint.stat().st_mtime:
+            continue
+        source: dict[str, Any] = {"features": f"{work}/k700.zarr"}
+        if name == "stnet":
+            source = {"videos": options.root, "labels": options.labels}
+        _step("aggregate.evaluate", checkpoint=checkpoint, split=split, segments=(3, 25), out=out, **source)
     weights = "search" if len(models) > 1 else "equal"
     for split in splits:
-        for name in models:
-            _score(options, name, split)
-    for split in splits:
-        out = options.workdir / f"fused_{split}.h5"
-        chosen = fusion.Options(
-            scores=tuple(_scores(options, name, split) for name in models),
-            out=out,
-            weights=weights,
-            submission=options.workdir / "submission.json" if split == splits[-1] else None,
-        )
-        _step(f"ensemble on {split}, weights {weights}", fusion.main, chosen)
+        scores, out = tuple(_scores(options, name, split) for name in models), work / f"fused_{split}.h5"
+        submission = work / "submission.json" if split == splits[-1] else None
+        _step("ensemble.__main__", scores=scores, out=out, weights=weights, submission=submission)
         weights = ",".join(map(repr, json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["weights"]))
 
 
-def _score(options: Options, name: str, split: str) -> None:
-    from aggregate import evaluate
-
-    checkpoint, out = options.workdir / name / "best.pt", _scores(options, name, split)
-    if out.exists() and out.stat().st_mtime > checkpoint.stat().st_mtime:
-        return
-    source: dict[str, Any] = {"features": str(options.workdir / "k700.zarr")}
-    if name == "stnet":
-        source = {"videos": options.root, "labels": options.labels}
-    asked = evaluate.Options(checkpoint, split=split, segments=(3, 25), out=out, **source)
-    _step(f"scores of {name} on {split}", evaluate.main, asked)
+def _scores(options: Options, name: str, split: str) -> Path:
+    return options.workdir / "scores" / f"{name}_{split}.h5"
 
 
 def _table(options: Options, models: Sequence[str]) -> None:

@@ -60,40 +60,37 @@ def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[
     for name, store in found.stores.items():
         counts = pd.crosstab(store.splits, store.status).rename(columns=dict(enumerate(STATUS_NAMES)))
         counts = counts.reindex(columns=list(kinds), fill_value=0).rename(index={"": "(no split)"})
-        shape = f"{store.num_views} views x {store.frames_per_video} frames x {store.dim} numbers"
-        words = f"{len(store):,} videos of {len(store.classes):,} classes, each {shape}, "
-        words += f"{human_bytes(len(store) * store.video_bytes)} in all. {_spans(store)}{_per_class(store)}"
         bars = figures.bars(counts.index.tolist(), counts.to_numpy(), kinds, x_label="videos")
         shown.append(
-            {"name": name, "words": words, "picture": figures.svg(bars), "kinds": list(kinds)}
-            | {"counts": [(split, *(f"{n:,}" for n in row)) for split, *row in counts.itertuples()]}
+            {"name": name, "store": store, "size": human_bytes(len(store) * store.video_bytes), "spans": _spans(store)}
+            | {"picture": figures.svg(bars), "kinds": list(kinds), "splits": [(s, n) for s, *n in counts.itertuples()]}
             | {"reasons": _reasons(store), "samples": list(sample_frames(store, videos, seed=seed))}
+            | _class_sizes(store)
         )
     return shown
 
 
-def _spans(store: FeatureStore) -> str:
+def _spans(store: FeatureStore) -> dict[str, Any]:
     rows = np.flatnonzero(np.isfinite(store.starts))
     if not len(rows):
-        return ""
+        return {}
     files = {file_name(store, row) for row in rows}
-    length = np.median(store.ends[rows] - store.starts[rows])
-    return f"{len(rows):,} are spans of {len(files):,} files, {length:.3g} s long in the median. "
+    return {"rows": len(rows), "files": len(files), "seconds": np.median(store.ends[rows] - store.starts[rows])}
 
 
-def _per_class(store: FeatureStore) -> str:
+def _class_sizes(store: FeatureStore) -> dict[str, Any]:
+    """The classes of least and of most videos, and how many have none."""
     sizes = Counter(store.labels[store.labels >= 0].tolist())
-    if not sizes:
-        return "No video has a label."
-    least, most = min(sizes, key=lambda c: (sizes[c], c)), max(sizes, key=lambda c: (sizes[c], -c))
-    without = len(store.classes) - len(sizes)
-    return (
-        f"A class has {sizes[least]:,} ({store.classes[least]}) to {sizes[most]:,} ({store.classes[most]}) videos"
-        + (f"; {without:,} have none." if without else ".")
+    ends = (
+        {"least": min(sizes, key=lambda c: (sizes[c], c)), "most": max(sizes, key=lambda c: (sizes[c], -c))}
+        if sizes
+        else {}
     )
+    named = {end: {"name": store.classes[label], "count": sizes[label]} for end, label in ends.items()}
+    return {**named, "without": len(store.classes) - len(sizes)}
 
 
-def _reasons(store: FeatureStore) -> list[tuple[str, str, str]]:
+def _reasons(store: FeatureStore) -> list[tuple[int, str, str]]:
     """Reasons of failed and partial videos, the frequent ones first; like ones (but for numbers) together."""
     videos = pd.DataFrame({"status": store.status, "error": store.errors, "id": store.ids})
     videos = videos[videos.status.isin([FAILED, PARTIAL])]
@@ -101,11 +98,11 @@ def _reasons(store: FeatureStore) -> list[tuple[str, str, str]]:
     counts = videos.groupby(kinds, sort=False).agg(count=("id", "size"), id=("id", "first"), error=("error", "first"))
     counts = counts.sort_values("count", ascending=False, kind="stable")
     rows = [
-        (f"{one.count:,}", STATUS_NAMES[status], f"{one.id}: {one.error}")
+        (one.count, STATUS_NAMES[status], f"{one.id}: {one.error}")
         for (status, _), one in zip(counts.index[:REASONS], counts.itertuples(index=False), strict=False)
     ]
     others = counts["count"].iloc[REASONS:]
-    return rows + [(f"{others.sum():,}", "", f"for {len(others):,} further reasons")] * bool(len(others))
+    return rows + [(others.sum(), "", f"for {len(others):,} further reasons")] * bool(len(others))
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
@@ -169,10 +166,10 @@ def feature_maps(found: "Found", seed: int) -> list[dict[str, Any]]:
         classes = sorted(label for label, _ in Counter(labels[labels >= 0].tolist()).most_common(figures.KINDS))
         kinds = pd.Index(classes).get_indexer(labels)  # -1: other classes, or none
         picture = figures.scatter(places, kinds, [store.classes[label] for label in classes])
-        sample = f"{len(rows):,} videos" if len(rows) == len(usable) else f"{len(rows):,} of {len(usable):,} videos"
-        grey = " Grey: other classes, or none." if (kinds < 0).any() else ""
-        caption = f"{name}: {method} of the mean feature of {sample}.{grey}"
-        shown.append({"name": name, "picture": figures.svg(picture), "caption": caption})
+        shown.append(
+            {"name": name, "picture": figures.svg(picture), "method": method, "grey": (kinds < 0).any()}
+            | {"shown": len(rows), "all": len(usable)}
+        )
     return shown
 
 
@@ -274,13 +271,8 @@ def films(
         drawn.append(_film(store, int(rows[at]), shares[at], folders, f"{kind} of {len(rows):,} videos"))
     _, groups, frames = shares.shape
     silent = int((~np.isfinite(shares).any(2)).all(0).sum())
-    words = (
-        f"{groups} group{'s' if groups > 1 else ''} over {frames} frames; an even share is {1 / frames:.1%}. "
-        f"The attention term is {ratio:.2%} of the mean feature"
-        f"{': attention is not used.' if ratio < ATTENTION_UNUSED else '.'}"
-        f"{f' {silent} of the groups weigh nothing in any video.' if silent else ''}"
-    )
-    return {"words": words, "films": drawn}
+    told = {"groups": groups, "frames": frames, "ratio": ratio, "unused": ratio < ATTENTION_UNUSED, "silent": silent}
+    return {**told, "films": drawn}
 
 
 def frame_shares(model: "VideoClassifier", store: FeatureStore, rows: np.ndarray) -> tuple[np.ndarray, float]:
@@ -307,7 +299,6 @@ def _film(store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[P
     pictures = thumbnails(store, row, indices, folders, height=96, square=True)
     moments = [f"{t:.1f} s" if np.isfinite(t) else f"#{i}" for t, i in zip(times, indices, strict=True)]
     drawn = figures.film(pictures, shares[:, shown], moments, even=1 / len(own))
-    words = f"{class_name(store, row)}: {store.ids[row]}, {choice}. Blue: a frame's share in its group, up to "
-    words += f"{np.nan_to_num(shares).max():.1%}; bars: the mean of the groups; dashed: an even share."
     picture = figures.jpeg(drawn) if pictures else figures.svg(drawn)
-    return {"picture": picture, "id": store.ids[row], "words": words}
+    told = {"id": store.ids[row], "class": class_name(store, row), "choice": choice}
+    return {**told, "picture": picture, "largest": np.nan_to_num(shares).max()}

@@ -11,10 +11,8 @@ def render(**values: Any) -> str:
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(
-        loader=loader, autoescape=True, finalize=_printable, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    pages.filters.update(data_uri=_data_uri, percent=percent)
+    pages = jinja2.Environment(loader=loader, autoescape=True, finalize=_printable, trim_blocks=True)
+    pages.filters.update(data_uri=_data_uri, percent=percent, spread=spread, thousands="{:,}".format)
     return pages.get_template("page.html.j2").render(values)
 
 
@@ -24,6 +22,11 @@ def percent(interval: Mapping[str, float] | None, sign: str = "") -> str:
         return ""
     value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+
+
+def spread(row: Mapping[str, float], name: str, sign: str = "") -> str:
+    """`percent` of a column of a row, and of those of its interval."""
+    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign)
 
 
 def _printable(value: Any) -> Any:

@@ -11,7 +11,7 @@ import pandas as pd
 from aggregate import figures
 from aggregate.metrics import summarise, top_k_error
 from pipelines.report.find import Found, read_json
-from pipelines.report.page import percent
+from pipelines.report.page import spread
 
 if TYPE_CHECKING:
     from aggregate.scores import Scores
@@ -47,31 +47,21 @@ def training(found: Found) -> dict[str, bytes]:
 
 
 def results(found: Found) -> list[dict[str, Any]]:
-    """For each split: its best model, intervals of all, and a table of models and measures over segments."""
+    """For each split: its best model, intervals of all, and what a table of models and measures over segments shows."""
     splits = []
     for split, models in _by_split(found).items():
-        last = {name: list(summaries.items())[-1] for name, summaries in models.items()}
-        best = max(last, key=lambda name: last[name][1]["top1"]["value"])
+        last = {name: list(summaries)[-1] for name, summaries in models.items()}
+        best = max(models, key=lambda name: models[name][last[name]]["top1"]["value"])
         points = [
             _point(f"{name}, {count} segments" if count else name, one["top1"])
             for name, summaries in models.items()
             for count, one in summaries.items()
         ]
-        columns = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
-        rows = [
-            (
-                name if measure == "top1" else "",
-                words,
-                *(percent(summaries[count][measure]) if count in summaries else "" for count in columns),
-                f"{last[name][1]['scored']:,} / {last[name][1]['listed']:,}",
-            )
-            for name, summaries in models.items()
-            for measure, words in MEASURES.items()
-        ]
-        counts = [f"{count} segments" if count else "fused" for count in columns]
+        counts = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
+        heads = [f"{count} segments" if count else "fused" for count in counts]
         splits.append(
-            {"name": split, "models": models, "best": best, "segments": last[best][0], "summary": last[best][1]}
-            | {"head": ["model", "measure", *counts, "scored / listed"], "rows": rows}
+            {"name": split, "models": models, "best": best, "segments": last[best]}
+            | {"heads": heads, "counts": counts, "measures": MEASURES}
             | {"picture": figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval"))}
         )
     return splits
@@ -138,7 +128,7 @@ def confusion(found: Found) -> dict[str, Any]:
     shown = present if len(present) <= MATRIX_CLASSES else worst
     ids = np.array(scores.ids, object)[scored]
     rows = [
-        (scores.classes[true], scores.classes[said], f"{wrong[true, said]:,} of {sizes[true]:,}",
+        (scores.classes[true], scores.classes[said], wrong[true, said], sizes[true],
          ids[(truth == true) & (guess == said)][0])
         for true, said in pairs[:PAIRS]
     ]  # fmt: skip
@@ -163,17 +153,11 @@ def crossvals(found: Found) -> list[dict[str, Any]]:
     for name, record in found.crossvals.items():
         segments = max(record["heads"][0]["segments"], key=int)
         heads = {head["name"]: head["segments"][segments] for head in record["heads"]}
-        measures = ("top1", "top5", "average_error", "over_seeds")
-        rows = [
-            (head, *(percent(one[measure]) for measure in measures), percent(one["difference"], "+"))
-            for head, one in heads.items()
-        ]
         points = [_point(head, one["top1"]) for head, one in heads.items()]
         gained = [_point(head, one["difference"]) for head, one in heads.items() if one["difference"]]
         against = f"top-1 minus that of {record['baseline']}, points"
         shown.append(
-            {key: record[key] for key in ("by", "videos", "classes", "baseline")}
-            | {"name": name, "segments": segments, "seeds": len(record["seeds"]), "rows": rows}
+            {"name": name, "record": record, "heads": heads}
             | {"picture": figures.svg(figures.forest(points, x_label=f"top-1 %, {segments} segments"))}
             | {"gains": figures.svg(figures.forest(gained, zero=True, x_label=against)) if gained else b""}
         )
@@ -190,27 +174,13 @@ def _ablation(path: Path) -> dict[str, Any]:
 
     summary = summarise(_records(path), {})
     finished = {row["name"]: row for row in _records(path.with_name("summary.csv"))}  # none before an ablation's end
-    done = [row for row in summary if row["seeds"]]
-    rows = []
     for one in summary:
-        cells = [""] * 5
-        if one["seeds"]:
-            cells[:3] = (_spread(one, f"{measure}_at_all") for measure in ("top1", "top5", "average_error"))
-            same = finished.get(one["name"], {"seeds": 0})
-            if same["seeds"] == one["seeds"] and same["difference"] is not None:
-                cells[3] = _spread(same, "difference", sign="+")
-            cells[4] = f"{one['seconds']:.1f}"
-        notes = ["front"] * one["pareto"] + [f"{one['diverged']} diverged"] * bool(one["diverged"])
-        rows.append((one["name"], one["seeds"], f"{one['parameters']:,}", *cells, ", ".join(notes)))
-    return {
-        "segments": summary[0]["all_frames"],
-        "heat_maps": [(heat.title, figures.svg(heat_map_figure(heat))) for heat in heat_maps(summary)],
-        "front": figures.svg(pareto_figure(done)) if done else b"",
-        "rows": rows,
-        "intervals": "of the mean over seeds"
-        if any(one["seeds"] > 1 for one in summary)
-        else "over videos, of one seed",
-    }
+        same = finished.get(one["name"], {"seeds": 0})
+        known = one["seeds"] and same["seeds"] == one["seeds"] and same["difference"] is not None
+        one["gain"] = spread(same, "difference", "+") if known else ""
+    done = [row for row in summary if row["seeds"]]
+    heat = [(one.title, figures.svg(heat_map_figure(one))) for one in heat_maps(summary)]
+    return {"rows": summary, "heat_maps": heat, "front": figures.svg(pareto_figure(done)) if done else b""}
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -219,10 +189,6 @@ def _records(path: Path) -> list[dict[str, Any]]:
         return []
     table = pd.read_csv(path).convert_dtypes().astype(object)
     return table.where(table.notna(), None).to_dict("records")
-
-
-def _spread(row: dict[str, Any], name: str, *, sign: str = "") -> str:
-    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign)
 
 
 def ensembles(found: Found) -> list[dict[str, Any]]:
@@ -234,14 +200,8 @@ def ensembles(found: Found) -> list[dict[str, Any]]:
         table = record["table"]
         others = [_point(row["name"], row["against_equal"]) for row in table if row["name"] != "all, equal weights"]
         adds = figures.forest(others, zero=True, x_label="average error against all at equal weights, points")
-        rows = [
-            (row["name"], *(percent(row["summary"][measure]) for measure in ("top1", "average_error")),
-             percent(row["against_equal"], sign="+"))
-            for row in table
-        ]  # fmt: skip
         shown.append(
-            {"name": name, "weights": figures.svg(weights), "statement": record.get("search", {}).get("statement")}
-            | {"rows": rows, "differences": figures.svg(adds)}
+            {"name": name, "record": record, "weights": figures.svg(weights), "differences": figures.svg(adds)}
         )
     return shown
 

@@ -239,7 +239,7 @@ def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tm
     store.ids = np.array(["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object)
     (tmp_path / "long.mp4").symlink_to(clip)
     (shown,) = gallery.extracted(report.Found(stores={"s.zarr": store}), (tmp_path,), 0)
-    assert "3 are spans of 1 files, 1 s long in the median" in shown["words"]
+    assert shown["spans"] == {"rows": 3, "files": 1, "seconds": 1}
     assert sorted(id for _, id, _ in shown["samples"]) == store.ids[1:].tolist()
 
 
@@ -401,9 +401,9 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     clips = [film["id"] for film in shown["films"]]
     assert clips[:2] == [store.ids[17], store.ids[70]]
     assert len(clips) == 3
-    assert "attention is not used" in shown["words"]
-    assert "1 of the groups weigh nothing in any video" in shown["words"]
-    assert "up to 100.0%" in shown["films"][0]["words"]
+    assert shown["unused"]
+    assert shown["silent"] == 1
+    assert shown["films"][0]["largest"] == 1
 
 
 def test_mean_features_count_repeats_once(tmp_path):
