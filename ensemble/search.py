@@ -202,7 +202,7 @@ def signed(difference: Interval) -> str:
 
 
 def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
-    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search from equal ones.
+    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search from equal ones or the best model's.
 
     Weight goes from one model to another, the best move first, while the error falls; ties stay where they are.
     """
@@ -210,7 +210,8 @@ def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
     def error(weights: np.ndarray) -> float:
         return float(ranking.errors(ranking.places(weights))[chosen].mean())
 
-    weights, unit = checked_weights(None, ranking.models), np.eye(ranking.models)
+    unit = np.eye(ranking.models)
+    weights = min([checked_weights(None, ranking.models), *unit], key=error)
     least = error(weights)
     for step in STEPS:
         while True:
