@@ -202,9 +202,10 @@ def signed(difference: Interval) -> str:
 
 
 def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
-    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search from equal ones or the best model's.
+    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search.
 
-    Weight goes from one model to another, the best move first, while the error falls; ties stay where they are.
+    From equal ones, or one model alone where that is better, weight goes from one model to another, the best move
+    first, while the error falls; ties stay where they are.
     """
 
     def error(weights: np.ndarray) -> float:
