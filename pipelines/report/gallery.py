@@ -14,6 +14,7 @@ from aggregate import figures
 from extract.cli import InputError, RunError
 from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import human_bytes
+from pipelines.predictor import WEIGHING
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ SAMPLES = 16  # videos of which a frame is shown
 MAP_VIDEOS = 2000  # more points only hide each other
 FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
 ROWS_AT_ONCE = 64
-WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregators with a weight a frame
 ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
 
 
