@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.synced
 
-.PHONY: demo test lint bench fuzz lock clean
+.PHONY: demo test lint bench evidence fuzz lock clean
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -23,6 +23,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m pytest -q -s tests/benchmarks/bench_*.py
+
+evidence: $(STAMP)
+	$(PY) tests/benchmarks/evidence.py
 
 fuzz: $(STAMP)
 	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py

@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any, Literal
 from aggregate import train
 from aggregate.training.options import (
     AGGREGATOR_FLAGS,
+    BEFORE_RECIPES,
     HEAD_FLAGS,
     Aggregator,
     HeadOptions,
     ScheduleOptions,
     SplitOptions,
+    as_recorded,
     completed,
     listed,
     plain,
@@ -82,6 +84,7 @@ def main(options: Options) -> int:
     from extract.files import replace_file
     from extract.store import FeatureStore
 
+    options = as_recorded(options, options.out)
     store = FeatureStore.open(options.features)
     init = None if options.init is None else Checkpoint.load(options.init)
     chosen = plan(options, store, init)
@@ -209,6 +212,8 @@ def _combinations(options: GridOptions) -> list[train.Options]:
     given = {name: getattr(options, name) for name in (one.name for one in fields(options)) if name in defaults}
     kept = {name: value for name, value in given.items() if name not in LISTS} | {"out": None}
     lists = [tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,) for name in LISTS[1:]]
+    # What changes nothing is the same for those that do not have it, so that it is in no name.
+    defaults |= {k: v for k, v in BEFORE_RECIPES.items() if v in dict(zip(LISTS[1:], lists, strict=True))[k]}
     found: dict[train.Options, None] = {}
     for agg, *values in itertools.product(options.agg, *lists):
         foreign = set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(agg, ()))
@@ -248,7 +253,13 @@ def command(options: train.Options) -> str:
         value = getattr(options, one.name)
         if value != one.default:
             words.append(f"--{one.name.replace('_', '-')}")
-            words += map(str, value) if isinstance(value, tuple) else [] if value is True else [str(value)]
+            words += (
+                map(str, value)
+                if isinstance(value, tuple)
+                else []
+                if value is True and one.default is False
+                else [str(value)]
+            )
     return shlex.join(words)
 
 

@@ -14,11 +14,11 @@ MHA(query, key, value) is multi-head attention, biases on. Depth 1 is V-JEPA's p
 import math
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from aggregate.pooling import blank_masked, frame_counts
+from aggregate.pooling import Features, Frames, Mask, blank_masked, frame_counts
 from extract.cli import InputError
 
 SLOWEST, FASTEST = 0.5, 8.0  # periods of the time's sines in a video; 16 frames still show the fastest
@@ -53,8 +53,8 @@ class Layer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "batch time dim"],
-        mask: Bool[Tensor, "batch time"] | None,
+        x: Frames,
+        mask: Mask,
         query: Float[Tensor, "batch queries dim"] | None = None,
     ) -> Float[Tensor, "batch queries dim"]:
         """Without a `query` every frame asks (self-attention)."""
@@ -87,7 +87,7 @@ class AttentiveProbe(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads, number) for number in range(1, depth + 1))
         self.query = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))  # q
 
-    def _frames(self, x: Tensor, mask: Tensor | None) -> Float[Tensor, "batch time dim"]:
+    def _frames(self, x: Tensor, mask: Tensor | None) -> Frames:
         """What the query looks at."""
         x = blank_masked(x, mask)
         if self.norm_in is not None:
@@ -96,17 +96,13 @@ class AttentiveProbe(nn.Module):
             x = layer(x, mask)
         return x
 
-    def frame_weights(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch heads time"]:
+    def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch heads time"]:
         """The query's attention to each frame, of each head; sums to 1 over the valid frames, 0 elsewhere."""
         Q, K, _ = self.layers[-1].products(self._frames(x, mask), self.query.expand(x.shape[0], -1, -1))  # type: ignore
         scores = (Q @ K.transpose(2, 3)).squeeze(2) * K.shape[3] ** -0.5
         return (scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)).softmax(-1)
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Features:
         return self.layers[-1](self._frames(x, mask), mask, self.query.expand(x.shape[0], -1, -1)).squeeze(1)
 
 

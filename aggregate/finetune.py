@@ -15,6 +15,7 @@ from aggregate.training.options import (
     SplitOptions,
     VideoOptions,
     aggregator_options,
+    as_recorded,
     changes_of,
 )
 from extract.cli import InputError, RunError, run_command
@@ -133,6 +134,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
+    options = as_recorded(options, options.folder)
     last = open_folder(options.folder, options, free=_FREE_ON_RESUME)
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
     listed, classes = ListedVideos(str(options.videos), listing.videos, listing.classes), list(listing.classes)
@@ -207,6 +209,7 @@ def build_model(
     torch.manual_seed(options.seed)
     stnet, common = options.model == "stnet", {"num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
     own = {"frames_per_segment": options.frames_per_segment} if stnet else aggregator_options(options.model, options)
+    own |= {} if stnet else {"standardise": bool(options.standardise)}
     net: Any = build_net({"name": options.model, **common, **own}, trunk.module)
     if init is not None:
         carried = _carry_over(net, init, classes)

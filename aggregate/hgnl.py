@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from aggregate.pooling import average, blank_masked, frame_counts
+from aggregate.pooling import Features, Frames, Mask, average, blank_masked, frame_counts
 from extract.cli import InputError
 
 NORMS = ("none", "n", "n_over_train")
 ATTENTIONS = ("relu", "softmax")
+STARTS = ("random", "average")
 
 
 def masked_row_sums(
@@ -78,9 +79,10 @@ class HGNonLocal(nn.Module):
     "n" divides A by n, "n_over_train" multiplies it by `train_frames` / n, which leaves training as in the paper.
     `attention="softmax"` puts eq. 3's softmax in the place of the ReLU, for an ablation the paper lacks.
     `normalise` gives W_q and W_k frames of mean 0 and variance 1 over their channels (layer norm without parameters),
-    so that products have one size whatever the backbone; the paper does not. `scale_init` is s before training: at 0
-    the module is the average of TSN. `scale_scores` divides the scores by sqrt(m1/g2), the length of the products they
-    sum, which the paper does not.
+    so that products have one size whatever the backbone; the paper does not. `start` is how W_v and W_k begin: "random"
+    as torch's convolutions, or "average": W_v is the identity and, with softmax, W_k is 0, so that F_o is the mean of F
+    and attention grows out of it. `scale_init` is s before training: at 0 the module is the average of TSN.
+    `scale_scores` divides the scores by sqrt(m1/g2), the length of the products they sum, which the paper does not.
 
     Raises InputError for groups that do not divide, saying which, and for an unknown or meaningless option.
     """
@@ -97,16 +99,20 @@ class HGNonLocal(nn.Module):
         attention: Literal["relu", "softmax"] = "relu",
         train_frames: int = 3,
         normalise: bool = False,
+        start: Literal["random", "average"] = "random",
         scale_init: float = 0.0,
         scale_scores: bool = False,
     ) -> None:
         super().__init__()
         inner_dim = dim // 8 if inner_dim is None else inner_dim
         check_groups(dim, inner_dim, g1=g1, g2=g2)
-        if norm not in NORMS:
-            raise InputError(f"norm {norm!r} is not known; known are {', '.join(NORMS)}")
-        if attention not in ATTENTIONS:
-            raise InputError(f"attention {attention!r} is not known; known are {', '.join(ATTENTIONS)}")
+        for name, value, known in (
+            ("norm", norm, NORMS),
+            ("attention", attention, ATTENTIONS),
+            ("start", start, STARTS),
+        ):
+            if value not in known:
+                raise InputError(f"{name} {value!r} is not known; known are {', '.join(known)}")
         if attention == "softmax" and norm != "none":
             raise InputError(
                 f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalised: norm must be 'none'"
@@ -120,8 +126,19 @@ class HGNonLocal(nn.Module):
         self.value = GroupedLinear(dim, dim, groups=g2, shared=shared)  # W_v
         self.scale = nn.Parameter(torch.tensor(float(scale_init)))  # s
         self.score_factor = (inner_dim // g2) ** -0.5 if scale_scores else 1.0
+        if start == "average":
+            self._start_as_average()
 
-    def _scores(self, x: Float[Tensor, "batch time dim"]) -> Float[Tensor, "maps time time"]:
+    @torch.no_grad()
+    def _start_as_average(self) -> None:
+        weight = self.value.weight
+        weight.copy_(torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1))
+        self.value.bias.zero_()
+        if self.attention == "softmax":  # a ReLU at 0 would never leave it
+            self.key.weight.zero_()
+            self.key.bias.zero_()
+
+    def _scores(self, x: Frames) -> Float[Tensor, "maps time time"]:
         """Gmm(Q, K) of eq. 7, `maps` = g2 x batch: [h, b, i, j] = q_i . k_j over the channels of secondary group h.
 
         No copy is made of `x`, `Q` or `K`: batched matrix products take a primary group as the strided view it is.
@@ -142,9 +159,7 @@ class HGNonLocal(nn.Module):
         assert scores is not None  # ratio is at least 1
         return scores if self.score_factor == 1 else scores * self.score_factor
 
-    def _weights(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None
-    ) -> Float[Tensor, "groups batch time"]:
+    def _weights(self, x: Frames, mask: Mask) -> Float[Tensor, "groups batch time"]:
         """w = A 1 / n of each secondary group, `norm` included."""
         maps_mask = None if mask is None else mask.repeat(self.g2, 1)
         scores = self._scores(x)
@@ -153,15 +168,11 @@ class HGNonLocal(nn.Module):
         factor = {"none": 1, "n": 1 / n, "n_over_train": self.train_frames / n}[self.norm]
         return masked_row_sums(A, maps_mask).view(self.g2, *x.shape[:2]) * (factor / n)
 
-    def frame_weights(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch groups time"]:
+    def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch groups time"]:
         """w = A 1 / n of the g2 maps: how much of each frame's V is in the mean of F_o; 0 for masked frames."""
         return self._weights(blank_masked(x, mask), mask).transpose(0, 1)
 
-    def terms(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> tuple[Float[Tensor, "batch dim"], Float[Tensor, "batch dim"]]:
+    def terms(self, x: Frames, mask: Mask = None) -> tuple[Features, Features]:
         """The means over frames of F and of F_o: eq. 6 is the first plus s times the second."""
         x = blank_masked(x, mask)
         weights = self._weights(x, mask)
@@ -172,16 +183,12 @@ class HGNonLocal(nn.Module):
         attended = attended + b_v * weights.sum(-1, keepdim=True)
         return average(x, mask), attended.transpose(0, 1).flatten(1)
 
-    def attention_ratio(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, " batch"]:
+    def attention_ratio(self, x: Frames, mask: Mask = None) -> Float[Tensor, " batch"]:
         """|s mean(F_o)| / |mean(F)| of each video: how large attention is in F_v."""
         mean, attended = self.terms(x, mask)
         return (self.scale * attended).norm(dim=-1) / mean.norm(dim=-1)
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Features:
         mean, attended = self.terms(x, mask)
         return mean + self.scale * attended  # eq. 5 and 6
 

@@ -1,4 +1,4 @@
-"""Video classifiers on frame features: one of the aggregators, dropout, a linear classifier."""
+"""Video classifiers on frame features: an aggregator, batch norm if asked for, dropout, a linear classifier."""
 
 import inspect
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from aggregate.attentive import AttentiveProbe
 from aggregate.hgnl import HGNonLocal
 from aggregate.nextvlad import NeXtVLAD
 from aggregate.nl import NonLocal
-from aggregate.pooling import Average, Max, WeightedAverage
-from aggregate.stnet import TemporalXception
+from aggregate.pooling import Average, Frames, Mask, Max, WeightedAverage
+from aggregate.stnet import TemporalXception, batch_normed
 from extract.cli import InputError
 
 # Each is built from (dim, **options) and says `out_dim`; forward(x [batch, time, dim], mask=None) -> [batch, out_dim].
@@ -31,23 +31,25 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
 
 
 class VideoClassifier(nn.Module):
-    """`aggregator` -> dropout -> `classifier`, a Linear that starts at N(0, 0.001) with bias 0 as in TSN.
+    """`aggregator` -> `norm` -> dropout -> `classifier`, a Linear that starts at N(0, 0.001) with bias 0 as in TSN.
 
-    `options` rebuild it: `build(**model.options)`. Build it with `build`.
+    `norm` is a batch norm without parameters, as before MAE's linear probe, where `standardise` is among the options:
+    one learning rate then suits features of any size. `options` rebuild it: `build(**model.options)`. Build it with
+    `build`.
     """
 
     def __init__(self, aggregator: nn.Module, *, num_classes: int, dropout: float, options: dict[str, Any]) -> None:
         super().__init__()
         self.aggregator = aggregator
+        width: Any = aggregator.out_dim
+        self.norm = nn.BatchNorm1d(width, affine=False) if options.get("standardise") else None
         self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(aggregator.out_dim, num_classes)  # type: ignore[arg-type]
+        self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
         nn.init.zeros_(self.classifier.bias)
         self.options = options
 
-    def features(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch out_dim"]:
+    def features(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch out_dim"]:
         """F_v: one vector a video. Features may be of half precision; they are computed with in the weights' type.
 
         Raises ValueError for features that are not [batch, time, dim] of this model's width.
@@ -59,13 +61,16 @@ class VideoClassifier(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.aggregator(x.to(self.classifier.weight.dtype), mask)
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch classes"]:
-        return self.classifier(self.dropout(self.features(x, mask)))
+    def forward(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch classes"]:
+        F_v = self.features(x, mask)
+        if self.norm is not None:
+            F_v = batch_normed(self.norm, F_v)
+        return self.classifier(self.dropout(F_v))
 
 
-def build(name: str, *, dim: int, num_classes: int, dropout: float = 0.5, **options: Any) -> VideoClassifier:
+def build(
+    name: str, *, dim: int, num_classes: int, dropout: float = 0.5, standardise: bool = False, **options: Any
+) -> VideoClassifier:
     """The classifier `name` of AGGREGATORS over features of width `dim`.
 
     `options` are the aggregator's own, e.g. `g1=16, g2=8, shared=True, norm="n"` for "hgnl", `inner_dim=256` for "nl".
@@ -81,10 +86,11 @@ def build(name: str, *, dim: int, num_classes: int, dropout: float = 0.5, **opti
     known = [option for option in signature.parameters if option != "dim"]
     for option in options:
         if option not in known:
-            raise InputError(f"{name} has no option {option!r}; it has {', '.join([*known, 'dropout'])}")
+            raise InputError(f"{name} has no option {option!r}; it has {', '.join([*known, 'dropout', 'standardise'])}")
     arguments = signature.bind(dim, **options)
     arguments.apply_defaults()  # recorded too, so that a checkpoint outlives a change of defaults
-    recorded = {"name": name, "num_classes": num_classes, "dropout": dropout, **arguments.arguments}
+    recorded = {"name": name, "num_classes": num_classes, "dropout": dropout, "standardise": standardise}
+    recorded |= arguments.arguments
     return VideoClassifier(
         AGGREGATORS[name](**arguments.arguments), num_classes=num_classes, dropout=dropout, options=recorded
     )
@@ -112,10 +118,12 @@ def carry_over(
 
     Classifier rows are carried over by exact class name. The aggregator's weights are carried over where the source has
     all of them in the same shapes, else none is: half an attention module is no attention module. So an HG-NL that
-    starts from a TSN has TSN's classifier and its own s = 0, and gives that TSN's logits.
+    starts from a TSN has TSN's classifier and its own s = 0, and gives that TSN's logits. Batch norm before the
+    classifier comes with it; of a source without one the model has none either, one that has none takes the source's
+    into its weights.
     Raises InputError where the two classifiers take features of different widths or a class list does not fit.
     """
-    weight, bias = state_dict["classifier.weight"], state_dict["classifier.bias"]
+    weight, bias = _adopt_norm(model, state_dict)
     target = model.classifier
     for whose, names, length in (("model", classes, target.out_features), ("source", source_classes, len(weight))):
         if len(names) != length:
@@ -140,3 +148,17 @@ def carry_over(
         respelled=tuple((name, folded[name.casefold()]) for name in fresh if name.casefold() in folded),
         aggregator=fits,
     )
+
+
+def _adopt_norm(model: VideoClassifier, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the source as `model` takes them: over standardised features where both have such."""
+    weight, bias = state_dict["classifier.weight"], state_dict["classifier.bias"]
+    kept = {key.removeprefix("norm."): value for key, value in state_dict.items() if key.startswith("norm.")}
+    if kept and model.norm is None:
+        weight = weight / (kept["running_var"] + nn.BatchNorm1d(1).eps).sqrt()
+        return weight, bias - weight @ kept["running_mean"]
+    if kept and model.norm is not None and len(kept["running_var"]) == model.norm.num_features:
+        model.norm.load_state_dict(kept)
+    if not kept:
+        model.norm, model.options["standardise"] = None, False
+    return weight, bias

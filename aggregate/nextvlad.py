@@ -14,11 +14,11 @@ Frames are batch-normed and the descriptor has dropout because badly regularised
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from aggregate.pooling import blank_masked
+from aggregate.pooling import Frames, Mask, blank_masked
 from aggregate.stnet import batch_normed, normalise
 from extract.cli import InputError
 
@@ -71,37 +71,25 @@ class NeXtVLAD(nn.Module):
             nn.Linear(out_dim, inside), nn.BatchNorm1d(inside), nn.Linear(inside, out_dim),
         )  # fmt: skip
 
-    def _attention(
-        self, wide: Float[Tensor, "batch time wide"], mask: Bool[Tensor, "batch time"] | None
-    ) -> Float[Tensor, "batch time groups"]:
-        """a: 0 for masked frames."""
+    def _attended(self, x: Frames, mask: Mask) -> tuple[Tensor, Float[Tensor, "batch time groups"]]:
+        """x' [batch, time, lambda dim], and a: 0 for masked frames."""
+        wide = self.expand(normalise(self.norm_in, blank_masked(x, mask), mask))
         a = self.attend(wide).sigmoid()
-        return a if mask is None else a.masked_fill(~mask[..., None], 0)
+        return wide, a if mask is None else a.masked_fill(~mask[..., None], 0)
 
-    def _expanded(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None
-    ) -> Float[Tensor, "batch time wide"]:
-        return self.expand(normalise(self.norm_in, blank_masked(x, mask), mask))
-
-    def frame_weights(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch groups time"]:
+    def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch groups time"]:
         """a of each group and frame, each from 0 to 1; 0 for masked frames."""
-        return self._attention(self._expanded(x, mask), mask).transpose(1, 2)
+        return self._attended(x, mask)[1].transpose(1, 2)
 
-    def descriptors(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch clusters width"]:
+    def descriptors(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch clusters width"]:
         """v_k / |v_k|. The sum over frames and groups is one matrix product; c_k is taken off once, after it."""
-        wide = self._expanded(x, mask)
+        wide, a = self._attended(x, mask)
         s = self.assign(wide).unflatten(-1, (self.groups, self.clusters)).softmax(-1)
-        weights = (self._attention(wide, mask)[..., None] * s).flatten(1, 2)  # [batch, time x groups, clusters]
+        weights = (a[..., None] * s).flatten(1, 2)  # [batch, time x groups, clusters]
         parts = wide.unflatten(-1, (self.groups, -1)).flatten(1, 2)  # [batch, time x groups, width]
         v = torch.bmm(weights.transpose(1, 2), parts) - weights.sum(1)[..., None] * self.centres
         return normalize(v, dim=-1)
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch out_dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch out_dim"]:
         y = self.reduce(self.dropout(batch_normed(self.norm_descriptor, self.descriptors(x, mask).flatten(1))))
         return y * self.gate(batch_normed(self.norm_gate, self.squeeze(y)).relu()).sigmoid()

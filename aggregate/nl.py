@@ -5,14 +5,15 @@ Literally, with `F [m, n]` (m channels, n frames), `Q = W_q F`, `K = W_k F`, `V 
     A = softmax(Q^T K)  (3)    F_o = V A  (4)    F_weight = s F_o + F  (5)    F_v = mean over frames of F_weight  (6)
 """
 
+from typing import Literal
+
 from aggregate.hgnl import HGNonLocal
-from extract.cli import InputError
 
 
 class NonLocal(HGNonLocal):
     """NL: one attention map for all channels (eq. 3-6; Wang et al. 2018). It is HG-NL of one group, with softmax.
 
-    `inner_dim` is m1: m/2 (the default) or m/8 in the paper. `normalise`, `scale_init` and `scale_scores` are HG-NL's.
+    `inner_dim` is m1: m/2 (the default) or m/8 in the paper. The options after it are HG-NL's.
     """
 
     def __init__(
@@ -21,13 +22,11 @@ class NonLocal(HGNonLocal):
         inner_dim: int | None = None,
         *,
         normalise: bool = False,
+        start: Literal["random", "average"] = "random",
         scale_init: float = 0.0,
         scale_scores: bool = False,
     ) -> None:
-        inner_dim = dim // 2 if inner_dim is None else inner_dim
-        if inner_dim < 1:
-            raise InputError(f"inner_dim (m1) is {inner_dim}; NL over {dim} channels needs at least 1")
         super().__init__(
-            dim, inner_dim, 1, 1, attention="softmax",
-            normalise=normalise, scale_init=scale_init, scale_scores=scale_scores,
+            dim, dim // 2 if inner_dim is None else inner_dim, 1, 1, attention="softmax",
+            normalise=normalise, start=start, scale_init=scale_init, scale_scores=scale_scores,
         )  # fmt: skip

@@ -8,10 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+Frames = Float[Tensor, "batch time dim"]
+Mask = Bool[Tensor, "batch time"] | None
+Features = Float[Tensor, "batch dim"]  # F_v: one vector a video
 
-def blank_masked(
-    x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None
-) -> Float[Tensor, "batch time dim"]:
+
+def blank_masked(x: Frames, mask: Mask) -> Frames:
     """`x` with its masked frames at zero, so that not even a NaN in them can reach a sum.
 
     `mask=None` costs nothing. Raises ValueError for a mask of another shape and for a video without any valid frame.
@@ -27,14 +29,12 @@ def blank_masked(
     return x.masked_fill(~mask[..., None], 0)
 
 
-def frame_counts(x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None) -> Tensor | int:
+def frame_counts(x: Frames, mask: Mask) -> Tensor | int:
     """n of the equations, valid frames only: an int without a mask, else `[batch, 1]` in the dtype of `x`."""
     return x.shape[1] if mask is None else mask.sum(1, keepdim=True).to(x.dtype)
 
 
-def average(
-    x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-) -> Float[Tensor, "batch dim"]:
+def average(x: Frames, mask: Mask = None) -> Features:
     """Mean over the valid frames. The masked frames of `x` must be zero already (`blank_masked`)."""
     return x.mean(1) if mask is None else x.sum(1) / frame_counts(x, mask)
 
@@ -46,9 +46,7 @@ class Average(nn.Module):
         super().__init__()
         self.out_dim = dim
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Features:
         return average(blank_masked(x, mask), mask)
 
 
@@ -59,9 +57,7 @@ class Max(nn.Module):
         super().__init__()
         self.out_dim = dim
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Features:
         if mask is not None:
             x = blank_masked(x, mask).masked_fill(~mask[..., None], -torch.inf)
         return x.amax(1)
@@ -79,16 +75,12 @@ class WeightedAverage(nn.Module):
         self.score = nn.Linear(dim, 1, bias=False)  # a bias would cancel in the softmax
         nn.init.zeros_(self.score.weight)
 
-    def frame_weights(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch 1 time"]:
+    def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch 1 time"]:
         """How much each frame counts; sums to 1 over the valid frames, 0 elsewhere."""
         scores = self.score(blank_masked(x, mask)).squeeze(-1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1)[:, None]
 
-    def forward(
-        self, x: Float[Tensor, "batch time dim"], mask: Bool[Tensor, "batch time"] | None = None
-    ) -> Float[Tensor, "batch dim"]:
+    def forward(self, x: Frames, mask: Mask = None) -> Features:
         return torch.bmm(self.frame_weights(x, mask), blank_masked(x, mask)).squeeze(1)

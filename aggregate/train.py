@@ -12,6 +12,7 @@ from aggregate.training.options import (
     ScheduleOptions,
     SplitOptions,
     aggregator_options,
+    as_recorded,
     changes_of,
 )
 from extract.cli import InputError, run_command
@@ -71,6 +72,7 @@ def prepare(options: Options) -> "Run":
     from extract.store import FeatureStore
 
     out = options.out or Path("runs") / options.agg
+    options = as_recorded(options, out)
     store = FeatureStore.open(options.features)
     device = choose_device(options.device)
     last = open_folder(out, options, free=_FREE_ON_RESUME)
@@ -152,7 +154,8 @@ def make_learner(
 
     own, label = aggregator_options(options.agg, options), label or options.agg
     torch.manual_seed(options.seed)  # a model's start is a function of the seed, whatever stands beside it
-    model = build(options.agg, dim=store.dim, num_classes=len(store.classes), dropout=recipe.dropout, **own)
+    own |= {"dropout": recipe.dropout, "standardise": recipe.standardise}
+    model = build(options.agg, dim=store.dim, num_classes=len(store.classes), **own)
     if init is not None:
         carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
         tell(f"{label}: from {options.init}: {carried}")

@@ -4,17 +4,15 @@
 
 Each video holds one second of a clip of exercise_mini, whose class is the video's, somewhere among pieces of clips of
 daily_actions, which say nothing of it. Train, val and test share neither an exercise nor a person in the distractors.
-labels.csv says where the action lies.
+labels.csv says where the action lies; it is written last.
 """
 
-import csv
-import io
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extract.cli import run_command
 
@@ -27,7 +25,7 @@ ACTION, LENGTH, PIECES = 8, 64, 4  # frames of the action and of the whole; piec
 HEIGHT, WIDTH = 144, 192
 # Of each class's 24 exercises, in the order of their names, and of the four people of daily_actions.
 EXERCISES = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
-PEOPLE = {"train": ("1", "3"), "val": ("2",), "test": ("4",)}
+PEOPLE = {"train": (1, 3), "val": (2,), "test": (4,)}
 
 
 @dataclass(frozen=True)
@@ -38,61 +36,45 @@ class Options:
     """The folder of clips/ and labels.csv: `python -m extract --videos OUT/labels.csv --root OUT/clips`."""
     copies: int = 3
     """Videos of each training exercise, with other distractors each; val and test have one."""
-    seed: int = 0
-    """Of the distractors and of where the action lies."""
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A video to be joined: the `copy`-th of an exercise."""
-
-    action: Path
-    label: str
-    split: str
-    copy: int
-
-    @property
-    def path(self) -> str:
-        return f"{self.split}/{self.label}/{self.action.stem}_{self.copy}.mp4"
 
 
 def main(options: Options) -> int:
+    import pandas as pd
+
     from extract.files import replace_file
 
-    rooms = {split: _rooms(people) for split, people in PEOPLE.items()}
-    planned = list(_plan(options.copies))
+    rooms = {split: distractors(people) for split, people in PEOPLE.items()}
     with ThreadPoolExecutor() as pool:
-        rows = list(pool.map(lambda one: _join(one, rooms[one.split], options), planned))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    replace_file(options.out / "labels.csv", text.getvalue())
-    counts = ", ".join(f"{sum(row['split'] == split for row in rows)} {split}" for split in EXERCISES)
+        rows = list(pool.map(lambda row: row | join(row, rooms[row["split"]], options.out), planned(options.copies)))
+    table = pd.DataFrame(rows)
+    replace_file(options.out / "labels.csv", table.to_csv(index=False))
+    counts = ", ".join(f"{count} {split}" for split, count in table["split"].value_counts().items())
     print(f"{len(rows)} videos of {LENGTH / RATE:g} s, {ACTION / RATE:g} s of action each: {counts}; {options.out}")
     return 0
 
 
-def _plan(copies: int) -> Iterator[Planned]:
-    """Every exercise of exercise_mini, those of `train` several times."""
-    folder = CLIPS / "exercise_mini" / "clips"
-    for label in sorted(path.name for path in folder.iterdir()):
-        exercises = sorted((folder / label).glob("*.mp4"))
+def planned(copies: int) -> Iterator[dict[str, Any]]:
+    """Rows of labels.csv: every exercise of exercise_mini, those of `train` several times."""
+    for folder in sorted((CLIPS / "exercise_mini" / "clips").iterdir()):
+        exercises = [path.stem for path in sorted(folder.glob("*.mp4"))]
         for split, places in EXERCISES.items():
-            for action in exercises[places.start : places.stop]:
+            for name in exercises[places.start : places.stop]:
                 for copy in range(copies if split == "train" else 1):
-                    yield Planned(action, label, split, copy)
+                    path = f"{split}/{folder.name}/{name}_{copy}.mp4"
+                    yield {"path": path, "label": folder.name, "split": split, "group": name}
 
 
-def _rooms(people: tuple[str, ...]) -> "list[np.ndarray]":
+def distractors(people: tuple[int, ...]) -> "list[np.ndarray]":
     """The clips of some people of daily_actions, every second frame (7.5 a second), uint8 [n, HEIGHT, WIDTH, 3]."""
+    import pandas as pd
+
     folder = CLIPS / "daily_actions"
-    with open(folder / "labels.csv", encoding="utf-8", newline="") as file:
-        paths = [row["path"] for row in csv.DictReader(file) if row["subject"] in people]
-    return [_frames(folder / "clips" / path, slice(None, None, 2)) for path in paths]
+    table = pd.read_csv(folder / "labels.csv")
+    paths = table["path"][table["subject"].isin(people)]
+    return [frames_of(folder / "clips" / path, slice(None, None, 2)) for path in paths]
 
 
-def _frames(path: Path, part: slice) -> "np.ndarray":
+def frames_of(path: Path, part: slice) -> "np.ndarray":
     """Frames of a clip, cut to the middle and resized: uint8 [n, HEIGHT, WIDTH, 3]."""
     import numpy as np
     from PIL import Image, ImageOps
@@ -105,28 +87,23 @@ def _frames(path: Path, part: slice) -> "np.ndarray":
     return decode(path, lambda count: np.arange(count)[part], resize=fit).frames
 
 
-def _join(one: Planned, rooms: "list[np.ndarray]", options: Options) -> dict[str, object]:
-    """Write one video; its row of labels.csv."""
+def join(row: dict[str, Any], rooms: "list[np.ndarray]", out: Path) -> dict[str, float]:
+    """Write the video of a row; when its action starts and ends. What is drawn is a function of its path."""
     import numpy as np
 
     from extract.decode import write_video
 
-    rng = np.random.default_rng((options.seed, *one.path.encode()))
+    rng = np.random.default_rng(list(row["path"].encode()))
     piece = (LENGTH - ACTION) // PIECES
     long = [room for room in rooms if len(room) >= piece]
-    pieces = []
-    for which in rng.choice(len(long), PIECES, replace=False):
-        start = rng.integers(len(long[which]) - piece + 1)
-        pieces.append(long[which][start : start + piece])
-    around = np.concatenate(pieces)
+    starts = [(which, rng.integers(len(long[which]) - piece + 1)) for which in rng.permutation(len(long))[:PIECES]]
+    around = np.concatenate([long[which][start : start + piece] for which, start in starts])
     first = int(rng.integers(len(around) + 1))
     # The clips show two photographs in turn, four frames each: these eight hold both.
-    action = _frames(one.action, slice(0, ACTION))
-    path = options.out / "clips" / one.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, np.concatenate([around[:first], action, around[first:]]), rate=RATE)
-    start = {"action_start": first / RATE, "action_end": (first + ACTION) / RATE}
-    return {"path": one.path, "label": one.label, "split": one.split, "group": one.action.stem} | start
+    clip = CLIPS / "exercise_mini" / "clips" / row["label"] / f"{row['group']}.mp4"
+    action = frames_of(clip, slice(0, ACTION))
+    write_video(out / "clips" / row["path"], np.concatenate([around[:first], action, around[first:]]), rate=RATE)
+    return {"action_start": first / RATE, "action_end": (first + ACTION) / RATE}
 
 
 if __name__ == "__main__":

@@ -56,16 +56,16 @@ class Configuration:
 
     def build(self, store: FeatureStore) -> VideoClassifier:
         """The model without memory behind its weights. InputError as `aggregate.models.build`."""
-        options = aggregator_options(self.options.agg, self.options)
-        classes, dropout = len(store.classes), self.recipe.dropout
+        own = aggregator_options(self.options.agg, self.options)
+        own |= {"dropout": self.recipe.dropout, "standardise": self.recipe.standardise}
         with torch.device("meta"):
-            return build(self.options.agg, dim=store.dim, num_classes=classes, dropout=dropout, **options)
+            return build(self.options.agg, dim=store.dim, num_classes=len(store.classes), **own)
 
 
 def key_of(options: dict[str, Any]) -> str:
-    """`Configuration.key` of plain options of `aggregate.train`."""
-    kept = {name: value for name, value in options.items() if name not in ("out", "device", "placement")}
-    return json.dumps(kept, sort_keys=True)
+    """`Configuration.key` of plain options of `aggregate.train`; flags that mean nothing to its aggregator are none."""
+    apart = {"out", "device", "placement", *HEAD_FLAGS} - set(AGGREGATOR_FLAGS.get(options["agg"], ()))
+    return json.dumps({name: value for name, value in options.items() if name not in apart}, sort_keys=True)
 
 
 @dataclass(frozen=True)
@@ -189,13 +189,13 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     model = one.build(store)
     options, aggregator = one.options, model.aggregator
     own = AGGREGATOR_FLAGS.get(options.agg, ())
-    flags = {flag: getattr(options, flag) if flag in own else None for flag in HEAD_FLAGS}
+    flags = {flag: model.options.get(flag) if flag in own else None for flag in HEAD_FLAGS}
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
         flags["m1"] = len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8  # type: ignore
         table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
-    recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout")
+    recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardise")
     return {
         "name": one.name,
         "seed": options.seed,

@@ -2,20 +2,25 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from aggregate.training.recipes import head_options
 from extract.cli import InputError
 
 Aggregator = Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"]
 # The flags that are an aggregator's own; to all others they mean nothing.
 AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
-    "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "scale_init", "scale_scores"),
-    "nl": ("m1", "scale_init", "scale_scores"),
+    "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "normalise", "start", "scale_init", "scale_scores"),
+    "nl": ("m1", "normalise", "start", "scale_init", "scale_scores"),
     "attentive": ("depth", "heads", "frame_time"),
     "nextvlad": ("clusters", "groups", "expansion"),
 }
+# What was done before recipes had a say in these.
+BEFORE_RECIPES: dict[str, Any] = {
+    "norm": "none", "attention": "relu", "normalise": False, "start": "random", "scale_init": 0.0, "standardise": False,
+}  # fmt: skip
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
@@ -45,11 +50,15 @@ class HeadOptions:
     """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl)."""
     shared: bool = False
     """hgnl: one set of weights for all groups."""
-    norm: Literal["none", "n", "n_over_train"] = "none"
-    """hgnl: what the ReLU map is divided by."""
-    attention: Literal["relu", "softmax"] = "relu"
-    """hgnl: softmax is an ablation the paper lacks."""
-    scale_init: float = 0.0
+    norm: Literal["none", "n", "n_over_train"] | None = None
+    """hgnl: what the ReLU map is divided by (default of this and the four below: the recipe's)."""
+    attention: Literal["relu", "softmax"] | None = None
+    """hgnl: how scores become weights; the paper's is relu."""
+    normalise: bool | None = None
+    """hgnl, nl: layer norm of the frames that W_q and W_k see."""
+    start: Literal["random", "average"] | None = None
+    """hgnl, nl: average starts attention as the mean over frames."""
+    scale_init: float | None = None
     """hgnl, nl: s before training."""
     scale_scores: bool = False
     """hgnl, nl: divide scores by the root of their length."""
@@ -74,12 +83,14 @@ class ScheduleOptions:
     """What of a recipe can be changed; None keeps the recipe's own."""
 
     optimizer: Literal["sgd", "adamw"] | None = None
-    """Default: the recipe's, as for the five below."""
+    """Default: the recipe's, as for the six below."""
     lr: float | None = None
     weight_decay: float | None = None
     epochs: int | None = None
     batch_size: int | None = None
     dropout: float | None = None
+    standardise: bool | None = None
+    """Batch norm without parameters before the classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +116,7 @@ def listed(*groups: type) -> Any:
             kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
             default: tuple = () if one.default is None else (one.default,)
             if kind is bool:  # `--shared false true`
-                kind, default = Literal["false", "true"], (str(one.default).lower(),)
+                kind, default = Literal["false", "true"], tuple(str(value).lower() for value in default)
             made.append((one.name, tuple[kind, ...], default))  # type: ignore[valid-type]
     return make_dataclass("Lists", made, bases=groups, frozen=True, kw_only=True)
 
@@ -116,16 +127,19 @@ def changes_of(options: ScheduleOptions) -> dict[str, Any]:
 
 
 def aggregator_options(name: str, options: HeadOptions) -> dict[str, Any]:
-    """Those of the flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
+    """Those of the flags that the aggregator `name` has, or its recipe's, as keywords of `aggregate.models.build`.
 
     InputError for a flag given to an aggregator that does not have it.
     """
     own = AGGREGATOR_FLAGS.get(name, ())
     for one in fields(HeadOptions):
         given = getattr(options, one.name)
-        if one.name != "frames" and one.name not in own and given != one.default:
+        changes_nothing = (one.default, BEFORE_RECIPES.get(one.name, one.default))
+        if one.name != "frames" and one.name not in own and given not in changes_nothing:
             raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
-    chosen = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
+    asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
+    recipe = getattr(options, "recipe", "paper")  # end-to-end training has no other
+    chosen = head_options(recipe, name, {flag: value for flag, value in asked.items() if value is not None})
     if name == "hgnl":
         chosen["train_frames"] = options.frames
     return chosen
@@ -137,12 +151,35 @@ def plain(options: Any) -> dict[str, Any]:
 
 
 def completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any], options: type) -> dict[str, Any]:
-    """Options that an earlier version recorded, with today's defaults for those that it did not have yet.
+    """Options that an earlier version recorded, with what it did for those that it did not have yet.
 
     Of those that are no more, what was not as the command's `GONE` has it stays: it must not be dropped in silence.
     """
     gone = {name: value for name, value in getattr(options, "GONE", {}).items() if recorded.get(name, value) != value}
     defaults = {one.name: one.default for one in fields(options) if one.name in wanted and one.name not in recorded}
+    if "standardise" in defaults:
+        defaults |= {name: _like(value, wanted[name]) for name, value in BEFORE_RECIPES.items() if name in defaults}
     return {name: value for name, value in recorded.items() if name in wanted or name in gone} | json.loads(
         json.dumps(defaults, default=str)
     )
+
+
+def as_recorded(options: Any, folder: Path) -> Any:
+    """`options` as the version took them that began `folder`: before recipes had a say in heads, what is not given was
+    the paper's."""
+    file = folder / "options.json"
+    if not file.exists():
+        return options
+    recorded = json.loads(file.read_text(encoding="utf-8"))
+    before = {name: _like(value, getattr(options, name)) for name, value in BEFORE_RECIPES.items()}
+    since = ("normalise", "start", "standardise")
+    if any(json.dumps(recorded.get(name, before[name])) != json.dumps(before[name]) for name in since):
+        return options
+    return replace(options, **{name: value for name, value in before.items() if getattr(options, name) in (None, ())})
+
+
+def _like(value: Any, shape: Any) -> Any:
+    """A value, or a list of it where `shape` is one (as `listed` has it)."""
+    if not isinstance(shape, tuple | list):
+        return value
+    return (str(value).lower(),) if isinstance(value, bool) else (value,)

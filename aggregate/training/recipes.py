@@ -1,14 +1,15 @@
-"""Recipes: optimizer, learning rate over epochs, which parameters decay."""
+"""Recipes: optimizer, learning rate over epochs, which parameters decay, and how heads of attention begin."""
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError
 from extract.postponed import postpone_compiler
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()  # empty: cosine
     warmup: float = 0.0  # epochs of linear warm-up
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
+    standardise: bool = False  # batch norm without parameters before the classifier
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size"):
@@ -38,6 +40,7 @@ class Recipe:
         return (
             f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
             f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
+            f"{', features standardised' if self.standardise else ''}"
         )
 
     def factor(self, epoch: float) -> float:
@@ -58,10 +61,24 @@ _PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
 _PAPER_STNET = Recipe(
     optimizer="sgd", lr=1e-2, weight_decay=1e-4, epochs=20, batch_size=256, dropout=0.5, milestones=(7, 13)
 )
-# For a frozen backbone; chosen on real features, LOG.md "The recipe for cached features".
+# For a frozen backbone; chosen on real features: EVIDENCE.md.
 _CACHED = Recipe(
-    optimizer="sgd", lr=1e-2, weight_decay=5e-4, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0
-)
+    optimizer="sgd", lr=1e-2, weight_decay=5e-4, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0,
+    standardise=True,
+)  # fmt: skip
+# What it sets of NL and HG-NL, so that attention is used after few steps; the paper's is their modules' own defaults.
+_CACHED_NON_LOCAL = {"attention": "softmax", "normalise": True, "start": "average", "scale_init": 1.0}
+
+
+def head_options(name: Literal["cached", "paper"], aggregator: str, asked: dict[str, Any]) -> dict[str, Any]:
+    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for the others.
+
+    A `norm` is one of the ReLU's map, so it asks for that map too.
+    """
+    own = dict(_CACHED_NON_LOCAL) if name == "cached" and aggregator in ("nl", "hgnl") else {}
+    if aggregator == "nl" or asked.get("norm", "none") != "none":  # NL has softmax without being told
+        own.pop("attention", None)
+    return own | asked
 
 
 def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any) -> Recipe:
@@ -82,15 +99,17 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
     return replace(chosen, **changes)
 
 
-def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim.Optimizer":
     """The optimizer over parameter groups of `parameter_groups`."""
+    import torch
+
     postpone_compiler()
     if chosen.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=chosen.lr, fused=True)
 
 
-def parameter_groups(module: nn.Module, chosen: Recipe, *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+def parameter_groups(module: "nn.Module", chosen: Recipe, *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
     """Matrices and kernels decay; biases, norms and the scale s of NL and HG-NL (FACTS 1, no. 3) do not.
 
     `lr_scale` is kept in each group: `set_lr` multiplies by it (layer-wise learning rates).
@@ -103,7 +122,7 @@ def parameter_groups(module: nn.Module, chosen: Recipe, *, lr_scale: float = 1.0
     return [group for group in groups if group["params"]]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, chosen: Recipe, epoch: float) -> None:
+def set_lr(optimizer: "torch.optim.Optimizer", chosen: Recipe, epoch: float) -> None:
     """Set every group's learning rate for `epoch` (with its fraction): a function of it, so that resuming is exact."""
     for group in optimizer.param_groups:
         group["lr"] = chosen.lr * chosen.factor(epoch) * group["lr_scale"]

@@ -135,6 +135,20 @@ def test_scale_zero_is_tsn_bit_for_bit():
     assert torch.equal(HGNonLocal(32, 16, 4, 2)(x), x.mean(1))
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_started_as_the_average_it_is_the_average_and_learns(shared):
+    """With softmax F_o is the mean of F at first; the gradient of W_k is not 0, so attention grows out of it."""
+    options = {"attention": "softmax", "start": "average", "scale_init": 1.0, "shared": shared}
+    module, x = hgnl(16, 8, 4, 2, **options), torch.randn(3, 5, 16, dtype=torch.float64)
+    assert_close(module(x), 2 * x.mean(1))
+    assert_close(module.frame_weights(x), torch.full((3, 2, 5), 0.2, dtype=torch.float64))
+    (module(x) * torch.randn(3, 16, dtype=torch.float64)).sum().backward()
+    assert module.key.weight.grad.abs().max() > 1e-3
+    relu = hgnl(16, 8, 4, 2, start="average", shared=shared)
+    assert relu.key.weight.abs().max() > 0.1  # at 0 it would stay there
+    assert_close(relu.value.blocks()[0][1], torch.eye(8, dtype=torch.float64))
+
+
 def test_gradient_reaches_the_scale_at_its_start():
     module = hgnl(8, 4, 2, 1, scale_init=0.0)
     module(torch.randn(2, 3, 8, dtype=torch.float64)).square().sum().backward()
@@ -224,6 +238,7 @@ def test_groups_that_do_not_divide_are_named(arguments, message):
     [
         ({"norm": "sqrt"}, "norm 'sqrt' is not known; known are none, n, n_over_train"),
         ({"attention": "gelu"}, "attention 'gelu' is not known; known are relu, softmax"),
+        ({"start": "tsn"}, "start 'tsn' is not known; known are random, average"),
         ({"attention": "softmax", "norm": "n"}, "norm 'n' is for the ReLU map"),
         ({"norm": "n_over_train", "train_frames": 0}, "train_frames is 0"),
     ],

@@ -11,7 +11,7 @@ from tolerance import assert_close
 
 OPTIONS = {
     "hgnl": {"inner_dim": 8, "g1": 4, "g2": 2, "norm": "n", "scale_init": 0.5},
-    "nl": {"inner_dim": 4, "scale_init": 0.5},
+    "nl": {"inner_dim": 4, "scale_init": 0.5, "normalise": True},
     "attentive": {"depth": 3, "heads": 2, "frame_time": True},
     "nextvlad": {"clusters": 3, "groups": 4},
 }
@@ -72,10 +72,10 @@ def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(InputError, match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, attentive"):
         build("mean", dim=16, num_classes=5)
     with pytest.raises(
-        InputError, match="nl has no option 'g1'; it has inner_dim, normalise, scale_init, scale_scores, dropout"
+        InputError, match="nl has no option 'g1'; it has inner_dim, normalise, start, scale_init, scale_scores"
     ):
         build("nl", dim=16, num_classes=5, g1=4)
-    with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout"):
+    with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout, standardise"):
         build("tsn", dim=16, num_classes=5, norm="n")
 
 
@@ -110,6 +110,49 @@ def test_hgnl_from_a_tsn_gives_that_tsn_bit_for_bit():
         for time in (1, 3, 25):
             x = torch.randn(4, time, 16)
             assert torch.equal(model(x), tsn(x))
+
+
+def standardising(name: str, steps: int = 30, **options):
+    """A model whose batch norm has seen features of another size, and some of these."""
+    torch.manual_seed(1)
+    model, x = small(name, standardise=True, **options), 50 * torch.randn(64, 3, 16) + 9
+    torch.nn.init.normal_(model.classifier.weight)
+    for _ in range(steps):
+        model(x)
+    return model.eval(), x
+
+
+def test_standardised_features_have_one_size_whatever_the_backbone_s():
+    model, x = standardising("tsn")
+    with torch.no_grad():
+        seen = model.norm(model.features(x))
+    assert seen.mean(0).abs().max() < 0.2
+    assert 0.9 < seen.std(0).mean() < 1.1
+    assert not list(model.norm.parameters())
+    assert small("tsn").norm is None
+    one = model.train()(x[:1])  # the last batch of an epoch may be a single video
+    assert one.isfinite().all()
+
+
+def test_what_starts_from_a_standardised_classifier_gives_its_logits():
+    """The norm comes along, or goes into the weights of a model without one."""
+    tsn, x = standardising("tsn")
+    names = list("abcde")
+    for options in ({"standardise": True}, {"standardise": False}):
+        model = small("hgnl", scale_init=0.0, **options).eval()
+        carry_over(model, tsn.state_dict(), classes=names, source_classes=names)
+        assert_close(model(x), tsn(x))
+
+
+def test_a_plain_classifier_stays_one():
+    tsn, model, names = small("tsn").eval(), small("hgnl", scale_init=0.0, standardise=True), list("abcde")
+    torch.nn.init.normal_(tsn.classifier.weight)
+    carry_over(model, tsn.state_dict(), classes=names, source_classes=names)
+    assert model.norm is None
+    assert not model.options["standardise"]
+    x = torch.randn(4, 3, 16)
+    assert torch.equal(model.eval()(x), tsn(x))
+    build(**model.options).load_state_dict(model.state_dict())
 
 
 def test_rows_are_carried_over_by_exact_name_whatever_their_place():

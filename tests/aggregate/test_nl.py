@@ -118,5 +118,5 @@ def test_default_inner_dim_and_a_state_dict_round_trip():
 
 
 def test_inner_dim_below_one_is_refused():
-    with pytest.raises(InputError, match=r"inner_dim \(m1\) is 0; NL over 16 channels"):
+    with pytest.raises(InputError, match="dim 16, inner_dim 0, g1 1 and g2 1 must all be at least 1"):
         NonLocal(16, 0)

@@ -346,3 +346,27 @@ def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
     torch.save({"x": 1}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="is no checkpoint of"):
         Checkpoint.load(tmp_path / "other.pt")
+
+
+def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, tmp_path):
+    """And the checkpoint says what was used."""
+    small_hgnl = {"g1": 4, "g2": 2, "m1": 8, "epochs": 1}
+
+    def used(name: str, **more) -> dict:
+        train.main(options(features, tmp_path / name, "hgnl", **small_hgnl | more))
+        kept = Checkpoint.load(tmp_path / name / "best.pt").options
+        flags = ("attention", "normalise", "start", "scale_init", "norm", "standardise")
+        return {flag: kept[flag] for flag in flags}
+
+    paper = dict(zip(("attention", "normalise", "start"), ("relu", False, "random"), strict=True))
+    paper |= {"scale_init": 0.0, "norm": "none", "standardise": False}
+    cached = {"attention": "softmax", "normalise": True, "start": "average", "scale_init": 1.0, "norm": "none"}
+    cached["standardise"] = True
+    assert used("a") == cached
+    assert used("b", recipe="paper") == paper
+    assert used("c", normalise=False, scale_init=0.5) == cached | {"normalise": False, "scale_init": 0.5}
+    assert used("d", norm="n") == cached | {"norm": "n", "attention": "relu"}
+    assert used("e", recipe="paper", standardise=True, attention="softmax") == paper | {
+        "standardise": True,
+        "attention": "softmax",
+    }
