@@ -208,8 +208,10 @@ def build_model(
         check_backbone(init, trunk)  # a classifier starts from the very features it was trained on, or not at all
     torch.manual_seed(options.seed)
     stnet, common = options.model == "stnet", {"num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
-    own = {"frames_per_segment": options.frames_per_segment} if stnet else aggregator_options(options.model, options)
-    own |= {} if stnet else {"standardise": bool(options.standardise)}
+    own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
+    if not stnet:
+        own = aggregator_options(options.model, options, init and init.options)
+        own |= {"standardise": bool(options.standardise)}
     net: Any = build_net({"name": options.model, **common, **own}, trunk.module)
     if init is not None:
         carried = _carry_over(net, init, classes)

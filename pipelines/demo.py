@@ -68,9 +68,7 @@ def _extract(videos: Path, store: str) -> None:
 def _train(name: str, store: str, workdir: Path) -> None:
     from aggregate import train
 
-    # HG-NL starts from the TSN, as in the paper, with the control that the paper lacks.
-    more: dict[str, Any] = {"init": workdir / "tsn" / "best.pt", "control": True} if name == "hgnl" else {}
-    asked = train.Options(agg=name, features=store, out=workdir / name, **more)  # type: ignore[arg-type]
+    asked = train.Options(agg=name, features=store, out=workdir / name)  # type: ignore[arg-type]
     _step(f"{name} on cached features", train.main, asked)
 
 

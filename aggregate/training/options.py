@@ -21,6 +21,7 @@ AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
 BEFORE_RECIPES: dict[str, Any] = {
     "norm": "none", "attention": "relu", "normalise": False, "start": "random", "scale_init": 0.0, "standardise": False,
 }  # fmt: skip
+MEANING = ("norm", "attention", "normalise")  # the same weights under another of these are another model
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
@@ -126,9 +127,11 @@ def changes_of(options: ScheduleOptions) -> dict[str, Any]:
     return {one.name: getattr(options, one.name) for one in fields(ScheduleOptions)}
 
 
-def aggregator_options(name: str, options: HeadOptions) -> dict[str, Any]:
-    """Those of the flags that the aggregator `name` has, or its recipe's, as keywords of `aggregate.models.build`.
+def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Those of the flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
 
+    Of what is not given, that of the model it starts from (`init`, its options) stays where it is of the same kind, for
+    its weights mean nothing otherwise; the rest is the recipe's.
     InputError for a flag given to an aggregator that does not have it.
     """
     own = AGGREGATOR_FLAGS.get(name, ())
@@ -139,6 +142,8 @@ def aggregator_options(name: str, options: HeadOptions) -> dict[str, Any]:
             raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
     asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
     recipe = getattr(options, "recipe", "paper")  # end-to-end training has no other
+    theirs = {flag: init.get(flag) for flag in MEANING} if init is not None and init["name"] == name else {}
+    asked = {flag: theirs.get(flag) if value is None else value for flag, value in asked.items()}
     chosen = head_options(recipe, name, {flag: value for flag, value in asked.items() if value is not None})
     if name == "hgnl":
         chosen["train_frames"] = options.frames
