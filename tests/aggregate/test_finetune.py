@@ -296,7 +296,7 @@ def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(vi
 
 
 def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path):
-    common = {"features": str(cached / "f.zarr"), "epochs": 1, "batch_size": 4}
+    common = {"features": str(cached / "f.zarr"), "epochs": 1, "batch_size": 4, "standardise": False}
     train.main(train.Options(agg="txb", out=tmp_path / "txb", **common))
     with prepare(options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt")) as run:
         ours = run.learners[0].net.state_dict()
