@@ -123,6 +123,8 @@ def tables(folder: Path) -> tuple[list[Path], Read]:
     (folder / "k.csv").write_text("".join(["label,youtube_id,time_start,time_end,split\n", *lines]))
     lines = [f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},train,g{n}\n" for n, name in enumerate(ids)]
     (folder / "p.csv").write_text("".join(["path,label,split,group\n", *lines]))
+    lines = [f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},{n},{n + 2.5}\n" for n, name in enumerate(ids)]
+    (folder / "spans.csv").write_text("".join(["path,label,start,end\n", *lines]))
 
     def read(path: Path) -> None:
         if path.name == "k.csv":
@@ -131,7 +133,7 @@ def tables(folder: Path) -> tuple[list[Path], Read]:
         assert listing.report()
         assert {video.label for video in listing.videos} <= set(range(-1, len(listing.classes)))
 
-    return [folder / "k.csv", folder / "p.csv"], read
+    return [folder / "k.csv", folder / "p.csv", folder / "spans.csv"], read
 
 
 def submissions(folder: Path) -> tuple[list[Path], Read]:

@@ -14,7 +14,7 @@ import pytest
 
 import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
-from aggregate import ablate, evaluate, finetune, train
+from aggregate import ablate, crossval, evaluate, finetune, train
 from aggregate.ablation.records import Records
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
@@ -188,8 +188,9 @@ def test_strace_sees_every_file_synced_before_it_has_its_name(tmp_path):
     assert renamed >= 6
 
 
-def test_a_run_folder_and_an_ablation_go_on_whenever_the_power_goes(tmp_path):
+def test_run_folders_ablations_and_cross_validations_go_on_whenever_the_power_goes(tmp_path):
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
+    classes_store(tmp_path / "many.zarr")
     (tmp_path / "disk").mkdir()
     (tmp_path / "after").mkdir()
     epochs: set[int] = set()
@@ -201,24 +202,27 @@ def test_a_run_folder_and_an_ablation_go_on_whenever_the_power_goes(tmp_path):
         epochs.add(last.training["epoch"] if last else 0)
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()
-        if (disk / "grid").exists():
-            with Records(ablating(tmp_path, disk / "grid"), store, free=("out",), what="ablation") as records:
-                assert all(records.array(key) is not None for key in records.rows)
-                results.add(len(records.rows))
-        for file in disk.glob("*.h5"):
+        several = (ablating(tmp_path, disk / "grid"), results), (crossing(tmp_path, disk / "cv"), folds)
+        for wanted, seen in several:
+            if wanted.out.exists():
+                with Records(wanted, FeatureStore.open(wanted.features), free=("out",), what="result") as records:
+                    assert all(records.array(key) is not None for key in records.rows)
+                    seen.add(len(records.rows))
+        for file in (*disk.glob("*.h5"), *disk.glob("cv/*.h5")):
             assert Scores.load(file).ids
         for file in disk.rglob("*.json"):
             json.loads(file.read_text())
 
     results: set[int] = set()
-    store = FeatureStore.open(tmp_path / "feats.zarr")
+    folds: set[int] = set()
     cuts = PowerCuts(tmp_path / "disk", tmp_path / "after", check)
     with cuts.recording():
         train.main(training(tmp_path, tmp_path / "disk" / "run"))
         evaluate.main(evaluating(tmp_path, tmp_path / "disk"))
         fusing.main(fused(tmp_path / "disk"))
         ablate.main(ablating(tmp_path, tmp_path / "disk" / "grid"))
-    assert results == {0, 1, 2}
+        crossval.main(crossing(tmp_path, tmp_path / "disk" / "cv"))
+    assert results == folds == {0, 1, 2}
     assert epochs == {0, 1, 2}
     assert cuts.moments > 30
 
@@ -248,6 +252,21 @@ def ablating(here: Path, out: Path) -> ablate.Options:
         lr=(0.01, 0.02),
         seeds=(0,),
     )
+
+
+def crossing(here: Path, out: Path) -> crossval.Options:
+    lists = {"epochs": (1,), "batch_size": (4,), "seeds": (0,)}
+    return crossval.Options(agg=("tsn",), features=str(here / "many.zarr"), out=out, folds="2", **lists)
+
+
+def timed_store(path: Path) -> None:
+    """A store whose videos can be exported as rows at a constant rate."""
+    classes_store(path, videos=4, classes=2)
+    store = FeatureStore.open(path, writable=True)
+    shape = (4, 1, store.frames_per_video)
+    indices = np.broadcast_to(np.arange(shape[2], dtype="<i4"), shape)
+    ok = np.full(4, OK, "i1")
+    store.commit(Rows(np.arange(4), ok, [""] * 4, np.full(4, shape[2], "<i4"), indices, indices.astype("<f4") / 2))
 
 
 def every_step(
@@ -306,8 +325,9 @@ def test_extract_on_a_disk_that_is_full(code, stride, extraction, tmp_path):
     assert every_step(run, disk, emptied(disk), code, stride) > 60
 
 
-def test_train_evaluate_fuse_report_and_ablate_on_a_disk_that_is_full(tmp_path, capsys):
+def test_train_evaluate_fuse_report_ablate_and_crossval_on_a_disk_that_is_full(tmp_path, capsys):
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
+    classes_store(tmp_path / "many.zarr")
     disk = tmp_path / "disk"
     assert every_step(lambda: train.main(training(tmp_path, disk / "run")), disk, emptied(disk)) > 15
     assert every_step(lambda: evaluate.main(evaluating(tmp_path, disk)), disk, lambda: None) >= 4
@@ -316,13 +336,21 @@ def test_train_evaluate_fuse_report_and_ablate_on_a_disk_that_is_full(tmp_path, 
     page = report.Options(disk, out=disk / "report.html")
     assert every_step(lambda: report.main(page), disk, lambda: None) >= 4
     assert every_step(lambda: ablate.main(ablating(tmp_path, disk / "grid")), disk, emptied(disk / "grid")) > 20
-    exporting = emptied(disk / "exports")
+    assert every_step(lambda: crossval.main(crossing(tmp_path, disk / "cv")), disk, emptied(disk / "cv"), stride=3) > 20
 
-    def one_export():
-        shutil.rmtree(disk / "exports" / "npy", ignore_errors=True)
-        export(ExportOptions(str(tmp_path / "feats.zarr"), disk / "exports" / "npy"))
 
-    assert every_step(one_export, disk, exporting) > 12
+def test_exports_on_a_disk_that_is_full(tmp_path):
+    timed_store(tmp_path / "feats.zarr")
+    disk = tmp_path / "disk"
+    for asked in ({"to": disk / "npy"}, {"to": Path("npy"), "out": disk / "npy"}):
+        options = ExportOptions(str(tmp_path / "feats.zarr"), **asked)
+
+        def one_export(options=options):
+            shutil.rmtree(disk / "npy", ignore_errors=True)
+            assert export(options) == 0
+            assert len(list(disk.rglob("*.npy"))) == 4
+
+        assert every_step(one_export, disk, emptied(disk)) > 8
 
 
 def test_what_libraries_write_themselves_says_the_file_too(tmp_path):
