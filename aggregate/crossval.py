@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregate import train
 from aggregate.ablate import GridOptions, candidates, configured, in_passes
-from extract.cli import InputError, RunError, run_command
+from extract.cli import InputError, RunError, progress, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,8 +74,6 @@ class Choice:
 
 
 def main(options: Options) -> int:
-    from tqdm import tqdm
-
     from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
     from extract.store import FeatureStore
@@ -95,7 +93,7 @@ def main(options: Options) -> int:
             print(f"resuming  {options.out}: {len(folds) - len(waiting)} of {len(folds)} folds are done")
         if waiting:
             trainer.hold(_rows(store, options))
-        bar = tqdm(waiting, unit="fold", initial=len(folds) - len(waiting), total=len(folds), file=sys.stderr)
+        bar = progress(waiting, unit="fold", initial=len(folds) - len(waiting), total=len(folds))
         try:
             for fold, left in bar:
                 _run_fold(trainer, fold, left, options, records)
@@ -103,6 +101,7 @@ def main(options: Options) -> int:
             print(f"\nstopped; {options.out} holds the folds that are done, the same command goes on", flush=True)
             raise
         report(store, options, folds, records)
+    print(f"Next: python -m pipelines.report {options.out} --out report.html")
     return 0
 
 
