@@ -14,9 +14,11 @@ def status_table(store: FeatureStore) -> str:
     """The store in words: counts by split and status, reasons, size, provenance, and the speed its log records."""
     lines = [repr(store), _counts(store)]
     for status in (FAILED, PARTIAL):
-        reasons = _reasons(store, status)
-        if reasons:
-            lines.append(reasons)
+        if known := reasons(store, status):
+            lines.append(f"{STATUS_NAMES[status]}:")
+            lines += [f"  {count:>6,}  e.g. {example}" for count, example in known[:REASONS_SHOWN]]
+        if len(known) > REASONS_SHOWN:
+            lines.append(f"  and {len(known) - REASONS_SHOWN} further reasons")
     record = store.provenance
     weights = record.get("weights", {})
     if weights:
@@ -49,22 +51,15 @@ def _counts(store: FeatureStore) -> str:
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
-def _reasons(store: FeatureStore, status: int) -> str:
-    """Reasons with their counts and an example each; numbers are left out so that like reasons fall together."""
-    rows = (store.status == status).nonzero()[0]
+def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
+    """Why rows have a status: how many for like reasons (numbers are left out), and one with its id; frequent first."""
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for row in rows:
+    for row in (store.status == status).nonzero()[0]:
         reason = re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
         counts[reason] += 1
         examples.setdefault(reason, f"{store.ids[row]}: {store.errors[row]}")
-    if not counts:
-        return ""
-    lines = [f"{STATUS_NAMES[status]}:"]
-    lines += [f"  {count:>6,}  e.g. {examples[reason]}" for reason, count in counts.most_common(REASONS_SHOWN)]
-    if len(counts) > REASONS_SHOWN:
-        lines.append(f"  and {len(counts) - REASONS_SHOWN} further reasons")
-    return "\n".join(lines)
+    return [(count, examples[reason]) for reason, count in counts.most_common()]
 
 
 def _speed(path: str) -> str:

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 
 from aggregate import figures
+from aggregate.data.features import usable
 from extract.cli import InputError, RunError
-from extract.store import FAILED, OK, PARTIAL, STATUS_NAMES, FeatureStore
-from extract.store.summary import human_bytes
+from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
+from extract.store.summary import human_bytes, reasons
 from pipelines.predictor import WEIGHING
 
 if TYPE_CHECKING:
@@ -28,11 +29,6 @@ MAP_VIDEOS = 2000  # more points only hide each other
 FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
 ROWS_AT_ONCE = 64
 ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
-
-
-def usable_rows(store: FeatureStore) -> np.ndarray:
-    """Rows that hold features."""
-    return np.flatnonzero((store.status == OK) | (store.status == PARTIAL))
 
 
 def draw(rows: np.ndarray, most: int, *, seed: int) -> np.ndarray:
@@ -60,11 +56,12 @@ def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[
     for name, store in found.stores.items():
         counts = pd.crosstab(store.splits, store.status).rename(columns=dict(enumerate(STATUS_NAMES)))
         counts = counts.reindex(columns=list(kinds), fill_value=0).rename(index={"": "(no split)"})
+        why = [(STATUS_NAMES[kind], *one) for kind in (FAILED, PARTIAL) for one in reasons(store, kind)[:REASONS]]
         bars = figures.bars(counts.index.tolist(), counts.to_numpy(), kinds, x_label="videos")
         shown.append(
             {"name": name, "store": store, "size": human_bytes(len(store) * store.video_bytes), "spans": _spans(store)}
             | {"picture": figures.svg(bars), "kinds": list(kinds), "splits": [(s, n) for s, *n in counts.itertuples()]}
-            | {"reasons": _reasons(store), "samples": list(sample_frames(store, videos, seed=seed))}
+            | {"reasons": why, "samples": list(sample_frames(store, videos, seed=seed))}
             | _class_sizes(store)
         )
     return shown
@@ -88,21 +85,6 @@ def _class_sizes(store: FeatureStore) -> dict[str, Any]:
     )
     named = {end: {"name": store.classes[label], "count": sizes[label]} for end, label in ends.items()}
     return {**named, "without": len(store.classes) - len(sizes)}
-
-
-def _reasons(store: FeatureStore) -> list[tuple[int, str, str]]:
-    """Reasons of failed and partial videos, the frequent ones first; like ones (but for numbers) together."""
-    videos = pd.DataFrame({"status": store.status, "error": store.errors, "id": store.ids})
-    videos = videos[videos.status.isin([FAILED, PARTIAL])]
-    kinds = [videos.status, videos.error.astype(str).str.replace(r"\d+(\.\d+)?", "#", regex=True)]
-    counts = videos.groupby(kinds, sort=False).agg(count=("id", "size"), id=("id", "first"), error=("error", "first"))
-    counts = counts.sort_values("count", ascending=False, kind="stable")
-    rows = [
-        (one.count, STATUS_NAMES[status], f"{one.id}: {one.error}")
-        for (status, _), one in zip(counts.index[:REASONS], counts.itertuples(index=False), strict=False)
-    ]
-    others = counts["count"].iloc[REASONS:]
-    return rows + [(others.sum(), "", f"for {len(others):,} further reasons")] * bool(len(others))
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
@@ -138,7 +120,7 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path], *, seed: int) ->
     """The middle frame of at most SAMPLES videos, classes in turn, as a JPEG, with id and class."""
     from PIL import Image
 
-    rows = pd.Series(np.random.default_rng(seed).permutation(usable_rows(store)))
+    rows = pd.Series(np.random.default_rng(seed).permutation(np.flatnonzero(usable(store))))
     labels = store.labels[rows]
     turn = rows.groupby(labels).cumcount()  # how many of its class come before it
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
@@ -157,10 +139,10 @@ def feature_maps(found: "Found", seed: int) -> list[dict[str, Any]]:
     """Mean features of at most MAP_VIDEOS videos in two dimensions, coloured by class, of stores of three or more."""
     shown = []
     for name, store in found.stores.items():
-        usable = usable_rows(store)
-        if len(usable) < 3:
+        good = np.flatnonzero(usable(store))
+        if len(good) < 3:
             continue
-        rows = draw(usable, MAP_VIDEOS, seed=seed)
+        rows = draw(good, MAP_VIDEOS, seed=seed)
         places, method = flatten(mean_features(store, rows), seed=seed)
         labels = store.labels[rows]
         classes = sorted(label for label, _ in Counter(labels[labels >= 0].tolist()).most_common(figures.KINDS))
@@ -168,7 +150,7 @@ def feature_maps(found: "Found", seed: int) -> list[dict[str, Any]]:
         picture = figures.scatter(places, kinds, [store.classes[label] for label in classes])
         shown.append(
             {"name": name, "picture": figures.svg(picture), "method": method, "grey": (kinds < 0).any()}
-            | {"shown": len(rows), "all": len(usable)}
+            | {"shown": len(rows), "all": len(good)}
         )
     return shown
 
@@ -242,15 +224,15 @@ def _store_of(found: "Found", checkpoint: Any, features: str) -> tuple[str, Feat
 
 def _validation(store: FeatureStore, options: dict[str, Any]) -> tuple[np.ndarray, str]:
     """Rows with features that a run was validated on, where that can be told; and that in words."""
-    usable = usable_rows(store)
+    good = np.flatnonzero(usable(store))
     groups = options.get("val_groups") or []
     held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
-    rows = usable[held_out[usable]]
+    rows = good[held_out[good]]
     if len(rows):
         return rows, "held out" if groups else f"split {options.get('val_split', 'val')!r}"
-    if not len(usable):
+    if not len(good):
         raise InputError(f"{store.path} holds no features")
-    return usable, "from training and validation alike"
+    return good, "from training and validation alike"
 
 
 def films(
