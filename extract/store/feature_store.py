@@ -30,6 +30,7 @@ from extract.store.layout import (
     is_remote,
     target,
 )
+from extract.store.remote import LocalCopy
 from extract.store.shards import ShardError, ShardMap, damaged_videos
 
 SCHEMAS = ("hgnl-features/1", "hgnl-features/2")  # the second has `starts` and `ends`
@@ -229,12 +230,16 @@ class FeatureStore:
 
     @cached_property
     def _shards(self) -> ShardMap:
+        def paths(blocks: list[int]) -> list[Path]:
+            shards = [self.shard_path(block) for block in blocks]
+            return copy.fetch([shard.name for shard in shards]) if copy else shards
+
+        copy = None
         if is_remote(self.path):
-            raise InputError(
-                f"{self.path} is remote and cannot be memory-mapped; copy it to a local folder, or use read()"
-            )
+            copy = LocalCopy(self.path, block_size=self.block_size, video_bytes=self.video_bytes)
         return ShardMap(
-            [self.shard_path(block) for block in range(self.num_blocks)],
+            paths,
+            self.num_blocks,
             block_size=self.block_size,
             video_shape=(self.num_views, self.frames_per_video, self.dim),
             sparse=self._sparse,
@@ -251,7 +256,7 @@ class FeatureStore:
     def gather(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
         """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int [B]): float16 [B, n, D].
 
-        Reads memory-mapped shards. Failed videos give zeros (`mask` is False for them); a pending one is a `RunError`.
+        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed videos give zeros (`mask` is False for them); a pending one is a `RunError`.
         """
         rows, frames = np.asarray(rows), np.asarray(frames)
         frames = frames if frames.ndim == 2 else frames[None, :]

@@ -28,6 +28,9 @@ class RunLog:
             self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
             self._file.flush()
 
+    def confirm(self) -> None:
+        """The kernel keeps the hold (of a lease, on object storage, this must be asked)."""
+
     @staticmethod
     def path(store: str | Path) -> Path:
         return Path(f"{str(store).rstrip('/')}.log")

@@ -14,7 +14,7 @@ import ctypes
 import mmap
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import google_crc32c
@@ -76,19 +76,27 @@ class ShardMap:
     """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
 
     Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards are no trouble.
-    Places of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
+    `paths` gives the files of some blocks. Places of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
     is not there is read alone, where the kernel would read megabytes around it, and `ask_for` has many read at once.
     """
 
-    def __init__(self, paths: list[Path], *, block_size: int, video_shape: tuple[int, int, int], sparse: bool = False):
+    def __init__(
+        self,
+        paths: Callable[[list[int]], list[Path]],
+        blocks: int,
+        *,
+        block_size: int,
+        video_shape: tuple[int, int, int],
+        sparse: bool = False,
+    ):
         self.sparse = sparse
         self._paths, self._block_size = paths, block_size
         self._video_bytes = int(np.prod(video_shape)) * 2
         page = mmap.PAGESIZE
         self._room = -(-shard_bytes(block_size, block_size, self._video_bytes) // page) * page
-        self._mapped = np.zeros(len(paths), dtype=bool)
+        self._mapped = np.zeros(blocks, dtype=bool)
         self._libc = _libc()
-        size = max(self._room * len(paths), page)
+        size = max(self._room * blocks, page)
         # Address space only: nothing is read or reserved until a shard is mapped into its place.
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._base = self._map(None, size, anonymous, -1)
@@ -96,7 +104,7 @@ class ShardMap:
         views, frames, dim = video_shape
         raw = np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(self._base)), dtype="<f2")
         strides = (self._room, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2)
-        shape = (len(paths), block_size, views, frames, dim)
+        shape = (blocks, block_size, views, frames, dim)
         self.array = np.lib.stride_tricks.as_strided(raw, shape=shape, strides=strides, writeable=False)
 
     def require(self, blocks: np.ndarray) -> None:
@@ -113,9 +121,8 @@ class ShardMap:
         for address in first.tolist():
             self._libc.madvise(address, length, mmap.MADV_WILLNEED)  # advice: where it fails, reading still works
 
-    def _map_shards(self, blocks: Iterable[int]) -> None:
-        for block in blocks:
-            path = self._paths[block]
+    def _map_shards(self, blocks: list[int]) -> None:
+        for block, path in zip(blocks, self._paths(blocks), strict=True):
             # Checked before it is mapped: touching a mapping beyond the end of its file would kill the process.
             videos = read_index(path, block_size=self._block_size, video_bytes=self._video_bytes)
             size = shard_bytes(videos, self._block_size, self._video_bytes)

@@ -143,7 +143,9 @@ class RayActorPool:
     def _actor(self) -> Any:
         # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
         cores = max(1, int(self._request["num_cpus"]))
-        remote = self._ray.remote(self._worker).options(max_restarts=0, max_task_retries=0, **self._request)
+        remote = self._ray.remote(self._worker).options(
+            max_restarts=0, max_task_retries=0, concurrency_groups={"help": 1}, **self._request
+        )
         return remote.remote(self._options, cores)
 
     def describe(self) -> dict[str, Any]:
@@ -276,7 +278,8 @@ class RayActorPool:
             if helper.ready and helper.member not in self._members and ready:
                 lent = Counter(id(other.member) for other in self._helpers)
                 helper.member = min(ready, key=lambda member: lent[id(member)])
-                helper.member.actor.help.remote(partial(_decode_elsewhere, helper.actor), at_once=2 * helper.cores)
+                lend = helper.member.actor.help.options(concurrency_group="help")  # beside the block in hand
+                lend.remote(partial(_decode_elsewhere, helper.actor), at_once=2 * helper.cores)
         for member in ready:
             while len(member.calls) < 2 and self._give(member, queue):
                 pass

@@ -25,6 +25,7 @@ from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, settle
 from extract.options import Options
 from extract.store import FAILED, PENDING, FeatureStore, Rows, RunLog, difference, exclusive, is_remote
+from extract.store.remote import Lease, leased
 from extract.store.summary import human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
 from extract.workers.worker import Block, Done, Worker, code_version
@@ -43,18 +44,14 @@ def extract(options: Options) -> int:
     if options.window is not None and options.stride is not None:
         files, videos = len(videos), cut_windows(videos, options.window, options.stride)
         print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
-    if is_remote(options.out):
-        print(f"{options.out} is remote: nothing keeps a second run from writing to it at the same time")
-        return _extract(options, listing, videos, None)
     _refuse_foreign_folder(options.out)
-    with exclusive(options.out) as log:
-        return _extract(options, listing, videos, log)
+    with leased(options.out) if is_remote(options.out) else exclusive(options.out) as hold:
+        return _extract(options, listing, videos, hold)
 
 
-def _extract(options: Options, listing: Listing, videos: Sequence[Video], log: RunLog | None) -> int:
+def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: RunLog | Lease) -> int:
     nonce = uuid.uuid4().hex
-    if log:
-        log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
+    hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
     store = _open_if_there(options.out)
     pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
     try:
@@ -83,7 +80,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], log: R
         _check_space(store, blocks)
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
-            _run(pool.extract(blocks), store, blocks, log)
+            _run(pool.extract(blocks), store, blocks, hold)
     finally:
         pool.close()
     print(status_table(store))
@@ -112,7 +109,7 @@ def _check(options: Options) -> None:
 
 def _refuse_foreign_folder(out: str) -> None:
     path = Path(out)
-    if path.exists() and not (path / "zarr.json").exists():
+    if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
         what = "a file" if path.is_file() else "a folder"
         raise InputError(
             f"--out {out} exists and is no feature store but {what}; nothing was touched, give another name"
@@ -245,7 +242,7 @@ def _visible_gpus(device: str) -> int:
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block], log: RunLog | None) -> None:
+def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block], hold: RunLog | Lease) -> None:
     """Commit blocks as they come; show progress, and at the end where the time went."""
     started = time.perf_counter()
     totals: Counter[str] = Counter()
@@ -253,25 +250,24 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
     with progress(total=sum(len(block.rows) for block in blocks), unit="video") as bar:
         for together in finished:
             if together:
+                hold.confirm()
                 store.commit(Rows.joined([done.outcome for done in together]))
             for done in together:
                 totals.update(done.seconds)
                 totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
                 nodes.add(done.node)
                 bar.update(len(done.outcome.rows))
-                if log:
-                    seconds = {name: round(value, 4) for name, value in done.seconds.items()}
-                    videos = len(done.outcome.rows)
-                    log.write(
-                        "block", number=done.number, node=done.node, videos=videos, frames=done.frames, seconds=seconds
-                    )
+                seconds = {name: round(value, 4) for name, value in done.seconds.items()}
+                videos = len(done.outcome.rows)
+                hold.write(
+                    "block", number=done.number, node=done.node, videos=videos, frames=done.frames, seconds=seconds
+                )
             elapsed = time.perf_counter() - started
             bar.set_postfix_str(
                 f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed", refresh=False
             )
     wall = time.perf_counter() - started
-    if log:
-        log.write("end", wall=round(wall, 3), frames=totals["frames"])
+    hold.write("end", wall=round(wall, 3), frames=totals["frames"])
     print(_where_time_went(totals, wall=wall, workers=len(nodes)))
 
 

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,7 @@ from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Job, Plan, Prepared, decode_job, jobs_of, view_names
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
+from extract.store.remote import Lease
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ class Worker:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: Future[Done] | None = None
         self._ahead: dict[int, list[Submitted]] = {}
+        self._making = threading.Lock()  # of the children
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -153,17 +156,16 @@ class Worker:
         """Make sure that this worker has the driver's code and sees the store and videos, or fail naming its node."""
         node = check_node(version, video)
         store = self.options.out
-        if not is_remote(store):
-            if not Path(store).is_dir():
-                raise RunError(
-                    f"the worker on {node} does not see the store {store}; put it on storage all nodes share"
-                )
-            if not any(record.get("nonce") == nonce for record in RunLog.records(store)):
-                raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
+        if not is_remote(store) and not Path(store).is_dir():
+            raise RunError(f"the worker on {node} does not see the store {store}; put it on storage all nodes share")
+        seen = [Lease.nonce(store)] if is_remote(store) else [run.get("nonce") for run in RunLog.records(store)]
+        if nonce not in seen:
+            raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
-        """Have another node decode too, until `decode` raises."""
-        self._pool.help(decode, at_once=at_once)
+        """Have another node decode too, until `decode` raises. May be called while a block is in hand."""
+        with self._making:
+            self._pool.help(decode, at_once=at_once)
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
         """All blocks, one after the other, in this process."""
@@ -196,7 +198,9 @@ class Worker:
 
     def _submit(self, block: Block) -> "list[Submitted]":
         jobs = jobs_of(block.paths, block.ids, block.spans, self._plan)
-        return [(places, job, self._pool.submit(job)) for places, job in jobs]
+        with self._making:
+            pool = self._pool
+        return [(places, job, pool.submit(job)) for places, job in jobs]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Rows, dict[str, float]]:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size

@@ -122,7 +122,7 @@ def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[], object]) ->
 
     def run() -> None:
         try:
-            result.append(main(options(clips, out, address=cluster.address)))
+            result.append(main(options(clips, out, address=cluster.address, video_timeout=200.0)))
         except BaseException as error:
             result.append(error)
 
@@ -177,15 +177,29 @@ def decoders() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "ray::Decoder" in " ".join(command_of(p))]
 
 
-def test_a_node_without_a_gpu_decodes_for_one_with(clips, cluster, add_nodes, undisturbed, tmp_path):
-    """Its decoder is killed, then a child of the decoder that comes in its place, then the node."""
+@pytest.mark.parametrize("lost", ["decoder", "child", "node"])
+def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
+    lost, clips, cluster, add_nodes, undisturbed, tmp_path
+):
+    """The worker's own child is stopped, so that it needs its help, and the help while it has videos in hand."""
     nodes, out = add_nodes(*GPU_AND_CPU), tmp_path / "ray.zarr"
 
     def disturb() -> None:
-        wait_for(decoders)[0].kill()
-        second = wait_for(decoders)[0]
-        wait_for(second.children)[0].kill()
-        cluster.remove_node(raylet_of(nodes, second.pid), allow_graceful=False)
+        own = [child for child in psutil.Process(worker_of(out)).children() if child in decode_children()]
+        assert len(own) == 1
+        own[0].suspend()
+        decoder = wait_for(decoders)[0]
+        helping = wait_for(lambda: decoder.children() if decoder.is_running() else [])
+        for child in helping:
+            child.suspend()
+        if lost == "decoder":
+            decoder.kill()
+        elif lost == "child":
+            for child in helping:
+                child.kill()
+        else:
+            cluster.remove_node(raylet_of(nodes, decoder.pid), allow_graceful=False)
+        own[0].resume()
 
     disturbed(clips, cluster, out, disturb)
     whole(out, undisturbed)

@@ -1,0 +1,189 @@
+"""A store on object storage: written, resumed and trained from on an S3 server started here; two drivers at once."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extract.__main__ import Options, main
+from extract.cli import RunError
+from extract.store import OK, FeatureStore, remote
+from extract.store.remote import Lease, LocalCopy, leased
+
+ROOT = Path(__file__).parents[2]
+TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory):
+    """The endpoint of an S3 server of this process, with a bucket `b`; found through the environment, as users do."""
+    import boto3
+    import s3fs
+    from moto.server import ThreadedMotoServer
+
+    with pytest.MonkeyPatch.context() as patch:
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        host, port = server.get_host_and_port()
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        patch.setenv("HGNL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        boto3.client("s3").create_bucket(Bucket="b")
+        yield s3fs.S3FileSystem()
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory, demo_clips) -> Path:
+    root = tmp_path_factory.mktemp("clips") / "barbell"
+    root.mkdir()
+    for clip in sorted((demo_clips / "exercise_mini" / "clips" / "barbell").glob("*.mp4"))[:8]:
+        shutil.copy(clip, root / clip.name)
+    return root.parent
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leases that beat ten times a second."""
+    monkeypatch.setattr(remote, "BEAT", 0.1)
+    monkeypatch.setattr(remote, "PATIENCE", 1.5)
+
+
+def options(videos: Path, out: Path | str, **changed) -> Options:
+    return Options(videos=videos, out=str(out), **(TINY | changed))
+
+
+def objects(s3, url: str) -> dict[str, bytes]:
+    return {path.partition(".zarr/")[2]: s3.cat_file(path) for path in s3.find(url)}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(clips, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("undisturbed") / "feats.zarr"
+    assert main(options(clips, out)) == 0
+    return out
+
+
+def test_a_store_on_s3_is_the_store_on_a_disk(s3, clips, undisturbed, capsys):
+    assert main(options(clips, "s3://b/feats.zarr")) == 0
+    assert objects(s3, "s3://b/feats.zarr") == files(undisturbed)
+    assert main(options(clips, "s3://b/feats.zarr")) == 0
+    assert "to do     0 videos" in capsys.readouterr().out
+
+
+def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(s3, clips, undisturbed, quick, tmp_path):
+    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", "s3://b/killed.zarr", *flags]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while run.poll() is None and not committed("s3://b/killed.zarr"):
+            time.sleep(0.05)
+        run.kill()
+        run.wait()
+    assert 0 < committed("s3://b/killed.zarr") < 8
+    assert main(options(clips, "s3://b/killed.zarr")) == 0
+    assert objects(s3, "s3://b/killed.zarr") == files(undisturbed)
+
+
+def committed(url: str) -> int:
+    with contextlib.suppress(Exception):  # not there yet, or half of its metadata
+        return int((FeatureStore.open(url).status == OK).sum())
+    return 0
+
+
+def test_of_two_drivers_one_wins(s3, clips, quick):
+    results: list[object] = []
+
+    def run() -> None:
+        try:
+            results.append(main(options(clips, "s3://b/both.zarr")))
+        except RunError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0 in results
+    (refused,) = [result for result in results if result != 0]
+    assert f"s3://b/both.zarr is being written by process {os.getpid()} on" in str(refused)
+
+
+def test_many_who_create_the_same_lease(s3, quick):
+    """A race for the conditional put itself, from a dead holder: whoever comes second is refused."""
+    dead = Lease("s3://b/race.zarr")
+    dead._released.set()  # it beats no more, and did not say so
+    held, refused = [], []
+
+    def take() -> None:
+        try:
+            held.append(Lease("s3://b/race.zarr"))
+        except RunError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=take) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(held) == 1
+    assert len(refused) == 7
+    held[0].confirm()
+    held[0].release()
+
+
+def test_a_driver_that_slept_has_lost(s3, quick):
+    sleeper = Lease("s3://b/slept.zarr")
+    sleeper._released.set()
+    with leased("s3://b/slept.zarr") as other:
+        other.confirm()
+        with pytest.raises(RunError, match=r"s3://b/slept.zarr: this run has lost its lease"):
+            sleeper.confirm()  # it has not renewed for too long
+        sleeper._renew()
+        with pytest.raises(RunError, match="has lost its lease"):
+            sleeper.confirm()  # now it sees the other
+        other.confirm()
+    with leased("s3://b/slept.zarr"):  # released: nobody waits
+        pass
+
+
+def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch, tmp_path):
+    main(options(clips, "s3://b/copied.zarr"))
+    rows, frames = np.arange(8), np.arange(3)
+    expected = FeatureStore.open(undisturbed).gather(rows, frames)
+    store = FeatureStore.open("s3://b/copied.zarr")
+    np.testing.assert_array_equal(store.gather(rows[:2], frames), expected[:2])
+    folder = LocalCopy("s3://b/copied.zarr", block_size=2, video_bytes=store.video_bytes).folder
+    assert len(list(folder.iterdir())) == 1  # the shard that was asked for
+    np.testing.assert_array_equal(store.gather(rows, frames), expected)
+    fetched = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert len(fetched) == 4
+    np.testing.assert_array_equal(FeatureStore.open("s3://b/copied.zarr").gather(rows, frames), expected)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == fetched
+
+    name = "b/copied.zarr/features/c.1.0.0.0"
+    good = s3.cat_file(name)
+    s3.pipe_file(name, good[:10] + bytes([good[10] ^ 1]) + good[11:])
+    with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 came damaged: the checksum of its video 0 does not match"):
+        FeatureStore.open("s3://b/copied.zarr").gather(rows, frames)
+    s3.pipe_file(name, good)  # another version of the object: fetched again, and the older one goes
+    np.testing.assert_array_equal(FeatureStore.open("s3://b/copied.zarr").gather(rows, frames), expected)
+    assert len(list(folder.iterdir())) == 4
+    s3.rm_file(name)
+    shutil.rmtree(folder)
+    with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 is missing"):
+        FeatureStore.open("s3://b/copied.zarr").gather(rows, frames)
