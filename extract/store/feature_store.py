@@ -256,7 +256,8 @@ class FeatureStore:
     def gather(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
         """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int [B]): float16 [B, n, D].
 
-        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed videos give zeros (`mask` is False for them); a pending one is a `RunError`.
+        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed videos give zeros
+        (`mask` is False for them); a pending one is a `RunError`.
         """
         rows, frames = np.asarray(rows), np.asarray(frames)
         frames = frames if frames.ndim == 2 else frames[None, :]

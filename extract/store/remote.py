@@ -57,7 +57,7 @@ class Lease:
         """RunError where another driver has, or may have, taken the store meanwhile."""
         if self._lost or time.monotonic() - self._renewed > 0.75 * PATIENCE:
             raise RunError(
-                f"{self._url}: this run has lost its lease, to another or for want of a network; start again"
+                f"{self._url}: this run has lost its lease, to another run or with its network; start it again"
             )
 
     def release(self) -> None:

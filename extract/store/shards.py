@@ -76,8 +76,9 @@ class ShardMap:
     """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
 
     Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards are no trouble.
-    `paths` gives the files of some blocks. Places of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
-    is not there is read alone, where the kernel would read megabytes around it, and `ask_for` has many read at once.
+    `paths` gives the files of some blocks. Places of shards that were never mapped read as zeros. `sparse` is for files
+    that memory does not hold: a page that is not there is read alone, where the kernel would read megabytes around it,
+    and `ask_for` has many read at once.
     """
 
     def __init__(

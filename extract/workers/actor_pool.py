@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 DEATHS_A_BLOCK = 3  # a block that was in hand when so many workers died is taken for the cause
 SECONDS_WITHOUT_WORKERS = 600.0
 SECONDS_BETWEEN_LOOKS = 2.0  # at which nodes there are
+SECONDS_A_COMMIT = 0.25  # blocks that are handed in within this time are committed together
 CORES_A_DECODER = 4  # a large node becomes several, so that they can be shared out among workers
 
 
@@ -143,10 +144,8 @@ class RayActorPool:
     def _actor(self) -> Any:
         # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
         cores = max(1, int(self._request["num_cpus"]))
-        remote = self._ray.remote(self._worker).options(
-            max_restarts=0, max_task_retries=0, concurrency_groups={"help": 1}, **self._request
-        )
-        return remote.remote(self._options, cores)
+        actor = self._ray.remote(concurrency_groups={"help": 1})(self._worker)
+        return actor.options(max_restarts=0, max_task_retries=0, **self._request).remote(self._options, cores)
 
     def describe(self) -> dict[str, Any]:
         made = self._get(self._first.describe.remote())
@@ -188,32 +187,34 @@ class RayActorPool:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
-        """All blocks, in any order; those that are handed in at the same time come together."""
-        queue = deque(blocks)
+        """All blocks, in any order; those that are handed in soon after each other come together."""
+        queue, held = deque(blocks), list[Done]()
         left = {block.number for block in blocks}
-        heard = time.monotonic()
+        heard = yielded = time.monotonic()
         while left:
             self._fill(queue, left)
             calls: dict[Any, _Member | _Helper] = {helper.call: helper for helper in self._helpers}
             for member in self._members:
                 calls |= dict.fromkeys(member.calls if member.ready is None else [member.ready], member)
             finished: list[Done] = []
-            ready = self._ready(list(calls))
+            ready = self._ready(list(calls), SECONDS_A_COMMIT if held else SECONDS_BETWEEN_LOOKS)
             for call in ready:
                 part = calls[call]
                 finished += self._hear_helper(part) if isinstance(part, _Helper) else self._hear(part, call, queue)
             new = {done.number: done for done in finished if done.number in left}
             left -= new.keys()  # another worker may have been given it meanwhile, and have written the same bytes
-            if new:
-                yield list(new.values())
+            held += new.values()
+            if held and (not left or time.monotonic() - yielded > SECONDS_A_COMMIT):
+                yield held
+                held, yielded = [], time.monotonic()
             silent = time.monotonic() - heard
             if ready or any(member.ready is None for member in self._members):
                 heard = time.monotonic()
             elif silent > 30:
                 self._complain(silent)
 
-    def _ready(self, calls: "list[ray.ObjectRef]") -> "list[ray.ObjectRef]":
-        ready, waiting = self._ray.wait(calls, timeout=SECONDS_BETWEEN_LOOKS)
+    def _ready(self, calls: "list[ray.ObjectRef]", timeout: float) -> "list[ray.ObjectRef]":
+        ready, waiting = self._ray.wait(calls, timeout=timeout)
         return ready + self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if ready and waiting else ready
 
     def _hear(self, member: _Member, call: "ray.ObjectRef", queue: deque[Block]) -> list[Done]:

@@ -161,6 +161,7 @@ class Worker:
         seen = [Lease.nonce(store)] if is_remote(store) else [run.get("nonce") for run in RunLog.records(store)]
         if nonce not in seen:
             raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
+        assert self._backbone  # made here: PyTorch's number of threads holds for the thread that sets it
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have another node decode too, until `decode` raises. May be called while a block is in hand."""

@@ -21,9 +21,10 @@ import pytest
 
 from extract.decode.subprocess_pool import Finished
 from extract.options import Options
-from extract.store import OK, FeatureStore, exclusive
-from extract.workers.actor_pool import RayActorPool
-from extract.workers.driver import _blocks, _columns
+from extract.store import OK, FeatureStore, Rows, exclusive
+from extract.workers.actor_pool import RayActorPool, _Member
+from extract.workers.cost import Cost
+from extract.workers.driver import _blocks, _columns, _run
 from extract.workers.worker import Block, Done, Worker, code_version
 from simulated import SimulatedWorker
 
@@ -235,3 +236,98 @@ def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
         tmp_path, videos, nodes, ["alone", "pool", "Ray Data"], worker=SimulatedWorker, block_size=16, cores=2
     )
     assert speeds["pool"] >= 1.8 * speeds["alone"]
+
+
+# -- as many workers as a large cluster has ------------------------------------------------------------------------
+
+WORKERS, PROCESSES, DIM = 64, 4, 2048
+KINETICS = Cost(650_000, 1, 25, DIM, decode_seconds=0.105)  # 10,157 blocks
+
+
+class Sleeper:
+    """16 of the 64 workers: a block takes as long as an H100 with 16 cores takes, and its shard is not written."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+
+    def run(self, block: Block, upcoming: Block | None) -> list[Done]:
+        time.sleep(self._seconds)
+        rows = np.array(block.rows)
+        shape = (len(rows), 1, KINETICS.frames)
+        outcome = Rows(
+            rows,
+            np.full(len(rows), OK, "i1"),
+            [""] * len(rows),
+            np.full(len(rows), 250, "<i4"),
+            np.full(shape, 3, "<i4"),
+            np.zeros(shape, "<f4"),
+        )
+        return [Done(block.number, outcome, "here", shape[0] * shape[2], dict.fromkeys(("decode", "wait"), 0.0))]
+
+    def drain(self) -> list[Done]:
+        return []
+
+
+class Crowd(RayActorPool):
+    """64 members, which are 16 threads each of four processes: 64 processes do not fit this machine."""
+
+    def __init__(self, options: Options, seconds: float):
+        import ray
+
+        # Two calls are in flight with each member; a worker does one at a time.
+        self._sleepers = [
+            ray.remote(Sleeper).options(max_concurrency=WORKERS // PROCESSES, num_cpus=0).remote(seconds)
+            for _ in range(PROCESSES)
+        ]
+        super().__init__(options)
+        self._members = [_Member(self._actor(), ready=None) for _ in range(WORKERS)]
+
+    def _actor(self) -> Any:
+        self._made = getattr(self, "_made", -1) + 1
+        return self._sleepers[self._made % PROCESSES]
+
+
+def test_the_driver_of_64_workers(tmp_path):
+    """All 10,157 blocks of Kinetics-700 in the time that 64 H100s with 16 cores each would take: not scaled, 67 s."""
+    import psutil
+    import ray
+
+    out = tmp_path / "feats.zarr"
+    store = FeatureStore.create(
+        out,
+        **_columns([Listed(f"train/class/{number:06d}.mp4", __file__) for number in range(KINETICS.videos)]),
+        classes=["a"],
+        views=["center"],
+        frames=KINETICS.frames,
+        dim=DIM,
+        block_size=KINETICS.block_size,
+        provenance={},
+    )
+    names = store.ids
+    blocks = []
+    for number in store.missing_blocks():
+        rows = store.block_rows(number)
+        paths = tuple(f"/data/k700/{name}" for name in names[rows])
+        blocks.append(Block(number, tuple(rows.tolist()), tuple(names[rows].tolist()), paths))
+    seconds = KINETICS.block_seconds(cores=16)
+    ideal = len(blocks) * seconds / WORKERS
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        pool = Crowd(Options(Path(), str(out), workers=WORKERS), seconds)
+        ray.get([sleeper.drain.remote() for sleeper in pool._sleepers])
+        started, before = time.perf_counter(), time.process_time()
+        with exclusive(out) as log:
+            _run(pool.extract(blocks), store, blocks, log)
+        wall, cpu = time.perf_counter() - started, time.process_time() - before
+        pool.close()
+    finally:
+        ray.shutdown()
+    memory = psutil.Process().memory_info().rss / 1e9
+    assert (FeatureStore.open(out).status == OK).all()
+    print(
+        f"\n{len(blocks):,} blocks of {seconds:.2f} s over {WORKERS} workers: {wall:.1f} s, {wall / ideal - 1:+.1%} of "
+        f"the {ideal:.1f} s that they sleep; the driver used {cpu / wall:.0%} of a core ({1e3 * cpu / len(blocks):.2f} "
+        f"ms a block) and {memory:.2f} GB"
+    )
+    print(f"the model: {KINETICS}")
+    assert memory < 2

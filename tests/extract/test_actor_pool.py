@@ -130,6 +130,7 @@ def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[], object]) ->
     thread.start()
     while thread.is_alive() and not blocks_of(out):
         time.sleep(0.005)
+    assert blocks_of(out), result
     disturb()
     assert len(blocks_of(out)) < 12, "the run was over before it was disturbed"
     thread.join(timeout=150)
