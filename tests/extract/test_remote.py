@@ -23,7 +23,7 @@ TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "fr
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """The endpoint of an S3 server of this process, with a bucket `b`; found through the environment, as users do."""
+    """An S3 server of this process with a bucket `videos`, found through the environment, as users do."""
     import boto3
     import s3fs
     from moto.server import ThreadedMotoServer
@@ -37,7 +37,7 @@ def s3(tmp_path_factory):
         patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
         patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         patch.setenv("HGNL_CACHE", str(tmp_path_factory.mktemp("cache")))
-        boto3.client("s3").create_bucket(Bucket="b")
+        boto3.client("s3").create_bucket(Bucket="videos")
         yield s3fs.S3FileSystem()
         server.stop()
 
@@ -78,24 +78,24 @@ def undisturbed(clips, tmp_path_factory) -> Path:
 
 
 def test_a_store_on_s3_is_the_store_on_a_disk(s3, clips, undisturbed, capsys):
-    assert main(options(clips, "s3://b/feats.zarr")) == 0
-    assert objects(s3, "s3://b/feats.zarr") == files(undisturbed)
-    assert main(options(clips, "s3://b/feats.zarr")) == 0
+    assert main(options(clips, "s3://videos/feats.zarr")) == 0
+    assert objects(s3, "s3://videos/feats.zarr") == files(undisturbed)
+    assert main(options(clips, "s3://videos/feats.zarr")) == 0
     assert "to do     0 videos" in capsys.readouterr().out
 
 
 def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(s3, clips, undisturbed, quick, tmp_path):
     flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", "s3://b/killed.zarr", *flags]
+    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", "s3://videos/killed.zarr", *flags]
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        while run.poll() is None and not committed("s3://b/killed.zarr"):
+        while run.poll() is None and not committed("s3://videos/killed.zarr"):
             time.sleep(0.05)
         run.kill()
         run.wait()
-    assert 0 < committed("s3://b/killed.zarr") < 8
-    assert main(options(clips, "s3://b/killed.zarr")) == 0
-    assert objects(s3, "s3://b/killed.zarr") == files(undisturbed)
+    assert 0 < committed("s3://videos/killed.zarr") < 8
+    assert main(options(clips, "s3://videos/killed.zarr")) == 0
+    assert objects(s3, "s3://videos/killed.zarr") == files(undisturbed)
 
 
 def committed(url: str) -> int:
@@ -109,7 +109,7 @@ def test_of_two_drivers_one_wins(s3, clips, quick):
 
     def run() -> None:
         try:
-            results.append(main(options(clips, "s3://b/both.zarr")))
+            results.append(main(options(clips, "s3://videos/both.zarr")))
         except RunError as error:
             results.append(str(error))
 
@@ -120,18 +120,18 @@ def test_of_two_drivers_one_wins(s3, clips, quick):
         thread.join()
     assert 0 in results
     (refused,) = [result for result in results if result != 0]
-    assert f"s3://b/both.zarr is being written by process {os.getpid()} on" in str(refused)
+    assert f"s3://videos/both.zarr is being written by process {os.getpid()} on" in str(refused)
 
 
 def test_many_who_create_the_same_lease(s3, quick):
     """A race for the conditional put itself, from a dead holder: whoever comes second is refused."""
-    dead = Lease("s3://b/race.zarr")
+    dead = Lease("s3://videos/race.zarr")
     dead._released.set()  # it beats no more, and did not say so
     held, refused = [], []
 
     def take() -> None:
         try:
-            held.append(Lease("s3://b/race.zarr"))
+            held.append(Lease("s3://videos/race.zarr"))
         except RunError as error:
             refused.append(str(error))
 
@@ -147,43 +147,43 @@ def test_many_who_create_the_same_lease(s3, quick):
 
 
 def test_a_driver_that_slept_has_lost(s3, quick):
-    sleeper = Lease("s3://b/slept.zarr")
+    sleeper = Lease("s3://videos/slept.zarr")
     sleeper._released.set()
-    with leased("s3://b/slept.zarr") as other:
+    with leased("s3://videos/slept.zarr") as other:
         other.confirm()
-        with pytest.raises(RunError, match=r"s3://b/slept.zarr: this run has lost its lease"):
+        with pytest.raises(RunError, match=r"s3://videos/slept.zarr: this run has lost its lease"):
             sleeper.confirm()  # it has not renewed for too long
         sleeper._renew()
         with pytest.raises(RunError, match="has lost its lease"):
             sleeper.confirm()  # now it sees the other
         other.confirm()
-    with leased("s3://b/slept.zarr"):  # released: nobody waits
+    with leased("s3://videos/slept.zarr"):  # released: nobody waits
         pass
 
 
 def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch, tmp_path):
-    main(options(clips, "s3://b/copied.zarr"))
+    main(options(clips, "s3://videos/copied.zarr"))
     rows, frames = np.arange(8), np.arange(3)
     expected = FeatureStore.open(undisturbed).gather(rows, frames)
-    store = FeatureStore.open("s3://b/copied.zarr")
+    store = FeatureStore.open("s3://videos/copied.zarr")
     np.testing.assert_array_equal(store.gather(rows[:2], frames), expected[:2])
-    folder = LocalCopy("s3://b/copied.zarr", block_size=2, video_bytes=store.video_bytes).folder
+    folder = LocalCopy("s3://videos/copied.zarr", block_size=2, video_bytes=store.video_bytes).folder
     assert len(list(folder.iterdir())) == 1  # the shard that was asked for
     np.testing.assert_array_equal(store.gather(rows, frames), expected)
     fetched = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(fetched) == 4
-    np.testing.assert_array_equal(FeatureStore.open("s3://b/copied.zarr").gather(rows, frames), expected)
+    np.testing.assert_array_equal(FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == fetched
 
-    name = "b/copied.zarr/features/c.1.0.0.0"
+    name = "videos/copied.zarr/features/c.1.0.0.0"
     good = s3.cat_file(name)
     s3.pipe_file(name, good[:10] + bytes([good[10] ^ 1]) + good[11:])
     with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 came damaged: the checksum of its video 0 does not match"):
-        FeatureStore.open("s3://b/copied.zarr").gather(rows, frames)
+        FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames)
     s3.pipe_file(name, good)  # another version of the object: fetched again, and the older one goes
-    np.testing.assert_array_equal(FeatureStore.open("s3://b/copied.zarr").gather(rows, frames), expected)
+    np.testing.assert_array_equal(FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected)
     assert len(list(folder.iterdir())) == 4
     s3.rm_file(name)
     shutil.rmtree(folder)
     with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 is missing"):
-        FeatureStore.open("s3://b/copied.zarr").gather(rows, frames)
+        FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames)
