@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from extract.backbone.model import Backbone
-from extract.decode.transform import Job, Prepared, Preprocessing, view_names
+from extract.decode.transform import Job, Prepared, Preprocessing
 from extract.workers.worker import Worker
 
 FRAMES, SIZE, DIM = 25, 224, 64
@@ -16,12 +16,11 @@ DECODE_SECONDS = 0.2  # one core, one video
 H100_FRAMES = 5000.0  # that the backbone takes a second
 
 
-def sleep_to_decode(job: Job, out: np.ndarray, on_duration: Any) -> list[Prepared]:
-    _, [(name, _)], plan = job
+def sleep_to_decode(job: Job, out: np.ndarray, on_duration: Any) -> list[Prepared | VideoError]:
+    _, ((name, _),), plan = job
     time.sleep(DECODE_SECONDS)
-    out[: plan.row_bytes] = int.from_bytes(name.encode()[-8:], "little") % 251
-    views = len(view_names(plan.crops, plan.augment_passes))
-    indices = np.tile(np.arange(plan.frames, dtype="<i4"), (views, 1))
+    out[: plan.row_bytes] = sum(name.encode()) % 251
+    indices = np.tile(np.arange(plan.frames, dtype="<i4"), (plan.shape[0], 1))
     return [Prepared(indices, indices.astype("<f4") / 25, plan.frames, "")]
 
 

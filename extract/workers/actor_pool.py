@@ -23,6 +23,7 @@ import numpy as np
 
 from extract.cli import RunError
 from extract.decode.subprocess_pool import Finished, SubprocessPool
+from extract.decode.transform import Job
 from extract.options import Options
 from extract.workers.worker import Block, Done, Worker, check_node
 
@@ -81,7 +82,7 @@ class Decoder:
     def check(self, video: str, version: str) -> None:
         check_node(version, video)
 
-    def decode(self, job: Any) -> tuple[Any, np.ndarray, str, float]:
+    def decode(self, job: Job) -> tuple[Any, np.ndarray, str, float]:
         _, wanted, plan = job
         with self._pool.submit(job).result() as finished:
             frames = finished.buffer[: len(wanted) * plan.row_bytes].copy()  # a slot may hold more rows
@@ -92,7 +93,7 @@ class Decoder:
         threading.Event().wait()
 
 
-def _decode_elsewhere(decoder: Any, job: Any) -> Finished:
+def _decode_elsewhere(decoder: Any, job: Job) -> Finished:
     import ray
 
     return Finished(*ray.get(decoder.decode.remote(job)))  # the frames are seen in the object store, not copied

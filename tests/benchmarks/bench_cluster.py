@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from extract.decode.subprocess_pool import Finished
+from extract.decode.transform import jobs_of
 from extract.options import Options
 from extract.store import OK, FeatureStore, Rows, exclusive
 from extract.workers.actor_pool import RayActorPool, _Member
@@ -41,6 +42,7 @@ class Listed:
     label: int = 0
     split: str = "train"
     group: str = ""
+    span: None = None
 
 
 class DecodeStage:
@@ -52,9 +54,9 @@ class DecodeStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (block,) = batch["block"]
         frames, ends = [], []
-        for future in self._worker._submit(block):
+        for _, (_, wanted, plan), future in self._worker._submit(block):
             with future.result() as finished:
-                frames.append(finished.buffer.copy())
+                frames.append(finished.buffer[: len(wanted) * plan.row_bytes].copy())
                 ends.append((finished.result, finished.failure, finished.cpu_seconds))
         return {"block": batch["block"], "ends": objects(ends), "frames": np.stack(frames)[None]}
 
@@ -67,11 +69,13 @@ class BackboneStage:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (block,), (frames,), (ends,) = batch["block"], batch["frames"], batch["ends"]
-        self._worker._ahead[block.number] = [
-            Ready(Finished(result, buffer, failure, seconds))
-            for buffer, (result, failure, seconds) in zip(frames, ends, strict=True)
+        worker = self._worker
+        jobs = jobs_of(block.paths, block.ids, block.spans, worker._plan)
+        worker._ahead[block.number] = [
+            (places, job, Ready(Finished(result, buffer, failure, seconds)))  # type: ignore[misc]
+            for (places, job), buffer, (result, failure, seconds) in zip(jobs, frames, ends, strict=True)
         ]
-        return {"done": objects(self._worker.run(block) + self._worker.drain())}
+        return {"done": objects(worker.run(block) + worker.drain())}
 
 
 @dataclass
@@ -308,7 +312,7 @@ def test_the_driver_of_64_workers(tmp_path):
     for number in store.missing_blocks():
         rows = store.block_rows(number)
         paths = tuple(f"/data/k700/{name}" for name in names[rows])
-        blocks.append(Block(number, tuple(rows.tolist()), tuple(names[rows].tolist()), paths))
+        blocks.append(Block(number, tuple(rows.tolist()), tuple(names[rows].tolist()), paths, (None,) * len(rows)))
     seconds = KINETICS.block_seconds(cores=16)
     ideal = len(blocks) * seconds / WORKERS
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
