@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from extract.backbone.model import Backbone
+from extract.decode import VideoError
 from extract.decode.transform import Job, Prepared, Preprocessing
 from extract.workers.worker import Worker
 
