@@ -25,7 +25,7 @@ class RunLog:
 
     def write(self, event: str, **fields: Any) -> None:
         with writing(self._file.name):
-            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str) + "\n")
             self._file.flush()
 
     def confirm(self) -> None:

@@ -1,47 +1,27 @@
-"""What an extraction costs, on machines that may not be at hand: H100 hours, CPU-core hours, bytes, blocks."""
+"""What an extraction costs on machines that are not at hand."""
 
 from dataclasses import dataclass
 
-H100_FRAMES_A_SECOND = 5_000.0  # SE-ResNeXt101 32x4d in fp16 at 224 pixels, assumed, not measured: 80 TFLOP/s
+H100_FRAMES_A_SECOND = 5_000.0  # SE-ResNeXt101 32x4d, fp16, 224 pixels: 80 TFLOP/s; assumed, not measured
 
 
 @dataclass(frozen=True)
 class Cost:
-    """`videos` of V `views` x T `frames` x D `dim`; decoding one takes a core `decode_seconds` (measure it)."""
+    """H100 hours of the backbone, core hours of decoding, bytes of features."""
 
-    videos: int
-    views: int
-    frames: int
-    dim: int
-    decode_seconds: float
-    block_size: int = 64
-    device_frames: float = H100_FRAMES_A_SECOND  # that a device takes a second
-
-    @property
-    def device_hours(self) -> float:
-        return self.videos * self.views * self.frames / self.device_frames / 3600
-
-    @property
-    def core_hours(self) -> float:
-        return self.videos * self.decode_seconds / 3600
-
-    @property
-    def bytes(self) -> int:
-        return self.videos * self.views * self.frames * self.dim * 2
-
-    @property
-    def blocks(self) -> int:
-        return -(-self.videos // self.block_size)
-
-    def block_seconds(self, cores: float) -> float:
-        """Of a worker with one device and so many decoding cores, near or lent: the slower of the two."""
-        decode = self.block_size * self.decode_seconds / cores
-        return max(decode, self.block_size * self.views * self.frames / self.device_frames)
+    h100_hours: float
+    core_hours: float
+    size: int
 
     def __str__(self) -> str:
-        feed = self.core_hours / max(self.device_hours, 1e-9)
         return (
-            f"{self.device_hours:.3g} H100 hours ({self.device_frames:,.0f} frames/s assumed), {self.core_hours:.3g} "
-            f"CPU-core hours of decoding ({feed:.0f} cores feed one H100), {self.bytes / 1e9:,.3g} GB in "
-            f"{self.blocks:,} blocks"
+            f"{self.h100_hours:.3g} H100 hours (assumed: {H100_FRAMES_A_SECOND:,.0f} frames/s), {self.core_hours:.3g} "
+            f"CPU-core hours of decoding (so {self.core_hours / self.h100_hours:.0f} cores feed one H100), "
+            f"{self.size / 1e9:.3g} GB"
         )
+
+
+def cost(videos: int, *, views: int, frames: int, dim: int, decode_seconds: float) -> Cost:
+    """Of `videos`, each of V views x T frames, D channels, decoded in `decode_seconds` of a core (measure some)."""
+    pictures = videos * views * frames
+    return Cost(pictures / H100_FRAMES_A_SECOND / 3600, videos * decode_seconds / 3600, pictures * dim * 2)

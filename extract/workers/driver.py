@@ -51,7 +51,7 @@ def extract(options: Options) -> int:
 
 def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: RunLog | Lease) -> int:
     nonce = uuid.uuid4().hex
-    hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_plain(options))
+    hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=vars(options))
     store = _open_if_there(options.out)
     pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
     try:
@@ -210,10 +210,6 @@ def _readable(blocks: list[Block]) -> str:
             except OSError:
                 continue
     return os.devnull  # not one video can be opened: each will fail with its own reason
-
-
-def _plain(options: Options) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
 
 
 def _worker_pool(options: Options, *, precision: str) -> Worker | RayActorPool:
