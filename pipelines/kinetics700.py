@@ -106,6 +106,7 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     """Sizes, and times from a short measurement: some videos decoded, one batch through the backbone, some steps."""
     from extract.backbone.model import load_backbone
     from extract.store.summary import human_bytes
+    from extract.workers.cost import cost
 
     backbone = load_backbone(options.backbone, weights=options.weights)
     decode, frame = _measured(options, listings["k700"], backbone)
@@ -119,6 +120,9 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
             f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "
             f"{_duration(seconds)} (backbone {_duration(computing)}, decoding {_duration(decoding)})"
         )
+        cores = len(os.sched_getaffinity(0))
+        spread = cost(videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode * cores)
+        print(f"cluster   {name}: {spread}")
         total += seconds
         for agg in ("tsn", "hgnl", "nl") if name == "k700" else ("tsn",):
             if agg not in options.skip:

@@ -25,15 +25,27 @@ def sleep_to_decode(job: Job, out: np.ndarray, on_duration: Any) -> list[Prepare
     return [Prepared(indices, indices.astype("<f4") / 25, plan.frames, "")]
 
 
+class SleepingBatches:
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def add(self, frames: np.ndarray, into: np.ndarray) -> None:
+        into[: len(frames)] = frames[:, :1, 0, 0]
+        time.sleep(len(frames) / H100_FRAMES)
+        self.seconds += len(frames) / H100_FRAMES
+
+    def finish(self) -> None:
+        pass
+
+
 class SleepingBackbone:
     """As much of a Backbone as a worker uses."""
 
-    device, batch_size, dim, precision = torch.device("cpu"), 256, DIM, "fp32"
+    device, dim, precision = torch.device("cpu"), DIM, "fp32"
     preprocessing = Preprocessing(SIZE, SIZE, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
-    def __call__(self, frames: np.ndarray) -> np.ndarray:
-        time.sleep(len(frames) / H100_FRAMES)
-        return np.repeat(frames[:, :1, 0, 0].astype("<f2"), DIM, axis=1)
+    def batches(self) -> SleepingBatches:
+        return SleepingBatches()
 
     def provenance(self) -> dict[str, Any]:
         return {"backbone": "simulated"}

@@ -86,6 +86,8 @@ def test_a_dry_run_prints_a_plan_and_writes_nothing(roots, tmp_path, capsys):
     assert kinetics700.main(options(roots, tmp_path / "run", dry_run=True)) == 0
     printed = capsys.readouterr().out
     assert "measured  decoding" in printed
+    assert "cluster   k700: " in printed
+    assert "CPU-core hours of decoding" in printed
     assert "extract   k700: 26 videos" in printed
     assert "train     k700 hgnl: sgd" in printed
     assert not (tmp_path / "run").exists()
