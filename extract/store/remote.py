@@ -33,6 +33,7 @@ from extract.store.shards import ShardError, damaged_videos, read_index
 
 BEAT, PATIENCE = 10.0, 40.0  # seconds
 FETCHED_AT_ONCE = 8
+TAG = 12  # characters
 
 
 class Lease:
@@ -63,7 +64,7 @@ class Lease:
     def release(self) -> None:
         self._released.set()
         self._thread.join()
-        if not self._lost:
+        with contextlib.suppress(OSError):  # who comes next waits until it sees that this one is gone
             self._put(self._number, self._record | {"released": True})
 
     @classmethod
@@ -156,7 +157,7 @@ class LocalCopy:
         tags = {}
         for entry in self._fs.ls(self._remote, detail=True):
             version = [entry.get(key) for key in ("size", "ETag", "md5Hash", "LastModified", "mtime", "created")]
-            tags[Path(entry["name"]).name] = hashlib.sha256(str(version).encode()).hexdigest()[:12]
+            tags[Path(entry["name"]).name] = hashlib.sha256(str(version).encode()).hexdigest()[:TAG]
         return tags
 
     def _fetch(self, name: str) -> Path:
@@ -167,7 +168,7 @@ class LocalCopy:
             with replacing(path, f".{uuid.uuid4().hex}") as partial:
                 self._fs.get_file(f"{self._remote}/{name}", str(partial))
                 self._check(name, partial)
-            for older in set(self.folder.glob(f"{name}.*")) - {path}:
+            for older in set(self.folder.glob(f"{name}.{'?' * TAG}")) - {path}:
                 older.unlink(missing_ok=True)
         return path
 

@@ -136,7 +136,7 @@ class RayActorPool:
         self._members: list[_Member] = []
         self._helpers: list[_Helper] = []
         self._looked = 0.0
-        self._deaths: Counter[Any] = Counter()  # of workers by block, of decoders by node
+        self._deaths: Counter[Any] = Counter()  # of workers by the block in hand (or None), of decoders by node
         self._check: tuple[str, str, str] = ("", "", "")  # nonce, video, version
         self._slot_bytes = 0
         self._look()
@@ -230,6 +230,7 @@ class RayActorPool:
             member.ready = None
             return []
         member.calls.remove(call)
+        self._deaths[None] = 0
         numbers = {done.number for done in result}
         member.given = [block for block in member.given if block.number not in numbers]
         return result
@@ -307,11 +308,10 @@ class RayActorPool:
         self._ray.kill(member.actor)  # if it was only unreachable, it must not go on beside its successor
         again = sorted(member.given, key=lambda block: block.number)
         print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)
-        self._deaths.update(block.number for block in again[:1])
-        for block in again:
-            if self._deaths[block.number] >= DEATHS_A_BLOCK:
-                raise RunError(
-                    f"block {block.number} ({block.ids[0]} ... {block.ids[-1]}) was in hand when {DEATHS_A_BLOCK} "
-                    f"workers died; the last said: {str(error).splitlines()[0]}"
-                )
+        cause = again[0] if again else None
+        self._deaths[cause] += 1
+        if self._deaths[cause] >= DEATHS_A_BLOCK:
+            what = f"block {cause.number} ({cause.ids[0]} ... {cause.ids[-1]}) was" if cause else "no block was"
+            words = str(error).splitlines()[0]
+            raise RunError(f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}")
         queue.extendleft(reversed(again))
