@@ -16,6 +16,7 @@ from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, remote
 from extract.store.remote import Lease, LocalCopy, leased
+from stores import classes_store
 
 ROOT = Path(__file__).parents[2]
 TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
@@ -187,3 +188,17 @@ def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch
     shutil.rmtree(folder)
     with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 is missing"):
         FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames)
+
+
+def test_a_classifier_is_trained_and_tested_on_a_remote_store(s3, tmp_path):
+    from aggregate import evaluate, train
+
+    local = tmp_path / "feats.zarr"
+    classes_store(local)
+    s3.put(str(local), "videos/classes.zarr", recursive=True)
+    chosen = train.Options(agg="tsn", features="s3://videos/classes.zarr", out=tmp_path / "run", epochs=2)
+    assert not train.main(chosen)
+    asked = evaluate.Options(
+        tmp_path / "run" / "best.pt", "s3://videos/classes.zarr", split="val", out=tmp_path / "val.h5"
+    )
+    assert not evaluate.main(asked)
