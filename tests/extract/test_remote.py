@@ -199,6 +199,9 @@ def test_a_classifier_is_trained_and_tested_on_a_remote_store(s3, tmp_path):
     chosen = train.Options(agg="tsn", features="s3://videos/classes.zarr", out=tmp_path / "run", epochs=2)
     assert not train.main(chosen)
     asked = evaluate.Options(
-        tmp_path / "run" / "best.pt", "s3://videos/classes.zarr", split="val", out=tmp_path / "val.h5"
+        checkpoint=tmp_path / "run" / "best.pt",
+        features="s3://videos/classes.zarr",
+        segments=(3,),
+        out=tmp_path / "val.h5",
     )
     assert not evaluate.main(asked)
