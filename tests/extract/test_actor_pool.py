@@ -237,6 +237,7 @@ def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_p
     shutil.copytree(ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__"))
     with (other / "extract" / "sampling.py").open("a") as file:
         file.write("# a line more\n")
+    (other / "sitecustomize.py").write_text("import extract\n")  # before Ray puts the driver's folders first
     add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(other)}})
     ours = code_version().replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"):
