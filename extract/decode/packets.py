@@ -46,6 +46,8 @@ class Packets:
     Raises UntrustedError.
     """
 
+    slack = 0.0  # by how much times may be too small
+
     def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
         self._path = path
         self.pts, self._sizes, self._key, self._order = array("q"), array("l"), bytearray(), array("l")

@@ -148,7 +148,11 @@ def _decode(
     counts: dict[int, int] = {}
     for place in [*left]:
         span, sample = wanted[place]
-        first, stop = (0, len(file.times)) if span is None else np.searchsorted(file.times, span).tolist()
+        first, stop = (
+            (0, len(file.times))
+            if span is None
+            else np.searchsorted(file.times, np.subtract(span, file.slack)).tolist()
+        )
         if first < stop:
             counts[place] = stop - first
             chosen[place] = first + _checked(sample(stop - first), stop - first, path)
@@ -191,6 +195,8 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 class _Everything:
     """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones."""
+
+    slack = 0.0
 
     def __init__(self, path, doubt: str):
         self._path, self._next = path, 0
@@ -255,6 +261,8 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
 
 class _Decord:
     """A video as decord reads it."""
+
+    slack = 1e-4  # its times are float32
 
     def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
         decord = _import_decord()

@@ -139,6 +139,17 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
         assert all("the file ends at" in found[number].reason for number in range(8) if broken[number])
 
 
+def test_spans_by_decord_are_those_by_pyav(tmp_path):
+    pytest.importorskip("decord")
+    path = write_video(tmp_path / "a.mp4", frames=75, gop=10, bframes=2)
+    for start in range(0, 70, 4):
+        span = (start / 25, start / 25 + 0.2)
+        ours, theirs = (decode(path, np.arange, span=span, decoder=decoder) for decoder in ("pyav", "decord"))
+        assert ours.indices.tolist() == theirs.indices.tolist() == list(range(start, start + 5))
+        assert np.array_equal(ours.frames, theirs.frames)
+    assert decode(path, np.arange, span=(2.0, 9.0), decoder="decord").problem.startswith("the file ends at 3.000 s")
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_damage_in_the_middle_is_that_of_the_spans_it_lies_in(name, tmp_path):
     path = write_video(tmp_path / name, frames=100, gop=10, size=(160, 120), bframes=2)
