@@ -148,11 +148,8 @@ def _decode(
     counts: dict[int, int] = {}
     for place in [*left]:
         span, sample = wanted[place]
-        first, stop = (
-            (0, len(file.times))
-            if span is None
-            else np.searchsorted(file.times, np.subtract(span, file.slack)).tolist()
-        )
+        inside = np.subtract(span or (-np.inf, np.inf), file.slack)
+        first, stop = np.searchsorted(file.times, inside).tolist()
         if first < stop:
             counts[place] = stop - first
             chosen[place] = first + _checked(sample(stop - first), stop - first, path)
