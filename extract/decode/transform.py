@@ -163,20 +163,12 @@ def augmentation_rng(seed: int, video_id: str, number: int | str) -> np.random.G
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def prepare(
-    path: str,
-    video_id: str,
-    plan: Plan,
-    out: np.ndarray,
-    *,
-    span: Span | None = None,
-    on_duration: Callable[[float | None], None] | None = None,
-) -> Prepared:
+def prepare(path: str, video_id: str, plan: Plan, out: np.ndarray, *, span: Span | None = None) -> Prepared:
     """Decode a video, or a span of it, once and write all its views into `out`: uint8 [V, T, size, size, 3].
 
     Raises VideoError where not one frame can be read.
     """
-    [prepared] = prepare_spans(path, [(video_id, span)], plan, out[None], on_duration)
+    [prepared] = prepare_spans(path, [(video_id, span)], plan, out[None])
     if isinstance(prepared, VideoError):
         raise prepared
     return prepared
