@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 # Where an ablation may continue with another value: they say where and how fast, not what.
-_FREE_ON_RESUME = ("out", "device", "placement", "at_once")
+FREE_ON_RESUME = ("out", "device", "placement", "at_once")
 # Lists here, single values of `aggregate.train`; an empty one is that command's default.
 Lists: Any = listed(HeadOptions, ScheduleOptions)
 LISTS = ("agg", *(one.name for one in fields(Lists)))
@@ -93,7 +93,7 @@ def main(options: Options) -> int:
     for name, reason in chosen.skipped:
         print(f"skipped   {name}: {reason}")
     total = len(chosen.configurations)
-    with Records(options, store, free=_FREE_ON_RESUME, what="ablation") as records:
+    with Records(options, store, free=FREE_ON_RESUME, what="ablation") as records:
         # What an earlier version recorded has none of the options that came later.
         today = plain(train.Options(agg="tsn"))
         known = {key_of(completed(json.loads(key), today, train.Options)): key for key in records.rows}

@@ -11,14 +11,15 @@ share a pass over them (aggregate/ablation/grid.py). With the same folds, batche
 
 import itertools
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregate import train
-from aggregate.ablate import GridOptions, candidates, configured, in_passes
+from aggregate.ablate import FREE_ON_RESUME, GridOptions, candidates, configured, in_passes
 from extract.cli import InputError, RunError, progress, run_command
 
 if TYPE_CHECKING:
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
 
     from aggregate.ablation.grid import Configuration, GridTrainer
     from aggregate.ablation.records import Records
-    from aggregate.training.learner import Learner
     from extract.store import FeatureStore
 
-_FREE_ON_RESUME = ("out", "device", "placement", "at_once")
 SCHEMA = "hgnl-crossval/1"
 
 
@@ -53,7 +52,7 @@ class Options(GridOptions):
     """The folder of AGG.h5 (out-of-fold scores, the mean over seeds), results.json and finished folds."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Fold:
     """Rows of the store: to test on, to train on, and of these the ones that choose (bool)."""
 
@@ -64,15 +63,6 @@ class Fold:
     held_out: "np.ndarray"
 
 
-@dataclass
-class Choice:
-    """The best of what was tried so far for one aggregator in one fold."""
-
-    one: "Configuration | None" = None
-    epoch: int = -1
-    measure: tuple[float, float] = (2.0, 0.0)  # the challenge's error, and among equals the cross-entropy
-
-
 def main(options: Options) -> int:
     from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
@@ -80,27 +70,28 @@ def main(options: Options) -> int:
 
     store = FeatureStore.open(options.features)
     tried, skipped = candidates(options, store)
+    rows = rows_of(store, options)
     folds = [fold for seed in options.seeds for fold in folds_of(store, options, seed)]
     trainer = GridTrainer(store, device=options.device, placement=options.placement)
     print(f"features  {store!r}\nfolds     {_describe(store, options, folds)}")
     for name, reason in skipped:
         print(f"skipped   {name}: {reason}")
     print(f"tried     {', '.join(name for name, _ in tried)}", flush=True)
-    with Records(options, store, free=_FREE_ON_RESUME, what="cross-validation") as records:
-        waiting = [(fold, [one for one in tried if _key(fold, one[1].agg) not in records.rows]) for fold in folds]
-        waiting = [(fold, left) for fold, left in waiting if left]
-        if len(waiting) < len(folds):
-            print(f"resuming  {options.out}: {len(folds) - len(waiting)} of {len(folds)} folds are done")
+    with Records(options, store, free=FREE_ON_RESUME, what="cross-validation") as records:
+        left = {fold: [one for one in tried if _key(fold, one[1].agg) not in records.rows] for fold in folds}
+        waiting = [fold for fold in folds if left[fold]]
+        done = len(folds) - len(waiting)
+        if done:
+            print(f"resuming  {options.out}: {done} of {len(folds)} folds are done")
         if waiting:
-            trainer.hold(_rows(store, options))
-        bar = progress(waiting, unit="fold", initial=len(folds) - len(waiting), total=len(folds))
+            trainer.hold(rows)
         try:
-            for fold, left in bar:
-                _run_fold(trainer, fold, left, options, records)
+            for fold in progress(waiting, unit="fold", initial=done, total=len(folds)):
+                _run_fold(trainer, fold, left[fold], options, records)
         except KeyboardInterrupt:
             print(f"\nstopped; {options.out} holds the folds that are done, the same command goes on", flush=True)
             raise
-        report(store, options, folds, records)
+        report(store, rows, options, folds, records)
     print(f"Next: python -m pipelines.report {options.out} --out report.html")
     return 0
 
@@ -108,7 +99,7 @@ def main(options: Options) -> int:
 # -- folds -------------------------------------------------------------------------------------------------------------
 
 
-def _rows(store: "FeatureStore", options: Options) -> "np.ndarray":
+def rows_of(store: "FeatureStore", options: Options) -> "np.ndarray":
     """All videos that count: labelled, of the splits asked for; failed ones too, which are tested as errors."""
     import numpy as np
 
@@ -129,7 +120,7 @@ def folds_of(store: "FeatureStore", options: Options, seed: int) -> list[Fold]:
     from aggregate.data.features import usable
     from aggregate.training.splits import check_classes, hold_out
 
-    rows = _rows(store, options)
+    rows = rows_of(store, options)
     folds = []
     for name, test in _tests(store, options, rows, seed):
         others = np.setdiff1d(rows, test)
@@ -158,7 +149,7 @@ def _tests(
 ) -> "Iterator[tuple[str, np.ndarray]]":
     """Names of the folds, and the rows that each tests."""
     import numpy as np
-    from sklearn.model_selection import LeaveOneGroupOut, StratifiedGroupKFold, StratifiedKFold
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
     labels = store.labels[rows]
     names, groups = np.unique(store.groups[rows], return_inverse=True)
@@ -168,8 +159,7 @@ def _tests(
                 f"--folds group: the {len(rows)} videos of {store.path} are of one group ({str(names[0])!r}); "
                 "give a number, as in --folds 5, or extract with a CSV that has a column group"
             )
-        for _, test in LeaveOneGroupOut().split(rows, labels, groups):
-            yield str(names[groups[test[0]]]), rows[test]
+        yield from ((str(name), rows[groups == number]) for number, name in enumerate(names))
         return
     if not options.folds.isdecimal() or int(options.folds) < 2:
         raise InputError(f"--folds {options.folds}: give a number from 2 on, or group")
@@ -184,14 +174,13 @@ def _tests(
     if 1 < len(names) < count:
         raise InputError(f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group")
     kind = StratifiedGroupKFold if len(names) > 1 else StratifiedKFold
-    split = kind(count, shuffle=True, random_state=seed).split(rows, labels, groups)
-    for number, (_, test) in enumerate(split):
+    for number, (_, test) in enumerate(kind(count, shuffle=True, random_state=seed).split(rows, labels, groups)):
         yield str(number), rows[test]
 
 
 def _describe(store: "FeatureStore", options: Options, folds: list[Fold]) -> str:
     """What is divided how; and the folds that do not test every class, which is no error."""
-    rows = _rows(store, options)
+    rows = rows_of(store, options)
     every = len(set(store.labels[rows].tolist()))
     without = [f"{fold.name} of seed {fold.seed}" for fold in folds if len(set(store.labels[fold.test])) < every]
     lacking = f"; {len(without)} test not every class: {', '.join(without[:3])}" if without else ""
@@ -213,45 +202,42 @@ def _run_fold(
     """Choose, train again, test and keep each aggregator of `tried` in one fold."""
     import numpy as np
 
+    from aggregate.training.loop import Epoch
+
     inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
-    singles = [(name, replace(one, seed=fold.seed)) for name, one in tried]
-    choices: dict[str, Choice] = {one.agg: Choice() for _, one in singles}
-    several = [configured(name, one, videos=len(inner)) for name, one in singles]
+    labels = trainer.store.labels[held_out]
+    # Of each aggregator the challenge's error and, among equals, the cross-entropy; the epoch, and the configuration.
+    best: dict[str, tuple[tuple[float, float], int, Configuration]] = {}
+    several = [configured(name, replace(one, seed=fold.seed), videos=len(inner)) for name, one in tried]
     for share in in_passes(several, at_once=options.at_once):
-        trainer.fit(share, inner, held_out, on_epoch=_chooser(share, choices, trainer.store.labels[held_out]))
-    for agg, choice in choices.items():
-        if choice.one is None:
-            raise RunError(f"fold {fold.name}, seed {fold.seed}: every {agg} diverged; a smaller --lr may help")
-    again = {configured(c.one.name, c.one.options, videos=len(fold.train)): c for c in choices.values() if c.one}
+
+        def look(epoch: Epoch, share: "Sequence[Configuration]" = share) -> None:
+            for one, logits in zip(share, epoch.scores, strict=True):
+                measure = (math.inf, 0.0) if logits is None else _measure(logits, labels)
+                if measure < best.get(one.options.agg, ((math.inf, 0.0),))[0]:
+                    best[one.options.agg] = (measure, epoch.number, one)
+
+        trainer.fit(share, inner, held_out, on_epoch=look)
+    if lost := {one.agg for _, one in tried} - best.keys():
+        raise RunError(f"fold {fold.name}, seed {fold.seed}: every {lost.pop()} diverged; a smaller --lr may help")
+    again = {configured(one.name, one.options, videos=len(fold.train)): (m, epoch) for m, epoch, one in best.values()}
     segments = segments_of(trainer.store, options)
     for share in in_passes(again, at_once=options.at_once):
-        epochs = [again[one].epoch + 1 for one in share]
+        epochs = [again[one][1] + 1 for one in share]
         for one, scores in zip(share, _out_of_fold(trainer, share, epochs, fold, segments), strict=True):
-            choice = again[one]
             row = {"seed": fold.seed, "fold": fold.name, "agg": one.options.agg, "videos": len(fold.test)}
-            row |= {"options": one.name, "epoch": choice.epoch, "inner_error": choice.measure[0]}
+            row |= {"options": one.name, "epoch": again[one][1], "inner_error": again[one][0][0]}
             records.add(_key(fold, one.options.agg), row, np.stack(scores))
 
 
-def _chooser(
-    share: "Sequence[Configuration]", choices: dict[str, Choice], labels: "np.ndarray"
-) -> Callable[[Any], None]:
-    """Looks at each epoch of `share` for a smaller error than that of the `choices`."""
-    import numpy as np
+def _measure(logits: "np.ndarray", labels: "np.ndarray") -> tuple[float, float]:
+    """The challenge's error, and the cross-entropy, of logits [N, C]."""
     from scipy.special import log_softmax
 
     from aggregate.metrics import challenge_error
 
-    def look(epoch: Any) -> None:
-        for one, logits in zip(share, epoch.scores, strict=True):
-            if logits is None:  # it diverged
-                continue
-            likelihood = np.take_along_axis(log_softmax(logits.astype(float), axis=1), labels[:, None], axis=1)
-            measure = (challenge_error(logits, labels), -float(likelihood.mean()))
-            if measure < choices[one.options.agg].measure:
-                choices[one.options.agg] = Choice(one, epoch.number, measure)
-
-    return look
+    likelihoods = log_softmax(logits.astype(float), axis=1)[range(len(labels)), labels]
+    return challenge_error(logits, labels), -float(likelihoods.mean())
 
 
 def _out_of_fold(
@@ -264,7 +250,7 @@ def _out_of_fold(
     source = trainer.source(share[0], fold.train, fold.test)
     learners = [trainer.learner(one) for one in share]
 
-    def on_lost(learner: "Learner") -> None:
+    def on_lost(learner: Any) -> None:
         source.check_finite(learner.suspects)
         refuse(learner)
 
@@ -283,7 +269,7 @@ def segments_of(store: "FeatureStore", options: Options) -> list[int]:
     return sorted({options.frames[0], store.frames_per_video})
 
 
-def report(store: "FeatureStore", options: Options, folds: list[Fold], records: "Records") -> None:
+def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: list[Fold], records: "Records") -> None:
     """Write AGG.h5 and results.json; print the table."""
     import numpy as np
 
@@ -291,7 +277,7 @@ def report(store: "FeatureStore", options: Options, folds: list[Fold], records: 
     from aggregate.scores import Scores, save_scores
     from extract.files import replace_file
 
-    rows, segments = _rows(store, options), segments_of(store, options)
+    segments = segments_of(store, options)
     labels, classes, seeds = store.labels[rows], len(store.classes), list(options.seeds)
     aggs = list(dict.fromkeys(options.agg))
     baseline = "tsn" if "tsn" in aggs else aggs[0]
@@ -331,34 +317,29 @@ def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) 
 
     first, in_five = places == 0, places < min(5, classes)
     by_seed = first.mean(axis=1).tolist()
-    return {
-        "top1": asdict(bootstrap(first.mean(axis=0))),
-        "top5": asdict(bootstrap(in_five.mean(axis=0))),
-        "average_error": asdict(bootstrap(1 - (first + in_five.astype(float)).mean(axis=0) / 2)),
-        "by_seed": by_seed,
-        "over_seeds": dict(zip(("value", "low", "high"), over_seeds(by_seed), strict=True)) if by_seed[1:] else None,
-        "difference": None
-        if baseline is None
-        else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0))),
-    }
+    over = dict(zip(("value", "low", "high"), over_seeds(by_seed), strict=True)) if len(by_seed) > 1 else None
+    difference = None if baseline is None else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0)))
+    errors = 1 - (first + in_five.astype(float)).mean(axis=0) / 2
+    several = {"top1": first.mean(axis=0), "top5": in_five.mean(axis=0), "average_error": errors}
+    measured = {name: asdict(bootstrap(values)) for name, values in several.items()}
+    return measured | {"by_seed": by_seed, "over_seeds": over, "difference": difference}
 
 
 def table(results: dict[str, Any]) -> str:
     """The table of the terminal: percent, differences in points."""
     from aggregate.complexity import aligned
+    from aggregate.metrics import Interval
 
     def cell(interval: dict[str, float] | None, sign: str = "") -> str:
-        if interval is None:
-            return ""
-        value, low, high = (100 * interval[name] for name in ("value", "low", "high"))
-        return f"{value:{sign}.2f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+        return "" if interval is None else format(Interval(**interval), sign)
 
-    head = ["", "segments", "top-1 %", "over seeds", "top-5 %", "average error %", f"top-1 - {results['baseline']}'s"]
-    lines = [head]
+    lines = [
+        ["", "segments", "top-1 %", "over seeds", "top-5 %", "average error %", f"- {results['baseline']}'s top-1"]
+    ]
     for one, count in itertools.product(results["heads"], results["heads"][0]["segments"]):
-        m = one["segments"][count]
-        cells = (cell(m[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
-        lines.append([one["name"], count, *cells, cell(m["difference"], "+")])
+        found = one["segments"][count]
+        cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
+        lines.append([one["name"], count, *cells, cell(found["difference"], "+")])
     return (
         f"{aligned(lines)}\n\nMeans over {len(results['seeds'])} seed(s) with 95 % intervals over videos (bootstrap; "
         "differences paired), and over seeds (Student's t).\nThe epoch and what else was tried were chosen inside each "

@@ -26,8 +26,8 @@ class Interval:
     high: float
 
     def __format__(self, spec: str) -> str:
-        """`61.83 [61.3, 62.4]`, in percent."""
-        return f"{100 * self.value:.2f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+        """`61.83 [61.3, 62.4]`, in percent; "+" for signs."""
+        return f"{100 * self.value:{spec}.2f} [{100 * self.low:{spec}.1f}, {100 * self.high:{spec}.1f}]"
 
 
 @dataclass(frozen=True)

@@ -158,8 +158,7 @@ def percent(line: Row, measure: str, *, sign: str = "") -> str:
     """`61.83 [61.3, 62.4]`, or nothing where it was not measured."""
     if line.get(measure) is None:
         return ""
-    value, low, high = (100 * line[f"{measure}{end}"] for end in ("", "_low", "_high"))
-    return f"{value:{sign}.2f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    return format(Interval(*(line[f"{measure}{end}"] for end in ("", "_low", "_high"))), sign)
 
 
 def heat_map_text(heat: HeatMap) -> str:
