@@ -71,9 +71,9 @@ def main(options: Options) -> int:
     store = FeatureStore.open(options.features)
     tried, skipped = candidates(options, store)
     rows = rows_of(store, options)
-    folds = [fold for seed in options.seeds for fold in folds_of(store, options, seed)]
+    folds = [fold for seed in dict.fromkeys(options.seeds) for fold in folds_of(store, options, seed)]
     trainer = GridTrainer(store, device=options.device, placement=options.placement)
-    print(f"features  {store!r}\nfolds     {_describe(store, options, folds)}")
+    print(f"features  {store!r}\nfolds     {_describe(store, folds)}")
     for name, reason in skipped:
         print(f"skipped   {name}: {reason}")
     print(f"tried     {', '.join(name for name, _ in tried)}", flush=True)
@@ -178,15 +178,13 @@ def _tests(
         yield str(number), rows[test]
 
 
-def _describe(store: "FeatureStore", options: Options, folds: list[Fold]) -> str:
+def _describe(store: "FeatureStore", folds: list[Fold]) -> str:
     """What is divided how; and the folds that do not test every class, which is no error."""
-    rows = rows_of(store, options)
-    every = len(set(store.labels[rows].tolist()))
-    without = [f"{fold.name} of seed {fold.seed}" for fold in folds if len(set(store.labels[fold.test])) < every]
-    lacking = f"; {len(without)} test not every class: {', '.join(without[:3])}" if without else ""
-    by = "one for each group" if options.folds == "group" else "classes evenly, groups whole"
-    seeds = f"{len(options.seeds)} seed{'s' * (len(options.seeds) > 1)}"
-    return f"{len(rows):,} videos, {len(folds) // len(options.seeds)} folds x {seeds}, {by}{lacking}"
+    every = {label for fold in folds for label in store.labels[fold.test].tolist()}
+    lacking = [f"{fold.name} of seed {fold.seed}" for fold in folds if len(set(store.labels[fold.test])) < len(every)]
+    words = f"; {len(lacking)} test not every class: {', '.join(lacking[:3])}" if lacking else ""
+    videos, seeds = sum(len(fold.test) for fold in folds), len({fold.seed for fold in folds})
+    return f"{videos // seeds:,} videos, {len(folds) // seeds} folds x {seeds} seeds, no group split{words}"
 
 
 # -- a fold ------------------------------------------------------------------------------------------------------------
@@ -278,7 +276,7 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     from extract.files import replace_file
 
     segments = segments_of(store, options)
-    labels, classes, seeds = store.labels[rows], len(store.classes), list(options.seeds)
+    labels, classes, seeds = store.labels[rows], len(store.classes), list(dict.fromkeys(options.seeds))
     aggs = list(dict.fromkeys(options.agg))
     baseline = "tsn" if "tsn" in aggs else aggs[0]
     places: dict[tuple[str, int], np.ndarray] = {}  # of each true label: int [seeds, N]
@@ -296,10 +294,8 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     heads = []
     for agg in aggs:
         chosen = [dict(records.rows[_key(fold, agg)]) for fold in folds]
-        measured = {
-            str(n): measures(places[agg, n], None if agg == baseline else places[baseline, n], classes)
-            for n in segments
-        }
+        beside = {n: None if agg == baseline else places[baseline, n] for n in segments}
+        measured = {str(n): measures(places[agg, n], beside[n], classes) for n in segments}
         heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})
     results = {"schema": SCHEMA, "features": options.features, "videos": len(rows), "classes": classes}
     names = list(dict.fromkeys(fold.name for fold in folds))
@@ -312,12 +308,14 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
 def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) -> dict[str, Any]:
     """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over videos; of top-1
     also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
+    import numpy as np
+
     from aggregate.ablation.compare import over_seeds
-    from aggregate.metrics import bootstrap
+    from aggregate.metrics import Interval, bootstrap
 
     first, in_five = places == 0, places < min(5, classes)
     by_seed = first.mean(axis=1).tolist()
-    over = dict(zip(("value", "low", "high"), over_seeds(by_seed), strict=True)) if len(by_seed) > 1 else None
+    over = asdict(Interval(*np.clip(over_seeds(by_seed), 0, 1).tolist())) if len(by_seed) > 1 else None
     difference = None if baseline is None else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0)))
     errors = 1 - (first + in_five.astype(float)).mean(axis=0) / 2
     several = {"top1": first.mean(axis=0), "top5": in_five.mean(axis=0), "average_error": errors}
@@ -333,9 +331,8 @@ def table(results: dict[str, Any]) -> str:
     def cell(interval: dict[str, float] | None, sign: str = "") -> str:
         return "" if interval is None else format(Interval(**interval), sign)
 
-    lines = [
-        ["", "segments", "top-1 %", "over seeds", "top-5 %", "average error %", f"- {results['baseline']}'s top-1"]
-    ]
+    columns = ("top-1 %", "over seeds", "top-5 %", "average error %", f"top-1 - {results['baseline']}'s")
+    lines = [["", "segments", *columns]]
     for one, count in itertools.product(results["heads"], results["heads"][0]["segments"]):
         found = one["segments"][count]
         cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))

@@ -18,6 +18,7 @@ QUICK = {
     "extract": SMALL,
     "aggregate.train": {"--epochs": "1", "--g1": "4", "--g2": "2"},
     "aggregate.ablate": {"--epochs": "1"},
+    "aggregate.crossval": {"--epochs": "1", "--folds": "2", "--val-fraction": "0.4"},
     "aggregate.finetune": SMALL | {"--epochs": "1", "--batch-size": "8", "--frames": "3"},
     "pipelines.kinetics700": SMALL | {"--epochs": "1", "--batch-size": "8", "--g1": "4", "--g2": "2"},
 }

@@ -126,6 +126,9 @@ def heat_maps(summary: Sequence[Row]) -> list[HeatMap]:
 _ABOUT = {
     "seeds": "With several seeds: 95 % intervals of the mean over seeds (Student's t), not of other videos.",
     "videos": "With one seed: 95 % bootstrap intervals over videos, not of other seeds.",
+    "epoch": "Each model at its best epoch, chosen on the same videos.",
+    "difference": "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos.\n"
+    "front: no other has at most its parameters and a better top-1.",
 }
 
 
@@ -137,21 +140,14 @@ def summary_text(summary: Sequence[Row]) -> str:
     heads = [f"top-1 % @{few}", f"top-1 % @{every}", f"top-5 % @{every}", f"average error % @{every}"]
     rows = [["", "seeds", "parameters", "MAdds", *heads, "top-1 - first's", "s", "|s F_o|/|F|", "seconds", ""]]
     for line in summary:
-        cells = [percent(line, measure) for measure in shown]
-        cells += [percent(line, "difference", sign="+")]
-        cells += ["" if line[name] is None else f"{line[name]:.2g}" for name in ("s", "attention_ratio")]
-        cells += ["" if line["seconds"] is None else f"{line['seconds']:.1f}"]
+        cells = [*(percent(line, measure) for measure in shown), percent(line, "difference", sign="+")]
+        numbers = ("s", ".2g"), ("attention_ratio", ".2g"), ("seconds", ".1f")
+        cells += ["" if line[name] is None else format(line[name], spec) for name, spec in numbers]
         notes = ["front"] * line["pareto"] + [f"{line['diverged']} DIVERGED"] * bool(line["diverged"])
         size = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
         rows.append([line["name"], *size, *cells, ", ".join(notes)])
     about = sorted({line["interval_over"] for line in summary} - {""})
-    words = [
-        "Each model at its best epoch, chosen on the same videos.",
-        *(_ABOUT[one] for one in about),
-        "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos. front: no",
-        "other has at most its parameters and a better top-1.",
-    ]
-    return "\n".join([aligned(rows), "", *words])
+    return "\n".join([aligned(rows), "", _ABOUT["epoch"], *(_ABOUT[one] for one in about), _ABOUT["difference"]])
 
 
 def percent(line: Row, measure: str, *, sign: str = "") -> str:

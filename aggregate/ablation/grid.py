@@ -9,7 +9,7 @@ machine, with one number of threads): the same start, batches, dropout and choic
 import json
 import time
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,15 @@ class GridTrainer:
         started = time.perf_counter()
         rows, val_rows, _ = choose_rows(self.store, share[0].options, share[0].options.seed)
         source, learners = self.fit(share, rows, val_rows, on_step)
-        places, measured = _test(source, learners)
-        wall = time.perf_counter() - started
-        stepping = sum(learner.seconds for learner in learners)
+        alive = [learner for learner in learners if not learner.lost]
+        for learner in alive:
+            learner.load_best()
+        models, segments = [learner.model for learner in alive], (source.frames, self.store.frames_per_video)
+        tested = [source.validate(models, count) if alive else [] for count in segments]
+        ranked = [[ranks(scores, source.labels) for scores in two] for two in zip(*tested, strict=True)]
+        measured = {one: _measured(one, two, source) for one, two in zip(alive, ranked, strict=True)}
+        places = {one: np.stack([val_rows, *two]).astype(np.int32) for one, two in zip(alive, ranked, strict=True)}
+        wall, stepping = time.perf_counter() - started, sum(learner.seconds for learner in learners)
         results = []
         for one, learner in zip(share, learners, strict=True):
             row = describe(one, self.store) | {"status": learner.lost or "done"} | measured.get(learner, {})
@@ -153,30 +159,17 @@ class GridTrainer:
         return results
 
 
-def _test(
-    source: CachedFeatures, learners: list[Learner]
-) -> tuple[dict[Learner, np.ndarray], dict[Learner, dict[str, Any]]]:
-    """`Result.places` and the measured columns of the learners that did not diverge, at their best epochs."""
-    alive = [learner for learner in learners if not learner.lost]
-    for learner in alive:
-        learner.load_best()
-    models, store = [learner.model for learner in alive], source.testing.store
-    few, every = (source.validate(models, n) if alive else [] for n in (source.frames, store.frames_per_video))
-    places: dict[Learner, np.ndarray] = {}
-    measured: dict[Learner, dict[str, Any]] = {}
-    for learner, at_few, at_all in zip(alive, few, every, strict=True):
-        ranked = [ranks(scores, source.labels) for scores in (at_few, at_all)]
-        places[learner] = np.stack([source.testing.rows, *ranked]).astype(np.int32)
-        attention = source.attention(learner.model)
-        row: dict[str, Any] = {"best_epoch": learner.best_epoch}
-        for suffix, place in zip(("at_frames", "at_all"), ranked, strict=True):
-            summary = summarise_places(place, source.labels, len(store.classes))
-            for name in ("top1", "top5", "average_error"):
-                interval = getattr(summary, name)
-                row[f"{name}_{suffix}"] = interval.value
-                row |= {f"{name}_{suffix}_low": interval.low, f"{name}_{suffix}_high": interval.high}
-        measured[learner] = row | {"s": attention.get("scale"), "attention_ratio": attention.get("attention_ratio")}
-    return places, measured
+def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures) -> dict[str, Any]:
+    """The measured columns of a learner at its best epoch: `ranked` are the places of the true labels with few segments
+    and with all."""
+    row: dict[str, Any] = {"best_epoch": learner.best_epoch}
+    for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
+        summary = summarise_places(places, source.labels, len(source.testing.store.classes))
+        for name in ("top1", "top5", "average_error"):
+            for end, value in zip(("", "_low", "_high"), astuple(getattr(summary, name)), strict=True):
+                row[f"{name}_{suffix}{end}"] = value
+    attention = source.attention(learner.model)
+    return row | {"s": attention.get("scale"), "attention_ratio": attention.get("attention_ratio")}
 
 
 def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:

@@ -123,7 +123,7 @@ def test_table_scores_and_results_say_the_same(features, tmp_path, capsys):
     out = tmp_path / "cv"
     assert crossval.main(options(features, out, agg=("weighted", "tsn"), seeds=(0, 1), epochs=(2,), folds="3")) == 0
     printed = capsys.readouterr().out
-    assert "60 videos, 3 folds x 2 seeds, classes evenly, groups whole" in printed
+    assert "60 videos, 3 folds x 2 seeds, no group split" in printed
     results = results_of(out)
     assert (results["schema"], results["baseline"], results["videos"]) == ("hgnl-crossval/1", "tsn", 60)
     weighted, tsn = results["heads"]

@@ -1,0 +1,92 @@
+"""Leave-one-subject-out in one command against a process a subject, and TSN against logistic regression.
+
+Method: the shipped clips through the pretrained EfficientNet-Lite0. daily_actions (72 videos of 9 subjects): wall
+seconds of `python -m aggregate.crossval --agg tsn --folds group --seeds 0` against nine of `python -m aggregate.train
+--val-groups`, everything included, in turns; the nine train half as much, and choose the epoch on what they report.
+exercise_mini (144 videos): top-1 of TSN out of fold against scikit-learn's logistic regression on standardised mean
+features, on the same folds, three repeats.
+Run: `python -m pytest -s tests/benchmarks/bench_crossval.py`
+"""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+import extract.__main__ as extraction
+from aggregate import crossval
+from aggregate.metrics import paired_bootstrap, ranks
+from aggregate.scores import Scores
+from extract.store import FeatureStore
+
+CLIPS = Path(__file__).parent.parent.parent / "pipelines" / "clips"
+
+
+def extracted(name: str, out: Path) -> FeatureStore:
+    chosen = extraction.Options(
+        videos=CLIPS / name / "labels.csv",
+        root=CLIPS / name / "clips",
+        out=str(out),
+        backbone="tf_efficientnet_lite0",
+        weights="pretrained",
+        frames=16,
+    )
+    assert not extraction.main(chosen)
+    return FeatureStore.open(out)
+
+
+def seconds(*arguments: str) -> float:
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *arguments], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+@pytest.mark.timeout(1200)
+def test_nine_subjects_in_one_command(tmp_path):
+    store = extracted("daily_actions", tmp_path / "daily.zarr")
+    subjects = sorted(set(store.groups.tolist()))
+    assert (len(store), len(subjects)) == (72, 9)
+    turns = []
+    for turn in range(3):
+        common = ["--agg", "tsn", "--features", store.path]
+        out = ["--out", str(tmp_path / f"one {turn}")]
+        one = seconds("aggregate.crossval", *common, "--folds", "group", "--seeds", "0", *out)
+        nine = 0.0
+        for name in subjects:
+            nine += seconds("aggregate.train", *common, "--val-groups", name, "--out", str(tmp_path / f"{turn} {name}"))
+        turns.append((one, nine))
+    ratio = median(one / nine for one, nine in turns)
+    print(f"\none command {median(one for one, _ in turns):.1f} s, nine processes {median(n for _, n in turns):.1f} s: "
+          f"{ratio:.3f}")  # fmt: skip
+    assert ratio <= 0.28  # 25 s to 9 x 11 s
+
+
+@pytest.mark.timeout(1200)
+def test_tsn_is_not_below_logistic_regression(tmp_path):
+    store = extracted("exercise_mini", tmp_path / "exercise.zarr")
+    options = crossval.Options(agg=("tsn",), features=str(store.path), out=tmp_path / "cv", seeds=(0,))
+    features = store.gather(np.arange(len(store)), np.arange(store.frames_per_video)).astype(np.float32).mean(axis=1)
+    ours, theirs = [], []
+    for seed in range(3):
+        out = tmp_path / f"cv {seed}"
+        crossval.main(crossval.Options(agg=("tsn",), features=str(store.path), out=out, seeds=(seed,)))
+        scores = Scores.load(out / "tsn.h5")
+        ours.append(ranks(scores.logits, scores.labels) == 0)
+        right = np.zeros(len(store), bool)
+        for fold in crossval.folds_of(store, options, seed):
+            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
+            model.fit(features[fold.train], store.labels[fold.train])
+            right[fold.test] = model.predict(features[fold.test]) == store.labels[fold.test]
+        theirs.append(right)
+    mean, other = np.mean(ours, axis=0), np.mean(theirs, axis=0)
+    difference = paired_bootstrap(mean, other)
+    print(f"\nexercise_mini, 3 x 5 folds, top-1 %: TSN {100 * mean.mean():.2f}, logistic regression "
+          f"{100 * other.mean():.2f}, difference {difference:+}")  # fmt: skip
+    assert difference.value >= -0.02
