@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,9 +68,6 @@ class Learner:
     def net(self) -> nn.Module:
         return getattr(self.model, "net", self.model)
 
-    def autocast(self) -> torch.autocast:
-        return autocast(self.device, self.precision)
-
     def train_mode(self) -> None:
         self.parallel.train()
         for module in self.frozen:
@@ -88,14 +85,18 @@ class Learner:
         if not whole:
             return
         if not count:  # other processes have videos, and gradients are averaged with ours: those of nothing
-            with self.autocast():
+            with autocast(self.device, self.precision):
                 blank = batch.x.new_zeros((1, *batch.x.shape[1:]))
                 nothing = self.parallel(blank, torch.ones((1, batch.x.shape[1]), dtype=torch.bool))
                 self.scaler.scale(0.0 * nothing.sum()).backward()
         for start in range(0, count, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             mask = None if batch.mask is None else batch.mask[part]
-            with self._synchronised(start + self.micro_batch >= count), self.autocast():
+            whole_batch = (
+                self.world == 1 or start + self.micro_batch >= count
+            )  # gradients are averaged with its last part
+            together: Any = nullcontext() if whole_batch else self.parallel.no_sync()  # type: ignore[operator]
+            with together, autocast(self.device, self.precision):
                 logits = self.parallel(batch.x[part], mask)
                 loss = F.cross_entropy(logits.float(), batch.labels[part].to(self.device), reduction="sum")
                 # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.
@@ -112,14 +113,6 @@ class Learner:
         if self._steps % self._look_every == 0:
             self._look(epoch)
         self.seconds += time.perf_counter() - started
-
-    @contextmanager
-    def _synchronised(self, now: bool) -> Iterator[None]:
-        if self.world > 1 and not now:
-            with self.parallel.no_sync():  # type: ignore[operator]
-                yield
-        else:
-            yield
 
     def mean_loss(self, epoch: int) -> float:
         """The mean loss of a video since the last call, over all processes."""

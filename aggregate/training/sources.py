@@ -69,8 +69,7 @@ class CachedFeatures:
     def attention(self, model: nn.Module) -> dict[str, float]:
         """Over the first 1,024 validation videos that can be read."""
         few = self.testing.subset(self.testing.rows[self.testing.good][:1024])
-        found = attention(model, few.test_batches(frames=self.frames, batch_size=self.batch_size))
-        return {} if found is None else dict(zip(("scale", "attention_ratio"), found, strict=True))
+        return attention(model, few.test_batches(frames=self.frames, batch_size=self.batch_size))
 
     def check_finite(self, rows: np.ndarray) -> None:
         check_finite(self.training.store, rows)
@@ -185,11 +184,11 @@ def check_finite(store: FeatureStore, rows: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> tuple[float, float] | None:
-    """s, and the mean over videos of |s F_o| / |F| (both averaged over frames); None where a model has no s."""
+def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
+    """s, and the mean over videos of |s F_o| / |F| (both averaged over frames); nothing where a model has no s."""
     aggregator: Any = getattr(model, "aggregator", None)
     if not hasattr(aggregator, "attention_ratio"):
-        return None
+        return {}
     model.eval()
     ratios = []
     for views in batches:
@@ -197,7 +196,7 @@ def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> tuple[flo
         valid = slice(None) if batch.mask is None else batch.mask.any(1)
         mask = None if batch.mask is None else batch.mask[valid]
         ratios.append(aggregator.attention_ratio(batch.x[valid].float(), mask).cpu())
-    return float(aggregator.scale), float(torch.cat(ratios).mean())
+    return {"scale": float(aggregator.scale), "attention_ratio": float(torch.cat(ratios).mean())}
 
 
 def possible_segments(wanted: Sequence[int], store: FeatureStore) -> list[int]:
