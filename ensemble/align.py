@@ -31,6 +31,7 @@ class Aligned:
     counts: pd.DataFrame = field(repr=False)  # of each model: videos it lists, that it lacks, and that failed
     missing: Missing = "error"
     dropped: int = 0
+    split: str = ""  # of the videos, where all files say the same
 
     def unscored(self, weights: np.ndarray) -> np.ndarray:
         """Videos that count as wrong under `weights` [M]: bool [N].
@@ -78,6 +79,7 @@ def align(
     # A row is NaN throughout or not at all, which Scores has seen to.
     failed = np.stack([np.isnan(logits[:, 0]) for logits in taken])
     counts = {"listed": map(len, listed), "lacking": lacking.sum(axis=1), "failed": (failed & ~lacking).sum(axis=1)}
+    splits = {str(scores.source.get("split", "")) for scores in list_of_scores}
     return Aligned(
         names=tuple(names),
         ids=ids.tolist(),
@@ -89,6 +91,7 @@ def align(
         counts=pd.DataFrame(counts, index=names),
         missing=missing,
         dropped=dropped,
+        split=splits.pop() if len(splits) == 1 else "",
     )
 
 

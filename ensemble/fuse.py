@@ -56,6 +56,7 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
             "members": list(aligned.names),
             "weights": weights.tolist(),
             "missing": aligned.missing,
+            "split": aligned.split,
         },
     )
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from extract.cli import InputError, RunError
@@ -52,6 +52,9 @@ def find(root: Path) -> Found:
             _take(found, path, name)
         except UNREADABLE as error:
             found.problems.append(f"{name}: {error}")
+    for name, record in found.crossvals.items():  # which shows them itself: they are of no split
+        for head in record["heads"]:
+            found.scores.pop((PurePosixPath(name).parent / head["scores"]).as_posix(), None)
     if not found:
         raise InputError(
             f"{root} holds nothing to report on: no feature store (*.zarr), run folder (options.json, metrics.csv), "

@@ -82,8 +82,8 @@ def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
         for name, summaries in read_json(file).items():
             splits.setdefault(split, {})[run if name == run else f"{run}: {name}"] = summaries
     for name, several in _labelled(found).items():
-        split = f"{_split_of(several[0], found)!r}"
-        splits.setdefault(split, {})[name] = {
+        split = several[0].source.get("split") or "not said"
+        splits.setdefault(repr(split), {})[name] = {
             # An ensemble has no number of segments of its own.
             "" if "members" in one.source else str(one.segments): asdict(summarise(one.logits, one.labels))
             for one in several
@@ -95,13 +95,6 @@ def _labelled(found: Found) -> "dict[str, list[Scores]]":
     """The scores of videos of which some have labels."""
     known = {name: [one for one in several if one.labels is not None] for name, several in found.scores.items()}
     return {name: several for name, several in known.items() if any((one.labels >= 0).any() for one in several)}
-
-
-def _split_of(scores: "Scores", found: Found) -> str:
-    """What a scores file says; of an ensemble, what those of its members say that lie in the folder."""
-    members = scores.source.get("members", [])
-    theirs = {several[0].source.get("split") for name, several in found.scores.items() if Path(name).stem in members}
-    return str(scores.source.get("split") or (theirs.pop() if len(theirs) == 1 else "") or "not said")
 
 
 def confusion(found: Found) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def folder(tmp_path_factory) -> Path:
     grid = {"g1": (2, 4), "g2": (2, 4), "m1": (8,), "seeds": (0, 1), "epochs": (1,), "batch_size": (16,)}
     ablate.main(ablate.Options(agg=("tsn", "hgnl"), features=features, out=root / "grid", **grid))
     (root / "cv").mkdir()
+    shutil.copy(both[0], root / "cv" / "tsn.h5")  # as if of held-out folds: of no split that others are of
     (root / "cv" / "results.json").write_text(json.dumps(crossval_record()))
     return root
 
@@ -112,8 +113,11 @@ def crossval_record() -> dict:
     one = dict.fromkeys(("top1", "top5", "average_error"), around) | {"over_seeds": None, "by_seed": [0.5]}
     gain = {"value": 0.07, "low": -0.01, "high": 0.15}
     segments = [{"3": one | {"difference": None}, "16": one | {"difference": found}} for found in (None, gain)]
-    heads = [{"name": name, "segments": each} for name, each in zip(("tsn", "hgnl"), segments, strict=True)]
-    common = {"by": "5 folds", "videos": 1440, "classes": 6, "baseline": "tsn", "seeds": [0]}
+    heads = [
+        {"name": name, "scores": f"{name}.h5", "segments": each}
+        for name, each in zip(("tsn", "hgnl"), segments, strict=True)
+    ]
+    common = {"by": "5", "folds": list("01234"), "videos": 1440, "classes": 6, "baseline": "tsn", "seeds": [0]}
     return {"schema": "hgnl-crossval/1", **common, "heads": heads}
 
 
@@ -191,6 +195,9 @@ def test_it_says_what_it_shows(whole, folder):
     assert "split 'val'" in whole.words["attention"]
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
     assert "5 folds, 1 seed, 1,440 videos of 6 classes" in whole.words["crossval"]
+    assert "cv/tsn.h5" not in whole.words["results"]
+    assert re.search(r"Split 'val'\s.*fused\.h5", whole.words["results"], re.DOTALL)
+    assert "not said" not in whole.words["results"]
     assert re.search(
         r"hgnl\s*50.0 \[40.0, 62.5\]\s*(50.0 \[40.0, 62.5\]\s*){2}\+7.0 \[-1.0, \+15.0\]", whole.words["crossval"]
     )
