@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.synced
 
-.PHONY: demo test lint bench evidence fuzz lock clean
+.PHONY: demo test lint bench evidence fuzz gpu wheelhouse lock clean
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -29,6 +29,13 @@ evidence: $(STAMP)
 
 fuzz: $(STAMP)
 	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py
+
+# On a machine with a GPU, by the Python that has torch there; it needs no network where wheelhouse/ was brought along.
+gpu:
+	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tests/gpu/prove.py
+
+wheelhouse: $(STAMP)
+	$(PY) tests/gpu/wheelhouse.py
 
 lock:
 	.venv/bin/uv pip compile --universal --python-version 3.11 --extra demo --extra test --extra bench \

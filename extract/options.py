@@ -40,8 +40,8 @@ class Options:
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: fp16 on a GPU; on a CPU the faster of fp32 and bf16, measured."""
-    decoder: Literal["pyav", "decord"] = "pyav"
-    """What reads the videos."""
+    decoder: Literal["pyav", "decord", "torchcodec-cuda"] = "pyav"
+    """What reads the videos. torchcodec-cuda: the GPU, by NVDEC; what it cannot is read by pyav, and named."""
     workers: int | None = None
     """Backbones that run side by side (default: one a visible GPU, else one). More than one start Ray."""
     address: str | None = None

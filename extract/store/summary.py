@@ -4,7 +4,7 @@ import re
 from collections import Counter
 
 from extract.store.feature_store import FeatureStore
-from extract.store.layout import FAILED, PARTIAL, STATUS_NAMES
+from extract.store.layout import FAILED, OK, PARTIAL, STATUS_NAMES
 from extract.store.runs import RunLog
 
 REASONS_SHOWN = 12
@@ -13,7 +13,7 @@ REASONS_SHOWN = 12
 def status_table(store: FeatureStore) -> str:
     """The store in words: counts by split and status, reasons, size, provenance, and the speed its log records."""
     lines = [repr(store), _counts(store)]
-    for status in (FAILED, PARTIAL):
+    for status in (FAILED, PARTIAL, OK):
         if known := reasons(store, status):
             lines.append(f"{STATUS_NAMES[status]}:")
             lines += [f"  {count:>6,}  e.g. {example}" for count, example in known[:REASONS_SHOWN]]
@@ -55,7 +55,7 @@ def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
     """Why rows have a status: how many for like reasons (numbers are left out), and one with its id; frequent first."""
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
-    for row in (store.status == status).nonzero()[0]:
+    for row in ((store.status == status) & (store.errors != "")).nonzero()[0]:
         reason = re.sub(r"\d+(\.\d+)?", "#", str(store.errors[row]))
         counts[reason] += 1
         examples.setdefault(reason, f"{store.ids[row]}: {store.errors[row]}")

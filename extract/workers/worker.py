@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbone.model import Backbone, load_backbone
+from extract.backbone.model import Backbone, choose_device, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import Span, VideoError, decoder_version
+from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Job, Plan, Prepared, decode_job, jobs_of, view_names
 from extract.options import Options
@@ -97,12 +98,17 @@ class Worker:
 
         options = self.options
         torch.set_num_threads(self.cores)
+        # On a GPU batches are large, and a block ends with what is left over: all of its batches are one size.
+        together = None
+        if choose_device(options.device).type == "cuda":
+            together = options.block_size * options.frames * len(self._views)
         return load_backbone(
             options.backbone,
             weights=options.weights,
             device=options.device,
             precision=options.precision,
             seed=options.seed,
+            frames=together,
         )
 
     @cached_property
@@ -119,10 +125,24 @@ class Worker:
 
     @cached_property
     def _pool(self) -> SubprocessPool:
+        name, _, device = self.options.decoder.partition("-")
+        if name != "torchcodec":
+            return self._children
+        if self._backbone.device.type != device:
+            raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
+        pool = self._subprocesses(0)
+        pool.help(GpuDecoder(self._children, str(self._backbone.device)), at_once=self.cores)
+        return pool
+
+    @cached_property
+    def _children(self) -> SubprocessPool:
+        return self._subprocesses(self.options.decode_workers or self.cores)
+
+    def _subprocesses(self, workers: int) -> SubprocessPool:
         return SubprocessPool(
             self.decode_job,
             slot_bytes=self._plan.slot_bytes,
-            workers=self.options.decode_workers or self.cores,
+            workers=workers,
             timeout=self.options.video_timeout,
             # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
             # a decoder that takes one of them away for a moment stops both.
@@ -166,7 +186,7 @@ class Worker:
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have another node decode too, until `decode` raises. May be called while a block is in hand."""
         with self._making:
-            self._pool.help(decode, at_once=at_once)
+            self._children.help(decode, at_once=at_once)
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
         """All blocks, one after the other, in this process."""
@@ -193,8 +213,9 @@ class Worker:
 
     def close(self) -> None:
         """Stop the children; a block in hand is dropped."""
-        if "_pool" in self.__dict__:
-            self._pool.close()
+        for pool in ("_pool", "_children"):
+            if pool in self.__dict__:
+                self.__dict__[pool].close()
         self._writer.shutdown()
 
     def _submit(self, block: Block) -> "list[Submitted]":
@@ -219,7 +240,7 @@ class Worker:
                 errors[place] = prepared.reason
                 continue
             status[place] = PARTIAL if prepared.problem else OK
-            errors[place] = prepared.problem
+            errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
             num_frames[place] = prepared.num_frames
             indices[place], timestamps[place] = prepared.indices, prepared.timestamps
             batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])

@@ -10,7 +10,6 @@ Run: `python -m pytest -s tests/benchmarks/bench_decode.py`
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ import pytest
 
 from extract.decode import decode
 from extract.sampling import segment_centres
+from ffmpeg import links_to_ffmpeg
 from videos import x264_defaults
 
 CLIPS = (
@@ -85,16 +85,6 @@ def measure(paths: list[str]) -> None:
             for name, each in times.items():
                 seconds.setdefault(str(frames), {}).setdefault(name, {})[Path(path).name] = median(each)
     print(json.dumps(seconds))
-
-
-def links_to_ffmpeg(folder: Path) -> Path:
-    """PyAV's FFmpeg under the names that other programs look for."""
-    for library in Path(av.__file__).parent.with_name("av.libs").iterdir():
-        (folder / library.name).symlink_to(library)
-        plain = re.sub(r"-[0-9a-f]{8}\.so(\.\d+).*", r".so\1", library.name)
-        if plain != library.name:
-            (folder / plain).symlink_to(library)
-    return folder
 
 
 def test_decoding_against_decord_and_torchcodec(shared_clips, tmp_path):

@@ -23,7 +23,6 @@ import extract.backbone.model as backbone_module
 from extract.backbone import inference
 from extract.backbone.inference import folded, packed, relative_error
 from extract.backbone.model import Backbone, load_backbone, load_trunk
-from extract.backbone.weights import read_weights
 from extract.cli import InputError, RunError
 from timing import flops_per_frame
 
@@ -248,7 +247,6 @@ def test_a_published_name_promises_its_bytes(
         InputError, match=rf"corrupted download: .* begins with {digest}, its name promises {file[-12:-4]}"
     ):
         load_trunk(backbone, weights=tmp_path / file)
-    assert read_weights(tmp_path / file).sha256.startswith(digest)
 
 
 def test_names_that_only_look_like_a_digest_are_free(cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
@@ -256,7 +254,6 @@ def test_names_that_only_look_like_a_digest_are_free(cadene_state: dict[str, Ten
     trunk = load_trunk(SMALL, weights=tmp_path / "run-20191231.pth")
     digest = hashlib.sha256((tmp_path / "run-20191231.pth").read_bytes()).hexdigest()
     assert trunk.weights == {"name": "run-20191231.pth", "sha256": digest}
-    assert digest in repr(read_weights(tmp_path / "run-20191231.pth"))
 
 
 # Pretrained and random
@@ -550,17 +547,6 @@ def test_folding_and_packing_keep_the_answer(name: str) -> None:
 def test_relative_error_of_nothing_finite() -> None:
     assert relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
     assert relative_error(torch.tensor([1.5]), torch.ones(1)) == pytest.approx(0.5)
-
-
-@pytest.mark.gpu
-def test_a_gpu_agrees_with_the_cpu() -> None:
-    assert torch.cuda.is_available(), "HGNL_GPU=1 says that there is a GPU"
-    backbone = load_backbone("legacy_seresnext26_32x4d", weights="random")
-    assert (backbone.device.type, backbone.precision) == ("cuda", "fp16")
-    frames = frames_of(backbone, backbone.batch_size + 3)
-    features = backbone(frames)
-    assert_near(features[-3:], reference_features(backbone, frames[-3:]), relative=1e-2)
-    assert np.array_equal(features[::-1], backbone(frames[::-1]))
 
 
 @pytest.mark.parametrize(("frames", "batch"), [(1, 1), (3, 3), (16, 16), (17, 9), (25, 13)])

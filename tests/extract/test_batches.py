@@ -4,14 +4,16 @@ import gc
 import threading
 import time
 import tracemalloc
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.backbone.batches import Batches
+from extract.backbone.batches import Batches, gpu_slots
 
 PIXELS, DIM = 2, 5
 
@@ -247,6 +249,90 @@ def test_memory_does_not_grow() -> None:
     finally:
         tracemalloc.stop()
     assert grown < 20_000
+
+
+# -- the slot of a GPU, on a CUDA that does everything at once and remembers what it was told ----------------------
+
+
+class FakeCuda:
+    """Streams and events of `torch.cuda`; `calls` says what was done, on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.calls: list[str] = []
+        self.streams: list[str] = []
+        cuda = self
+
+        class Stream:
+            def __init__(self, device: torch.device):
+                self.device, self.name = device, ("copying", "computing")[len(cuda.streams)]
+                cuda.streams.append(self.name)
+
+            def synchronize(self) -> None:
+                cuda.calls.append("wait for the stream")
+
+        class Event:
+            def __init__(self, enable_timing: bool = False):
+                self.recorded = False
+
+            def record(self) -> None:
+                self.recorded = True
+                cuda.calls.append(f"record on {cuda.current}")
+
+            def wait(self) -> None:
+                assert self.recorded
+                cuda.calls.append(f"wait on {cuda.current}")
+
+            def synchronize(self) -> None:
+                assert self.recorded
+                cuda.calls.append("the host waits")
+
+            def elapsed_time(self, other: "Event") -> float:
+                assert self.recorded
+                assert other.recorded
+                return 1500.0
+
+        @contextmanager
+        def stream(one: Stream):
+            self.current = one.name
+            yield
+            self.current = "default"
+
+        empty = torch.empty
+        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: self.calls.append("kept"))
+        monkeypatch.setattr("torch.empty", lambda *shape, pin_memory, **rest: empty(*shape, **rest))
+        for name, fake in (("Stream", Stream), ("Event", Event), ("stream", stream)):
+            monkeypatch.setattr(f"torch.cuda.{name}", fake)
+        monkeypatch.setattr("torch.cuda.synchronize", lambda device: self.calls.append("all is there"))
+        self.current = "default"
+
+
+def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
+
+    def run(frames: torch.Tensor) -> torch.Tensor:
+        cuda.calls.append(f"compute on {cuda.current}")
+        return torch.from_numpy(features_of(frames.numpy()))
+
+    batch = torch.zeros(4, PIXELS, PIXELS, 3, dtype=torch.uint8)
+    slots = gpu_slots(run, batch, DIM, device=torch.device("cpu"), form="eager")
+    assert len(slots) == 3
+    assert cuda.calls == ["all is there"]
+    frames = noise(22)
+    features = np.zeros((22, DIM), np.float16)
+    batches = Batches(slots, check=accept)
+    batches.add(frames[:9], features)
+    batches.add(torch.from_numpy(frames[9:12]), features[9:])  # decoded on the GPU
+    batches.add(frames[12:], features[12:])
+    batches.finish()
+    np.testing.assert_array_equal(features, features_of(frames))
+    assert batches.seconds == 6 * 1.5
+    launch = ["record on copying", "wait on computing", "record on computing", "compute on computing"]
+    told = [call for call in cuda.calls[1:] if call != "kept"]
+    assert told[:5] == [*launch, "record on computing"]
+    assert told[5:10] == told[:5]  # two are under way before the host waits for one
+    assert told.count("the host waits") == 6
+    assert cuda.calls.count("kept") == 1
 
 
 class _Forgetting(list):

@@ -1,0 +1,105 @@
+"""Videos decoded on a GPU: torchcodec's NVDEC, resized and cropped there, straight into the backbone's batches.
+
+Which frames there are, and when they are shown, is learned as for PyAV (`Packets`), so the same frames are seen; only
+their colours differ, since NVDEC converts them in its own way. What it cannot decode, PyAV's children do, and the
+record of the video says so.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from extract.cli import InputError
+from extract.decode.opening import VideoError
+from extract.decode.packets import Packets, UntrustedError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from extract.decode.subprocess_pool import Finished, SubprocessPool
+    from extract.decode.transform import Job
+
+# Levels of 255: the mean difference of a prepared frame from PyAV's, at most; tests/gpu/test_decode.py asserts it.
+TOLERANCE = 3
+_AT_ONCE = 32  # frames in their own size on the GPU
+
+
+class TorchcodecFile:
+    """A file as `Packets` is one, its pictures uint8 tensors [H, W, 3] on `device`. Raises UntrustedError."""
+
+    def __init__(self, path: Any, on_duration: Callable[[float | None], None] | None, *, device: str):
+        from torchcodec.decoders import VideoDecoder
+
+        packets = Packets(path, on_duration)
+        self.times, self.end, self.problem = packets.times, packets.end, packets.problem
+        self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
+        if self._decoder.cpu_fallback:
+            about = self._decoder.metadata
+            raise UntrustedError(f"NVDEC does not decode {about.codec} of {about.width} x {about.height}")
+        if len(self._decoder) != len(self.times):
+            raise UntrustedError(f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}")
+
+    def pictures(self, indices: list[int]) -> "Iterator[tuple[int, Tensor]]":
+        first = self._decoder.metadata.begin_stream_seconds
+        for start in range(0, len(indices), _AT_ONCE):
+            some = indices[start : start + _AT_ONCE]
+            frames = self._decoder.get_frames_at(some)
+            if abs(frames.pts_seconds.numpy() - first - self.times[some]).max() > 1e-3:
+                raise UntrustedError("torchcodec shows its frames at other times")
+            yield from zip(some, frames.data, strict=True)
+
+
+class GpuDecoder:
+    """Does the jobs of decode children on `device`, as `SubprocessPool.help` asks; `children` do what it cannot."""
+
+    def __init__(self, children: "SubprocessPool", device: str):
+        self._children, self._device = children, device
+
+    def __call__(self, job: "Job") -> "Finished":
+        import torch
+
+        from extract.decode.subprocess_pool import Finished
+        from extract.decode.transform import decode_job
+
+        path, rows, plan = job
+        try:
+            out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
+            done = decode_job((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, None)
+            for one in done:
+                if isinstance(one, VideoError):
+                    raise one
+            if out.is_cuda:  # batches are copied on another stream than this thread's
+                torch.cuda.current_stream(out.device).synchronize()
+            return Finished(done, out)
+        except Exception as error:  # torchcodec raises RuntimeError for all; and whatever it is, PyAV has the last word
+            why = getattr(error, "reason", None) or str(error).partition("\n")[0]
+        with self._children.submit((path, rows, replace(plan, decoder="pyav"))).result() as finished:
+            note = f"decoded by PyAV: {why}"
+            done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
+            return replace(finished, result=done, buffer=finished.buffer.copy(), _free=None)
+
+
+def torchcodec_version(device: str) -> str:
+    """For the store's record. Raises InputError where there is no CUDA device or no torchcodec that loads."""
+    import torch
+
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError("--decoder torchcodec-cuda: PyTorch sees no CUDA device here; use --decoder pyav")
+    try:
+        import torchcodec
+    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no FFmpeg it can load
+        raise InputError(
+            f"--decoder torchcodec-cuda: torchcodec cannot be used ({str(error).strip().partition(chr(10))[0]}); "
+            "install hgnl-video[gpu] and FFmpeg's shared libraries, or use --decoder pyav"
+        ) from None
+    return f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
+
+
+def resized(frames: "Tensor", size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"]) -> "Tensor":
+    """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], antialiased, as Pillow does within a level."""
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2.functional import resize
+
+    mode = InterpolationMode(interpolation)
+    return resize(frames.movedim(-1, -3), [size[1], size[0]], interpolation=mode, antialias=True).movedim(-3, -1)

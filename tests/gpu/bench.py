@@ -1,0 +1,280 @@
+"""What a GPU does here, measured: `python tests/gpu/bench.py --out FILE --seconds N`, one line of JSON a benchmark.
+
+Each answers with numbers by name, and with goals where there are some: what was got, and what was hoped for on an H100.
+They run in order of worth, and none begins that would not end in time. `--rehearse` is the CPU and sizes that mean
+nothing: it shows that the benchmarks run.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from extract.backbone.model import Backbone, load_backbone
+from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.transform import Plan, decode_job, jobs_of
+from extract.store import FeatureStore, RunLog
+from timing import flops_per_frame
+
+ROOT = Path(__file__).parents[2]
+KINETICS = 542_357  # training videos
+Numbers = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done; a rehearsal does next to nothing."""
+
+    device: str
+    backbone: str
+    batch: int
+    batches: int
+    clips: int
+    videos: int  # of cached features
+    dim: int
+    product: int  # side of the matrices whose product is timed
+    groups: tuple[tuple[int, ...], tuple[int, ...]]  # g1 and g2 of the grid
+    precision: str = "fp16"
+
+
+FULL = Size(
+    "cuda", "legacy_seresnext101_32x4d", 400, 24, 192, 54_236, 2048, 8192, ((4, 8, 16, 32), (2, 4, 8, 16))
+)  # fmt: skip
+TINY = Size("cpu", "test_resnet", 16, 3, 6, 300, 32, 256, ((2, 4), (2,)), "bf16")
+
+
+def synchronise(size: Size) -> None:
+    if size.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds_of(work: Callable[[], Any], size: Size, *, repeats: int = 5) -> float:
+    """The median of some turns, after one that does not count."""
+    each = []
+    for _ in range(repeats + 1):
+        synchronise(size)
+        started = time.perf_counter()
+        work()
+        synchronise(size)
+        each.append(time.perf_counter() - started)
+    return float(np.median(each[1:]))
+
+
+def ceilings(size: Size) -> Numbers:
+    """What the machine could do: a matrix product, a copy to the device from pinned memory, a copy on it."""
+    dtype = torch.float16 if size.device == "cuda" else torch.bfloat16
+    left, right = (torch.randn(size.product, size.product, device=size.device).to(dtype) for _ in range(2))
+    product = seconds_of(lambda: left @ right, size)
+    host = torch.randint(0, 256, (size.product, size.product), dtype=torch.uint8)
+    host = host.pin_memory() if size.device == "cuda" else host
+    there = host.to(size.device, copy=True)
+    other = torch.empty_like(there)
+    return {
+        "matrix product, TFLOP/s": 2 * size.product**3 / product / 1e12,
+        "host to device, GB/s": host.nbytes / seconds_of(lambda: there.copy_(host, non_blocking=True), size) / 1e9,
+        "device to device, GB/s read and written": 2 * host.nbytes / seconds_of(lambda: other.copy_(there), size) / 1e9,
+    }
+
+
+def backbone_alone(size: Size) -> Numbers:
+    """Ready frames of the host through the backbone, several batches under way; start-up counted apart."""
+    numbers: Numbers = {}
+    frames = None
+    for form in ("eager", "graphs", "compiled") if size.device == "cuda" else ("eager",):
+        started = time.perf_counter()
+        backbone = load_backbone(
+            size.backbone, weights="random", device=size.device, precision=size.precision, form=form, frames=size.batch
+        )
+        if frames is None:
+            side = backbone.preprocessing.size
+            frames = np.random.default_rng(0).integers(0, 256, (size.batch, side, side, 3), dtype=np.uint8)
+            flops, nbytes = flops_per_frame(backbone), frames[0].nbytes
+        backbone(frames)
+        numbers[f"{form}, start-up s"] = time.perf_counter() - started
+        speed, busy = _streamed(backbone, frames, size.batches)
+        numbers |= {f"{form}, frames/s": speed, f"{form}, device busy": busy}
+    best = max(value for name, value in numbers.items() if name.endswith("frames/s"))
+    numbers |= {"best, TFLOP/s": best * flops / 1e12, "host to device used, GB/s": best * nbytes / 1e9}
+    return numbers | {"goals": {"SE-ResNeXt101 alone, frames/s": (best, ">=", 5000)}}
+
+
+def _streamed(backbone: Backbone, frames: np.ndarray, count: int) -> tuple[float, float]:
+    """Frames a second over `count` batches, and the share of the time that the device computed."""
+    features = np.empty((len(frames), backbone.dim), np.float16)
+    batches = backbone.batches()
+    started = time.perf_counter()
+    for _ in range(count):
+        batches.add(frames, features)
+    batches.finish()
+    wall = time.perf_counter() - started
+    return count * len(frames) / wall, batches.seconds / wall
+
+
+def extraction(size: Size) -> Numbers:
+    """Whole extractions of real clips by each decoder, against the slower of decoding alone and the backbone alone."""
+    from extract.__main__ import main
+    from extract.options import Options
+
+    with tempfile.TemporaryDirectory() as folder:
+        clips = Path(folder, "clips")
+        clips.mkdir()
+        source = sorted((ROOT / "pipelines" / "clips").rglob("*.mp4"))
+        for number in range(size.clips):
+            (clips / f"{number:04d}.mp4").symlink_to(source[number % len(source)])
+        wanted = {"weights": "random", "backbone": size.backbone, "device": size.device, "block_size": 32}
+        numbers: Numbers = {}
+        goals: dict[str, tuple[float, str, float]] = {}
+        backbone = load_backbone(
+            size.backbone, weights="random", device=size.device, precision=size.precision, frames=32 * 25
+        )
+        side = backbone.preprocessing.size
+        alone, _ = _streamed(backbone, np.zeros((backbone.batch_size, side, side, 3), np.uint8), size.batches)
+        decoding = _decoding_alone(backbone, sorted(map(str, clips.iterdir())))
+        numbers |= {"backbone alone, frames/s": alone, "decoding alone by pyav, frames/s": decoding}
+        for decoder in ("pyav", f"torchcodec-{size.device}"):
+            out = Path(folder, f"{decoder}.zarr")
+            chosen: Any = {**wanted, "decoder": decoder, "precision": size.precision}
+            if main(Options(videos=clips, out=str(out), **chosen)):
+                raise RuntimeError(f"the extraction with {decoder} failed")
+            records = RunLog.records(out)
+            wall, frames = records[-1]["wall"], records[-1]["frames"]
+            busy = sum(record["seconds"]["device"] for record in records if record["event"] == "block") / wall
+            numbers |= {f"{decoder}, frames/s": frames / wall, f"{decoder}, device busy": busy}
+            by_pyav = sum("decoded by PyAV" in error for error in FeatureStore.open(out).errors)
+            numbers[f"{decoder}, videos it left to pyav"] = by_pyav * (decoder != "pyav")
+            if decoder == "pyav":
+                limit = min(alone, decoding)
+                goals["extraction / min(backbone, decoding)"] = (frames / wall / limit, ">=", 0.9)
+    return numbers | {"goals": goals}
+
+
+def _decoding_alone(backbone: Backbone, paths: list[str]) -> float:
+    plan = Plan(25, 1, 0, backbone.preprocessing, 0, "pyav")
+    cores = len(os.sched_getaffinity(0))
+    with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=cores, timeout=60) as pool:
+        jobs = [job for _, job in jobs_of(paths, paths, [None] * len(paths), plan)]
+        for future in [pool.submit(job) for job in jobs[:cores]]:
+            future.result().release()
+        started = time.perf_counter()
+        for future in [pool.submit(job) for job in jobs]:
+            future.result().release()
+        return len(jobs) * plan.frames / (time.perf_counter() - started)
+
+
+def epochs(size: Size) -> Numbers:
+    """Epochs of training on cached features that lie on the device, by proportion those of all of Kinetics-700."""
+    numbers: Numbers = {}
+    goals: dict[str, tuple[float, str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = _cached(Path(folder, "f.zarr"), size, videos=size.videos)
+        for agg, hoped in (("tsn", 3.0), ("hgnl", 5.0)):
+            seconds = _epoch_seconds(store, agg, size) * KINETICS / size.videos
+            numbers[f"{agg}, s an epoch of {KINETICS:,} videos x 3 frames"] = seconds
+            goals[f"epoch of Kinetics-700, {agg}, s"] = (seconds, "<=", hoped)
+    return numbers | {"goals": goals}
+
+
+def _cached(path: Path, size: Size, *, videos: int) -> FeatureStore:
+    rng = np.random.default_rng(0)
+    labels = np.arange(videos) % 700
+    features = rng.standard_normal((videos, 3, size.dim), np.float32).astype(np.float16)
+    return FeatureStore.from_arrays(
+        path,
+        features,
+        lengths=np.full(videos, 3),
+        labels=labels,
+        classes=[f"class {number}" for number in range(int(labels.max()) + 1)],
+        splits=["val" if row % 50 == 0 else "train" for row in range(videos)],
+    )
+
+
+def _epoch_seconds(store: FeatureStore, agg: str, size: Size) -> float:
+    from aggregate.data.features import StoredFeatures
+    from aggregate.models import build
+    from aggregate.training.learner import Learner
+    from aggregate.training.recipes import recipe
+
+    rows = np.arange(len(store))
+    features = StoredFeatures(store, rows, device=size.device, placement="device", training=True)
+    groups = {"g1": size.groups[0][0], "g2": size.groups[1][0]} if agg == "hgnl" else {}
+    model = build(agg, dim=size.dim, num_classes=len(store.classes), dropout=0.5, **groups)
+    chosen = recipe("cached", agg, videos=len(rows))
+    steps = features.steps(chosen.batch_size)
+    learner = Learner(agg, model, chosen, steps, 0, torch.device(size.device))
+    learner.train_mode()
+    seconds = []
+    for epoch in range(3):
+        synchronise(size)
+        started = time.perf_counter()
+        batches = features.train_batches(epoch=epoch, frames=3, batch_size=chosen.batch_size, seed=0)
+        for step, batch in enumerate(batches):
+            learner.step(batch, epoch, step)
+        synchronise(size)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[1:])
+
+
+def grid(size: Size) -> Numbers:
+    """Every combination of g1 and g2 with three seeds in one pass, against some of them one by one."""
+    from aggregate import ablate
+
+    with tempfile.TemporaryDirectory() as folder:
+        store = _cached(Path(folder, "f.zarr"), size, videos=max(size.videos // 10, 300))
+        (g1, g2), common = size.groups, {"features": str(store.path), "device": size.device, "epochs": (2,)}
+        started = time.perf_counter()
+        ablate.main(ablate.Options(out=Path(folder, "one"), g1=g1, g2=g2, seeds=(0, 1, 2), at_once=64, **common))
+        together = time.perf_counter() - started
+        configurations = len(Path(folder, "one", "ablation.csv").read_text().splitlines()) - 1
+        started = time.perf_counter()
+        ablate.main(ablate.Options(out=Path(folder, "by"), g1=g1[:1], g2=g2[:1], seeds=(0, 1, 2), at_once=1, **common))
+        alone = (time.perf_counter() - started) / 3
+    ratio = alone * configurations / together
+    return {
+        "configurations": configurations,
+        "in one pass, s": together,
+        "one by one, s by proportion": alone * configurations,
+        "goals": {f"{configurations} configurations in one pass / one by one, times faster": (ratio, ">=", 5.0)},
+    }
+
+
+# In order of worth, with the seconds that each is allowed to be expected to take.
+BENCHMARKS: dict[str, tuple[Callable[[Size], Numbers], float]] = {
+    "ceilings": (ceilings, 10),
+    "backbone alone": (backbone_alone, 120),
+    "extraction": (extraction, 80),
+    "epochs": (epochs, 45),
+    "grid": (grid, 60),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--rehearse", action="store_true")
+    arguments = parser.parse_args()
+    size, started = TINY if arguments.rehearse else FULL, time.monotonic()
+    for name, (run, expected) in BENCHMARKS.items():
+        left = arguments.seconds - (time.monotonic() - started)
+        begun = time.perf_counter()
+        try:
+            if left < expected and not arguments.rehearse:
+                raise TimeoutError(f"{left:.0f} s are left, it takes about {expected:.0f}")
+            result = run(size)
+        except Exception as error:  # the others are still worth having
+            result = {"error": f"{type(error).__name__}: {error}"}
+        result["seconds"] = time.perf_counter() - begun
+        with arguments.out.open("a") as file:
+            file.write(json.dumps({name: result}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

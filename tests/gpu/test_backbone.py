@@ -1,0 +1,124 @@
+"""Backbones on a GPU: features against fp32 on the CPU, the same bytes again, batches under way, what goes wrong."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from device import DEVICE, PRECISIONS, REHEARSAL
+from extract.backbone.model import Backbone, load_backbone
+from extract.cli import RunError
+
+pytestmark = pytest.mark.gpu
+
+# Relative error of features (2-norm) against fp32 on the CPU. Measured on a CPU with the same roundings, random
+# weights: bf16 0.2 to 0.9 %, fp16 0.03 to 0.1 %; a GPU adds up in other orders, so there is room for three times that.
+TOLERANCE = {"fp32": 2e-3, "fp16": 4e-3, "bf16": 3e-2}
+NETWORKS = {
+    "SE-ResNeXt": ("legacy_seresnet18" if REHEARSAL else "legacy_seresnext101_32x4d", "random"),
+    "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained"),
+    "ViT": ("test_vit" if REHEARSAL else "vit_small_patch16_224", "random"),
+}
+
+
+def frames_of(backbone: Backbone, count: int) -> np.ndarray:
+    size = backbone.preprocessing.size
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> None:
+    name, weights = NETWORKS[network]
+    backbone = load_backbone(name, weights=weights, device=DEVICE, precision=precision, frames=16)
+    assert backbone.device.type == torch.device(DEVICE).type
+    frames = frames_of(backbone, 4)
+    reference = load_backbone(name, weights=weights, device="cpu", precision="fp32", frames=4)(frames)
+    got = backbone(frames).astype(np.float64)
+    error = np.linalg.norm(got - reference) / np.linalg.norm(reference)
+    print(f"{name} in {precision}: relative error {error:.2e}")
+    assert error < TOLERANCE[precision]
+
+
+def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
+    backbone = load_backbone("resnet10t", weights="random", frames=32)
+    assert backbone.device.type == ("cpu" if REHEARSAL else "cuda")
+    assert REHEARSAL or backbone.precision == "fp16"
+    assert REHEARSAL or ("eager" in backbone.describe() and "graphs" in backbone.describe())
+    assert "timed on one batch" in backbone.describe()
+
+
+@pytest.mark.parametrize("form", ["eager", "graphs"])
+def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) -> None:
+    """Several batches under way, the last one padded; another order; another process's network; both forms."""
+    made = [load_backbone("legacy_seresnet18", weights="random", device=DEVICE, form=one, frames=8, precision="bf16")
+            for one in (form, "eager")]  # fmt: skip
+    frames = frames_of(made[0], 45)
+    features = made[0](frames)
+    assert np.array_equal(made[0](frames), features)
+    assert np.array_equal(made[0](frames[::-1]), features[::-1])
+    assert np.array_equal(made[0](frames[3:4]), features[3:4])
+    assert np.array_equal(made[1](frames), features)
+
+
+def test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device=DEVICE, precision="bf16", frames=8)
+    frames = frames_of(backbone, 61)
+    expected = backbone(frames)
+    features = np.zeros_like(expected)
+    batches = backbone.batches()
+    for start in range(0, 61, 7):
+        part = frames[start : start + 7].copy()
+        batches.add(part if start % 2 else torch.from_numpy(part).to(DEVICE), features[start:])
+        torch.cuda.synchronize() if not REHEARSAL else None
+        part[:] = 0
+    batches.finish()
+    assert np.array_equal(features, expected)
+    assert batches.seconds > 0
+
+
+def test_features_that_are_not_finite_and_then_good_ones() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device=DEVICE, precision="bf16", frames=4)
+    frames = frames_of(backbone, 30)
+    expected = backbone(frames)
+    scale = backbone._scale.clone()
+    backbone._scale.fill_(float("nan"))
+    with pytest.raises(RunError, match="of 4 frames have features that are not finite in float16"):
+        backbone(frames)
+    backbone._scale.copy_(scale)
+    assert np.array_equal(backbone(frames), expected)
+
+
+def test_out_of_memory_names_the_flag_that_helps(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: Backbone) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    if REHEARSAL:
+        monkeypatch.setattr("extract.backbone.model._frames_per_second", full)
+    else:
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(0.005)
+    try:
+        with pytest.raises(RunError, match=r"too little free memory to run resnet50 .* try --block-size 8"):
+            load_backbone("resnet50", weights="random", device=DEVICE, frames=512)
+    finally:
+        if not REHEARSAL:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            torch.cuda.empty_cache()
+
+
+def test_a_gpu_that_is_gone_is_named(tmp_path) -> None:
+    """Never the CPU in silence."""
+    command = [sys.executable, "-m", "extract", "--videos", str(tmp_path), "--out", str(tmp_path / "f.zarr")]
+    (tmp_path / "a.mp4").write_bytes(b"")
+    done = subprocess.run(
+        [*command, "--device", "cuda", "--backbone", "test_resnet", "--weights", "random"],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "--device cuda: PyTorch sees 0 CUDA devices here; use cpu or auto" in done.stderr

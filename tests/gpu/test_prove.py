@@ -1,0 +1,110 @@
+"""`make gpu` and `make wheelhouse` themselves, rehearsed on the CPU: files execute, counts and words are right."""
+
+import importlib.metadata
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import bench
+import prove
+import wheelhouse
+
+ROOT = Path(__file__).parents[2]
+# What a GPU machine is expected to have, as far as what it lacks needs it.
+THERE = {"click", "colorama", "numpy", "packaging", "pyyaml", "typing-extensions", "pytest", "attrs", "torch", "pillow"}
+
+
+def test_every_test_that_wants_a_gpu_stands_where_make_gpu_looks():
+    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert len(marked - {Path(__file__)}) >= 4
+    assert {path.parent.name for path in marked} == {"gpu"}
+
+
+def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path):
+    env = {**prove.environment(False), "CUDA_VISIBLE_DEVICES": ""}
+    only = ["tests/gpu/test_backbone.py::test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device"]
+    tests = prove.run_tests(env, tmp_path, seconds=120, only=only)
+    assert tests["passed"] == 0
+    assert len(tests["not passed"]) == 1
+    assert "PyTorch sees 0 CUDA devices here" in tests["not passed"][0]
+
+
+def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
+    """Some of the tests (all of them run where HGNL_GPU_DEVICE=cpu), and all benchmarks."""
+    some = ["test_backbone.py::test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device"]
+    some += ["test_training.py::test_forward_and_backward_are_those_of_the_cpu"]
+    command = [sys.executable, str(ROOT / "tests" / "gpu" / "prove.py"), "--rehearse", "--out", str(tmp_path)]
+    command += ["--seconds", "250", "--tests", *(f"tests/gpu/{name}" for name in some)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    assert record["rehearsal"]
+    assert record["tests"]["passed"] == 9
+    assert record["tests"]["not passed"] == []
+    assert set(record["benchmarks"]) == set(bench.BENCHMARKS)
+    assert record["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
+    text = (tmp_path / "gpu.md").read_text()
+    assert text in done.stdout
+    for goal in ("SE-ResNeXt101 alone", "extraction / min", "epoch of Kinetics-700, hgnl", "in one pass / one by one"):
+        assert goal in text
+    assert record["benchmarks"]["extraction"]["torchcodec-cpu, videos it left to pyav"] == 0
+
+
+def test_a_failure_a_skip_and_an_error_are_told_and_end_with_status_1(tmp_path, monkeypatch):
+    file = tmp_path / "test_some.py"
+    file.write_text(
+        "import pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\ndef test_bad(): assert 1 == 2\ndef test_skipped(): pytest.skip('no card')\n"
+    )
+    tests = prove.run_tests(prove.environment(True), tmp_path, seconds=100, only=[str(file)])
+    assert tests["passed"] == 1
+    assert [re.sub(r": .*", "", words, flags=re.S) for words in tests["not passed"]] == ["test_bad", "test_skipped"]
+    tests = prove.run_tests(prove.environment(True), tmp_path, seconds=0.01, only=[str(file)])
+    assert tests["not passed"] == ["not done after 0 s"]
+    record = {"machine": prove.machine(dict(os.environ)), "tests": tests, "benchmarks": {"grid": {"error": "it broke"}}}
+    assert "| grid | error | it broke | |" in prove.table(record)
+
+
+def test_wheels_are_those_of_the_lock_and_need_nothing_that_is_not_there():
+    pins = wheelhouse.pinned()
+    assert len(pins) == len(wheelhouse.LACKING)
+    lock = (ROOT / "requirements.lock").read_text()
+    assert all(pin in lock for pin in pins)
+    known = THERE | set(wheelhouse.LACKING)
+    for name in wheelhouse.LACKING:
+        for line in importlib.metadata.requires(name) or ():
+            need = Requirement(line)
+            if need.marker is None or need.marker.evaluate({"extra": "", "python_version": wheelhouse.PYTHON}):
+                assert re.sub(r"[-_.]+", "-", need.name).lower() in known, f"{name} needs {line}"
+
+
+def test_parts_are_few_and_none_is_too_large():
+    sizes = {"a": 30, "b": 25, "c": 20, "d": 15, "e": 10}
+    parts = wheelhouse.parts(sizes, limit=50)
+    assert sorted(name for part in parts for name in part) == sorted(sizes)
+    assert [sum(sizes[name] for name in part) for part in parts] == [50, 50]
+    with pytest.raises(SystemExit, match="b has 25 bytes, a part has room for 20"):
+        wheelhouse.parts({"b": 25}, limit=20)
+
+
+def test_extraction_by_one_worker_needs_no_ray(tmp_path):
+    """Nor does training: a GPU machine has none."""
+    clip = ROOT / "tests" / "clips" / "codecs" / "h264_portrait.mp4"
+    code = f"""
+import sys
+sys.modules["ray"] = None
+from pathlib import Path
+from extract.__main__ import main
+from extract.options import Options
+small = {{"backbone": "test_resnet", "weights": "random", "frames": 2, "precision": "fp32", "device": "cpu"}}
+sys.exit(main(Options(videos=Path({str(clip)!r}), out={str(tmp_path / "f.zarr")!r}, **small)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "2 frames in" in done.stdout
