@@ -64,8 +64,8 @@ def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scor
     """Scores from a feature store, one for each number of segments."""
     from aggregate.data.features import StoredFeatures
     from aggregate.training.checkpoint import rows_for_classes
-    from aggregate.training.learner import choose_device
     from aggregate.training.sources import logits_of, possible_segments
+    from extract.device import choose_device
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
@@ -92,8 +92,8 @@ def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -
     from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.endtoend import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
-    from aggregate.training.learner import choose_device
     from aggregate.training.sources import predict
+    from extract.device import choose_device
     from extract.listing.videos import list_videos
 
     model = model_from_record(checkpoint, options.weights)

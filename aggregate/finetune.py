@@ -126,10 +126,11 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames, clip_pool
-    from aggregate.training.learner import Learner, choose_device
+    from aggregate.training.learner import Learner
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, check_classes, choose_rows
+    from extract.device import choose_device
     from extract.listing.videos import list_videos
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()

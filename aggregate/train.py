@@ -65,10 +65,10 @@ def main(options: Options) -> int:
 def prepare(options: Options) -> "Run":
     """The run that `options` ask for, at the epoch where its folder stands."""
     from aggregate.data.features import StoredFeatures
-    from aggregate.training.learner import choose_device
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import CachedFeatures, possible_segments
     from aggregate.training.splits import check_classes, choose_rows
+    from extract.device import choose_device
     from extract.store import FeatureStore
 
     out = options.out or Path("runs") / options.agg

@@ -76,7 +76,7 @@ class Predictor:
         self._aggregator: Any = None
         self._per_segment = checkpoint.options.get("frames_per_segment", 0)  # of StNet
         if self._per_segment:
-            from aggregate.training.learner import choose_device
+            from extract.device import choose_device
 
             if precision not in ("auto", "fp32"):
                 raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")

@@ -22,12 +22,13 @@ from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
 from aggregate.models import VideoClassifier, build
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.learner import Learner, choose_device
+from aggregate.training.learner import Learner
 from aggregate.training.loop import Epoch, fit
 from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, aggregator_options, plain
 from aggregate.training.recipes import Recipe
 from aggregate.training.sources import CachedFeatures
 from aggregate.training.splits import choose_rows
+from extract.device import choose_device
 from extract.store import FeatureStore
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from aggregate.data.features import Batch
 from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups, set_lr
-from extract.cli import InputError
 
 
 @dataclass(eq=False)
@@ -171,16 +170,3 @@ def total(value: float, world: int, device: torch.device) -> float:
     summed = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(summed)
     return float(summed)
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. InputError for a device that is not there: never another one in silence."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name!r} is not known; give auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()):
-        raise InputError(f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch")
-    return device

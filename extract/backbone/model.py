@@ -25,6 +25,7 @@ from extract.backbone.inference import folded, packed
 from extract.backbone.weights import load_weights, published_file
 from extract.cli import InputError, RunError
 from extract.decode.transform import Preprocessing
+from extract.device import choose_device
 
 # Frames in a batch, always: what a kernel rounds must not depend on how many frames wait. A CPU loses by more (its
 # caches: EfficientNet-Lite0 a fifth, ResNet-50 a twelfth from 8 to 16; SE-ResNeXt101 gains 2 %), a GPU gains.
@@ -301,20 +302,3 @@ def _preprocessing(module: nn.Module, name: str) -> Preprocessing:
         mean=tuple(record["mean"]),
         std=tuple(record["std"]),
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU where there is one. InputError for a device that is not there: never another one in silence."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"--device {name}: unknown; known are auto, cpu, cuda and cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(
-            f"--device {name}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use cpu or auto"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"--device {name}: not supported; known are auto, cpu, cuda and cuda:N")
-    return device

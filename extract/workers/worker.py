@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.backbone.model import Backbone, choose_device, load_backbone
+from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import Span, VideoError, decoder_version
 from extract.decode.on_gpu import GpuDecoder
@@ -95,6 +95,8 @@ class Worker:
     @cached_property
     def _backbone(self) -> Backbone:
         import torch
+
+        from extract.device import choose_device
 
         options = self.options
         torch.set_num_threads(self.cores)
