@@ -7,6 +7,7 @@ record of the video says so.
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +34,8 @@ class TorchcodecFile:
 
         packets = Packets(path, on_duration)
         self.times, self.end, self.problem = packets.times, packets.end, packets.problem
-        self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
+        with _doubted():
+            self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
             about = self._decoder.metadata
             raise UntrustedError(f"NVDEC does not decode {about.codec} of {about.width} x {about.height}")
@@ -44,10 +46,19 @@ class TorchcodecFile:
         first = self._decoder.metadata.begin_stream_seconds
         for start in range(0, len(indices), _AT_ONCE):
             some = indices[start : start + _AT_ONCE]
-            frames = self._decoder.get_frames_at(some)
+            with _doubted():
+                frames = self._decoder.get_frames_at(some)
             if abs(frames.pts_seconds.numpy() - first - self.times[some]).max() > 1e-3:
                 raise UntrustedError("torchcodec shows its frames at other times")
             yield from zip(some, frames.data, strict=True)
+
+
+@contextmanager
+def _doubted() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # torchcodec's for everything: `function, file:line, words`
+        raise UntrustedError(f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}") from None
 
 
 class GpuDecoder:
@@ -72,8 +83,8 @@ class GpuDecoder:
             if out.is_cuda:  # batches are copied on another stream than this thread's
                 torch.cuda.current_stream(out.device).synchronize()
             return Finished(done, out)
-        except Exception as error:  # torchcodec raises RuntimeError for all; and whatever it is, PyAV has the last word
-            why = getattr(error, "reason", None) or str(error).partition("\n")[0]
+        except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
+            why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
         with self._children.submit((path, rows, replace(plan, decoder="pyav"))).result() as finished:
             note = f"decoded by PyAV: {why}"
             done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]

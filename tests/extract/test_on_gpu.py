@@ -86,7 +86,7 @@ def test_resizing_is_pillows_within_a_level() -> None:
 
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 17, 3), dtype=np.uint8))
-    frame = np.asarray(coarse.resize((170, 120), Image.Resampling.BICUBIC))
+    frame = np.array(coarse.resize((170, 120), Image.Resampling.BICUBIC))
     for mode in ("bilinear", "bicubic"):
         expected = np.asarray(Image.fromarray(frame).resize((96, 64), Image.Resampling[mode.upper()]))
         got = resized(torch.from_numpy(frame), (96, 64), mode).numpy()

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -29,15 +30,20 @@ VERSIONS = ("torch", "torchvision", "timm", "numpy", "av", "torchcodec", "zarr",
 
 
 def install() -> None:
-    """Unpack the wheelhouse, if there is one that is not unpacked yet."""
-    wheels = sorted(ROOT.glob("wheelhouse/part*/*.whl"))
-    new = [wheel for wheel in wheels if not (SITE / f"{wheel.name}.done").exists()]
+    """Unpack those wheels of the wheelhouse, if there is one, whose packages this Python has not."""
+    known = {plain(one.name) for one in importlib.metadata.distributions(path=[*sys.path, str(SITE)])}
+    new = [
+        wheel for wheel in sorted(ROOT.glob("wheelhouse/part*/*.whl")) if plain(wheel.name.split("-")[0]) not in known
+    ]
     if new:
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--upgrade"]
-        subprocess.run([*command, "--target", SITE, *new], check=True)
-        for wheel in new:
-            (SITE / f"{wheel.name}.done").touch()
+        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        subprocess.run([*command, "--target", str(SITE), *map(str, new)], check=True)
         print(f"installed {len(new)} wheels of the wheelhouse into {SITE.relative_to(ROOT)}")
+
+
+def plain(name: str) -> str:
+    """A package's name as indexes compare it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def environment(rehearse: bool) -> dict[str, str]:
@@ -145,7 +151,8 @@ def main() -> int:
     arguments = parser.parse_args()
     began, folder = time.monotonic(), arguments.out
     folder.mkdir(parents=True, exist_ok=True)
-    install()
+    if not arguments.rehearse:
+        install()
     env = environment(arguments.rehearse)
     record: dict[str, Any] = {"rehearsal": arguments.rehearse, "machine": machine(env)}
     limit = TESTS_SHARE * arguments.seconds

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from aggregate.from_record import model_from_record
 
 import small_models
+from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from device import DEVICE
 from pipelines import export
@@ -28,6 +28,6 @@ def test_onnx_gives_the_logits_of_pytorch_on_the_device(tmp_path):
     size = model.preprocessing.size
     frames = np.random.default_rng(0).integers(0, 256, (2, 5, size, size, 3), dtype=np.uint8)
     with torch.inference_mode():
-        expected = model(torch.from_numpy(frames), torch.ones(2, 5, dtype=torch.bool)).cpu().numpy()
+        expected = model(torch.from_numpy(frames)[:, :, None], torch.ones(2, 5, dtype=torch.bool)).cpu().numpy()
     (got,) = session.run(None, {export.INPUT: frames})
     assert np.abs(got - expected).max() <= 5e-3 * np.abs(expected).max()  # convolutions of a GPU round to 10 bits

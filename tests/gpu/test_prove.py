@@ -81,7 +81,22 @@ def test_wheels_are_those_of_the_lock_and_need_nothing_that_is_not_there():
         for line in importlib.metadata.requires(name) or ():
             need = Requirement(line)
             if need.marker is None or need.marker.evaluate({"extra": "", "python_version": wheelhouse.PYTHON}):
-                assert re.sub(r"[-_.]+", "-", need.name).lower() in known, f"{name} needs {line}"
+                assert prove.plain(need.name) in known, f"{name} needs {line}"
+
+
+def test_only_wheels_of_packages_that_are_missing_are_installed(tmp_path, monkeypatch, capsys):
+    wheels = tmp_path / "wheelhouse" / "part1"
+    wheels.mkdir(parents=True)
+    for name in ("google_crc32c-1.9.0-cp312-cp312-manylinux2014_x86_64.whl", "hgnl_missing-1.0-py3-none-any.whl"):
+        (wheels / name).touch()
+    commands = []
+    monkeypatch.setattr(prove, "ROOT", tmp_path)
+    monkeypatch.setattr(prove, "SITE", tmp_path / "site")
+    monkeypatch.setattr(prove.subprocess, "run", lambda command, check: commands.append(command))
+    prove.install()
+    assert [Path(command[-1]).name for command in commands] == ["hgnl_missing-1.0-py3-none-any.whl"]
+    assert commands[0][-3:-1] == ["--target", str(tmp_path / "site")]
+    assert "installed 1 wheels" in capsys.readouterr().out
 
 
 def test_parts_are_few_and_none_is_too_large():
