@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from extract.cli import InputError
 from extract.decode.opening import VideoError
 from extract.decode.packets import Packets, UntrustedError
+from extract.decode.subprocess_pool import Finished, SubprocessPool
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from extract.decode.subprocess_pool import Finished, SubprocessPool
-    from extract.decode.transform import Job
 
 # Levels of 255: the mean difference of a prepared frame from PyAV's, at most; tests/gpu/test_decode.py asserts it.
 TOLERANCE = 3
@@ -62,21 +60,21 @@ def _doubted() -> Iterator[None]:
 
 
 class GpuDecoder:
-    """Does the jobs of decode children on `device`, as `SubprocessPool.help` asks; `children` do what it cannot."""
+    """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do what it cannot.
 
-    def __init__(self, children: "SubprocessPool", device: str):
-        self._children, self._device = children, device
+    A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py).
+    """
 
-    def __call__(self, job: "Job") -> "Finished":
+    def __init__(self, children: SubprocessPool, function: Callable[..., list[Any]], device: str):
+        self._children, self._function, self._device = children, function, device
+
+    def __call__(self, job: tuple[str, Any, Any]) -> Finished:
         import torch
-
-        from extract.decode.subprocess_pool import Finished
-        from extract.decode.transform import decode_job
 
         path, rows, plan = job
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
-            done = decode_job((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, None)
+            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, None)
             for one in done:
                 if isinstance(one, VideoError):
                     raise one
