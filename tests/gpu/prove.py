@@ -92,6 +92,7 @@ def run_tests(env: dict[str, str], folder: Path, *, seconds: float, only: list[s
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    command += ["-W", "default"]  # libraries of other versions may warn of what is nobody's fault here
     began = time.monotonic()
     try:
         subprocess.run([*command, *(only or ["tests/gpu"])], cwd=ROOT, env=env, timeout=seconds)
