@@ -31,7 +31,7 @@ class TorchcodecFile:
         from torchcodec.decoders import VideoDecoder
 
         packets = Packets(path, on_duration)
-        self.times, self.end, self.problem = packets.times, packets.end, packets.problem
+        self.times, self.end, self.slack, self.problem = packets.times, packets.end, packets.slack, packets.problem
         with _doubted():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
