@@ -18,16 +18,15 @@ from extract.sampling import segment_centres
 
 pytestmark = pytest.mark.gpu
 
-# Relative error of features (2-norm) against fp32 on the CPU. Measured on a CPU with the same roundings, random
-# weights: bf16 0.2 to 0.9 %, fp16 0.03 to 0.1 %; a GPU adds up in other orders, so there is room for three times that.
-TOLERANCE = {"fp32": 2e-3, "fp16": 4e-3, "bf16": 3e-2}
+# Relative error of features (2-norm) against fp32 on the CPU, for the network whose roundings show least, and how many
+# times that for the others. Measured on a CPU in bf16: SE-ResNeXt101 0.36 %, EfficientNet-Lite0 5.5 % (few channels,
+# cut off at 6); fp16 has three bits more. A GPU adds up in other orders, so there is room.
+TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2}
 NETWORKS = {
-    "SE-ResNeXt": ("legacy_seresnet18" if REHEARSAL else "legacy_seresnext101_32x4d", "random"),
-    "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained"),
-    "ViT": ("test_vit" if REHEARSAL else "vit_small_patch16_224", "random"),
+    "SE-ResNeXt": ("legacy_seresnet18" if REHEARSAL else "legacy_seresnext101_32x4d", "random", 1),
+    "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained", 3),
+    "ViT": ("test_vit" if REHEARSAL else "vit_small_patch16_224", "random", 1),
 }
-
-
 CLIP = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips" / "barbell" / "Jerk_Balance.mp4"
 
 
@@ -41,7 +40,7 @@ def frames_of(backbone: Backbone, count: int) -> np.ndarray:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> None:
-    name, weights = NETWORKS[network]
+    name, weights, times = NETWORKS[network]
     backbone = load_backbone(name, weights=weights, device=DEVICE, precision=precision, frames=16)
     assert backbone.device.type == torch.device(DEVICE).type
     frames = frames_of(backbone, 4)
@@ -49,7 +48,7 @@ def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> 
     got = backbone(frames).astype(np.float64)
     error = np.linalg.norm(got - reference) / np.linalg.norm(reference)
     print(f"{name} in {precision}: relative error {error:.2e}")
-    assert error < TOLERANCE[precision]
+    assert error < times * TOLERANCE[precision]
 
 
 def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
