@@ -105,6 +105,12 @@ def torchcodec_version(device: str) -> str:
     return f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
 
 
+def stacked(pictures: "list[Tensor]") -> "Tensor":
+    import torch
+
+    return torch.stack(pictures)
+
+
 def resized(frames: "Tensor", size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"]) -> "Tensor":
     """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], antialiased, as Pillow does within a level."""
     from torchvision.transforms.v2 import InterpolationMode

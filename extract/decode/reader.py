@@ -20,13 +20,13 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.on_gpu import TorchcodecFile, torchcodec_version
+from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
 from extract.decode.packets import Packets, Span, UntrustedError, cut_short, end_of, ends_early, seconds, upright
 
@@ -183,7 +183,8 @@ def _decode(
         if lost:
             raise UntrustedError(f"frame {min(lost)} does not decode")
         shape = found[int(indices.min())].shape
-        frames = _stacked([_fitted(found[index], shape) for index in indices.tolist()])
+        fitted = [_fitted(found[index], shape) for index in indices.tolist()]
+        frames = np.stack(fitted) if isinstance(fitted[0], np.ndarray) else stacked(fitted)
         times = file.times[indices].astype(np.float32)
         yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]))
         needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
@@ -197,15 +198,6 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.fromarray(picture).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
-
-
-def _stacked(pictures: list[Any]) -> Any:
-    """Arrays, or tensors where they are on a GPU."""
-    if isinstance(pictures[0], np.ndarray):
-        return np.stack(pictures)
-    import torch
-
-    return torch.stack(pictures)
 
 
 # -- everything ----------------------------------------------------------------------------------------------------
