@@ -173,9 +173,13 @@ def test_a_node_that_comes_late_takes_its_part(clips, cluster, add_nodes, undist
     whole(out, undisturbed)
 
 
+def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
+    """Actor processes, by the title that Ray gives them."""
+    return [p for p in psutil.Process().children(recursive=True) if " ".join(command_of(p)).startswith(titles)]
+
+
 def decoders() -> list[psutil.Process]:
-    """Actor processes that decode for others, by the title that Ray gives them."""
-    return [p for p in psutil.Process().children(recursive=True) if "ray::Decoder" in " ".join(command_of(p))]
+    return actors(("ray::Decoder",))
 
 
 @pytest.mark.parametrize("lost", ["decoder", "child", "node"])
@@ -227,6 +231,7 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(clips, cluster, add_nodes
         run.wait()
     before = len(blocks_of(out))
     assert 0 < before < 12
+    wait_for(lambda: not actors())  # of the driver that is gone
     assert main(options(clips, out, address=cluster.address)) == 0
     assert store_digest(out) == undisturbed
     assert len(blocks_of(out)) <= 12 + 1  # one may have been committed and not logged
