@@ -111,7 +111,8 @@ class SubprocessPool:
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads:
-            thread.join()
+            if isinstance(thread, _ChildThread):  # help that is on its way is not waited for
+                thread.join()
 
     def __enter__(self) -> "SubprocessPool":
         return self

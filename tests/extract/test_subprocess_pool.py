@@ -16,7 +16,7 @@ import pytest
 
 from decode_jobs import do
 from extract.cli import RunError
-from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, SubprocessPool
+from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, Finished, SubprocessPool
 from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
 
 SLOT = 1000
@@ -355,3 +355,51 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
         parent.wait()
     for pid in pids:
         wait_for(lambda pid=pid: gone(pid), f"child {pid} to end with its parent")
+
+
+def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
+    def elsewhere(job):
+        return Finished(job[1], np.full(SLOT, job[1], np.uint8))
+
+    with pool_of() as pool:
+        busy = pool.submit(("sleep", 1.0))
+        pool.help(elsewhere, at_once=2)
+        futures = [pool.submit(("fill", number)) for number in range(40)]
+        for number, future in enumerate(futures):  # more than all slots hold: each must come back
+            with future.result(PATIENCE) as finished:
+                assert (finished.result, finished.failure) == (number, "")
+                assert (finished.buffer == number).all()
+        assert not busy.done()
+
+
+def test_a_job_whose_help_is_lost_is_done_here_before_later_ones_fill_every_slot():
+    called = []
+
+    def elsewhere(job):
+        called.append(job)
+        raise ConnectionError("the node is gone")
+
+    with pool_of() as pool:
+        pool.help(elsewhere, at_once=2)
+        futures = [pool.submit(("fill", number)) for number in range(4 * SLOTS_A_CHILD)]
+        for number, future in enumerate(futures):
+            with future.result(PATIENCE) as finished:
+                assert (finished.result, finished.failure) == (number, "")
+                assert (finished.buffer == number).all()
+        assert 1 <= len(called) <= 2  # each helper ends with its first loss
+
+
+def test_closing_does_not_wait_for_help():
+    asked = []
+
+    def elsewhere(job):
+        asked.append(job)
+        time.sleep(PATIENCE)
+
+    started = time.monotonic()
+    with pool_of() as pool:
+        pool.help(elsewhere, at_once=1)
+        for _ in range(SLOTS_A_CHILD + 2):  # more than the child can take
+            pool.submit(("fill", 1))
+        wait_for(lambda: asked, "help to be asked")
+    assert time.monotonic() - started < PATIENCE
