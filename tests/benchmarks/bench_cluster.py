@@ -10,6 +10,7 @@ backbone sleeps as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`
 import contextlib
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,6 +135,7 @@ def cluster_of(nodes: list[dict[str, Any]]) -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     try:
@@ -313,6 +315,7 @@ def test_the_driver_of_64_workers(tmp_path):
         rows = store.block_rows(number)
         paths = tuple(f"/data/k700/{name}" for name in names[rows])
         blocks.append(Block(number, tuple(rows.tolist()), tuple(names[rows].tolist()), paths, (None,) * len(rows)))
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     seconds = max(BLOCK * DECODE_SECONDS / CORES, BLOCK * FRAMES / H100_FRAMES_A_SECOND)
     ideal = len(blocks) * seconds / WORKERS
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
