@@ -8,21 +8,12 @@ import numpy as np
 import torch
 
 from extract.backbone.model import Backbone
-from extract.decode import VideoError
-from extract.decode.transform import Job, Prepared, Preprocessing
+from extract.decode.transform import Preprocessing
 from extract.workers.worker import Worker
+from simulated_decoding import sleep_to_decode
 
 FRAMES, SIZE, DIM = 25, 224, 64
-DECODE_SECONDS = 0.2  # one core, one video
 H100_FRAMES = 5000.0  # that the backbone takes a second
-
-
-def sleep_to_decode(job: Job, out: np.ndarray, on_duration: Any) -> list[Prepared | VideoError]:
-    _, ((name, _),), plan = job
-    time.sleep(DECODE_SECONDS)
-    out[: plan.row_bytes] = sum(name.encode()) % 251
-    indices = np.tile(np.arange(plan.frames, dtype="<i4"), (plan.shape[0], 1))
-    return [Prepared(indices, indices.astype("<f4") / 25, plan.frames, "")]
 
 
 class SleepingBatches:
