@@ -362,7 +362,7 @@ def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
         return Finished(job[1], np.full(SLOT, job[1], np.uint8))
 
     with pool_of() as pool:
-        busy = pool.submit(("sleep", 1.0))
+        busy = pool.submit(("sleep", 15.0))
         pool.help(elsewhere, at_once=2)
         futures = [pool.submit(("fill", number)) for number in range(40)]
         for number, future in enumerate(futures):  # more than all slots hold: each must come back
