@@ -363,6 +363,7 @@ def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
 
     with pool_of() as pool:
         busy = pool.submit(("sleep", 15.0))
+        wait_for(busy.running, "our child to take a job")
         pool.help(elsewhere, at_once=2)
         futures = [pool.submit(("fill", number)) for number in range(40)]
         for number, future in enumerate(futures):  # more than all slots hold: each must come back
