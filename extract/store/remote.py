@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -77,6 +78,10 @@ class Lease:
     def _take(self) -> int:
         number, record = self._highest()
         deadline = time.monotonic() + PATIENCE
+        if number and not record.get("released"):
+            print(
+                f"waiting: does {_holder(record)} still write {self._url}? {PATIENCE:.0f} s will tell", file=sys.stderr
+            )
         while number and not record.get("released") and time.monotonic() < deadline:
             time.sleep(min(1.0, BEAT))
             if self._highest() != (number, record):
@@ -93,8 +98,7 @@ class Lease:
         return number + 1
 
     def _taken(self, record: dict[str, Any]) -> str:
-        holder = f"process {record.get('process')} on {record.get('host')}"
-        return f"{self._url} is being written by {holder}; wait for it or stop it first"
+        return f"{self._url} is being written by {_holder(record)}; wait for it or stop it first"
 
     def _beat(self) -> None:
         while not self._lost and not self._released.wait(BEAT):
@@ -121,6 +125,10 @@ class Lease:
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{number:06d}"
+
+
+def _holder(record: dict[str, Any]) -> str:
+    return f"process {record.get('process')} on {record.get('host')}"
 
 
 @contextlib.contextmanager
