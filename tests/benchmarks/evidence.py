@@ -81,6 +81,7 @@ VARIANTS = [
     Model("hgnl, frames not normalised", "hgnl", {"normalise": False}),
     Model("hgnl, random start", "hgnl", {"start": "random"}),
     Model("hgnl, s from 0", "hgnl", {"scale_init": 0.0}),
+    Model("hgnl, not standardised", "hgnl", standardise=False),
     Model("hgnl, shared", "hgnl", {"shared": True}),
     *(Model(f"hgnl, g2={g2}", "hgnl", {"g1": 16, "g2": g2}) for g2 in (1, 2, 4, 16)),
     Model("tsn, as many epochs more", "tsn", init="tsn"),
@@ -93,7 +94,6 @@ CHOICE = [
     Model("tsn, not standardised", "tsn", standardise=False, seeds=2),
     Model("weighted, not standardised", "weighted", standardise=False, seeds=2),
     *(one for one in VARIANTS if one.agg == "hgnl" and not one.init and "g2" not in one.options),
-    Model("hgnl, not standardised", "hgnl", standardise=False, seeds=2),
     Model("nl", "nl", seeds=1),
 ]
 
