@@ -51,13 +51,8 @@ class Layer(nn.Module):
         Q, K, V = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (Q, K, V))
         return Q, K, V
 
-    def forward(
-        self,
-        x: Frames,
-        mask: Mask,
-        query: Float[Tensor, "batch queries dim"] | None = None,
-    ) -> Float[Tensor, "batch queries dim"]:
-        """Without a `query` every frame asks (self-attention)."""
+    def forward(self, x: Frames, mask: Mask, query: Tensor | None = None) -> Float[Tensor, "batch queries dim"]:
+        """`query` [batch, queries, dim]; without one every frame asks (self-attention)."""
         seen = None if mask is None else mask[:, None, None]
         attended = scaled_dot_product_attention(*self.products(x, query), attn_mask=seen)
         h = (x if query is None else query) + self.project(attended.transpose(1, 2).flatten(2))
