@@ -17,7 +17,7 @@ from typing import Any
 
 from extract.cli import RunError, run_command
 
-FRAMES = 16  # of 64; the action has two of them
+FRAMES = 16  # of 64, and all are trained on: the action has two of them
 MODELS = ("tsn", "hgnl", "txb")
 
 
@@ -68,14 +68,15 @@ def _extract(videos: Path, store: str) -> None:
 def _train(name: str, store: str, workdir: Path) -> None:
     from aggregate import train
 
-    asked = train.Options(agg=name, features=store, out=workdir / name)  # type: ignore[arg-type]
+    asked = train.Options(agg=name, features=store, out=workdir / name, frames=FRAMES)  # type: ignore[arg-type]
     _step(f"{name} on cached features", train.main, asked)
 
 
 def _ablate(store: str, workdir: Path) -> None:
     from aggregate import ablate
 
-    grid = ablate.Options(agg=("tsn", "hgnl"), features=store, out=workdir / "ablation", g1=(4, 16), g2=(2, 4, 8))  # type: ignore[call-arg]
+    lists: dict[str, Any] = {"agg": ("tsn", "hgnl"), "g1": (4, 16), "g2": (2, 4, 8), "frames": (FRAMES,)}
+    grid = ablate.Options(features=store, out=workdir / "ablation", **lists)
     _step("a small ablation of g1 and g2, against TSN", ablate.main, grid)
 
 
