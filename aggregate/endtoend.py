@@ -86,12 +86,13 @@ def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
 
     They must be put back to evaluation mode after every `train()`.
     """
-    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)][1:]
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in backbone.modules() if isinstance(module, kind)][1:]
     for norm in norms:
         norm.eval()
         for parameter in norm.parameters(recurse=False):
             parameter.requires_grad_(False)
-    return norms
+    return [*norms]
 
 
 def backbone_from_record(checkpoint: Checkpoint, weights: Path | None = None, **how: Any) -> Backbone:

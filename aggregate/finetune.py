@@ -211,7 +211,7 @@ def build_model(
     stnet, common = options.model == "stnet", {"num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
     if not stnet:
-        own = aggregator_options(options.model, options, init and init.options)
+        own = aggregator_options(options.model, options, init.options if init else None)
         own |= {"standardise": bool(options.standardise)}
     net: Any = build_net({"name": options.model, **common, **own}, trunk.module)
     if init is not None:
@@ -256,21 +256,22 @@ def _train_with_ray(options: Options) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     # Workers have another working directory.
-    paths: dict[str, Any] = {"videos": options.videos, "root": options.root, "init": options.init}
-    paths = {name: path.resolve() for name, path in paths.items() if path is not None}
-    files = {name: Path(getattr(options, name)) for name in ("weights", "labels")}
-    files = {name: str(path.resolve()) for name, path in files.items() if path.is_file()}
-    there = replace(options, out=options.folder.resolve(), **paths, **files)
-    with prepare(there):
+    there: dict[str, Any] = {name: getattr(options, name) for name in ("videos", "root", "init")}
+    there = {name: path.resolve() for name, path in there.items() if path is not None}
+    for name in ("weights", "labels"):
+        if Path(getattr(options, name)).is_file():
+            there[name] = str(Path(getattr(options, name)).resolve())
+    options = replace(options, out=options.folder.resolve(), **there)
+    with prepare(options):
         pass  # what is wrong with the options is said here, in words, before processes start
     if not ray.is_initialized():
         ray.init(address=options.address, log_to_driver=True)
     gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in ("auto", "cuda")
     trainer = TorchTrainer(
-        lambda: train(there, rank=get_context().get_world_rank(), world=get_context().get_world_size()),
+        lambda: train(options, rank=get_context().get_world_rank(), world=get_context().get_world_size()),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
-        run_config=RunConfig(name="finetune", storage_path=str(there.folder / "ray")),
+        run_config=RunConfig(name="finetune", storage_path=str(options.folder / "ray")),
     )
     try:
         trainer.fit()

@@ -6,6 +6,7 @@ turns. The ratio is of the medians; seconds are of this machine and how busy it 
 """
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -36,20 +37,27 @@ def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
         "predict": ["-m", "pipelines.predict", str(CLIP), "--checkpoint", "best.pt"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in commands}
+    cpu: dict[str, list[float]] = {name: [] for name in commands}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for _ in range(TURNS):
         for name, command in commands.items():
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            started = time.perf_counter()
+            before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
             done = subprocess.run(
                 [sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, check=False
             )
             seconds[name].append(time.perf_counter() - started)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            cpu[name].append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
             assert done.returncode == 0, done.stderr.decode()
     usual = {name: float(np.median(some)) for name, some in seconds.items()}
     print()
     for name, took in usual.items():
-        print(f"{name:12} {took:5.1f} s, {took / usual['import torch']:.2f} times import torch; turns {seconds[name]}")
+        turns = ", ".join(f"{one:.1f}" for one in seconds[name])
+        print(
+            f"{name:12} {took:5.1f} s, {took / usual['import torch']:.2f} times import torch (turns {turns}), ", end=""
+        )
+        print(f"{np.median(cpu[name]):.1f} CPU s, {np.median(cpu[name]) / np.median(cpu['import torch']):.2f} times")
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
     for name, allowed in ALLOWED.items():
         assert usual[name] < allowed * usual["import torch"], name
