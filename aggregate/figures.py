@@ -88,14 +88,14 @@ def _axes(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 
 
 @contextmanager
-def _rows(names: Sequence[str], x_label: str, tall: float) -> Iterator[tuple[Axes, np.ndarray]]:
+def _rows(names: Sequence[str], x_label: str, tall: float) -> Iterator[tuple[Figure, Axes, np.ndarray]]:
     """A plot of one row a name, the first one at the top, and where the rows are."""
-    with _axes(WIDE, 0.9 + tall * len(names)) as (_, axes):
+    with _axes(WIDE, 0.9 + tall * len(names)) as (figure, axes):
         at = np.arange(len(names))[::-1]
         axes.set_yticks(at, [short(name, 44) for name in names])
         axes.set(xlabel=x_label, ylim=(-0.6, len(names) - 0.4))
         axes.grid(visible=False, axis="y")
-        yield axes, at
+        yield figure, axes, at
 
 
 def short(name: str, most: int = 26) -> str:
@@ -124,24 +124,24 @@ def curves(lines: Sequence[Curve], *, y_label: str) -> Figure:
 
 def forest(points: Sequence[Point], *, x_label: str, zero: bool = False) -> Figure:
     """Values with their intervals, one below the other; `zero` draws a line there."""
-    with _rows([point.name for point in points], x_label, 0.28) as (axes, at):
+    with _rows([point.name for point in points], x_label, 0.28) as (figure, axes, at):
         if zero:
             axes.axvline(0, color=SOFT, linewidth=0.9)
         axes.hlines(at, [p.low for p in points], [p.high for p in points], color="C0", linewidth=2.2, alpha=0.45)
         axes.plot([p.value for p in points], at, "o", color="C0", markersize=5)
-        return axes.get_figure()
+        return figure
 
 
 def bars(names: Sequence[str], values: Any, kinds: dict[str, str], *, x_label: str) -> Figure:
     """A bar a name, of a piece a kind (name to colour): values [names, kinds]."""
-    with _rows(names, x_label, 0.3) as (axes, at):
+    with _rows(names, x_label, 0.3) as (figure, axes, at):
         widths = np.asarray(values, float)
         left = widths.cumsum(axis=1) - widths
         for index, (kind, paint) in enumerate(kinds.items()):
             axes.barh(at, widths[:, index], left=left[:, index], height=0.66, color=paint, label=kind)
         if len(kinds) > 1:
             axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds))
-        return axes.get_figure()
+        return figure
 
 
 def heat_map(
@@ -260,9 +260,9 @@ def film(pictures: Sequence[np.ndarray], shares: np.ndarray, moments: Sequence[s
 def timeline(runs: Sequence[tuple[float, float, str, float]], *, seconds: float) -> Figure:
     """A bar a run (start, end, name, probability) in its class's row; classes in the order they first come."""
     names = list(dict.fromkeys(name for _, _, name, _ in runs))
-    with _rows(names, "seconds; the darker, the surer", 0.3) as (axes, at):
+    with _rows(names, "seconds; the darker, the surer", 0.3) as (figure, axes, at):
         for start, end, name, score in runs:
             row = names.index(name)
             axes.barh(at[row], end - start, left=start, height=0.7, color=f"C{row}", alpha=0.35 + 0.65 * score)
         axes.set(xlim=(0, seconds))
-        return axes.get_figure()
+        return figure

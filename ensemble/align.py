@@ -115,7 +115,7 @@ def _join(listed: Sequence[pd.Index], names: Sequence[str], missing: Missing) ->
     everywhere = there.all(axis=0)
     if missing == "error" and not everywhere.all():
         video = int(everywhere.argmin())
-        having, without = names[there[:, video].argmax()], names[there[:, video].argmin()]
+        having, without = names[int(there[:, video].argmax())], names[int(there[:, video].argmin())]
         lacking = zip(names, (~there).sum(axis=1), strict=True)
         raise InputError(
             f"{union[video]!r} is in {having} and not in {without}; of {len(union):,} videos are missing: "

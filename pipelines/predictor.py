@@ -20,9 +20,8 @@ WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregator
 _SLOT_BYTES = 32 << 20  # of the windows that a child decodes in one pass
 
 
-@dataclass(frozen=True)
-class Window:
-    """A stretch of a video, seconds, and what the model says of it.
+class Window(NamedTuple):
+    """A stretch of a video, seconds, and what the model says of it; `problem` says what of it could not be read.
 
     num_frames that are shown in it; indices [n] and times float [n] (s) of those it saw; logits float32 [C]; weights
     float32 [groups, n], the aggregator's frame weights, None where it has none.
@@ -33,8 +32,9 @@ class Window:
     num_frames: int
     indices: np.ndarray
     times: np.ndarray
-    logits: np.ndarray
+    logits: np.ndarray = np.empty(0)
     weights: np.ndarray | None = None
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Predictor:
                 lost += 1
                 continue
             logits, weights = self._answer(path, frames)
-            windows.append(Window(*seen.span, seen.num_frames, seen.indices, seen.times, logits, weights))
+            windows.append(seen._replace(logits=logits, weights=weights))
             crops = frames.copy() if len(windows) == 1 else crops
         words = "; ".join(filter(None, problems))
         if not windows:
@@ -131,7 +131,7 @@ class Predictor:
 
     def _seen(
         self, path: str | os.PathLike[str], spans: "Sequence[Span | None]"
-    ) -> "Iterator[tuple[Seen | str, np.ndarray]]":
+    ) -> "Iterator[tuple[Window | str, np.ndarray]]":
         """Of each span what a child saw, and its crops [n, size, size, 3]; or why it saw nothing."""
         jobs = [spans[first : first + self._at_once] for first in range(0, len(spans), self._at_once)]
         size = self.preprocessing.size
@@ -161,19 +161,9 @@ class Predictor:
 # -- in the child --------------------------------------------------------------------------------------------------
 
 
-class Seen(NamedTuple):
-    """What was found in a span (seconds): how many frames are shown in it, and those that were taken."""
-
-    span: "Span"
-    num_frames: int
-    indices: np.ndarray
-    times: np.ndarray
-    problem: str
-
-
 def look(
     job: tuple[Any, ...], out: np.ndarray, on_duration: Callable[[float | None], None]
-) -> "float | list[Seen | str]":
+) -> "float | list[Window | str]":
     """The crops of some spans of a video (None: the whole) into `out`, and what was seen, or why nothing was.
 
     Without spans, how long the video is (s). Raises VideoError where not one frame of it can be read.
@@ -198,7 +188,7 @@ def look(
         nonlocal end
         end = end_of(times)
 
-    seen: list[Seen | str] = [""] * len(spans)
+    seen: list[Window | str] = [""] * len(spans)
     wanted = [(span, partial(_frames_of, segments=segments, N=per_segment)) for span in spans]
     for place, decoded in decode_spans(path, wanted, resize=crop, on_duration=on_duration, on_times=note):
         if isinstance(decoded, VideoError):
@@ -206,7 +196,8 @@ def look(
             continue
         frames, indices, times = decoded
         crops[place, : len(frames)] = frames
-        seen[place] = Seen(spans[place] or (0.0, end), decoded.num_frames, indices, times, decoded.problem)
+        span, count = spans[place] or (0.0, end), decoded.num_frames
+        seen[place] = Window(*span, count, indices, times, problem=decoded.problem)
     return seen
 
 
