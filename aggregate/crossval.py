@@ -70,6 +70,9 @@ def main(options: Options) -> int:
 
     store = FeatureStore.open(options.features)
     tried, skipped = candidates(options, store)
+    for agg in options.agg:
+        if agg not in {one.agg for _, one in tried}:
+            raise InputError(f"--agg {agg}: {next(why for name, why in skipped if name.split()[0] == agg)}")
     rows = rows_of(store, options)
     folds = [fold for seed in dict.fromkeys(options.seeds) for fold in folds_of(store, options, seed)]
     trainer = GridTrainer(store, device=options.device, placement=options.placement)
@@ -173,8 +176,8 @@ def _tests(
         )
     if 1 < len(names) < count:
         raise InputError(f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group")
-    kind = StratifiedGroupKFold if len(names) > 1 else StratifiedKFold
-    for number, (_, test) in enumerate(kind(count, shuffle=True, random_state=seed).split(rows, labels, groups)):
+    kind, units = (StratifiedGroupKFold, groups) if len(names) > 1 else (StratifiedKFold, None)
+    for number, (_, test) in enumerate(kind(count, shuffle=True, random_state=seed).split(rows, labels, units)):
         yield str(number), rows[test]
 
 

@@ -18,7 +18,7 @@ QUICK = {
     "extract": SMALL,
     "aggregate.train": {"--epochs": "1", "--g1": "4", "--g2": "2"},
     "aggregate.ablate": {"--epochs": "1"},
-    "aggregate.crossval": {"--epochs": "1", "--folds": "2", "--val-fraction": "0.4"},
+    "aggregate.crossval": {"--epochs": "1", "--g1": "4", "--g2": "2"},
     "aggregate.finetune": SMALL | {"--epochs": "1", "--batch-size": "8", "--frames": "3"},
     "pipelines.kinetics700": SMALL | {"--epochs": "1", "--batch-size": "8", "--g1": "4", "--g2": "2"},
 }
@@ -51,11 +51,16 @@ def folder(tmp_path_factory) -> Path:
     """A working folder with k700/: real clips in five classes, train and val; and clip.mp4."""
     here = tmp_path_factory.mktemp("readme")
     source = sorted((ROOT / "pipelines" / "clips" / "exercise_mini" / "clips").rglob("*.mp4"))
-    for number in range(20):
-        target = here / "k700" / ("val" if number % 4 == 3 else "train") / f"exercise {number // 4}" / f"{number}.mp4"
+    for number in range(40):
+        target = here / "k700" / ("val" if number % 4 == 3 else "train") / f"exercise {number // 8}" / f"{number}.mp4"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.symlink_to(source[number * 7])
+        target.symlink_to(source[number * 3])
     (here / "clip.mp4").symlink_to(source[3])
+    (here / "matches").mkdir()
+    for number in range(2):
+        (here / "matches" / f"{number}.mp4").symlink_to(source[number])
+    spans = [f"{number}.mp4,exercise {number},{start},{start + 0.3},test" for number in range(2) for start in (0, 0.2)]
+    (here / "spans.csv").write_text("\n".join(["path,label,start,end,split", *spans]) + "\n")
     return here
 
 

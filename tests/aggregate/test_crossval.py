@@ -264,3 +264,9 @@ def test_nan_in_features_is_traced_to_its_video(tmp_path):
 def test_an_aggregator_that_diverges_whatever_is_tried_is_named(features, tmp_path):
     with pytest.raises(RunError, match="fold 0, seed 0: every tsn diverged; a smaller --lr may help"):
         crossval.main(options(features, tmp_path / "cv", agg=("tsn",), g1=(16,), g2=(8,), m1=(), lr=(1e38,)))
+
+
+def test_a_head_that_cannot_be_built_is_named_before_any_fold(features, tmp_path):
+    with pytest.raises(InputError, match=r"--agg hgnl: g1 3 does not divide"):
+        crossval.main(options(features, tmp_path / "out", g1=(3,)))
+    assert not (tmp_path / "out").exists()
