@@ -129,7 +129,7 @@ def _pack_convolutions(graph: fx.GraphModule, *, batch: int) -> None:
         users = list(node.users)
         after = type(modules[str(users[0].target)]) if len(users) == 1 and users[0].op == "call_module" else None
         activation = after if after in _POST_OPS else None
-        frames, *rest = node.args[0].meta["tensor_meta"].shape
+        frames, *rest = node.all_input_nodes[0].meta["tensor_meta"].shape
         new = _PackedConvolution(convolution, [frames * batch, *rest], activation=activation)
         graph.set_submodule(str(node.target), new)
         if activation:

@@ -40,7 +40,7 @@ class TorchcodecFile:
         if len(self._decoder) != len(self.times):
             raise UntrustedError(f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}")
 
-    def pictures(self, indices: list[int]) -> "Iterator[tuple[int, Tensor]]":
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         first = self._decoder.metadata.begin_stream_seconds
         for start in range(0, len(indices), _AT_ONCE):
             some = indices[start : start + _AT_ONCE]

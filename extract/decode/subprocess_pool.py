@@ -43,10 +43,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Finished:
-    """The end of a job: its `result` and `buffer` (uint8, valid until `release`), or its `failure` in words."""
+    """The end of a job: `result` and `buffer` (uint8, valid until `release`; perhaps on a GPU), or `failure` in words."""
 
     result: Any = None
-    buffer: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
+    buffer: Any = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
     failure: str = ""
     cpu_seconds: float = 0.0
     _free: Callable[[], None] | None = field(default=None, repr=False)
