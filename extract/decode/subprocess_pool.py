@@ -43,7 +43,7 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass
 class Finished:
-    """The end of a job: `result` and `buffer` (uint8, valid until `release`; perhaps on a GPU), or `failure` in words."""
+    """The end of a job: `result` and `buffer` (uint8, valid until `release`, perhaps on a GPU), or `failure`."""
 
     result: Any = None
     buffer: Any = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
