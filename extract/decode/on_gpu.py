@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from extract.cli import InputError
 from extract.decode.opening import VideoError
 from extract.decode.packets import Packets, UntrustedError
-from extract.decode.subprocess_pool import Finished, SubprocessPool
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from extract.decode.subprocess_pool import Finished, SubprocessPool
 
 # Levels of 255: the mean difference of a prepared frame from PyAV's, at most; tests/gpu/test_decode.py asserts it.
 TOLERANCE = 3
@@ -65,11 +66,13 @@ class GpuDecoder:
     A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py).
     """
 
-    def __init__(self, children: SubprocessPool, function: Callable[..., list[Any]], device: str):
+    def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str):
         self._children, self._function, self._device = children, function, device
 
-    def __call__(self, job: tuple[str, Any, Any]) -> Finished:
+    def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
         import torch
+
+        from extract.decode.subprocess_pool import Finished  # which its own process runs as a program
 
         path, rows, plan = job
         try:

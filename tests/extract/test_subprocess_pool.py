@@ -133,6 +133,13 @@ def test_a_child_never_imports_torch(pool):
         assert not {"torch", "timm", "zarr", "ray"} & set(finished.result)
 
 
+def test_a_child_starts_without_a_word(capfd):
+    """Such as runpy's warning, where something that the child imports has imported its own module before."""
+    with pool_of() as fresh:
+        works(fresh)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_ctrl_c_is_the_parents_to_decide(pool):
     with pool.submit(("process", None)).result(PATIENCE) as finished:
         child = finished.result[0]
