@@ -16,7 +16,7 @@ import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extract.cli import InputError, RunError, run_command
 from extract.files import replacing
@@ -103,7 +103,7 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
         return _check(network, partial, shape)
 
 
-def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[int | str, ...]:
+def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[Any, ...]:
     """Of the input behind the batch: frames, or segments and N of StNet, then size, size, 3."""
     size, N = model.preprocessing.size, checkpoint.options.get("frames_per_segment")
     return (*(["frames"] if N is None else ["segments", N]), size, size, 3)

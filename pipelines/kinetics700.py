@@ -172,7 +172,7 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
 
     train = sum(video.split == "train" for video in listing.videos)
     chosen = recipe("paper", agg, videos=train, epochs=options.epochs, batch_size=options.batch_size)
-    groups = {"g1": options.g1, "g2": options.g2} if agg == "hgnl" else {}
+    groups: Any = _same(options, "g1", "g2") if agg == "hgnl" else {}
     model = build(agg, dim=dim, num_classes=len(listing.classes), **groups)
     learner = Learner(agg, model, chosen, 1, 0, torch.device("cpu"))
     x = torch.rand(chosen.batch_size, 3, dim).half()
@@ -283,7 +283,7 @@ def _table(options: Options, models: Sequence[str]) -> None:
     for name in models:
         if not (path := _scores(options, name, "val")).exists():
             continue
-        both = (Scores.load(path, min(3, options.frames)), Scores.load(path))
+        both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
         ours = [f"{100 * summarise(one.logits, one.labels).top1.value:.2f}" for one in both]
         theirs = " / ".join("-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none")))
         print(f"  {name:<8} {' / '.join(ours)}   {theirs}")

@@ -181,7 +181,7 @@ def look(
 
     def crop(frame: np.ndarray) -> np.ndarray:
         frame = resize_short_side(frame, see)
-        top, left, tall, wide = crop_boxes(*frame.shape[:2], see.size, 1)[0][0]
+        top, left, tall, wide = crop_boxes(frame.shape[0], frame.shape[1], see.size, 1)[0][0]
         return frame[top : top + tall, left : left + wide]
 
     def note(times: np.ndarray) -> None:

@@ -1,7 +1,7 @@
 """What a folder of runs holds: stores, runs, scores, ablations, ensembles, cross-validations, wherever they lie."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ class Found:
                 yield run, folder / name
 
     def __str__(self) -> str:
-        kinds = {"feature store": self.stores, "run": self.runs, "scores file": self.scores}
+        kinds: dict[str, Sized] = {"feature store": self.stores, "run": self.runs, "scores file": self.scores}
         kinds |= {"ablation": self.ablations, "ensemble": self.ensembles, "cross-validation": self.crossvals}
         return ", ".join(f"{len(there)} {what}{'s' * (len(there) != 1)}" for what, there in kinds.items())
 

@@ -71,7 +71,7 @@ def _spans(store: FeatureStore) -> dict[str, Any]:
     rows = np.flatnonzero(np.isfinite(store.starts))
     if not len(rows):
         return {}
-    files = {file_name(store, row) for row in rows}
+    files = {file_name(store, row) for row in rows.tolist()}
     return {"rows": len(rows), "files": len(files), "seconds": np.median(store.ends[rows] - store.starts[rows])}
 
 

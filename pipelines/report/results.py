@@ -14,7 +14,7 @@ from pipelines.report.find import Found, read_json
 from pipelines.report.page import spread
 
 if TYPE_CHECKING:
-    from aggregate.scores import Scores
+    pass
 
 PAIRS = 10
 MATRIX_CLASSES = 20
@@ -91,8 +91,9 @@ def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
     return splits
 
 
-def _labelled(found: Found) -> "dict[str, list[Scores]]":
+def _labelled(found: Found) -> dict[str, list[Any]]:
     """The scores of videos of which some have labels."""
+    known: dict[str, list[Any]]
     known = {name: [one for one in several if one.labels is not None] for name, several in found.scores.items()}
     return {name: several for name, several in known.items() if any((one.labels >= 0).any() for one in several)}
 
