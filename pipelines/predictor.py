@@ -196,8 +196,8 @@ def look(
             continue
         frames, indices, times = decoded
         crops[place, : len(frames)] = frames
-        span, count = spans[place] or (0.0, end), decoded.num_frames
-        seen[place] = Window(*span, count, indices, times, problem=decoded.problem)
+        start, stop = spans[place] or (0.0, end)
+        seen[place] = Window(start, stop, decoded.num_frames, indices, times, problem=decoded.problem)
     return seen
 
 
