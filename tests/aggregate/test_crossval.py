@@ -267,6 +267,6 @@ def test_an_aggregator_that_diverges_whatever_is_tried_is_named(features, tmp_pa
 
 
 def test_a_head_that_cannot_be_built_is_named_before_any_fold(features, tmp_path):
-    with pytest.raises(InputError, match=r"--agg hgnl: g1 3 does not divide"):
+    with pytest.raises(InputError, match=r"--agg hgnl: g2 2 does not divide g1 3"):
         crossval.main(options(features, tmp_path / "out", g1=(3,)))
     assert not (tmp_path / "out").exists()
