@@ -55,6 +55,8 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     """Videos that go through the network at once; gradients of a batch are added up."""
     train_batch_norm: bool = False
     """Train all batch norms of the backbone; by default all but the first keep their statistics (partial BN)."""
+    checkpoint_activations: bool = False
+    """Compute activations of the backbone again in the backward pass: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
@@ -221,6 +223,11 @@ def build_model(
     frozen = [] if options.train_batch_norm else freeze_batch_norms(net.backbone)
     if options.backbone_lr == 0:
         net.backbone.requires_grad_(False)
+    if options.checkpoint_activations:
+        try:
+            net.backbone.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            raise InputError(f"--checkpoint-activations: timm's {options.backbone} does not know how to") from None
     return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
 
 

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
+from torch.utils.checkpoint import checkpoint
 
 from aggregate.pooling import blank_masked
 from extract.cli import InputError
@@ -91,8 +92,13 @@ class StNet(nn.Module):
         if frames.ndim != 6 or not frames.shape[1] or tuple(frames.shape[2:4]) != (N, 3):
             raise ValueError(f"got frames {list(frames.shape)}; this model takes [batch, time, {N}, 3, height, width]")
         time, x = frames.shape[1], frames.flatten(0, 1).flatten(1, 2)
+        recompute = getattr(self.backbone, "grad_checkpointing", False) and torch.is_grad_enabled()
         for name, child in self.backbone.named_children():
-            x = child(x)
+            if recompute and name.startswith("layer"):  # timm's own flag is read by its forward, which is not called
+                for block in child:  # type: ignore[attr-defined]
+                    x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = child(x)
             if name == "layer2":
                 x = self.after_res3(x, time)
             elif name == "layer3":

@@ -199,6 +199,16 @@ def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
         assert sorted({group["lr_scale"] for group in slow.learners[0].optimizer.param_groups}) == [0.1, 1.0]
 
 
+def test_activations_computed_again_change_no_step(videos, tmp_path):
+    common = {"epochs": 1, "dropout": 0.0}
+    finetune.main(options(videos, tmp_path / "kept", **common))
+    finetune.main(options(videos, tmp_path / "again", checkpoint_activations=True, **common))
+    one, other = states(tmp_path / "kept"), states(tmp_path / "again")
+    torch.testing.assert_close(one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5)
+    with pytest.raises(InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"):
+        finetune.main(options(videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True))
+
+
 def test_a_run_with_an_option_that_is_no_more_is_not_resumed_in_silence(videos, tmp_path):
     wanted = options(videos, tmp_path / "run", epochs=1)
     finetune.main(wanted)

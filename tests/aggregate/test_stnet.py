@@ -237,6 +237,32 @@ def test_gradients_reach_everything_from_the_second_step_on():
     assert still[1] == set()
 
 
+def test_the_trunk_s_activation_checkpointing_is_kept():
+    model, frames = trained(stnet()).train(), noise(2, 3, 1, 3, 64, 64)
+
+    def step():
+        kept = 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.numel() * (
+                tensor.ndim == 4 and tensor.shape[:2] in {(6, 4), (6, 6), (6, 8), (6, 10)}
+            )  # stages
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = model(frames)
+        return logits, torch.autograd.grad(logits.square().sum(), model.parameters()), kept
+
+    logits, gradients, kept = step()
+    model.backbone.set_grad_checkpointing(True)
+    again, gradients_again, kept_again = step()
+    assert torch.equal(again, logits)
+    for one, other in zip(gradients_again, gradients, strict=True):
+        assert_close(one, other)
+    assert 0 < kept_again < 0.5 * kept
+
+
 def test_a_few_steps_learn_the_direction_of_a_movement():
     """Pan left or right over the same picture: each class holds the frames of the other, in reverse."""
     model = stnet(num_classes=2).train()
