@@ -60,9 +60,8 @@ class Options:
 
 def top_classes(window: Window, classes: Sequence[str], count: int = TOP) -> list[tuple[str, float]]:
     """The likeliest classes and their probabilities, the likeliest first."""
-    from scipy.special import softmax
-
-    scores = softmax(window.logits.astype(np.float64))
+    likely = np.exp(window.logits.astype(np.float64) - window.logits.max())  # scipy's softmax is 0.2 s of start-up
+    scores = likely / likely.sum()
     return [(classes[place], float(scores[place])) for place in np.argsort(-scores, kind="stable")[:count].tolist()]
 
 
