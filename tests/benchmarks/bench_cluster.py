@@ -248,6 +248,7 @@ def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
 
 WORKERS, PROCESSES, CORES = 64, 4, 16
 VIDEOS, FRAMES, DIM, BLOCK, DECODE_SECONDS = 650_000, 25, 2048, 64, 0.105  # Kinetics-700: 10,157 blocks
+PART = int(os.environ.get("HGNL_PART", "1"))  # of it, on a machine that is busy with other things
 
 
 class Sleeper:
@@ -301,7 +302,7 @@ def test_the_driver_of_64_workers(tmp_path):
     out = tmp_path / "feats.zarr"
     store = FeatureStore.create(
         out,
-        **_columns([Listed(f"train/class/{number:06d}.mp4", __file__) for number in range(VIDEOS)]),
+        **_columns([Listed(f"train/class/{number:06d}.mp4", __file__) for number in range(VIDEOS // PART)]),
         classes=["a"],
         views=["center"],
         frames=FRAMES,
