@@ -225,14 +225,14 @@ def real_videos() -> list[Listed]:
     """Real clips, decoded for real: Kinetics' of ../shared where they are, else the ones the package ships."""
     source = sorted((ROOT.parent / "shared" / "clips" / "kinetics_like").glob("mmaction2*.mp4"))
     source = source or sorted((ROOT / "pipelines" / "clips" / "daily_actions").rglob("*.mp4"))[:8]
-    return [Listed(f"{copy}/{clip.name}", str(clip)) for copy in range(128 // len(source)) for clip in source]
+    return [Listed(f"{copy}/{clip.name}", str(clip)) for copy in range(48 // len(source)) for clip in source]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
     """Nodes of one core with a real decoder and a small real backbone. More than two of them share the two cores."""
     nodes = [{"num_cpus": 1}] * count
-    speeds = contest(tmp_path, real_videos, nodes, ["alone", "pool", "Ray Data"], worker=Worker, block_size=8, cores=1)
+    speeds = contest(tmp_path, real_videos, nodes, ["alone", "pool", "Ray Data"], worker=Worker, block_size=4, cores=1)
     assert speeds["pool"] >= 0.9 * speeds["alone"]
 
 
