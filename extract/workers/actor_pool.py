@@ -11,7 +11,6 @@ Nodes may come and go: blocks of a lost worker are given to another; videos of a
 import logging
 import socket
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +18,10 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from extract.cli import RunError
-from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import Job
 from extract.options import Options
-from extract.workers.worker import Block, Done, Worker, check_node
+from extract.workers.decoder import Decoder, decode_elsewhere
+from extract.workers.worker import Block, Done, Worker
 
 if TYPE_CHECKING:
     import ray
@@ -71,32 +67,6 @@ def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bo
     size = workers or len(hosts)
     cores = min(node["CPU"] for node in hosts) / -(-size // len(hosts))
     return size, {"num_cpus": cores // 1 or cores}
-
-
-class Decoder:
-    """Decode children on a node of the cluster, for a worker on another."""
-
-    def __init__(self, options: Options, decode_job: Any, slot_bytes: int, cores: int):
-        self._pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=cores, timeout=options.video_timeout)
-
-    def check(self, video: str, version: str) -> None:
-        check_node(version, video)
-
-    def decode(self, job: Job) -> tuple[Any, np.ndarray, str, float]:
-        _, wanted, plan = job
-        with self._pool.submit(job).result() as finished:
-            frames = finished.buffer[: len(wanted) * plan.row_bytes].copy()  # a slot may hold more rows
-            return finished.result, frames, finished.failure, finished.cpu_seconds
-
-    def stay(self) -> None:
-        """Never returns: the call fails when this decoder is lost."""
-        threading.Event().wait()
-
-
-def _decode_elsewhere(decoder: Any, job: Job) -> Finished:
-    import ray
-
-    return Finished(*ray.get(decoder.decode.remote(job)))  # the frames are seen in the object store, not copied
 
 
 @dataclass(eq=False)
@@ -282,7 +252,7 @@ class RayActorPool:
                 lent = Counter(id(other.member) for other in self._helpers)
                 helper.member = min(ready, key=lambda member: lent[id(member)])
                 lend = helper.member.actor.help.options(concurrency_group="help")  # beside the block in hand
-                lend.remote(partial(_decode_elsewhere, helper.actor), at_once=2 * helper.cores)
+                lend.remote(partial(decode_elsewhere, helper.actor), at_once=2 * helper.cores)
         for member in ready:
             while len(member.calls) < 2 and self._give(member, queue):
                 pass

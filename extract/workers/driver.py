@@ -28,7 +28,8 @@ from extract.store import FAILED, PENDING, FeatureStore, Rows, RunLog, differenc
 from extract.store.remote import Lease, leased
 from extract.store.summary import human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
-from extract.workers.worker import Block, Done, Worker, code_version
+from extract.workers.decoder import code_version
+from extract.workers.worker import Block, Done, Worker
 
 
 def extract(options: Options) -> int:

@@ -4,8 +4,6 @@ Three things run beside each other in a worker: child processes decode ahead (`s
 the device with batches of a constant size, and one thread writes the shard of the block before.
 """
 
-import hashlib
-import importlib.metadata
 import os
 import socket
 import threading
@@ -13,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from extract.decode.transform import Job, Plan, Prepared, decode_job, jobs_of, v
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
 from extract.store.remote import Lease
+from extract.workers.decoder import check_node
 
 
 @dataclass(frozen=True)
@@ -53,29 +52,6 @@ class Done:
     node: str
     frames: int  # that went through the backbone
     seconds: dict[str, float]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
-
-
-@cache
-def code_version() -> str:
-    """`0.1.0 (sources 3f2a90c1)`: nodes of one run must not differ in the version, nor in a line."""
-    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
-    digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:8]
-    return f"{importlib.metadata.version('hgnl-video')} (sources {digest})"
-
-
-def check_node(version: str, video: str) -> str:
-    """This node's name, if it has the same code and can read the videos; else RunError naming it."""
-    node = socket.gethostname()
-    if code_version() != version:
-        raise RunError(
-            f"the worker on {node} has hgnl-video {code_version()}, the driver {version}; install the same everywhere"
-        )
-    try:
-        with open(video, "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise RunError(f"the worker on {node} cannot read the videos: {error}; mount them at the same path") from None
-    return node
 
 
 class Worker:

@@ -22,7 +22,8 @@ from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, RunLog
 from extract.workers.actor_pool import RayActorPool, places
-from extract.workers.worker import Worker, code_version
+from extract.workers.decoder import code_version
+from extract.workers.worker import Worker
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
