@@ -2,9 +2,9 @@
 
 Method: each contender extracts the same videos on the same fresh cluster (`ray.cluster_utils.Cluster`). Videos a second
 are counted over the second half of the blocks, so that the start of processes, decoders included, on which a machine of
-two cores spends minutes, stays outside; the time to the first block is printed beside. "Alone" is the pool without decoders: what it was
-before it had any. Where a cluster needs more cores than this machine has, decoding sleeps 0.2 s a video and the
-backbone sleeps as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`); frames travel as they would.
+two cores spends minutes, stays outside; the time to the first block is printed beside. "Alone" is the pool without
+decoders: what it was before it had any. Where a cluster needs more cores than this machine has, decoding sleeps 0.2 s a
+video and the backbone as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`); frames travel as they would.
 """
 
 import contextlib
