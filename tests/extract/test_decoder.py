@@ -24,7 +24,8 @@ def test_the_same_frames_as_here_and_no_byte_more(demo_clips, tmp_path):
         (here,) = decode_job(job, expected, lambda _: None)
         np.testing.assert_array_equal(frames, expected[: PLAN.row_bytes])
         np.testing.assert_array_equal(prepared.indices, here.indices)
-        assert "no such file" in decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))[2].lower()
+        result, _, failure, _ = decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))
+        assert "does not exist" in (failure or result[0].reason)
         with pytest.raises(RunError, match=r"has hgnl-video \S+ \(sources \w+\), the driver 0\.0\.9"):
             decoder.check(clip, "0.0.9")
         with pytest.raises(RunError, match=r"cannot read the videos: .*b\.mp4"):
