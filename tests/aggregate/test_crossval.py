@@ -21,7 +21,8 @@ from extract.cli import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows, poison_row
 
-QUICK = {"epochs": (4,), "batch_size": (16,), "lr": (0.01,), "g1": (4,), "g2": (2,), "m1": (8,), "seeds": (0,)}
+QUICK = {"epochs": (4,), "batch_size": (16,), "lr": (0.01,), "seeds": (0,)}
+GROUPS = {"g1": (4,), "g2": (2,), "m1": (8,)}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,9 @@ def features(tmp_path_factory) -> str:
 
 
 def options(features: str, out: Path, **changes) -> crossval.Options:
-    return crossval.Options(features=features, out=out, **({"agg": ("tsn", "hgnl")} | QUICK | changes))
+    changes = QUICK | {"agg": ("tsn", "hgnl")} | changes
+    groups = GROUPS if "hgnl" in changes["agg"] else {}
+    return crossval.Options(features=features, out=out, **(groups | changes))
 
 
 def results_of(out: Path) -> dict:
@@ -231,13 +234,18 @@ def small(path: Path, labels: str, groups: str = "") -> str:
         ("aabbaabb", "", {"folds": "group"}, "--folds group: the 8 videos of .* are of one group"),
         ("aabbaabb", "xxxxyyyy", {"folds": "group"}, "fold x: all it has to train on is one group.* at least 3"),
         ("aaabbb" * 2, "xxyyzz" * 2, {}, "--folds 5: there are 3 groups, which are not split; give --folds group"),
-        ("aabbaabbcc", "xxxxyyyyzz", {"folds": "group"}, "fold z: 1 of 3 classes have no video to train on: c"),
+        (
+            "aabb" * 3 + "cc",
+            "wwwwxxxxyyyyzz",
+            {"folds": "group", "val_fraction": 0.5},
+            "fold z: 1 of 3 classes have no video to train on: c",
+        ),
         ("abab", "", {"folds": "2"}, "fold 0: nothing of its 2 videos to train on can be held out"),
         ("aabb", "", {"folds": "1"}, "--folds 1: give a number from 2 on, or group"),
         ("aabb", "", {"folds": "groups"}, "--folds groups: give a number from 2 on, or group"),
         ("aabb", "", {"splits": ("val",)}, "--splits val: .* has no such split; it has ''"),
         ("aabb", "", {"val_fraction": 1.0, "folds": "2"}, "--val-fraction 1: expected a fraction between 0 and 1"),
-        ("aabb", "", {"agg": ("max",)}, "--g1 4 means nothing to --agg max"),
+        ("aabb", "", {"agg": ("max",), "g1": (4,)}, "--g1 4 means nothing to --agg max"),
     ],
 )
 def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, changes, message, tmp_path):
@@ -249,7 +257,7 @@ def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, ch
 
 def test_a_fold_that_tests_not_every_class_is_said(tmp_path, capsys):
     features = small(tmp_path / "f.zarr", "aabb" * 4 + "aa", "wwwwxxxxyyyyzzzzvv")
-    chosen = options(features, tmp_path / "cv", folds="group", agg=("tsn",), g1=(16,), g2=(8,), m1=(), frames=(2,))
+    chosen = options(features, tmp_path / "cv", folds="group", agg=("tsn",), frames=(2,))
     assert crossval.main(chosen) == 0
     assert "1 test not every class: v of seed 0" in capsys.readouterr().out
 
@@ -263,7 +271,7 @@ def test_nan_in_features_is_traced_to_its_video(tmp_path):
 
 def test_an_aggregator_that_diverges_whatever_is_tried_is_named(features, tmp_path):
     with pytest.raises(RunError, match="fold 0, seed 0: every tsn diverged; a smaller --lr may help"):
-        crossval.main(options(features, tmp_path / "cv", agg=("tsn",), g1=(16,), g2=(8,), m1=(), lr=(1e38,)))
+        crossval.main(options(features, tmp_path / "cv", agg=("tsn",), lr=(1e38,)))
 
 
 def test_a_head_that_cannot_be_built_is_named_before_any_fold(features, tmp_path):
