@@ -68,11 +68,13 @@ def choose_rows(
     return rows, val_rows, f"{counts} ({words}); left out: {failed:,} failed, {unlabelled:,} without a label"
 
 
-def hold_out(store: FeatureStore | ListedVideos, rows: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+def hold_out(
+    store: FeatureStore | ListedVideos, rows: np.ndarray, fraction: float, seed: int, *, allow_missing: bool = False
+) -> np.ndarray:
     """Choose about `fraction` of each class of `rows` for validation: bool [N].
 
     Whole groups where the store knows several, added in random order while they bring the classes nearer to
-    `fraction`; else videos. A class keeps at least one video to train on.
+    `fraction`; else videos. A class keeps at least one video to train on, unless that is not asked for.
     """
     if not 0 < fraction < 1:
         raise InputError(f"--val-fraction {fraction:g}: expected a fraction between 0 and 1")
@@ -94,7 +96,7 @@ def hold_out(store: FeatureStore | ListedVideos, rows: np.ndarray, fraction: flo
         present = counts > 0
         after = held + counts
         gain = np.abs(held - wanted)[present].sum() - np.abs(after - wanted)[present].sum()
-        if gain > 0 and (after[present] < total[present]).all():
+        if gain > 0 and (allow_missing or (after[present] < total[present]).all()):
             held = after
             chosen[rows[places]] = True
     return chosen

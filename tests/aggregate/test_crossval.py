@@ -262,6 +262,14 @@ def test_a_fold_that_tests_not_every_class_is_said(tmp_path, capsys):
     assert "1 test not every class: v of seed 0" in capsys.readouterr().out
 
 
+def test_a_group_with_a_class_of_its_own_can_be_held_out_where_that_is_allowed(tmp_path):
+    features = small(tmp_path / "f.zarr", "aabc" + "aabd" + "aabe" + "aabf", "wwwwxxxxyyyyzzzz")
+    wanted = options(features, tmp_path / "cv", folds="group", agg=("tsn",), val_fraction=0.4)
+    with pytest.raises(InputError, match=r"nothing of its 12 videos .* --allow-missing-classes"):
+        crossval.main(wanted)
+    assert crossval.main(replace(wanted, allow_missing_classes=True)) == 0
+
+
 def test_nan_in_features_is_traced_to_its_video(tmp_path):
     classes_store(tmp_path / "f.zarr")
     poison_row(tmp_path / "f.zarr", 4)
