@@ -160,7 +160,7 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
             for place, model in enumerate(wanted):
                 found = attention(nets[model.name], held.test_batches(frames=segments[0], batch_size=64))
                 scores = [several[n][place].mean(1) for n in segments]
-                parts[model.name].append((test, task.store.labels[test], *scores, found[1] if found else np.nan))
+                parts[model.name].append((test, task.store.labels[test], *scores, found.get("attention_ratio", np.nan)))
         for name, folds in parts.items():
             rows, labels, *scores, used = (list(column) for column in zip(*folds, strict=True))
             joined = {f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)}
