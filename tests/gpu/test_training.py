@@ -135,7 +135,7 @@ def videos(tmp_path_factory, request) -> Path:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", ["tsn", "hgnl", "stnet"])
 def test_fine_tuning_in_half_precision(model, precision, videos, tmp_path):
-    """Scaler, clipping and micro-batches of two; the test sees what training kept."""
+    """Scaler, clipping, micro-batches of two, TSN's activations computed again; the test sees what training kept."""
     more = {"g1": 4, "g2": 2, "m1": 16} if model == "hgnl" else {"frames_per_segment": 2} if model == "stnet" else {}
     asked = finetune.Options(
         model=model,
@@ -149,6 +149,7 @@ def test_fine_tuning_in_half_precision(model, precision, videos, tmp_path):
         decode_workers=1,
         device=DEVICE,
         precision=precision,
+        checkpoint_activations=model == "tsn",
         **more,
     )
     assert finetune.main(asked) == 0
