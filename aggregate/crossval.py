@@ -293,12 +293,14 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
             logits[seeds.index(fold.seed)][:, np.searchsorted(rows, fold.test)] = records.array(_key(fold, agg))
         source = {"model": agg, "folds": options.folds, "seeds": seeds, "features": store.provenance}
         common: dict[str, Any] = {"ids": store.ids[rows].tolist(), "classes": store.classes, "labels": labels}
-        mean = [Scores(**common, logits=logits[:, at].mean(axis=0), source=source, segments=n)
-                for at, n in enumerate(segments)]  # fmt: skip
+        mean = [
+            Scores(**common, logits=logits[:, at].mean(axis=0), source=source, segments=n)
+            for at, n in enumerate(segments)
+        ]
         save_scores(options.out / f"{agg}.h5", mean)
         for at, count in enumerate(segments):
             places[agg, count] = np.stack([ranks(one, labels) for one in logits[:, at]])
-    heads = []
+    heads: list[dict[str, Any]] = []
     for agg in aggs:
         chosen = [dict(records.rows[_key(fold, agg)]) for fold in folds]
         beside = {n: None if agg == baseline else places[baseline, n] for n in segments}
@@ -308,8 +310,8 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     names = list(dict.fromkeys(fold.name for fold in folds))
     results |= {"by": options.folds, "folds": names, "seeds": seeds, "baseline": baseline, "heads": heads}
     replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
-    print(f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean over seeds): "
-          f"{', '.join(str(options.out / one['scores']) for one in heads)}")  # fmt: skip
+    files = ", ".join(str(options.out / one["scores"]) for one in heads)
+    print(f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean over seeds): {files}")
 
 
 def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) -> dict[str, Any]:

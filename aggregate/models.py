@@ -154,11 +154,11 @@ def _adopt_norm(model: Any, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, T
     """Weight and bias of the source as `model` takes them: over standardised features where both have such."""
     weight, bias = state_dict["classifier.weight"], state_dict["classifier.bias"]
     kept = {key.removeprefix("norm."): value for key, value in state_dict.items() if key.startswith("norm.")}
-    norm = getattr(model, "norm", None)  # StNet has none
+    norm: Any = getattr(model, "norm", None)  # StNet has none
     if kept and norm is None:
         weight = weight / (kept["running_var"] + nn.BatchNorm1d(1).eps).sqrt()
         return weight, bias - weight @ kept["running_mean"]
-    if kept and len(kept["running_var"]) == norm.num_features:
+    if norm is not None and kept and len(kept["running_var"]) == norm.num_features:
         norm.load_state_dict(kept)
     elif norm is not None:
         model.norm, model.options["standardise"] = None, False

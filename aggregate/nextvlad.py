@@ -68,8 +68,10 @@ class NeXtVLAD(nn.Module):
         self.reduce = nn.Linear(clusters * wide // groups, out_dim)  # W_y
         inside = max(out_dim // REDUCTION, 1)
         self.squeeze, self.norm_gate, self.gate = (  # W_1, bn, W_2
-            nn.Linear(out_dim, inside), nn.BatchNorm1d(inside), nn.Linear(inside, out_dim),
-        )  # fmt: skip
+            nn.Linear(out_dim, inside),
+            nn.BatchNorm1d(inside),
+            nn.Linear(inside, out_dim),
+        )
 
     def _attended(self, x: Frames, mask: Mask) -> tuple[Tensor, Float[Tensor, "batch time groups"]]:
         """x' [batch, time, lambda dim], and a: 0 for masked frames."""

@@ -27,6 +27,13 @@ class NonLocal(HGNonLocal):
         scale_scores: bool = False,
     ) -> None:
         super().__init__(
-            dim, dim // 2 if inner_dim is None else inner_dim, 1, 1, attention="softmax",
-            normalise=normalise, start=start, scale_init=scale_init, scale_scores=scale_scores,
-        )  # fmt: skip
+            dim,
+            dim // 2 if inner_dim is None else inner_dim,
+            1,
+            1,
+            attention="softmax",
+            normalise=normalise,
+            start=start,
+            scale_init=scale_init,
+            scale_scores=scale_scores,
+        )

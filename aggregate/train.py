@@ -152,7 +152,7 @@ def make_learner(
     from aggregate.models import build, carry_over
     from aggregate.training.learner import Learner
 
-    own, label = aggregator_options(options.agg, options, init and init.options), label or options.agg
+    own, label = aggregator_options(options.agg, options, init.options if init else None), label or options.agg
     torch.manual_seed(options.seed)  # a model's start is a function of the seed, whatever stands beside it
     own |= {"dropout": recipe.dropout, "standardise": recipe.standardise}
     model = build(options.agg, dim=store.dim, num_classes=len(store.classes), **own)

@@ -19,8 +19,13 @@ AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
 }
 # What was done before recipes had a say in these.
 BEFORE_RECIPES: dict[str, Any] = {
-    "norm": "none", "attention": "relu", "normalise": False, "start": "random", "scale_init": 0.0, "standardise": False,
-}  # fmt: skip
+    "norm": "none",
+    "attention": "relu",
+    "normalise": False,
+    "start": "random",
+    "scale_init": 0.0,
+    "standardise": False,
+}
 MEANING = ("norm", "attention", "normalise")  # the same weights under another of these are another model
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
@@ -141,7 +146,7 @@ def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] 
         if one.name != "frames" and one.name not in own and given not in changes_nothing:
             raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
     asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
-    recipe = getattr(options, "recipe", "paper")  # end-to-end training has no other
+    recipe: Any = getattr(options, "recipe", "paper")  # end-to-end training has no other
     theirs = {flag: init.get(flag) for flag in MEANING} if init is not None and init["name"] == name else {}
     asked = {flag: theirs.get(flag) if value is None else value for flag, value in asked.items()}
     chosen = head_options(recipe, name, {flag: value for flag, value in asked.items() if value is not None})

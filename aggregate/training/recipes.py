@@ -63,9 +63,16 @@ _PAPER_STNET = Recipe(
 )
 # For a frozen backbone; chosen on real features: EVIDENCE.md.
 _CACHED = Recipe(
-    optimizer="sgd", lr=1e-2, weight_decay=5e-4, epochs=30, batch_size=256, dropout=0.5, warmup=1.0, clip=5.0,
+    optimizer="sgd",
+    lr=1e-2,
+    weight_decay=5e-4,
+    epochs=30,
+    batch_size=256,
+    dropout=0.5,
+    warmup=1.0,
+    clip=5.0,
     standardise=True,
-)  # fmt: skip
+)
 # What it sets of NL and HG-NL, so that attention is used after few steps; the paper's is their modules' own defaults.
 _CACHED_NON_LOCAL = {"attention": "softmax", "normalise": True, "start": "average", "scale_init": 1.0}
 

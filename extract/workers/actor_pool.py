@@ -115,7 +115,8 @@ class RayActorPool:
     def _actor(self) -> Any:
         # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
         cores = max(1, int(self._request["num_cpus"]))
-        actor = self._ray.remote(concurrency_groups={"help": 1})(self._worker)
+        remote: Any = self._ray.remote  # Ray's own types know no concurrency groups
+        actor = remote(concurrency_groups={"help": 1})(self._worker)
         return actor.options(max_restarts=0, max_task_retries=0, **self._request).remote(self._options, cores)
 
     def describe(self) -> dict[str, Any]:
@@ -131,8 +132,9 @@ class RayActorPool:
         self._members.append(_Member(self._first, ready=None))
 
     def close(self) -> None:
-        actors = [self._first, *(part.actor for part in (*self._members, *self._helpers))]
-        for actor in {id(actor): actor for actor in actors}.values():
+        parts: list[_Member | _Helper] = [*self._members, *self._helpers]
+        actors = [self._first, *(part.actor for part in parts)]
+        for actor in {id(one): one for one in actors}.values():
             self._ray.kill(actor)
         if self._started:
             self._ray.shutdown()
@@ -236,7 +238,7 @@ class RayActorPool:
         # Besides its endless call, two videos a core are on their way, so that no child waits for the next.
         limits = {"num_cpus": cores, "max_concurrency": 2 * cores + 1, "max_restarts": 0, "max_task_retries": 0}
         remote = self._ray.remote(Decoder).options(scheduling_strategy=here, **limits)
-        actor = remote.remote(self._options, self._worker.decode_job, self._slot_bytes, cores)
+        actor: Any = remote.remote(self._options, self._worker.decode_job, self._slot_bytes, cores)
         return _Helper(actor, node, cores, actor.check.remote(*self._check[1:]))
 
     def _fill(self, queue: deque[Block], left: set[int]) -> None:

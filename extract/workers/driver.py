@@ -213,7 +213,7 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _worker_pool(options: Options, *, precision: str) -> Worker | RayActorPool:
+def _worker_pool(options: Options, *, precision: Any) -> Worker | RayActorPool:
     """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
     weights = Path(options.weights)
     options = replace(

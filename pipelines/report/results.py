@@ -122,10 +122,15 @@ def confusion(found: Found) -> dict[str, Any]:
     shown = present if len(present) <= MATRIX_CLASSES else worst
     ids = np.array(scores.ids, object)[scored]
     rows = [
-        (scores.classes[true], scores.classes[said], wrong[true, said], sizes[true],
-         ids[(truth == true) & (guess == said)][0])
+        (
+            scores.classes[true],
+            scores.classes[said],
+            wrong[true, said],
+            sizes[true],
+            ids[(truth == true) & (guess == said)][0],
+        )
         for true, said in pairs[:PAIRS]
-    ]  # fmt: skip
+    ]
     best = ", the best top-1 of the scores files" if len(last) > 1 else ""
     of = "" if "members" in scores.source else f"{scores.segments} segments, "
     split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""

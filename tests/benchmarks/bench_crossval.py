@@ -71,8 +71,10 @@ def test_nine_subjects_in_one_command(tmp_path):
             nine += seconds("aggregate.train", *common, "--val-groups", name, "--out", str(tmp_path / f"{turn} {name}"))
         turns.append((one, nine))
     ratio = median(one / nine for one, nine in turns)
-    print(f"\none command {median(one for one, _ in turns):.1f} s, nine processes {median(n for _, n in turns):.1f} s: "
-          f"{ratio:.3f}")  # fmt: skip
+    print(
+        f"\none command {median(one for one, _ in turns):.1f} s, nine processes {median(n for _, n in turns):.1f} s: "
+        f"{ratio:.3f}"
+    )
     assert ratio <= 0.28  # 25 s to 9 x 11 s
 
 
@@ -95,6 +97,8 @@ def test_tsn_is_not_below_logistic_regression(tmp_path):
         theirs.append(right)
     mean, other = np.mean(ours, axis=0), np.mean(theirs, axis=0)
     difference = paired_bootstrap(mean, other)
-    print(f"\nexercise_mini, 3 x 5 folds, top-1 %: TSN {100 * mean.mean():.2f}, logistic regression "
-          f"{100 * other.mean():.2f}, difference {difference:+}")  # fmt: skip
+    print(
+        f"\nexercise_mini, 3 x 5 folds, top-1 %: TSN {100 * mean.mean():.2f}, logistic regression "
+        f"{100 * other.mean():.2f}, difference {difference:+}"
+    )
     assert difference.value >= -0.02

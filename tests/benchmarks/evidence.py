@@ -112,9 +112,13 @@ def trained(task: Task, rows: np.ndarray, models: list[Model], seed: int, starte
         torch.manual_seed(seed)
         classes = task.store.classes
         net = build(
-            model.agg, dim=task.store.dim, num_classes=len(classes), dropout=how.dropout, standardise=how.standardise,
+            model.agg,
+            dim=task.store.dim,
+            num_classes=len(classes),
+            dropout=how.dropout,
+            standardise=how.standardise,
             **options,
-        )  # fmt: skip
+        )
         if model.init:
             carry_over(net, started[model.init].state_dict(), classes=classes, source_classes=classes)
         steps = features.steps(how.batch_size)
@@ -165,9 +169,12 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
             rows, labels, *scores, used = (list(column) for column in zip(*folds, strict=True))
             joined = {f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)}
             np.savez(
-                folder / f"{name}_{seed}.npz", rows=np.concatenate(rows), labels=np.concatenate(labels),
-                attention=np.mean(used), **joined,
-            )  # fmt: skip
+                folder / f"{name}_{seed}.npz",
+                rows=np.concatenate(rows),
+                labels=np.concatenate(labels),
+                attention=np.mean(used),
+                **joined,
+            )
         print(f"{task.name}, seed {seed}: {len(wanted)} models in {time.perf_counter() - began:.0f} s", flush=True)
     return True
 
@@ -257,9 +264,13 @@ def extracted(work: Path, videos: Path, frames: int, passes: int) -> FeatureStor
 
     out = str(work / f"{videos.name}.zarr")
     asked = Options(
-        videos=videos / "labels.csv", root=videos / "clips", out=out, frames=frames, backbone=BACKBONE,
+        videos=videos / "labels.csv",
+        root=videos / "clips",
+        out=out,
+        frames=frames,
+        backbone=BACKBONE,
         augment_passes=passes,
-    )  # fmt: skip
+    )
     if extract(asked):
         raise SystemExit(f"extraction of {videos} failed")
     return FeatureStore.open(out)

@@ -110,11 +110,22 @@ def order(work: Path) -> None:
             out = work / f"{task}_e2e_{model}"
             finetune.main(
                 finetune.Options(
-                    model=model, videos=work / task, out=out, backbone="test_resnet", weights="random", frames=4,
-                    epochs=12, batch_size=16, lr=0.02, dropout=0.0, train_batch_norm=True, micro_batch=16,
-                    g1=4, g2=2,
+                    model=model,
+                    videos=work / task,
+                    out=out,
+                    backbone="test_resnet",
+                    weights="random",
+                    frames=4,
+                    epochs=12,
+                    batch_size=16,
+                    lr=0.02,
+                    dropout=0.0,
+                    train_batch_norm=True,
+                    micro_batch=16,
+                    g1=4,
+                    g2=2,
                 )
-            )  # fmt: skip
+            )
             asked = evaluate.Options(
                 out / "best.pt", videos=work / task, segments=(4,), out=work / f"{task}_e2e_{model}.h5"
             )
@@ -144,10 +155,19 @@ def tuned(work: Path) -> None:
         out = work / f"{tag}_tuned"
         finetune.main(
             finetune.Options(
-                model="tsn", **source, **shared, out=out, init=init, epochs=6, batch_size=16, lr=0.002,
-                backbone_lr=0.2, micro_batch=16, **splits,
+                model="tsn",
+                **source,
+                **shared,
+                out=out,
+                init=init,
+                epochs=6,
+                batch_size=16,
+                lr=0.002,
+                backbone_lr=0.2,
+                micro_batch=16,
+                **splits,
             )
-        )  # fmt: skip
+        )
         parts.setdefault((name, "fine-tuned from it"), []).append(_scores(out / "best.pt", source, groups, work))
         parts.setdefault((name, "frozen, cached"), []).append(_cached(init, store, groups, work))
     print("\n### Fine-tuning against the frozen cache\n\n| set | model | top-1 % at 3 segments |\n|---|---|---|")

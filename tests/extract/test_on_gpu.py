@@ -22,8 +22,9 @@ FINE = ("h264_portrait.mp4", "h264_vfr.mp4", "h264_120fps.mp4", "h264_long_gop.m
 
 
 def plan_of(decoder: str, **changes) -> Plan:
-    return Plan(**({"frames": 5, "crops": 10, "augment_passes": 2, "preprocessing": SEE, "seed": 3} | changes),
-                decoder=decoder)  # fmt: skip
+    return Plan(
+        **({"frames": 5, "crops": 10, "augment_passes": 2, "preprocessing": SEE, "seed": 3} | changes), decoder=decoder
+    )
 
 
 def both(path: Path, **changes) -> list[tuple]:

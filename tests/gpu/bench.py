@@ -45,9 +45,7 @@ class Size:
     precision: str = "fp16"
 
 
-FULL = Size(
-    "cuda", "legacy_seresnext101_32x4d", 400, 24, 960, 54_236, 2048, 8192, ((4, 8, 16, 32), (2, 4, 8, 16))
-)  # fmt: skip
+FULL = Size("cuda", "legacy_seresnext101_32x4d", 400, 24, 960, 54_236, 2048, 8192, ((4, 8, 16, 32), (2, 4, 8, 16)))
 TINY = Size("cpu", "test_resnet", 16, 3, 6, 300, 32, 256, ((2, 4), (2,)), "bf16")
 
 

@@ -62,8 +62,10 @@ def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
 @pytest.mark.parametrize("form", ["eager", "graphs"])
 def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) -> None:
     """Several batches under way, the last one padded; another order; another process's network; both forms."""
-    made = [load_backbone("legacy_seresnet18", weights="random", device=DEVICE, form=one, frames=8, precision="bf16")
-            for one in (form, "eager")]  # fmt: skip
+    made = [
+        load_backbone("legacy_seresnet18", weights="random", device=DEVICE, form=one, frames=8, precision="bf16")
+        for one in (form, "eager")
+    ]
     frames = frames_of(made[0], 45)
     features = made[0](frames)
     assert np.array_equal(made[0](frames), features)
