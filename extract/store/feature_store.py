@@ -31,7 +31,7 @@ from extract.store.layout import (
     target,
 )
 from extract.store.remote import LocalCopy
-from extract.store.shards import ShardError, ShardMap, damaged_videos
+from extract.store.shards import ShardError, ShardMap, damaged_videos, shard_name
 
 SCHEMAS = ("hgnl-features/1", "hgnl-features/2")  # the second has `starts` and `ends`
 
@@ -230,13 +230,15 @@ class FeatureStore:
 
     @cached_property
     def _shards(self) -> ShardMap:
-        def paths(blocks: list[int]) -> list[Path]:
-            shards = [self.shard_path(block) for block in blocks]
-            return copy.fetch([shard.name for shard in shards]) if copy else shards
-
-        copy = None
+        # Nothing here may hold the store, or a store that nobody uses would stay mapped.
+        folder, copy = self.shard_path(0).parent, None
         if is_remote(self.path):
             copy = LocalCopy(self.path, block_size=self.block_size, video_bytes=self.video_bytes)
+
+        def paths(blocks: list[int]) -> list[Path]:
+            names = [shard_name(block) for block in blocks]
+            return copy.fetch(names) if copy else [folder / name for name in names]
+
         return ShardMap(
             paths,
             self.num_blocks,
@@ -309,7 +311,7 @@ class FeatureStore:
         return np.unique(np.flatnonzero(self.status == PENDING) // self.block_size).tolist()
 
     def shard_path(self, block: int) -> Path:
-        return Path(self.path) / "features" / f"c.{block}.0.0.0"
+        return Path(self.path) / "features" / shard_name(block)
 
     def write_block(self, block: int, features: np.ndarray) -> None:
         """Write a block's shard whole: `features` float16 [rows of the block, V, T, D], finished rows included."""

@@ -72,6 +72,11 @@ def damaged_videos(path: Path, *, block_size: int, video_bytes: int) -> list[int
     return damaged + list(range(videos, block_size))
 
 
+def shard_name(block: int) -> str:
+    """The file of a block's features, as Zarr names a chunk."""
+    return f"c.{block}.0.0.0"
+
+
 class ShardMap:
     """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
 

@@ -634,7 +634,7 @@ def test_where_decord_is_not_installed_it_says_so(clip, monkeypatch):
 
 
 def test_an_unknown_decoder_is_not_replaced_by_another(clip):
-    with pytest.raises(ValueError, match="got decoder 'opencv', expected 'pyav' or 'decord'"):
+    with pytest.raises(ValueError, match="got decoder 'opencv', expected 'pyav', 'decord' or 'torchcodec-DEVICE'"):
         decode(clip, every_frame, decoder="opencv")
 
 

@@ -265,12 +265,13 @@ def test_difference_names_what_differs():
     ]
 
 
-def test_a_remote_store_is_written_and_read_plainly():
+def test_a_remote_store_is_written_and_read_plainly(tmp_path, monkeypatch):
+    monkeypatch.setenv("HGNL_CACHE", str(tmp_path))
     store = make("memory://remote.zarr", 10)
     np.testing.assert_array_equal(store.read(slice(0, 10)), features_of(store, np.arange(10)))
     assert FeatureStore.open("memory://remote.zarr").read(np.array([7, 2])).shape == (2, 1, 4, 6)
-    with pytest.raises(InputError, match="remote"):
-        store.gather(np.array([0]), np.array([0]))
+    np.testing.assert_array_equal(store.gather(np.array([7]), np.arange(4))[0], store.read(np.array([7]))[0, 0])
+    assert [path.name[:9] for path in tmp_path.rglob("c.*")] == ["c.0.0.0.0"]
 
 
 def test_pending_again(tmp_path):

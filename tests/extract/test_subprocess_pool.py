@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -398,11 +399,12 @@ def test_a_job_whose_help_is_lost_is_done_here_before_later_ones_fill_every_slot
 
 
 def test_closing_does_not_wait_for_help():
-    asked = []
+    asked, over = [], threading.Event()
 
     def elsewhere(job):
         asked.append(job)
-        time.sleep(PATIENCE)
+        over.wait(2 * PATIENCE)
+        return Finished(job[1], np.zeros(SLOT, np.uint8))
 
     started = time.monotonic()
     with pool_of() as pool:
@@ -411,3 +413,4 @@ def test_closing_does_not_wait_for_help():
             pool.submit(("fill", 1))
         wait_for(lambda: asked, "help to be asked")
     assert time.monotonic() - started < PATIENCE
+    over.set()

@@ -183,7 +183,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgn
 
     several = [str(clip) for clip in clips]
     asked = [*several, "--checkpoint", str(hgnl), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
-    late = [*asked, "--video-timeout", "0.001"]
+    late = [*asked, "--video-timeout", "1e-9"]
     assert run_command(predict.main, Options, prog="predict", args=late) == 3
     assert capsys.readouterr().err.count("given up after") == 2
     assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
