@@ -72,7 +72,6 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
             )
         else:
             _agree(store, made, listing)
-            store.clean_up()
             _add_new(store, videos)
         if options.retry_failed:
             store.set_pending(np.flatnonzero(store.status == FAILED))
@@ -84,6 +83,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
             _run(pool.extract(blocks), store, blocks, hold)
     finally:
         pool.close()
+    store.clean_up()  # after workers that were lost in this run, and after a run that was killed
     print(status_table(store))
     failed = int((store.status == FAILED).sum())
     if failed > options.max_failed * len(store):

@@ -154,7 +154,12 @@ def test_a_killed_node_costs_nothing_but_time(clips, cluster, add_nodes, undistu
 def test_a_killed_worker_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
     out = tmp_path / "ray.zarr"
     add_nodes(*TWO_NODES)
-    disturbed(clips, cluster, out, lambda: os.kill(worker_of(out), signal.SIGKILL))
+
+    def kill_while_it_writes() -> None:
+        os.kill(worker_of(out), signal.SIGKILL)
+        (out / "features" / "c.1.0.0.0.0123.partial").write_bytes(b"what such a worker leaves")
+
+    disturbed(clips, cluster, out, kill_while_it_writes)
     whole(out, undisturbed)
 
 
