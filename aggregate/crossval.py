@@ -123,14 +123,13 @@ def folds_of(store: "FeatureStore", options: Options, seed: int) -> list[Fold]:
     """The folds of a seed. InputError for what cannot be divided so, naming the class, the group or the fold."""
     import numpy as np
 
-    from aggregate.data.features import usable
     from aggregate.training.splits import check_classes, hold_out
 
     rows = rows_of(store, options)
     folds = []
     for name, test in _tests(store, options, rows, seed):
         others = np.setdiff1d(rows, test)
-        others = others[usable(store)[others]]
+        others = others[store.usable[others]]
         missing = options.allow_missing_classes
         held_out = hold_out(store, others, options.val_fraction, seed, allow_missing=missing)[others]
         if len(set(store.groups[rows])) > 1 and len(set(store.groups[others])) < 2:

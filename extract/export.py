@@ -42,9 +42,7 @@ def main(options: Options) -> int:
 
     dense = str(options.to) == "npy"
     if dense == (options.out is None):
-        raise InputError(
-            f"--to {options.to} --out {options.out}: --out names the folder for --to npy, and only for that"
-        )
+        raise InputError(f"--to {options.to} --out {options.out}: --out names --to npy's folder, and only that")
     to = options.out or options.to
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise InputError(f"{to} is there already and is left as it is; give a new name or remove it")
@@ -57,44 +55,57 @@ def main(options: Options) -> int:
         raise RunError(f"{to} needs {human_bytes(needed)}, its disk has {human_bytes(free)} free; use another one")
     if dense:
         return _write_dense(store, to)
-    write = _write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy
-    count = write(store, to)
-    left_out = len(store) - count
-    print(f"{count:,} videos written to {to}" + (f", {left_out:,} failed or pending left out" if left_out else ""))
+    (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)
+    count = int(store.usable.sum())
+    left_out = f", {len(store) - count:,} failed or pending left out" if count < len(store) else ""
+    print(f"{count:,} videos written to {to}{left_out}")
     return 0
 
 
-def _read(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
-    """Features [n, V, T, D] of rows, checksums checked."""
-    try:
-        return store.read(rows)
-    except ValueError as error:
-        words = f"{store.path} is damaged ({error}); run `python -m extract.verify {store.path} --repair`"
-        raise RunError(words) from None
-
-
-def _finished(store: "FeatureStore") -> "Iterator[np.ndarray]":
-    """Rows of finished videos, block by block."""
+def _finished(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Rows of finished videos and their features [n, V, T, D], block by block."""
+    usable = store.usable
     for block in progress(range(store.num_blocks), unit="block"):
         rows = store.block_rows(block)
-        if len(done := rows[(store.status[rows] == 1) | (store.status[rows] == 2)]):
-            yield done
+        if usable[rows].any():
+            yield rows[usable[rows]], store.read(rows[usable[rows]])
 
 
-def _write_npy(store: "FeatureStore", folder: Path) -> int:
+def _save(path: Path, array: "np.ndarray") -> None:
     import numpy as np
 
-    count = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.save(path, array)
+
+
+def _write_npy(store: "FeatureStore", folder: Path) -> None:
     with replacing(folder) as partial:
         partial.mkdir()
-        for rows in _finished(store):
-            for row, video in zip(rows, _read(store, rows), strict=True):
+        for rows, features in _finished(store):
+            for row, video in zip(rows, features, strict=True):
                 # The whole name with its ending: a.mp4 and a.webm are two videos.
-                path = partial / f"{store.ids[row]}.npy"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                np.save(path, video)
-                count += 1
-    return count
+                _save(partial / f"{store.ids[row]}.npy", video)
+
+
+def _write_hdf5(store: "FeatureStore", path: Path) -> None:
+    import h5py
+    import numpy as np
+
+    rows, filled = np.flatnonzero(store.usable), 0
+    names = ("ids", "splits", "groups", "labels", "num_frames", "frame_indices", "timestamps")
+    columns = {name: getattr(store, name)[rows] for name in names}
+    columns |= {name: np.array(getattr(store, name), dtype=object) for name in ("classes", "views")}
+    with replacing(path) as partial, h5py.File(partial, "w") as file:
+        shape = (len(rows), store.num_views, store.frames_per_video, store.dim)
+        file.create_dataset("features", shape, dtype="f2")
+        for done, features in _finished(store):
+            file["features"][filled : filled + len(done)] = features
+            filled += len(done)
+        for name, values in columns.items():
+            text = values.dtype.kind not in "if"
+            dtype = h5py.string_dtype() if text else values.dtype
+            file.create_dataset(name, data=values.astype(object) if text else values, dtype=dtype)
+        file.flush()  # closing would keep an error to itself
 
 
 def _write_dense(store: "FeatureStore", folder: Path) -> int:
@@ -103,21 +114,20 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
     windows: dict[str, list[int]] = defaultdict(list)
     for row in np.argsort(store.starts, kind="stable").tolist():  # whole files are NaN, which comes last
         windows[store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]].append(row)
-    left_out = {}
+    left_out, usable = {}, store.usable
     with replacing(folder) as partial:
         partial.mkdir()
         for video, listed in progress(windows.items(), unit="video"):
-            rows = np.array([row for row in listed if store.status[row] in (1, 2)])
+            rows = np.array([row for row in listed if usable[row]])
             try:
                 places, record = dense_rows(store, rows)
             except InputError as error:
                 left_out[video] = str(error)
                 continue
-            path = partial / f"{video}.npy"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            np.save(path, _read(store, rows)[:, 0].reshape(-1, store.dim)[places].astype(np.float32))
+            frames = store.read(rows)[:, 0].reshape(-1, store.dim)
+            _save(partial / f"{video}.npy", frames[places].astype(np.float32))
             made_by = {"backbone": store.provenance.get("backbone"), "windows": len(rows), "of": len(listed)}
-            path.with_suffix(".json").write_text(json.dumps({"video": video, **record, **made_by}, indent=1))
+            (partial / f"{video}.json").write_text(json.dumps({"video": video, **record, **made_by}, indent=1))
     print(f"{len(windows) - len(left_out):,} videos of {len(store):,} rows written to {folder}")
     for video, why in left_out.items():
         print(f"left out: {video}: {why}")
@@ -164,29 +174,6 @@ def dense_rows(store: "FeatureStore", rows: "np.ndarray") -> "tuple[np.ndarray, 
         "largest_error": float(np.abs(seconds[chosen] - wanted).max()),
     }
     return first[chosen], record
-
-
-def _write_hdf5(store: "FeatureStore", path: Path) -> int:
-    import h5py
-    import numpy as np
-
-    rows = np.flatnonzero((store.status == 1) | (store.status == 2))
-    with replacing(path) as partial, h5py.File(partial, "w") as file:
-        shape = (len(rows), store.num_views, store.frames_per_video, store.dim)
-        features = file.create_dataset("features", shape, dtype="f2")
-        filled = 0
-        for done in _finished(store):
-            features[filled : filled + len(done)] = _read(store, done)
-            filled += len(done)
-        text = h5py.string_dtype()
-        for name in ("ids", "splits", "groups"):
-            file.create_dataset(name, data=getattr(store, name)[rows].astype(object), dtype=text)
-        for name in ("labels", "num_frames", "frame_indices", "timestamps"):
-            file.create_dataset(name, data=getattr(store, name)[rows])
-        file.create_dataset("classes", data=np.array(store.classes, dtype=object), dtype=text)
-        file.create_dataset("views", data=np.array(store.views, dtype=object), dtype=text)
-        file.flush()  # closing would keep an error to itself
-    return len(rows)
 
 
 if __name__ == "__main__":

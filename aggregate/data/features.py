@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from extract.cli import InputError, RunError
 from extract.sampling import segment_centres
-from extract.store import FAILED, PENDING, FeatureStore
+from extract.store import PENDING, FeatureStore
 from extract.store.summary import human_bytes
 
 Placement = Literal["auto", "device", "memory", "mmap"]
@@ -89,7 +89,7 @@ class StoredFeatures:
     def _choose(self, rows: np.ndarray, at: np.ndarray) -> None:
         self.rows, self._at = rows, at  # of the store, and in what is held
         self.labels = self.store.labels[rows].astype(np.int64)
-        self.good = usable(self.store)[rows]
+        self.good = self.store.usable[rows]
         # A video shorter than its slots repeats frames; all others are spared the search for repeats.
         self._short = self.store.num_frames[rows] < self.store.frames_per_video
 
@@ -181,11 +181,6 @@ def training_views(store: FeatureStore) -> np.ndarray:
 def evaluation_views(store: FeatureStore) -> np.ndarray:
     """The crops whose logits a test averages: all views but the augmented passes."""
     return np.array([place for place, name in enumerate(store.views) if not name.startswith("augment_")])
-
-
-def usable(store: Any) -> np.ndarray:
-    """Videos of a store, or of whatever has a `status` column, with features: bool [N]."""
-    return (store.status != PENDING) & (store.status != FAILED)
 
 
 def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndarray:

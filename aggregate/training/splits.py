@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from aggregate.data.features import usable
 from aggregate.training.options import SplitOptions
 from extract.cli import InputError
 from extract.listing.videos import Video
-from extract.store import PENDING, FeatureStore
+from extract.store import FAILED, FeatureStore
 
 
 @dataclass
@@ -57,7 +56,7 @@ def choose_rows(
             train &= ~val
             how = "whole groups" if len(set(store.groups[train | val].tolist())) > 1 else "by class"
             words = f"NO SPLIT {options.val_split!r}: {options.val_fraction:.0%} held out of the others, {how}"
-    rows = np.flatnonzero(train & labelled & (usable(store) | (store.status == PENDING)))
+    rows = np.flatnonzero(train & labelled & (store.status != FAILED))
     val_rows = np.flatnonzero(val & labelled)
     for name, chosen in (("train", rows), ("validate", val_rows)):
         if not len(chosen):

@@ -6,7 +6,7 @@ unflipped centre crop.
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,8 @@ Box = tuple[int, int, int, int]  # top, left, height, width
 _CORNERS = ("tl", "tr", "bl", "br")
 # TSN's multi-scale corner crop: sides are these fractions of the short side, at most one scale apart.
 _SCALES = (1.0, 0.875, 0.75, 0.66)
+# And its 13 places, in quarters of the room there is: corners, edges' middles and the centre, and four between them.
+_PLACES = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [(i, j) for i in (1, 3) for j in (1, 3)]
 _ROWS_A_JOB, _SLOT_BYTES = 16, 32 << 20
 
 
@@ -87,6 +89,9 @@ class Prepared:
     note: str = ""  # what else is to be recorded of it
 
 
+Job = tuple[str, list[tuple[str, Span | None]], Plan]  # a path, rows (id, span) of that file, what to prepare of each
+
+
 def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
     """Names of the views, in their order in the store.
 
@@ -141,7 +146,8 @@ def training_view(
     sides = [int(min(height, width) * scale) for scale in _SCALES]
     pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
     crop_height, crop_width = pairs[rng.integers(len(pairs))]
-    top, left = _corner_places(height - crop_height, width - crop_width)[rng.integers(13)]
+    down, across = _PLACES[rng.integers(13)]
+    top, left = down * ((height - crop_height) // 4), across * ((width - crop_width) // 4)
     flip = bool(rng.integers(2))
     size = (preprocessing.size, preprocessing.size)
 
@@ -150,13 +156,6 @@ def training_view(
         return _mirrored(picture) if flip else picture
 
     return view
-
-
-def _corner_places(down: int, across: int) -> list[tuple[int, int]]:
-    """TSN's 13 offsets (top, left): corners, edges' middles and the centre at 0, 2, 4 steps, and four at 1 and 3."""
-    step_down, step_across = down // 4, across // 4
-    grid = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [(i, j) for i in (1, 3) for j in (1, 3)]
-    return [(i * step_down, j * step_across) for i, j in grid]
 
 
 def augmentation_rng(seed: int, video_id: str, number: int | str) -> np.random.Generator:
@@ -170,22 +169,23 @@ def prepare(path: str, video_id: str, plan: Plan, out: np.ndarray, *, span: Span
 
     Raises VideoError where not one frame can be read.
     """
-    [prepared] = prepare_spans(path, [(video_id, span)], plan, out[None])
+    if out.shape != plan.shape or not str(out.dtype).endswith("uint8"):
+        raise ValueError(f"got {out.dtype} {out.shape} to write into, expected uint8 {plan.shape}")
+    [prepared] = decode_job((path, [(video_id, span)], plan), out.reshape(-1))
     if isinstance(prepared, VideoError):
         raise prepared
     return prepared
 
 
-def prepare_spans(
-    path: str,
-    wanted: Sequence[tuple[str, Span | None]],
-    plan: Plan,
-    out: np.ndarray,
-    on_duration: Callable[[float | None], None] | None = None,
+def decode_job(
+    job: Job, out: np.ndarray, on_duration: Callable[[float | None], None] | None = None
 ) -> list[Prepared | VideoError]:
-    """`prepare` for n rows (id, span) of one file in one pass over it: `out` is uint8 [n, V, T, size, size, 3]."""
-    if len(out) != len(wanted) or out.shape[1:] != plan.shape or not str(out.dtype).endswith("uint8"):
-        raise ValueError(f"got {out.dtype} {out.shape[1:]} to write into, expected uint8 {plan.shape}")
+    """`prepare` for n rows of one file in one pass over it, as a decode child calls it.
+
+    out: flat uint8, on a GPU if the decoder is there, of which the first n * plan.row_bytes are written.
+    """
+    path, wanted, plan = job
+    views = out[: len(wanted) * plan.row_bytes].reshape(len(wanted), *plan.shape)
     rngs = [[augmentation_rng(plan.seed, name, number) for number in range(plan.augment_passes)] for name, _ in wanted]
 
     def sample(num_frames: int, rngs: list[np.random.Generator]) -> np.ndarray:
@@ -201,11 +201,10 @@ def prepare_spans(
             decoder=plan.decoder,
             on_duration=on_duration,
         ):
-            results[place] = (
-                decoded if isinstance(decoded, VideoError) else _write_views(decoded, plan, rngs[place], out[place])
-            )
+            failed = isinstance(decoded, VideoError)
+            results[place] = decoded if failed else _write_views(decoded, plan, rngs[place], views[place])
     except VideoError as error:  # of the whole file
-        return [results.get(place, error) for place in range(len(wanted))]
+        results = dict.fromkeys(range(len(wanted)), error) | results
     return [results[place] for place in range(len(wanted))]
 
 
@@ -226,35 +225,6 @@ def _write_views(decoded: Decoded, plan: Plan, rngs: list[np.random.Generator], 
         return np.concatenate([np.repeat(passes[:1], len(boxes), axis=0), passes[1:]])
 
     return Prepared(by_view(decoded.indices), by_view(decoded.timestamps), decoded.num_frames, decoded.problem)
-
-
-Job = tuple[str, list[tuple[str, Span | None]], Plan]  # a path, rows (id, span) of that file, what to prepare of each
-
-
-def jobs_of(
-    paths: Sequence[str], ids: Sequence[str], spans: Sequence[Span | None], plan: Plan
-) -> list[tuple[list[int], Job]]:
-    """What decode children are to do for n rows, and which rows (places) each job is for.
-
-    A whole file is a job of its own. Spans of one file that stand side by side go together, as many as a slot holds.
-    """
-    together: list[list[int]] = []
-    for place, (path, span) in enumerate(zip(paths, spans, strict=True)):
-        before = together[-1] if together else []
-        if span and before and len(before) < plan.rows_a_job and paths[before[0]] == path and spans[before[0]]:
-            before.append(place)
-        else:
-            together.append([place])
-    return [(places, (paths[places[0]], [(ids[k], spans[k]) for k in places], plan)) for places in together]
-
-
-def decode_job(
-    job: Job, out: np.ndarray, on_duration: Callable[[float | None], None] | None
-) -> list[Prepared | VideoError]:
-    """`prepare_spans` as a decode child calls it: `out` is a flat uint8 buffer of `plan.slot_bytes`."""
-    path, wanted, plan = job
-    views = out[: len(wanted) * plan.row_bytes].reshape(len(wanted), *plan.shape)
-    return prepare_spans(path, wanted, plan, views, on_duration)
 
 
 def _mirrored(frames: Any) -> Any:

@@ -20,6 +20,7 @@ from extract.cli import InputError, RunError
 from extract.files import replacing
 from extract.store.layout import (
     OK,
+    PARTIAL,
     PENDING,
     ROW_ARRAYS,
     Rows,
@@ -222,6 +223,11 @@ class FeatureStore:
             return tuple(self._array("views")[:].tolist())  # type: ignore[union-attr]
 
     @property
+    def usable(self) -> np.ndarray:
+        """Which videos have features: bool [N]."""
+        return (self.status == OK) | (self.status == PARTIAL)
+
+    @property
     def video_bytes(self) -> int:
         """Bytes of one video's features."""
         return self.num_views * self.frames_per_video * self.dim * 2
@@ -292,9 +298,13 @@ class FeatureStore:
         return ~repeated & (indices >= 0)
 
     def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        """All features of videos `rows` through Zarr, checksums checked: float16 [n, V, T, D]. Works remotely too."""
+        """All features of videos `rows` through Zarr, remotely too: float16 [n, V, T, D]. RunError where damaged."""
         features = self._array("features")
-        return features[rows] if isinstance(rows, slice) else features.oindex[np.asarray(rows)]  # type: ignore[return-value]
+        try:
+            return features[rows] if isinstance(rows, slice) else features.oindex[np.asarray(rows)]  # type: ignore[return-value]
+        except ValueError as error:  # Zarr's, for a checksum that does not match
+            repair = f"run `python -m extract.verify {self.path} --repair`, then extract again"
+            raise RunError(f"{self.path} is damaged ({error}); {repair}") from None
 
     # -- blocks, for the run -----------------------------------------------------------------------------------
 
@@ -313,21 +323,34 @@ class FeatureStore:
     def shard_path(self, block: int) -> Path:
         return Path(self.path) / "features" / shard_name(block)
 
-    def write_block(self, block: int, features: np.ndarray) -> None:
-        """Write a block's shard whole: `features` float16 [rows of the block, V, T, D], finished rows included."""
-        rows = self.block_rows(block)
+    def write_block(self, block: int, features: np.ndarray, rows: np.ndarray | None = None) -> None:
+        """Write a block's shard whole: `features` float16 [n, V, T, D] of `rows`, by default all that it has.
+
+        Its other rows, finished before, stay as they are byte for byte; RunError where they are damaged.
+        """
+        every = self.block_rows(block)
+        rows = every if rows is None else rows
         expected = (len(rows), self.num_views, self.frames_per_video, self.dim)
         if features.shape != expected or features.dtype != np.dtype("<f2"):
             raise ValueError(f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}")
+        if len(rows) < len(every):
+            others, new = np.setdiff1d(every, rows), features
+            features = np.empty((len(every), *new.shape[1:]), "<f2")
+            features[rows - every[0]], features[others - every[0]] = new, self.read(others)
         # A dropped all-zero chunk would break the stride that `gather` lives on.
-        self._array("features").with_config({"write_empty_chunks": True})[rows[0] : rows[-1] + 1] = features
+        self._array("features").with_config({"write_empty_chunks": True})[every[0] : every[-1] + 1] = features
 
-    def commit(self, done: Rows) -> None:
-        """Enter outcomes of videos whose shard is written. `status` comes last: a row is finished or pending."""
-        order = np.argsort(done.rows)
+    def commit(self, *done: Rows) -> None:
+        """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
+
+        `status` comes last: a row is finished or pending.
+        """
+        rows = np.concatenate([part.rows for part in done])
+        order = np.argsort(rows)
         for name in ("errors", "num_frames", "frame_indices", "timestamps", "status"):
-            values = np.array(done.errors, dtype=object) if name == "errors" else getattr(done, name)
-            self._set(name, done.rows[order], values[order])
+            dtype = object if name == "errors" else None
+            values = np.concatenate([np.array(getattr(part, name), dtype) for part in done])
+            self._set(name, rows[order], values[order])
 
     def _set(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
         array = self._array(name)

@@ -116,18 +116,6 @@ class Rows:
     frame_indices: np.ndarray  # int32 [n, V, T]
     timestamps: np.ndarray = field(repr=False)  # float32 [n, V, T], seconds
 
-    def __post_init__(self) -> None:
-        counts = {name: len(getattr(self, name)) for name in self.__dataclass_fields__}
-        if len(set(counts.values())) != 1:
-            raise ValueError(f"expected the same number of videos in every field, got {counts}")
-
-    @classmethod
-    def joined(cls, parts: "Sequence[Rows]") -> "Rows":
-        """Outcomes of several blocks as one, which costs as much to commit as one."""
-        errors = [error for part in parts for error in part.errors]
-        columns = {name: [getattr(part, name) for part in parts] for name in cls.__dataclass_fields__}
-        return cls(**{name: np.concatenate(of) for name, of in columns.items() if name != "errors"}, errors=errors)
-
 
 def check_arrays(features: np.ndarray, columns: dict[str, Any], *, num_classes: int) -> None:
     """InputError naming the first video with a wrong length or label, or a value that float16 cannot hold."""

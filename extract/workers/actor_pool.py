@@ -283,7 +283,11 @@ class RayActorPool:
         cause = again[0] if again else None
         self._deaths[cause] += 1
         if self._deaths[cause] >= DEATHS_A_BLOCK:
-            what = f"block {cause.number} ({cause.ids[0]} ... {cause.ids[-1]}) was" if cause else "no block was"
+            what = (
+                f"block {cause.number} ({cause.videos[0].id} ... {cause.videos[-1].id}) was"
+                if cause
+                else "no block was"
+            )
             words = str(error).splitlines()[0]
             raise RunError(f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}")
         queue.extendleft(reversed(again))

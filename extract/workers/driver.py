@@ -4,6 +4,7 @@ The driver alone writes the per-video arrays. A restart is the list of blocks wi
 blocks go back to that list.
 """
 
+import contextlib
 import math
 import os
 import shutil
@@ -24,7 +25,7 @@ from extract.cli import InputError, RunError, progress
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, settle
 from extract.options import Options
-from extract.store import FAILED, PENDING, FeatureStore, Rows, RunLog, difference, exclusive, is_remote
+from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
 from extract.store.remote import Lease, leased
 from extract.store.summary import human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
@@ -161,20 +162,18 @@ def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
     """The blocks with pending rows, and in them those rows; a pending video that is no longer there is an error."""
     by_id = {video.id: video for video in videos}
-    ids = store.ids
     blocks = []
     for number in store.missing_blocks():
         rows = store.block_rows(number)
         rows = rows[store.status[rows] == PENDING]
-        names = ids[rows].tolist()
+        names = store.ids[rows].tolist()
         gone = [name for name in names if name not in by_id]
         if gone:
             raise InputError(
                 f"{store.path} still waits for {gone[0]!r} (and {len(gone) - 1} more of its block), which --videos "
                 "does not hold; give the folder (and --limit) the store was begun with"
             )
-        paths, spans = zip(*((by_id[name].path, by_id[name].span) for name in names), strict=True)
-        blocks.append(Block(number, tuple(rows.tolist()), tuple(names), paths, spans))
+        blocks.append(Block(number, tuple(rows.tolist()), tuple(by_id[name] for name in names)))
     return blocks
 
 
@@ -203,13 +202,9 @@ def _check_space(store: FeatureStore, blocks: list[Block]) -> None:
 
 def _readable(blocks: list[Block]) -> str:
     """A video that this process can open; workers that cannot do not see the videos."""
-    for block in blocks:
-        for path in block.paths:
-            try:
-                with open(path, "rb"):
-                    return path
-            except OSError:
-                continue
+    for video in (video for block in blocks for video in block.videos):
+        with contextlib.suppress(OSError), open(video.path, "rb"):
+            return video.path
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
@@ -248,7 +243,7 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
         for together in finished:
             if together:
                 hold.confirm()
-                store.commit(Rows.joined([done.outcome for done in together]))
+                store.commit(*(done.outcome for done in together))
             for done in together:
                 totals.update(done.seconds)
                 totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))

@@ -8,7 +8,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,12 +19,13 @@ import numpy as np
 
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
-from extract.decode import Span, VideoError, decoder_version
+from extract.decode import VideoError, decoder_version
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import Job, Plan, Prepared, decode_job, jobs_of, view_names
+from extract.decode.transform import Job, Plan, Prepared, decode_job, view_names
+from extract.listing.videos import Video
 from extract.options import Options
-from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, Rows, RunLog, is_remote
+from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
 from extract.store.remote import Lease
 from extract.workers.decoder import check_node
 
@@ -35,9 +36,7 @@ class Block:
 
     number: int
     rows: tuple[int, ...]
-    ids: tuple[str, ...]
-    paths: tuple[str, ...] = field(repr=False)
-    spans: tuple[Span | None, ...] = field(repr=False)
+    videos: tuple[Video, ...] = field(repr=False)
 
 
 Submitted = tuple[list[int], Job, "Future[Finished]"]  # rows of a block (their places), and who decodes them
@@ -52,6 +51,22 @@ class Done:
     node: str
     frames: int  # that went through the backbone
     seconds: dict[str, float]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
+
+
+def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
+    """What decode children are to do for n videos, and which of them (places) each job is for.
+
+    A whole file is a job of its own. Spans of one file that stand side by side go together, as many as a slot holds.
+    """
+    together: list[list[int]] = []
+    for place, video in enumerate(videos):
+        before = videos[place - 1] if place else None
+        beside = before and before.path == video.path and before.span and video.span
+        if beside and len(together[-1]) < plan.rows_a_job:
+            together[-1].append(place)
+        else:
+            together.append([place])
+    return [(some, (videos[some[0]].path, [(videos[k].id, videos[k].span) for k in some], plan)) for some in together]
 
 
 class Worker:
@@ -174,14 +189,12 @@ class Worker:
 
     def run(self, block: Block, upcoming: Block | None = None) -> list[Done]:
         """Extract a block and begin to write it; decode ahead for `upcoming`. Returns blocks written meanwhile."""
-        started = time.perf_counter()
-        futures = self._ahead.pop(block.number, None) or self._submit(block)
+        submitted = self._ahead.pop(block.number, None) or self._submit(block)
         if upcoming is not None:
             self._ahead[upcoming.number] = self._submit(upcoming)
-        features, outcome, seconds = self._extract(block, futures)
-        frames = int((outcome.status != FAILED).sum()) * len(self._views) * self.options.frames
+        features, done = self._extract(block, submitted)
         finished = self.drain()
-        self._writing = self._writer.submit(self._write, block, features, outcome, frames, seconds, started)
+        self._writing = self._writer.submit(self._write, features, done)
         return finished
 
     def drain(self) -> list[Done]:
@@ -197,35 +210,38 @@ class Worker:
         self._writer.shutdown()
 
     def _submit(self, block: Block) -> "list[Submitted]":
-        jobs = jobs_of(block.paths, block.ids, block.spans, self._plan)
         with self._making:
             pool = self._pool
-        return [(places, job, pool.submit(job)) for places, job in jobs]
+        return [(places, job, pool.submit(job)) for places, job in jobs_of(block.videos, self._plan)]
 
-    def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Rows, dict[str, float]]:
+    def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Done]:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
         count = len(block.rows)
         features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
-        status, errors = np.full(count, FAILED, "i1"), [""] * count
-        num_frames = np.zeros(count, "<i4")
-        indices = np.full((count, views, frames), -1, "<i4")
-        timestamps = np.full((count, views, frames), np.nan, "<f4")
+        outcome = Rows(
+            rows=np.array(block.rows),
+            status=np.full(count, FAILED, "i1"),
+            errors=[""] * count,
+            num_frames=np.zeros(count, "<i4"),
+            frame_indices=np.full((count, views, frames), -1, "<i4"),
+            timestamps=np.full((count, views, frames), np.nan, "<f4"),
+        )
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
-
         batches = self._backbone.batches()
         for place, prepared, pictures in self._prepared(submitted, seconds):
             if isinstance(prepared, VideoError):
-                errors[place] = prepared.reason
+                outcome.errors[place] = prepared.reason
                 continue
-            status[place] = PARTIAL if prepared.problem else OK
-            errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
-            num_frames[place] = prepared.num_frames
-            indices[place], timestamps[place] = prepared.indices, prepared.timestamps
+            outcome.status[place] = PARTIAL if prepared.problem else OK
+            outcome.errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
+            outcome.num_frames[place] = prepared.num_frames
+            outcome.frame_indices[place], outcome.timestamps[place] = prepared.indices, prepared.timestamps
             batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])
         batches.finish()
         seconds["device"] = batches.seconds
-        outcome = Rows(np.array(block.rows), status, errors, num_frames, indices, timestamps)
-        return features.reshape(count, views, frames, -1), outcome, seconds
+        computed = int((outcome.status != FAILED).sum()) * views * frames
+        done = Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds)
+        return features.reshape(count, views, frames, -1), done
 
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]
@@ -244,31 +260,8 @@ class Worker:
                 yield place, prepared, one.buffer[first : first + plan.row_bytes]
             finished.release()  # its slot of shared memory is free for another job
 
-    def _write(
-        self, block: Block, features: np.ndarray, outcome: Rows, frames: int, seconds: dict[str, float], started: float
-    ) -> Done:
-        begun = time.perf_counter()
-        whole = self._with_finished_rows(block, features)
-        self._store.write_block(block.number, whole)
-        seconds["write"] = time.perf_counter() - begun
-        seconds["total"] = time.perf_counter() - started
-        return Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", frames, seconds)
-
-    def _with_finished_rows(self, block: Block, features: np.ndarray) -> np.ndarray:
-        """The whole shard: new features, and rows of the block that were finished before, byte for byte."""
-        rows = self._store.block_rows(block.number)
-        if len(rows) == len(block.rows):
-            return features
-        finished = np.setdiff1d(rows, block.rows)
-        if (self._store.status[finished] == PENDING).any():
-            raise InputError(f"block {block.number} leaves out pending rows of the store; this is a defect, report it")
-        whole = np.zeros((len(rows), *features.shape[1:]), "<f2")
-        try:
-            whole[finished - rows[0]] = self._store.read(finished)
-        except ValueError as error:
-            raise RunError(
-                f"{self._store.shard_path(block.number)} is damaged ({error}); "
-                f"run `python -m extract.verify {self.options.out} --repair`, then extract again"
-            ) from None
-        whole[np.array(block.rows) - rows[0]] = features
-        return whole
+    def _write(self, features: np.ndarray, done: Done) -> Done:
+        started = time.perf_counter()
+        self._store.write_block(done.number, features, done.outcome.rows)
+        done.seconds["write"] = time.perf_counter() - started
+        return done

@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 
 from aggregate import figures
-from aggregate.data.features import usable
 from extract.cli import InputError, RunError
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import human_bytes, reasons
@@ -120,7 +119,7 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path], *, seed: int) ->
     """The middle frame of at most SAMPLES videos, classes in turn, as a JPEG, with id and class."""
     from PIL import Image
 
-    rows = pd.Series(np.random.default_rng(seed).permutation(np.flatnonzero(usable(store))))
+    rows = pd.Series(np.random.default_rng(seed).permutation(np.flatnonzero(store.usable)))
     labels = store.labels[rows]
     turn = rows.groupby(labels).cumcount()  # how many of its class come before it
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
@@ -139,7 +138,7 @@ def feature_maps(found: "Found", seed: int) -> list[dict[str, Any]]:
     """Mean features of at most MAP_VIDEOS videos in two dimensions, coloured by class, of stores of three or more."""
     shown = []
     for name, store in found.stores.items():
-        good = np.flatnonzero(usable(store))
+        good = np.flatnonzero(store.usable)
         if len(good) < 3:
             continue
         rows = draw(good, MAP_VIDEOS, seed=seed)
@@ -224,7 +223,7 @@ def _store_of(found: "Found", checkpoint: Any, features: str) -> tuple[str, Feat
 
 def _validation(store: FeatureStore, options: dict[str, Any]) -> tuple[np.ndarray, str]:
     """Rows with features that a run was validated on, where that can be told; and that in words."""
-    good = np.flatnonzero(usable(store))
+    good = np.flatnonzero(store.usable)
     groups = options.get("val_groups") or []
     held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
     rows = good[held_out[good]]

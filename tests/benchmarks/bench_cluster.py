@@ -21,32 +21,20 @@ import numpy as np
 import pytest
 
 from extract.decode.subprocess_pool import Finished
-from extract.decode.transform import jobs_of
+from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Rows, exclusive
 from extract.workers.actor_pool import RayActorPool, _Member
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
 from extract.workers.driver import _blocks, _columns, _run
-from extract.workers.worker import Block, Done, Worker
+from extract.workers.worker import Block, Done, Worker, jobs_of
 from simulated import SimulatedWorker
 
 pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "device": "auto"}
-
-
-@dataclass(frozen=True)
-class Listed:
-    """As much of a listing's video as the driver's functions ask for."""
-
-    id: str
-    path: str
-    label: int = 0
-    split: str = "train"
-    group: str = ""
-    span: None = None
 
 
 class DecodeStage:
@@ -74,7 +62,7 @@ class BackboneStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (block,), (frames,), (ends,) = batch["block"], batch["frames"], batch["ends"]
         worker = self._worker
-        jobs = jobs_of(block.paths, block.ids, block.spans, worker._plan)
+        jobs = jobs_of(block.videos, worker._plan)
         worker._ahead[block.number] = [
             (places, job, Ready(Finished(result, buffer, failure, seconds)))  # type: ignore[misc]
             for (places, job), buffer, (result, failure, seconds) in zip(jobs, frames, ends, strict=True)
@@ -167,7 +155,7 @@ def measure(pool: Any, store: FeatureStore, blocks: list[Block]) -> tuple[float,
 
 def contest(
     tmp_path: Path,
-    videos: list[Listed],
+    videos: list[Video],
     nodes: list[dict[str, Any]],
     contenders: list[str],
     *,
@@ -219,11 +207,11 @@ def contest(
 
 
 @pytest.fixture(scope="module")
-def real_videos() -> list[Listed]:
+def real_videos() -> list[Video]:
     """Real clips, decoded for real: Kinetics' of ../shared where they are, else the ones the package ships."""
     source = sorted((ROOT.parent / "shared" / "clips" / "kinetics_like").glob("mmaction2*.mp4"))
     source = source or sorted((ROOT / "pipelines" / "clips" / "daily_actions").rglob("*.mp4"))[:8]
-    return [Listed(f"{copy}/{clip.name}", str(clip)) for copy in range(48 // len(source)) for clip in source]
+    return [Video(f"{copy}/{clip.name}", str(clip), 0, "train") for copy in range(48 // len(source)) for clip in source]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
@@ -236,7 +224,7 @@ def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
 
 def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
     """Simulated: a "GPU" node whose two cores decode 10 videos a second where its GPU takes 200, and two CPU nodes."""
-    videos = [Listed(f"{number:04d}.mp4", __file__) for number in range(256)]
+    videos = [Video(f"{number:04d}.mp4", __file__, 0, "train") for number in range(256)]
     nodes: list[dict[str, Any]] = [{"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2}, {"num_cpus": 2}]
     speeds = contest(
         tmp_path, videos, nodes, ["alone", "pool", "Ray Data"], worker=SimulatedWorker, block_size=16, cores=2
@@ -302,7 +290,7 @@ def test_the_driver_of_64_workers(tmp_path):
     out = tmp_path / "feats.zarr"
     store = FeatureStore.create(
         out,
-        **_columns([Listed(f"train/class/{number:06d}.mp4", __file__) for number in range(VIDEOS // PART)]),
+        **_columns([Video(f"train/class/{number:06d}.mp4", __file__, 0, "train") for number in range(VIDEOS // PART)]),
         classes=["a"],
         views=["center"],
         frames=FRAMES,
@@ -314,8 +302,8 @@ def test_the_driver_of_64_workers(tmp_path):
     blocks = []
     for number in store.missing_blocks():
         rows = store.block_rows(number)
-        paths = tuple(f"/data/k700/{name}" for name in names[rows])
-        blocks.append(Block(number, tuple(rows.tolist()), tuple(names[rows].tolist()), paths, (None,) * len(rows)))
+        listed = tuple(Video(name, f"/data/k700/{name}", 0) for name in names[rows].tolist())
+        blocks.append(Block(number, tuple(rows.tolist()), listed))
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     seconds = max(BLOCK * DECODE_SECONDS / CORES, BLOCK * FRAMES / H100_FRAMES_A_SECOND)
     ideal = len(blocks) * seconds / WORKERS

@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 
 from extract.decode import decode
-from extract.decode.transform import Plan, Preprocessing, decode_job, jobs_of, resize_short_side
+from extract.decode.transform import Plan, Preprocessing, decode_job, resize_short_side
+from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
+from extract.workers.worker import jobs_of
 from videos import write_repeated, x264_defaults
 
 SECONDS, WINDOW, FRAMES = 3600, 10.0, 25
@@ -41,7 +43,7 @@ def hour(tmp_path_factory) -> Path:
 
 def in_jobs(path: str, spans: list[tuple[float, float]], plan: Plan = PLAN) -> int:
     out = np.zeros(plan.slot_bytes, np.uint8)
-    jobs = jobs_of([path] * len(spans), ["id"] * len(spans), spans, plan)
+    jobs = jobs_of([Video("id", path, -1, span=span) for span in spans], plan)
     return sum(len(decode_job(job, out, None)) for _, job in jobs)
 
 

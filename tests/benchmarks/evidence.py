@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from evidence_page import Facts, write_page
 
-from aggregate.data.features import StoredFeatures, usable
+from aggregate.data.features import StoredFeatures
 from aggregate.models import build, carry_over
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
@@ -184,21 +184,21 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
 
 def subjects(store: FeatureStore) -> Folds:
     """Leave one subject out."""
-    good, groups = usable(store), sorted(set(store.groups.tolist()))
+    good, groups = store.usable, sorted(set(store.groups.tolist()))
     return [(np.flatnonzero(good & (store.groups != one)), np.flatnonzero(store.groups == one)) for one in groups]
 
 
 def split(store: FeatureStore) -> Folds:
     """Train on split train, test on all others."""
     test = store.splits != "train"
-    return [(np.flatnonzero(~test & usable(store)), np.flatnonzero(test))]
+    return [(np.flatnonzero(~test & store.usable), np.flatnonzero(test))]
 
 
 def inside(store: FeatureStore, folds: int, used: int) -> Folds:
     """The first `used` of so many folds of the training videos alone; groups stay whole, classes are kept even."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    rows = np.flatnonzero((store.splits == "train") & usable(store))
+    rows = np.flatnonzero((store.splits == "train") & store.usable)
     groups = store.groups[rows] if len(set(store.groups[rows].tolist())) > 1 else rows
     cut = StratifiedGroupKFold(folds, shuffle=True, random_state=1).split(rows, store.labels[rows], groups)
     return [(rows[train], rows[test]) for train, test in itertools.islice(cut, used)]
@@ -239,7 +239,7 @@ def planted(work: Path, source: FeatureStore, others: FeatureStore, *, carry: in
     if path.exists():
         return FeatureStore.open(path)
     rng = np.random.default_rng(0)
-    good, distract = np.flatnonzero(usable(source)), np.flatnonzero(usable(others))
+    good, distract = np.flatnonzero(source.usable), np.flatnonzero(others.usable)
     pool = others.read(distract)[:, 0].reshape(-1, others.dim)
     rows = np.repeat(good, 4)
     features = np.empty((len(rows), 25, source.dim), "<f2")

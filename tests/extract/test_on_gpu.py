@@ -11,7 +11,7 @@ from extract.cli import InputError
 from extract.decode import VideoError, decode, decoder_version
 from extract.decode.on_gpu import TOLERANCE, GpuDecoder, resized
 from extract.decode.subprocess_pool import SubprocessPool
-from extract.decode.transform import Plan, Preprocessing, decode_job, prepare, prepare_spans
+from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
 from extract.options import Options
 from extract.sampling import segment_centres
 from extract.store import OK, FeatureStore
@@ -56,7 +56,8 @@ def test_spans_of_one_file_in_one_pass(codec_clips: Path) -> None:
     for decoder in ("pyav", DECODER):
         plan = plan_of(decoder, crops=1, augment_passes=0)
         out = np.zeros((3, *plan.shape), np.uint8)
-        done.append((prepare_spans(path, rows, plan, out if decoder == "pyav" else torch.from_numpy(out)), out))
+        flat = out.reshape(-1)
+        done.append((decode_job((path, rows, plan), flat if decoder == "pyav" else torch.from_numpy(flat)), out))
     (here, expected), (there, got) = done
     for one, other in zip(here[:2], there[:2], strict=True):
         assert (one.indices == other.indices).all()

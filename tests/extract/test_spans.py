@@ -17,11 +17,12 @@ from extract.cli import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
 from extract.decode.packets import length_of
-from extract.decode.transform import Plan, Preprocessing, decode_job, jobs_of, prepare, prepare_spans
-from extract.listing.videos import list_videos, youtube_id
+from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
+from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, settle, window_spans
 from extract.options import Options
 from extract.sampling import segment_centres
+from extract.workers.worker import jobs_of
 from videos import DOUBTED, TRUSTED, Whole, cut_by_edit_list, decode_everything, write_repeated, write_video
 
 SPANS = [(0.0, 0.2), (0.2, 0.4), (0.1, 0.5), (0.36, 0.4), (0.0, 0.9), (0.84, 0.92), (0.4, 1.2)]
@@ -223,7 +224,7 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
     plan = Plan(frames=4, crops=3, augment_passes=1, preprocessing=SEE, seed=3, decoder="pyav")
     out = np.zeros((3, *plan.shape), np.uint8)
     spans = [("same id", (float(number), number + 1.0)) for number in range(3)]
-    results = prepare_spans(str(joined), spans, plan, out)
+    results = decode_job((str(joined), spans, plan), out.reshape(-1))
     for number, part in enumerate(parts):
         alone = np.zeros(plan.shape, np.uint8)
         cut = prepare(str(part), "same id", plan, alone)
@@ -235,13 +236,13 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
 
 def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     plan = Plan(frames=4, crops=1, augment_passes=0, preprocessing=SEE, seed=0, decoder="pyav")
-    paths = ["a", "a", "b", "b", "b", "a"]
     spans = [(0.0, 1.0), (1.0, 2.0), None, (0.0, 1.0), (0.5, 2.0), (3.0, 4.0)]
-    jobs = jobs_of(paths, list("uvwxyz"), spans, plan)
+    videos = [Video(*row[:2], -1, span=row[2]) for row in zip("uvwxyz", "aabbba", spans, strict=True)]
+    jobs = jobs_of(videos, plan)
     assert [places for places, _ in jobs] == [[0, 1], [2], [3, 4], [5]]
     assert jobs[2][1] == ("b", [("x", (0.0, 1.0)), ("y", (0.5, 2.0))], plan)
     assert plan.slot_bytes == plan.rows_a_job * 4 * 32 * 32 * 3
-    many = jobs_of(["a"] * 50, ["x"] * 50, [(0.0, 1.0)] * 50, plan)
+    many = jobs_of([Video("x", "a", -1, span=(0.0, 1.0))] * 50, plan)
     assert [len(places) for places, _ in many] == [16, 16, 16, 2]
     assert replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 8  # of 3.8 MB each
     assert replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 1

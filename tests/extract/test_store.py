@@ -223,8 +223,6 @@ def test_what_is_no_store_is_named(tmp_path):
         FeatureStore.open(tmp_path / "other.zarr")
     with pytest.raises(ValueError, match=r"float32 \(3, 1, 4, 6\)"):
         make(tmp_path / "a.zarr", 8, done=False).write_block(0, np.zeros((3, 1, 4, 6), "f4"))
-    with pytest.raises(ValueError, match="'errors': 2"):
-        Rows(np.arange(1), np.zeros(1, "i1"), ["", ""], np.zeros(1), np.zeros((1, 1, 1)), np.zeros((1, 1, 1)))
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_store(tmp_path):

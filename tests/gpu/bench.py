@@ -20,7 +20,7 @@ import torch
 
 from extract.backbone.model import Backbone, load_backbone
 from extract.decode.subprocess_pool import SubprocessPool
-from extract.decode.transform import Plan, decode_job, jobs_of
+from extract.decode.transform import Plan, decode_job
 from extract.store import FeatureStore, RunLog
 from timing import flops_per_frame
 
@@ -158,7 +158,7 @@ def _decoding_alone(backbone: Backbone, paths: list[str]) -> float:
     plan = Plan(25, 1, 0, backbone.preprocessing, 0, "pyav")
     cores = len(os.sched_getaffinity(0))
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=cores, timeout=60) as pool:
-        jobs = [job for _, job in jobs_of(paths, paths, [None] * len(paths), plan)]
+        jobs = [(path, [(path, None)], plan) for path in paths]
         for future in [pool.submit(job) for job in jobs[:cores]]:
             future.result().release()
         started = time.perf_counter()
