@@ -1,5 +1,6 @@
 """Fixtures of the whole suite: where the clips are, random state restored after each test."""
 
+import contextlib
 import os
 import random
 import sys
@@ -12,6 +13,26 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 ROOT = Path(__file__).parent.parent
+# What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
+LONGEST = (
+    "test_actor_pool.py",
+    "test_finetune.py",
+    "test_power.py",
+    "test_export.py",
+    "test_decode.py",
+    "test_crossval.py",
+    "test_run.py",
+    "test_windows.py",
+    "test_prove.py",
+)
+
+with contextlib.suppress(ImportError):  # a machine with a GPU may have none
+    import hypothesis
+
+    # How long an example takes says nothing where others use the machine too.
+    slow = [hypothesis.HealthCheck.too_slow]
+    hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.load_profile("shared machine")
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +80,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     HGNL_GPU_DEVICE=cpu runs them on small networks on the CPU: a rehearsal.
     """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.name, len(places)))
     if os.environ.get("HGNL_GPU") == "1" or os.environ.get("HGNL_GPU_DEVICE"):
         return
     for item in items:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.stream import Disposition
 
 # FFmpeg's name of a container where the file's ending does not say it.
 _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}
@@ -50,8 +51,8 @@ def write_video(
 ) -> Path:
     """Write a video of `size` (width, height); `pts` in units of 1/1000 s in place of a constant rate.
 
-    `more_streams` are the sizes of further video streams, with other pictures. Raises what PyAV raises where the
-    encoder or the container does not take it.
+    `more_streams` are the sizes of further video streams, with other pictures; the last is the one to be shown.
+    Raises what PyAV raises where the encoder or the container does not take it.
     """
     settings = {"strict": "-2"} | (options or {})
     if codec == "libx265":
@@ -76,6 +77,8 @@ def write_video(
             for _ in range(5 * number):
                 next(pictures)  # other pictures than the first stream's
             sources.append((stream, pictures))
+        if more_streams:
+            stream.disposition = Disposition.default
         sound = output.add_stream("aac", rate=16000) if audio else None
         if sound is not None:
             sound.layout = "mono"

@@ -49,7 +49,7 @@ def hgnl(*args, seed: int = 0, **options) -> HGNonLocal:
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_pooled_equals_literal_in_values_and_gradients(case):
     module, x = case
     x.requires_grad_()
@@ -63,7 +63,7 @@ def test_pooled_equals_literal_in_values_and_gradients(case):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_literal_equals_loops(case):
     module, x = case
     expected = torch.stack([torch.from_numpy(attention_by_loops(module, video)) for video in x])
@@ -71,7 +71,7 @@ def test_literal_equals_loops(case):
 
 
 @given(cases())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_mask_leaves_what_the_valid_frames_alone_give(case):
     """So n counts valid frames only, in every norm."""
     module, x = case
@@ -89,7 +89,7 @@ def test_a_mask_leaves_what_the_valid_frames_alone_give(case):
 
 
 @given(cases(), st.randoms(use_true_random=False))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_order_does_not_matter(case, random):
     module, x = case
     order = list(range(x.shape[1]))

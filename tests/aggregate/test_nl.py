@@ -38,7 +38,7 @@ SIZES = (
 
 
 @given(*SIZES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, scale_scores, seed):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     x.requires_grad_()
@@ -52,7 +52,7 @@ def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, 
 
 
 @given(*SIZES)
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_literal_equals_loops(batch, time, dim, inner, scale_scores, seed):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     expected = torch.stack([torch.from_numpy(attention_by_loops(module, video)) for video in x])
@@ -60,7 +60,7 @@ def test_literal_equals_loops(batch, time, dim, inner, scale_scores, seed):
 
 
 @given(*SIZES)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_a_mask_leaves_what_the_valid_frames_alone_give(batch, time, dim, inner, scale_scores, seed):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     mask = some_mask(batch, time)

@@ -165,7 +165,7 @@ def test_at_the_start_the_trunk_is_kept_in_half_precision_and_the_head_is_comput
     assert torch.equal(features, model.aggregator(maps.mean((2, 3)).float().view(2, 3, -1)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     trunk=st.just("resnet"),
     batch=st.integers(2, 3),
@@ -383,7 +383,7 @@ def test_frames_of_another_shape_are_refused(shape):
 # The Temporal Xception Block alone
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=st.integers(2, 4),
     time=st.integers(1, 6),
@@ -400,7 +400,7 @@ def test_txb_is_the_literal_form(batch, time, dim, out_dim, training, seed):
     assert_close(out, literal_txb(txb, x), magnitude=1.0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(counts=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 99))
 def test_txb_on_a_masked_video_is_that_of_its_valid_frames_alone(counts, seed):
     txb = trained(TemporalXception(6)).eval()

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregate.scores import Scores
@@ -64,7 +64,6 @@ def obvious(models, weights) -> dict[str, dict[str, float] | None]:
     return fused
 
 
-@settings(deadline=None)
 @given(several())
 def test_fusion_is_the_obvious_loop(case):
     models, weights = case
@@ -81,7 +80,6 @@ def test_fusion_is_the_obvious_loop(case):
         assert got == pytest.approx(want, rel=2e-4, abs=1e-30)  # float32 of a logarithm near -100 is good to 4e-6
 
 
-@settings(deadline=None)
 @given(several())
 def test_softmax_of_a_fused_file_gives_the_mean_probabilities_back(case):
     models, weights = case

@@ -51,7 +51,7 @@ def contests(draw):
     return align(scores, missing="worst"), np.array(weights if any(weights) else [1] * size) / 8
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(contests())
 def test_places_are_those_of_the_fused_scores(case):
     aligned, weights = case

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -58,7 +58,6 @@ def official_hits(path, truth: dict[str, str], k: int) -> list[bool]:
 VALUES = st.sampled_from([-400.0, -1.0, 0.0, 0.5, 2.0, 90.0, 3e38]).map(np.float32)
 
 
-@settings(deadline=None)
 @given(arrays.arrays(np.float32, (4, 7), elements=VALUES), st.lists(st.integers(0, 6), min_size=4, max_size=4))
 def test_what_is_written_passes_and_grades_as_the_metrics_say(tmp_path_factory, logits, labels):
     """Ties, probabilities that underflow and all: the file ranks exactly as the scores do."""

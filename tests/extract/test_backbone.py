@@ -431,7 +431,7 @@ def tiny(precision: str) -> Backbone:
     return load_backbone("test_resnet", weights="random", precision=precision)
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(order=st.permutations(range(20)), start=st.integers(0, 19))
 def test_features_do_not_depend_on_neighbours(order: list[int], start: int) -> None:
     for precision in ("fp32", "bf16"):

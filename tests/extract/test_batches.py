@@ -107,7 +107,7 @@ def accept(features: np.ndarray) -> None:
     pass
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     videos=st.lists(st.integers(0, 23), max_size=12),
     size=st.integers(1, 9),

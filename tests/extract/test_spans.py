@@ -92,7 +92,7 @@ def test_spans_behind_an_edit_list(start, seconds, tmp_path):
     assert_spans_are_exact(cut_by_edit_list(path, start=start, seconds=seconds))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(st.lists(st.tuples(st.integers(0, 2600), st.integers(1, 900)), min_size=1, max_size=8))
 def test_any_spans_in_any_order_are_exact(tmp_path_factory, drawn):
     path = tmp_path_factory.getbasetemp() / "any.mp4"
@@ -344,7 +344,6 @@ def test_windows(seconds, window, stride, spans):
     assert window_spans(seconds, window, stride) == spans
 
 
-@settings(deadline=None)
 @given(st.integers(1, 10**7), st.integers(1, 10**5), st.integers(1, 10**5))
 def test_windows_leave_nothing_out(length, window, stride):
     stride = min(stride, window)

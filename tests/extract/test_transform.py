@@ -380,7 +380,7 @@ def test_a_partial_video_says_so_and_an_unreadable_one_raises(broken_clips):
         prepared(broken_clips / "zero_bytes.mp4", plan())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.data())
 def test_every_crop_of_every_resized_frame_is_there(height, width, resize, data):
     """No size of video, however small or long, leaves a crop outside the frame."""

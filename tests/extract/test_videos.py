@@ -208,7 +208,7 @@ def test_class_folders_of_kinetics_in_three_spellings(tmp_path, spelled):
     }
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.sets(
         st.tuples(st.sampled_from(["train", "val", "test"]), st.sampled_from(kinetics700_labels()), st.integers(0, 9)),
@@ -610,7 +610,6 @@ def test_the_clips_that_the_project_ships(demo_clips):
 # -- youtube ids and the report --------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(
     st.from_regex(r"[A-Za-z0-9_-]{11}", fullmatch=True),
     st.integers(0, 10**6),
