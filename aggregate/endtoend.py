@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from aggregate.data.frames import normalised
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
@@ -58,11 +57,17 @@ class Recogniser(nn.Module):
         self, frames: UInt8[Tensor, "batch time frames height width 3"], mask: Bool[Tensor, "batch time"]
     ) -> Float[Tensor, "batch classes"]:
         device = next(self.net.parameters()).device
-        pictures = normalised(frames, self.preprocessing.mean, self.preprocessing.std, device)
+        pictures = normalised(frames.to(device, non_blocking=True), self.preprocessing)
         if isinstance(self.net, StNet):
             return self.net(pictures)
         mask = mask.to(device)
         return self.net(pictures, None if mask.all() else mask)
+
+
+def normalised(frames: Tensor, see: Preprocessing) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] as the backbone's weights were trained to see."""
+    mean, std = (torch.tensor(three, device=frames.device).view(3, 1, 1) * 255 for three in (see.mean, see.std))
+    return (frames.movedim(-1, -3).float() - mean) / std
 
 
 def build_net(options: Mapping[str, Any], backbone: nn.Module) -> EndToEnd | StNet:

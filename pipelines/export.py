@@ -161,7 +161,7 @@ def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> st
 def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
     import torch
 
-    from aggregate.data.frames import normalised
+    from aggregate.endtoend import normalised
     from aggregate.stnet import StNet
 
     class PixelsToLogits(torch.nn.Module):
@@ -173,7 +173,7 @@ def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
             see = model.preprocessing
             if not isinstance(self.net, StNet):
                 frames = frames.unsqueeze(2)  # one frame a segment
-            return self.net(normalised(frames, see.mean, see.std, frames.device))
+            return self.net(normalised(frames, see))
 
     return PixelsToLogits().eval()
 

@@ -66,15 +66,22 @@ class Predictor:
         segments: int = 25,
         video_timeout: float = 60.0,
     ):
-        from aggregate.endtoend import backbone_from_record, model_from_record
+        from aggregate.endtoend import backbone_from_record, model_from_record, preprocessing_of
         from extract.decode.subprocess_pool import SubprocessPool
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
         self.classes, self.segments = checkpoint.classes, segments
+        self.preprocessing = preprocessing_of(checkpoint)
+        self._per_segment = checkpoint.options.get("frames_per_segment", 0)  # of StNet
+        self._plan = self.preprocessing, segments, self._per_segment
+        self._row_bytes = segments * max(self._per_segment, 1) * self.preprocessing.size**2 * 3
+        self._at_once = max(1, _SLOT_BYTES // self._row_bytes)
+        # The child starts while the backbone is loaded here.
+        self._pool = SubprocessPool(look, slot_bytes=self._at_once * self._row_bytes, workers=1, timeout=video_timeout)
+        weakref.finalize(self, self._pool.close)
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         self._aggregator: Any = None
-        self._per_segment = checkpoint.options.get("frames_per_segment", 0)  # of StNet
         if self._per_segment:
             from extract.device import choose_device
 
@@ -82,18 +89,13 @@ class Predictor:
                 raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")
             where = choose_device(device)
             self._model: Any = model_from_record(checkpoint, weights).to(where)
-            self.preprocessing, self.words = self._model.preprocessing, f"StNet on {where} in fp32"
+            self.words = f"StNet on {where} in fp32"
         else:
             backbone = backbone_from_record(checkpoint, weights, device=device, precision=precision, frames=segments)
             self._network, self._model = backbone, checkpoint.model()
-            self.preprocessing, self.words = backbone.preprocessing, backbone.describe()
+            self.words = backbone.describe()
             if checkpoint.options["name"] in WEIGHING:
                 self._aggregator = self._model.aggregator
-        self._plan = self.preprocessing, segments, self._per_segment
-        self._row_bytes = segments * max(self._per_segment, 1) * self.preprocessing.size**2 * 3
-        self._at_once = max(1, _SLOT_BYTES // self._row_bytes)
-        self._pool = SubprocessPool(look, slot_bytes=self._at_once * self._row_bytes, workers=1, timeout=video_timeout)
-        weakref.finalize(self, self._pool.close)
 
     def __call__(
         self, path: str | os.PathLike[str], *, window: float | None = None, stride: float | None = None

@@ -7,7 +7,6 @@ from math import prod
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.features import Batch
@@ -86,10 +85,3 @@ class VideoFrames:
         mask = torch.from_numpy(np.array(masks, bool).reshape(-1, self.plan.segments))
         labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
         return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(self.plan.crops)]
-
-
-def normalised(frames: Tensor, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] as the backbone's weights were trained to see, on `device`."""
-    pictures = frames.to(device, non_blocking=True).movedim(-1, -3).float()
-    scale = torch.tensor(std, device=device).view(3, 1, 1) * 255
-    return (pictures - torch.tensor(mean, device=device).view(3, 1, 1) * 255) / scale

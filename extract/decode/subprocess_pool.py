@@ -149,6 +149,8 @@ class _ChildThread(threading.Thread):
         self.start()
 
     def run(self) -> None:
+        with contextlib.suppress(_ChildDiedError, RunError):  # what stays wrong, the first job meets again and says
+            self._start_child()  # before there is a job: the caller may be loading its backbone
         # The slot first: a job must not wait here while another thread could do it.
         while (slot := self._free.get()) is not None and (waiting := self._jobs.get()) is not None:
             job, future = waiting

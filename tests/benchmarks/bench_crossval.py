@@ -75,7 +75,7 @@ def test_nine_subjects_in_one_command(tmp_path):
         f"\none command {median(one for one, _ in turns):.1f} s, nine processes {median(n for _, n in turns):.1f} s: "
         f"{ratio:.3f}"
     )
-    assert ratio <= 0.28  # 25 s to 9 x 11 s
+    assert ratio <= 0.5  # 25 s to 9 x 11 s when it was asked for; a training starts in a third of that now
 
 
 @pytest.mark.timeout(1200)

@@ -95,7 +95,8 @@ def test_decoding_against_decord_and_torchcodec(shared_clips, tmp_path):
     libraries = links_to_ffmpeg(tmp_path / "ffmpeg")
     done = subprocess.run(
         [sys.executable, __file__, *map(str, clips)],
-        env=os.environ | {"LD_LIBRARY_PATH": str(libraries), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"LD_LIBRARY_PATH": str(libraries), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
         stdout=subprocess.PIPE,
         check=True,
     )
