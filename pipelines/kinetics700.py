@@ -8,7 +8,6 @@ plan with what it will cost on this machine.
 """
 
 import contextlib
-import importlib
 import json
 import os
 import sys
@@ -16,11 +15,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import product
 from pathlib import Path
+from timeit import timeit
 from typing import TYPE_CHECKING, Any, Literal
 
-from extract.cli import InputError, RunError, run_command
+from extract.cli import InputError, run_command
+from pipelines.steps import fuse, scores_file, step
 
 if TYPE_CHECKING:
     from extract.backbone.model import Backbone
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 # Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of the ensemble on test.
 PAPER = {"tsn": (57.38, 61.83), "hgnl": (57.713, 62.12), "stnet": (55.7, None)}
 PAPER_TEST_ERROR = 0.28444
+AGGREGATORS = ("tsn", "hgnl", "nl")
 VIDEOS_MEASURED = 8
+CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,11 @@ def main(options: Options) -> int:
     if not {"train", "val"} <= {video.split for video in listings["k700"].videos if video.label >= 0}:
         known = ", ".join(map(repr, listings["k700"].splits))
         raise InputError(f"--root {options.root}: the recipe needs labelled videos of train and of val, found {known}")
-    if "stnet" not in options.skip and options.stnet and options.backbone.startswith("tf_efficientnet"):
+    if "stnet" in _wanted(options) and options.backbone.startswith("tf_efficientnet"):
         raise InputError(f"--stnet: {options.backbone} has no four stages; give a ResNet-like --backbone")
     if options.dry_run:
         _plan(options, listings)
     else:
-        options.workdir.mkdir(parents=True, exist_ok=True)
         _run(options, listings["k700"].splits)
     return 0
 
@@ -113,28 +114,25 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     total = 0.0
     for name, listing in listings.items():
         videos = len(listing.videos)
-        computing, decoding = videos * options.frames * frame, videos * decode
+        computing, decoding = videos * options.frames * frame, videos * decode / CORES
         on_cpu = backbone.device.type == "cpu"  # there both share the cores
         seconds = computing + decoding if on_cpu else max(computing, decoding)
         print(
             f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "
             f"{_duration(seconds)} (backbone {_duration(computing)}, decoding {_duration(decoding)})"
         )
-        cores = len(os.sched_getaffinity(0))
-        spread = cost(videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode * cores)
+        spread = cost(videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode)
         print(f"cluster   {name}: {spread}")
-        total += seconds
-        for agg in ("tsn", "hgnl", "nl") if name == "k700" else ("tsn",):
-            if agg not in options.skip:
-                total += _plan_training(options, name, listing, agg, backbone.dim)
-    if options.stnet and "stnet" not in options.skip:
+        trained = [agg for agg in AGGREGATORS if agg in _wanted(options) and (name == "k700" or agg == "tsn")]
+        total += seconds + sum(_plan_training(options, name, listing, agg, backbone.dim) for agg in trained)
+    if "stnet" in _wanted(options):
         print("stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs")
     print(f"in all    about {_duration(total)} on this machine with one worker")
     print("Next: the same command without --dry-run")
 
 
 def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tuple[float, float]:
-    """Seconds that all cores take to decode a video, and the backbone to compute a frame."""
+    """Seconds that a core takes to decode a video, and the backbone to compute a frame."""
     import numpy as np
 
     from extract.decode import VideoError
@@ -152,12 +150,12 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
         raise InputError(f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes")
     batch = out[0, : backbone.batch_size]
     frame = _timed(lambda: backbone(batch)) / len(batch)
-    cores, decode = len(os.sched_getaffinity(0)), float(np.mean(seconds))
+    decode = float(np.mean(seconds))
     print(
         f"\nbackbone  {backbone.describe()}\nmeasured  decoding {1000 * decode:.0f} CPU ms a video over {len(seconds)} "
-        f"videos, {cores} cores; backbone {1 / frame:,.0f} frames/s"
+        f"videos, {CORES} cores; backbone {1 / frame:,.0f} frames/s"
     )
-    return decode / cores, frame
+    return decode, frame
 
 
 def _plan_training(options: Options, name: str, listing: "Listing", agg: str, dim: int) -> float:
@@ -182,13 +180,10 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
     return seconds
 
 
-def _timed(call: Callable[[], object], times: int = 3) -> float:
-    """Seconds of a call, the mean of some after a first one."""
+def _timed(call: Callable[[], object]) -> float:
+    """Seconds of a call, the mean of three after a first one."""
     call()
-    started = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - started) / times
+    return timeit(call, number=3) / 3
 
 
 def _duration(seconds: float) -> str:
@@ -201,77 +196,51 @@ def _duration(seconds: float) -> str:
 
 def _run(options: Options, splits: Sequence[str]) -> None:
     """The steps in their order, each in a folder of its own below the work folder."""
-    work, skip = options.workdir, options.skip
+    work, wanted = options.workdir, _wanted(options)
     backbone, machine = _same(options, "backbone", "weights"), _same(options, "address", "decode_workers")
-    sources = {"k700": options.root} | ({"k600": options.pretrain} if options.pretrain else {})
-    for name, videos in sources.items() if "extract" not in skip else ():
-        more = _same(options, "frames", "workers", "max_failed") | {
-            "labels": options.labels if name == "k700" else "auto"
-        }
-        _step("extract.__main__", videos=videos, out=f"{work}/{name}.zarr", **backbone, **machine, **more)
     schedule = _same(options, "epochs", "batch_size")
-    init = None
-    if options.pretrain:
-        init = work / "k600_tsn" / "best.pt"
-        if "tsn" not in skip:
-            _train(options, "tsn", features="k600", out=work / "k600_tsn")
-    for agg in ("tsn", "hgnl", "nl"):
-        if agg not in skip:
-            _train(options, agg, out=work / agg, init=init if agg == "tsn" else work / "tsn" / "best.pt")
-    if options.stnet and "stnet" not in skip:
-        more = {"videos": options.root, "labels": options.labels, "workers": options.workers or 1}
-        _step("aggregate.finetune", model="stnet", out=work / "stnet", **backbone, **machine, **schedule, **more)
-    models = [name for name in ("tsn", "hgnl", "nl", "stnet") if (work / name / "best.pt").exists()]
+    k700: dict[str, Any] = {"videos": options.root, "labels": options.labels}
+    for name, videos in {"k700": k700, "k600": {"videos": options.pretrain}}.items():
+        if "extract" in wanted and videos["videos"]:
+            more = _same(options, "frames", "workers", "max_failed")
+            step("extract.__main__", **videos, out=f"{work}/{name}.zarr", **backbone, **machine, **more)
+
+    def train(agg: str, out: str, init: Path | None, store: str = "k700") -> None:
+        own = {"control": True, **_same(options, "g1", "g2")} if agg == "hgnl" else {}
+        files = {"features": f"{work}/{store}.zarr", "out": work / out, "init": init}
+        step("aggregate.train", agg=agg, recipe="paper", **files, **schedule, **own)
+
+    if options.pretrain and "tsn" in wanted:
+        train("tsn", "k600_tsn", None, store="k600")
+    before = {"tsn": work / "k600_tsn" / "best.pt" if options.pretrain else None}
+    for agg in AGGREGATORS:
+        if agg in wanted:
+            train(agg, agg, before.get(agg, work / "tsn" / "best.pt"))
+    if "stnet" in wanted:
+        more = {"workers": options.workers or 1, **backbone, **machine, **schedule}
+        step("aggregate.finetune", model="stnet", **k700, out=work / "stnet", **more)
+    tested_on = {name: {"features": f"{work}/k700.zarr"} for name in AGGREGATORS} | {"stnet": k700}
+    models = {name: source for name, source in tested_on.items() if (work / name / "best.pt").exists()}
     if not models:
         raise InputError(f"{work} holds no trained model; leave fewer steps out with --skip")
-    if "ensemble" not in skip:
-        _ensemble(options, models, [split for split in ("val", "test") if split in splits])
-    if "report" not in skip:
-        _step("pipelines.report.__main__", rundir=work, out=work / "report.html")
-    _table(options, models)
+    if "ensemble" in wanted:  # weights are searched on val, then used for test
+        weights = "search" if len(models) > 1 else "equal"
+        for split in (tested := [split for split in ("val", "test") if split in splits]):
+            submission = work / "submission.json" if split == tested[-1] else None
+            weights = fuse(work, models, split, weights=weights, segments=(3, 25), submission=submission)
+    if "report" in wanted:
+        step("pipelines.report.__main__", rundir=work, out=work / "report.html")
+    _table(options, list(models))
 
 
-def _step(module: str, **options: Any) -> None:
-    """One command of the recipe, as `python -m` runs it."""
-    command = importlib.import_module(module)
-    name = module.removesuffix(".__main__")
-    print(f"\n== {name} {options.get('out', '')} ==", flush=True)
-    if status := command.main(command.Options(**options)):
-        raise RunError(f"the recipe ends here: python -m {name} gave exit status {status}; what it said stands above")
+def _wanted(options: Options) -> set[str]:
+    """The steps that are not left out."""
+    return {"extract", *AGGREGATORS, *["stnet"] * options.stnet, "ensemble", "report"} - set(options.skip)
 
 
 def _same(options: Options, *names: str) -> dict[str, Any]:
     """Options that a step has under the same names."""
     return {name: getattr(options, name) for name in names}
-
-
-def _train(options: Options, agg: str, *, out: Path, features: str = "k700", init: Path | None = None) -> None:
-    more = _same(options, "epochs", "batch_size") | (_same(options, "g1", "g2") if agg == "hgnl" else {})
-    store = f"{options.workdir}/{features}.zarr"
-    _step("aggregate.train", agg=agg, features=store, out=out, init=init, recipe="paper", control=agg == "hgnl", **more)
-
-
-def _ensemble(options: Options, models: Sequence[str], splits: Sequence[str]) -> None:
-    """Weights searched on val, then used for test (where there is one) and its submission."""
-    work = options.workdir
-    for split, name in product(splits, models):
-        checkpoint, out = work / name / "best.pt", _scores(options, name, split)
-        if out.exists() and out.stat().st_mtime > checkpoint.stat().st_mtime:
-            continue
-        source: dict[str, Any] = {"features": f"{work}/k700.zarr"}
-        if name == "stnet":
-            source = {"videos": options.root, "labels": options.labels}
-        _step("aggregate.evaluate", checkpoint=checkpoint, split=split, segments=(3, 25), out=out, **source)
-    weights = "search" if len(models) > 1 else "equal"
-    for split in splits:
-        scores, out = tuple(_scores(options, name, split) for name in models), work / f"fused_{split}.h5"
-        submission = work / "submission.json" if split == splits[-1] else None
-        _step("ensemble.__main__", scores=scores, out=out, weights=weights, submission=submission)
-        weights = ",".join(map(repr, json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["weights"]))
-
-
-def _scores(options: Options, name: str, split: str) -> Path:
-    return options.workdir / "scores" / f"{name}_{split}.h5"
 
 
 def _table(options: Options, models: Sequence[str]) -> None:
@@ -281,7 +250,7 @@ def _table(options: Options, models: Sequence[str]) -> None:
 
     print("\nTop-1 % on val, 3 segments / most segments\n  model    ours             the paper (Table 3)")
     for name in models:
-        if not (path := _scores(options, name, "val")).exists():
+        if not (path := scores_file(options.workdir, name, "val")).exists():
             continue
         both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
         ours = [f"{100 * summarise(one.logits, one.labels).top1.value:.2f}" for one in both]
