@@ -64,7 +64,7 @@ def main(options: Options) -> int:
 
     found: Found | None = None
     rows: list[Row] = []
-    if (aligned.labels >= 0).any():
+    if options.weights == "search" or (aligned.labels >= 0).any():
         ranking = Ranking.of(aligned)
         rows = table(ranking, None if given is None else weights.tolist())
         if options.weights == "search":
@@ -73,15 +73,10 @@ def main(options: Options) -> int:
             weights = checked_weights(found.weights, len(names))
         del ranking
         print(_table(rows))
-    elif options.weights == "search":
-        raise InputError(
-            f"--weights search: none of the {len(aligned.ids):,} videos has a label. "
-            "Search on the validation scores, and give the weights that are found here"
-        )
     else:
         print("no video has a label: there is no figure to show")
     if found is not None:
-        print(_verdict(found, names))
+        print(f"{found.statement()}\n{found.advice(names)}")
     used = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
     print(f"fused with the weights {used}")
 
@@ -140,25 +135,12 @@ def _table(rows: "Sequence[Row]") -> str:
     return "\n".join(lines)
 
 
-def _verdict(found: "Found", names: Sequence[str]) -> str:
-    """Whether the search was worth it, how far the folds agree, and the weights to give for other videos."""
-    spread = ", ".join(
-        f"{name} {min(column):.2f} to {max(column):.2f}"
-        for name, column in zip(names, zip(*found.weights_by_fold, strict=True), strict=True)
-    )
-    given = ",".join(f"{weight:.4g}" for weight in found.weights)
-    return (
-        f"{found.statement()}\nacross folds: {spread}; error on the videos they were searched on (too good to be "
-        f"true): {100 * found.in_sample:.2f} %\nfor other videos of these models: --weights {given}"
-    )
-
-
 def _record(
     options: Options, aligned: "Aligned", weights: list[float], rows: "Sequence[Row]", found: "Found | None"
 ) -> dict[str, Any]:
     """The summary beside the fused scores; figures are fractions, intervals have value, low, high."""
     videos = {"joined": len(aligned.ids), "labelled": int((aligned.labels >= 0).sum())}
-    record: dict[str, Any] = {
+    return {
         "schema": SCHEMA,
         "scores": [str(path) for path in options.scores],
         "models": list(aligned.names),
@@ -166,11 +148,8 @@ def _record(
         "weights_from": options.weights if options.weights in ("equal", "search") else "given",
         "videos": videos | {"missing": options.missing, "dropped": aligned.dropped, **aligned.counts.to_dict("list")},
         "table": [asdict(row) for row in rows],
+        **({"search": found.record()} if found else {}),
     }
-    if found is not None:
-        record["search"] = asdict(found) | {"folds": len(found.weights_by_fold), "beats_equal": found.beats_equal}
-        record["search"]["statement"] = found.statement()
-    return record
 
 
 if __name__ == "__main__":

@@ -68,84 +68,71 @@ def align(
     if not list_of_scores:
         raise InputError("there are no scores to join; give at least one scores file")
     names = [f"model {place + 1}" for place in range(len(list_of_scores))] if names is None else list(names)
-    first = list_of_scores[0]
-    columns = [_columns(first, scores, names[0], name) for scores, name in zip(list_of_scores, names, strict=True)]
+    classes = list(list_of_scores[0].classes)
+    for scores, name in zip(list_of_scores, names, strict=True):
+        _check_classes(classes, list(scores.classes), names[0], name)
     listed = [pd.Index(scores.ids, dtype=object) for scores in list_of_scores]
-    ids, dropped = _join(listed, names, missing)
-    rows = [index.get_indexer(ids) for index in listed]  # -1: not listed
-    said = [_labels(scores, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
-    taken = [_taken(scores.logits, *places) for scores, *places in zip(list_of_scores, rows, columns, strict=True)]
-    lacking = np.stack(rows) < 0
-    # A row is NaN throughout or not at all, which Scores has seen to.
-    failed = np.stack([np.isnan(logits[:, 0]) for logits in taken])
+    union = pd.Index(dict.fromkeys(name for ids in listed for name in ids), dtype=object)
+    there = np.stack([union.isin(ids) for ids in listed])
+    everywhere = there.all(axis=0)
+    if missing == "error" and not everywhere.all():
+        raise InputError(_who_lacks_what(names, union, there))
+    if missing == "drop" and not everywhere.any():
+        raise InputError(
+            f"{' and '.join(names)} have no video in common; {names[0]} begins with {listed[0][0]!r}, "
+            f"{names[1]} with {listed[1][0]!r}"
+        )
+    kept = everywhere if missing == "drop" else np.ones(len(union), bool)
+    ids, lacking = union[kept], ~there[:, kept]
+    logits, said = zip(*(_in_order(scores, ids, classes) for scores in list_of_scores), strict=True)
+    failed = np.stack([np.isnan(rows[:, 0]) for rows in logits])  # rows are NaN throughout or not at all
     counts = {"listed": map(len, listed), "lacking": lacking.sum(axis=1), "failed": (failed & ~lacking).sum(axis=1)}
     splits = {str(scores.source.get("split", "")) for scores in list_of_scores}
     return Aligned(
         names=tuple(names),
         ids=ids.tolist(),
-        classes=list(first.classes),
-        logits=tuple(taken),
-        labels=_agreed(np.stack(said), names, ids, first.classes),
+        classes=classes,
+        logits=logits,
+        labels=_agreed(np.stack(said), names, ids, classes),
         lacking=lacking,
         failed=failed,
         counts=pd.DataFrame(counts, index=names),
         missing=missing,
-        dropped=dropped,
+        dropped=int((~kept).sum()),
         split=splits.pop() if len(splits) == 1 else "",
     )
 
 
-def _columns(first: Scores, scores: Scores, first_name: str, name: str) -> np.ndarray:
-    """Where the classes of `first` stand in `scores`."""
-    ours, theirs = pd.Index(first.classes, dtype=object), pd.Index(scores.classes, dtype=object)
-    pairs = (ours, theirs, first_name, name), (theirs, ours, name, first_name)
-    for alone, here, there in ((one.difference(other, sort=False), *of) for one, other, *of in pairs):
-        if len(alone):
+def _check_classes(ours: list[str], theirs: list[str], first: str, name: str) -> None:
+    for some, others, here, there in ((ours, theirs, first, name), (theirs, ours, name, first)):
+        known = set(others)
+        if alone := [label for label in some if label not in known]:
             raise InputError(
-                f"{name} has other classes than {first_name} ({len(theirs):,} and {len(ours):,}): "
+                f"{name} has other classes than {first} ({len(theirs):,} and {len(ours):,}): "
                 f"{alone[0]!r} is in {here} and not in {there}; fuse models of the same classes"
             )
-    return theirs.get_indexer(ours)
 
 
-def _join(listed: Sequence[pd.Index], names: Sequence[str], missing: Missing) -> tuple[pd.Index, int]:
-    """The videos to keep and how many were dropped."""
-    union = pd.Index(dict.fromkeys(name for ids in listed for name in ids), dtype=object)
-    there = np.stack([union.isin(ids) for ids in listed])
-    everywhere = there.all(axis=0)
-    if missing == "error" and not everywhere.all():
-        video = int(everywhere.argmin())
-        having, without = names[int(there[:, video].argmax())], names[int(there[:, video].argmin())]
-        lacking = zip(names, (~there).sum(axis=1), strict=True)
-        raise InputError(
-            f"{union[video]!r} is in {having} and not in {without}; of {len(union):,} videos are missing: "
-            f"{', '.join(f'{name} {count:,}' for name, count in lacking if count)}. "
-            "--missing drop leaves them out, --missing worst counts them as wrong"
-        )
-    if not everywhere.any() and missing == "drop":
-        raise InputError(
-            f"{' and '.join(names)} have no video in common; {names[0]} begins with {listed[0][0]!r}, "
-            f"{names[1]} with {listed[1][0]!r}"
-        )
-    return (union[everywhere], int((~everywhere).sum())) if missing == "drop" else (union, 0)
+def _who_lacks_what(names: Sequence[str], ids: pd.Index, there: np.ndarray) -> str:
+    """Of videos some of which are not everywhere; `there` is bool [models, videos]."""
+    video = int(there.all(axis=0).argmin())
+    having, without = names[int(there[:, video].argmax())], names[int(there[:, video].argmin())]
+    lacking = zip(names, (~there).sum(axis=1), strict=True)
+    return (
+        f"{ids[video]!r} is in {having} and not in {without}; of {len(ids):,} videos are missing: "
+        f"{', '.join(f'{name} {count:,}' for name, count in lacking if count)}. "
+        "--missing drop leaves them out, --missing worst counts them as wrong"
+    )
 
 
-def _taken(logits: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    if not np.array_equal(columns, np.arange(logits.shape[1])):
-        logits = logits[:, columns]
-    if np.array_equal(rows, np.arange(len(logits))):
-        return logits  # no copy of what may be 200 MB
-    taken = logits[rows]
-    taken[rows < 0] = np.nan
-    return taken
-
-
-def _labels(scores: Scores, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """What a model says of the videos, as an index in the first one's classes; -1 unknown."""
-    if scores.labels is None:
-        return np.full(len(rows), -1, np.int32)
-    to_first = np.append(np.argsort(columns), -1).astype(np.int32)  # the -1 behind the last index stays -1
-    return np.where(rows < 0, -1, to_first[scores.labels[rows]])
+def _in_order(scores: Scores, ids: pd.Index, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A model's logits and labels of `ids` over `classes`: NaN and -1 for what it does not list."""
+    columns = pd.Index(scores.classes, dtype=object)
+    table = pd.DataFrame(scores.logits, pd.Index(scores.ids, dtype=object), columns, copy=False)  # may be 200 MB
+    labels = np.full(len(scores), -1) if scores.labels is None else scores.labels
+    said = pd.Series(labels, table.index).reindex(ids, fill_value=-1).to_numpy()
+    ours = np.append(pd.Index(classes, dtype=object).get_indexer(columns), -1)  # behind the last index, for -1
+    return table.reindex(index=ids, columns=pd.Index(classes, dtype=object)).to_numpy(), ours[said].astype(np.int32)
 
 
 def _agreed(said: np.ndarray, names: Sequence[str], ids: pd.Index, classes: Sequence[str]) -> np.ndarray:

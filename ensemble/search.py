@@ -7,8 +7,9 @@ than fusing again.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import combinations, permutations
+from typing import Any
 
 import numpy as np
 
@@ -52,6 +53,20 @@ class Found:
             return f"Searched weights beat equal ones: {figure}."
         return f"Searched weights do NOT beat equal ones: {figure}. Prefer --weights equal."
 
+    def advice(self, names: Sequence[str]) -> str:
+        """How far the folds agree, and the weights to give for other videos."""
+        columns = zip(names, zip(*self.weights_by_fold, strict=True), strict=True)
+        spread = ", ".join(f"{name} {min(column):.2f} to {max(column):.2f}" for name, column in columns)
+        return (
+            f"across folds: {spread}; error on the videos they were searched on (too good to be true): "
+            f"{100 * self.in_sample:.2f} %\nfor other videos of these models: --weights "
+            + ",".join(f"{weight:.4g}" for weight in self.weights)
+        )
+
+    def record(self) -> dict[str, Any]:
+        said = {"folds": len(self.weights_by_fold), "beats_equal": self.beats_equal, "statement": self.statement()}
+        return asdict(self) | said
+
 
 @dataclass(frozen=True)
 class Row:
@@ -63,11 +78,9 @@ class Row:
     against_equal: Interval  # average error minus that of all models at equal weights
 
 
-def search_weights(
-    list_of_scores: Sequence[Scores], *, missing: Missing = "error", folds: int = FOLDS, seed: int = 0
-) -> tuple[float, ...]:
+def search_weights(list_of_scores: Sequence[Scores], *, missing: Missing = "error") -> tuple[float, ...]:
     """Weights [M], summing to 1, for `fuse` of scores joined by id; `Found` from `search` says what they are worth."""
-    return search(Ranking.of(align(list_of_scores, missing=missing)), folds=folds, seed=seed).weights
+    return search(Ranking.of(align(list_of_scores, missing=missing))).weights
 
 
 @dataclass(frozen=True)
@@ -91,7 +104,10 @@ class Ranking:
         """InputError where no video has a label."""
         rows = np.flatnonzero(aligned.labels >= 0)
         if not len(rows):
-            raise InputError(f"none of the {len(aligned.ids):,} videos has a label; there is nothing to search on")
+            raise InputError(
+                f"none of the {len(aligned.ids):,} videos has a label. Search on the validation scores, and give the "
+                "weights that are found there"
+            )
         starts = progress(range(0, len(rows), ROWS_AT_ONCE), desc="ranking")
         pieces = [_contested(aligned, rows[start : start + ROWS_AT_ONCE], start) for start in starts]
         return cls(aligned, rows, *(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
@@ -144,19 +160,17 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
     return contested, videos + start, lower[videos, classes], ahead_of_truth
 
 
-def search(ranking: Ranking, *, folds: int = FOLDS, seed: int = 0) -> Found:
+def search(ranking: Ranking, *, seed: int = 0) -> Found:
     """Search weights on all labelled videos, and judge the search by cross-validation.
 
     Every fold's videos are scored under weights that were searched on the other folds. The folds are a function of
-    (seed, sorted ids), never of the order of a file. Raises InputError for fewer than two folds or videos.
+    (seed, sorted ids), never of the order of a file. Raises InputError for fewer than two videos.
     """
-    if folds < 2:
-        raise InputError(f"{folds} fold: weights are judged on videos they were not searched on, so 2 at least")
     if len(ranking) < 2:
         raise InputError(f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal")
     fold = np.empty(len(ranking), np.int64)
     by_id = np.argsort(np.array(ranking.aligned.ids, object)[ranking.rows])
-    fold[by_id] = np.random.default_rng(seed).permutation(len(fold)) % min(folds, len(fold))
+    fold[by_id] = np.random.default_rng(seed).permutation(len(fold)) % min(FOLDS, len(fold))
     places = np.empty(len(ranking), np.int64)
     by_fold = []
     for held_out in progress(range(fold.max() + 1), desc="searching", unit="fold"):

@@ -11,7 +11,7 @@ from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse_aligned
-from ensemble.search import STEPS, Ranking, fit, search, search_weights, table
+from ensemble.search import FOLDS, STEPS, Ranking, fit, search, search_weights, table
 from extract.cli import InputError
 
 
@@ -90,8 +90,8 @@ def test_the_search_ends_nowhere_above_a_neighbour_and_near_the_best_of_a_grid()
 def test_a_fold_never_sees_its_own_videos():
     """The figure is that of weights searched on the other folds: recompute it by hand."""
     ranking = Ranking.of(align(models(1.0, 1.4, count=103, seed=7)))
-    found = search(ranking, folds=4, seed=2)
-    order = np.random.default_rng(2).permutation(103) % 4  # the ids are sorted already
+    found = search(ranking, seed=2)
+    order = np.random.default_rng(2).permutation(103) % FOLDS  # the ids are sorted already
     places = np.empty(103, int)
     for fold, weights in enumerate(found.weights_by_fold):
         assert weights == fit(ranking, order != fold)
@@ -128,7 +128,7 @@ def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a
     first = search(Ranking.of(align(scores)), seed=3)
     again = search(Ranking.of(align(shuffled)), seed=3)
     assert first == again
-    assert search_weights(scores, seed=3) == first.weights
+    assert search_weights(scores) == first.weights
     assert sum(first.weights) == pytest.approx(1)
     other = search(Ranking.of(align(scores)), seed=4)
     assert other.weights == first.weights  # the whole set has no folds
@@ -184,8 +184,6 @@ def test_of_four_models_one_is_left_out_in_turn():
 
 def test_what_cannot_be_searched_is_refused():
     scores = models(1.0, 1.0, count=3)
-    with pytest.raises(InputError, match="1 fold: weights are judged"):
-        search_weights(scores, folds=1)
     bare = [Scores(one.ids, one.classes, one.logits) for one in scores]
     with pytest.raises(InputError, match="none of the 3 videos has a label"):
         search_weights(bare)
