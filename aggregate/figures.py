@@ -6,16 +6,19 @@ figures.mplstyle.
 
 import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INK, SOFT, LINE = "#1d2329", "#5d6670", "#dfe2e3"
 COLOURS = 8
@@ -25,25 +28,6 @@ STATUS = {"ok": "#2a7f62", "partial": "#e0a92e", "failed": "#b3402c", "pending":
 
 FILM_FRAMES = 25
 WIDE, HALF = 6.8, 4.8  # inches: figures that fill the page, and those of which two stand beside each other
-
-
-class Curve(NamedTuple):
-    """A line through points x, y of colour `colour`; `beside` (dashed) says what it is beside the run's own."""
-
-    name: str
-    x: np.ndarray
-    y: np.ndarray
-    colour: int
-    beside: str = ""
-
-
-class Point(NamedTuple):
-    """A value with its interval (NaN: none)."""
-
-    name: str
-    value: float
-    low: float
-    high: float
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -110,98 +94,80 @@ def evenly(count: int) -> np.ndarray:
 # -- charts --------------------------------------------------------------------------------------------------------
 
 
-def curves(lines: Sequence[Curve], *, y_label: str) -> Figure:
-    """Lines over epochs."""
+def curves(lines: Mapping[str, tuple["pd.Series", str]], *, y_label: str) -> Figure:
+    """Values over epochs (counted from 0), each with matplotlib's format of its line (`C0--`)."""
     with _axes(HALF, 3.0) as (figure, axes):
-        for name, x, y, colour, beside in lines:
+        for name, (y, style) in lines.items():
             single = "o" if np.isfinite(y).sum() < 2 else None
-            axes.plot(x, y, "--" if beside else "-", color=f"C{colour}", marker=single, markersize=4, label=name)
+            axes.plot(y.index + 1, y, style, marker=single, markersize=4, label=name)
         axes.set(xlabel="epoch", title=y_label)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.legend(fontsize=7.5)
         return figure
 
 
-def forest(points: Sequence[Point], *, x_label: str, zero: bool = False) -> Figure:
-    """Values with their intervals, one below the other; `zero` draws a line there."""
-    with _rows([point.name for point in points], x_label, 0.28) as (figure, axes, at):
+def forest(intervals: Mapping[str, Mapping[str, float]], *, x_label: str, zero: bool = False) -> Figure:
+    """Fractions (value, low and high of each name) in percent, one below the other; `zero` draws a line there."""
+    with _rows(list(intervals), x_label, 0.28) as (figure, axes, at):
+        ends = [(one["value"], one["low"], one["high"]) for one in intervals.values()]
+        value, low, high = 100 * np.array(ends, float).reshape(-1, 3).T
         if zero:
             axes.axvline(0, color=SOFT, linewidth=0.9)
-        axes.hlines(at, [p.low for p in points], [p.high for p in points], color="C0", linewidth=2.2, alpha=0.45)
-        axes.plot([p.value for p in points], at, "o", color="C0", markersize=5)
+        axes.hlines(at, low, high, color="C0", linewidth=2.2, alpha=0.45)
+        axes.plot(value, at, "o", color="C0", markersize=5)
         return figure
 
 
-def bars(names: Sequence[str], values: Any, kinds: dict[str, str], *, x_label: str) -> Figure:
-    """A bar a name, of a piece a kind (name to colour): values [names, kinds]."""
-    with _rows(names, x_label, 0.3) as (figure, axes, at):
-        widths = np.asarray(values, float)
-        left = widths.cumsum(axis=1) - widths
-        for index, (kind, paint) in enumerate(kinds.items()):
-            axes.barh(at, widths[:, index], left=left[:, index], height=0.66, color=paint, label=kind)
-        if len(kinds) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(kinds))
+def bars(table: "pd.DataFrame", colours: Sequence[str], *, x_label: str) -> Figure:
+    """A bar a row, of a piece a column."""
+    with _rows(list(table.index), x_label, 0.3) as (figure, axes, at):
+        left = table.cumsum(axis=1) - table
+        for (kind, widths), colour in zip(table.items(), colours, strict=True):
+            axes.barh(at, widths, left=left[kind], height=0.66, color=colour, label=kind)
+        if len(colours) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
         return figure
 
 
-def heat_map(
-    values: np.ndarray,
-    *,
-    rows: Sequence[str],
-    columns: Sequence[str],
-    row_label: str,
-    column_label: str,
-    show: Callable[[float], str],
-    low: float | None = None,
-    width: float = WIDE,
-) -> Figure:
-    """values [rows, columns] as shades of blue with `show(value)` written on each; NaN stays empty."""
+def heat_map(table: "pd.DataFrame", spec: str, *, low: float | None = None, width: float = WIDE) -> Figure:
+    """Values as shades of blue, from `low` (or the least one) on, written as `spec` says; NaN is empty.
+
+    The axes have the names of the table's index and columns.
+    """
+    values, rows, columns = table.to_numpy(), list(map(str, table.index)), list(map(str, table.columns))
     turn = max(map(len, columns), default=0) > 4
     tall = 0.33 if len(columns) > 8 else 0.46
     with _axes(width, (1.7 if turn else 0.9) + tall * len(rows)) as (figure, axes):
-        finite = values[np.isfinite(values)]
-        low = low if low is not None else float(finite.min()) if finite.size else 0.0
-        high = float(finite.max()) if finite.size else 1.0
         edges = [np.arange(count + 1) - 0.5 for count in (len(columns), len(rows))]
-        axes.pcolormesh(
-            *edges,
-            values,
-            cmap="Blues",
-            vmin=low,
-            vmax=high if high > low else low + 1,
-            edgecolor="white",
-            linewidth=1.5,
-        )
-        for (row, column), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                dark = (value - low) > 0.6 * (high - low) > 0
-                axes.text(column, row, show(value), ha="center", va="center", color="white" if dark else INK, size=8)
+        mesh = axes.pcolormesh(*edges, values, cmap="Blues", vmin=low, edgecolor="white", linewidth=1.5)
+        shades = mesh.norm(np.nan_to_num(values))
+        for row, column in np.argwhere(np.isfinite(values)):
+            look: dict[str, Any] = {"color": "white" if shades[row, column] > 0.6 else INK, "size": 8}
+            axes.text(column, row, format(values[row, column], spec), ha="center", va="center", **look)
         turned: dict[str, Any] = {"rotation": 55, "ha": "right", "rotation_mode": "anchor"} if turn else {}
         axes.set_xticks(range(len(columns)), [short(name) for name in columns], **turned)
         axes.set_yticks(range(len(rows)), [short(name) for name in rows])
-        axes.set(xlabel=column_label, ylabel=row_label)
+        axes.set(xlabel=table.columns.name, ylabel=table.index.name)
         axes.invert_yaxis()
         axes.grid(visible=False)
         axes.spines[:].set_visible(True)
         return figure
 
 
-def tradeoff(
-    points: Sequence[Point], sizes: Sequence[float], front: Sequence[bool], *, x_label: str, y_label: str
-) -> Figure:
-    """Values in percent with intervals over `sizes` (logarithmic); those on the Pareto front joined and named."""
+def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Top-1 % with its interval over parameters, of `ablation.compare.summarise`; the front joined and named."""
+    rows = sorted(rows, key=lambda row: row["parameters"])
     with _axes(HALF, 3.4) as (figure, axes):
-        order = np.argsort(sizes, kind="stable")
-        x, y = np.asarray(sizes, float)[order], np.array([points[at].value for at in order])
-        lead = np.asarray(front, bool)[order]
-        ends = np.clip([(points[at].low, points[at].high) for at in order], 0, 100)  # Student's t knows no bounds
-        axes.vlines(x, *ends.T, color=SOFT, alpha=0.35, linewidth=1.5)
+        x, lead = (np.array([row[name] for row in rows]) for name in ("parameters", "pareto"))
+        y, low, high = (100 * np.array([row[f"top1_at_all{end}"] for row in rows]) for end in ("", "_low", "_high"))
+        axes.vlines(x, low, high, color=SOFT, alpha=0.35, linewidth=1.5)
         axes.plot(x[~lead], y[~lead], "o", color=SOFT, alpha=0.6, markersize=4)
         axes.plot(x[lead], y[lead], "o-", color="C1", markersize=6, drawstyle="steps-post", linewidth=1.2)
-        for turn, at in enumerate(order[lead]):  # names above and below by turns: neighbours do not collide
-            offset, where = (4, -13 if turn % 2 else 6), (sizes[at], points[at].value)
-            axes.annotate(points[at].name, where, offset, textcoords="offset points", size=8, color=INK)
-        axes.set(xscale="log", xlabel=x_label, ylabel=y_label)
+        for turn, at in enumerate(np.flatnonzero(lead)):  # names above and below by turns: neighbours do not collide
+            offset = (4, -13 if turn % 2 else 6)
+            axes.annotate(rows[at]["name"], (x[at], y[at]), offset, textcoords="offset points", size=8, color=INK)
+        label = f"top-1 %, {rows[0]['all_frames']} segments"
+        axes.set(xscale="log", xlabel="parameters, classifier included", ylabel=label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_minor_formatter(NullFormatter())
         axes.margins(x=0.15, y=0.12)
@@ -224,11 +190,14 @@ def scatter(places: np.ndarray, kinds: np.ndarray, names: Sequence[str]) -> Figu
         return figure
 
 
-def film(pictures: Sequence[np.ndarray], shares: np.ndarray, moments: Sequence[str], *, even: float) -> Figure:
-    """Frames (uint8 [side, side, 3] each, or none) along the timeline over the `shares` [groups, frames] of each group.
+def film(pictures: Sequence[np.ndarray], weights: np.ndarray, moments: Sequence[str]) -> Figure:
+    """Frames along the timeline over each frame's share of each group's weights [groups, frames].
 
-    Blue runs from 0 to the largest share; the bars below are the mean of the groups, the dashed line an `even` share.
+    Of many frames those that `evenly` says are shown, whose `pictures` (uint8 [side, side, 3] each) are given, or none.
+    Blue runs from 0 to the largest share; the bars below are the mean of the groups, the dashed line an even share.
     """
+    shown = evenly(len(moments))
+    shares = shares_of(weights)[:, shown]
     groups, count = shares.shape
     room = max(count, FILM_FRAMES)  # frames are as large in a short film
     tall = [1.0] * bool(pictures) + [0.34 * groups, 0.9]  # in widths of a frame
@@ -242,19 +211,25 @@ def film(pictures: Sequence[np.ndarray], shares: np.ndarray, moments: Sequence[s
             strip = parts.pop(0)
             strip.imshow(np.hstack(pictures), extent=(-0.5, count - 0.5, 0, 1), aspect="auto")
             strip.set(yticks=[], ylabel="")
-        weights, mean = parts
-        weights.imshow(shares, cmap="Blues", vmin=0, vmax=np.nan_to_num(shares).max() or 1, aspect="auto")
-        weights.set_yticks(range(groups), [str(group + 1) for group in range(groups)] if groups > 1 else [""])
-        weights.set_ylabel("group" if groups > 1 else "")
+        blue, mean = parts
+        blue.imshow(shares, cmap="Blues", vmin=0, vmax=np.nan_to_num(shares).max() or 1, aspect="auto")
+        blue.set_yticks(range(groups), [str(group + 1) for group in range(groups)] if groups > 1 else [""])
+        blue.set_ylabel("group" if groups > 1 else "")
         sounding = np.isfinite(shares).all(1)  # groups that weigh anything
         mean.bar(range(count), np.where(sounding[:, None], shares, 0).sum(0) / max(sounding.sum(), 1), color="C1")
-        mean.hlines(even, -0.5, count - 0.5, color=INK, linewidth=0.8, linestyle="--")
+        mean.hlines(1 / len(moments), -0.5, count - 0.5, color=INK, linewidth=0.8, linestyle="--")
         mean.set(xlim=(-0.5, room - 0.5), yticks=[], ylabel="mean")
-        mean.set_xticks(range(count), moments, fontsize=7)
+        mean.set_xticks(range(count), [moments[at] for at in shown], fontsize=7)
         for axes in figure.axes:
             axes.grid(visible=False)
             axes.spines[:].set_visible(False)
         return figure
+
+
+def shares_of(weights: np.ndarray) -> np.ndarray:
+    """Weights [..., frames] by their sum over the frames, float64; NaN where a group weighs nothing."""
+    totals = weights.sum(axis=-1, keepdims=True, dtype=np.float64)
+    return np.divide(weights, totals, out=np.full(weights.shape, np.nan), where=totals != 0)
 
 
 def timeline(runs: Sequence[tuple[float, float, str, float]], *, seconds: float) -> Figure:

@@ -126,13 +126,8 @@ def attention_picture(prediction: Prediction) -> bytes:
 
     whole = prediction.windows[0]
     assert whole.weights is not None
-    shown = figures.evenly(len(whole.indices))
-    totals = whole.weights.sum(axis=1, keepdims=True, dtype=np.float64)
-    shares = np.divide(whole.weights, totals, out=np.full(whole.weights.shape, np.nan), where=totals != 0)
-    moments = [f"{time:.1f} s" for time in whole.times[shown]]
-    return figures.png(
-        figures.film(list(prediction.crops[shown]), shares[:, shown], moments, even=1 / len(whole.indices))
-    )
+    pictures = list(prediction.crops[figures.evenly(len(whole.indices))])
+    return figures.png(figures.film(pictures, whole.weights, [f"{time:.1f} s" for time in whole.times]))
 
 
 def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:

@@ -196,7 +196,7 @@ def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list
 
     drawn = {f"heatmap{number or ''}.png": heat_map_figure(heat) for number, heat in enumerate(maps)}
     if done := [line for line in summary if line["seeds"]]:
-        drawn["pareto.png"] = pareto_figure(done)
+        drawn["pareto.png"] = figures.pareto(done)
     for name, figure in drawn.items():
         replace_file(out / name, figures.png(figure))
     return list(drawn)
@@ -204,28 +204,9 @@ def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list
 
 def heat_map_figure(heat: HeatMap) -> "Figure":
     """Shades of mean top-1 % over g1 and g2."""
+    import pandas as pd
+
     from aggregate import figures
 
-    return figures.heat_map(
-        100 * heat.top1,
-        rows=list(map(str, heat.g1)),
-        columns=list(map(str, heat.g2)),
-        row_label="g1",
-        column_label="g2",
-        show=lambda value: f"{value:.1f}",
-        width=figures.HALF,
-    )
-
-
-def pareto_figure(done: Sequence[Row]) -> "Figure":
-    """Top-1 % with its interval over parameters; the front is joined."""
-    from aggregate import figures
-
-    ends = ("", "_low", "_high")
-    return figures.tradeoff(
-        [figures.Point(one["name"], *(100 * one[f"top1_at_all{end}"] for end in ends)) for one in done],
-        [one["parameters"] for one in done],
-        [one["pareto"] for one in done],
-        x_label="parameters, classifier included",
-        y_label=f"top-1 %, {done[0]['all_frames']} segments",
-    )
+    rows, columns = pd.Index(heat.g1, name="g1"), pd.Index(heat.g2, name="g2")
+    return figures.heat_map(pd.DataFrame(100 * heat.top1, rows, columns), ".1f", width=figures.HALF)

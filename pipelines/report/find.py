@@ -27,6 +27,7 @@ class Found:
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
     crossvals: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    videos: tuple[Path, ...] = ()  # folders that the ids of the stores are relative to
 
     def files(self, name: str) -> "Iterator[tuple[str, Path]]":
         """The runs that have a file of this name with something in it, and that file."""
@@ -34,18 +35,19 @@ class Found:
             if (folder / name).is_file() and (folder / name).stat().st_size:
                 yield run, folder / name
 
+    def counts(self) -> dict[str, int]:
+        """How many there are of each kind."""
+        kinds = ("feature store", "run", "scores file", "ablation", "ensemble", "cross-validation")
+        there: list[Sized] = [self.stores, self.runs, self.scores, self.ablations, self.ensembles, self.crossvals]
+        return dict(zip(kinds, map(len, there), strict=True))
+
     def __str__(self) -> str:
-        kinds: dict[str, Sized] = {"feature store": self.stores, "run": self.runs, "scores file": self.scores}
-        kinds |= {"ablation": self.ablations, "ensemble": self.ensembles, "cross-validation": self.crossvals}
-        return ", ".join(f"{len(there)} {what}{'s' * (len(there) != 1)}" for what, there in kinds.items())
-
-    def __bool__(self) -> bool:
-        return any((self.stores, self.runs, self.scores, self.ablations, self.ensembles, self.crossvals, self.problems))
+        return ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in self.counts().items())
 
 
-def find(root: Path) -> Found:
+def find(root: Path, videos: tuple[Path, ...] = ()) -> Found:
     """Open all there is below `root`. What cannot be read becomes a problem; InputError where there is nothing."""
-    found = Found()
+    found = Found(videos=videos)
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
         try:
@@ -55,7 +57,7 @@ def find(root: Path) -> Found:
     for name, record in found.crossvals.items():  # which shows them itself: they are of no split
         for head in record["heads"]:
             found.scores.pop((PurePosixPath(name).parent / head["scores"]).as_posix(), None)
-    if not found:
+    if not any(found.counts().values()) and not found.problems:
         raise InputError(
             f"{root} holds nothing to report on: no feature store (*.zarr), run folder (options.json, metrics.csv), "
             "scores (*.h5) or ablation.csv; give the folder that the commands wrote to"
@@ -82,7 +84,7 @@ def _take(found: Found, path: Path, name: str) -> None:
     elif path.suffix == ".h5" and (scores := _scores(path)):
         found.scores[name] = scores
     elif path.suffix == ".json":
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = read_json(path)
         schema = str(record.get("schema", "")) if isinstance(record, dict) else ""
         for kind, there in (("hgnl-ensemble/", found.ensembles), ("hgnl-crossval/", found.crossvals)):
             if schema.startswith(kind):
@@ -100,6 +102,6 @@ def _scores(path: Path) -> "list[Scores]":
     return [Scores.load(path, segments=count) for count in segments]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
     """A JSON record, or an empty one where the file is not there."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

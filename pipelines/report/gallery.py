@@ -1,26 +1,28 @@
 """What the report shows of the videos: what was extracted, sample frames, the map of features, attention over time."""
 
 import io
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from PIL import Image, ImageOps
 
 from aggregate import figures
+from aggregate.models import VideoClassifier
+from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.options import SplitOptions
+from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
+from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import human_bytes, reasons
 from pipelines.predictor import WEIGHING
-
-if TYPE_CHECKING:
-    import torch
-
-    from aggregate.models import VideoClassifier
-    from pipelines.report.find import Found
+from pipelines.report.find import Found, read_json
 
 REASONS = 8
 SAMPLES = 16  # videos of which a frame is shown
@@ -30,9 +32,9 @@ ROWS_AT_ONCE = 64
 ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
 
 
-def draw(rows: np.ndarray, most: int, *, seed: int) -> np.ndarray:
-    """At most `most` of `rows`, in their order."""
-    return np.sort(np.random.default_rng(seed).permutation(rows)[:most])
+def drawn(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of `rows`, in their order, always the same ones."""
+    return np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
 def file_name(store: FeatureStore, row: int) -> str:
@@ -48,42 +50,24 @@ def class_name(store: FeatureStore, row: int) -> str:
 # -- what was extracted ---------------------------------------------------------------------------------------------
 
 
-def extracted(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[str, Any]]:
+def extracted(found: Found) -> list[dict[str, Any]]:
     """Counts by split, failures with their reasons and a frame of some videos, of each store."""
-    kinds = figures.STATUS
     shown = []
     for name, store in found.stores.items():
         counts = pd.crosstab(store.splits, store.status).rename(columns=dict(enumerate(STATUS_NAMES)))
-        counts = counts.reindex(columns=list(kinds), fill_value=0).rename(index={"": "(no split)"})
+        counts = counts.reindex(columns=list(figures.STATUS), fill_value=0).rename(index={"": "(no split)"})
         why = [(STATUS_NAMES[kind], *one) for kind in (FAILED, PARTIAL) for one in reasons(store, kind)[:REASONS]]
-        bars = figures.bars(counts.index.tolist(), counts.to_numpy(), kinds, x_label="videos")
-        shown.append(
-            {"name": name, "store": store, "size": human_bytes(len(store) * store.video_bytes), "spans": _spans(store)}
-            | {"picture": figures.svg(bars), "kinds": list(kinds), "splits": [(s, n) for s, *n in counts.itertuples()]}
-            | {"reasons": why, "samples": list(sample_frames(store, videos, seed=seed))}
-            | _class_sizes(store)
-        )
+        labels = Counter(store.labels[store.labels >= 0].tolist()).most_common()
+        sizes = [(store.classes[label], count) for label, count in labels]
+        spans: dict[str, Any] = {}
+        if len(rows := np.flatnonzero(np.isfinite(store.starts))):
+            files = {file_name(store, row) for row in rows.tolist()}
+            spans = {"rows": len(rows), "files": len(files), "seconds": np.median((store.ends - store.starts)[rows])}
+        bars = figures.bars(counts, list(figures.STATUS.values()), x_label="videos")
+        told = {"name": name, "store": store, "counts": counts, "sizes": sizes, "spans": spans, "reasons": why}
+        told |= {"size": human_bytes(len(store) * store.video_bytes), "picture": bars}
+        shown.append(told | {"samples": list(sample_frames(store, found.videos))})
     return shown
-
-
-def _spans(store: FeatureStore) -> dict[str, Any]:
-    rows = np.flatnonzero(np.isfinite(store.starts))
-    if not len(rows):
-        return {}
-    files = {file_name(store, row) for row in rows.tolist()}
-    return {"rows": len(rows), "files": len(files), "seconds": np.median(store.ends[rows] - store.starts[rows])}
-
-
-def _class_sizes(store: FeatureStore) -> dict[str, Any]:
-    """The classes of least and of most videos, and how many have none."""
-    sizes = Counter(store.labels[store.labels >= 0].tolist())
-    ends = (
-        {"least": min(sizes, key=lambda c: (sizes[c], c)), "most": max(sizes, key=lambda c: (sizes[c], -c))}
-        if sizes
-        else {}
-    )
-    named = {end: {"name": store.classes[label], "count": sizes[label]} for end, label in ends.items()}
-    return {**named, "without": len(store.classes) - len(sizes)}
 
 
 # -- frames --------------------------------------------------------------------------------------------------------
@@ -96,30 +80,24 @@ def thumbnails(
 
     Empty where the video is in none of the folders or cannot be read: a page without pictures is still a page.
     """
-    from PIL import Image, ImageOps
-
-    from extract.decode import VideoError, decode
-
-    path = next((path for folder in folders if (path := folder / file_name(store, row)).is_file()), None)
-    if path is None:
-        return []
 
     def shrink(frame: np.ndarray) -> np.ndarray:
         picture = Image.fromarray(frame)
         width = height if square else max(1, round(height * picture.width / picture.height))
         return np.asarray(ImageOps.fit(picture, (width, height)))
 
-    try:
-        return list(decode(path, lambda count: np.clip(indices, 0, count - 1), resize=shrink).frames)
-    except VideoError:
-        return []
+    for folder in folders:
+        if (path := folder / file_name(store, row)).is_file():
+            try:
+                return list(decode(path, lambda count: np.clip(indices, 0, count - 1), resize=shrink).frames)
+            except VideoError:
+                break
+    return []
 
 
-def sample_frames(store: FeatureStore, folders: Sequence[Path], *, seed: int) -> Iterator[tuple[bytes, str, str]]:
+def sample_frames(store: FeatureStore, folders: Sequence[Path]) -> Iterator[tuple[bytes, str, str]]:
     """The middle frame of at most SAMPLES videos, classes in turn, as a JPEG, with id and class."""
-    from PIL import Image
-
-    rows = pd.Series(np.random.default_rng(seed).permutation(np.flatnonzero(store.usable)))
+    rows = pd.Series(np.random.default_rng(0).permutation(np.flatnonzero(store.usable)))
     labels = store.labels[rows]
     turn = rows.groupby(labels).cumcount()  # how many of its class come before it
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
@@ -134,30 +112,26 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path], *, seed: int) ->
 # -- the map -------------------------------------------------------------------------------------------------------
 
 
-def feature_maps(found: "Found", seed: int) -> list[dict[str, Any]]:
+def feature_maps(found: Found) -> list[dict[str, Any]]:
     """Mean features of at most MAP_VIDEOS videos in two dimensions, coloured by class, of stores of three or more."""
     shown = []
     for name, store in found.stores.items():
         good = np.flatnonzero(store.usable)
         if len(good) < 3:
             continue
-        rows = draw(good, MAP_VIDEOS, seed=seed)
-        places, method = flatten(mean_features(store, rows), seed=seed)
+        rows = drawn(good, MAP_VIDEOS)
+        places, method = flatten(mean_features(store, rows))
         labels = store.labels[rows]
         classes = sorted(label for label, _ in Counter(labels[labels >= 0].tolist()).most_common(figures.KINDS))
         kinds = pd.Index(classes).get_indexer(labels)  # -1: other classes, or none
         picture = figures.scatter(places, kinds, [store.classes[label] for label in classes])
-        shown.append(
-            {"name": name, "picture": figures.svg(picture), "method": method, "grey": (kinds < 0).any()}
-            | {"shown": len(rows), "all": len(good)}
-        )
+        told = {"name": name, "method": method, "grey": (kinds < 0).any(), "shown": len(rows), "all": len(good)}
+        shown.append(told | {"picture": picture})
     return shown
 
 
-def batches(store: FeatureStore, rows: np.ndarray) -> "Iterator[tuple[torch.Tensor, torch.Tensor]]":
+def batches(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Features of view 0, float32 [batch, T, D], and the mask [batch, T]: False for repeats in a short video."""
-    import torch
-
     frames = np.arange(store.frames_per_video)
     for start in range(0, len(rows), ROWS_AT_ONCE):
         some = rows[start : start + ROWS_AT_ONCE]
@@ -170,7 +144,7 @@ def mean_features(store: FeatureStore, rows: np.ndarray) -> np.ndarray:
     return np.concatenate(means)
 
 
-def flatten(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, str]:
+def flatten(features: np.ndarray) -> tuple[np.ndarray, str]:
     """[n, D] -> [n, 2] and how: t-SNE from 30 videos on, else PCA."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
@@ -178,7 +152,7 @@ def flatten(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, str]:
     pca = PCA(min(50, *features.shape), svd_solver="full").fit(features)
     places = pca.transform(features)
     if len(features) >= 30:
-        embed = TSNE(perplexity=min(30.0, len(features) / 4), init="pca", random_state=seed)
+        embed = TSNE(perplexity=min(30.0, len(features) / 4), init="pca", random_state=0)
         return embed.fit_transform(places), "t-SNE (near is alike, far means little)"
     return places[:, :2], f"PCA ({pca.explained_variance_ratio_[:2].sum():.0%} of the variance)"
 
@@ -186,28 +160,29 @@ def flatten(features: np.ndarray, *, seed: int) -> tuple[np.ndarray, str]:
 # -- attention -----------------------------------------------------------------------------------------------------
 
 
-def attention(found: "Found", videos: tuple[Path, ...], seed: int) -> list[dict[str, Any]]:
+def attention(found: Found) -> list[dict[str, Any]]:
     """Films of every run whose aggregator weighs frames, where a store with its kind of features is there."""
-    from aggregate.training.checkpoint import Checkpoint
-
     runs = []
     for name, file in found.files("best.pt"):
-        options = json.loads((file.parent / "options.json").read_text(encoding="utf-8"))
+        options = read_json(file.with_name("options.json"))
         if options.get("agg") not in WEIGHING:
             continue
         try:
             checkpoint = Checkpoint.load(file)
             where, store = _store_of(found, checkpoint, str(options.get("features", "")))
-            rows, which = _validation(store, options)
-            run = films(checkpoint.model(), store, rows, videos, seed=seed)
+            split = SplitOptions(**{one.name: options[one.name] for one in fields(SplitOptions) if one.name in options})
+            _, rows, words = choose_rows(store, split, options.get("seed", 0))
+            if not len(rows := rows[store.usable[rows]]):
+                raise InputError(f"{store.path} holds no features of the videos that it was validated on")
+            run = films(checkpoint.model(), store, rows, found.videos)
         except (InputError, RunError) as error:
             found.problems.append(f"attention of {name}: {error}")
             continue
-        runs.append(run | {"name": name, "store": where, "which": which})
+        runs.append(run | {"name": name, "store": where, "which": words})
     return runs
 
 
-def _store_of(found: "Found", checkpoint: Any, features: str) -> tuple[str, FeatureStore]:
+def _store_of(found: Found, checkpoint: Checkpoint, features: str) -> tuple[str, FeatureStore]:
     """The store a run was trained on, or another one of the same kind of features."""
     stores = sorted(found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name)
     if features and Path(features).is_dir():  # outside the folder, where the run says
@@ -221,65 +196,45 @@ def _store_of(found: "Found", checkpoint: Any, features: str) -> tuple[str, Feat
     raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
 
 
-def _validation(store: FeatureStore, options: dict[str, Any]) -> tuple[np.ndarray, str]:
-    """Rows with features that a run was validated on, where that can be told; and that in words."""
-    good = np.flatnonzero(store.usable)
-    groups = options.get("val_groups") or []
-    held_out = np.isin(store.groups, groups) if groups else store.splits == options.get("val_split", "val")
-    rows = good[held_out[good]]
-    if len(rows):
-        return rows, "held out" if groups else f"split {options.get('val_split', 'val')!r}"
-    if not len(good):
-        raise InputError(f"{store.path} holds no features")
-    return good, "from training and validation alike"
-
-
-def films(
-    model: "VideoClassifier", store: FeatureStore, rows: np.ndarray, folders: Sequence[Path], *, seed: int
-) -> dict[str, Any]:
+def films(model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders: Sequence[Path]) -> dict[str, Any]:
     """Clips along their timeline with the share of each frame in each group: the two most uneven ones and a usual one.
 
     Of at most FILM_CANDIDATES of `rows`. Shares are of the attention weights `w = A 1 / n`, each group's divided by
     their sum.
     """
-    rows = draw(rows, FILM_CANDIDATES, seed=seed)
+    rows = drawn(rows, FILM_CANDIDATES)
     shares, ratio = frame_shares(model, store, rows)
     mean = np.nan_to_num(shares).mean(1)
     uneven = np.argsort(-np.abs(mean - mean.mean(1, keepdims=True)).sum(1), kind="stable")
-    drawn = []
+    shown = []
     for at in dict.fromkeys(int(uneven[place]) for place in (0, min(1, len(rows) - 1), len(rows) // 2)):
         kind = "among the most uneven" if at in uneven[:2] else "the median"
-        drawn.append(_film(store, int(rows[at]), shares[at], folders, f"{kind} of {len(rows):,} videos"))
+        shown.append(_film(store, int(rows[at]), shares[at], folders, f"{kind} of {len(rows):,} videos"))
     _, groups, frames = shares.shape
     silent = int((~np.isfinite(shares).any(2)).all(0).sum())
     told = {"groups": groups, "frames": frames, "ratio": ratio, "unused": ratio < ATTENTION_UNUSED, "silent": silent}
-    return {**told, "films": drawn}
+    return {**told, "films": shown}
 
 
-def frame_shares(model: "VideoClassifier", store: FeatureStore, rows: np.ndarray) -> tuple[np.ndarray, float]:
+def frame_shares(model: VideoClassifier, store: FeatureStore, rows: np.ndarray) -> tuple[np.ndarray, float]:
     """Each frame's share of its group's weights [n, groups, T], NaN where a group is silent; and |s F_o| / |F|, median.
 
     A model without a scale s (the weighted average) has nothing but its attention: 1.
     """
-    import torch
-
     aggregator: Any = model.eval().aggregator
     with torch.inference_mode():
         taken = list(batches(store, rows))
-        weights = torch.cat([aggregator.frame_weights(x, mask) for x, mask in taken]).double()
+        shares = figures.shares_of(torch.cat([aggregator.frame_weights(*one) for one in taken]).numpy())
         if not hasattr(aggregator, "attention_ratio"):
-            return (weights / weights.sum(-1, keepdim=True)).numpy(), 1.0
-        ratio = torch.cat([aggregator.attention_ratio(x, mask) for x, mask in taken]).median()
-    return (weights / weights.sum(-1, keepdim=True)).numpy(), float(ratio)
+            return shares, 1.0
+        return shares, float(torch.cat([aggregator.attention_ratio(*one) for one in taken]).median())
 
 
 def _film(store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[Path], choice: str) -> dict[str, Any]:
     own = np.flatnonzero(store.mask(np.array([row]), np.arange(store.frames_per_video))[0])  # not a short one's repeats
-    shown = own[figures.evenly(len(own))]
-    indices, times = store.frame_indices[row, 0, shown], store.timestamps[row, 0, shown]
-    pictures = thumbnails(store, row, indices, folders, height=96, square=True)
+    indices, times = store.frame_indices[row, 0, own], store.timestamps[row, 0, own]
+    pictures = thumbnails(store, row, indices[figures.evenly(len(own))], folders, height=96, square=True)
     moments = [f"{t:.1f} s" if np.isfinite(t) else f"#{i}" for t, i in zip(times, indices, strict=True)]
-    drawn = figures.film(pictures, shares[:, shown], moments, even=1 / len(own))
-    picture = figures.jpeg(drawn) if pictures else figures.svg(drawn)
+    picture = figures.film(pictures, shares[:, own], moments)
     told = {"id": store.ids[row], "class": class_name(store, row), "choice": choice}
-    return {**told, "picture": picture, "largest": np.nan_to_num(shares).max()}
+    return {**told, "picture": figures.jpeg(picture) if pictures else picture, "largest": np.nan_to_num(shares).max()}

@@ -5,28 +5,56 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
-def render(**values: Any) -> str:
-    """The whole page; bytes are pictures (SVG or JPEG), everything else is text."""
-    import jinja2
+from aggregate import figures
+from aggregate.ablation.compare import percent
+from aggregate.metrics import Interval
+from extract.cli import progress
+from pipelines.report import gallery, results
+from pipelines.report.find import RUN_FILES, UNREADABLE, Found
 
+# What the sections of page.html.j2 are given: nothing where there is nothing to show.
+SECTIONS = {
+    "extracted": gallery.extracted,
+    "training": results.training,
+    "results": results.results,
+    "confusion": results.confusion,
+    "crossval": results.crossvals,
+    "ablation": results.ablations,
+    "attention": gallery.attention,
+    "map": gallery.feature_maps,
+    "ensemble": results.ensembles,
+    "provenance": results.provenance,
+}
+
+
+def render(found: Found, title: str) -> str:
+    """The page: a section for each kind of thing there is, and what is missing at its end."""
+    sections = {}
+    for name, content in progress(SECTIONS.items(), unit="section"):
+        try:
+            if shown := content(found):
+                sections[name] = shown
+        except UNREADABLE as error:
+            found.problems.append(f"{name}: {error!r}")
+    missing = []
+    for name, folder in found.runs.items():
+        if absent := [file for file in RUN_FILES if not (folder / file).is_file()]:
+            missing.append(f"run {name}: no {', '.join(absent)}; the same python -m aggregate.train resumes it")
+    if found.stores and not found.videos:
+        missing.append("no frames of the videos: --videos DIR says where they lie")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     pages = jinja2.Environment(loader=loader, autoescape=True, finalize=_printable, trim_blocks=True)
-    pages.filters.update(data_uri=_data_uri, percent=percent, spread=spread, thousands="{:,}".format)
-    return pages.get_template("page.html.j2").render(values)
+    pages.filters.update(data_uri=_data_uri, interval=_interval, percent=percent, thousands="{:,}".format)
+    return pages.get_template("page.html.j2").render(title=title, found=found, sections=sections, missing=missing)
 
 
-def percent(interval: Mapping[str, float] | None, sign: str = "") -> str:
-    """`61.8 [61.3, 62.4]`, in percent, of `value`, `low` and `high`; nothing of None."""
-    if interval is None:
-        return ""
-    value, low, high = (100 * interval[key] for key in ("value", "low", "high"))
-    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def spread(row: Mapping[str, float], name: str, sign: str = "") -> str:
-    """`percent` of a column of a row, and of those of its interval."""
-    return percent({"value": row[name], "low": row[f"{name}_low"], "high": row[f"{name}_high"]}, sign)
+def _interval(interval: Mapping[str, float] | None, sign: str = "") -> str:
+    """In percent; nothing of None."""
+    return format(Interval(**interval), sign) if interval else ""
 
 
 def _printable(value: Any) -> Any:
@@ -36,9 +64,7 @@ def _printable(value: Any) -> Any:
     return "".join(c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
-def _data_uri(picture: bytes) -> Any:
-    """An SVG or a JPEG as a part of the page."""
-    from markupsafe import Markup
-
-    kind = "jpeg" if picture.startswith(b"\xff\xd8") else "svg+xml"
-    return Markup(f"data:image/{kind};base64,{base64.b64encode(picture).decode()}")
+def _data_uri(picture: Figure | bytes) -> Markup:
+    """A figure (as SVG) or a JPEG as a part of the page."""
+    kind, content = ("jpeg", picture) if isinstance(picture, bytes) else ("svg+xml", figures.svg(picture))
+    return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")

@@ -3,18 +3,16 @@
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from aggregate import figures
-from aggregate.metrics import summarise, top_k_error
+from aggregate.ablation.compare import heat_map_figure, heat_maps, percent, summarise
+from aggregate.metrics import summarise as summarise_scores
+from aggregate.metrics import top_k_error
 from pipelines.report.find import Found, read_json
-from pipelines.report.page import spread
-
-if TYPE_CHECKING:
-    pass
 
 PAIRS = 10
 MATRIX_CLASSES = 20
@@ -24,25 +22,23 @@ CURVES = (
     ("Validation average error %", "val_average_error", 100),
     ("Attention: |s F_o| / |F|", "attention_ratio", 1),
 )
-MEASURES = {"top1": "top-1 %", "top5": "top-5 %", "mean_class": "mean class %", "average_error": "average error %"}
 Summaries = dict[str, dict[str, Any]]  # `aggregate.metrics.Summary` as a record, by number of segments ("": fused)
 
 
-def training(found: Found) -> dict[str, bytes]:
+def training(found: Found) -> dict[str, Any]:
     """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are dashed."""
-    tables = {run: pd.read_csv(file) for run, file in found.files("metrics.csv")}
+    tables = {run: pd.read_csv(file, index_col="epoch") for run, file in found.files("metrics.csv")}
     charts = {}
     for label, column, factor in CURVES:
-        lines = [
-            figures.Curve(
-                ", ".join(filter(None, [run, beside])), epochs["epoch"] + 1, factor * epochs[name], at, beside
-            )
-            for at, (run, epochs) in enumerate(tables.items())
-            for beside in ("", "baseline", "control")
-            if (name := "_".join(filter(None, [beside, column]))) in epochs and np.isfinite(epochs[name]).any()
-        ]
+        lines = {}
+        for at, (run, epochs) in enumerate(tables.items()):
+            for beside in ("", "baseline", "control"):
+                name = f"{beside}_{column}".strip("_")
+                if name in epochs and np.isfinite(epochs[name]).any():
+                    values = factor * epochs[name]
+                    lines[", ".join(filter(None, [run, beside]))] = values, f"C{at}{'--' if beside else '-'}"
         if lines:
-            charts[label] = figures.svg(figures.curves(lines, y_label=label))
+            charts[label] = figures.curves(lines, y_label=label)
     return charts
 
 
@@ -52,23 +48,16 @@ def results(found: Found) -> list[dict[str, Any]]:
     for split, models in _by_split(found).items():
         last = {name: list(summaries)[-1] for name, summaries in models.items()}
         best = max(models, key=lambda name: models[name][last[name]]["top1"]["value"])
-        points = [
-            _point(f"{name}, {count} segments" if count else name, one["top1"])
+        points = {
+            f"{name}, {count} segments" if count else name: one["top1"]
             for name, summaries in models.items()
             for count, one in summaries.items()
-        ]
+        }
+        picture = figures.forest(points, x_label="top-1 %, with its 95 % interval")
         counts = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
-        heads = [f"{count} segments" if count else "fused" for count in counts]
-        splits.append(
-            {"name": split, "models": models, "best": best, "segments": last[best]}
-            | {"heads": heads, "counts": counts, "measures": MEASURES}
-            | {"picture": figures.svg(figures.forest(points, x_label="top-1 %, with its 95 % interval"))}
-        )
+        told = {"name": split, "models": models, "best": best, "segments": last[best], "counts": counts}
+        splits.append(told | {"picture": picture})
     return splits
-
-
-def _point(name: str, interval: dict[str, float]) -> figures.Point:
-    return figures.Point(name, *(100 * interval[end] for end in ("value", "low", "high")))
 
 
 def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
@@ -82,10 +71,10 @@ def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
         for name, summaries in read_json(file).items():
             splits.setdefault(split, {})[run if name == run else f"{run}: {name}"] = summaries
     for name, several in _labelled(found).items():
-        split = several[0].source.get("split") or "not said"
-        splits.setdefault(repr(split), {})[name] = {
+        split = repr(several[0].source.get("split") or "not said")
+        splits.setdefault(split, {})[name] = {
             # An ensemble has no number of segments of its own.
-            "" if "members" in one.source else str(one.segments): asdict(summarise(one.logits, one.labels))
+            "" if "members" in one.source else str(one.segments): asdict(summarise_scores(one.logits, one.labels))
             for one in several
         }
     return splits
@@ -111,39 +100,26 @@ def confusion(found: Found) -> dict[str, Any]:
     name = max(last, key=top1)
     scores = last[name]
     scored = (scores.labels >= 0) & ~scores.failed
-    truth, guess = scores.labels[scored], scores.logits[scored].argmax(1)
-    matrix = np.zeros((len(scores.classes),) * 2, int)
-    np.add.at(matrix, (truth, guess), 1)
-    sizes, wrong = matrix.sum(1), matrix - np.diag(matrix.diagonal())
-    order = np.argsort(-wrong, axis=None, kind="stable")[: max(PAIRS, MATRIX_CLASSES)]
-    pairs = [divmod(int(at), len(matrix)) for at in order if wrong.flat[at]]
-    present = np.flatnonzero(sizes + matrix.sum(0)).tolist()
-    worst = sorted(list(dict.fromkeys(c for pair in pairs for c in pair))[:MATRIX_CLASSES])
+    columns = {"true": scores.labels[scored], "predicted": scores.logits[scored].argmax(1)}
+    seen = pd.DataFrame(columns | {"id": np.array(scores.ids, object)[scored]})
+    pairs = seen[seen["true"] != seen["predicted"]].groupby(["true", "predicted"])["id"].agg(["size", "first"])
+    pairs = pairs.sort_values("size", ascending=False, kind="stable")
+    present = sorted({*seen["true"], *seen["predicted"]})
+    worst = sorted(list(dict.fromkeys(label for pair in pairs.index for label in pair))[:MATRIX_CLASSES])
     shown = present if len(present) <= MATRIX_CLASSES else worst
-    ids = np.array(scores.ids, object)[scored]
-    rows = [
-        (
-            scores.classes[true],
-            scores.classes[said],
-            wrong[true, said],
-            sizes[true],
-            ids[(truth == true) & (guess == said)][0],
-        )
-        for true, said in pairs[:PAIRS]
-    ]
     best = ", the best top-1 of the scores files" if len(last) > 1 else ""
     of = "" if "members" in scores.source else f"{scores.segments} segments, "
     split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
     rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
-    caption = f"{name}{best}: {of}{scored.sum():,} videos{split}; % of a true class (row).{rest}"
-    shares = np.where(matrix > 0, matrix / np.maximum(sizes, 1)[:, None], np.nan)[np.ix_(shown, shown)]
-    picture = _confusion_figure(shares, [scores.classes[c] for c in shown]) if shown else b""
-    return {"name": name, "picture": picture, "caption": caption, "pairs": rows}
-
-
-def _confusion_figure(shares: np.ndarray, names: list[str]) -> bytes:
-    axes: dict[str, Any] = {"rows": names, "columns": names, "row_label": "true", "column_label": "predicted"}
-    return figures.svg(figures.heat_map(shares, **axes, show=lambda share: f"{100 * share:.0f}", low=0.0))
+    caption = f"{name}{best}: {of}{len(seen):,} videos{split}; % of a true class (row).{rest}"
+    sizes, classes = seen["true"].value_counts(), scores.classes
+    rows = [(classes[true], classes[said], *one, sizes[true]) for (true, said), *one in pairs[:PAIRS].itertuples()]
+    told: dict[str, Any] = {"name": name, "caption": caption, "pairs": rows}
+    if not shown:
+        return told
+    shares = 100 * pd.crosstab(seen["true"], seen["predicted"], normalize="index").reindex(index=shown, columns=shown)
+    shares = shares.where(shares > 0).rename(index=dict(enumerate(classes)), columns=dict(enumerate(classes)))
+    return told | {"picture": figures.heat_map(shares, ".0f", low=0)}
 
 
 def crossvals(found: Found) -> list[dict[str, Any]]:
@@ -152,34 +128,29 @@ def crossvals(found: Found) -> list[dict[str, Any]]:
     for name, record in found.crossvals.items():
         segments = max(record["heads"][0]["segments"], key=int)
         heads = {head["name"]: head["segments"][segments] for head in record["heads"]}
-        points = [_point(head, one["top1"]) for head, one in heads.items()]
-        gained = [_point(head, one["difference"]) for head, one in heads.items() if one["difference"]]
+        points = {head: one["top1"] for head, one in heads.items()}
+        gained = {head: one["difference"] for head, one in heads.items() if one["difference"]}
         against = f"top-1 minus that of {record['baseline']}, points"
-        shown.append(
-            {"name": name, "record": record, "heads": heads}
-            | {"picture": figures.svg(figures.forest(points, x_label=f"top-1 %, {segments} segments"))}
-            | {"gains": figures.svg(figures.forest(gained, zero=True, x_label=against)) if gained else b""}
-        )
+        picture = figures.forest(points, x_label=f"top-1 %, {segments} segments")
+        gains = figures.forest(gained, zero=True, x_label=against) if gained else None
+        shown.append({"name": name, "record": record, "heads": heads, "picture": picture, "gains": gains})
     return shown
 
 
 def ablations(found: Found) -> list[dict[str, Any]]:
     """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the parameters."""
-    return [_ablation(path) | {"name": name} for name, path in found.ablations.items()]
-
-
-def _ablation(path: Path) -> dict[str, Any]:
-    from aggregate.ablation.compare import heat_map_figure, heat_maps, pareto_figure, summarise
-
-    summary = summarise(_records(path), {})
-    finished = {row["name"]: row for row in _records(path.with_name("summary.csv"))}  # none before an ablation's end
-    for one in summary:
-        same = finished.get(one["name"], {"seeds": 0})
-        known = one["seeds"] and same["seeds"] == one["seeds"] and same["difference"] is not None
-        one["gain"] = spread(same, "difference", "+") if known else ""
-    done = [row for row in summary if row["seeds"]]
-    heat = [(one.title, figures.svg(heat_map_figure(one))) for one in heat_maps(summary)]
-    return {"rows": summary, "heat_maps": heat, "front": figures.svg(pareto_figure(done)) if done else b""}
+    shown = []
+    for name, path in found.ablations.items():
+        summary = summarise(_records(path), {})
+        finished = {row["name"]: row for row in _records(path.with_name("summary.csv"))}  # none before the end
+        for one in summary:
+            same = finished.get(one["name"], {})
+            one["gain"] = percent(same, "difference", sign="+") if same.get("seeds") == one["seeds"] else ""
+        done = [row for row in summary if row["seeds"]]
+        heat = [(one.title, heat_map_figure(one)) for one in heat_maps(summary)]
+        front = figures.pareto(done) if done else None
+        shown.append({"name": name, "rows": summary, "heat_maps": heat, "front": front})
+    return shown
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -195,20 +166,17 @@ def ensembles(found: Found) -> list[dict[str, Any]]:
     shown = []
     for name, record in found.ensembles.items():
         kind = f"weight ({record['weights_from']})"
-        weights = figures.bars(record["models"], [[w] for w in record["weights"]], {kind: "C0"}, x_label=kind)
-        table = record["table"]
-        others = [_point(row["name"], row["against_equal"]) for row in table if row["name"] != "all, equal weights"]
+        weights = figures.bars(pd.DataFrame({kind: record["weights"]}, record["models"]), ["C0"], x_label=kind)
+        others = {row["name"]: row["against_equal"] for row in record["table"] if row["name"] != "all, equal weights"}
         adds = figures.forest(others, zero=True, x_label="average error against all at equal weights, points")
-        shown.append(
-            {"name": name, "record": record, "weights": figures.svg(weights), "differences": figures.svg(adds)}
-        )
+        shown.append({"name": name, "record": record, "weights": weights, "differences": adds})
     return shown
 
 
 def provenance(found: Found) -> list[tuple[str, list[tuple[str, str]]]]:
     """What made the stores and the scores, and the options of the runs: settings with their values."""
-    made = [store.provenance for store in found.stores.values()]
-    records = dict(zip(found.stores, made, strict=True))
+    records = {name: store.provenance for name, store in found.stores.items()}
+    made = list(records.values())
     records |= {f"run {name}": read_json(file) for name, file in found.files("options.json")}
     for name, several in found.scores.items():
         source = several[0].source

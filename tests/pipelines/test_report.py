@@ -22,6 +22,8 @@ from aggregate.scores import Scores
 from extract.cli import InputError, run_command
 from extract.store import FeatureStore
 from pipelines.report import gallery
+from pipelines.report.find import Found, find
+from pipelines.report.page import render
 from stores import classes_store, fail_rows
 
 SECTIONS = (
@@ -141,7 +143,7 @@ def whole(folder, videos, tmp_path_factory) -> Page:
 
 
 def made(root: Path, **options) -> Page:
-    return Page(report.render(report.find(root), title="a test", **options))
+    return Page(render(find(root, **options), "a test"))
 
 
 def test_every_figure_is_on_the_page(whole):
@@ -190,18 +192,18 @@ def test_it_says_what_it_shows(whole, folder):
     assert re.search(rf"train\s*{ok.sum()}\s*0\s*2\s*0", extracted)
     results = json.loads((folder / "hgnl" / "results.json").read_text())
     top1 = results["hgnl"]["6"]["top1"]
-    assert f"{100 * top1['value']:.1f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]" in whole.words["results"]
+    assert f"{100 * top1['value']:.2f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]" in whole.words["results"]
     assert "2 groups over 6 frames; an even share is 16.7%" in whole.words["attention"]
-    assert "split 'val'" in whole.words["attention"]
+    assert "'val' to validate" in whole.words["attention"]
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
     assert "5 folds, 1 seed, 1,440 videos of 6 classes" in whole.words["crossval"]
     assert "cv/tsn.h5" not in whole.words["results"]
     assert re.search(r"Split 'val'\s.*fused\.h5", whole.words["results"], re.DOTALL)
     assert "not said" not in whole.words["results"]
     assert re.search(
-        r"hgnl\s*50.0 \[40.0, 62.5\]\s*(50.0 \[40.0, 62.5\]\s*){2}\+7.0 \[-1.0, \+15.0\]", whole.words["crossval"]
+        r"hgnl\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]", whole.words["crossval"]
     )
-    assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d \[", whole.words["ablation"])
+    assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d\d \[", whole.words["ablation"])
 
 
 def test_a_phone_and_paper_are_thought_of(whole):
@@ -211,7 +213,7 @@ def test_a_phone_and_paper_are_thought_of(whole):
 
 
 def test_the_same_results_give_the_same_bytes(folder, videos, whole):
-    again = report.render(report.find(folder), title=folder.name, videos=(videos,))
+    again = render(find(folder, (videos,)), folder.name)
     assert again == whole.html
 
 
@@ -245,7 +247,7 @@ def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tm
     store.starts, store.ends = np.array([np.nan, 0, 1, 2]), np.array([np.nan, 1, 2, 4])
     store.ids = np.array(["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object)
     (tmp_path / "long.mp4").symlink_to(clip)
-    (shown,) = gallery.extracted(report.Found(stores={"s.zarr": store}), (tmp_path,), 0)
+    (shown,) = gallery.extracted(Found(stores={"s.zarr": store}, videos=(tmp_path,)))
     assert shown["spans"] == {"rows": 3, "files": 1, "seconds": 1}
     assert sorted(id for _, id, _ in shown["samples"]) == store.ids[1:].tolist()
 
@@ -275,7 +277,7 @@ def test_an_ablation_under_way_shows_what_is_done(folder, tmp_path):
     assert {"ablation", "missing", ""} == set(shown.words)
     assert "over videos, of one seed" in shown.words["ablation"]
     (begun / "ablation.csv").write_text("g1,g2\n4,2\n")
-    assert "Ablation: KeyError('name')" in made(tmp_path).words["problems"]
+    assert "ablation: KeyError('name')" in made(tmp_path).words["problems"]
 
 
 def test_scores_alone(folder, tmp_path):
@@ -302,7 +304,7 @@ def test_an_unlabelled_scores_file_and_an_unfinished_store(tmp_path):
 def test_an_empty_folder_is_an_input_error(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("nothing to see")
     with pytest.raises(InputError, match=re.escape(f"{tmp_path} holds nothing to report on")):
-        report.find(tmp_path)
+        find(tmp_path)
     out = str(tmp_path / "r.html")
     assert run_command(report.main, report.Options, prog="report", args=[str(tmp_path), "--out", out]) == 2
     assert not Path(out).exists()
@@ -404,7 +406,7 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     np.testing.assert_allclose(shares[79, 0], [0.5, 0.25, 0.25, 0])
     assert np.isnan(shares[:, 1]).all()
     assert ratio == pytest.approx(5e-4)
-    shown = gallery.films(model, store, np.arange(count), (), seed=0)
+    shown = gallery.films(model, store, np.arange(count), ())
     clips = [film["id"] for film in shown["films"]]
     assert clips[:2] == [store.ids[17], store.ids[70]]
     assert len(clips) == 3
@@ -424,7 +426,7 @@ def test_few_videos_are_laid_out_by_pca():
     plane = (
         np.random.default_rng(0).normal(size=(9, 2)) @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 2)))[0].T
     )
-    places, method = gallery.flatten(plane, seed=0)
+    places, method = gallery.flatten(plane)
     assert method == "PCA (100% of the variance)"
     distances = [np.linalg.norm(p[:, None] - p[None], axis=2) for p in (plane, places)]
     np.testing.assert_allclose(*distances, atol=1e-9)
@@ -433,7 +435,7 @@ def test_few_videos_are_laid_out_by_pca():
 def test_tsne_keeps_clusters_apart():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
-    places, method = gallery.flatten(np.eye(3, 40)[labels] * 20 + rng.normal(size=(60, 40)), seed=0)
+    places, method = gallery.flatten(np.eye(3, 40)[labels] * 20 + rng.normal(size=(60, 40)))
     assert method.startswith("t-SNE")
     nearest = np.linalg.norm(places[:, None] - places[None], axis=2) + np.diag([np.inf] * 60)
     assert (labels[nearest.argmin(1)] == labels).mean() > 0.9
@@ -504,7 +506,7 @@ def test_a_hostile_name_is_text_in_a_real_browser(tmp_path):
     classes = [HOSTILE, "b", "c"]
     logits = np.eye(3)[[1, 0, 2, 1, 0, 2]]
     Scores([f"{HOSTILE}{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(tmp_path / "s.h5")
-    html = report.render(report.find(tmp_path), title=HOSTILE)
+    html = render(find(tmp_path), HOSTILE)
     seen = shown_in_a_browser(html, tmp_path, width=420)
     assert HOSTILE in seen["text"]
     assert seen["pictures"] == html.count('src="data:image/')
