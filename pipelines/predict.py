@@ -202,12 +202,8 @@ def _check_picture(options: Options, model: str) -> None:
             f"--picture: {model} has no weight a frame to show, as {', '.join(WEIGHING)} have; "
             "with --window it is a timeline"
         )
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError(
-            "--picture draws with matplotlib, which is not installed: pip install 'hgnl-video[demo]'"
-        ) from None
+    from aggregate import figures  # noqa: F401  # InputError without matplotlib
+
     options.picture.mkdir(parents=True, exist_ok=True)
 
 

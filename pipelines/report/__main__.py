@@ -12,7 +12,7 @@ from typing import Annotated
 
 import tyro
 
-from extract.cli import InputError, RunError, run_command
+from extract.cli import InputError, run_command
 from extract.files import replace_file
 from pipelines.report.find import find
 
@@ -30,17 +30,11 @@ class Options:
 
 
 def main(options: Options) -> int:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise RunError(
-            "the report draws with matplotlib, which is not installed: pip install 'hgnl-video[demo]'"
-        ) from None
+    from pipelines.report.page import render
+
     for folder in (options.rundir, *options.videos):
         if not folder.is_dir():
             raise InputError(f"{folder} is no folder")
-    from pipelines.report.page import render
-
     found = find(options.rundir, options.videos)
     html = render(found, options.rundir.resolve().name)
     replace_file(options.out, html)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from aggregate import figures
 from aggregate.ablation.compare import percent
@@ -64,7 +63,7 @@ def _printable(value: Any) -> Any:
     return "".join(c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
 
 
-def _data_uri(picture: Figure | bytes) -> Markup:
+def _data_uri(picture: figures.Figure | bytes) -> Markup:
     """A figure (as SVG) or a JPEG as a part of the page."""
     kind, content = ("jpeg", picture) if isinstance(picture, bytes) else ("svg+xml", figures.svg(picture))
     return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")

@@ -335,6 +335,8 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(clips, hgnl, 
     with pytest.raises(InputError, match=r"--picture: tsn has no weight a frame to show"):
         predict.main(Options((clips[0],), tsn, picture=tmp_path / "p"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "aggregate.figures", raising=False)
+    monkeypatch.delattr("aggregate.figures", raising=False)
     with pytest.raises(InputError, match="matplotlib, which is not installed"):
         predict.main(Options((clips[0],), hgnl, picture=tmp_path / "p"))
     assert not (tmp_path / "p").exists()
