@@ -9,8 +9,8 @@ import os
 import posixpath
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 from extract.cli import InputError
@@ -24,7 +24,10 @@ _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
 
 
 class Row(NamedTuple):
-    """One listed video; `name` is a path below the root, in a Kinetics CSV the file's name without extension."""
+    """One listed video; `name` is a path below the root, in a Kinetics CSV the file's name without extension.
+
+    `file` is what was found for it, below the root, "" for none (yet).
+    """
 
     table: str
     line: int
@@ -33,6 +36,7 @@ class Row(NamedTuple):
     split: str
     group: str = ""
     span: tuple[float, float] | None = None  # seconds; of Kinetics, what an untrimmed video is to be cut by
+    file: str = ""
 
     @property
     def where(self) -> str:
@@ -51,12 +55,9 @@ class Table(NamedTuple):
 def tables_in(source: str) -> list[str]:
     """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of videos."""
     around = [place for place in (source, os.path.join(source, "annotations")) if os.path.isdir(place)]
-    paths = [os.path.join(place, name) for place in around for name in sorted(os.listdir(place))]
-    return [
-        path
-        for path in paths
-        if extension(path) == "csv" and not os.path.basename(path).startswith(".") and _kind(_header(path))
-    ]
+    names = [(place, name) for place in around for name in sorted(os.listdir(place)) if not name.startswith(".")]
+    paths = [os.path.join(*there) for there in names if extension(there[1]) == "csv"]
+    return [path for path in paths if _kind(_header(path))]
 
 
 def read_table(path: str, root: str) -> Table:
@@ -64,20 +65,22 @@ def read_table(path: str, root: str) -> Table:
     columns = _header(path)
     kind = _kind(columns)
     if kind == "kinetics":
-        return Table(kind, list(_kinetics_rows(path, columns)))
+        labelled = "label" in columns
+        return Table(kind, list(_rows(path, columns, (*KINETICS_COLUMNS, "label"), partial(_clip, labelled))))
     if kind == "path":
         group = next((name for name in ("group", "subject") if name in columns), "")
-        return Table(kind, list(_path_rows(path, columns, root, group)), group)
+        wanted = ("path", "label", "split", group, "start", "end")
+        return Table(kind, list(_rows(path, columns, wanted, partial(_path, root))), group)
     raise InputError(
         f"{path} has the columns {', '.join(columns) or '(none)'}; needed are {', '.join(KINETICS_COLUMNS)} "
         f"(and label, but for test), or {', '.join(PATH_COLUMNS)} (and start, end, split, group)"
     )
 
 
-def find_clips(rows: Sequence[Row], files: Iterable[str]) -> Iterator[tuple[Row, str]]:
+def find_clips(rows: Iterable[Row], files: Iterable[str]) -> Iterator[Row]:
     """Rows of Kinetics with their file: the clip of that name, or else the untrimmed video that it is a span of.
 
-    "" for none. A file never comes from the folder of another split.
+    A file never comes from the folder of another split.
     """
     by_stem: dict[str, list[str]] = defaultdict(list)
     for file in files:
@@ -95,31 +98,30 @@ def find_clips(rows: Sequence[Row], files: Iterable[str]) -> Iterator[tuple[Row,
             if len(there) > 1:
                 raise InputError(f"{row.where}: {there[0]} and {there[1]} could both be {row.name}; remove one")
             if there:
-                yield row._replace(span=span), there[0]
+                row = row._replace(span=span, file=there[0])
                 break
-        else:
-            yield row, ""
+        yield row
 
 
-def find_paths(rows: Sequence[Row], files: Iterable[str], root: str) -> Iterator[tuple[Row, str]]:
-    """Rows of paths with their file, "" for none; what a row names is a video, whatever its extension."""
+def find_paths(rows: Iterable[Row], files: Iterable[str], root: str) -> Iterator[Row]:
+    """Rows of paths with their file; what a row names is a video, whatever its extension."""
     there = set(files)
     for row in rows:
         if row.name not in there and os.path.lexists(os.path.join(root, row.name)):
             there.add(row.name)
-        yield row, row.name if row.name in there else ""
+        yield row._replace(file=row.name) if row.name in there else row
 
 
-def refuse_doubles(found: Iterable[tuple[Row, str]], *, of_two_classes: bool) -> None:
+def refuse_doubles(rows: Iterable[Row], *, of_two_classes: bool) -> None:
     """`InputError` where two rows stand for one file, or one span of it, or one missing video (unless of two classes).
 
     A missing clip of Kinetics may stand under two classes: it has no file that would have to decide for one.
     """
     first: dict[tuple, Row] = {}
-    for row, file in found:
-        key = (file or row.name, row.span, *((row.label, row.split) if of_two_classes and not file else ()))
+    for row in rows:
+        key = (row.file or row.name, row.span, *((row.label, row.split) if of_two_classes and not row.file else ()))
         if (earlier := first.setdefault(key, row)) is not row:
-            what = span_id(file or row.name, row.span)
+            what = span_id(row.file or row.name, row.span)
             raise InputError(f"{earlier.where} and {row.where} both list {what}; a video stands in one row")
 
 
@@ -161,63 +163,56 @@ def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
         raise InputError(f"{path} cannot be read as a CSV after line {line}: {error}") from None
 
 
-def _values(path: str, columns: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
-    """The line of each row and its values of the `wanted` columns, "" for a column that is not there."""
+def _rows(path: str, columns: Sequence[str], wanted: Sequence[str], parse: Callable[..., Iterable]) -> Iterator[Row]:
+    """What `parse` makes of each line's values of the `wanted` columns, "" for a column that is not there.
+
+    Its ValueError comes out as an InputError that names the line.
+    """
     positions = [columns.index(name) if name and name in columns else None for name in wanted]
     lines = _lines(path)
     next(lines)
     for line, fields in lines:
         if len(fields) < len(columns) or any(fields[len(columns) :]):
-            raise InputError(
-                f"{path} line {line} has {len(fields)} values and the header {len(columns)}; "
-                "a value that holds a comma must be quoted"
-            )
-        yield line, ["" if at is None else fields[at].strip() for at in positions]
+            counts = f"{len(fields)} values and the header {len(columns)}"
+            raise InputError(f"{path} line {line} has {counts}; a value that holds a comma must be quoted")
+        try:
+            made = parse(*["" if at is None else fields[at].strip() for at in positions])
+        except ValueError as error:
+            raise InputError(f"{path} line {line}: {error}") from None
+        yield Row(path, line, *made)
 
 
-def _kinetics_rows(path: str, columns: Sequence[str]) -> Iterator[Row]:
-    labelled = "label" in columns
-    for line, (name, start, end, said, label) in _values(path, columns, (*KINETICS_COLUMNS, "label")):
-        if not _YOUTUBE_ID.fullmatch(name):
-            raise InputError(f"{path} line {line}: {name!r} is no youtube id, which has 11 characters")
-        span = _span(start, end, path, line)
-        split = _split(said, path, line)
-        if labelled and not label and split != "test":
-            raise InputError(f"{path} line {line}: {name} has no label; only videos of the test split may lack one")
-        yield Row(path, line, f"{name}_{int(span[0]):06d}_{int(span[1]):06d}", label, split, "", span)
+def _clip(labelled: bool, name: str, start: str, end: str, said: str, label: str) -> tuple:
+    if not _YOUTUBE_ID.fullmatch(name):
+        raise ValueError(f"{name!r} is no youtube id, which has 11 characters")
+    span, split = _span(start, end), _split(said)
+    if labelled and not label and split != "test":
+        raise ValueError(f"{name} has no label; only videos of the test split may lack one")
+    return f"{name}_{int(span[0]):06d}_{int(span[1]):06d}", label, split, "", span
 
 
-def _path_rows(path: str, columns: Sequence[str], root: str, group_column: str) -> Iterator[Row]:
-    base = os.path.abspath(root)
-    wanted = ("path", "label", "split", group_column, "start", "end")
-    for line, (name, label, said, group, start, end) in _values(path, columns, wanted):
-        if not name:
-            raise InputError(f"{path} line {line} has no path")
-        below = os.path.relpath(name, base) if os.path.isabs(name) else name
-        below = posixpath.normpath(below.replace(os.sep, "/"))
-        if below.split("/")[0] in ("..", "."):  # an id is also a place below the folder that an export fills
-            raise InputError(
-                f"{path} line {line}: {name} is not below {root}; give --root DIR, a folder around all videos"
-            )
-        span = _span(start, end, path, line) if start or end else None
-        yield Row(path, line, below, label, _split(said, path, line), group, span)
+def _path(root: str, name: str, label: str, said: str, group: str, start: str, end: str) -> tuple:
+    if not name:
+        raise ValueError("its path is empty")
+    below = os.path.relpath(name, os.path.abspath(root)) if os.path.isabs(name) else name
+    below = posixpath.normpath(below.replace(os.sep, "/"))
+    if below.split("/")[0] in ("..", "."):  # an id is also a place below the folder that an export fills
+        raise ValueError(f"{name} is not below {root}; give --root DIR, a folder around all videos")
+    return below, label, _split(said), group, _span(start, end) if start or end else None
 
 
-def _span(start: str, end: str, path: str, line: int) -> tuple[float, float]:
+def _span(start: str, end: str) -> tuple[float, float]:
     """Seconds, in whole milliseconds."""
     try:
         span = round(float(start) * 1000), round(float(end) * 1000)
     except (ValueError, OverflowError):
-        raise InputError(f"{path} line {line}: {start!r} to {end!r} are no times in seconds") from None
+        raise ValueError(f"{start!r} to {end!r} are no times in seconds") from None
     if not 0 <= span[0] < span[1]:
-        raise InputError(
-            f"{path} line {line}: {start} to {end} s is no span; it begins at 0 or later, and ends after it begins"
-        )
+        raise ValueError(f"{start} to {end} s is no span; it begins at 0 or later, and ends after it begins")
     return span[0] / 1000, span[1] / 1000
 
 
-def _split(value: str, path: str, line: int) -> str:
-    split = SPLITS.get(value.lower(), "")
-    if value and not split:
-        raise InputError(f"{path} line {line}: the split {value!r} is unknown; known are {', '.join(SPLITS)}")
-    return split
+def _split(value: str) -> str:
+    if value and value.lower() not in SPLITS:
+        raise ValueError(f"the split {value!r} is unknown; known are {', '.join(SPLITS)}")
+    return SPLITS[value.lower()] if value else ""

@@ -135,23 +135,23 @@ def list_videos(
     else the sorted names), "kinetics700", or a file with one class a line; names match it as they are, with `_` for
     spaces, and with `'`, `(`, `)` removed as well. Raises `InputError`, which says what is wrong and where.
     """
-    source = os.fspath(source)
+    source, root = os.fspath(source), None if root is None else os.fspath(root)
     with _no_collector():
-        known, rows = _draft(source, None if root is None else os.fspath(root))
+        rows, known = _rows(source, root)
         # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
-        classes, index, labels_from = choose_labels({row.label for row, _ in rows} - {""}, labels)
+        classes, index, labels_from = choose_labels({row.label for row in rows} - {""}, labels)
         index[""] = -1
-        base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else os.fspath(root)
+        base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
         videos = [
             Video(
-                span_id(file or row.name, row.span if file else None),
-                os.path.join(base, file) if file else "",
+                span_id(row.file or row.name, row.span if row.file else None),
+                os.path.join(base, row.file) if row.file else "",
                 index[row.label],
                 row.split,
-                row.group or (file if row.span else ""),  # the spans of a file must not be torn apart
+                row.group or (row.file if row.span else ""),  # the spans of a file must not be torn apart
                 row.span,
             )
-            for row, file in rows
+            for row in rows
         ]
         found = tuple(video for video in videos if video.path)
         missing = tuple(video for video in videos if not video.path)
@@ -177,11 +177,6 @@ def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
             yield clip[1], video
 
 
-# What a source is before its classes have an index: the fields of its listing that are known, and of each video a row
-# and its file, "" for one that is missing.
-_Draft = tuple[dict[str, Any], list[tuple[Row, str]]]
-
-
 @contextlib.contextmanager
 def _no_collector() -> Iterator[None]:
     """Without the cycle collector, which walks over all the tuples made so far again and again: half of the time."""
@@ -194,27 +189,27 @@ def _no_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _draft(source: str, root: str | None) -> _Draft:
+def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
+    """The videos of a source before its classes have an index, and the fields of its listing that are known."""
     if not os.path.exists(source):
         link = f" (it is a link to {os.readlink(source)})" if os.path.islink(source) else ""
         raise InputError(f"there is no {source}{link}; give a folder, a CSV or a video")
-    name = os.path.basename(source)
-    is_csv = extension(name) == "csv" and not os.path.isdir(source)
-    if root is not None and not is_csv:
+    name, is_folder = os.path.basename(source), os.path.isdir(source)
+    if not is_folder and extension(name) == "csv":
+        return _from_tables([source], os.path.dirname(source) or "." if root is None else root)
+    if root is not None:
         raise InputError(f"--root {root} says where the videos of a CSV are, and {source} is no CSV")
-    if is_csv:
-        return _from_tables([source], root if root is not None else os.path.dirname(source) or ".")
-    if os.path.isdir(source):
+    if is_folder:
         return _from_folder(source)
     if extension(name) not in VIDEO_EXTENSIONS:
         known = " ".join(sorted(VIDEO_EXTENSIONS))
         raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
     if printable(name) != name:
         raise InputError(f"the name {printable(name)} is not UTF-8, so that no store can hold it; rename the video")
-    return {"layout": "one video"}, [(Row(source, 0, name, "", ""), name)]
+    return [Row(source, 0, name, "", "", file=name)], {"layout": "one video"}
 
 
-def _from_folder(source: str) -> _Draft:
+def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     files, ignored = scan(source)
     if not files:
         why = "; ".join(f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items())
@@ -223,12 +218,14 @@ def _from_folder(source: str) -> _Draft:
     splits, classes = (any(place[part] for place in by_folder.values()) for part in range(2))
     if not classes and (tables := tables_in(source)):
         return _from_tables(tables, source, scanned=(files, ignored))
-    rows = [(Row(source, 0, file, *by_folder[folder(file)][::-1]), file) for file in files]
+    rows = [Row(source, 0, file, *by_folder[folder(file)][::-1], file=file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
-    return {"layout": f"folders {layout}" if splits or classes else "a flat folder", "ignored": ignored}, rows
+    return rows, {"layout": f"folders {layout}" if splits or classes else "a flat folder", "ignored": ignored}
 
 
-def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None) -> _Draft:
+def _from_tables(
+    paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None
+) -> tuple[list[Row], dict[str, Any]]:
     """Videos of one or several CSVs below `root`; `scanned` is `scan(root)` where it is known already."""
     if not os.path.isdir(root):
         raise InputError(f"--root {root} is no folder; it says where the videos of {paths[0]} are")
@@ -237,37 +234,35 @@ def _from_tables(paths: Sequence[str], root: str, *, scanned: tuple[list[str], I
     by_path = [row for table in tables if table.kind == "path" for row in table.rows]
     if not clips and not by_path:
         raise InputError(f"{paths[0]} has a header and no rows")
-    if scanned is None:
-        # A CSV of paths may lie in a large place: only the folders that it names are looked into.
-        scanned = scan(root, only=None if clips else {row.name.partition("/")[0] for row in by_path})
-    files, ignored = scanned
-    refuse_doubles(((row, row.name) for row in by_path), of_two_classes=False)
-    found_clips = list(find_clips(clips, files if clips else ()))
-    refuse_doubles(found_clips, of_two_classes=True)
-    rows = [*found_clips, *find_paths(by_path, files, root)]
-    used = {file for _, file in rows} - {""}
-    if not used:
+    # A CSV of paths may lie in a large place: only the folders that it names are looked into.
+    files, ignored = scanned or scan(root, only=None if clips else {row.name.partition("/")[0] for row in by_path})
+    refuse_doubles(by_path, of_two_classes=False)
+    clips = list(find_clips(clips, files if clips else ()))
+    refuse_doubles(clips, of_two_classes=True)
+    rows = [*clips, *find_paths(by_path, files, root)]
+    found = [row for row in rows if row.file]
+    if not found:
         there = f"there are {examples(files)}" if files else "there is no video"
         raise InputError(
-            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0][0].name}, {there}); "
+            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0].name}, {there}); "
             "say with --root where they are"
         )
     notes = [f"groups: the column `{table.group_column}`" for table in tables if table.group_column]
-    if spans := sum(row.span is not None for row, file in rows if file):
-        whole = sum(row.span is None for row, file in rows if file)
+    if spans := sum(row.span is not None for row in found):
+        whole = len(found) - spans
         notes.append(f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files")
         # Spans of one file side by side, by when they begin, so that it is read in one pass.
-        first = {file: place for place, (_, file) in reversed([*enumerate(rows)])}
-        rows.sort(key=lambda found: (first[found[1]], found[0].span or ()))
+        first = {row.file: place for place, row in reversed([*enumerate(rows)])}
+        rows.sort(key=lambda row: (first[row.file], row.span or ()))
+    used = {row.file for row in found}
     no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     left = {why: tuple(name for name in names if name not in no_surprise) for why, names in ignored.items()}
-    known = {
+    return rows, {
         "layout": f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
         "unlisted": tuple(file for file in files if file not in used),
         "ignored": {why: names for why, names in left.items() if names},
         "notes": tuple(notes),
     }
-    return known, rows
 
 
 def _named(names: Sequence[str]) -> str:

@@ -575,7 +575,7 @@ def test_an_unnamed_column_is_no_group(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (",a", "line 3 has no path"),
+        (",a", "line 3: its path is empty"),
         ("../x.mp4,a", r"line 3: \.\./x\.mp4 is not below .*; give --root"),
         ("a/..,a", r"line 3: a/\.\. is not below"),
         ("/elsewhere/x.mp4,a", "line 3: /elsewhere/x.mp4 is not below"),
