@@ -1,7 +1,6 @@
 """python -m extract.export feats.zarr --to DIR|FILE.h5|npy: features for other people's tools."""
 
 import json
-import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from extract.cli import InputError, RunError, progress, run_command
+from extract.cli import InputError, progress, run_command
 from extract.files import make_folder, replacing
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Options:
 
 def main(options: Options) -> int:
     from extract.store import FeatureStore
-    from extract.store.summary import human_bytes
+    from extract.store.summary import check_space
 
     dense = str(options.to) == "npy"
     if dense == (options.out is None):
@@ -48,11 +47,8 @@ def main(options: Options) -> int:
         raise InputError(f"{to} is there already and is left as it is; give a new name or remove it")
     store = FeatureStore.open(options.store)
     make_folder(to.parent)
-    needed, free = len(store) * store.video_bytes, shutil.disk_usage(to.parent).free
-    if dense:
-        needed = needed * 2 // store.num_views
-    if needed > free:  # said before: HDF5 may crash where a disk becomes full
-        raise RunError(f"{to} needs {human_bytes(needed)}, its disk has {human_bytes(free)} free; use another one")
+    needed = len(store) * store.video_bytes
+    check_space(to.parent, needed * 2 // store.num_views if dense else needed)  # HDF5 may crash on a full disk
     if dense:
         return _write_dense(store, to)
     (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)
@@ -96,8 +92,7 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> None:
     columns = {name: getattr(store, name)[rows] for name in names}
     columns |= {name: np.array(getattr(store, name), dtype=object) for name in ("classes", "views")}
     with replacing(path) as partial, h5py.File(partial, "w") as file:
-        shape = (len(rows), store.num_views, store.frames_per_video, store.dim)
-        file.create_dataset("features", shape, dtype="f2")
+        file.create_dataset("features", (len(rows), *store.video_shape), dtype="f2")
         for done, features in _finished(store):
             file["features"][filled : filled + len(done)] = features
             filled += len(done)

@@ -1,5 +1,6 @@
 """python -m extract.verify feats.zarr [--repair]: read every shard and check it against its checksums."""
 
+import contextlib
 import sys
 from dataclasses import dataclass
 from typing import Annotated
@@ -22,7 +23,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    import contextlib
+    import numpy as np
 
     from extract.store import FeatureStore, exclusive, is_remote
 
@@ -39,13 +40,13 @@ def main(options: Options) -> int:
             print(f"... and {len(damaged) - SHOWN} more")
         committed = int((store.status > 0).sum())
         print(f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, {len(damaged):,} damaged")
-        if damaged and not options.repair:
+        if not damaged:
+            return 0
+        if not options.repair:
             print(f"Next: python -m extract.verify {options.store} --repair")
-        if not damaged or not options.repair:
-            return 1 if damaged else 0
-        blocks = sorted({row // store.block_size for row in damaged})
-        for block in blocks:
-            store.set_pending(store.block_rows(block))
+            return 1
+        blocks = {row // store.block_size for row in damaged}
+        store.set_pending(np.concatenate([store.block_rows(block) for block in blocks]))
         print(f"{len(blocks)} blocks are pending again; run the extraction once more to fill them")
     return 0
 

@@ -171,7 +171,7 @@ def look(
     Without spans, how long the video is (s). Raises VideoError where not one frame of it can be read.
     """
     from extract.decode import VideoError, decode_spans
-    from extract.decode.packets import end_of, length_of
+    from extract.decode.packets import length_of
     from extract.decode.transform import crop_boxes, resize_short_side
 
     path, spans, see, segments, per_segment = job
@@ -179,26 +179,21 @@ def look(
         return length_of(path)
     crops = out[: len(spans) * segments * max(per_segment, 1) * see.size**2 * 3]
     crops = crops.reshape(len(spans), -1, see.size, see.size, 3)
-    end = 0.0
 
     def crop(frame: np.ndarray) -> np.ndarray:
         frame = resize_short_side(frame, see)
         top, left, tall, wide = crop_boxes(frame.shape[0], frame.shape[1], see.size, 1)[0][0]
         return frame[top : top + tall, left : left + wide]
 
-    def note(times: np.ndarray) -> None:
-        nonlocal end
-        end = end_of(times)
-
     seen: list[Window | str] = [""] * len(spans)
     wanted = [(span, partial(_frames_of, segments=segments, N=per_segment)) for span in spans]
-    for place, decoded in decode_spans(path, wanted, resize=crop, on_duration=on_duration, on_times=note):
+    for place, decoded in decode_spans(path, wanted, resize=crop, on_duration=on_duration):
         if isinstance(decoded, VideoError):
             seen[place] = decoded.reason
             continue
         frames, indices, times = decoded
         crops[place, : len(frames)] = frames
-        start, stop = spans[place] or (0.0, end)
+        start, stop = spans[place] or (0.0, decoded.end)
         seen[place] = Window(start, stop, decoded.num_frames, indices, times, problem=decoded.problem)
     return seen
 

@@ -4,7 +4,7 @@ On SE-ResNeXt101 and 2 CPU cores, bf16, this makes 21 frames/s of 17 (LOG.md). B
 """
 
 import copy
-from collections.abc import Callable
+from collections import Counter
 from typing import Any
 
 import torch
@@ -76,8 +76,7 @@ class _Tracer(fx.Tracer):
 
 def _fold_batch_norms(graph: fx.GraphModule) -> None:
     modules = dict(graph.named_modules())
-    for node, norm in _called(graph, modules, lambda module: type(module) in (nn.BatchNorm2d, BatchNormAct2d)):
-        assert isinstance(norm, nn.BatchNorm2d)
+    for node, norm in _called(graph, modules, nn.BatchNorm2d, BatchNormAct2d):
         before = node.args[0]
         if not (isinstance(before, fx.Node) and before.op == "call_module" and len(before.users) == 1):
             continue
@@ -93,17 +92,12 @@ def _fold_batch_norms(graph: fx.GraphModule) -> None:
     graph.recompile()
 
 
-def _called(
-    graph: fx.GraphModule, modules: dict[str, nn.Module], wanted: Callable[[nn.Module], bool]
-) -> list[tuple[fx.Node, nn.Module]]:
-    """The calls of those modules that are wanted and are called once (a shared one has two meanings)."""
+def _called(graph: fx.GraphModule, modules: dict[str, nn.Module], *wanted: type) -> list[tuple[fx.Node, Any]]:
+    """The calls of those modules that are of a wanted type and are called once (a shared one has two meanings)."""
     calls = [node for node in graph.graph.nodes if node.op == "call_module"]
-    targets = [node.target for node in calls]
-    return [
-        (node, modules[node.target])
-        for node in calls
-        if targets.count(node.target) == 1 and wanted(modules[node.target])
-    ]
+    times = Counter(node.target for node in calls)
+    once = [(node, modules[node.target]) for node in calls if times[node.target] == 1]
+    return [(node, module) for node, module in once if type(module) in wanted]
 
 
 class _InputShapes(fx.Interpreter):
@@ -135,8 +129,7 @@ class _PackedConvolution(nn.Module):
 
 def _pack_convolutions(graph: fx.GraphModule, shapes: dict[str, list[int]], *, batch: int) -> None:
     modules = dict(graph.named_modules())
-    for node, convolution in _called(graph, modules, lambda module: type(module) is nn.Conv2d):
-        assert isinstance(convolution, nn.Conv2d)
+    for node, convolution in _called(graph, modules, nn.Conv2d):
         if isinstance(convolution.padding, str) or convolution.padding_mode != "zeros":
             continue
         users = list(node.users)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError
 from extract.decode.opening import VideoError
-from extract.decode.packets import Packets, UntrustedError
+from extract.decode.packets import Packets, UntrustedError, VideoFile
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,14 +25,14 @@ TOLERANCE = 3
 _AT_ONCE = 32  # frames in their own size on the GPU
 
 
-class TorchcodecFile:
-    """A file as `Packets` is one, its pictures uint8 tensors [H, W, 3] on `device`. Raises UntrustedError."""
+class TorchcodecFile(VideoFile):
+    """Its frames are those that `Packets` finds, its pictures uint8 tensors [H, W, 3] on `device`. UntrustedError."""
 
     def __init__(self, path: Any, on_duration: Callable[[float | None], None] | None, *, device: str):
         from torchcodec.decoders import VideoDecoder
 
         packets = Packets(path, on_duration)
-        self.times, self.end, self.slack, self.problem = packets.times, packets.end, packets.slack, packets.problem
+        self.times, self.end = packets.times, packets.end
         with _doubted():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
@@ -86,10 +86,10 @@ class GpuDecoder:
             return Finished(done, out)
         except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
             why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-        with self._children.submit((path, rows, replace(plan, decoder="pyav"))).result() as finished:
-            note = f"decoded by PyAV: {why}"
-            done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
-            return replace(finished, result=done, buffer=finished.buffer.copy(), _free=None)
+        note = f"decoded by PyAV: {why}"
+        finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
+        done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
+        return replace(finished.taken(), result=done)
 
 
 def torchcodec_version(device: str) -> str:

@@ -39,14 +39,31 @@ class UntrustedError(Exception):
     """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
 
 
-class Packets:
-    """A video by its packets, which go by their numbers in the file's order; those of a small file stay in memory.
+class VideoFile:
+    """What each way of reading a file offers, once it has been looked through: when frames are shown, and the frames.
 
     times float64 [num_frames]: when every frame is shown, ascending, seconds after the first; end: when the last goes.
-    Raises UntrustedError.
     """
 
+    times: np.ndarray
+    end: float
     slack = 0.0  # by how much times may be too small
+
+    def problem(self, span: Span | None) -> str:
+        """What is wrong with the file, as far as a span is concerned: that it ends before the span does."""
+        early = span is not None and span[1] > self.end + 1e-3
+        return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s" if early else ""
+
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
+        """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""
+        raise NotImplementedError
+
+
+class Packets(VideoFile):
+    """A video by its packets, which go by their numbers in the file's order; those of a small file stay in memory.
+
+    Raises UntrustedError.
+    """
 
     def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
         self._path = path
@@ -65,12 +82,7 @@ class Packets:
         self.times = seconds(np.array(self.pts)[self._order] - first, stream.time_base)
         self.end = end_of(self.times, float(seconds(stop - first, stream.time_base)))
 
-    def problem(self, span: Span | None) -> str:
-        """What is wrong with the file, as far as a span is concerned."""
-        return cut_short(span, self.end)
-
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""
         (container, stream), self._opened = self._opened or open_video(self._path), None
         with container:
             wanted = {self._order[index]: index for index in indices}
@@ -252,8 +264,3 @@ def seconds(ticks, base: Fraction):
 def end_of(times: np.ndarray, known: float = 0.0) -> float:
     """When the last of frames at `times` goes: when its packet says, at least after as long as is usual."""
     return max(known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0))
-
-
-def cut_short(span: Span | None, end: float) -> str:
-    """Says so where a file ends (s) before a span of it."""
-    return "" if span is None or span[1] <= end + 1e-3 else f"the file ends at {end:.3f} s, the span at {span[1]:g} s"

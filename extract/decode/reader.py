@@ -19,8 +19,10 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from functools import partial
+from typing import Any
 
 import av
 import numpy as np
@@ -28,7 +30,7 @@ from av.video.reformatter import VideoReformatter
 
 from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
-from extract.decode.packets import Packets, Span, UntrustedError, cut_short, end_of, ends_early, seconds, upright
+from extract.decode.packets import Packets, Span, UntrustedError, VideoFile, end_of, ends_early, seconds, upright
 
 Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
@@ -39,7 +41,8 @@ class Decoded:
     """Frames of a video; unpacks as `frames, indices, timestamps`.
 
     frames uint8 [T, H, W, 3] RGB; indices int32 [T], positions in presentation order; timestamps float32 [T], seconds
-    after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable.
+    after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable;
+    end, when the last frame of the file goes (s).
     """
 
     frames: np.ndarray = field(repr=False)
@@ -47,6 +50,7 @@ class Decoded:
     timestamps: np.ndarray
     num_frames: int
     problem: str = ""
+    end: float = float("nan")
 
     def __post_init__(self) -> None:
         count = len(self.frames)
@@ -60,30 +64,14 @@ class Decoded:
         return iter((self.frames, self.indices, self.timestamps))
 
 
-def decode(
-    path: str | os.PathLike[str],
-    sample: Sample,
-    *,
-    span: Span | None = None,
-    resize: Resize | None = None,
-    decoder: str = "pyav",
-    on_duration: Callable[[float | None], None] | None = None,
-    on_times: Callable[[np.ndarray], None] | None = None,
-) -> Decoded:
+def decode(path: str | os.PathLike[str], sample: Sample, *, span: Span | None = None, **options: Any) -> Decoded:
     """Decode the frames of `path` that `sample(num_frames)` asks for (any order, repeats allowed).
 
-    With a `span`, `sample` is told how many frames are shown in it and chooses among those. `resize` is applied to each
-    wanted frame as it comes, so memory does not grow with a video's length or its picture size. `on_duration` is called
-    once with the container's duration in seconds (None if unknown) before decoding. `on_times` is called before
-    `sample`, each time, with when every frame is shown: float [num_frames], seconds after the first.
-    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1), or on_gpu.py's
-    "torchcodec-cuda", whose frames are tensors on that device (VideoError also where only PyAV could read it).
-
-    Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that is not there.
+    With a `span`, `sample` is told how many frames are shown in it and chooses among those. `options` are those of
+    `decode_spans`. Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that
+    is not there.
     """
-    wanted = [(span, sample)]
-    options = {"resize": resize, "decoder": decoder, "on_duration": on_duration, "on_times": on_times}
-    [(_, decoded)] = decode_spans(path, wanted, **options)  # type: ignore[arg-type]
+    [(_, decoded)] = decode_spans(path, [(span, sample)], **options)
     if isinstance(decoded, VideoError):
         raise decoded
     return decoded
@@ -96,44 +84,44 @@ def decode_spans(
     resize: Resize | None = None,
     decoder: str = "pyav",
     on_duration: Callable[[float | None], None] | None = None,
-    on_times: Callable[[np.ndarray], None] | None = None,
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
     """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its frames or its failure.
 
-    They come as they are complete, so spans that follow each other are not all in memory.
+    They come as they are complete, so spans that follow each other are not all in memory. `resize` is applied to each
+    wanted frame as it comes, so memory does not grow with a video's length or its picture size. `on_duration` is called
+    once with the container's duration in seconds (None if unknown) before decoding.
+    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1), or on_gpu.py's
+    "torchcodec-cuda", whose frames are tensors on that device (VideoError also where only PyAV could read it).
     """
     check_file(path)
-    if decoder not in ("pyav", "decord") and not decoder.startswith("torchcodec-"):
-        raise ValueError(f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'")
     left = list(range(len(wanted)))
     key = (os.fspath(path), decoder, os.stat(path).st_mtime_ns)
-    file: _File | None = _recent.pop(key, None)
+    file = _recent.pop(key, None)
     _recent.clear()
     try:
         if file is None:
-            file = _open(path, decoder, on_duration)
+            file = _opener(decoder)(path, on_duration)
         elif on_duration is not None:
             on_duration(sum(span[1] - span[0] if span else file.end for span, _ in wanted))
-        for place, result in _decode(file, path, wanted, left, resize, on_times):
-            left.remove(place)
-            yield place, result
+        yield from _decode(file, path, wanted, left, resize)
     except UntrustedError as doubt:
         if decoder.startswith("torchcodec-"):
             raise VideoError(path, str(doubt)) from None
         file = _Everything(path, str(doubt))
-        yield from _decode(file, path, wanted, left, resize, on_times)
+        yield from _decode(file, path, wanted, left, resize)
     if any(span for span, _ in wanted):
         _recent[key] = file
 
 
-def _open(path: str | os.PathLike[str], decoder: str, on_duration: Callable[[float | None], None] | None) -> "_File":
+def _opener(decoder: str) -> Callable[..., VideoFile]:
     if decoder.startswith("torchcodec-"):
-        return TorchcodecFile(path, on_duration, device=decoder.removeprefix("torchcodec-"))
-    return (_Decord if decoder == "decord" else Packets)(path, on_duration)
+        return partial(TorchcodecFile, device=decoder.removeprefix("torchcodec-"))
+    if decoder not in ("pyav", "decord"):
+        raise ValueError(f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'")
+    return Packets if decoder == "pyav" else _Decord
 
 
-_File: TypeAlias = "Packets | TorchcodecFile | _Everything | _Decord"  # they do what Packets does
-_recent: dict[tuple, _File] = {}  # the file whose spans were read last, if they were
+_recent: dict[tuple, VideoFile] = {}  # the file whose spans were read last, if they were
 
 
 def decoder_version(decoder: str) -> str:
@@ -146,16 +134,13 @@ def decoder_version(decoder: str) -> str:
 
 
 def _decode(
-    file: _File,
+    file: VideoFile,
     path: str | os.PathLike[str],
     wanted: Sequence[tuple[Span | None, Sample]],
     left: list[int],
     resize: Resize | None,
-    on_times: Callable[[np.ndarray], None] | None,
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
-    """What `left` (places in `wanted`) ask of a file, in one pass over it."""
-    if on_times is not None:
-        on_times(file.times)
+    """What `left` (places in `wanted`, until they are done) ask of a file, in one pass over it."""
     chosen: dict[int, np.ndarray] = {}  # indices in the file
     counts: dict[int, int] = {}
     for place in [*left]:
@@ -168,6 +153,7 @@ def _decode(
         else:
             why = file.problem(span)
             nothing = f"no frame of it is shown from {span[0]:g} to {span[1]:g} s"  # type: ignore[index]
+            left.remove(place)
             yield place, VideoError(path, nothing + (f" ({why})" if why else ""))
     order = sorted(chosen, key=lambda place: chosen[place].max())
     pictures = file.pictures(np.unique(np.concatenate([*chosen.values()])).tolist()) if chosen else iter(())
@@ -186,9 +172,21 @@ def _decode(
         fitted = [_fitted(found[index], shape) for index in indices.tolist()]
         frames = np.stack(fitted) if isinstance(fitted[0], np.ndarray) else stacked(fitted)
         times = file.times[indices].astype(np.float32)
-        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]))
+        left.remove(place)
+        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]), file.end)
         needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
         found = {index: picture for index, picture in found.items() if index >= needed}
+
+
+def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
+    """`sample`'s answer as int32 [T]; IndexError names an index that is not there."""
+    checked = np.asarray(indices)
+    if checked.ndim != 1 or checked.dtype.kind not in "iu" or not len(checked):
+        raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices [T]")
+    wrong = checked[(checked < 0) | (checked >= count)]
+    if len(wrong):
+        raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
+    return checked.astype(np.int32)
 
 
 def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
@@ -203,10 +201,8 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 # -- everything ----------------------------------------------------------------------------------------------------
 
 
-class _Everything:
+class _Everything(VideoFile):
     """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones."""
-
-    slack = 0.0
 
     def __init__(self, path, doubt: str):
         self._path, self._next = path, 0
@@ -232,7 +228,7 @@ class _Everything:
 
     def problem(self, span: Span | None) -> str:
         place = slice(None) if span is None else slice(*np.searchsorted(self._every, span))
-        corrupt, cut = self._corrupt[place], cut_short(span, self.end)
+        corrupt, cut = self._corrupt[place], super().problem(span)
         words = [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"] if corrupt.any() else []
         return "; ".join([*words, *([cut] if cut else []), *(self._damage if cut or span is None else [])])
 
@@ -269,7 +265,7 @@ def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
 # -- decord --------------------------------------------------------------------------------------------------------
 
 
-class _Decord:
+class _Decord(VideoFile):
     """A video as decord reads it."""
 
     slack = 1e-4  # its times are float32
@@ -277,26 +273,28 @@ class _Decord:
     def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
         decord = _import_decord()
         self._path, self._errors = path, (decord.DECORDError, RuntimeError)
-        try:
+        with self._in_words():
             self._reader = decord.VideoReader(os.fspath(path), num_threads=1)
             shown = np.asarray(self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64)
-        except self._errors as error:
-            raise VideoError(path, f"decord cannot read it: {_last_line(error)}") from None
         if not len(shown):
             raise VideoError(path, "decord finds no frame in it")
         self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
         if on_duration is not None:
             on_duration(float(shown[-1, 1]))
 
-    def problem(self, span: Span | None) -> str:
-        return cut_short(span, self.end)
-
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        try:
+        with self._in_words():
             for index in indices:
                 yield index, self._reader[index].asnumpy()
+
+    @contextmanager
+    def _in_words(self) -> Iterator[None]:
+        try:
+            yield
         except self._errors as error:
-            raise VideoError(self._path, f"decord cannot read it: {_last_line(error)}") from None
+            lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Stack")]
+            words = next(filter(None, lines), type(error).__name__)
+            raise VideoError(self._path, f"decord cannot read it: {words}") from None
 
 
 def _import_decord():
@@ -306,22 +304,3 @@ def _import_decord():
         raise VideoError("decord", "is not installed; it has wheels for x86-64 only, use --decoder pyav") from None
     decord.logging.set_level(decord.logging.QUIET)
     return decord
-
-
-# -- files and words -----------------------------------------------------------------------------------------------
-
-
-def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
-    """`sample`'s answer as int32 [T]; IndexError names an index that is not there."""
-    checked = np.asarray(indices)
-    if checked.ndim != 1 or checked.dtype.kind not in "iu" or not len(checked):
-        raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices [T]")
-    wrong = checked[(checked < 0) | (checked >= count)]
-    if len(wrong):
-        raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
-    return checked.astype(np.int32)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Stack")]
-    return lines[0].strip() if lines else type(error).__name__

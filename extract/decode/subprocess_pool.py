@@ -58,11 +58,21 @@ class Finished:
             self.buffer = np.empty(0, np.uint8)
             free()
 
+    def taken(self, count: int | None = None) -> "Finished":
+        """The same with a copy of (the first `count` bytes of) the buffer; the slot is given back."""
+        kept = replace(self, buffer=self.buffer[:count].copy(), _free=None)
+        self.release()
+        return kept
+
     def __enter__(self) -> "Finished":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+_Do = Callable[[Any, int], Finished | None]  # job, slot -> its end, or None where no more can be done
+_Slots = queue.SimpleQueue[int | None]  # those that hold no result; None ends their thread
 
 
 class SubprocessPool:
@@ -76,9 +86,9 @@ class SubprocessPool:
         self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
         same: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
         self._one_more = partial(SubprocessPool, function, workers=1, **same)
-        self._threads: list[_ChildThread | _HelpThread] = [
-            _ChildThread(self._jobs, function, **same) for _ in range(workers)
-        ]
+        self._slots: list[_Slots] = []  # of each thread
+        self._children = [_Child(function, **same) for _ in range(workers)]
+        self._threads = [self._start(child.do, SLOTS_A_CHILD, child.begin) for child in self._children]
 
     def submit(self, job: Any) -> "Future[Finished]":
         """Queue a job; its future never raises for what is wrong with a video, see `Finished.failure`."""
@@ -88,31 +98,67 @@ class SubprocessPool:
 
     def help(self, elsewhere: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the help is over."""
-        helpers = [_HelpThread(self._jobs, elsewhere, self.alone) for _ in range(at_once)]
-        for helper in helpers:
-            helper.start()
-        self._threads += helpers
+
+        def helped(job: Any, _: int) -> Finished | None:
+            with contextlib.suppress(Exception):
+                return elsewhere(job)
+            return None
+
+        for _ in range(at_once):
+            self._start(helped, SLOTS_A_CHILD // 2)
 
     def alone(self, job: Any) -> Finished:
         """Do a job now, in a child of its own: behind others in the queue it might wait for slots that those fill."""
         try:
-            with self._one_more() as pool, pool.submit(job).result() as finished:
-                return replace(finished, buffer=finished.buffer.copy(), _free=None)
+            with self._one_more() as pool:
+                return pool.submit(job).result().taken()
         except RunError as error:
             return Finished(failure=str(error))
 
     def close(self) -> None:
         """Kill the children. Jobs that have not ended are cancelled."""
-        for thread in self._threads:
-            thread.close()
+        for child in self._children:
+            child.kill()
         with contextlib.suppress(queue.Empty):
             while waiting := self._jobs.get_nowait():
                 waiting[1].cancel()
-        for _ in self._threads:
+        for slots in self._slots:
+            slots.put(None)
             self._jobs.put(None)
-        for thread in self._threads:
-            if isinstance(thread, _ChildThread):  # help that is on its way is not waited for
-                thread.join()
+        for thread, child in zip(self._threads, self._children, strict=True):  # help on its way is not waited for
+            thread.join()
+            child.end()
+        self._threads, self._children = [], []
+
+    def _start(self, do: _Do, count: int, begin: Callable[[], None] = lambda: None) -> threading.Thread:
+        """Have a thread do jobs, of which it holds at most so many results."""
+        slots: _Slots = queue.SimpleQueue()
+        for slot in range(count):
+            slots.put(slot)
+        self._slots.append(slots)
+        thread = threading.Thread(target=self._work, args=(begin, do, slots), name="decode", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self, begin: Callable[[], None], do: _Do, slots: _Slots) -> None:
+        begin()
+        done: Finished | None = Finished()
+        # The slot first: a job must not wait here while another thread could do it.
+        while done and (slot := slots.get()) is not None and (waiting := self._jobs.get()) is not None:
+            job, future = waiting
+            if not future.set_running_or_notify_cancel():
+                slots.put(slot)
+                continue
+            try:
+                done = do(job, slot)
+                finished = done or self.alone(job)
+            except BaseException as error:
+                slots.put(slot)
+                future.set_exception(error)
+                continue
+            if finished.failure:
+                slots.put(slot)
+            future.set_result(replace(finished, _free=None if finished.failure else partial(slots.put, slot)))
 
     def __enter__(self) -> "SubprocessPool":
         return self
@@ -125,101 +171,71 @@ class _ChildDiedError(Exception):
     """The child ended before its job did; the message says how."""
 
 
-class _DeadlineError(Exception):
-    """The job took longer than it may; the message says how long."""
-
-
-class _ChildThread(threading.Thread):
+class _Child:
     """One child after the other, and the slots of memory they share with this process."""
 
-    def __init__(self, jobs: queue.SimpleQueue, function: Function, *, slot_bytes: int, timeout: float, nice: int):
-        super().__init__(name="decode-child", daemon=True)
-        self._jobs, self._timeout = jobs, timeout
-        self._setup = pickle.dumps((function, slot_bytes, nice))
+    def __init__(self, function: Function, *, slot_bytes: int, timeout: float, nice: int):
+        self._timeout, self._setup = timeout, pickle.dumps((function, slot_bytes, nice))
         self._memory = os.memfd_create("decoded-frames")  # not /dev/shm, which is 64 MB in many containers
         os.ftruncate(self._memory, SLOTS_A_CHILD * slot_bytes)
-        mapped = mmap.mmap(self._memory, SLOTS_A_CHILD * slot_bytes)
-        self._slots = np.frombuffer(mapped, np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
-        self._free: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-        for slot in range(SLOTS_A_CHILD):
-            self._free.put(slot)
+        self._seen = _mapped(self._memory, slot_bytes)
         self._closed = False
-        self._child: subprocess.Popen | None = None
+        self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
-        self.start()
 
-    def run(self) -> None:
+    def begin(self) -> None:
+        """Start before there is a job: the caller may be loading its backbone."""
         with contextlib.suppress(_ChildDiedError, RunError):  # what stays wrong, the first job meets again and says
-            self._start_child()  # before there is a job: the caller may be loading its backbone
-        # The slot first: a job must not wait here while another thread could do it.
-        while (slot := self._free.get()) is not None and (waiting := self._jobs.get()) is not None:
-            job, future = waiting
-            if not future.set_running_or_notify_cancel():
-                self._free.put(slot)
-                continue
-            try:
-                finished = self._do(job, slot)
-            except BaseException as error:
-                self._free.put(slot)
-                future.set_exception(error)
-                continue
-            if finished.failure:
-                self._free.put(slot)
-            future.set_result(finished)
-        self._stop_child()
-        os.close(self._memory)
+            self._start()
 
-    def close(self) -> None:
-        self._closed = True
-        child = self._child
-        if child is not None:
-            child.kill()  # the thread, if it waits for the child, sees it die
-        self._free.put(None)
-
-    def _do(self, job: Any, slot: int) -> Finished:
-        for attempt in range(1, ATTEMPTS + 1):
+    def do(self, job: Any, slot: int) -> Finished:
+        for _ in range(ATTEMPTS):
             try:
-                result, failure, cpu_seconds = self._ask(job, slot)
-                free = None if failure else (lambda: self._free.put(slot))
-                return Finished(result, self._slots[slot], failure, cpu_seconds, free)
-            except _DeadlineError as error:
-                self._stop_child()
-                return Finished(failure=f"given up after {error} s (--video-timeout): decoding hangs or is too slow")
+                return self._ask(job, slot)
             except _ChildDiedError as error:
-                self._stop_child()
+                how = str(error)
+                self._stop()
                 if self._closed:
                     return Finished(failure="cancelled")
-                if attempt == ATTEMPTS:
-                    return Finished(failure=f"the decoding process died {ATTEMPTS} times ({error})")
-        raise AssertionError
+        return Finished(failure=f"the decoding process died {ATTEMPTS} times ({how})")
 
-    def _ask(self, job: Any, slot: int) -> tuple[Any, str, float]:
-        pipe = self._pipe or self._start_child()
-        started = time.monotonic()
-        allowed = self._timeout
+    def kill(self) -> None:
+        """For good; who waits for the child sees it die."""
+        self._closed = True
+        if (process := self._process) is not None:
+            process.kill()
+
+    def end(self) -> None:
+        self._stop()
+        os.close(self._memory)
+
+    def _ask(self, job: Any, slot: int) -> Finished:
+        pipe = self._pipe or self._start()
+        started, allowed = time.monotonic(), self._timeout
         try:
             pipe.send((slot, job))
-            while True:
-                if not pipe.poll(max(0.0, started + allowed - time.monotonic())):
-                    raise _DeadlineError(f"{allowed:.3g}")
+            while pipe.poll(max(0.0, started + allowed - time.monotonic())):
                 kind, *values = pipe.recv()
                 if kind == "done":
-                    return values[0], values[1], values[2]
+                    result, failure, cpu_seconds = values
+                    return Finished(result, self._seen[slot], failure, cpu_seconds)
                 allowed = self._timeout + (values[0] or 0.0) / 10
         except (EOFError, OSError):
             raise _ChildDiedError(self._how_it_ended()) from None
+        self._stop()
+        return Finished(failure=f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow")
 
-    def _start_child(self) -> Connection:
+    def _start(self) -> Connection:
         pipe, theirs = Pipe()
         with theirs:
-            self._child = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
                 pass_fds=(theirs.fileno(), self._memory),
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
         if self._closed:  # while it was being started, so that `close` did not see it
-            self._child.kill()
+            self._process.kill()
         try:
             pipe.send_bytes(self._setup)
             if not pipe.poll(SECONDS_TO_START):
@@ -229,7 +245,7 @@ class _ChildThread(threading.Thread):
             pipe.close()
             how = self._how_it_ended()
             broken = how.startswith("exit status") and not self._closed
-            self._stop_child()
+            self._stop()
             if not broken:
                 raise _ChildDiedError(how) from None
             raise RunError(f"a decode process does not start ({how}); its error stands above") from None
@@ -237,45 +253,25 @@ class _ChildThread(threading.Thread):
         return pipe
 
     def _how_it_ended(self) -> str:
-        assert self._child is not None
+        assert self._process is not None
         try:
-            code = self._child.wait(timeout=1)
+            code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return "it does not answer"
         return f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
-    def _stop_child(self) -> None:
+    def _stop(self) -> None:
         if self._pipe is not None:
             self._pipe.close()
-        if self._child is not None:
-            self._child.kill()  # SIGKILL also ends a stopped process, and one that holds Python's lock
-            self._child.wait()
-        self._pipe = self._child = None
+        if self._process is not None:
+            self._process.kill()  # SIGKILL also ends a stopped process, and one that holds Python's lock
+            self._process.wait()
+        self._pipe = self._process = None
 
 
-class _HelpThread(threading.Thread):
-    """Takes jobs from the same queue and has them done elsewhere; holds half as many results as a child."""
-
-    def __init__(self, jobs: queue.SimpleQueue, elsewhere: Callable[[Any], Finished], here: Callable[[Any], Finished]):
-        super().__init__(name="decode-help", daemon=True)
-        self._jobs, self._elsewhere, self._here = jobs, elsewhere, here
-        self._slots = threading.Semaphore(SLOTS_A_CHILD // 2)
-
-    def run(self) -> None:
-        lost = False
-        while not lost and self._slots.acquire() and (waiting := self._jobs.get()) is not None:
-            job, future = waiting
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                finished = self._elsewhere(job)
-            except Exception:
-                lost = True
-                finished = self._here(job)
-            future.set_result(replace(finished, _free=self._slots.release))
-
-    def close(self) -> None:
-        self._slots.release()
+def _mapped(memory: int, slot_bytes: int) -> np.ndarray:
+    """Memory that parent and child share: uint8 [slots, slot_bytes]."""
+    return np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
 
 
 # -- in the child --------------------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def _serve(pipe: Connection, memory: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
     os.nice(nice)
-    slots = np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
+    slots = _mapped(memory, slot_bytes)
     pipe.send("ready")
     while True:
         slot, job = pipe.recv()

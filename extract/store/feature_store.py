@@ -6,6 +6,7 @@ folder synced, before the next one. So no two writers share a file, and what a k
 store in which some rows still have status 0.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -153,20 +154,18 @@ class FeatureStore:
         )
         # Padding repeats the last real frame's index, which is what `mask` looks at.
         indices = np.minimum(np.arange(frames), lengths[:, None] - 1).astype("<i4")
-        indices = np.broadcast_to(indices[:, None], (count, views, frames))
         for block in range(store.num_blocks):
-            rows = store.block_rows(block)
-            store.write_block(block, features[rows].astype("<f2"))
-            store.commit(
-                Rows(
-                    rows=rows,
-                    status=np.full(len(rows), OK, "i1"),
-                    errors=[""] * len(rows),
-                    num_frames=lengths[rows].astype("<i4"),
-                    frame_indices=indices[rows],
-                    timestamps=np.full((len(rows), views, frames), np.nan, "<f4"),
-                )
+            store.write_block(block, features[store.block_rows(block)].astype("<f2"))
+        store.commit(
+            Rows(
+                rows=np.arange(count),
+                status=np.full(count, OK, "i1"),
+                errors=[""] * count,
+                num_frames=lengths.astype("<i4"),
+                frame_indices=np.broadcast_to(indices[:, None], (count, views, frames)),
+                timestamps=np.full((count, views, frames), np.nan, "<f4"),
             )
+        )
         return cls.open(path)
 
     # -- what is in it -----------------------------------------------------------------------------------------
@@ -228,9 +227,14 @@ class FeatureStore:
         return (self.status == OK) | (self.status == PARTIAL)
 
     @property
+    def video_shape(self) -> tuple[int, int, int]:
+        """V, T, D."""
+        return self.num_views, self.frames_per_video, self.dim
+
+    @property
     def video_bytes(self) -> int:
         """Bytes of one video's features."""
-        return self.num_views * self.frames_per_video * self.dim * 2
+        return math.prod(self.video_shape) * 2
 
     # -- reading features --------------------------------------------------------------------------------------
 
@@ -249,7 +253,7 @@ class FeatureStore:
             paths,
             self.num_blocks,
             block_size=self.block_size,
-            video_shape=(self.num_views, self.frames_per_video, self.dim),
+            video_shape=self.video_shape,
             sparse=self._sparse,
         )
 
@@ -267,14 +271,12 @@ class FeatureStore:
         Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed videos give zeros
         (`mask` is False for them); a pending one is a `RunError`.
         """
-        rows, frames = np.asarray(rows), np.asarray(frames)
-        frames = frames if frames.ndim == 2 else frames[None, :]
+        rows, frames = np.asarray(rows), np.atleast_2d(frames)
         pending = self.status[rows] == PENDING
         if pending.any():
             row = int(rows[pending][0])
-            raise RunError(
-                f"{self.path}: {self.ids[row]} (row {row}) is not extracted yet; run the extraction to its end"
-            )
+            name = f"{self.path}: {self.ids[row]} (row {row})"
+            raise RunError(f"{name} is not extracted yet; run the extraction to its end")
         blocks = rows // self.block_size
         try:
             self._shards.require(blocks)
@@ -290,8 +292,7 @@ class FeatureStore:
 
         A video with fewer frames than asked for has repeats; they must not count twice. Failed videos: all False.
         """
-        rows, frames = np.asarray(rows), np.asarray(frames)
-        frames = frames if frames.ndim == 2 else frames[None, :]
+        rows, frames = np.asarray(rows), np.atleast_2d(frames)
         indices = self.frame_indices[rows[:, None], np.asarray(view)[..., None], frames]
         same = indices[:, :, None] == indices[:, None, :]
         repeated = np.tril(same, k=-1).any(axis=2)
@@ -330,7 +331,7 @@ class FeatureStore:
         """
         every = self.block_rows(block)
         rows = every if rows is None else rows
-        expected = (len(rows), self.num_views, self.frames_per_video, self.dim)
+        expected = (len(rows), *self.video_shape)
         if features.shape != expected or features.dtype != np.dtype("<f2"):
             raise ValueError(f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}")
         if len(rows) < len(every):

@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ TAG = 12  # characters
 
 
 class Lease:
-    """The right to write a store at `url`, held from the start until `release`. RunError where another holds it."""
+    """The right to write a store at `url`, held from the start until `close`. RunError where another holds it."""
 
     def __init__(self, url: str):
         self._fs, self._folder = _file_system(f"{url.rstrip('/')}.lease")
@@ -50,30 +50,19 @@ class Lease:
         self._thread.start()
 
     def write(self, event: str, **fields: Any) -> None:
-        """A run's record, as RunLog takes them: of a lease, only the nonce that workers look for is kept."""
-        if event == "start":
-            self._record["nonce"] = fields["nonce"]
-            self._renew()
+        """Nothing: on object storage no log is kept (RunLog is what a folder has instead)."""
 
     def confirm(self) -> None:
         """RunError where another driver has, or may have, taken the store meanwhile."""
         if self._lost or time.monotonic() - self._renewed > 0.75 * PATIENCE:
-            raise RunError(
-                f"{self._url}: this run has lost its lease, to another run or with its network; start it again"
-            )
+            how = "to another run or with its network"
+            raise RunError(f"{self._url}: this run has lost its lease, {how}; start it again")
 
-    def release(self) -> None:
+    def close(self) -> None:
         self._released.set()
         self._thread.join()
         with contextlib.suppress(OSError):  # who comes next waits until it sees that this one is gone
             self._put(self._number, self._record | {"released": True})
-
-    @classmethod
-    def nonce(cls, url: str) -> str | None:
-        """That of the run that holds the store."""
-        looking = object.__new__(cls)
-        looking._fs, looking._folder = _file_system(f"{url.rstrip('/')}.lease")
-        return looking._highest()[1].get("nonce")
 
     def _take(self) -> int:
         number, record = self._highest()
@@ -131,16 +120,6 @@ def _holder(record: dict[str, Any]) -> str:
     return f"process {record.get('process')} on {record.get('host')}"
 
 
-@contextlib.contextmanager
-def leased(url: str) -> Iterator[Lease]:
-    """Hold a remote store for one run."""
-    lease = Lease(url)
-    try:
-        yield lease
-    finally:
-        lease.release()
-
-
 class LocalCopy:
     """Shards of a remote store as local files: fetched when they are asked for, checked, and used again.
 
@@ -162,11 +141,8 @@ class LocalCopy:
     def _tags(self) -> dict[str, str]:
         """Of every shard there, from one listing."""
         self._fs.invalidate_cache()
-        tags = {}
-        for entry in self._fs.ls(self._remote, detail=True):
-            version = [entry.get(key) for key in ("size", "ETag", "md5Hash", "LastModified", "mtime", "created")]
-            tags[Path(entry["name"]).name] = hashlib.sha256(str(version).encode()).hexdigest()[:TAG]
-        return tags
+        entries = {Path(entry["name"]).name: entry for entry in self._fs.ls(self._remote, detail=True)}
+        return {name: hashlib.sha256(str(entry).encode()).hexdigest()[:TAG] for name, entry in entries.items()}
 
     def _fetch(self, name: str) -> Path:
         if name not in self._tags:

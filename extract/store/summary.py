@@ -1,8 +1,11 @@
 """A store in words: counts, reasons of failures, size and speed."""
 
 import re
+import shutil
 from collections import Counter
+from pathlib import Path
 
+from extract.cli import RunError
 from extract.store.feature_store import FeatureStore
 from extract.store.layout import FAILED, OK, PARTIAL, STATUS_NAMES
 from extract.store.runs import RunLog
@@ -37,6 +40,14 @@ def human_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:,.1f} TB"
+
+
+def check_space(path: str | Path, needed: int) -> None:
+    """RunError where the disk of `path` has less room than `needed` bytes: said before, and not when it is full."""
+    free = shutil.disk_usage(path).free
+    if needed > free:
+        needs = f"needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free"
+        raise RunError(f"{path} {needs}; use another one")
 
 
 def _counts(store: FeatureStore) -> str:

@@ -74,8 +74,8 @@ class _Member:
     """A worker of the pool: an actor, its calls in flight, and the blocks it has been given and not handed in."""
 
     actor: Any
-    ready: "ray.ObjectRef | None"  # its check, until that has ended
-    calls: "list[ray.ObjectRef]" = field(default_factory=list)
+    calls: "list[ray.ObjectRef]" = field(default_factory=list)  # first its check, then it is ready
+    ready: bool = False
     given: list[Block] = field(default_factory=list)
     upcoming: Block | None = None  # of `given`, the one it decodes ahead for
 
@@ -85,9 +85,9 @@ class _Helper:
     """A decoder, its check or (`ready`) its endless call, and the worker it is lent to."""
 
     actor: Any
+    calls: "list[ray.ObjectRef]"
     node: str
     cores: int
-    call: "ray.ObjectRef"
     ready: bool = False
     member: _Member | None = None
 
@@ -129,7 +129,7 @@ class RayActorPool:
     def check(self, nonce: str, video: str, version: str) -> None:
         self._check = nonce, video, version
         self._get(self._first.check.remote(*self._check))
-        self._members.append(_Member(self._first, ready=None))
+        self._members.append(_Member(self._first, ready=True))
 
     def close(self) -> None:
         parts: list[_Member | _Helper] = [*self._members, *self._helpers]
@@ -166,56 +166,41 @@ class RayActorPool:
         heard = yielded = time.monotonic()
         while left:
             self._fill(queue, left)
-            calls: dict[Any, _Member | _Helper] = {helper.call: helper for helper in self._helpers}
-            for member in self._members:
-                calls |= dict.fromkeys(member.calls if member.ready is None else [member.ready], member)
-            finished: list[Done] = []
-            ready = self._ready(list(calls), SECONDS_A_COMMIT if held else SECONDS_BETWEEN_LOOKS)
-            for call in ready:
-                part = calls[call]
-                finished += self._hear_helper(part) if isinstance(part, _Helper) else self._hear(part, call, queue)
-            new = {done.number: done for done in finished if done.number in left}
-            left -= new.keys()  # another worker may have been given it meanwhile, and have written the same bytes
-            held += new.values()
+            parts: list[_Member | _Helper] = [*self._members, *self._helpers]
+            calls = {call: part for part in parts for call in part.calls}
+            self._ray.wait(list(calls), timeout=SECONDS_A_COMMIT if held else SECONDS_BETWEEN_LOOKS)
+            ready = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]
+            for done in (done for call in ready for done in self._hear(calls[call], call, queue)):
+                if done.number in left:  # else another worker was given it meanwhile, and wrote the same bytes
+                    left.remove(done.number)
+                    held.append(done)
             if held and (not left or time.monotonic() - yielded > SECONDS_A_COMMIT):
                 yield held
                 held, yielded = [], time.monotonic()
             silent = time.monotonic() - heard
-            if ready or any(member.ready is None for member in self._members):
+            if ready or any(member.ready for member in self._members):
                 heard = time.monotonic()
             elif silent > 30:
                 self._complain(silent)
 
-    def _ready(self, calls: "list[ray.ObjectRef]", timeout: float) -> "list[ray.ObjectRef]":
-        ready, waiting = self._ray.wait(calls, timeout=timeout)
-        return ready + self._ray.wait(waiting, num_returns=len(waiting), timeout=0)[0] if ready and waiting else ready
-
-    def _hear(self, member: _Member, call: "ray.ObjectRef", queue: deque[Block]) -> list[Done]:
-        if member not in self._members:
+    def _hear(self, part: "_Member | _Helper", call: "ray.ObjectRef", queue: deque[Block]) -> list[Done]:
+        if part not in self._members and part not in self._helpers:
             return []  # lost a moment ago
         try:
             result = self._get(call)
         except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
-            self._lose(member, queue, error)
+            self._lose(part, queue, error)
             return []
-        if call == member.ready:
-            member.ready = None
+        part.calls.remove(call)
+        if isinstance(part, _Helper):
+            part.calls.append(part.actor.stay.remote())
+        if isinstance(part, _Helper) or not part.ready:
+            part.ready = True
             return []
-        member.calls.remove(call)
         self._deaths[None] = 0
         numbers = {done.number for done in result}
-        member.given = [block for block in member.given if block.number not in numbers]
+        part.given = [block for block in part.given if block.number not in numbers]
         return result
-
-    def _hear_helper(self, helper: _Helper) -> list[Done]:
-        try:
-            self._get(helper.call)
-            helper.ready, helper.call = True, helper.actor.stay.remote()
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
-            print(f"a decoder was lost ({type(error).__name__})", file=sys.stderr)
-            self._helpers.remove(helper)
-            self._deaths[helper.node] += 1
-        return []
 
     # -- who works -------------------------------------------------------------------------------------------------
 
@@ -239,7 +224,7 @@ class RayActorPool:
         limits = {"num_cpus": cores, "max_concurrency": 2 * cores + 1, "max_restarts": 0, "max_task_retries": 0}
         remote = self._ray.remote(Decoder).options(scheduling_strategy=here, **limits)
         actor: Any = remote.remote(self._options, self._worker.decode_job, self._slot_bytes, cores)
-        return _Helper(actor, node, cores, actor.check.remote(*self._check[1:]))
+        return _Helper(actor, [actor.check.remote(*self._check[1:])], node, cores)
 
     def _fill(self, queue: deque[Block], left: set[int]) -> None:
         """Keep the pool complete, and two calls in flight with each worker so that it never waits for the driver."""
@@ -247,8 +232,8 @@ class RayActorPool:
             self._look()
         while len(self._members) < min(self._size, len(left)):
             actor = self._actor()
-            self._members.append(_Member(actor, ready=actor.check.remote(*self._check)))
-        ready = [member for member in self._members if member.ready is None]
+            self._members.append(_Member(actor, [actor.check.remote(*self._check)]))
+        ready = [member for member in self._members if member.ready]
         for helper in self._helpers:
             if helper.ready and helper.member not in self._members and ready:
                 lent = Counter(id(other.member) for other in self._helpers)
@@ -262,32 +247,29 @@ class RayActorPool:
     @staticmethod
     def _give(member: _Member, queue: deque[Block]) -> bool:
         block = member.upcoming or (queue.popleft() if queue else None)
-        member.upcoming = None
         if block is None:
             if member.given and not member.calls:
                 member.calls.append(member.actor.drain.remote())
             return False
-        if block not in member.given:
-            member.given.append(block)
-        if queue:
-            member.upcoming = queue.popleft()
-            member.given.append(member.upcoming)
+        member.upcoming = queue.popleft() if queue else None
+        member.given += [one for one in (block, member.upcoming) if one and one not in member.given]
         member.calls.append(member.actor.run.remote(block, member.upcoming))
         return True
 
-    def _lose(self, member: _Member, queue: deque[Block], error: Exception) -> None:
-        self._members.remove(member)
-        self._ray.kill(member.actor)  # if it was only unreachable, it must not go on beside its successor
-        again = sorted(member.given, key=lambda block: block.number)
+    def _lose(self, part: "_Member | _Helper", queue: deque[Block], error: Exception) -> None:
+        if isinstance(part, _Helper):
+            print(f"a decoder was lost ({type(error).__name__})", file=sys.stderr)
+            self._helpers.remove(part)
+            self._deaths[part.node] += 1
+            return
+        self._members.remove(part)
+        self._ray.kill(part.actor)  # if it was only unreachable, it must not go on beside its successor
+        again = sorted(part.given, key=lambda block: block.number)
         print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)
         cause = again[0] if again else None
         self._deaths[cause] += 1
         if self._deaths[cause] >= DEATHS_A_BLOCK:
-            what = (
-                f"block {cause.number} ({cause.videos[0].id} ... {cause.videos[-1].id}) was"
-                if cause
-                else "no block was"
-            )
+            what = f"block {cause.number} (from {cause.videos[0].id} on) was" if cause else "no block was"
             words = str(error).splitlines()[0]
             raise RunError(f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}")
         queue.extendleft(reversed(again))

@@ -8,8 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from extract.cli import RunError
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Job
@@ -48,11 +46,9 @@ class Decoder:
     def check(self, video: str, version: str) -> None:
         check_node(version, video)
 
-    def decode(self, job: Job) -> tuple[Any, np.ndarray, str, float]:
+    def decode(self, job: Job) -> Finished:
         _, wanted, plan = job
-        with self._pool.submit(job).result() as finished:
-            frames = finished.buffer[: len(wanted) * plan.row_bytes].copy()  # a slot may hold more rows
-            return finished.result, frames, finished.failure, finished.cpu_seconds
+        return self._pool.submit(job).result().taken(len(wanted) * plan.row_bytes)  # a slot may hold more rows
 
     def stay(self) -> None:
         """Never returns: the call fails when this decoder is lost."""
@@ -62,4 +58,4 @@ class Decoder:
 def decode_elsewhere(decoder: Any, job: Job) -> Finished:
     import ray
 
-    return Finished(*ray.get(decoder.decode.remote(job)))  # the frames are seen in the object store, not copied
+    return ray.get(decoder.decode.remote(job))  # its frames are seen in the object store, not copied

@@ -7,7 +7,6 @@ blocks go back to that list.
 import contextlib
 import math
 import os
-import shutil
 import signal
 import socket
 import threading
@@ -20,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from extract.cli import InputError, RunError, progress
+from extract.cli import InputError, progress
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, settle
 from extract.options import Options
 from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
-from extract.store.remote import Lease, leased
-from extract.store.summary import human_bytes, status_table
+from extract.store.remote import Lease
+from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
 from extract.workers.decoder import code_version
 from extract.workers.worker import Block, Done, Worker
@@ -47,7 +47,7 @@ def extract(options: Options) -> int:
         files, videos = len(videos), cut_windows(videos, options.window, options.stride)
         print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
     _refuse_foreign_folder(options.out)
-    with leased(options.out) if is_remote(options.out) else exclusive(options.out) as hold:
+    with contextlib.closing(Lease(options.out)) if is_remote(options.out) else exclusive(options.out) as hold:
         return _extract(options, listing, videos, hold)
 
 
@@ -78,7 +78,8 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
             store.set_pending(np.flatnonzero(store.status == FAILED))
         blocks = _blocks(store, videos)
         _announce(options, store, blocks, made)
-        _check_space(store, blocks)
+        if not is_remote(options.out):
+            check_space(options.out, sum(len(block.rows) for block in blocks) * store.video_bytes)
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
             _run(pool.extract(blocks), store, blocks, hold)
@@ -189,17 +190,6 @@ def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: 
     )
 
 
-def _check_space(store: FeatureStore, blocks: list[Block]) -> None:
-    if is_remote(store.path):
-        return
-    free = shutil.disk_usage(store.path).free
-    needed = sum(len(block.rows) for block in blocks) * store.video_bytes
-    if needed > free:
-        raise RunError(
-            f"{store.path} needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free; use another one"
-        )
-
-
 def _readable(blocks: list[Block]) -> str:
     """A video that this process can open; workers that cannot do not see the videos."""
     for video in (video for block in blocks for video in block.videos):
@@ -217,18 +207,11 @@ def _worker_pool(options: Options, *, precision: Any) -> Worker | RayActorPool:
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
         precision=precision if options.precision == "auto" else options.precision,
     )
-    if options.address is not None:
-        return RayActorPool(options)
-    workers = options.workers or _visible_gpus(options.device)
-    if workers == 1:
+    gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 1
+    workers = options.workers or max(1, gpus)
+    if options.address is None and workers == 1:
         return Worker(options, len(os.sched_getaffinity(0)))
-    return RayActorPool(replace(options, workers=workers))
-
-
-def _visible_gpus(device: str) -> int:
-    import torch
-
-    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+    return RayActorPool(options if options.address is not None else replace(options, workers=workers))
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -245,15 +228,12 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
                 hold.confirm()
                 store.commit(*(done.outcome for done in together))
             for done in together:
-                totals.update(done.seconds)
-                totals.update(frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
+                totals.update(done.seconds, frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
                 nodes.add(done.node)
                 bar.update(len(done.outcome.rows))
-                seconds = {name: round(value, 4) for name, value in done.seconds.items()}
-                videos = len(done.outcome.rows)
-                hold.write(
-                    "block", number=done.number, node=done.node, videos=videos, frames=done.frames, seconds=seconds
-                )
+                took = {name: round(value, 4) for name, value in done.seconds.items()}
+                said = {"number": done.number, "node": done.node, "videos": len(done.outcome.rows)}
+                hold.write("block", **said, frames=done.frames, seconds=took)
             elapsed = time.perf_counter() - started
             bar.set_postfix_str(
                 f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed", refresh=False

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
@@ -23,10 +24,10 @@ from extract.decode import VideoError, decoder_version
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Job, Plan, Prepared, decode_job, view_names
+from extract.device import choose_device
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
-from extract.store.remote import Lease
 from extract.workers.decoder import check_node
 
 
@@ -85,10 +86,6 @@ class Worker:
 
     @cached_property
     def _backbone(self) -> Backbone:
-        import torch
-
-        from extract.device import choose_device
-
         options = self.options
         torch.set_num_threads(self.cores)
         # On a GPU batches are large, and a block ends with what is left over: all of its batches are one size.
@@ -169,11 +166,11 @@ class Worker:
         """Make sure that this worker has the driver's code and sees the store and videos, or fail naming its node."""
         node = check_node(version, video)
         store = self.options.out
-        if not is_remote(store) and not Path(store).is_dir():
-            raise RunError(f"the worker on {node} does not see the store {store}; put it on storage all nodes share")
-        seen = [Lease.nonce(store)] if is_remote(store) else [run.get("nonce") for run in RunLog.records(store)]
-        if nonce not in seen:
-            raise RunError(f"the worker on {node} sees another {store} than this run's; put it on shared storage")
+        local, who = not is_remote(store), f"the worker on {node}"  # a URL is the same everywhere
+        if local and not Path(store).is_dir():
+            raise RunError(f"{who} does not see the store {store}; put it on storage all nodes share")
+        if local and nonce not in [run.get("nonce") for run in RunLog.records(store)]:
+            raise RunError(f"{who} sees another {store} than this run's; put it on shared storage")
         assert self._backbone  # made here: PyTorch's number of threads holds for the thread that sets it
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:

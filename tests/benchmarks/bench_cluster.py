@@ -275,7 +275,7 @@ class Crowd(RayActorPool):
             for _ in range(PROCESSES)
         ]
         super().__init__(options)
-        self._members = [_Member(self._actor(), ready=None) for _ in range(WORKERS)]
+        self._members = [_Member(self._actor(), ready=True) for _ in range(WORKERS)]
 
     def _actor(self) -> Any:
         self._made = getattr(self, "_made", -1) + 1

@@ -17,15 +17,16 @@ def test_the_same_frames_as_here_and_no_byte_more(demo_clips, tmp_path):
     decoder = Decoder(Options(tmp_path, "feats.zarr"), decode_job, PLAN.slot_bytes, 1)
     try:
         decoder.check(clip, code_version())
-        (prepared,), frames, failure, seconds = decoder.decode(job)
-        assert failure == ""
-        assert seconds > 0
+        done = decoder.decode(job)
+        (prepared,) = done.result
+        assert done.failure == ""
+        assert done.cpu_seconds > 0
         expected = np.zeros(PLAN.slot_bytes, np.uint8)
         (here,) = decode_job(job, expected, lambda _: None)
-        np.testing.assert_array_equal(frames, expected[: PLAN.row_bytes])
+        np.testing.assert_array_equal(done.buffer, expected[: PLAN.row_bytes])
         np.testing.assert_array_equal(prepared.indices, here.indices)
-        result, _, failure, _ = decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))
-        assert "does not exist" in (failure or result[0].reason)
+        gone = decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))
+        assert "does not exist" in (gone.failure or gone.result[0].reason)
         with pytest.raises(RunError, match=r"has hgnl-video \S+ \(sources \w+\), the driver 0\.0\.9"):
             decoder.check(clip, "0.0.9")
         with pytest.raises(RunError, match=r"cannot read the videos: .*b\.mp4"):

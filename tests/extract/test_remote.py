@@ -15,7 +15,7 @@ import pytest
 from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, remote
-from extract.store.remote import Lease, LocalCopy, leased
+from extract.store.remote import Lease, LocalCopy
 from stores import classes_store
 
 ROOT = Path(__file__).parents[2]
@@ -144,13 +144,13 @@ def test_many_who_create_the_same_lease(s3, quick):
     assert len(held) == 1
     assert len(refused) == 7
     held[0].confirm()
-    held[0].release()
+    held[0].close()
 
 
 def test_a_driver_that_slept_has_lost(s3, quick):
     sleeper = Lease("s3://videos/slept.zarr")
     sleeper._released.set()
-    with leased("s3://videos/slept.zarr") as other:
+    with contextlib.closing(Lease("s3://videos/slept.zarr")) as other:
         other.confirm()
         with pytest.raises(RunError, match=r"s3://videos/slept.zarr: this run has lost its lease"):
             sleeper.confirm()  # it has not renewed for too long
@@ -158,7 +158,7 @@ def test_a_driver_that_slept_has_lost(s3, quick):
         with pytest.raises(RunError, match="has lost its lease"):
             sleeper.confirm()  # now it sees the other
         other.confirm()
-    with leased("s3://videos/slept.zarr"):  # released: nobody waits
+    with contextlib.closing(Lease("s3://videos/slept.zarr")):  # released: nobody waits
         pass
 
 

@@ -195,9 +195,9 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgn
 def test_a_child_that_dies_over_a_video_is_followed_by_another(clips, hgnl, backbone):
     predictor = predictor_of(hgnl, segments=25)
     expected = predictor(clips[0]).windows[0].logits
-    (thread,) = predictor._pool._threads
+    (child,) = predictor._pool._children
     for delay in (0.0, 0.01, 0.03, 0.06):
-        killer = threading.Timer(delay, thread._child.kill)
+        killer = threading.Timer(delay, child._process.kill)
         killer.start()
         np.testing.assert_array_equal(predictor(clips[0]).windows[0].logits, expected)
         killer.join()
