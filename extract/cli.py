@@ -10,7 +10,7 @@ Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished 
 import errno
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
         return str(error) if path is None else f"{os.fspath(path)}: {error.strerror or error}"
     words = os.strerror(code)  # HDF5's own are a paragraph
     return f"{os.fspath(name)}: {words}; {_REMEDIES[code]} and run the same command again, which goes on"
+
+
+def examples(names: Collection[object], count: int = 3) -> str:
+    """The first of some names, for a message: `a, b, c, ...`."""
+    return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":

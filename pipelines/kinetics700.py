@@ -19,7 +19,7 @@ from pathlib import Path
 from timeit import timeit
 from typing import TYPE_CHECKING, Any, Literal
 
-from extract.cli import InputError, run_command
+from extract.cli import InputError, examples, run_command
 from pipelines.steps import fuse, scores_file, step
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def _name_leaks(listings: "dict[str, Listing]") -> None:
     trained = [video for video in listings["k600"].videos if video.split != "test"]
     for split in ("val", "test"):
         both = shared_youtube_ids(trained, [video for video in listings["k700"].videos if video.split == split])
-        named = f": {', '.join(both[:10])}{', ...' if len(both) > 10 else ''}" if both else ""
+        named = f": {examples(both, 10)}" if both else ""
         print(f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(both):,}{named}")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from aggregate.training.options import SplitOptions
-from extract.cli import InputError
+from extract.cli import InputError, examples
 from extract.listing.videos import Video
 from extract.store import FAILED, FeatureStore
 
@@ -106,7 +106,5 @@ def check_classes(store: FeatureStore | ListedVideos, rows: np.ndarray, *, allow
     counts = np.bincount(store.labels[rows], minlength=len(store.classes))
     empty = [store.classes[place] for place in np.flatnonzero(counts == 0)]
     if empty and not allow_missing:
-        raise InputError(
-            f"{len(empty)} of {len(store.classes)} classes have no video to train on: {', '.join(empty[:5])}"
-            f"{', ...' if len(empty) > 5 else ''}; extract some, or pass --allow-missing-classes"
-        )
+        words = f"{len(empty)} of {len(store.classes)} classes have no video to train on: {examples(empty, 5)}"
+        raise InputError(f"{words}; extract some, or pass --allow-missing-classes")

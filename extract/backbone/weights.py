@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from extract.cli import InputError
+from extract.cli import InputError, examples
 
 # Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the SHA-256's beginning.
 _CADENE_FILES = {"legacy_seresnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth"}
@@ -71,8 +71,9 @@ def _fit(module: nn.Module, given: dict[str, Tensor], path: Path, name: str) -> 
                 f"--weights {path}: these are weights of {other}, not of {name} (the two pool differently, so they "
                 f"are not interchangeable); pass --backbone {other}"
             )
-        problems = [_first("missing", missing), _first("extra", extra), _first("of another shape", shapes)]
-        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(filter(None, problems))}")
+        problems = {"missing": missing, "extra": extra, "of another shape": shapes}
+        words = [f"{len(some)} {what} ({examples(some)})" for what, some in problems.items() if some]
+        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(words)}")
     module.load_state_dict({**expected, **state})
 
 
@@ -113,10 +114,8 @@ def _load(path: Path) -> dict[str, Any]:
 def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
     nested = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
     if not nested or not all(isinstance(value, Tensor) for value in nested.values()):
-        keys = ", ".join(map(str, list(nested)[:5]))
-        raise InputError(
-            f"--weights {path}: no state dict found, neither plain nor below 'state_dict' or 'model' ({keys})"
-        )
+        words = f"no state dict found, neither plain nor below 'state_dict' or 'model' ({examples(nested)})"
+        raise InputError(f"--weights {path}: {words}")
     return nested
 
 
@@ -148,13 +147,6 @@ def _fitting_sibling(state: Mapping[str, Tensor], name: str) -> str:
     expected = sibling.state_dict()
     needed = {key for key in expected if not key.endswith(".num_batches_tracked")}
     return other if needed <= set(kept) <= set(expected) else ""
-
-
-def _first(words: str, problems: list[str], count: int = 3) -> str:
-    if not problems:
-        return ""
-    more = ", ..." if len(problems) > count else ""
-    return f"{len(problems)} {words} ({', '.join(problems[:count])}{more})"
 
 
 def _check_digest(path: Path, sha256: str, *, name: str) -> None:

@@ -9,7 +9,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
 
-from extract.cli import InputError
+from extract.cli import InputError, examples
 
 VIDEO_EXTENSIONS = frozenset(
     {"264", "265", "3g2", "3gp", "amv", "asf", "avi", "divx", "dv", "f4v", "flv", "gif", "h264", "h265", "hevc", "ivf"}
@@ -34,12 +34,6 @@ def extension(name: str) -> str:
 def folder(path: str) -> str:
     """The folder of a POSIX path, "" for the source itself."""
     return path.rpartition("/")[0]
-
-
-def examples(names: Collection[str]) -> str:
-    """Up to three names for a message."""
-    first = list(names)[:3]
-    return ", ".join(first) + (", ..." if len(names) > 3 else "")
 
 
 def scan(root: str, *, only: Collection[str] | None = None) -> tuple[list[str], Ignored]:

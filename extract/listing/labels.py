@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from extract.cli import InputError
+from extract.cli import InputError, examples
 
 _REMOVED = str.maketrans("", "", "'()")
 
@@ -80,8 +80,6 @@ def _spelling_index(classes: Sequence[str]) -> dict[str, int]:
 
 
 def _nearest(strange: Sequence[str], known: Iterable[str]) -> str:
-    named = []
-    for name in strange[:5]:
-        near = difflib.get_close_matches(name, known, n=1)
-        named.append(f"{name!r} (nearest: {near[0]!r})" if near else f"{name!r}")
-    return ", ".join(named) + (", ..." if len(strange) > 5 else "")
+    near = {name: difflib.get_close_matches(name, known, n=1) for name in strange[:5]}
+    named = [f"{name!r} (nearest: {close[0]!r})" if close else f"{name!r}" for name, close in near.items()]
+    return examples([*named, *strange[5:]], 5)

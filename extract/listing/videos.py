@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from extract.cli import InputError
-from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, examples, extension, folder, places, printable, scan
+from extract.cli import InputError, examples
+from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, extension, folder, places, printable, scan
 from extract.listing.labels import choose_labels, kinetics700_labels
 from extract.listing.tables import Row, find_clips, find_paths, read_table, refuse_doubles, span_id, tables_in
 

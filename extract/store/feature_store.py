@@ -81,7 +81,7 @@ class FeatureStore:
         place = SyncedFolder(path) if writable and Path(path).is_dir() else target(path)
         try:
             group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # Zarr's, of a file in the place of a folder
             there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
             raise InputError(f"{path} is no feature store: {there}; `python -m extract --out` makes one") from None
         except (ValueError, TypeError, KeyError) as error:  # of Zarr, which checks little of what it reads

@@ -46,7 +46,7 @@ def extract(options: Options) -> int:
     if options.window is not None and options.stride is not None:
         files, videos = len(videos), cut_windows(videos, options.window, options.stride)
         print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
-    _refuse_foreign_folder(options.out)
+    _open_if_there(options.out)  # what is there and is no store is refused before a log is written beside it
     with contextlib.closing(Lease(options.out)) if is_remote(options.out) else exclusive(options.out) as hold:
         return _extract(options, listing, videos, hold)
 
@@ -110,15 +110,6 @@ def _check(options: Options) -> None:
         raise InputError(f"--video-timeout {options.video_timeout:g}: expected more than 0 seconds")
 
 
-def _refuse_foreign_folder(out: str) -> None:
-    path = Path(out)
-    if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
-        what = "a file" if path.is_file() else "a folder"
-        raise InputError(
-            f"--out {out} exists and is no feature store but {what}; nothing was touched, give another name"
-        )
-
-
 def _open_if_there(out: str) -> FeatureStore | None:
     try:
         return FeatureStore.open(out, writable=True)
@@ -136,9 +127,7 @@ def _agree(store: FeatureStore, made: dict[str, Any], listing: Listing) -> None:
         differences.append(f"classes: {len(store.classes)} in the store, {len(listing.classes)} now; {changed[:5]}")
     if differences:
         lines = "\n  ".join(differences)
-        raise InputError(
-            f"{store.path} was made with other settings and is left as it is:\n  {lines}\nuse those, or another --out"
-        )
+        raise InputError(f"{store.path} was made with other settings:\n  {lines}\nuse those, or another --out")
 
 
 def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
@@ -232,12 +221,11 @@ def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block
                 nodes.add(done.node)
                 bar.update(len(done.outcome.rows))
                 took = {name: round(value, 4) for name, value in done.seconds.items()}
-                said = {"number": done.number, "node": done.node, "videos": len(done.outcome.rows)}
-                hold.write("block", **said, frames=done.frames, seconds=took)
+                of = {"number": done.number, "node": done.node, "videos": len(done.outcome.rows)}
+                hold.write("block", **of, frames=done.frames, seconds=took)
             elapsed = time.perf_counter() - started
-            bar.set_postfix_str(
-                f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed", refresh=False
-            )
+            said = f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed"
+            bar.set_postfix_str(said, refresh=False)
     wall = time.perf_counter() - started
     hold.write("end", wall=round(wall, 3), frames=totals["frames"])
     print(_where_time_went(totals, wall=wall, workers=len(nodes)))
