@@ -48,7 +48,7 @@ def main(options: Options) -> int:
     store = FeatureStore.open(options.store)
     make_folder(to.parent)
     needed = len(store) * store.video_bytes
-    check_space(to.parent, needed * 2 // store.num_views if dense else needed)  # HDF5 may crash on a full disk
+    check_space(to, needed * 2 // store.num_views if dense else needed)  # HDF5 may crash on a full disk
     if dense:
         return _write_dense(store, to)
     (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)

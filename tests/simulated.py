@@ -39,7 +39,7 @@ class SleepingBackbone:
         return SleepingBatches()
 
     def provenance(self) -> dict[str, Any]:
-        return {"backbone": "simulated"}
+        return {"backbone": "simulated", "precision": self.precision}
 
     def describe(self) -> str:
         return "a simulated H100"

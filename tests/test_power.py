@@ -40,7 +40,7 @@ class FakeWorker:
         self._path = options.out
 
     def describe(self):
-        return {"provenance": {"precision": "fp32"}, "views": ("center",), "dim": DIM, "precision": "fp32", "words": ""}
+        return {"provenance": {"precision": "fp32", "views": ["center"]}, "dim": DIM, "words": ""}
 
     def check(self, nonce, video, version):
         pass
@@ -379,7 +379,7 @@ def test_what_libraries_write_themselves_says_the_file_too(tmp_path):
 def test_an_export_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 990, 10))
-    with pytest.raises(RunError, match=r"e.h5 needs 3.46 kB, its disk has 10 B free"):
+    with pytest.raises(RunError, match=r"e.h5 needs 3.46 kB more, its disk has 10 B free"):
         export(ExportOptions(str(tmp_path / "feats.zarr"), tmp_path / "e.h5"))
     assert not list(tmp_path.glob("e.h5*"))
 

@@ -42,9 +42,9 @@ def human_bytes(count: float) -> str:
     return f"{count:,.1f} TB"
 
 
-def check_space(path: str | Path, needed: int) -> None:
-    """RunError where the disk of `path` has less room than `needed` bytes: said before, and not when it is full."""
-    free = shutil.disk_usage(path).free
+def check_space(path: Path, needed: int) -> None:
+    """RunError where `path` is to hold so many bytes more than its disk has: before it is full, and not then."""
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
     if needed > free:
         needs = f"needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free"
         raise RunError(f"{path} {needs}; use another one")

@@ -122,7 +122,7 @@ class RayActorPool:
     def describe(self) -> dict[str, Any]:
         made = self._get(self._first.describe.remote())
         # The others take the precision that the first one measured to be the faster.
-        self._options = replace(self._options, precision=made["precision"])
+        self._options = replace(self._options, precision=made["provenance"]["precision"])
         self._slot_bytes = made["slot_bytes"]
         return made
 

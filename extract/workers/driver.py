@@ -58,14 +58,12 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
     pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
     try:
         made = pool.describe()
-        if options.window is not None:
-            made["provenance"]["sampling"] |= {"window": options.window, "stride": options.stride}
         if store is None:
             store = FeatureStore.create(
                 options.out,
                 **_columns(videos),
                 classes=listing.classes,
-                views=made["views"],
+                views=made["provenance"]["views"],
                 frames=options.frames,
                 dim=made["dim"],
                 block_size=options.block_size,
@@ -79,7 +77,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
         blocks = _blocks(store, videos)
         _announce(options, store, blocks, made)
         if not is_remote(options.out):
-            check_space(options.out, sum(len(block.rows) for block in blocks) * store.video_bytes)
+            check_space(Path(options.out), sum(len(block.rows) for block in blocks) * store.video_bytes)
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
             _run(pool.extract(blocks), store, blocks, hold)

@@ -6,7 +6,6 @@ the device with batches of a constant size, and one thread writes the shard of t
 
 import os
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -82,7 +81,6 @@ class Worker:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: Future[Done] | None = None
         self._ahead: dict[int, list[Submitted]] = {}
-        self._making = threading.Lock()  # of the children
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -144,21 +142,21 @@ class Worker:
         return FeatureStore.open(self.options.out, writable=True)
 
     def describe(self) -> dict[str, Any]:
-        """What the store records of how its features were made, its views and width, and the device in words."""
+        """What the store records of how its features were made, their width, and the device in words."""
         options = self.options
+        sampling = {"frames": options.frames, "method": "segment centres (TSN); augment: random in each segment"}
+        windows = {"window": options.window, "stride": options.stride} if options.window is not None else {}
         provenance = {
             **self._backbone.provenance(),
-            "sampling": {"frames": options.frames, "method": "segment centres (TSN); augment: random in each segment"},
+            "sampling": sampling | windows,
             "views": list(self._views),
             "seed": options.seed,
             "decoder": {"name": options.decoder, "version": decoder_version(options.decoder)},
         }
         return {
             "provenance": provenance,
-            "views": self._views,
             "dim": self._backbone.dim,
             "slot_bytes": self._plan.slot_bytes,
-            "precision": self._backbone.precision,
             "words": self._backbone.describe(),
         }
 
@@ -171,12 +169,13 @@ class Worker:
             raise RunError(f"{who} does not see the store {store}; put it on storage all nodes share")
         if local and nonce not in [run.get("nonce") for run in RunLog.records(store)]:
             raise RunError(f"{who} sees another {store} than this run's; put it on shared storage")
-        assert self._backbone  # made here: PyTorch's number of threads holds for the thread that sets it
+        # Made here: PyTorch's number of threads holds for the thread that sets it, and `help` comes on another one.
+        assert self._backbone
+        assert self._pool
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have another node decode too, until `decode` raises. May be called while a block is in hand."""
-        with self._making:
-            self._children.help(decode, at_once=at_once)
+        self._children.help(decode, at_once=at_once)
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
         """All blocks, one after the other, in this process."""
@@ -207,9 +206,7 @@ class Worker:
         self._writer.shutdown()
 
     def _submit(self, block: Block) -> "list[Submitted]":
-        with self._making:
-            pool = self._pool
-        return [(places, job, pool.submit(job)) for places, job in jobs_of(block.videos, self._plan)]
+        return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, self._plan)]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Done]:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size

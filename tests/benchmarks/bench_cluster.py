@@ -177,7 +177,7 @@ def contest(
                 out,
                 **_columns(videos),
                 classes=["a"],
-                views=made["views"],
+                views=made["provenance"]["views"],
                 frames=25,
                 dim=made["dim"],
                 block_size=block_size,

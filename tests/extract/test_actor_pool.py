@@ -4,6 +4,7 @@ One cluster for all: a head without cores, to which each test adds its nodes. A 
 uses the CPU, and the pool treats it as it would treat a GPU node.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -262,7 +263,8 @@ def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(
     clip = str(next(clips.rglob("*.mp4")))
 
     def check(store: Path, nonce: str, clip: str, version: str = version) -> None:
-        Worker(options(clips, store), 1).check(nonce, clip, version)
+        with contextlib.closing(Worker(options(clips, store), 1)) as worker:
+            worker.check(nonce, clip, version)
 
     check(out, nonce, clip)
     with pytest.raises(RunError, match=r"the worker on \S+ does not see the store .*b\.zarr"):
