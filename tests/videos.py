@@ -10,6 +10,8 @@ import av
 import numpy as np
 from av.stream import Disposition
 
+from extract.decode.opening import ANY_TEXT
+
 # FFmpeg's name of a container where the file's ending does not say it.
 _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}
 
@@ -184,7 +186,7 @@ class Whole:
 def decode_everything(path: Path) -> Whole:
     """Every frame as the plainest use of PyAV gives it: no skipping, no seeking, no turning."""
     frames, seconds, corrupt, error = [], [], [], ""
-    with av.open(str(path), metadata_errors="replace") as container:
+    with av.open(str(path), **ANY_TEXT) as container:
         stream = container.streams.best("video")
         assert stream is not None, f"{path} has no video stream"
         stream.codec_context.thread_count = 1

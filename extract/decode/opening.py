@@ -5,6 +5,9 @@ from contextlib import contextmanager
 
 import av
 
+# A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
+ANY_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+
 av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
 
 
@@ -54,7 +57,7 @@ def open_video(path):
     """The container and its best video stream, to be decoded in one thread; VideoError says why there is none."""
     try:
         # FFmpeg takes what stands before a colon in a relative path for a protocol.
-        container = av.open(os.path.abspath(path), metadata_errors="replace")
+        container = av.open(os.path.abspath(path), **ANY_TEXT)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, _why_not(path, error)) from None
     stream = container.streams.best("video")

