@@ -146,7 +146,7 @@ def heat_map(table: "pd.DataFrame", spec: str, *, low: float | None = None, widt
     with _axes(width, (1.7 if turn else 0.9) + tall * len(rows)) as (figure, axes):
         edges = [np.arange(count + 1) - 0.5 for count in (len(columns), len(rows))]
         mesh = axes.pcolormesh(*edges, values, cmap="Blues", vmin=low, edgecolor="white", linewidth=1.5)
-        shades = mesh.norm(np.nan_to_num(values))
+        shades = np.asarray(mesh.norm(np.nan_to_num(values)), float)
         for row, column in np.argwhere(np.isfinite(values)):
             look: dict[str, Any] = {"color": "white" if shades[row, column] > 0.6 else INK, "size": 8}
             axes.text(column, row, format(values[row, column], spec), ha="center", va="center", **look)

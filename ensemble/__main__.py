@@ -100,12 +100,12 @@ def main(options: Options) -> int:
 def _checked_paths(options: Options) -> Path:
     """Where the summary goes; InputError where one file would be written over another."""
     summary = options.out.with_suffix(".json")
-    written = [options.out, summary, *([options.submission] if options.submission else [])]
-    taken = {path.resolve(): "an input" for path in options.scores}
-    if len(taken) < len(options.scores):
-        twice = next(path for place, path in enumerate(options.scores) if path in options.scores[:place])
-        raise InputError(f"--scores: {twice} is given twice; give its model more weight instead")
-    for path in written:
+    taken: dict[Path, str] = {}
+    for path in options.scores:
+        if path.resolve() in taken:
+            raise InputError(f"--scores: {path} is given twice; give its model more weight instead")
+        taken[path.resolve()] = "an input"
+    for path in filter(None, (options.out, summary, options.submission)):
         if (real := path.resolve()) in taken:
             raise InputError(f"{path} would be written over {taken[real]}; the summary goes to {summary}")
         taken[real] = f"another output, {path}"

@@ -142,11 +142,13 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
         (["--submission", "fused.json"], "fused.json would be written over another output, fused.json"),
         (["--submission", "tsn.h5"], "tsn.h5 would be written over an input"),
         (["--scores", "tsn.h5", "tsn.h5"], "--scores: tsn.h5 is given twice"),
+        (["--scores", "tsn.h5", "link.h5"], "--scores: link.h5 is given twice"),
         (["--scores", "none.h5"], "none.h5 is no scores file: there is no such file"),
     ],
 )
 def test_wrong_usage_says_what_to_do(files, monkeypatch, capsys, args, message):
     monkeypatch.chdir(files[0].parent)
+    Path("link.h5").symlink_to("tsn.h5")
     given = [] if "--scores" in args else ["--scores", "tsn.h5", "hgnl.h5", "stnet.h5"]
     assert command(*given, *args, "--out", "fused.h5") == 2
     assert message in capsys.readouterr().err
