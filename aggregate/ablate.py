@@ -6,45 +6,41 @@ compared: aggregate/ablation/compare.py.
 """
 
 import itertools
-import json
 import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate import train
+from aggregate.train import Configuration, configured
 from aggregate.training.options import (
     AGGREGATOR_FLAGS,
     BEFORE_RECIPES,
     HEAD_FLAGS,
     Aggregator,
     HeadOptions,
+    PlaceOptions,
     ScheduleOptions,
     SplitOptions,
     as_recorded,
-    completed,
     listed,
-    plain,
 )
 from extract.cli import InputError, progress, run_command
 
 if TYPE_CHECKING:
-    from aggregate.ablation.grid import Configuration
     from aggregate.training.checkpoint import Checkpoint
     from extract.store import FeatureStore
 
-# Where an ablation may continue with another value: they say where and how fast, not what.
-FREE_ON_RESUME = ("out", "device", "placement", "at_once")
 # Lists here, single values of `aggregate.train`; an empty one is that command's default.
 Lists: Any = listed(HeadOptions, ScheduleOptions)
 LISTS = ("agg", *(one.name for one in fields(Lists)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class GridOptions(Lists):
+class GridOptions(Lists, PlaceOptions):
     """What is tried: all combinations of the listed options."""
 
     agg: tuple[Aggregator, ...] = ("hgnl",)
@@ -57,10 +53,6 @@ class GridOptions(Lists):
     """cached: what works best on a frozen backbone; paper: iQIYI's schedule."""
     at_once: int = 32
     """At most so many models share a pass: their memory, and what is lost when the process is killed."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    placement: Literal["auto", "device", "memory", "mmap"] = "auto"
-    """Where features lie while they are read; auto chooses by size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +69,9 @@ class Options(GridOptions, SplitOptions):
 
 
 def main(options: Options) -> int:
-    # Small steps on a busy machine: threads that wait for each other must not spin (14 times the CPU time, measured).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    wait_passively()
     from aggregate.ablation.compare import report
-    from aggregate.ablation.grid import GridTrainer, key_of
+    from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
     from aggregate.metrics import csv_of
     from aggregate.training.checkpoint import Checkpoint
@@ -93,59 +84,59 @@ def main(options: Options) -> int:
     chosen = plan(options, store, init)
     trainer = GridTrainer(store, device=options.device, placement=options.placement, init=init)
     print(f"features  {store!r}\nplan      {_describe(chosen, options)}")
-    for name, reason in chosen.skipped:
-        print(f"skipped   {name}: {reason}")
-    total = len(chosen.configurations)
-    with Records(options, store, free=FREE_ON_RESUME, what="ablation") as records:
-        # What an earlier version recorded has none of the options that came later.
-        today = plain(train.Options(agg="tsn"))
-        known = {key_of(completed(json.loads(key), today, train.Options)): key for key in records.rows}
-        if known:
-            print(f"resuming  {options.out}: {len(known)} of {total} are done")
+    chosen.print_skipped()
+    wanted = {(one.name, one.options.seed): one for one in chosen.configurations}
+    with Records(options, store, by=("name", "seed"), what="ablation") as records:
+        left = [one for key, one in wanted.items() if key not in records.rows]
+        passes = in_passes(left, at_once=options.at_once)
+        if records.rows:
+            print(f"resuming  {options.out}: {len(records.rows)} of {len(wanted)} are done")
 
-        def rows() -> list[dict[str, Any]]:
-            return [records.rows[known[one.key]] for one in chosen.configurations if one.key in known]
+        def write_table() -> list[dict[str, Any]]:
+            rows = [records.rows[key] for key in wanted if key in records.rows]
+            replace_file(options.out / "ablation.csv", csv_of(rows))
+            return rows
 
-        try:
-            passes = in_passes(chosen.configurations, at_once=options.at_once, done=known)
-            for number, share in enumerate(passes, 1):
-                words = f"pass {number}/{len(passes)}, {len(share)} models"
-                with progress(total=share[0].steps, unit="step", desc=words) as bar:
-                    for result in trainer.run(share, bar.update):
-                        records.add(result.key, result.row, result.places)
-                        known[result.key] = result.key
-                replace_file(options.out / "ablation.csv", csv_of(rows()))
-                print(f"done      {len(known)} of {total}", flush=True)
-        except KeyboardInterrupt:
-            print(f"\nstopped; {options.out} holds {len(known)} results, the same command goes on", flush=True)
-            raise
-        replace_file(options.out / "ablation.csv", csv_of(rows()))
-        places = {(row["name"], row["seed"]): records.array(key) for key, row in records.rows.items()}
+        for number, share in enumerate(passes, 1):
+            words = f"pass {number}/{len(passes)}, {len(share)} models"
+            with progress(total=share[0].recipe.epochs * share[0].steps_per_epoch, unit="step", desc=words) as bar:
+                for result in trainer.run(share, bar.update):
+                    records.add(result.row, result.places)
+            print(f"done      {len(write_table())} of {len(wanted)}", flush=True)
+        rows, places = write_table(), {key: records.array(key) for key in records.rows}
         print()
-        report(options.out, rows(), places, [f"{name}: {reason}" for name, reason in chosen.skipped])
-        print(_how_to_keep(rows(), chosen))
+        report(options.out, rows, places, [f"{name}: {reason}" for name, reason in chosen.skipped.items()])
+        print(_how_to_keep(rows, wanted))
     return 0
+
+
+def wait_passively() -> None:
+    """Small steps on a busy machine: threads that wait for each other must not spin (14 times the CPU time, measured).
+
+    It counts before torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What to train, and what was left out with its reason."""
+class Plan(NamedTuple):
+    """What to train; and by their names the combinations that cannot be built, with the reason."""
 
-    configurations: "list[Configuration]"
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    configurations: list[Configuration]
+    skipped: dict[str, str]
+
+    def print_skipped(self) -> None:
+        for name, reason in self.skipped.items():
+            print(f"skipped   {name}: {reason}")
 
 
-def in_passes(
-    configurations: "Iterable[Configuration]", *, at_once: int, done: Collection[str] = ()
-) -> "list[list[Configuration]]":
-    """Those that are not done, by the pass they share: at most `at_once` in each."""
-    groups: dict[Any, list[Configuration]] = {}
+def in_passes(configurations: Iterable[Configuration], *, at_once: int) -> list[list[Configuration]]:
+    """Configurations by the pass that they share: at most `at_once` in each."""
+    groups: dict[Hashable, list[Configuration]] = {}
     for one in configurations:
-        if one.key not in done:
-            groups.setdefault(one.shares_batches, []).append(one)
+        groups.setdefault(one.shares_batches, []).append(one)
     parts = ((group, -(-len(group) // at_once)) for group in groups.values())
     return [group[start::count] for group, count in parts for start in range(count)]
 
@@ -156,27 +147,20 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
 
     if init is not None:
         init.check_features(store.provenance, store.dim, options.features)
-    singles, skipped = candidates(options, store, init)
-    configurations: dict[str, Configuration] = {}
+    found = candidates(options, store, init)
+    every: dict[Configuration, None] = {}
     for seed in options.seeds:
         rows, _, _ = choose_rows(store, options, seed)
         check_classes(store, rows, allow_missing=options.allow_missing_classes)
-        for name, single in singles:
-            made = configured(name, replace(single, seed=seed), videos=len(rows))
-            configurations.setdefault(made.key, made)
-    return Plan(list(configurations.values()), skipped)
+        for one in found.configurations:
+            every[configured(one.name, replace(one.options, seed=seed), videos=len(rows))] = None
+    return found._replace(configurations=list(every))
 
 
-def configured(name: str, options: train.Options, *, videos: int) -> "Configuration":
-    from aggregate.ablation.grid import Configuration
+def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | None" = None) -> Plan:
+    """All combinations of the listed options, of one seed and with all videos."""
+    import torch
 
-    return Configuration(name, options, train.recipe_of(options, videos=videos), videos)
-
-
-def candidates(
-    options: GridOptions, store: "FeatureStore", init: "Checkpoint | None" = None
-) -> tuple[list[tuple[str, train.Options]], list[tuple[str, str]]]:
-    """All combinations of the listed options with their names, and those that cannot be built, with the reason."""
     for one in fields(options):
         if one.name in ("seeds", *LISTS) and one.default and not getattr(options, one.name):
             raise InputError(f"--{one.name.replace('_', '-')} needs at least one value")
@@ -191,22 +175,22 @@ def candidates(
             raise InputError(f"--frames {frames}: {options.features} holds {store.frames_per_video} frames a video")
     singles = _combinations(options)
     varied = [name for name in LISTS if len({getattr(one, name) for one in singles}) > 1]
-    good, skipped = [], {}
+    found = Plan([], {})
     for single in singles:
-        name = name_of(single, varied)
-        made = configured(name, single, videos=len(store))
+        made = configured(name_of(single, varied), single, videos=len(store))
         try:
-            width = made.build(store).classifier.in_features
+            with torch.device("meta"):
+                width = made.model(store).classifier.in_features
             wanted = width if init is None else init.state_dict["classifier.weight"].shape[1]
             if width != wanted:
                 raise InputError(f"--init classifies {wanted} features, this model {width}")
-            good.append((name, single))
+            found.configurations.append(made)
         except InputError as error:
-            skipped[name] = str(error)
-    if not good:
-        name, reason = next(iter(skipped.items()))
+            found.skipped[made.name] = str(error)
+    if not found.configurations:
+        name, reason = next(iter(found.skipped.items()))
         raise InputError(f"no configuration can be built; {name}: {reason}")
-    return good, list(skipped.items())
+    return found
 
 
 def _combinations(options: GridOptions) -> list[train.Options]:
@@ -239,14 +223,13 @@ def _describe(chosen: Plan, options: Options) -> str:
     return f"{names} configurations x {len(set(options.seeds))} seeds in {passes} passes, {len(chosen.skipped)} skipped"
 
 
-def _how_to_keep(rows: list[dict[str, Any]], chosen: Plan) -> str:
+def _how_to_keep(rows: list[dict[str, Any]], trained: dict[tuple[str, int], Configuration]) -> str:
     """The command that trains the best model again, to the bit, and keeps its checkpoint."""
     done = [row for row in rows if row["status"] == "done"]
     if not done:
         return "every configuration diverged"
     best = max(done, key=lambda row: row["top1_at_all"])
-    one = next(c for c in chosen.configurations if (c.name, c.options.seed) == (best["name"], best["seed"]))
-    return f"the best one's checkpoint: {command(one.options)}"
+    return f"the best one's checkpoint: {command(trained[best['name'], best['seed']].options)}"
 
 
 def command(options: train.Options) -> str:
@@ -255,14 +238,9 @@ def command(options: train.Options) -> str:
     for one in fields(options):
         value = getattr(options, one.name)
         if value != one.default:
-            words.append(f"--{one.name.replace('_', '-')}")
-            words += (
-                map(str, value)
-                if isinstance(value, tuple)
-                else []
-                if value is True and one.default is False
-                else [str(value)]
-            )
+            flag_alone = value is True and one.default is False
+            values = value if isinstance(value, tuple) else () if flag_alone else (value,)
+            words += [f"--{one.name.replace('_', '-')}", *map(str, values)]
     return shlex.join(words)
 
 

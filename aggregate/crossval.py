@@ -12,21 +12,20 @@ share a pass over them (aggregate/ablation/grid.py). With the same folds, batche
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aggregate import train
-from aggregate.ablate import FREE_ON_RESUME, GridOptions, candidates, configured, in_passes
+from aggregate.ablate import GridOptions, candidates, in_passes, wait_passively
+from aggregate.train import Configuration, configured
 from extract.cli import InputError, RunError, progress, run_command
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from aggregate.ablation.grid import Configuration, GridTrainer
+    from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
     from extract.store import FeatureStore
 
@@ -65,38 +64,38 @@ class Fold:
 
 
 def main(options: Options) -> int:
-    # Small steps on a busy machine: threads that wait for each other must not spin (14 times the CPU time, measured).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    wait_passively()
     from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
-    tried, skipped = candidates(options, store)
+    tried = candidates(options, store)
     for agg in options.agg:
-        if agg not in {one.agg for _, one in tried}:
-            raise InputError(f"--agg {agg}: {next(why for name, why in skipped if name.split()[0] == agg)}")
+        if agg not in {one.options.agg for one in tried.configurations}:
+            raise InputError(
+                f"--agg {agg}: {next(why for name, why in tried.skipped.items() if name.split()[0] == agg)}"
+            )
     rows = rows_of(store, options)
     folds = [fold for seed in dict.fromkeys(options.seeds) for fold in folds_of(store, options, seed)]
     trainer = GridTrainer(store, device=options.device, placement=options.placement)
     print(f"features  {store!r}\nfolds     {_describe(store, folds)}")
-    for name, reason in skipped:
-        print(f"skipped   {name}: {reason}")
-    print(f"tried     {', '.join(name for name, _ in tried)}", flush=True)
-    with Records(options, store, free=FREE_ON_RESUME, what="cross-validation") as records:
-        left = {fold: [one for one in tried if _key(fold, one[1].agg) not in records.rows] for fold in folds}
+    tried.print_skipped()
+    print(f"tried     {', '.join(one.name for one in tried.configurations)}", flush=True)
+    with Records(options, store, by=("seed", "fold", "agg"), what="cross-validation") as records:
+        left = {
+            fold: [c for c in tried.configurations if (fold.seed, fold.name, c.options.agg) not in records.rows]
+            for fold in folds
+        }
         waiting = [fold for fold in folds if left[fold]]
         done = len(folds) - len(waiting)
         if done:
             print(f"resuming  {options.out}: {done} of {len(folds)} folds are done")
         if waiting:
             trainer.hold(rows)
-        try:
-            for fold in progress(waiting, unit="fold", initial=done, total=len(folds)):
-                _run_fold(trainer, fold, left[fold], options, records)
-        except KeyboardInterrupt:
-            print(f"\nstopped; {options.out} holds the folds that are done, the same command goes on", flush=True)
-            raise
+        for fold in progress(waiting, unit="fold", initial=done, total=len(folds)):
+            for row, logits in _results(trainer, fold, left[fold], options):
+                records.add(row, logits)
         report(store, rows, options, folds, records)
     print(f"Next: python -m pipelines.report {options.out} --out report.html")
     return 0
@@ -196,42 +195,34 @@ def _describe(store: "FeatureStore", folds: list[Fold]) -> str:
 # -- a fold ------------------------------------------------------------------------------------------------------------
 
 
-def _key(fold: Fold, agg: str) -> str:
-    return json.dumps([fold.seed, fold.name, agg])
-
-
-def _run_fold(
-    trainer: "GridTrainer", fold: Fold, tried: list[tuple[str, train.Options]], options: Options, records: "Records"
-) -> None:
-    """Choose, train again, test and keep each aggregator of `tried` in one fold."""
-    import numpy as np
-
-    from aggregate.training.loop import Epoch
+def _results(
+    trainer: "GridTrainer", fold: Fold, tried: list[Configuration], options: Options
+) -> "Iterator[tuple[dict[str, Any], np.ndarray]]":
+    """Choose, train again and test each aggregator of `tried` in one fold: what is recorded of it, and its logits
+    [segments, N, C] of the videos that the fold tests."""
+    from aggregate.training.loop import fit
 
     inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
     labels = trainer.store.labels[held_out]
     # Of each aggregator the challenge's error and, among equals, the cross-entropy; the epoch, and the configuration.
     best: dict[str, tuple[tuple[float, float], int, Configuration]] = {}
-    several = [configured(name, replace(one, seed=fold.seed), videos=len(inner)) for name, one in tried]
+    several = [configured(one.name, replace(one.options, seed=fold.seed), videos=len(inner)) for one in tried]
     for share in in_passes(several, at_once=options.at_once):
-
-        def look(epoch: Epoch, share: "Sequence[Configuration]" = share) -> None:
+        for epoch in fit(*trainer.begin(share, inner, held_out), strict=False):
             for one, logits in zip(share, epoch.scores, strict=True):
                 measure = (math.inf, 0.0) if logits is None else _measure(logits, labels)
                 if measure < best.get(one.options.agg, ((math.inf, 0.0),))[0]:
                     best[one.options.agg] = (measure, epoch.number, one)
-
-        trainer.fit(share, inner, held_out, on_epoch=look)
-    if lost := {one.agg for _, one in tried} - best.keys():
+    if lost := {one.options.agg for one in tried} - best.keys():
         raise RunError(f"fold {fold.name}, seed {fold.seed}: every {lost.pop()} diverged; a smaller --lr may help")
     again = {configured(one.name, one.options, videos=len(fold.train)): (m, epoch) for m, epoch, one in best.values()}
-    segments = segments_of(trainer.store, options)
     for share in in_passes(again, at_once=options.at_once):
         epochs = [again[one][1] + 1 for one in share]
-        for one, scores in zip(share, _out_of_fold(trainer, share, epochs, fold, segments), strict=True):
+        scored = _out_of_fold(trainer, share, epochs, fold, segments_of(trainer.store, options))
+        for one, logits in zip(share, scored, strict=True):
+            (error, _), epoch_chosen = again[one]
             row = {"seed": fold.seed, "fold": fold.name, "agg": one.options.agg, "videos": len(fold.test)}
-            row |= {"options": one.name, "epoch": again[one][1], "inner_error": again[one][0][0]}
-            records.add(_key(fold, one.options.agg), row, np.stack(scores))
+            yield row | {"options": one.name, "epoch": epoch_chosen, "inner_error": error}, logits
 
 
 def _measure(logits: "np.ndarray", labels: "np.ndarray") -> tuple[float, float]:
@@ -245,16 +236,18 @@ def _measure(logits: "np.ndarray", labels: "np.ndarray") -> tuple[float, float]:
 
 
 def _out_of_fold(
-    trainer: "GridTrainer", share: "Sequence[Configuration]", epochs: list[int], fold: Fold, segments: list[int]
-) -> "list[list[np.ndarray]]":
-    """Train `share` on all that the fold has to train on, for so many of its epochs: logits [N, C] of the videos
-    that it tests, by model and number of segments."""
+    trainer: "GridTrainer", share: Sequence[Configuration], epochs: list[int], fold: Fold, segments: list[int]
+) -> "np.ndarray":
+    """Train `share` on all that the fold has to train on, for so many of its epochs: logits [share, segments, N, C] of
+    the videos that it tests."""
+    import numpy as np
+
+    from aggregate.training.learner import Learner
     from aggregate.training.loop import refuse, train_epoch
 
-    source = trainer.source(share[0], fold.train, fold.test)
-    learners = [trainer.learner(one) for one in share]
+    learners, source = trainer.begin(share, fold.train, fold.test)
 
-    def on_lost(learner: Any) -> None:
+    def on_lost(learner: Learner) -> None:
         source.check_finite(learner.suspects)
         refuse(learner)
 
@@ -262,7 +255,7 @@ def _out_of_fold(
         running = [learner for learner, count in zip(learners, epochs, strict=True) if epoch < count]
         train_epoch(running, source.train_batches(epoch), epoch, on_lost=on_lost)
     tested = [source.validate([learner.model for learner in learners], count) for count in segments]
-    return [list(by_segments) for by_segments in zip(*tested, strict=True)]
+    return np.stack(tested, axis=1)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------
@@ -289,7 +282,9 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     for agg in aggs:
         logits = np.full((len(seeds), len(segments), len(rows), classes), np.nan, np.float32)
         for fold in folds:
-            logits[seeds.index(fold.seed)][:, np.searchsorted(rows, fold.test)] = records.array(_key(fold, agg))
+            logits[seeds.index(fold.seed)][:, np.searchsorted(rows, fold.test)] = records.array(
+                (fold.seed, fold.name, agg)
+            )
         source = {"model": agg, "folds": options.folds, "seeds": seeds, "features": store.provenance}
         common: dict[str, Any] = {"ids": store.ids[rows].tolist(), "classes": store.classes, "labels": labels}
         mean = [
@@ -301,7 +296,7 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
             places[agg, count] = np.stack([ranks(one, labels) for one in logits[:, at]])
     heads: list[dict[str, Any]] = []
     for agg in aggs:
-        chosen = [dict(records.rows[_key(fold, agg)]) for fold in folds]
+        chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
         beside = {n: None if agg == baseline else places[baseline, n] for n in segments}
         measured = {str(n): measures(places[agg, n], beside[n], classes) for n in segments}
         heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})

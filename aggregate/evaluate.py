@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from aggregate.training.options import VideoOptions
+from aggregate.training.options import PlaceOptions, VideoOptions
 from extract.cli import InputError, progress, run_command
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Options(VideoOptions):
+class Options(VideoOptions, PlaceOptions):
     """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics, write scores."""
 
     checkpoint: Path
@@ -39,10 +39,6 @@ class Options(VideoOptions):
     out: Path | None = None
     """The scores file (HDF5) for `python -m ensemble`."""
     batch_size: int = 256
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:1 ..."""
-    placement: Literal["auto", "device", "memory", "mmap"] = "auto"
-    """Where features lie while they are read; auto chooses by size."""
     crops: Literal[1, 3, 10] = 1
     """With --videos: views of each frame (a store has its own)."""
     micro_batch: int = 8

@@ -202,10 +202,10 @@ def test_run_folders_ablations_and_cross_validations_go_on_whenever_the_power_go
         epochs.add(last.training["epoch"] if last else 0)
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()
-        several = (ablating(tmp_path, disk / "grid"), results), (crossing(tmp_path, disk / "cv"), folds)
-        for wanted, seen in several:
+        grid, cv = ablating(tmp_path, disk / "grid"), crossing(tmp_path, disk / "cv")
+        for wanted, by, seen in (grid, ("name", "seed"), results), (cv, ("seed", "fold", "agg"), folds):
             if wanted.out.exists():
-                with Records(wanted, FeatureStore.open(wanted.features), free=("out",), what="result") as records:
+                with Records(wanted, FeatureStore.open(wanted.features), by=by, what="result") as records:
                     assert all(records.array(key) is not None for key in records.rows)
                     seen.add(len(records.rows))
         for file in (*disk.glob("*.h5"), *disk.glob("cv/*.h5")):

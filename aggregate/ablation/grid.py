@@ -6,26 +6,24 @@ A configuration is an `Options` of `aggregate.train` and gives what that command
 machine, with one number of threads): the same start, batches, dropout and choice of the best epoch.
 """
 
-import json
+import functools
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from aggregate import train
 from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
-from aggregate.models import VideoClassifier, build
+from aggregate.train import Configuration
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
-from aggregate.training.loop import Epoch, fit
-from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS, aggregator_options, plain
-from aggregate.training.recipes import Recipe
+from aggregate.training.loop import fit
+from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS
 from aggregate.training.sources import CachedFeatures
 from aggregate.training.splits import choose_rows
 from extract.device import choose_device
@@ -33,48 +31,10 @@ from extract.store import FeatureStore
 
 
 @dataclass(frozen=True)
-class Configuration:
-    """One model to train: what `aggregate.train` would be told, and the recipe that follows from it."""
-
-    name: str  # its options that differ from the others', without the seed
-    options: train.Options
-    recipe: Recipe
-    videos: int  # to train on
-
-    @property
-    def steps(self) -> int:
-        return self.recipe.epochs * -(-self.videos // self.recipe.batch_size)
-
-    @property
-    def key(self) -> str:
-        """Equal where results are: all options but those of place and speed, as JSON."""
-        return key_of(plain(self.options))
-
-    @property
-    def shares_batches(self) -> Hashable:
-        """What its batches are a function of: configurations where this is equal can share a pass."""
-        return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs
-
-    def build(self, store: FeatureStore) -> VideoClassifier:
-        """The model without memory behind its weights. InputError as `aggregate.models.build`."""
-        own = aggregator_options(self.options.agg, self.options)
-        own |= {"dropout": self.recipe.dropout, "standardise": self.recipe.standardise}
-        with torch.device("meta"):
-            return build(self.options.agg, dim=store.dim, num_classes=len(store.classes), **own)
-
-
-def key_of(options: dict[str, Any]) -> str:
-    """`Configuration.key` of plain options of `aggregate.train`; flags that mean nothing to its aggregator are none."""
-    apart = {"out", "device", "placement", *HEAD_FLAGS} - set(AGGREGATOR_FLAGS.get(options["agg"], ()))
-    return json.dumps({name: value for name, value in options.items() if name not in apart}, sort_keys=True)
-
-
-@dataclass(frozen=True)
 class Result:
     """A finished configuration. `places` int32 [3, N]: of each validation video its row of the store and the rank of
     its true label with the segments of training and with all; None for a model that diverged."""
 
-    key: str
     row: dict[str, Any]
     places: np.ndarray | None
 
@@ -88,9 +48,9 @@ class GridTrainer:
         self.store, self.init = store, init
         self.device, self.placement = choose_device(device), placement
         self._held: dict[bool, StoredFeatures] = {}
-        self._told: set[str] = set()
+        self._tell_once = functools.cache(print)
 
-    def features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
+    def _features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
         """Those of `rows`, from what is held where they are among it."""
         held = self._held.get(training)
         if held is None or not np.isin(rows, held.rows).all():
@@ -100,47 +60,28 @@ class GridTrainer:
 
     def hold(self, rows: np.ndarray) -> None:
         """Read all of `rows` once, to train and to test on; where both see the same views, into one place."""
-        testing = self.features(rows, training=False)
+        testing = self._features(rows, training=False)
         if np.array_equal(training_views(self.store), testing.views):
             self._held[True] = testing
-        self.features(rows, training=True)
+        self._features(rows, training=True)
 
-    def source(self, one: Configuration, rows: np.ndarray, val_rows: np.ndarray) -> CachedFeatures:
-        """Batches as `one` and all that share them see them."""
-        training, testing = self.features(rows, training=True), self.features(val_rows, training=False)
-        return CachedFeatures(training, testing, one.options.frames, one.recipe.batch_size, one.options.seed)
-
-    def learner(self, one: Configuration) -> Learner:
-        def tell_once(text: str) -> None:
-            if text not in self._told:
-                self._told.add(text)
-                print(text)
-
-        return train.make_learner(
-            one.options, self.store, one.recipe, videos=one.videos, device=self.device, init=self.init, tell=tell_once
-        )
-
-    def fit(
-        self,
-        share: Sequence[Configuration],
-        rows: np.ndarray,
-        val_rows: np.ndarray,
-        on_step: Callable[[], object] = lambda: None,
-        on_epoch: Callable[[Epoch], object] = lambda epoch: None,
-    ) -> tuple[CachedFeatures, list[Learner]]:
-        """One pass over `rows`, validated on `val_rows`: its batches, and learners with the states of their best epochs
-        (or `lost`)."""
-        source = self.source(share[0], rows, val_rows)
-        learners = [self.learner(one) for one in share]
-        for epoch in fit(learners, source, on_step=on_step, strict=False):
-            on_epoch(epoch)
-        return source, learners
+    def begin(
+        self, share: Sequence[Configuration], rows: np.ndarray, val_rows: np.ndarray
+    ) -> tuple[list[Learner], CachedFeatures]:
+        """Learners of `share` and the batches that they share: to train on `rows`, and those that validate."""
+        training, testing = self._features(rows, training=True), self._features(val_rows, training=False)
+        one = share[0]
+        source = CachedFeatures(training, testing, one.options.frames, one.recipe.batch_size, one.options.seed)
+        how: dict[str, Any] = {"init": self.init, "tell": self._tell_once}
+        return [one.learner(self.store, self.device, **how) for one in share], source
 
     def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:
         """Train `share` in one pass and test each at its best epoch, with the segments of training and with all."""
         started = time.perf_counter()
         rows, val_rows, _ = choose_rows(self.store, share[0].options, share[0].options.seed)
-        source, learners = self.fit(share, rows, val_rows, on_step)
+        learners, source = self.begin(share, rows, val_rows)
+        for _ in fit(learners, source, on_step=on_step, strict=False):
+            pass
         alive = [learner for learner in learners if not learner.lost]
         for learner in alive:
             learner.load_best()
@@ -156,7 +97,7 @@ class GridTrainer:
             # A pass is timed as a whole; a model's part of it is as its steps' of all steps.
             row["seconds"] = round(wall * learner.seconds / max(stepping, 1e-9), 3)
             row |= {"pass_seconds": round(wall, 3), "pass_models": len(share)}
-            results.append(Result(one.key, row, places.get(learner)))
+            results.append(Result(row, places.get(learner)))
         return results
 
 
@@ -180,7 +121,8 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     aggregator's multiplications and additions of one video with all stored segments, counted on what runs;
     `madds_table2` by the paper's formulas, for those that have one. None where an option means nothing.
     """
-    model = one.build(store)
+    with torch.device("meta"):
+        model = one.model(store)
     options, aggregator = one.options, model.aggregator
     own = AGGREGATOR_FLAGS.get(options.agg, ())
     flags = {flag: model.options.get(flag) if flag in own else None for flag in HEAD_FLAGS}

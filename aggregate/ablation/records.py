@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +16,22 @@ from extract.cli import InputError, RunError
 from extract.files import append, make_folder, replace_file
 from extract.store import FeatureStore
 
+# Where a command may go on with another value: they say where and how fast, not what.
+_FREE_ON_RESUME = ("out", "device", "placement", "at_once")
+Key = tuple[Any, ...]
+
 
 class Records:
-    """Of each result a line of JSON, appended whole to results.jsonl, and an array in a file of its own.
+    """Of each result a row, a line of JSON appended whole to results.jsonl, and an array in a file of its own.
 
-    `rows` are the records by key. `options` are those of a command with the folder as `out`, of which `free` may change
-    when it goes on. InputError for a folder of other options or contents, or of anything else.
+    `rows` are the rows by what stands in their columns `by`. `options` are those of the command with the folder as
+    `out`; `what` names its results. InputError for a folder of other options or contents, or of anything else.
     """
 
-    def __init__(self, options: Any, store: FeatureStore, *, free: tuple[str, ...], what: str) -> None:
-        self.out = options.out
+    def __init__(self, options: Any, store: FeatureStore, *, by: tuple[str, ...], what: str) -> None:
+        self.out, self._by = options.out, by
+        self.rows: dict[Key, dict[str, Any]] = {}
+        self._written_as: dict[Key, str] = {}
         self._name = self.out / "results.jsonl"
         others = {path.name for path in self.out.glob("*")} - {"options.json", "places"}
         if others and not self._name.exists():
@@ -32,12 +39,12 @@ class Records:
         make_folder(self.out / "places")
         self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            self.rows = self._open(options, plain(options) | {"contents_of_features": contents_of(store)}, free)
+            self._open(plain(options) | {"contents_of_features": contents_of(store)}, type(options))
         except BaseException:
             os.close(self._file)
             raise
 
-    def _open(self, options: Any, wanted: dict[str, Any], free: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    def _open(self, wanted: dict[str, Any], options: type) -> None:
         """Lock the folder, read what is done, write the options."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -47,31 +54,39 @@ class Records:
         whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
         if whole:
-            refuse_other_options(self.out, wanted, type(options), free=free)
+            refuse_other_options(self.out, wanted, options, free=_FREE_ON_RESUME)
         replace_file(self.out / "options.json", json.dumps(wanted, indent=1) + "\n")
-        return {line["key"]: line["row"] for line in map(json.loads, whole.splitlines())}
+        for line in map(json.loads, whole.splitlines()):
+            self._keep(line["row"], line["key"])
 
-    def add(self, key: str, row: dict[str, Any], array: np.ndarray | None) -> None:
+    def _keep(self, row: dict[str, Any], written_as: str) -> None:
+        key = tuple(row[column] for column in self._by)
+        self.rows[key], self._written_as[key] = row, written_as
+
+    def add(self, row: dict[str, Any], array: np.ndarray | None) -> None:
         """Keep a result: on disk when this returns."""
+        key = json.dumps([row[column] for column in self._by])
         if array is not None:
             content = io.BytesIO()
             np.save(content, array)
             replace_file(self._array_file(key), content.getvalue())
         append(self._file, self._name, json.dumps({"key": key, "row": row}).encode() + b"\n")
-        self.rows[key] = row
+        self._keep(row, key)
 
-    def array(self, key: str) -> np.ndarray | None:
-        file = self._array_file(key)
+    def array(self, key: Key) -> np.ndarray | None:
+        file = self._array_file(self._written_as[key])
         return np.load(file) if file.exists() else None
 
-    def _array_file(self, key: str) -> Any:
-        return self.out / "places" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
+    def _array_file(self, written_as: str) -> Path:
+        return self.out / "places" / f"{hashlib.sha256(written_as.encode()).hexdigest()[:16]}.npy"
 
     def __enter__(self) -> "Records":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         os.close(self._file)
+        if kind is KeyboardInterrupt:
+            print(f"\nstopped; {self.out} holds {len(self.rows)} results, the same command goes on", flush=True)
 
 
 def contents_of(store: FeatureStore) -> str:

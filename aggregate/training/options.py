@@ -100,6 +100,16 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlaceOptions:
+    """Where a store's features lie, and what computes."""
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 ..."""
+    placement: Literal["auto", "device", "memory", "mmap"] = "auto"
+    """Where features lie while they are read; auto chooses by size."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VideoOptions:
     """Where videos come from, and who decodes them."""
 

@@ -21,10 +21,12 @@ from scipy import stats
 
 from aggregate import ablate, train
 from aggregate.ablation import compare
-from aggregate.ablation.grid import Configuration, GridTrainer
+from aggregate.ablation.grid import GridTrainer
 from aggregate.ablation.records import Records
 from aggregate.metrics import paired_bootstrap
+from aggregate.train import Configuration
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
@@ -75,7 +77,8 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     assert len({one.shares_batches for one in share}) == 1
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
     rows, val_rows, _ = choose_rows(trainer.store, share[0].options, 1)
-    _, learners = trainer.fit(share, rows, val_rows)
+    learners, source = trainer.begin(share, rows, val_rows)
+    assert len(list(fit(learners, source, strict=False))) == 3
     rows = [result.row for result in trainer.run(share)]
     assert not any(learner.lost for learner in learners)
     for number in (0, 3, 5, 6, 9):
@@ -148,7 +151,7 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
         "hgnl g1=2 g2=2 norm=n attention=relu",
     ]
     assert len(names) == 2 + 3 * 1  # dim/8 = 2: g1 = 4 does not divide it
-    reasons = dict(chosen.skipped)
+    reasons = chosen.skipped
     assert reasons["hgnl g1=2 g2=4 norm=none attention=relu"].startswith("g2 4 does not divide g1 2")
     assert reasons["hgnl g1=32 g2=2 norm=none attention=relu"].startswith("g1 32 does not divide dim 16")
     assert "norm 'n' is for the ReLU map" in reasons["hgnl g1=2 g2=2 norm=n attention=softmax"]
@@ -179,17 +182,14 @@ def test_wrong_options_are_named_and_leave_no_folder(changes, message, features,
 @given(
     st.sets(st.tuples(*[st.integers(0, 2)] * 4, st.integers(0, 5)), max_size=40),
     st.integers(1, 5),
-    st.data(),
 )
-def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once, data):
+def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once):
     class One:
         def __init__(self, spec):
-            self.shares_batches, self.key = spec[:4], str(spec)
+            self.shares_batches, self.spec = spec[:4], spec
 
-    several = [One(spec) for spec in specs]
-    done = data.draw(st.sets(st.sampled_from([one.key for one in several]))) if several else set()
-    parts = ablate.in_passes(several, at_once=at_once, done=done)
-    assert sorted(one.key for part in parts for one in part) == sorted({one.key for one in several} - done)
+    parts = ablate.in_passes(map(One, specs), at_once=at_once)
+    assert sorted(one.spec for part in parts for one in part) == sorted(specs)
     for part in parts:
         assert 1 <= len(part) <= at_once
         assert len({one.shares_batches for one in part}) == 1
@@ -297,7 +297,7 @@ def test_other_options_and_other_contents_are_refused(features, tmp_path):
 def test_two_processes_do_not_share_a_folder(features, tmp_path):
     wanted = options(features, tmp_path / "a", epochs=(1,))
     with (
-        Records(wanted, FeatureStore.open(features), free=(), what="ablation"),
+        Records(wanted, FeatureStore.open(features), by=("name", "seed"), what="ablation"),
         pytest.raises(RunError, match=f"another process works in {tmp_path / 'a'}"),
     ):
         ablate.main(wanted)
@@ -325,22 +325,21 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
     """A loss may stay finite while the weights that it leaves are not."""
     share = planned(options(features, tmp_path / "a", lr=(0.01, 0.02), epochs=(2,)))
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
-    made = trainer.learner
+    begin = trainer.begin
 
-    def damaged(one):
-        learner = made(one)
-        if one is share[1]:
-            step = learner.step
+    def damaged(*arguments):
+        learners, source = begin(*arguments)
+        step, model = learners[1].step, learners[1].model
 
-            def breaks(batch, epoch, number):
-                step(batch, epoch, number)
-                if epoch == 1:
-                    learner.model.classifier.bias.data.fill_(math.nan)
+        def breaks(batch, epoch, number):
+            step(batch, epoch, number)
+            if epoch == 1:
+                model.classifier.bias.data.fill_(math.nan)
 
-            learner.step = breaks
-        return learner
+        learners[1].step = breaks
+        return learners, source
 
-    trainer.learner = damaged
+    trainer.begin = damaged
     good, bad = trainer.run(share)
     assert bad.row["status"] in ("scores are not finite in epoch 1", "the loss is nan in epoch 1")
     assert bad.places is None

@@ -23,6 +23,7 @@ import torch
 
 from aggregate import ablate
 from aggregate.ablation.grid import GridTrainer
+from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
 from extract.store import FeatureStore
 from stores import classes_store
@@ -89,17 +90,20 @@ def test_one_pass_against_sixteen_runs_in_one_process(tmp_path):
     trainer = GridTrainer(store, device="cpu", placement="memory")
     rows = choose_rows(store, share[0].options, 0)[:2]
 
+    def train(share) -> None:
+        list(fit(*trainer.begin(share, *rows)))
+
     def one_pass() -> None:
-        trainer.fit(share, *rows)
+        train(share)
 
     def runs() -> None:
         for one in share:
-            trainer.fit([one], *rows)
+            train([one])
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        trainer.fit(share[:1], *rows)
+        train(share[:1])
         turns = [tuple(map(wall_and_cpu, (one_pass, runs, runs))) for _ in range(4)]
     finally:
         torch.set_num_threads(threads)
