@@ -58,10 +58,7 @@ class Recogniser(nn.Module):
     ) -> Float[Tensor, "batch classes"]:
         device = next(self.net.parameters()).device
         pictures = normalised(frames.to(device, non_blocking=True), self.preprocessing)
-        if isinstance(self.net, StNet):
-            return self.net(pictures)
-        mask = mask.to(device)
-        return self.net(pictures, None if mask.all() else mask)
+        return self.net(pictures, None if mask.all() else mask.to(device))
 
 
 def normalised(frames: Tensor, see: Preprocessing) -> Tensor:
@@ -92,12 +89,10 @@ def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
     They must be put back to evaluation mode after every `train()`.
     """
     kind = nn.modules.batchnorm._BatchNorm
-    norms = [module for module in backbone.modules() if isinstance(module, kind)][1:]
+    norms: list[nn.Module] = [module for module in backbone.modules() if isinstance(module, kind)][1:]
     for norm in norms:
-        norm.eval()
-        for parameter in norm.parameters(recurse=False):
-            parameter.requires_grad_(False)
-    return [*norms]
+        norm.eval().requires_grad_(False)
+    return norms
 
 
 def backbone_from_record(checkpoint: Checkpoint, weights: Path | None = None, **how: Any) -> Backbone:

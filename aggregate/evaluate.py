@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import PlaceOptions, VideoOptions
 from extract.cli import InputError, progress, run_command
@@ -13,9 +13,10 @@ from extract.cli import InputError, progress, run_command
 if TYPE_CHECKING:
     import numpy as np
 
+    from aggregate.endtoend import Recogniser
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
-    from extract.store import FeatureStore
+    from extract.listing.videos import Video
 
 
 @dataclass(frozen=True)
@@ -46,18 +47,29 @@ class Options(VideoOptions, PlaceOptions):
 
 
 def main(options: Options) -> int:
+    from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(options.checkpoint)
-    if options.videos is not None:
-        several = scores_of_videos(checkpoint, options.videos, options)
-    else:
-        several = scores_of_features(checkpoint, options)
-    return report(several, options)
+    see = see_features if options.videos is None else see_videos
+    ids, labels, seen = see(checkpoint, options)
+    source = {"model": checkpoint.options["name"], "options": checkpoint.options, "checkpoint": options.checkpoint.name}
+    source |= {"features": checkpoint.features, "split": options.split}
+    several = []
+    for segments, crops in seen:
+        kept = crops if crops.shape[1] > 1 else None
+        logits = crops.mean(axis=1)  # before softmax
+        several.append(Scores(ids, checkpoint.classes, logits, labels, source, segments, kept))
+    report([scores.by_video() for scores in several] if options.by == "video" else several, options.out)
+    return 0
 
 
-def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scores]":
-    """Scores from a feature store, one for each number of segments."""
+# Ids and labels [N] of the videos; the numbers of segments, each with logits [N, crops, C], NaN for what failed.
+Seen = tuple[list[str], "np.ndarray", "Iterator[tuple[int, np.ndarray]]"]
+
+
+def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
+    """The checkpoint's logits of features in a store."""
     from aggregate.data.features import StoredFeatures
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.sources import logits_of, possible_segments
@@ -66,103 +78,68 @@ def scores_of_features(checkpoint: "Checkpoint", options: Options) -> "list[Scor
 
     store = FeatureStore.open(options.features)
     checkpoint.check_features(store.provenance, store.dim, options.features)
-    rows = split_rows(store, options.split)
+    rows = rows_of_split(store.splits, options.split, store.path)
     labels = rows_for_classes(store.labels[rows], list(store.classes), checkpoint.classes, options.features)
     device = choose_device(options.device)
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
     wanted = possible_segments(options.segments, store)
     features = StoredFeatures(store, rows, device=device, placement=options.placement)  # read once for all of them
-    models = [checkpoint.model().to(device)]
-    several = []
-    for segments in wanted:
-        (crops,) = logits_of(models, features, segments=segments, batch_size=options.batch_size)
-        several.append(_scores(crops, store.ids[rows].tolist(), labels, checkpoint, options, segments))
-    return several
+    model, size = checkpoint.model().to(device), options.batch_size
+    seen = ((number, logits_of([model], features, segments=number, batch_size=size)[0]) for number in wanted)
+    return store.ids[rows].tolist(), labels, seen
 
 
-def scores_of_videos(checkpoint: "Checkpoint", videos: Path, options: Options) -> "list[Scores]":
-    """Scores from frames through the backbone that the checkpoint holds or records, one for each number of segments."""
+def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
+    """The checkpoint's logits of frames, through the backbone that it holds or records."""
     import numpy as np
 
-    from aggregate.data.clips import ClipPlan
-    from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.endtoend import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
-    from aggregate.training.sources import predict
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
     model = model_from_record(checkpoint, options.weights)
     device = choose_device(options.device)
     model.to(device)
-    listing = list_videos(videos, labels=options.labels, root=options.root)
-    chosen = [video for video in listing.videos if options.split in ("all", video.split)]
-    if not chosen:
-        known = ", ".join(repr(split) for split in listing.splits)
-        raise InputError(f"{videos} has no video in split {options.split!r}; it has {known}; try --split all")
+    where = str(options.videos)
+    listing = list_videos(where, labels=options.labels, root=options.root)
+    chosen = [listing.videos[row] for row in rows_of_split([v.split for v in listing.videos], options.split, where)]
     theirs = np.array([video.label for video in chosen])
-    labels = rows_for_classes(theirs, list(listing.classes), checkpoint.classes, str(videos))
+    labels = rows_for_classes(theirs, list(listing.classes), checkpoint.classes, where)
     count = f"{len(chosen):,} videos of split {options.split!r}"
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{count} on {device}")
+    seen = ((number, _logits_of_videos(model, chosen, number, options)) for number in sorted(set(options.segments)))
+    return [video.id for video in chosen], labels, seen
+
+
+def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int, options: Options) -> "np.ndarray":
+    import numpy as np
+
+    from aggregate.data.clips import ClipPlan
+    from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.training.sources import predict
+
+    net: Any = model.net
+    plan = ClipPlan(segments, net.options.get("frames_per_segment", 1), model.preprocessing, options.crops)
+    logits = np.full((len(videos), options.crops, net.options["num_classes"]), np.nan, np.float32)
     cores = options.decode_workers or len(os.sched_getaffinity(0))
-    several = []
-    for segments in sorted(set(options.segments)):
-        plan = ClipPlan(
-            segments=segments,
-            frames_per_segment=checkpoint.options.get("frames_per_segment", 1),
-            preprocessing=model.preprocessing,
-            crops=options.crops,
-        )
-        crops = np.full((len(chosen), options.crops, len(checkpoint.classes)), np.nan, np.float32)
-        with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
-            frames = VideoFrames(chosen, plan, pool)
-            batches = frames.test_batches(batch_size=options.micro_batch)
-            total = -(-len(chosen) // options.micro_batch)
-            rows, predicted = predict([model], progress(batches, total=total, unit="batch"))
-            for place, reason in list(frames.failed.items())[:5]:
-                print(f"failed: {chosen[place].id}: {reason}")
-        if predicted:
-            crops[rows] = predicted[0]
-        several.append(_scores(crops, [video.id for video in chosen], labels, checkpoint, options, segments))
-    return several
+    with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
+        frames = VideoFrames(videos, plan, pool)
+        batches = frames.test_batches(batch_size=options.micro_batch)
+        total = -(-len(videos) // options.micro_batch)
+        rows, predicted = predict([model], progress(batches, total=total, unit="batch"))
+    for place, reason in list(frames.failed.items())[:5]:
+        print(f"failed: {videos[place].id}: {reason}")
+    if predicted:
+        logits[rows] = predicted[0]
+    return logits
 
 
-def _scores(
-    crops: "np.ndarray",
-    ids: list[str],
-    labels: "np.ndarray",
-    checkpoint: "Checkpoint",
-    options: Options,
-    segments: int,
-) -> "Scores":
-    """Logits [N, crops, C] as scores: averaged over crops, before softmax."""
-    from aggregate.scores import Scores
-
-    source = {
-        "model": checkpoint.options["name"],
-        "options": checkpoint.options,
-        "checkpoint": options.checkpoint.name,
-        "features": checkpoint.features,
-        "split": options.split,
-    }
-    return Scores(
-        ids=ids,
-        classes=checkpoint.classes,
-        logits=crops.mean(axis=1),
-        labels=labels,
-        source=source,
-        segments=segments,
-        crops=crops if crops.shape[1] > 1 else None,
-    )
-
-
-def report(several: "Sequence[Scores]", options: Options) -> int:
+def report(several: "Sequence[Scores]", out: Path | None) -> None:
     """Print the table of metrics and write the scores file."""
     from aggregate.metrics import Summary, summarise
     from aggregate.scores import save_scores
 
-    if options.by == "video":
-        several = [scores.by_video() for scores in several]
     labels = several[0].labels
     assert labels is not None
     print(f"{several[0].failed.sum():,} of {len(labels):,} videos failed; they count as errors")
@@ -172,21 +149,20 @@ def report(several: "Sequence[Scores]", options: Options) -> int:
             print(f"{scores.segments:>9} {summarise(scores.logits, labels)}")
     else:
         print("no video has a label, so there are scores but no metrics")
-    if options.out is not None:
-        save_scores(options.out, several)
-        print(f"scores: {options.out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
-        print(f"Next: python -m ensemble --scores {options.out} ... --out fused.h5")
-    return 0
+    if out is not None:
+        save_scores(out, several)
+        print(f"scores: {out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
+        print(f"Next: python -m ensemble --scores {out} ... --out fused.h5")
 
 
-def split_rows(store: "FeatureStore", split: str) -> "np.ndarray":
+def rows_of_split(splits: "Sequence[str] | np.ndarray", split: str, where: str) -> "np.ndarray":
     """Rows of a split (`all`: of every one); InputError names the splits there are."""
     import numpy as np
 
-    rows = np.arange(len(store)) if split == "all" else np.flatnonzero(store.splits == split)
+    rows = np.flatnonzero((np.array(splits) == split) | (split == "all"))
     if not len(rows):
-        known = ", ".join(repr(name) for name in sorted(set(store.splits.tolist())))
-        raise InputError(f"{store.path} has no video in split {split!r}; it has {known}; `--split all` takes every one")
+        known = ", ".join(map(repr, sorted(set(splits))))
+        raise InputError(f"{where} has no video in split {split!r}; it has {known}; `--split all` takes every one")
     return rows
 
 

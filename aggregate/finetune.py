@@ -18,12 +18,11 @@ from aggregate.training.options import (
     as_recorded,
     changes_of,
 )
+from aggregate.training.recipes import Recipe, parameter_groups, recipe
 from extract.cli import InputError, RunError, run_command
 
 if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
-    from aggregate.training.checkpoint import Checkpoint
-    from aggregate.training.recipes import Recipe
     from aggregate.training.run import Run
 
 _FREE_ON_RESUME = ("out", "device", "workers", "address", "decode_workers", "micro_batch")
@@ -97,13 +96,13 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
     import torch
 
     with prepare(options, rank=rank, world=world) as run:
-        source: Any = run.source
+        training: Any = run.source.training
         try:
             run.train()
-            if run.writes and source.failed:
-                videos = source.training.videos
-                some = "; ".join(f"{videos[place].id}: {why}" for place, why in list(source.failed.items())[:3])
-                print(f"{len(source.failed)} of {len(videos)} training videos were left out: {some}")
+            if run.writes and training.failed:
+                some = [f"{training.videos[place].id}: {why}" for place, why in list(training.failed.items())[:3]]
+                count = f"{len(training.failed)} of {len(training.videos)} training videos"
+                print(f"{count} were left out: {'; '.join(some)}")
             run.report()  # every process tests its share
         except RuntimeError as error:  # torch.OutOfMemoryError is one
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
@@ -144,48 +143,41 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     rows, val_rows, words = choose_rows(listed, options, options.seed)
     check_classes(listed, rows, allow_missing=options.allow_missing_classes)
     videos, val_videos = ([listing.videos[row] for row in chosen] for chosen in (rows, val_rows))
-    recipe = _recipe(options, len(videos))
-    model, frozen, record = build_model(options, classes, recipe.dropout, tell=rank == 0)
+    schedule = _recipe(options, len(videos))
+    model, frozen, record = build_model(options, classes, schedule.dropout, tell=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
-    shared: dict[str, Any] = {"seed": options.seed, "micro_batch": options.micro_batch, "rank": rank, "world": world}
     learner = Learner(
         name=options.model,
         model=model,
-        recipe=recipe,
-        steps_per_epoch=-(-len(videos) // recipe.batch_size),
+        recipe=schedule,
+        steps_per_epoch=-(-len(videos) // schedule.batch_size),
+        seed=options.seed,
         device=device,
-        groups=_parameter_groups(model, recipe, options.backbone_lr),
+        groups=_parameter_groups(model, schedule, options.backbone_lr),
         precision=options.precision,
+        micro_batch=options.micro_batch,
         frozen=frozen,
-        **shared,
+        rank=rank,
+        world=world,
     )
     plan = ClipPlan(options.frames, options.frames_per_segment, model.preprocessing)
     cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
     features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
     common = {"classes": classes, "features": features, "frames": options.frames, "backbone": record}
     with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:
-        source = DecodedVideos(
-            VideoFrames(videos, plan, pool),
-            VideoFrames(val_videos[rank::world], plan, pool),
-            labels=np.array([video.label for video in val_videos]),
-            frames=options.frames,
-            batch_size=recipe.batch_size,
-            precision=learner.precision,
-            classes=len(classes),
-            **shared,
-        )
+        training, testing = VideoFrames(videos, plan, pool), VideoFrames(val_videos[rank::world], plan, pool)
+        labels = np.array([video.label for video in val_videos])
+        source = DecodedVideos(training, testing, labels, len(classes), options.frames, learner)
         run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
         run.resume(last)
         if rank == 0:
             where = f"{_parameters(model)} on {device} in {learner.precision}, {world} process(es)"
             print(f"videos    {words}\nmodel     {options.model} over {options.backbone}, {where}")
-            print(f"recipe    {recipe}, backbone at {options.backbone_lr:g} of it", flush=True)
+            print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
 
 
-def _recipe(options: Options, videos: int) -> "Recipe":
-    from aggregate.training.recipes import recipe
-
+def _recipe(options: Options, videos: int) -> Recipe:
     # The paper's 256 where there are enough videos for some steps an epoch; tsn-pytorch's limit of the gradient.
     few = min(256, max(8, 1 << (max(videos // 8, 1).bit_length() - 1)))
     changes = changes_of(options) | {"batch_size": options.batch_size or few, "clip": 20.0}
@@ -200,6 +192,7 @@ def build_model(
     import torch
 
     from aggregate.endtoend import Recogniser, backbone_record, build_net, check_backbone, freeze_batch_norms
+    from aggregate.models import carry_over
     from aggregate.training.checkpoint import Checkpoint
     from extract.backbone.model import load_trunk
 
@@ -210,14 +203,16 @@ def build_model(
     if init is not None and not with_backbone:
         check_backbone(init, trunk)  # a classifier starts from the very features it was trained on, or not at all
     torch.manual_seed(options.seed)
-    stnet, common = options.model == "stnet", {"num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
-    if not stnet:
+    if options.model != "stnet":
         own = aggregator_options(options.model, options, init.options if init else None)
         own |= {"standardise": bool(options.standardise)}
-    net: Any = build_net({"name": options.model, **common, **own}, trunk.module)
+    own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
+    net: Any = build_net(own, trunk.module)
     if init is not None:
-        carried = _carry_over(net, init, classes)
+        blocks = {name: value for name, value in init.state_dict.items() if name.startswith("after_res")}
+        net.load_state_dict(blocks, strict=False)  # of a StNet, in a StNet
+        carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
         if tell:
             print(f"init      {options.init}: {carried}")
     frozen = [] if options.train_batch_norm else freeze_batch_norms(net.backbone)
@@ -231,29 +226,17 @@ def build_model(
     return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
 
 
-def _carry_over(net: Any, init: "Checkpoint", classes: list[str]) -> str:
-    """Start `net` from what fits in `init`; that in words."""
-    from aggregate.models import carry_over
-
-    blocks = {name: value for name, value in init.state_dict.items() if name.startswith("after_res")}
-    net.load_state_dict(blocks if net.options["name"] == "stnet" else {}, strict=False)
-    return str(carry_over(net, init.state_dict, classes=classes, source_classes=init.classes))
-
-
-def _parameter_groups(model: "Recogniser", recipe: "Recipe", backbone_lr: float) -> list[dict[str, Any]]:
+def _parameter_groups(model: "Recogniser", schedule: Recipe, backbone_lr: float) -> list[dict[str, Any]]:
     from torch import nn
-
-    from aggregate.training.recipes import parameter_groups
 
     net: Any = model.net
     rest = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
-    return parameter_groups(rest, recipe) + parameter_groups(net.backbone, recipe, lr_scale=backbone_lr)
+    return parameter_groups(rest, schedule) + parameter_groups(net.backbone, schedule, lr_scale=backbone_lr)
 
 
 def _parameters(model: "Recogniser") -> str:
-    every = list(model.parameters())
-    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
-    return f"{trained:,} of {sum(parameter.numel() for parameter in every):,} parameters trained"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters trained"
 
 
 def _train_with_ray(options: Options) -> None:

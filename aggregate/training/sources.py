@@ -1,8 +1,8 @@
 """Where batches come from, features of a store or frames decoded from videos, and the scores of models over them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
-from aggregate.training.learner import autocast
+from aggregate.training.learner import Learner, autocast
 from extract.cli import InputError, RunError, progress
 from extract.store import FeatureStore
 
@@ -24,89 +24,62 @@ class DamagedModelError(RunError):
         self.place = place
 
 
-class Source(Protocol):
-    """Batches to train on, and scores of models over the videos that validate. A training loop asks all the same."""
-
-    frames: int  # segments of a video in training
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Of the validation videos: int [N]."""
-
-    def train_batches(self, epoch: int) -> Iterator[Batch]: ...
-
-    def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
-        """Logits of each model, float32 [N, C], the mean over crops; rows of NaN for videos that cannot be read."""
-
-    def attention(self, model: nn.Module) -> dict[str, float]:
-        """What there is to say of the attention of a model: s as `scale`, |s F_o| / |F| as `attention_ratio`."""
-
-    def check_finite(self, rows: np.ndarray) -> None:
-        """RunError naming the first video among `rows` whose input is not finite."""
-
-
 @dataclass
 class CachedFeatures:
     """Videos of a feature store to train on, and those that validate."""
 
     training: StoredFeatures
     testing: StoredFeatures
-    frames: int
+    frames: int  # segments of a video in training
     batch_size: int
     seed: int
 
     @property
     def labels(self) -> np.ndarray:
+        """Of the validation videos: int [N]."""
         return self.testing.labels
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         return self.training.train_batches(epoch=epoch, frames=self.frames, batch_size=self.batch_size, seed=self.seed)
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
+        """Logits of each model, float32 [N, C], the mean over crops; rows of NaN for videos that cannot be read."""
         crops = logits_of(models, self.testing, segments=segments, batch_size=self.batch_size)
         return [one.mean(axis=1) for one in crops]
 
     def attention(self, model: nn.Module) -> dict[str, float]:
-        """Over the first 1,024 validation videos that can be read."""
+        """s as `scale`, and |s F_o| / |F| over the first 1,024 validation videos that can be read."""
         few = self.testing.subset(self.testing.rows[self.testing.good][:1024])
         return attention(model, few.test_batches(frames=self.frames, batch_size=self.batch_size))
 
     def check_finite(self, rows: np.ndarray) -> None:
+        """RunError naming the first video among `rows` whose input is not finite."""
         check_finite(self.training.store, rows)
 
 
 @dataclass
 class DecodedVideos:
-    """Videos decoded as they are needed: this process's share of them where several (`world`) train together."""
+    """The same of videos decoded as they are needed: this process's share of them where several train together."""
 
     training: VideoFrames
-    testing: VideoFrames  # every `world`-th of the validation videos, from `rank` on
+    testing: VideoFrames  # every `learner.world`-th of the validation videos, from `learner.rank` on
     labels: np.ndarray
-    frames: int
-    batch_size: int
-    micro_batch: int
-    seed: int
-    precision: str
     classes: int
-    rank: int = 0
-    world: int = 1
-    failed: dict[int, str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.failed = self.training.failed
+    frames: int
+    learner: Learner  # trained on them
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
-        return self.training.train_batches(
-            epoch=epoch, batch_size=self.batch_size, seed=self.seed, rank=self.rank, world=self.world
-        )
+        by = self.learner
+        size = by.recipe.batch_size
+        return self.training.train_batches(epoch=epoch, batch_size=size, seed=by.seed, rank=by.rank, world=by.world)
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
-        batches = self.testing.test_batches(batch_size=self.micro_batch)
-        rows, predicted = predict(models, batches, precision=self.precision)
-        mine = rows * self.world + self.rank, [scores.mean(axis=1) for scores in predicted]
+        batches = self.testing.test_batches(batch_size=self.learner.micro_batch)
+        rows, predicted = predict(models, batches, precision=self.learner.precision)
+        mine = rows * self.learner.world + self.learner.rank, [scores.mean(axis=1) for scores in predicted]
         shares: list[Any] = [mine]
-        if self.world > 1:
-            shares = [None] * self.world
+        if self.learner.world > 1:
+            shares = [None] * self.learner.world
             dist.all_gather_object(shares, mine)
         several = [np.full((len(self.labels), self.classes), np.nan, np.float32) for _ in models]
         for places, scored in shares:
@@ -115,11 +88,14 @@ class DecodedVideos:
         return several
 
     def attention(self, model: nn.Module) -> dict[str, float]:
-        scale = getattr(getattr(getattr(model, "net", None), "aggregator", None), "scale", None)
-        return {} if scale is None else {"scale": scale.item()}
+        net: Any = model.net
+        return {"scale": net.aggregator.scale.item()} if hasattr(net.aggregator, "scale") else {}
 
     def check_finite(self, rows: np.ndarray) -> None:
         pass  # pictures always are
+
+
+Source = CachedFeatures | DecodedVideos
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ import small_models
 from aggregate import evaluate
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.endtoend import backbone_from_record, model_from_record
+from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
@@ -95,13 +97,15 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
     assert not store.mask(np.arange(3), np.arange(20)).all()
     for name in ("hgnl", "txb"):
         checkpoint = small_models.cached(tmp_path / name, name)
-        asked = evaluate.Options(checkpoint, str(tmp_path / "f.zarr"), split="all", segments=(20,), device="cpu")
-        (scores,) = evaluate.scores_of_features(Checkpoint.load(checkpoint), asked)
+        asked = evaluate.Options(checkpoint, made.out, split="all", segments=(20,), device="cpu", out=tmp_path / "a.h5")
+        evaluate.main(asked)
+        scores = Scores.load(tmp_path / "a.h5")
         ours = predictor_of(checkpoint, segments=20)
         for video, expected in zip(scores.ids, scores.logits, strict=True):
             (whole,) = ours(tmp_path / "videos" / video).windows
             assert_same(whole.logits, expected)
-        (of_videos,) = evaluate.scores_of_videos(Checkpoint.load(checkpoint), tmp_path / "videos", asked)
+        evaluate.main(replace(asked, videos=tmp_path / "videos", out=tmp_path / "b.h5"))
+        of_videos = Scores.load(tmp_path / "b.h5")
         assert of_videos.ids == scores.ids
         assert_same(of_videos.logits, scores.logits, 1e-2)  # features of a store are float16
 
