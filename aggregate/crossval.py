@@ -278,27 +278,22 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     labels, classes, seeds = store.labels[rows], len(store.classes), list(dict.fromkeys(options.seeds))
     aggs = list(dict.fromkeys(options.agg))
     baseline = "tsn" if "tsn" in aggs else aggs[0]
-    places: dict[tuple[str, int], np.ndarray] = {}  # of each true label: int [seeds, N]
+    places: dict[str, np.ndarray] = {}  # of each true label: int [segments, seeds, N]
     for agg in aggs:
         logits = np.full((len(seeds), len(segments), len(rows), classes), np.nan, np.float32)
         for fold in folds:
-            logits[seeds.index(fold.seed)][:, np.searchsorted(rows, fold.test)] = records.array(
-                (fold.seed, fold.name, agg)
-            )
+            at = np.searchsorted(rows, fold.test)
+            logits[seeds.index(fold.seed)][:, at] = records.array((fold.seed, fold.name, agg))
         source = {"model": agg, "folds": options.folds, "seeds": seeds, "features": store.provenance}
-        common: dict[str, Any] = {"ids": store.ids[rows].tolist(), "classes": store.classes, "labels": labels}
-        mean = [
-            Scores(**common, logits=logits[:, at].mean(axis=0), source=source, segments=n)
-            for at, n in enumerate(segments)
-        ]
+        known = (store.ids[rows].tolist(), store.classes)
+        mean = [Scores(*known, one, labels, source, n) for n, one in zip(segments, logits.mean(axis=0), strict=True)]
         save_scores(options.out / f"{agg}.h5", mean)
-        for at, count in enumerate(segments):
-            places[agg, count] = np.stack([ranks(one, labels) for one in logits[:, at]])
+        places[agg] = np.array([[ranks(one, labels) for one in by_seed] for by_seed in logits.swapaxes(0, 1)])
     heads: list[dict[str, Any]] = []
     for agg in aggs:
+        beside = [None] * len(segments) if agg == baseline else places[baseline]
+        measured = {str(n): measures(*two, classes) for n, *two in zip(segments, places[agg], beside, strict=True)}
         chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
-        beside = {n: None if agg == baseline else places[baseline, n] for n in segments}
-        measured = {str(n): measures(places[agg, n], beside[n], classes) for n in segments}
         heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})
     results = {"schema": SCHEMA, "features": options.features, "videos": len(rows), "classes": classes}
     names = list(dict.fromkeys(fold.name for fold in folds))
@@ -311,14 +306,12 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
 def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) -> dict[str, Any]:
     """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over videos; of top-1
     also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
-    import numpy as np
-
     from aggregate.ablation.compare import over_seeds
-    from aggregate.metrics import Interval, bootstrap
+    from aggregate.metrics import bootstrap
 
     first, in_five = places == 0, places < min(5, classes)
     by_seed = first.mean(axis=1).tolist()
-    over = asdict(Interval(*np.clip(over_seeds(by_seed), 0, 1).tolist())) if len(by_seed) > 1 else None
+    over = asdict(over_seeds(by_seed)) if len(by_seed) > 1 else None
     difference = None if baseline is None else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0)))
     errors = 1 - (first + in_five.astype(float)).mean(axis=0) / 2
     several = {"top1": first.mean(axis=0), "top5": in_five.mean(axis=0), "average_error": errors}

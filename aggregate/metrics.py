@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+ENDS = ("", "_low", "_high")  # of the columns of an interval
 _ROWS_AT_ONCE = 4096  # keeps the comparisons of 70,000 x 700 scores in cache
 
 
@@ -24,6 +25,15 @@ class Interval:
     value: float
     low: float
     high: float
+
+    def columns(self, name: str) -> dict[str, float]:
+        """As columns of a table: `name`, `name_low` and `name_high`."""
+        return {f"{name}{end}": value for end, value in zip(ENDS, (self.value, self.low, self.high), strict=True)}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any], name: str) -> "Interval":
+        """What `columns` gave."""
+        return cls(*(row[f"{name}{end}"] for end in ENDS))
 
     def __format__(self, spec: str) -> str:
         """`61.83 [61.3, 62.4]`, in percent; "+" for signs."""

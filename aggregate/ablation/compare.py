@@ -7,31 +7,22 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from aggregate.complexity import aligned
-from aggregate.metrics import Interval, bootstrap, csv_of
+from aggregate.metrics import ENDS, Interval, bootstrap, csv_of
 from extract.files import replace_file
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    import pandas as pd
 
 Row = dict[str, Any]
 MEASURES = tuple(
     f"{name}_{segments}" for segments in ("at_frames", "at_all") for name in ("top1", "top5", "average_error")
 )
 _OWN_TO_A_SEED = {"seed", "status", "best_epoch", "s", "attention_ratio", "seconds", "pass_seconds", "pass_models"}
-
-
-class HeatMap(NamedTuple):
-    """Mean top-1 with all segments over g1 (rows) and g2 (columns); NaN where a pair is invalid or not done."""
-
-    title: str  # the aggregator and what the other options are
-    g1: list[int]
-    g2: list[int]
-    top1: np.ndarray
 
 
 def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray | None]) -> list[Row]:
@@ -46,36 +37,30 @@ def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray |
     for name in names:
         own = [row for row in rows if row["name"] == name]
         done = [row for row in own if row["status"] == "done"]
-        settings = {k: v for k, v in own[0].items() if k not in _OWN_TO_A_SEED and not k.startswith(MEASURES)}
+        line = {k: v for k, v in own[0].items() if k not in _OWN_TO_A_SEED and not k.startswith(MEASURES)}
         over = "seeds" if len(done) > 1 else "videos" if done else ""
-        line = settings | {"seeds": len(done), "diverged": len(own) - len(done), "interval_over": over}
+        line |= {"seeds": len(done), "diverged": len(own) - len(done), "interval_over": over}
         for measure in MEASURES if done else ():
-            mean, low, high = over_seeds([row[measure] for row in done])
-            low, high = max(low, 0.0), min(high, 1.0)  # Student's t does not know that these are fractions
-            if len(done) == 1:
-                low, high = done[0][f"{measure}_low"], done[0][f"{measure}_high"]
-            line |= {measure: mean, f"{measure}_low": low, f"{measure}_high": high}
+            several = len(done) > 1
+            found = over_seeds([row[measure] for row in done]) if several else Interval.of(done[0], measure)
+            line |= found.columns(measure)
         for column in ("s", "attention_ratio", "seconds"):
             values = [row[column] for row in done if row[column] is not None]
             line[column] = statistics.fmean(values) if values else None
-        seeds = [row["seed"] for row in done]
-        found = None if name == names[0] else difference(places, name, names[0], seeds)
-        line |= {"difference": found and found.value}
-        line |= {"difference_low": found and found.low, "difference_high": found and found.high}
+        gain = None if name == names[0] else difference(places, name, names[0], [row["seed"] for row in done])
+        line |= gain.columns("difference") if gain else dict.fromkeys(f"difference{end}" for end in ENDS)
         summary.append(line)
     front = pareto(summary)
     return [line | {"pareto": line["name"] in front} for line in summary]
 
 
-def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
-    """The mean, and its 95 % interval by Student's t; NaN for the interval of a single value."""
+def over_seeds(fractions: Sequence[float]) -> Interval:
+    """The mean of two or more, and its 95 % interval by Student's t, which does not know that they are fractions."""
     from scipy.special import stdtrit
 
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan, math.nan
-    half = float(stdtrit(len(values) - 1, 0.975)) * statistics.stdev(values) / len(values) ** 0.5
-    return mean, mean - half, mean + half
+    mean = statistics.fmean(fractions)
+    half = float(stdtrit(len(fractions) - 1, 0.975)) * statistics.stdev(fractions) / len(fractions) ** 0.5
+    return Interval(mean, max(mean - half, 0.0), min(mean + half, 1.0))
 
 
 def difference(
@@ -107,18 +92,21 @@ def pareto(summary: Sequence[Row]) -> list[str]:
     return [line["name"] for line in front]
 
 
-def heat_maps(summary: Sequence[Row]) -> list[HeatMap]:
-    """One map for each setting of the options beside g1 and g2, where either takes several values."""
-    grouped = [line for line in summary if line["g1"] is not None]
-    g1, g2 = (sorted({line[name] for line in grouped}) for name in ("g1", "g2"))
-    if len(g1) * len(g2) < 2:
-        return []
-    maps: dict[str, HeatMap] = {}
-    for line in grouped:
-        title = " ".join(word for word in line["name"].split() if not word.startswith(("g1=", "g2=")))
-        heat = maps.setdefault(title, HeatMap(title, g1, g2, np.full((len(g1), len(g2)), np.nan)))
-        heat.top1[g1.index(line["g1"]), g2.index(line["g2"])] = line.get("top1_at_all", np.nan)
-    return list(maps.values())
+def heat_maps(summary: Sequence[Row]) -> "dict[str, pd.DataFrame]":
+    """Mean top-1 % with all segments over g1 (rows) and g2 (columns), where either takes several values; NaN where a
+    pair is invalid or not done. A map for each setting of the other options, which is its title."""
+    import pandas as pd
+
+    lines = pd.DataFrame([line | {"top1": 100 * line.get("top1_at_all", math.nan)} for line in summary])
+    lines = lines.dropna(subset="g1").astype({"g1": int, "g2": int})
+    if lines["g1"].nunique() * lines["g2"].nunique() < 2:
+        return {}
+    titles = lines["name"].str.replace(r" g[12]=\d+", "", regex=True)
+    axes = {"index": sorted(lines["g1"].unique()), "columns": sorted(lines["g2"].unique())}
+    return {
+        str(title): part.pivot(index="g1", columns="g2", values="top1").reindex(**axes)
+        for title, part in lines.groupby(titles, sort=False)
+    }
 
 
 # -- in words ------------------------------------------------------------------------------------------------------
@@ -152,16 +140,14 @@ def summary_text(summary: Sequence[Row]) -> str:
 
 def percent(line: Row, measure: str, *, sign: str = "") -> str:
     """`61.83 [61.3, 62.4]`, or nothing where it was not measured."""
-    if line.get(measure) is None:
-        return ""
-    return format(Interval(*(line[f"{measure}{end}"] for end in ("", "_low", "_high"))), sign)
+    return "" if line.get(measure) is None else format(Interval.of(line, measure), sign)
 
 
-def heat_map_text(heat: HeatMap) -> str:
+def heat_map_text(title: str, top1: "pd.DataFrame") -> str:
     """The map as a table: percent, a dot where there is none."""
-    rows = [[f"top-1 %, {heat.title}", *(f"g2={g2}" for g2 in heat.g2)]]
-    for g1, values in zip(heat.g1, heat.top1, strict=True):
-        rows.append([f"g1={g1}", *("." if math.isnan(value) else f"{100 * value:.2f}" for value in values)])
+    rows = [[f"top-1 %, {title}", *(f"g2={g2}" for g2 in top1.columns)]]
+    for g1, *values in top1.itertuples():
+        rows.append([f"g1={g1}", *("." if math.isnan(value) else f"{value:.2f}" for value in values)])
     return aligned(rows)
 
 
@@ -174,9 +160,9 @@ def report(
     """Print the summary; write summary.csv, summary.txt and, with matplotlib, heatmap.png and pareto.png."""
     summary = summarise(rows, places)
     maps = heat_maps(summary)
-    parts = [summary_text(summary), *map(heat_map_text, maps)]
+    parts = [summary_text(summary), *(heat_map_text(*one) for one in maps.items())]
     if skipped:
-        parts.append("\n".join(["skipped:", *(f"  {one}" for one in skipped)]))
+        parts.append("\n  ".join(["skipped:", *skipped]))
     text = "\n\n".join(parts)
     print(f"{text}\n")
     replace_file(out / "summary.txt", f"{text}\n")
@@ -185,7 +171,7 @@ def report(
     print(f"files: {', '.join(str(out / name) for name in files)}")
 
 
-def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list[str]:
+def _figures(out: Path, summary: Sequence[Row], maps: "Mapping[str, pd.DataFrame]") -> list[str]:
     """The figures written; without matplotlib none, which is said."""
     try:
         import matplotlib.figure  # noqa: F401
@@ -194,19 +180,10 @@ def _figures(out: Path, summary: Sequence[Row], maps: Sequence[HeatMap]) -> list
         return []
     from aggregate import figures
 
-    drawn = {f"heatmap{number or ''}.png": heat_map_figure(heat) for number, heat in enumerate(maps)}
+    heat = [figures.heat_map(top1, ".1f", width=figures.HALF) for top1 in maps.values()]
+    drawn = {f"heatmap{number or ''}.png": figure for number, figure in enumerate(heat)}
     if done := [line for line in summary if line["seeds"]]:
         drawn["pareto.png"] = figures.pareto(done)
     for name, figure in drawn.items():
         replace_file(out / name, figures.png(figure))
     return list(drawn)
-
-
-def heat_map_figure(heat: HeatMap) -> "Figure":
-    """Shades of mean top-1 % over g1 and g2."""
-    import pandas as pd
-
-    from aggregate import figures
-
-    rows, columns = pd.Index(heat.g1, name="g1"), pd.Index(heat.g2, name="g2")
-    return figures.heat_map(pd.DataFrame(100 * heat.top1, rows, columns), ".1f", width=figures.HALF)

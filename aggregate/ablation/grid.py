@@ -9,7 +9,7 @@ machine, with one number of threads): the same start, batches, dropout and choic
 import functools
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -108,8 +108,7 @@ def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures
     for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
         summary = summarise_places(places, source.labels, len(source.testing.store.classes))
         for name in ("top1", "top5", "average_error"):
-            for end, value in zip(("", "_low", "_high"), astuple(getattr(summary, name)), strict=True):
-                row[f"{name}_{suffix}{end}"] = value
+            row |= getattr(summary, name).columns(f"{name}_{suffix}")
     attention = source.attention(learner.model)
     return row | {"s": attention.get("scale"), "attention_ratio": attention.get("attention_ratio")}
 

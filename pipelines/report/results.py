@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aggregate import figures
-from aggregate.ablation.compare import heat_map_figure, heat_maps, percent, summarise
+from aggregate.ablation.compare import heat_maps, percent, summarise
 from aggregate.metrics import summarise as summarise_scores
 from aggregate.metrics import top_k_error
 from pipelines.report.find import Found, read_json
@@ -147,7 +147,8 @@ def ablations(found: Found) -> list[dict[str, Any]]:
             same = finished.get(one["name"], {})
             one["gain"] = percent(same, "difference", sign="+") if same.get("seeds") == one["seeds"] else ""
         done = [row for row in summary if row["seeds"]]
-        heat = [(one.title, heat_map_figure(one)) for one in heat_maps(summary)]
+        maps = heat_maps(summary).items()
+        heat = [(title, figures.heat_map(top1, ".1f", width=figures.HALF)) for title, top1 in maps]
         front = figures.pareto(done) if done else None
         shown.append({"name": name, "rows": summary, "heat_maps": heat, "front": front})
     return shown

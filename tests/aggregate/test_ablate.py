@@ -368,9 +368,10 @@ def test_pareto_front_by_comparing_all_with_all(points):
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=6))
 def test_interval_over_seeds_is_students(values):
-    mean, low, high = compare.over_seeds(values)
+    found = compare.over_seeds(values)
     half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5
-    assert (mean, low, high) == pytest.approx((np.mean(values), np.mean(values) - half, np.mean(values) + half))
+    low, high = max(np.mean(values) - half, 0), min(np.mean(values) + half, 1)
+    assert (found.value, found.low, found.high) == pytest.approx((np.mean(values), low, high))
 
 
 def test_differences_are_paired_by_video():
