@@ -106,11 +106,8 @@ class HGNonLocal(nn.Module):
         super().__init__()
         inner_dim = dim // 8 if inner_dim is None else inner_dim
         check_groups(dim, inner_dim, g1=g1, g2=g2)
-        for name, value, known in (
-            ("norm", norm, NORMS),
-            ("attention", attention, ATTENTIONS),
-            ("start", start, STARTS),
-        ):
+        options = (("norm", norm, NORMS), ("attention", attention, ATTENTIONS), ("start", start, STARTS))
+        for name, value, known in options:
             if value not in known:
                 raise InputError(f"{name} {value!r} is not known; known are {', '.join(known)}")
         if attention == "softmax" and norm != "none":

@@ -103,12 +103,6 @@ def challenge_errors(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return ((places >= 1) + (places >= _in_top(5, scores)).astype(float)) / 2
 
 
-def mean_class_accuracy(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Top-1 accuracy averaged over the classes that have a video."""
-    first, labels = _some(ranks(scores, labels)) == 0, np.asarray(labels)
-    return _mean_class(np.stack([np.bincount(labels, first), np.bincount(labels, ~first)], axis=1))
-
-
 def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """The mean of `values` [N] with its 95 % percentile interval under resampling of videos."""
     distinct, counts = np.unique(values, return_counts=True)

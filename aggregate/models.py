@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,25 +95,10 @@ def build(
     )
 
 
-@dataclass(frozen=True)
-class CarriedOver:
-    """What `carry_over` took from the source and what starts fresh."""
-
-    carried: tuple[str, ...]  # classes whose classifier rows were carried over
-    fresh: tuple[str, ...]  # classes whose rows stay as initialised
-    respelled: tuple[tuple[str, str], ...]  # (ours, theirs): left fresh, yet the same up to capital letters
-    aggregator: bool  # its weights were carried over too
-
-    def __str__(self) -> str:
-        lines = [f"classifier rows: {len(self.carried)} carried over by class name, {len(self.fresh)} start fresh"]
-        lines += [f"  {ours!r} starts fresh; the source spells it {theirs!r}" for ours, theirs in self.respelled]
-        return "\n".join([*lines, f"aggregator weights: {'carried over' if self.aggregator else 'start fresh'}"])
-
-
 def carry_over(
     model: VideoClassifier, state_dict: Mapping[str, Tensor], *, classes: Sequence[str], source_classes: Sequence[str]
-) -> CarriedOver:
-    """Start `model` (of `classes`) from the weights of another VideoClassifier (of `source_classes`).
+) -> str:
+    """Start `model` (of `classes`) from the weights of another VideoClassifier (of `source_classes`); that in words.
 
     Classifier rows are carried over by exact class name. The aggregator's weights are carried over where the source has
     all of them in the same shapes, else none is: half an attention module is no attention module. So an HG-NL that
@@ -140,14 +124,12 @@ def carry_over(
             target.bias[row] = bias[source]
     if fits:
         model.aggregator.load_state_dict({name.removeprefix("aggregator."): state_dict[name] for name in own})
-    fresh = tuple(name for name in classes if name not in theirs)
+    lines = [f"classifier rows: {len(rows)} carried over by class name, {len(classes) - len(rows)} start fresh"]
     folded = {name.casefold(): name for name in source_classes}
-    return CarriedOver(
-        carried=tuple(classes[row] for row, _ in rows),
-        fresh=fresh,
-        respelled=tuple((name, folded[name.casefold()]) for name in fresh if name.casefold() in folded),
-        aggregator=fits,
-    )
+    for name in classes:
+        if name not in theirs and name.casefold() in folded:
+            lines.append(f"  {name!r} starts fresh; the source spells it {folded[name.casefold()]!r}")
+    return "\n".join([*lines, f"aggregator weights: {'carried over' if fits else 'start fresh'}"])
 
 
 def _adopt_norm(model: Any, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -56,11 +56,9 @@ class Scores:
         if not all(expected):
             raise InputError(f"there are {expected[0]} videos and {expected[1]} classes; scores are of some of both")
         for what, names in (("id", self.ids), ("class", self.classes)):
-            twice = (
-                [name for name, times in Counter(names).items() if times > 1] if len(set(names)) < len(names) else []
-            )
-            if twice:
-                raise InputError(f"{what} {twice[0]!r} stands {names.count(twice[0])} times; each must be there once")
+            name, times = Counter(names).most_common(1)[0]
+            if times > 1:
+                raise InputError(f"{what} {name!r} stands {times} times; each must be there once")
         finite = np.isfinite(self.logits)
         partly = ~finite.all(axis=1) & ~np.isnan(self.logits).all(axis=1)
         if partly.any():

@@ -8,7 +8,6 @@ What a training batch holds is a function of (seed, epoch, place in the split) a
 """
 
 import copy
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -103,19 +102,21 @@ class StoredFeatures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def steps(self, batch_size: int) -> int:
-        """Batches an epoch."""
-        return -(-len(self) // batch_size)
-
     def train_batches(self, *, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
         """One epoch in random order, `frames` random segments of each video, ready before they are needed."""
         self._check_frames(frames)
-        return prefetched(self._train_batches(epoch, frames, batch_size, seed))
+        order = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
+        # Row i belongs to video i, whatever the number of videos.
+        draws = np.random.default_rng((seed, epoch, 1)).random((len(self), frames + 1), dtype=np.float32)
+        view = (draws[:, -1] * len(self.views)).astype(np.int64)
+        batches = in_batches(order, batch_size)
+        return prefetched(self._batch(places, frames, view[places], draws[places, :-1]) for places in batches)
 
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
         """Videos that did not fail, in order; of each batch one `Batch` a view, of the middles of `frames` segments."""
         self._check_frames(frames)
-        return prefetched(self._test_batches(frames, batch_size))
+        batches, views = in_batches(np.flatnonzero(self.good), batch_size), np.arange(len(self.views))
+        return prefetched([self._batch(rows, frames, view.repeat(len(rows))) for view in views] for rows in batches)
 
     def _check_frames(self, frames: int) -> None:
         stored = self.store.frames_per_video
@@ -124,23 +125,7 @@ class StoredFeatures:
                 f"{frames} segments asked for; {self.store.path} holds {stored} frames a video (extract --frames)"
             )
 
-    def _train_batches(self, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        order = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
-        # Row i belongs to video i, whatever the number of videos.
-        draws = np.random.default_rng((seed, epoch, 1)).random((len(self), frames + 1), dtype=np.float32)
-        for start in range(0, len(self), batch_size):
-            places = order[start : start + batch_size]
-            view = (draws[places, -1] * len(self.views)).astype(np.int64)
-            yield self._batch(places, frames, view, draws[places, :-1])
-
-    def _test_batches(self, frames: int, batch_size: int) -> Iterator[list[Batch]]:
-        good = np.flatnonzero(self.good)
-        for start in range(0, len(good), batch_size):
-            places = good[start : start + batch_size]
-            views = [np.full(len(places), view) for view in range(len(self.views))]
-            yield [self._batch(places, frames, view, None) for view in views]
-
-    def _batch(self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None) -> Batch:
+    def _batch(self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None = None) -> Batch:
         """`draws` float32 [B, n] below 1 choose within the segments; None takes the middles."""
         rows, stored = self.rows[places], self.store.frames_per_video
         stored_view = self.views[view]
@@ -170,6 +155,11 @@ class StoredFeatures:
         if self._held.device.type == "cpu":  # numpy copies in one thread, which beside training is the faster way
             return torch.from_numpy(self._held.numpy()[index]).to(self.device)
         return self._held[tuple(torch.from_numpy(part).to(self.device) for part in index)]
+
+
+def in_batches(places: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """`batch_size` of them at a time."""
+    return (places[start : start + batch_size] for start in range(0, len(places), batch_size))
 
 
 def training_views(store: FeatureStore) -> np.ndarray:
@@ -210,12 +200,9 @@ def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str,
 
 
 def _memory_available() -> int:
-    """Bytes that the page cache could take (Linux; elsewhere all of memory)."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
-    except OSError:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes that the page cache could take."""
+    with open("/proc/meminfo", encoding="ascii") as file:
+        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
 
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:

@@ -1,15 +1,15 @@
 """Batches from videos, for end-to-end training and its test: decoded by extraction's own children and deadlines."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from math import prod
 
 import numpy as np
 import torch
 
 from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
-from aggregate.data.features import Batch
+from aggregate.data.features import Batch, in_batches
 from extract.cli import RunError
 from extract.decode.subprocess_pool import SubprocessPool
 from extract.listing.videos import Video
@@ -42,7 +42,7 @@ class VideoFrames:
         epoch), a video's frames and view of (seed, epoch, id). Raises RunError where not one video can be decoded.
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
-        batches = [order[start : start + batch_size][rank::world] for start in range(0, len(order), batch_size)]
+        batches = (places[rank::world] for places in in_batches(order, batch_size))
         for places, views in self._batches(batches, seed=seed, epoch=epoch):
             yield views[0]
             if len(places) and len(self.failed) == len(self.videos):
@@ -51,23 +51,20 @@ class VideoFrames:
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
         """All videos in order, middle frames; of each batch one `Batch` a crop."""
-        order = np.arange(len(self.videos))
-        batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        batches = in_batches(np.arange(len(self.videos)), batch_size)
         return (views for _, views in self._batches(batches) if len(views[0].rows))
 
     def _batches(
-        self, batches: list[np.ndarray], *, seed: int = 0, epoch: int = -1
+        self, batches: Iterable[np.ndarray], *, seed: int = 0, epoch: int = -1
     ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+        def queued(places: np.ndarray) -> tuple[np.ndarray, list]:
+            videos = [self.videos[place] for place in places]
+            clips = (ClipJob(video.path, video.id, self.plan, seed, epoch, video.span) for video in videos)
+            return places, [self.pool.submit(clip) for clip in clips]
+
         # The next batch is queued before one is handed out; the slots of the children's memory hold both back.
-        jobs: deque[tuple[np.ndarray, list]] = deque()
-        for places in [*batches, None]:
-            if places is not None:
-                videos = [self.videos[place] for place in places]
-                clips = (ClipJob(video.path, video.id, self.plan, seed, epoch, video.span) for video in videos)
-                futures = [self.pool.submit(clip) for clip in clips]
-                jobs.append((places, futures))
-            if jobs and (places is None or len(jobs) > 1):
-                yield jobs[0][0], self._collect(*jobs.popleft())
+        for (places, futures), _ in pairwise(chain(map(queued, batches), [None])):
+            yield places, self._collect(places, futures)
 
     def _collect(self, places: np.ndarray, futures: list) -> list[Batch]:
         frames = np.empty((len(places), *self.plan.shape), np.uint8)

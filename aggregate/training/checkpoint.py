@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,11 +95,9 @@ class Checkpoint:
                 )
 
 
-def rows_for_classes(labels: Any, theirs: list[str], ours: list[str], where: str) -> Any:
+def rows_for_classes(labels: np.ndarray, theirs: list[str], ours: list[str], where: str) -> np.ndarray:
     """Labels over `theirs` as labels over `ours`, by class name (int [N], -1 stays). InputError names the first class
     that has a video and that the checkpoint does not know."""
-    import numpy as np
-
     places = {name: place for place, name in enumerate(ours)}
     mapping = np.array([places.get(name, -2) for name in theirs] + [-1])  # the last: label -1
     mapped = mapping[labels]

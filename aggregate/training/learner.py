@@ -91,10 +91,8 @@ class Learner:
         for start in range(0, count, self.micro_batch):
             part = slice(start, start + self.micro_batch)
             mask = None if batch.mask is None else batch.mask[part]
-            whole_batch = (
-                self.world == 1 or start + self.micro_batch >= count
-            )  # gradients are averaged with its last part
-            together: Any = nullcontext() if whole_batch else self.parallel.no_sync()  # type: ignore[operator]
+            last = start + self.micro_batch >= count  # with it gradients are averaged over processes
+            together: Any = nullcontext() if last or self.world == 1 else self.parallel.no_sync()  # type: ignore
             with together, autocast(self.device, self.precision):
                 logits = self.parallel(batch.x[part], mask)
                 loss = F.cross_entropy(logits.float(), batch.labels[part].to(self.device), reduction="sum")

@@ -29,20 +29,16 @@ def open_folder(out: Path, options: Any, *, free: Sequence[str]) -> Checkpoint |
 
     InputError for a folder of anything else, or of a run with other options but for `free`.
     """
-    last = out / "last.pt"
-    if not last.exists():
-        # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while
-        # it wrote that epoch leaves checkpoints, which the same command writes again.
-        names = [path.name for path in out.glob("*") if not path.name.startswith(("options.json", "ray", "events.out"))]
-        if any(not name.removesuffix(".partial").endswith(".pt") for name in names) or (
-            names and not (out / "options.json").exists()
-        ):
-            raise InputError(f"--out {out} is not empty and holds no run; give another name")
-        if names:
-            refuse_other_options(out, plain(options), type(options), free=free)
-        return None
-    refuse_other_options(out, plain(options), type(options), free=free)
-    return Checkpoint.load(last)
+    # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while it
+    # wrote that epoch leaves checkpoints, which the same command writes again.
+    last, begun = out / "last.pt", (out / "options.json").exists()
+    names = [path.name for path in out.glob("*") if not path.name.startswith(("options.json", "ray", "events.out"))]
+    foreign = [name for name in names if not name.removesuffix(".partial").endswith(".pt")]
+    if not last.exists() and names and (foreign or not begun):
+        raise InputError(f"--out {out} is not empty and holds no run; give another name")
+    if names:
+        refuse_other_options(out, plain(options), type(options), free=free)
+    return Checkpoint.load(last) if last.exists() else None
 
 
 def refuse_other_options(out: Path, wanted: dict[str, Any], options: type, *, free: Sequence[str]) -> None:

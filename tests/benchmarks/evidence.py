@@ -121,7 +121,7 @@ def trained(task: Task, rows: np.ndarray, models: list[Model], seed: int, starte
         )
         if model.init:
             carry_over(net, started[model.init].state_dict(), classes=classes, source_classes=classes)
-        steps = features.steps(how.batch_size)
+        steps = -(-len(features) // how.batch_size)
         learners.append(Learner(model.name, net, how, steps, seed, torch.device("cpu")))
     how = learners[0].recipe
     for epoch in range(how.epochs):

@@ -204,7 +204,7 @@ def _epoch_seconds(store: FeatureStore, agg: str, size: Size) -> float:
     groups = {"g1": size.groups[0][0], "g2": size.groups[1][0]} if agg == "hgnl" else {}
     model = build(agg, dim=size.dim, num_classes=len(store.classes), dropout=0.5, **groups)
     chosen = recipe("cached", agg, videos=len(rows))
-    steps = features.steps(chosen.batch_size)
+    steps = -(-len(features) // chosen.batch_size)
     learner = Learner(agg, model, chosen, steps, 0, torch.device(size.device))
     learner.train_mode()
     seconds = []
