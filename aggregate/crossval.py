@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,11 +71,10 @@ def main(options: Options) -> int:
 
     store = FeatureStore.open(options.features)
     tried = candidates(options, store)
-    for agg in options.agg:
-        if agg not in {one.options.agg for one in tried.configurations}:
-            raise InputError(
-                f"--agg {agg}: {next(why for name, why in tried.skipped.items() if name.split()[0] == agg)}"
-            )
+    built = {one.options.agg for one in tried.configurations}
+    for name, reason in tried.skipped.items():
+        if (agg := name.split()[0]) not in built:
+            raise InputError(f"--agg {agg}: {reason}")
     rows = rows_of(store, options)
     folds = [fold for seed in dict.fromkeys(options.seeds) for fold in folds_of(store, options, seed)]
     trainer = GridTrainer(store, device=options.device, placement=options.placement)
@@ -200,29 +199,35 @@ def _results(
 ) -> "Iterator[tuple[dict[str, Any], np.ndarray]]":
     """Choose, train again and test each aggregator of `tried` in one fold: what is recorded of it, and its logits
     [segments, N, C] of the videos that the fold tests."""
+    import numpy as np
+
     from aggregate.training.loop import fit
 
     inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
-    labels = trainer.store.labels[held_out]
     # Of each aggregator the challenge's error and, among equals, the cross-entropy; the epoch, and the configuration.
     best: dict[str, tuple[tuple[float, float], int, Configuration]] = {}
     several = [configured(one.name, replace(one.options, seed=fold.seed), videos=len(inner)) for one in tried]
     for share in in_passes(several, at_once=options.at_once):
-        for epoch in fit(*trainer.begin(share, inner, held_out), strict=False):
-            for one, logits in zip(share, epoch.scores, strict=True):
-                measure = (math.inf, 0.0) if logits is None else _measure(logits, labels)
+        learners, source = trainer.begin(share, inner, held_out)
+        for epoch, *_ in fit(learners, source, strict=False):
+            for one, learner in zip(share, learners, strict=True):
+                measure = (math.inf, 0.0) if learner.lost else _measure(learner.scores, source.labels)
                 if measure < best.get(one.options.agg, ((math.inf, 0.0),))[0]:
-                    best[one.options.agg] = (measure, epoch.number, one)
+                    best[one.options.agg] = (measure, epoch, one)
     if lost := {one.options.agg for one in tried} - best.keys():
         raise RunError(f"fold {fold.name}, seed {fold.seed}: every {lost.pop()} diverged; a smaller --lr may help")
     again = {configured(one.name, one.options, videos=len(fold.train)): (m, epoch) for m, epoch, one in best.values()}
     for share in in_passes(again, at_once=options.at_once):
-        epochs = [again[one][1] + 1 for one in share]
-        scored = _out_of_fold(trainer, share, epochs, fold, segments_of(trainer.store, options))
-        for one, logits in zip(share, scored, strict=True):
-            (error, _), epoch_chosen = again[one]
+        learners, source = trainer.begin(share, fold.train, fold.test)
+        list(fit(learners, source, until=[again[one][1] + 1 for one in share]))
+        models = [learner.model for learner in learners]
+        tested = [source.validate(models, count) for count in segments_of(trainer.store, options)]
+        for one, *logits in zip(share, *tested, strict=True):
+            if np.isnan(logits).all():
+                raise RunError(f"fold {fold.name}, seed {fold.seed}: {one.name} diverged; a smaller --lr may help")
+            (error, _), epoch = again[one]
             row = {"seed": fold.seed, "fold": fold.name, "agg": one.options.agg, "videos": len(fold.test)}
-            yield row | {"options": one.name, "epoch": epoch_chosen, "inner_error": error}, logits
+            yield row | {"options": one.name, "epoch": epoch, "inner_error": error}, np.stack(logits)
 
 
 def _measure(logits: "np.ndarray", labels: "np.ndarray") -> tuple[float, float]:
@@ -233,29 +238,6 @@ def _measure(logits: "np.ndarray", labels: "np.ndarray") -> tuple[float, float]:
 
     likelihoods = log_softmax(logits.astype(float), axis=1)[range(len(labels)), labels]
     return challenge_error(logits, labels), -float(likelihoods.mean())
-
-
-def _out_of_fold(
-    trainer: "GridTrainer", share: Sequence[Configuration], epochs: list[int], fold: Fold, segments: list[int]
-) -> "np.ndarray":
-    """Train `share` on all that the fold has to train on, for so many of its epochs: logits [share, segments, N, C] of
-    the videos that it tests."""
-    import numpy as np
-
-    from aggregate.training.learner import Learner
-    from aggregate.training.loop import refuse, train_epoch
-
-    learners, source = trainer.begin(share, fold.train, fold.test)
-
-    def on_lost(learner: Learner) -> None:
-        source.check_finite(learner.suspects)
-        refuse(learner)
-
-    for epoch in range(max(epochs)):
-        running = [learner for learner, count in zip(learners, epochs, strict=True) if epoch < count]
-        train_epoch(running, source.train_batches(epoch), epoch, on_lost=on_lost)
-    tested = [source.validate([learner.model for learner in learners], count) for count in segments]
-    return np.stack(tested, axis=1)
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

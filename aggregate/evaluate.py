@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import PlaceOptions, VideoOptions
-from extract.cli import InputError, progress, run_command
+from extract.cli import InputError, RunError, progress, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,8 @@ class Options(VideoOptions, PlaceOptions):
 
 
 def main(options: Options) -> int:
+    import numpy as np
+
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
 
@@ -57,6 +59,8 @@ def main(options: Options) -> int:
     source |= {"features": checkpoint.features, "split": options.split}
     several = []
     for segments, crops in seen:
+        if options.videos is None and np.isnan(crops).all():
+            raise RunError(f"{checkpoint.path} has no scores that are finite; its weights are damaged")
         kept = crops if crops.shape[1] > 1 else None
         logits = crops.mean(axis=1)  # before softmax
         several.append(Scores(ids, checkpoint.classes, logits, labels, source, segments, kept))

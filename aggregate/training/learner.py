@@ -41,6 +41,8 @@ class Learner:
     world: int = 1  # processes that share every batch
     seconds: float = field(init=False, default=0.0)  # spent in `step`; on a GPU, for launching the work only
     lost: str = field(init=False, default="")  # why it is trained no further: its loss is no number
+    loss: float = field(init=False, default=math.nan)  # of the last epoch: the mean over videos
+    scores: np.ndarray = field(init=False, repr=False)  # then of the validation: logits [N, C]
     suspects: np.ndarray = field(init=False, repr=False)  # then the rows of the batches since the last look
     best_error: float = field(init=False, default=math.inf)
     best_epoch: int = field(init=False, default=-1)
@@ -58,7 +60,7 @@ class Learner:
             self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
         self._loss = torch.zeros((), device=self.device)
         self._seen = 0
-        self._since: list[np.ndarray] = []
+        self.suspects, self._since = np.empty(0, int), list[np.ndarray]()
         self._steps = 0
         # On a GPU to look at the loss is to wait for it.
         self._look_every = 1 if self.device.type == "cpu" else 50
@@ -111,13 +113,13 @@ class Learner:
             self._look(epoch)
         self.seconds += time.perf_counter() - started
 
-    def mean_loss(self, epoch: int) -> float:
-        """The mean loss of a video since the last call, over all processes."""
+    def end_epoch(self, epoch: int) -> None:
+        """Know the `loss`, over all processes."""
         self._look(epoch)
         summed, seen = (total(float(value), self.world, self.device) for value in (self._loss, self._seen))
         self._loss.zero_()
         self._seen = self._steps = 0
-        return summed / max(seen, 1)
+        self.loss = summed / max(seen, 1)
 
     def _look(self, epoch: int) -> None:
         if not math.isfinite(float(self._loss)):

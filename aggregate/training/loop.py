@@ -1,28 +1,15 @@
 """The one training loop: learners, one or many, on one stream of batches; validated after every epoch."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from aggregate.data.features import Batch
 from aggregate.metrics import challenge_error
 from aggregate.training.learner import Learner
-from aggregate.training.sources import DamagedModelError, Source
+from aggregate.training.sources import Source
 from extract.cli import RunError
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """What an epoch came to: of each learner the mean loss and the validation's logits [N, C]; None for a lost one."""
-
-    number: int
-    losses: list[float]
-    scores: list[np.ndarray | None]
-    seconds: float
-    waited: float  # of these, for batches
 
 
 def fit(
@@ -30,13 +17,16 @@ def fit(
     source: Source,
     *,
     start: int = 0,
+    until: Sequence[int] | None = None,
     on_step: Callable[[], object] = lambda: None,
     strict: bool = True,
-) -> Iterator[Epoch]:
-    """Train epoch by epoch, from `start`; each learner keeps its best state by the challenge's error.
+) -> Iterator[tuple[int, float, float]]:
+    """Train epoch by epoch, from `start`: the number of each that is done, its seconds, and of these those of waiting
+    for batches. Learners then know their `loss` and `scores`, and keep their best state by the challenge's error.
 
-    A learner that diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why) and the others go
-    on. Features that are not finite raise RunError naming their video.
+    `until` so many epochs each learner is trained instead of its recipe's, and none is validated. A learner that
+    diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why) and the others go on. Features
+    that are not finite raise RunError naming their video.
     """
 
     def on_lost(learner: Learner) -> None:
@@ -44,19 +34,24 @@ def fit(
         if strict:
             refuse(learner)
 
-    for number in range(start, learners[0].recipe.epochs):
+    ends = until or [learner.recipe.epochs for learner in learners]
+    for number in range(start, max(ends)):
         started = time.perf_counter()
-        running = [learner for learner in learners if not learner.lost]
+        running = [one for one, end in zip(learners, ends, strict=True) if number < end and not one.lost]
         if not running:
             return
-        losses, waited = train_epoch(running, source.train_batches(number), number, on_step, on_lost)
-        scores = _validate([learner for learner in running if not learner.lost], source, number, strict)
-        for learner, logits in scores.items():
-            learner.keep_best(challenge_error(logits, source.labels), number)
-        wall = time.perf_counter() - started
-        yield Epoch(
-            number, [losses.get(one, math.nan) for one in learners], [scores.get(one) for one in learners], wall, waited
-        )
+        waited = train_epoch(running, source.train_batches(number), number, on_step, on_lost)
+        alive = [learner for learner in running if not learner.lost]
+        if alive and until is None:
+            tested = source.validate([learner.model for learner in alive], source.frames)
+            for learner, scores in zip(alive, tested, strict=True):
+                learner.scores = scores
+                if np.isnan(scores).all():
+                    learner.lost = f"scores are not finite in epoch {number}"
+                    on_lost(learner)
+                else:
+                    learner.keep_best(challenge_error(scores, source.labels), number)
+        yield number, time.perf_counter() - started, waited
 
 
 def refuse(learner: Learner) -> None:
@@ -70,10 +65,10 @@ def train_epoch(
     epoch: int,
     on_step: Callable[[], object] = lambda: None,
     on_lost: Callable[[Learner], object] = refuse,
-) -> tuple[dict[Learner, float], float]:
-    """One pass over `batches`, each fed to all `learners`: their mean losses, and the seconds of waiting for batches.
+) -> float:
+    """One pass over `batches`, each fed to all `learners`: the seconds of waiting for batches.
 
-    `on_lost` is told of a learner that diverges; where it raises nothing the others go on, and that one has no loss.
+    `on_lost` is told of a learner that diverges; where it raises nothing the others go on.
     """
     for learner in learners:
         learner.train_mode()
@@ -87,21 +82,9 @@ def train_epoch(
                     on_lost(learner)
         on_step()
         asked = time.perf_counter()
-    losses = {learner: learner.mean_loss(epoch) for learner in learners if not learner.lost}
-    for learner in losses:
-        if learner.lost:
-            on_lost(learner)
-    return {learner: loss for learner, loss in losses.items() if not learner.lost}, waited
-
-
-def _validate(learners: list[Learner], source: Source, epoch: int, strict: bool) -> dict[Learner, np.ndarray]:
-    """Scores of the learners; one whose scores are not finite is lost, or ends the run where `strict`."""
-    while learners:
-        try:
-            scores = source.validate([learner.model for learner in learners], source.frames)
-            return dict(zip(learners, scores, strict=True))
-        except DamagedModelError as error:
-            if strict:
-                raise
-            learners.pop(error.place).lost = f"scores are not finite in epoch {epoch}"
-    return {}
+    for learner in learners:
+        if not learner.lost:
+            learner.end_epoch(epoch)
+            if learner.lost:
+                on_lost(learner)
+    return waited

@@ -10,10 +10,10 @@ import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
+from aggregate.metrics import Summary, challenge_error, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
-from aggregate.training.loop import Epoch, fit
+from aggregate.training.loop import fit
 from aggregate.training.options import completed, plain
 from aggregate.training.sources import Source
 from extract.cli import InputError, progress
@@ -107,7 +107,7 @@ class Run:
         try:
             with bar:
                 for epoch in fit(self.learners, self.source, start=self.epoch, on_step=bar.update):
-                    row = self.end_epoch(epoch)
+                    row = self.end_epoch(*epoch)
                     bar.set_postfix_str(
                         f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %", refresh=False
                     )
@@ -120,21 +120,20 @@ class Run:
             if self._board is not None:
                 self._board.close()
 
-    def end_epoch(self, epoch: Epoch) -> dict[str, Any]:
+    def end_epoch(self, epoch: int, seconds: float, waited: float) -> dict[str, Any]:
         """Write everything that an epoch leaves; its row of metrics.csv."""
-        row: dict[str, Any] = {"epoch": epoch.number, "lr": self.recipe.lr * self.recipe.factor(epoch.number)}
-        row["seconds"], row["waited"] = round(epoch.seconds, 3), round(epoch.waited / epoch.seconds, 3)
-        for learner, loss, scores in zip(self.learners, epoch.losses, epoch.scores, strict=True):
-            assert scores is not None
-            prefix = self._prefix(learner)
-            places, classes = ranks(scores, self.source.labels), scores.shape[1]
-            row[f"{prefix}loss"] = loss
+        row: dict[str, Any] = {"epoch": epoch, "lr": self.recipe.lr * self.recipe.factor(epoch)}
+        row["seconds"], row["waited"] = round(seconds, 3), round(waited / seconds, 3)
+        for learner in self.learners:
+            prefix, labels = self._prefix(learner), self.source.labels
+            places, classes = ranks(learner.scores, labels), learner.scores.shape[1]
+            row[f"{prefix}loss"] = learner.loss
             row[f"{prefix}val_top1"] = float((places == 0).mean())
             row[f"{prefix}val_top5"] = float((places < min(5, classes)).mean())
-            row[f"{prefix}val_average_error"] = float(challenge_errors(scores, self.source.labels).mean())
+            row[f"{prefix}val_average_error"] = challenge_error(learner.scores, labels)
         row |= self.source.attention(self.learners[0].model)
         self.history.append(row)
-        self.epoch = epoch.number + 1
+        self.epoch = epoch + 1
         if self.writes:
             self.save(row)
         return row

@@ -16,14 +16,6 @@ from extract.cli import InputError, RunError, progress
 from extract.store import FeatureStore
 
 
-class DamagedModelError(RunError):
-    """Scores that are no numbers; `place` is the model's, among those asked."""
-
-    def __init__(self, message: str, place: int):
-        super().__init__(message)
-        self.place = place
-
-
 @dataclass
 class CachedFeatures:
     """Videos of a feature store to train on, and those that validate."""
@@ -81,6 +73,8 @@ class DecodedVideos:
         if self.learner.world > 1:
             shares = [None] * self.learner.world
             dist.all_gather_object(shares, mine)
+        if not any(len(places) for places, _ in shares):
+            raise RunError(f"not one of {len(self.labels)} videos to test on can be decoded")
         several = [np.full((len(self.labels), self.classes), np.nan, np.float32) for _ in models]
         for places, scored in shares:
             for whole, scores in zip(several, scored, strict=False):  # a share without a video has no scores
@@ -124,8 +118,8 @@ def logits_of(
 ) -> list[np.ndarray]:
     """Logits of each model over all videos of `features`: float32 [N, crops, C], NaN where extraction failed.
 
-    Raises InputError where it failed for all, RunError naming a video whose features are not finite, and
-    DamagedModelError for a model whose scores are not.
+    A model that makes of finite features what is not finite has no logits but NaN. Raises InputError where extraction
+    failed for all videos, RunError naming a video whose features are not finite.
     """
     store = features.store
     if not features.good.any():
@@ -135,16 +129,11 @@ def logits_of(
     total = -(-int(features.good.sum()) // batch_size)
     seen, predicted = predict(models, progress(batches, total=total, unit="batch", leave=False))
     several = []
-    for place, scores in enumerate(predicted):
+    for scores in predicted:
         wrong = seen[~np.isfinite(scores).all(axis=(1, 2))]
-        if len(wrong):
-            check_finite(store, wrong)
-            name = store.ids[wrong[0]]
-            raise DamagedModelError(
-                f"scores of {name} are not finite though its features are; the weights are damaged", place
-            )
+        check_finite(store, wrong)
         logits = np.full((len(features), *scores.shape[1:]), np.nan, np.float32)
-        logits[features.good] = scores
+        logits[features.good] = np.nan if len(wrong) else scores
         several.append(logits)
     return several
 

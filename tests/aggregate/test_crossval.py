@@ -88,9 +88,9 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_pa
         run = train.prepare(replace(single, features=outer, out=tmp_path / head["name"]))
         ended = run.end_epoch
 
-        def stops(epoch, run=run, ended=ended, last=chosen["epoch"]):
-            ended(epoch)
-            if epoch.number == last:
+        def stops(epoch, *times, run=run, ended=ended, last=chosen["epoch"]):
+            ended(epoch, *times)
+            if epoch == last:
                 raise KeyboardInterrupt
             return run.history[-1]
 
