@@ -20,62 +20,47 @@ from extract.cli import InputError
 from extract.decode.transform import Preprocessing
 
 
-class EndToEnd(VideoClassifier):
-    """`backbone` over every frame, then the aggregator and classifier of a VideoClassifier.
+class Recogniser(nn.Module):
+    """What training and testing call: uint8 frames as decoded in, logits out.
 
-    Its state has the backbone's tensors below `backbone.` and the rest as a VideoClassifier, so classifiers trained on
-    cached features fit in, and `extract --weights` takes the backbone.
+    `net` is a StNet, or a VideoClassifier with a `backbone` beside it: its state has the backbone's tensors below
+    `backbone.`, so that classifiers trained on cached features fit in, and `extract --weights` takes the backbone.
     """
 
-    def __init__(self, backbone: nn.Module, head: VideoClassifier) -> None:
-        super().__init__(
-            head.aggregator,
-            num_classes=head.classifier.out_features,
-            dropout=head.dropout.p,
-            options=head.options,
-        )
-        self.classifier = head.classifier
-        self.backbone = backbone
-
-    def forward(  # type: ignore[override]  # frames, where the parent takes their features
-        self,
-        frames: Float[Tensor, "batch time 1 3 height width"],
-        mask: Bool[Tensor, "batch time"] | None = None,
-    ) -> Float[Tensor, "batch classes"]:
-        features = self.backbone(frames.flatten(0, 2).contiguous(memory_format=torch.channels_last))
-        return super().forward(features.unflatten(0, frames.shape[:2]), mask)
-
-
-class Recogniser(nn.Module):
-    """What training and testing call: uint8 frames as decoded in, logits out; `net` is an EndToEnd or a StNet."""
-
-    def __init__(self, net: nn.Module, preprocessing: Preprocessing) -> None:
+    def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.net, self.preprocessing = net, preprocessing
 
     def forward(
-        self, frames: UInt8[Tensor, "batch time frames height width 3"], mask: Bool[Tensor, "batch time"]
+        self,
+        frames: UInt8[Tensor, "batch time frames height width 3"],
+        mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        device = next(self.net.parameters()).device
-        pictures = normalised(frames.to(device, non_blocking=True), self.preprocessing)
-        return self.net(pictures, None if mask.all() else mask.to(device))
+        """A StNet sees every segment, whatever the mask."""
+        device, see = next(self.net.parameters()).device, self.preprocessing
+        mean, std = (torch.tensor(three, device=device).view(3, 1, 1) * 255 for three in (see.mean, see.std))
+        pictures = (frames.to(device, non_blocking=True).movedim(-1, -3).float() - mean) / std
+        if isinstance(self.net, StNet):
+            return self.net(pictures)
+        features = self.net.backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        mask = None if mask is None or mask.all() else mask.to(device)
+        return self.net(features.unflatten(0, pictures.shape[:2]), mask)
 
 
-def normalised(frames: Tensor, see: Preprocessing) -> Tensor:
-    """uint8 [..., H, W, 3] -> float32 [..., 3, H, W] as the backbone's weights were trained to see."""
-    mean, std = (torch.tensor(three, device=frames.device).view(3, 1, 1) * 255 for three in (see.mean, see.std))
-    return (frames.movedim(-1, -3).float() - mean) / std
-
-
-def build_net(options: Mapping[str, Any], backbone: nn.Module) -> EndToEnd | StNet:
+def build_net(options: Mapping[str, Any], backbone: nn.Module) -> VideoClassifier | StNet:
     """The model of `Checkpoint.options` round a backbone without classifier. InputError for blocks of another form."""
     if options["name"] != "stnet":
-        return EndToEnd(backbone, build(**options))
+        return _over(backbone, build(**options))
     if options.get("form", "released") != "released":  # an option of earlier versions
         raise InputError("a StNet of form 'paper' is built no more, only the released form; train it anew")
     net = StNet(backbone, options["num_classes"], options["frames_per_segment"], dropout=options["dropout"])
     net.options = dict(options)  # type: ignore[assignment]  # as a VideoClassifier has them
     return net
+
+
+def _over(backbone: nn.Module, head: VideoClassifier) -> VideoClassifier:
+    head.backbone = backbone
+    return head
 
 
 def backbone_record(trunk: Trunk) -> dict[str, Any]:
@@ -118,7 +103,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
     else:
         trunk = load_trunk(**source)
         check_backbone(checkpoint, trunk, given=weights)
-        net = EndToEnd(trunk.module, checkpoint.model())
+        net = _over(trunk.module, checkpoint.model())
     return Recogniser(net, preprocessing_of(checkpoint)).eval()
 
 

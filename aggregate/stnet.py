@@ -114,11 +114,7 @@ class StNet(nn.Module):
         with torch.autocast(frames.device.type, enabled=False):
             return self.aggregator(pooled.to(self.classifier.weight.dtype))
 
-    def forward(
-        self,
-        frames: Float[Tensor, "batch time frames 3 height width"],
-        mask: Bool[Tensor, "batch time"] | None = None,  # as other models have it; a StNet sees every segment
-    ) -> Float[Tensor, "batch classes"]:
+    def forward(self, frames: Float[Tensor, "batch time frames 3 height width"]) -> Float[Tensor, "batch classes"]:
         return self.classifier(self.dropout(self.features(frames)))
 
 

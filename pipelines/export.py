@@ -161,19 +161,15 @@ def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> st
 def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
     import torch
 
-    from aggregate.endtoend import normalised
     from aggregate.stnet import StNet
 
     class PixelsToLogits(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = model.net
+            self.model = model
 
         def forward(self, frames: torch.Tensor) -> torch.Tensor:
-            see = model.preprocessing
-            if not isinstance(self.net, StNet):
-                frames = frames.unsqueeze(2)  # one frame a segment
-            return self.net(normalised(frames, see))
+            return self.model(frames if isinstance(model.net, StNet) else frames.unsqueeze(2))  # one frame a segment
 
     return PixelsToLogits().eval()
 

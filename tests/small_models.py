@@ -68,6 +68,9 @@ def _lively(model: torch.nn.Module) -> torch.nn.Module:
                 parameter.normal_(std=0.3)
             elif name.startswith(("aggregator", "after")) and not name.endswith("scale"):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
+        for name, value in model.named_buffers():
+            if name.startswith("norm.running"):
+                value.uniform_(0.5, 1.5)
         aggregator = model.aggregator
         if hasattr(aggregator, "key"):  # else all scores may be below 0, and a ReLU leaves no attention
             aggregator.key.load_state_dict(aggregator.query.state_dict())

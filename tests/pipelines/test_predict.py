@@ -95,8 +95,8 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
     assert extract(made) == 0
     store = FeatureStore.open(str(tmp_path / "f.zarr"))
     assert not store.mask(np.arange(3), np.arange(20)).all()
-    for name in ("hgnl", "txb"):
-        checkpoint = small_models.cached(tmp_path / name, name)
+    for name, more in (("hgnl", {}), ("txb", {}), ("tsn", {"standardise": True})):
+        checkpoint = small_models.cached(tmp_path / name, name, **more)
         asked = evaluate.Options(checkpoint, made.out, split="all", segments=(20,), device="cpu", out=tmp_path / "a.h5")
         evaluate.main(asked)
         scores = Scores.load(tmp_path / "a.h5")
