@@ -17,15 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from aggregate import train
 from aggregate.train import Configuration, configured
 from aggregate.training.options import (
-    AGGREGATOR_FLAGS,
     BEFORE_RECIPES,
-    HEAD_FLAGS,
     Aggregator,
     HeadOptions,
     PlaceOptions,
     ScheduleOptions,
     SplitOptions,
     as_recorded,
+    foreign_flags,
     listed,
 )
 from extract.cli import InputError, progress, run_command
@@ -83,7 +82,10 @@ def main(options: Options) -> int:
     init = None if options.init is None else Checkpoint.load(options.init)
     chosen = plan(options, store, init)
     trainer = GridTrainer(store, device=options.device, placement=options.placement, init=init)
-    print(f"features  {store!r}\nplan      {_describe(chosen, options)}")
+    names, seeds = len({one.name for one in chosen.configurations}), len(set(options.seeds))
+    shares = len(in_passes(chosen.configurations, at_once=options.at_once))
+    size = f"{names} configurations x {seeds} seeds in {shares} passes, {len(chosen.skipped)} skipped"
+    print(f"features  {store!r}\nplan      {size}")
     chosen.print_skipped()
     wanted = {(one.name, one.options.seed): one for one in chosen.configurations}
     with Records(options, store, by=("name", "seed"), what="ablation") as records:
@@ -143,7 +145,7 @@ def in_passes(configurations: Iterable[Configuration], *, at_once: int) -> list[
 
 def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = None) -> Plan:
     """All combinations of the listed options, each once a seed. InputError where none is left, or a list is empty."""
-    from aggregate.training.splits import check_classes, choose_rows
+    from aggregate.training.splits import choose_rows
 
     if init is not None:
         init.check_features(store.provenance, store.dim, options.features)
@@ -151,7 +153,6 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
     every: dict[Configuration, None] = {}
     for seed in options.seeds:
         rows, _, _ = choose_rows(store, options, seed)
-        check_classes(store, rows, allow_missing=options.allow_missing_classes)
         for one in found.configurations:
             every[configured(one.name, replace(one.options, seed=seed), videos=len(rows))] = None
     return found._replace(configurations=list(every))
@@ -162,12 +163,11 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
     import torch
 
     for one in fields(options):
-        if one.name in ("seeds", *LISTS) and one.default and not getattr(options, one.name):
-            raise InputError(f"--{one.name.replace('_', '-')} needs at least one value")
-        known = [agg for agg in options.agg if one.name in AGGREGATOR_FLAGS.get(agg, ())]
-        if one.name in HEAD_FLAGS and getattr(options, one.name) != one.default and not known:
-            text = f"--{one.name.replace('_', '-')} {' '.join(map(str, getattr(options, one.name)))}"
-            raise InputError(f"{text} means nothing to --agg {' '.join(options.agg)}")
+        flag, given = f"--{one.name.replace('_', '-')}", getattr(options, one.name)
+        if one.name in ("seeds", *LISTS) and one.default and not given:
+            raise InputError(f"{flag} needs at least one value")
+        if given != one.default and all(one.name in foreign_flags(agg) for agg in options.agg):
+            raise InputError(f"{flag} {' '.join(map(str, given))} means nothing to --agg {' '.join(options.agg)}")
     if options.at_once < 1:
         raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
     for frames in options.frames:
@@ -196,31 +196,24 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
 def _combinations(options: GridOptions) -> list[train.Options]:
     """One `train.Options` a combination, each once, what an aggregator does not have at its default."""
     defaults = {one.name: one.default for one in fields(train.Options)}
-    given = {name: getattr(options, name) for name in (one.name for one in fields(options)) if name in defaults}
+    given = {name: getattr(options, name) for name in defaults if hasattr(options, name)}
     kept = {name: value for name, value in given.items() if name not in LISTS} | {"out": None}
-    lists = [tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,) for name in LISTS[1:]]
+    lists = {name: tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,) for name in LISTS}
     # What changes nothing is the same for those that do not have it, so that it is in no name.
-    defaults |= {k: v for k, v in BEFORE_RECIPES.items() if v in dict(zip(LISTS[1:], lists, strict=True))[k]}
+    defaults |= {name: value for name, value in BEFORE_RECIPES.items() if value in lists[name]}
     found: dict[train.Options, None] = {}
-    for agg, *values in itertools.product(options.agg, *lists):
-        foreign = set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(agg, ()))
-        own: dict[str, Any] = {k: defaults[k] if k in foreign else v for k, v in zip(LISTS[1:], values, strict=True)}
-        found[train.Options(agg=agg, **own, **kept)] = None
+    for values in itertools.product(*lists.values()):
+        chosen: dict[str, Any] = dict(zip(lists, values, strict=True))
+        chosen |= {name: defaults[name] for name in foreign_flags(chosen["agg"])}
+        found[train.Options(**chosen, **kept)] = None
     return list(found)
 
 
 def name_of(options: train.Options, varied: Sequence[str]) -> str:
     """`hgnl g1=4 g2=2`: the aggregator and those of the `varied` options that it has."""
-    foreign = {"agg", *HEAD_FLAGS} - set(AGGREGATOR_FLAGS.get(options.agg, ()))
-    values = {name: getattr(options, name) for name in varied if name not in foreign}
+    values = {name: getattr(options, name) for name in varied if name not in {"agg"} | foreign_flags(options.agg)}
     words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
     return " ".join([options.agg, *words])
-
-
-def _describe(chosen: Plan, options: Options) -> str:
-    passes = len(in_passes(chosen.configurations, at_once=options.at_once))
-    names = len({one.name for one in chosen.configurations})
-    return f"{names} configurations x {len(set(options.seeds))} seeds in {passes} passes, {len(chosen.skipped)} skipped"
 
 
 def _how_to_keep(rows: list[dict[str, Any]], trained: dict[tuple[str, int], Configuration]) -> str:

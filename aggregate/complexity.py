@@ -77,9 +77,7 @@ def columns(dim: int, *, g1: int, g2: int) -> "dict[str, HGNonLocal]":
 
 def parameters(module: "HGNonLocal") -> dict[str, int]:
     """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as in Table 1."""
-    counts = [
-        sum(parameter.numel() for parameter in layer.parameters()) for layer in (module.query, module.key, module.value)
-    ]
+    counts = [sum(p.numel() for p in layer.parameters()) for layer in (module.query, module.key, module.value)]
     return dict(zip(PAPER_TABLE_1, [*counts, sum(counts)], strict=True))
 
 

@@ -274,7 +274,10 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     heads: list[dict[str, Any]] = []
     for agg in aggs:
         beside = [None] * len(segments) if agg == baseline else places[baseline]
-        measured = {str(n): measures(*two, classes) for n, *two in zip(segments, places[agg], beside, strict=True)}
+        measured = {
+            str(count): measures(ours, theirs, classes)
+            for count, ours, theirs in zip(segments, places[agg], beside, strict=True)
+        }
         chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
         heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})
     results = {"schema": SCHEMA, "features": options.features, "videos": len(rows), "classes": classes}

@@ -42,7 +42,8 @@ class Recogniser(nn.Module):
         pictures = (frames.to(device, non_blocking=True).movedim(-1, -3).float() - mean) / std
         if isinstance(self.net, StNet):
             return self.net(pictures)
-        features = self.net.backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
+        backbone: Any = self.net.backbone
+        features = backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
         mask = None if mask is None or mask.all() else mask.to(device)
         return self.net(features.unflatten(0, pictures.shape[:2]), mask)
 
@@ -74,10 +75,10 @@ def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
     They must be put back to evaluation mode after every `train()`.
     """
     kind = nn.modules.batchnorm._BatchNorm
-    norms: list[nn.Module] = [module for module in backbone.modules() if isinstance(module, kind)][1:]
+    norms = [module for module in backbone.modules() if isinstance(module, kind)][1:]
     for norm in norms:
         norm.eval().requires_grad_(False)
-    return norms
+    return [*norms]
 
 
 def backbone_from_record(checkpoint: Checkpoint, weights: Path | None = None, **how: Any) -> Backbone:

@@ -15,7 +15,6 @@ from aggregate.training.options import (
     SplitOptions,
     VideoOptions,
     aggregator_options,
-    as_recorded,
     changes_of,
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
@@ -24,8 +23,6 @@ from extract.cli import InputError, RunError, run_command
 if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
     from aggregate.training.run import Run
-
-_FREE_ON_RESUME = ("out", "device", "workers", "address", "decode_workers", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -130,18 +127,16 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
-    from aggregate.training.splits import ListedVideos, check_classes, choose_rows
+    from aggregate.training.splits import ListedVideos, choose_rows
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
-    options = as_recorded(options, options.folder)
-    last = open_folder(options.folder, options, free=_FREE_ON_RESUME)
+    options, last = open_folder(options.folder, options)
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
     listed, classes = ListedVideos(str(options.videos), listing.videos, listing.classes), list(listing.classes)
     rows, val_rows, words = choose_rows(listed, options, options.seed)
-    check_classes(listed, rows, allow_missing=options.allow_missing_classes)
     videos, val_videos = ([listing.videos[row] for row in chosen] for chosen in (rows, val_rows))
     schedule = _recipe(options, len(videos))
     model, frozen, record = build_model(options, classes, schedule.dropout, tell=rank == 0)

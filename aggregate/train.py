@@ -13,7 +13,6 @@ from aggregate.training.options import (
     ScheduleOptions,
     SplitOptions,
     aggregator_options,
-    as_recorded,
     changes_of,
 )
 from aggregate.training.recipes import Recipe, recipe
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run
     from extract.store import FeatureStore
-
-# Where a run may continue with another value: they say where and how fast, not what.
-_FREE_ON_RESUME = ("out", "device", "placement")
 
 
 @dataclass(frozen=True)
@@ -65,17 +61,15 @@ def prepare(options: Options) -> "Run":
     from aggregate.data.features import StoredFeatures
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import CachedFeatures, possible_segments
-    from aggregate.training.splits import check_classes, choose_rows
+    from aggregate.training.splits import choose_rows
     from extract.device import choose_device
     from extract.store import FeatureStore
 
     out = options.out or Path("runs") / options.agg
-    options = as_recorded(options, out)
     store = FeatureStore.open(options.features)
     device = choose_device(options.device)
-    last = open_folder(out, options, free=_FREE_ON_RESUME)
+    options, last = open_folder(out, options)
     rows, val_rows, words = choose_rows(store, options, options.seed)
-    check_classes(store, rows, allow_missing=options.allow_missing_classes)
     asked = configured(options.agg, options, videos=len(rows))
     training = StoredFeatures(store, rows, device=device, placement=options.placement, training=True)
     testing = StoredFeatures(store, val_rows, device=device, placement=options.placement)

@@ -16,8 +16,6 @@ from extract.cli import InputError, RunError
 from extract.files import append, make_folder, replace_file
 from extract.store import FeatureStore
 
-# Where a command may go on with another value: they say where and how fast, not what.
-_FREE_ON_RESUME = ("out", "device", "placement", "at_once")
 Key = tuple[Any, ...]
 
 
@@ -54,7 +52,7 @@ class Records:
         whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
         if whole:
-            refuse_other_options(self.out, wanted, options, free=_FREE_ON_RESUME)
+            refuse_other_options(self.out, wanted, options)
         replace_file(self.out / "options.json", json.dumps(wanted, indent=1) + "\n")
         for line in map(json.loads, whole.splitlines()):
             self._keep(line["row"], line["key"])

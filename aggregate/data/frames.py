@@ -63,7 +63,7 @@ class VideoFrames:
             return places, [self.pool.submit(clip) for clip in clips]
 
         # The next batch is queued before one is handed out; the slots of the children's memory hold both back.
-        for (places, futures), _ in pairwise(chain(map(queued, batches), [None])):
+        for (places, futures), _ in pairwise(chain(map(queued, batches), [(np.empty(0, int), [])])):
             yield places, self._collect(places, futures)
 
     def _collect(self, places: np.ndarray, futures: list) -> list[Batch]:

@@ -30,6 +30,11 @@ MEANING = ("norm", "attention", "normalise")  # the same weights under another o
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
+def foreign_flags(aggregator: str) -> set[str]:
+    """Flags of other aggregators that mean nothing to this one."""
+    return set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(aggregator, ()))
+
+
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
     """Which videos are trained on, and which validate."""
@@ -149,12 +154,13 @@ def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] 
     its weights mean nothing otherwise; the rest is the recipe's.
     InputError for a flag given to an aggregator that does not have it.
     """
-    own = AGGREGATOR_FLAGS.get(name, ())
+    foreign = foreign_flags(name)
     for one in fields(HeadOptions):
         given = getattr(options, one.name)
         changes_nothing = (one.default, BEFORE_RECIPES.get(one.name, one.default))
-        if one.name != "frames" and one.name not in own and given not in changes_nothing:
+        if one.name in foreign and given not in changes_nothing:
             raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
+    own = AGGREGATOR_FLAGS.get(name, ())
     asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
     recipe: Any = getattr(options, "recipe", "paper")  # end-to-end training has no other
     theirs = {flag: init.get(flag) for flag in MEANING} if init is not None and init["name"] == name else {}

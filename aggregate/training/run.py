@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from aggregate.metrics import Summary, challenge_error, challenge_errors, csv_of
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
-from aggregate.training.options import completed, plain
+from aggregate.training.options import as_recorded, completed, plain
 from aggregate.training.sources import Source
 from extract.cli import InputError, progress
 from extract.files import replace_file, writing
@@ -24,11 +24,16 @@ from extract.store import difference
 _ATTENTION_UNUSED = 1e-3
 
 
-def open_folder(out: Path, options: Any, *, free: Sequence[str]) -> Checkpoint | None:
-    """The last checkpoint of the run in `out`, None where there is none yet.
+# Where a command may go on with another value: they say where and how fast, not what.
+_FREE_ON_RESUME = {"out", "device", "placement", "at_once", "workers", "address", "decode_workers", "micro_batch"}
 
-    InputError for a folder of anything else, or of a run with other options but for `free`.
+
+def open_folder(out: Path, options: Any) -> tuple[Any, Checkpoint | None]:
+    """The options as the run in `out` took them, and its last checkpoint, None where there is none yet.
+
+    InputError for a folder of anything else, or of a run with other options.
     """
+    options = as_recorded(options, out)
     # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while it
     # wrote that epoch leaves checkpoints, which the same command writes again.
     last, begun = out / "last.pt", (out / "options.json").exists()
@@ -37,14 +42,14 @@ def open_folder(out: Path, options: Any, *, free: Sequence[str]) -> Checkpoint |
     if not last.exists() and names and (foreign or not begun):
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
     if names:
-        refuse_other_options(out, plain(options), type(options), free=free)
-    return Checkpoint.load(last) if last.exists() else None
+        refuse_other_options(out, plain(options), type(options))
+    return options, Checkpoint.load(last) if last.exists() else None
 
 
-def refuse_other_options(out: Path, wanted: dict[str, Any], options: type, *, free: Sequence[str]) -> None:
-    """InputError that lists what differs between `out`/options.json and `wanted`, but for `free`."""
+def refuse_other_options(out: Path, wanted: dict[str, Any], options: type) -> None:
+    """InputError that lists what differs between `out`/options.json and `wanted`."""
     recorded = completed(json.loads((out / "options.json").read_text(encoding="utf-8")), wanted, options)
-    before, now = ({k: v for k, v in side.items() if k not in free} for side in (recorded, wanted))
+    before, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, wanted))
     lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
     if lines:
         raise InputError(
@@ -53,6 +58,7 @@ def refuse_other_options(out: Path, wanted: dict[str, Any], options: type, *, fr
         )
 
 
+@dataclass
 class Run:
     """Learners trained on one source in one folder. The first is what was asked for, the others it is compared with.
 
@@ -60,23 +66,19 @@ class Run:
     `reference` a finished model (with its name) that is in that table too. Only the process of rank 0 writes.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        options: Any,
-        learners: Sequence[Learner],
-        source: Source,
-        *,
-        common: dict[str, Any],
-        segments: Sequence[int],
-        reference: tuple[str, nn.Module] | None = None,
-    ) -> None:
-        self.out, self.options, self.learners, self.source = out, options, list(learners), source
-        self.common, self.segments, self.reference = common, segments, reference
-        self.recipe, self.epoch = learners[0].recipe, 0
-        self.history: list[dict[str, Any]] = []
-        self.writes = learners[0].rank == 0
-        self._board: SummaryWriter | None = None
+    out: Path
+    options: Any
+    learners: list[Learner]
+    source: Source
+    common: dict[str, Any]
+    segments: Sequence[int]
+    reference: tuple[str, nn.Module] | None = None
+    epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    _board: SummaryWriter | None = None
+
+    def __post_init__(self) -> None:
+        self.recipe, self.writes = self.learners[0].recipe, self.learners[0].rank == 0
 
     def _prefix(self, learner: Learner) -> str:
         """Before a learner's columns in metrics.csv; the first one's have none."""

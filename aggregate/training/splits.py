@@ -31,7 +31,10 @@ class ListedVideos:
 def choose_rows(
     store: FeatureStore | ListedVideos, options: SplitOptions, seed: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows to train on (with features and label) and to validate on (with a label), and that in words."""
+    """Rows to train on (with features and label) and to validate on (with a label), and that in words.
+
+    InputError where one or the other are none, or a class has none to train on.
+    """
     labelled = store.labels >= 0
     splits = store.splits
     if options.val_groups:
@@ -61,6 +64,7 @@ def choose_rows(
     for name, chosen in (("train", rows), ("validate", val_rows)):
         if not len(chosen):
             raise InputError(f"{store.path} has no labelled video to {name} on ({words})")
+    check_classes(store, rows, allow_missing=options.allow_missing_classes)
     failed = int((train & labelled).sum()) - len(rows)
     unlabelled = int(((train | val) & ~labelled).sum())
     counts = f"{len(rows):,} to train, {len(val_rows):,} to validate"
