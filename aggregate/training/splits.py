@@ -1,31 +1,22 @@
 """Which videos are trained on and which validate, by split, group and label."""
 
-from dataclasses import dataclass, field
-
 import numpy as np
 
 from aggregate.training.options import SplitOptions
 from extract.cli import InputError, examples
-from extract.listing.videos import Video
+from extract.listing.videos import Listing
 from extract.store import FAILED, FeatureStore
 
 
-@dataclass
 class ListedVideos:
     """The videos of a listing with a feature store's columns."""
 
-    path: str
-    videos: tuple[Video, ...] = field(repr=False)
-    classes: tuple[str, ...] = field(repr=False)
-
-    def __post_init__(self) -> None:
-        self.labels = np.array([video.label for video in self.videos])
-        self.splits = np.array([video.split for video in self.videos])
-        self.groups = np.array([video.group for video in self.videos])
-        self.status = np.ones(len(self.videos), "i1")
-
-    def __len__(self) -> int:
-        return len(self.videos)
+    def __init__(self, listing: Listing) -> None:
+        self.path, self.classes = listing.source, listing.classes
+        self.labels = np.array([video.label for video in listing.videos])
+        self.splits = np.array([video.split for video in listing.videos])
+        self.groups = np.array([video.group for video in listing.videos])
+        self.status = np.ones(len(listing.videos), "i1")
 
 
 def choose_rows(
@@ -92,7 +83,7 @@ def hold_out(
     members: list[list[int]] = [[] for _ in range(int(unit.max(initial=-1)) + 1)]
     for place, number in enumerate(unit.tolist()):
         members[number].append(place)
-    chosen = np.zeros(len(store), bool)
+    chosen = np.zeros(len(store.labels), bool)
     for number in rng.permutation(len(members)).tolist():
         places = members[number]
         counts = np.bincount(labels[places], minlength=classes)
