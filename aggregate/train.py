@@ -78,18 +78,18 @@ def prepare(options: Options) -> "Run":
         f"training  {training.words}; {len(training.views)} views; on {device}\n"
         f"recipe    {options.recipe}: {asked.recipe}"
     )
-    learners, reference = _contestants(asked, store, device)
+    learners, references = _contestants(asked, store, device)
     source = CachedFeatures(training, testing, options.frames, asked.recipe.batch_size, options.seed)
     common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames}
     segments = possible_segments((options.frames, store.frames_per_video), store)
-    run = Run(out, options, learners, source, common=common, segments=segments, reference=reference)
+    run = Run(out, options, learners, source, common=common, segments=segments, references=references)
     run.resume(last)
     return run
 
 
 def _contestants(
     asked: "Configuration", store: "FeatureStore", device: "torch.device"
-) -> "tuple[list[Learner], tuple[str, VideoClassifier] | None]":
+) -> "tuple[list[Learner], dict[str, torch.nn.Module]]":
     """The learner asked for, beside it the mean-pool baseline and the control, on the same batches; and the TSN of
     --init as it is, which then is the baseline."""
     from aggregate.training.checkpoint import Checkpoint
@@ -100,14 +100,15 @@ def _contestants(
         init.check_features(store.provenance, store.dim, str(options.features))
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print("note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh")
-    learners, reference = [asked.learner(store, device, init=init)], None
+    learners = [asked.learner(store, device, init=init)]
+    references: dict[str, torch.nn.Module] = {}
     defaults: dict[str, Any] = {one.name: one.default for one in fields(HeadOptions) if one.name != "frames"}
     tsn = replace(options, agg="tsn", **defaults)
     from_tsn = init is not None and init.options["name"] == "tsn"
     if options.agg != "tsn":
         if init is not None and from_tsn and init.classes == list(store.classes):
             print(f"baseline  the TSN of {options.init}, as it is")
-            reference = ("tsn (as it was)", init.model().to(device))
+            references["tsn (as it was)"] = init.model().to(device)
         else:
             baseline = replace(asked, name="tsn (baseline)", options=tsn)
             learners.append(baseline.learner(store, device, file="baseline.pt"))
@@ -116,7 +117,7 @@ def _contestants(
             raise InputError("--control trains the TSN of --init for as many more epochs; give --init tsn.pt")
         control = replace(asked, name="tsn (control)", options=tsn)
         learners.append(control.learner(store, device, init=init, file="control.pt"))
-    return learners, reference
+    return learners, references
 
 
 @dataclass(frozen=True)

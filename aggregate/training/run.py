@@ -63,7 +63,7 @@ class Run:
     """Learners trained on one source in one folder. The first is what was asked for, the others it is compared with.
 
     `common` are the fields of `Checkpoint` that all share, `segments` the numbers of frames of the final table, and
-    `reference` a finished model (with its name) that is in that table too. Only the process of rank 0 writes.
+    `references` are finished models, by name, that are in that table too. Only the process of rank 0 writes.
     """
 
     out: Path
@@ -72,7 +72,7 @@ class Run:
     source: Source
     common: dict[str, Any]
     segments: Sequence[int]
-    reference: tuple[str, nn.Module] | None = None
+    references: dict[str, nn.Module] = field(default_factory=dict)
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     _board: SummaryWriter | None = None
@@ -170,11 +170,8 @@ class Run:
         """The final table: every model at its best epoch, with few and with all segments, and the differences."""
         for learner in self.learners:
             learner.load_best()
-        models, names = [one.model for one in self.learners], [one.name for one in self.learners]
-        if self.reference is not None:
-            models.append(self.reference[1])
-            names.append(self.reference[0])
-        labels = self.source.labels
+        contestants = {one.name: one.model for one in self.learners} | self.references
+        names, models, labels = list(contestants), list(contestants.values()), self.source.labels
         results: dict[str, Any] = {}
         width = max(map(len, names))
         lines = [
