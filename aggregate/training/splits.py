@@ -80,9 +80,7 @@ def hold_out(
     unit = np.searchsorted(names, groups) if len(names) > 1 else np.arange(len(rows))
     total = np.bincount(labels, minlength=classes)
     wanted, held = fraction * total, np.zeros(classes)
-    members: list[list[int]] = [[] for _ in range(int(unit.max(initial=-1)) + 1)]
-    for place, number in enumerate(unit.tolist()):
-        members[number].append(place)
+    members = np.split(np.argsort(unit, kind="stable"), np.bincount(unit).cumsum()[:-1])
     chosen = np.zeros(len(store.labels), bool)
     for number in rng.permutation(len(members)).tolist():
         places = members[number]
