@@ -124,9 +124,15 @@ def summary_text(summary: Sequence[Row]) -> str:
     """The table of the terminal: percent, differences in points."""
     frames, every = sorted({line["frames"] for line in summary}), summary[0]["all_frames"]
     few = str(frames[0]) if len(frames) == 1 else "few"
-    shown = ("top1_at_frames", "top1_at_all", "top5_at_all", "average_error_at_all")
-    heads = [f"top-1 % @{few}", f"top-1 % @{every}", f"top-5 % @{every}", f"average error % @{every}"]
-    rows = [["", "seeds", "parameters", "MAdds", *heads, "top-1 - first's", "s", "|s F_o|/|F|", "seconds", ""]]
+    shown = {
+        "top1_at_frames": f"top-1 % @{few}",
+        "top1_at_all": f"top-1 % @{every}",
+        "top5_at_all": f"top-5 % @{every}",
+        "average_error_at_all": f"average error % @{every}",
+    }
+    if frames == [every]:
+        del shown["top1_at_frames"]
+    rows = [["", "seeds", "parameters", "MAdds", *shown.values(), "top-1 - first's", "s", "|s F_o|/|F|", "seconds", ""]]
     for line in summary:
         cells = [*(percent(line, measure) for measure in shown), percent(line, "difference", sign="+")]
         numbers = ("s", ".2g"), ("attention_ratio", ".2g"), ("seconds", ".1f")
