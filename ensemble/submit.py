@@ -55,27 +55,21 @@ def write_submission(scores: "Scores", path: str | os.PathLike[str], *, external
     classes = scores.classes
     if len(classes) < PLACES:
         raise InputError(f"a submission names {PLACES} distinct labels a video, and there are {len(classes)} classes")
-    results: dict[str, Entries] = {}
+    results = {}
     best, falling = _five_best(scores.logits)
-    for name, lost, labels, row in zip(submission_ids(scores.ids), scores.failed, best, falling, strict=True):
+    for name, failed, labels, row in zip(submission_ids(scores.ids), scores.failed, best, falling, strict=True):
         # The digits of a float32: falling in single precision too, and half as long.
         entries = [(classes[label], float(str(score))) for label, score in zip(labels, row, strict=True)]
-        results[name] = neutral_entries(classes) if lost else entries
-    lost = int(scores.failed.sum())
-    stated = (
-        f"{lost} of {len(results)} videos could not be read and hold a neutral entry "
-        f"(the first {PLACES} labels at nearly 1/{len(classes)})"
-    )
-    submission = {
-        "version": "VERSION 1.0",
-        "results": {
-            name: [{"label": label, "score": score} for label, score in entries] for name, entries in results.items()
-        },
-        "external_data": {
-            "used": bool(external_data),
-            "details": "; ".join(filter(None, [external_data, stated * bool(lost)])),
-        },
-    }
+        entries = neutral_entries(classes) if failed else entries
+        results[name] = [{"label": label, "score": score} for label, score in entries]
+    details, lost = [external_data] * bool(external_data), int(scores.failed.sum())
+    if lost:
+        details.append(
+            f"{lost} of {len(results)} videos could not be read and hold a neutral entry "
+            f"(the first {PLACES} labels at nearly 1/{len(classes)})"
+        )
+    external = {"used": bool(external_data), "details": "; ".join(details)}
+    submission = {"version": "VERSION 1.0", "results": results, "external_data": external}
     replace_file(path, json.dumps(submission, ensure_ascii=False, allow_nan=False))
     return lost
 
