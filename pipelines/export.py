@@ -79,7 +79,10 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
     """
     import torch
 
-    network, shape = _pixels_to_logits(model), _shape(model, checkpoint)[1:]
+    network: torch.nn.Module = model
+    shape = _shape(model, checkpoint)[1:]
+    if "frames_per_segment" not in checkpoint.options:
+        network = torch.nn.Sequential(torch.nn.Unflatten(1, (-1, 1)), model).eval()  # one frame a segment
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         try:
@@ -88,7 +91,7 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
                     network,
                     (_noise(2, 3, *shape),),
                     dynamo=True,
-                    dynamic_shapes={"frames": {0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")}},
+                    dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("frames")},),
                     input_names=[INPUT],
                     output_names=[OUTPUT],
                     verbose=False,
@@ -156,22 +159,6 @@ def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> st
                 f"for {batch} x {frames} frames; nothing was written"
             )
     return f"checked with {runtime}: differs from PyTorch by {worst:.1g} of the largest logit"
-
-
-def _pixels_to_logits(model: "Recogniser") -> "torch.nn.Module":
-    import torch
-
-    from aggregate.stnet import StNet
-
-    class PixelsToLogits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-        def forward(self, frames: torch.Tensor) -> torch.Tensor:
-            return self.model(frames if isinstance(model.net, StNet) else frames.unsqueeze(2))  # one frame a segment
-
-    return PixelsToLogits().eval()
 
 
 if __name__ == "__main__":
