@@ -6,7 +6,9 @@ record of the video says so.
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,13 +65,32 @@ def _doubted() -> Iterator[None]:
 class GpuDecoder:
     """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do what it cannot.
 
-    A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py).
+    A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py). After `timeout`
+    seconds, and one more for each 10 s of video, no answer is waited for; its thread is left to itself.
     """
 
-    def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str):
-        self._children, self._function, self._device = children, function, device
+    def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str, *, timeout: float):
+        self._children, self._function, self._device, self._timeout = children, function, device, timeout
 
     def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
+        path, rows, plan = job
+        answer: Future[Finished] = Future()
+        durations: list[float | None] = []
+        threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
+        wait([answer], timeout=self._timeout)
+        wait([answer], timeout=sum(filter(None, durations)) / 10)
+        try:
+            return answer.result(timeout=0)
+        except TimeoutError:
+            why = f"{self._device} gave no answer in {self._timeout:.3g} s (--video-timeout)"
+        except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
+            why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+        note = f"decoded by PyAV: {why}"
+        finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
+        done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
+        return replace(finished.taken(), result=done)
+
+    def _decode(self, job: tuple[str, Any, Any], on_duration: Callable[[float | None], None], answer: Future) -> None:
         import torch
 
         from extract.decode.subprocess_pool import Finished  # which its own process runs as a program
@@ -77,19 +98,15 @@ class GpuDecoder:
         path, rows, plan = job
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
-            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, None)
+            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, on_duration)
             for one in done:
                 if isinstance(one, VideoError):
                     raise one
             if out.is_cuda:  # batches are copied on another stream than this thread's
                 torch.cuda.current_stream(out.device).synchronize()
-            return Finished(done, out)
-        except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
-            why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-        note = f"decoded by PyAV: {why}"
-        finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
-        done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
-        return replace(finished.taken(), result=done)
+            answer.set_result(Finished(done, out))
+        except Exception as error:
+            answer.set_exception(error)
 
 
 def torchcodec_version(device: str) -> str:

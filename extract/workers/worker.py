@@ -119,7 +119,8 @@ class Worker:
         if self._backbone.device.type != device:
             raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
         pool = self._subprocesses(0)
-        pool.help(GpuDecoder(self._children, self.decode_job, str(self._backbone.device)), at_once=self.cores)
+        device, timeout = str(self._backbone.device), self.options.video_timeout
+        pool.help(GpuDecoder(self._children, self.decode_job, device, timeout=timeout), at_once=self.cores)
         return pool
 
     @cached_property

@@ -1,5 +1,6 @@
 """Decoding by torchcodec, held to PyAV on the CPU, where it has all but NVDEC; what falls back, and refusals."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_resizing_is_pillows_within_a_level() -> None:
 def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(codec_clips, broken_clips) -> None:
     plan = plan_of("torchcodec-cuda", crops=1, augment_passes=0)  # what a worker is asked for
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as children:
-        decoder = GpuDecoder(children, decode_job, "cpu")
+        decoder = GpuDecoder(children, decode_job, "cpu", timeout=30)
         good = decoder((str(codec_clips / "h264_portrait.mp4"), [("a", None)], plan))
         assert (good.result[0].note, good.failure) == ("", "")
         assert isinstance(good.buffer, torch.Tensor)
@@ -111,6 +112,20 @@ def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(codec_clips, b
         lost = decoder((str(broken_clips / "zero_bytes.mp4"), [("c", None)], plan))
         assert isinstance(lost.result[0], VideoError)
         assert "empty" in lost.result[0].reason
+
+
+def test_a_device_that_gives_no_answer_is_not_waited_for(codec_clips) -> None:
+    plan, never = plan_of("torchcodec-cuda", crops=1, augment_passes=0), threading.Event()
+    with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as children:
+
+        def hangs(job, out, on_duration):
+            on_duration(2.0)
+            never.wait()
+
+        decoder = GpuDecoder(children, hangs, "cpu", timeout=0.1)
+        done = decoder((str(codec_clips / "h264_portrait.mp4"), [("a", None)], plan))
+    assert done.result[0].note == "decoded by PyAV: cpu gave no answer in 0.1 s (--video-timeout)"
+    never.set()
 
 
 def test_an_extraction_names_what_pyav_had_to_read(codec_clips, tmp_path, capsys) -> None:
