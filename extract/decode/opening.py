@@ -36,8 +36,6 @@ def check_file(path) -> None:
         if os.path.islink(path):
             raise VideoError(path, f"is a link to {os.readlink(path)!r}, which does not exist") from None
         raise VideoError(path, "does not exist") from None
-    except PermissionError:
-        raise VideoError(path, "cannot be read: permission denied") from None
     except OSError as error:
         raise VideoError(path, f"cannot be read: {error.strerror}") from None
 

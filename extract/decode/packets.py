@@ -51,8 +51,9 @@ class VideoFile:
 
     def problem(self, span: Span | None) -> str:
         """What is wrong with the file, as far as a span is concerned: that it ends before the span does."""
-        early = span is not None and span[1] > self.end + 1e-3
-        return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s" if early else ""
+        if span is None or span[1] <= self.end + 1e-3:
+            return ""
+        return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s"
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""

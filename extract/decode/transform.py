@@ -201,10 +201,11 @@ def decode_job(
             decoder=plan.decoder,
             on_duration=on_duration,
         ):
-            failed = isinstance(decoded, VideoError)
-            results[place] = decoded if failed else _write_views(decoded, plan, rngs[place], views[place])
+            mine = rngs[place], views[place]
+            results[place] = decoded if isinstance(decoded, VideoError) else _write_views(decoded, plan, *mine)
     except VideoError as error:  # of the whole file
-        results = dict.fromkeys(range(len(wanted)), error) | results
+        for place in range(len(wanted)):
+            results.setdefault(place, error)
     return [results[place] for place in range(len(wanted))]
 
 

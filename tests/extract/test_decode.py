@@ -414,7 +414,7 @@ def test_no_permission(tmp_path):
     if user == 0:  # root may read everything, so be nobody for a moment
         os.seteuid(65534)
     try:
-        with pytest.raises(VideoError, match="cannot be read: permission denied"):
+        with pytest.raises(VideoError, match="cannot be read: Permission denied"):
             decode(path, every_frame)
     finally:
         os.seteuid(user)
