@@ -292,13 +292,13 @@ def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) 
     """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over videos; of top-1
     also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
     from aggregate.ablation.compare import over_seeds
-    from aggregate.metrics import bootstrap, challenge_errors_of
+    from aggregate.metrics import bootstrap, challenge_errors
 
     first, in_five = places == 0, places < min(5, classes)
     by_seed = first.mean(axis=1).tolist()
     over = asdict(over_seeds(by_seed)) if len(by_seed) > 1 else None
     difference = None if baseline is None else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0)))
-    errors = challenge_errors_of(places, classes).mean(axis=0)
+    errors = challenge_errors(places, classes).mean(axis=0)
     several = {"top1": first.mean(axis=0), "top5": in_five.mean(axis=0), "average_error": errors}
     measured = {name: asdict(bootstrap(values)) for name, values in several.items()}
     return measured | {"by_seed": by_seed, "over_seeds": over, "difference": difference}

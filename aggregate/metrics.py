@@ -89,21 +89,19 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def top_k_error(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """1 - the fraction of rows with the true label among the k highest scores. Nothing to score is a ValueError."""
-    return float((_some(ranks(scores, labels)) >= _in_top(k, scores)).mean())
+    if k < 1:
+        raise ValueError(f"k is {k}; the top k are at least 1")
+    # With fewer than k classes every label is in the top k; a row with a NaN, ranked C, stays wrong.
+    return float((_some(ranks(scores, labels)) >= min(k, np.asarray(scores).shape[1])).mean())
 
 
 def challenge_error(scores: np.ndarray, labels: np.ndarray) -> float:
     """The average of top-1 and top-5 error, by which the challenge ranks (FACTS 7)."""
-    return float(challenge_errors(scores, labels).mean())
+    return float(challenge_errors(_some(ranks(scores, labels)), np.asarray(scores).shape[1]).mean())
 
 
-def challenge_errors(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Each video's share of the challenge error: float [N] of 0 (first), 0.5 (in the top 5) or 1."""
-    return challenge_errors_of(_some(ranks(scores, labels)), np.asarray(scores).shape[1])
-
-
-def challenge_errors_of(places: np.ndarray, classes: int) -> np.ndarray:
-    """The same of what `ranks` gives. With fewer than 5 classes the label of every scored video is in the top 5."""
+def challenge_errors(places: np.ndarray, classes: int) -> np.ndarray:
+    """Each video's share of the challenge error, by its rank: float [N] of 0 (first), 0.5 (in the top 5) or 1."""
     return ((places >= 1) + (places >= min(5, classes)).astype(float)) / 2
 
 
@@ -142,18 +140,11 @@ def summarise_places(places: np.ndarray, labels: np.ndarray, classes: int) -> Su
         top1=bootstrap(first),
         top5=bootstrap(in_five),
         mean_class=Interval(float(_mean_class(outcomes)), *np.percentile(per_class, [2.5, 97.5]).tolist()),
-        average_error=bootstrap(challenge_errors_of(places, classes)),
+        average_error=bootstrap(challenge_errors(places, classes)),
         scored=int(scored.sum()),
         listed=len(labels),
         top1_of_scored=float(first[scored].mean()) if scored.any() else 0.0,
     )
-
-
-def _in_top(k: int, scores: np.ndarray) -> int:
-    """With fewer than k classes every label is in the top k; a row with a NaN, ranked C, stays wrong."""
-    if k < 1:
-        raise ValueError(f"k is {k}; the top k are at least 1")
-    return min(k, np.asarray(scores).shape[1])
 
 
 def _some(places: np.ndarray) -> np.ndarray:

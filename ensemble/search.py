@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from aggregate.metrics import Interval, Summary, challenge_errors_of, paired_bootstrap, summarise_places
+from aggregate.metrics import Interval, Summary, challenge_errors, paired_bootstrap, summarise_places
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
 from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
@@ -133,7 +133,7 @@ class Ranking:
 
     def errors(self, places: np.ndarray) -> np.ndarray:
         """Each video's share of the challenge error, float [N]."""
-        return challenge_errors_of(places, len(self.aligned.classes))
+        return challenge_errors(places, len(self.aligned.classes))
 
     def summary(self, places: np.ndarray) -> Summary:
         return summarise_places(places, self.aligned.labels[self.rows], len(self.aligned.classes))

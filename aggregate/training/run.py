@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from aggregate.metrics import Summary, challenge_error, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
+from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
@@ -132,7 +132,7 @@ class Run:
             row[f"{prefix}loss"] = learner.loss
             row[f"{prefix}val_top1"] = float((places == 0).mean())
             row[f"{prefix}val_top5"] = float((places < min(5, classes)).mean())
-            row[f"{prefix}val_average_error"] = challenge_error(learner.scores, labels)
+            row[f"{prefix}val_average_error"] = float(challenge_errors(places, classes).mean())
         row |= self.source.attention(self.learners[0].model)
         self.history.append(row)
         self.epoch = epoch + 1
@@ -199,8 +199,8 @@ class Run:
 
 def _differences(names: list[str], logits: list[np.ndarray], labels: np.ndarray, before: str) -> list[str]:
     """The first model minus each other, in points, paired over videos."""
-    correct = [ranks(scores, labels) == 0 for scores in logits]
-    errors = [challenge_errors(scores, labels) for scores in logits]
+    places, classes = [ranks(scores, labels) for scores in logits], logits[0].shape[1]
+    correct, errors = [one == 0 for one in places], [challenge_errors(one, classes) for one in places]
     return [
         f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other])}, "
         f"average error {paired_bootstrap(errors[0], errors[other])} (points)"
