@@ -2,11 +2,12 @@
 
 import os
 from contextlib import contextmanager
+from typing import Any
 
 import av
 
 # A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
-ANY_TEXT = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
 
