@@ -1,4 +1,4 @@
-"""Fixtures of the whole suite: where the clips are, random state restored after each test."""
+"""Fixtures of the whole suite: where the clips are, random state and threads restored after each test."""
 
 import contextlib
 import os
@@ -63,16 +63,17 @@ def demo_clips() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _random_state_restored():
-    """A test that seeds or draws must not change what the next one sees."""
+def _state_restored():
+    """A test that seeds, draws or sets threads must not change what the next one sees, to the last bit."""
     states = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")
-    torch_state = torch.get_rng_state() if torch else None
+    torch_state = (torch.get_rng_state(), torch.get_num_threads()) if torch else None
     yield
     random.setstate(states[0])
     np.random.set_state(states[1])
     if torch is not None:
-        torch.set_rng_state(torch_state)
+        torch.set_rng_state(torch_state[0])
+        torch.set_num_threads(torch_state[1])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

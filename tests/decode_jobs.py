@@ -19,6 +19,10 @@ def do(job: tuple[str, Any], out: np.ndarray, on_duration) -> Any:
     return _KINDS[kind](value, out, on_duration)
 
 
+def never_done(job: Any, out: np.ndarray, on_duration) -> None:
+    time.sleep(1000)
+
+
 def _fill(value: int, out: np.ndarray, on_duration) -> int:
     out[:] = value
     return value

@@ -4,10 +4,7 @@ import csv
 import json
 import math
 import shlex
-import signal
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +27,7 @@ from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
+from processes import killed_after
 from stores import classes_store, poison_row
 
 TIMES = {"seconds", "pass_seconds", "pass_models"}
@@ -243,15 +241,8 @@ def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
     ablate.main(wanted)
     cut = tmp_path / "cut"
     flags = "--agg hgnl --g1 4 --g2 2 --m1 8 --seeds 0 1 2 3 --epochs 40 --batch-size 16 --lr 0.003 0.01 --dropout 0.3"
-    arguments = [sys.executable, "-m", "aggregate.ablate", *flags.split(), "--features", features, "--out", str(cut)]
     log = cut / "results.jsonl"
-    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while not (log.exists() and log.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    before = log.read_bytes()
+    before = killed_after(4, f"aggregate.ablate {flags} --features {features} --out {cut}", log)
     count = before.count(b"\n")
     assert 4 <= count < 8, "killed too late to show anything"
     with open(log, "ab") as file:

@@ -1,10 +1,6 @@
 """python -m aggregate.crossval: equal to separate runs, blind to what it reports on, killed and resumed."""
 
 import json
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +15,7 @@ from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
+from processes import killed_after
 from stores import classes_store, fail_rows, poison_row
 
 QUICK = {"epochs": (4,), "batch_size": (16,), "lr": (0.01,), "seeds": (0,)}
@@ -187,19 +184,12 @@ def test_failed_videos_are_errors_and_chosen_splits_alone_count(tmp_path, capsys
 
 
 def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
-    wanted = options(features, tmp_path / "whole", epochs=(30,), seeds=(0, 1))
+    wanted = options(features, tmp_path / "whole", epochs=(20,), seeds=(0, 1))
     crossval.main(wanted)
     cut = tmp_path / "cut"
-    flags = "--agg tsn hgnl --epochs 30 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8 --seeds 0 1"
-    command = [sys.executable, "-m", "aggregate.crossval", *flags.split(), "--features", features, "--out", str(cut)]
+    flags = "--agg tsn hgnl --epochs 20 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8 --seeds 0 1"
     log = cut / "results.jsonl"
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 200
-        while not (log.exists() and log.read_bytes().count(b"\n") >= 4) and time.monotonic() < deadline:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    before = log.read_bytes()
+    before = killed_after(4, f"aggregate.crossval {flags} --features {features} --out {cut}", log)
     assert 4 <= before.count(b"\n") < 20, "killed too late to show anything"
     crossval.main(replace(wanted, out=cut))
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])

@@ -3,15 +3,11 @@
 import csv
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -32,6 +28,7 @@ from extract.decode import decode
 from extract.listing.videos import list_videos
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
+from processes import running
 
 BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
 
@@ -146,20 +143,11 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(videos, tmp_path):
 
 
 def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_path):
-    psutil = pytest.importorskip("psutil")
     wanted = options(videos, tmp_path / "run", epochs=500)
-    flags = ["--model", "tsn", "--videos", str(videos), "--out", str(tmp_path / "run"), "--epochs", "500"]
-    flags += ["--batch-size", "4", "--lr", "0.01", "--decode-workers", "1", "--weights", "random"]
-    flags += ["--backbone", BACKBONE]
-    process = subprocess.Popen([sys.executable, "-m", "aggregate.finetune", *flags], stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "last.pt").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.05)
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    flags = f"--model tsn --videos {videos} --out {tmp_path / 'run'} --epochs 500 --batch-size 4 --lr 0.01"
+    command = f"aggregate.finetune {flags} --decode-workers 1 --weights random --backbone {BACKBONE}"
+    with running(command, until=(tmp_path / "run" / "last.pt").exists) as process:
+        children = psutil.Process(process.pid).children(recursive=True)
     _gone, alive = psutil.wait_procs(children, timeout=10)
     assert children
     assert not alive
@@ -313,33 +301,6 @@ def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path)
         ours = run.learners[0].net.state_dict()
     theirs = Checkpoint.load(tmp_path / "txb" / "best.pt").state_dict
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-
-
-# -- several processes ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.ray
-def test_two_ray_workers_give_the_loss_curve_of_one(videos, tmp_path):
-    """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
-    common = {"epochs": 2, "batch_size": 8, "dropout": 0.0, "backbone_lr": 0.0}
-    finetune.main(options(videos, tmp_path / "one", **common))
-    wanted = options(videos, tmp_path / "two", workers=2, **common)
-    code = (
-        "import json, sys; from pathlib import Path; from aggregate.finetune import Options, main;"
-        "o = json.loads(sys.argv[1]); o.update(videos=Path(o['videos']), out=Path(o['out']), val_groups=());"
-        "sys.exit(main(Options(**o)))"
-    )
-    plain = json.dumps(asdict(wanted), default=str)
-    done = subprocess.run(
-        [sys.executable, "-c", code, plain], env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, timeout=240, check=False
-    )
-    assert done.returncode == 0
-
-    def curve(name: str) -> list[float]:
-        rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
-        return [float(row["loss"]) for row in rows]
-
-    assert curve("two") == pytest.approx(curve("one"), rel=2e-2)
 
 
 # -- what is wrong is said -----------------------------------------------------------------------------------------

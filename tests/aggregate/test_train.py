@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
+from processes import running
 from stores import classes_store, fail_rows, poison_row
 
 
@@ -86,17 +85,14 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(features, tmp_path):
 
 
 def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(features, tmp_path):
-    command = [sys.executable, "-m", "aggregate.train", "--agg", "tsn", "--features", features]
-    command += ["--out", str(tmp_path / "run"), "--epochs", "100000", "--batch-size", "8"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "last.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.1)
+    last = tmp_path / "run" / "last.pt"
+    command = f"aggregate.train --agg tsn --features {features} --out {last.parent} --epochs 100000 --batch-size 8"
+    with running(command, until=last.exists, output=subprocess.PIPE) as process:
         process.send_signal(signal.SIGINT)
         printed = process.communicate(timeout=60)[0]
     assert process.returncode == 130
     assert "the same command resumes" in printed
-    assert Checkpoint.load(tmp_path / "run" / "last.pt").training["epoch"] >= 1
+    assert Checkpoint.load(last).training["epoch"] >= 1
 
 
 def test_hgnl_starts_as_the_tsn_it_is_initialised_from(features, tmp_path, capsys):

@@ -1,10 +1,11 @@
 """Ray: several raylets on this machine, workers, decoders and nodes lost in the middle; nodes that do not fit the run.
 
-One cluster for all: a head without cores, to which each test adds its nodes. A node may claim a GPU; what runs there
-uses the CPU, and the pool treats it as it would treat a GPU node.
+One cluster for all, training by several workers too: a head without cores, to which each test adds its nodes. A node
+may claim a GPU; what runs there uses the CPU, and the pool treats it as it would treat a GPU node.
 """
 
 import contextlib
+import csv
 import os
 import shutil
 import signal
@@ -254,6 +255,27 @@ def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_p
     ours = code_version().replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"):
         main(options(clips, tmp_path / "a.zarr", address=cluster.address))
+
+
+def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, add_nodes, tmp_path):
+    """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
+    for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[::2]):
+        folder = tmp_path / "videos" / ("val" if number % 3 == 2 else "train") / clip.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / clip.name).symlink_to(clip)
+    add_nodes({"num_cpus": 2})
+    flags = f"--model tsn --videos {tmp_path / 'videos'} --epochs 2 --batch-size 8 --lr 0.01 --dropout 0"
+    flags += " --backbone test_resnet --weights random --backbone-lr 0 --decode-workers 1 --out"
+    command = [sys.executable, "-m", "aggregate.finetune", *flags.split()]
+    two = [*command, str(tmp_path / "two"), "--workers", "2", "--address", cluster.address]
+    subprocess.run(two, env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, cwd=ROOT, timeout=200, check=True)
+    subprocess.run([*command, str(tmp_path / "one")], cwd=ROOT, timeout=100, check=True)
+
+    def curve(name: str) -> list[float]:
+        rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
+        return [float(row["loss"]) for row in rows]
+
+    assert curve("two") == pytest.approx(curve("one"), rel=2e-2)
 
 
 def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(clips, tmp_path):

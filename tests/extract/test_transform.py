@@ -51,7 +51,6 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2 import functional as torchvision
 
-    torch.set_num_threads(1)
     frame = picture(*shape)
     ours = resize_short_side(frame, Preprocessing(size=224, resize=232, interpolation=interpolation, **IMAGENET))
     theirs = torchvision.resize(

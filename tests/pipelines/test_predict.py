@@ -20,6 +20,7 @@ from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.endtoend import backbone_from_record, model_from_record
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
+from decode_jobs import never_done
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_backbone
@@ -182,13 +183,14 @@ def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(broken_clips, c
     assert len(videos[2]["windows"][0]["top"]) == 5
 
 
-def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgnl, tmp_path, capsys):
+def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgnl, tmp_path, capsys, monkeypatch):
     from extract.cli import run_command
 
     several = [str(clip) for clip in clips]
     asked = [*several, "--checkpoint", str(hgnl), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
-    late = [*asked, "--video-timeout", "1e-9"]
-    assert run_command(predict.main, Options, prog="predict", args=late) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.predictor.look", never_done)
+        assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0.1"]) == 3
     assert capsys.readouterr().err.count("given up after") == 2
     assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
     assert run_command(predict.main, Options, prog="predict", args=asked) == 0
