@@ -151,10 +151,12 @@ class CudaSlot:
 
 
 def gpu_slots(run: Run, batch: Tensor, dim: int, *, device: torch.device, form: str) -> list[CudaSlot]:
-    """One slot to fill and two to be under way on a GPU, which runs the network eager or as graphs."""
+    """One slot to fill and two to be under way on a GPU, which runs the network eager, as graphs, or compiled."""
     copying, computing = (torch.cuda.Stream(device) for _ in range(2))
     torch.cuda.synchronize(device)  # the network was moved there on another stream than these
-    if form == "graphs":
+    if form == "compiled":
+        run = torch.compile(run, dynamic=False)
+    if form != "eager":
         run = _captured(run, batch.to(device), computing)
     return [CudaSlot(run, batch, dim, copying=copying, computing=computing) for _ in range(3)]
 

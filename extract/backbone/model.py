@@ -87,7 +87,8 @@ def load_backbone(
     precision: fp32, bf16, fp16, or "auto": fp16 on a GPU; on a CPU one batch of fp32 and one of bf16 are timed and
     the faster is taken (CPUs that claim bf16 can be 6 times slower in it). A run that is continued passes the
     precision it recorded.
-    form: how a GPU runs it, eager or graphs, which give the same bytes; "auto" times one batch of each.
+    form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
+    bytes (torch.compile, which takes a minute, rounds otherwise: make gpu compares it).
     frames: how many come together, where that is known: they are then spread evenly over batches.
     Raises InputError for a device that is not there and for fp16 on a CPU, RunError where the GPU's memory is full.
     """

@@ -86,7 +86,7 @@ def backbone_alone(size: Size) -> Numbers:
     """Ready frames of the host through the backbone, several batches under way; start-up counted apart."""
     numbers: Numbers = {}
     frames = None
-    for form in ("eager", "graphs") if size.device == "cuda" else ("eager",):
+    for form in ("eager", "graphs", "compiled") if size.device == "cuda" else ("eager",):
         started = time.perf_counter()
         backbone = load_backbone(
             size.backbone, weights="random", device=size.device, precision=size.precision, form=form, frames=size.batch
