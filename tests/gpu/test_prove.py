@@ -77,7 +77,8 @@ def test_wheels_are_those_of_the_lock_and_need_nothing_that_is_not_there():
     lock = (ROOT / "requirements.lock").read_text()
     assert all(pin in lock for pin in pins)
     known = THERE | set(wheelhouse.LACKING)
-    for name in wheelhouse.LACKING:
+    here = {prove.plain(one.name) for one in importlib.metadata.distributions()}  # another Python needs others
+    for name in here & set(wheelhouse.LACKING):
         for line in importlib.metadata.requires(name) or ():
             need = Requirement(line)
             if need.marker is None or need.marker.evaluate({"extra": "", "python_version": wheelhouse.PYTHON}):
