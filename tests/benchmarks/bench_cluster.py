@@ -31,7 +31,8 @@ from extract.workers.driver import _blocks, _columns, _run
 from extract.workers.worker import Block, Done, Worker, jobs_of
 from simulated import SimulatedWorker
 
-pytestmark = pytest.mark.timeout(1800)
+# Ray Data warns of settings of its own when it is imported.
+pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "device": "auto"}
