@@ -39,10 +39,6 @@ class Video:
     group: str = ""
     span: tuple[float, float] | None = None
 
-    def __reduce__(self) -> tuple[type["Video"], tuple[Any, ...]]:
-        # How dataclasses pickle slots takes nine times as long, which a driver of many workers feels.
-        return Video, (self.id, self.path, self.label, self.split, self.group, self.span)
-
 
 @dataclass(frozen=True)
 class Listing:

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 DEATHS_A_BLOCK = 3  # a block that was in hand when so many workers died is taken for the cause
 SECONDS_WITHOUT_WORKERS = 600.0
 SECONDS_BETWEEN_LOOKS = 2.0  # at which nodes there are
-SECONDS_A_COMMIT = 0.25  # blocks that are handed in within this time are committed together
+SECONDS_TOGETHER = 0.05
+SECONDS_A_COMMIT = 0.5  # blocks that are handed in within this time are committed together: one takes 30 ms
 CORES_A_DECODER = 4  # a large node becomes several, so that they can be shared out among workers
 
 
@@ -169,7 +170,8 @@ class RayActorPool:
             parts: list[_Member | _Helper] = [*self._members, *self._helpers]
             calls = {call: part for part in parts for call in part.calls}
             self._ray.wait(list(calls), timeout=SECONDS_A_COMMIT if held else SECONDS_BETWEEN_LOOKS)
-            ready = self._ray.wait(list(calls), num_returns=len(calls), timeout=0)[0]
+            # Many workers are heard together: each has another block, and asking after them all is not free.
+            ready = self._ray.wait(list(calls), num_returns=len(calls), timeout=SECONDS_TOGETHER)[0]
             for done in (done for call in ready for done in self._hear(calls[call], call, queue)):
                 if done.number in left:  # else another worker was given it meanwhile, and wrote the same bytes
                     left.remove(done.number)

@@ -9,8 +9,9 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,17 @@ class Block:
     number: int
     rows: tuple[int, ...]
     videos: tuple[Video, ...] = field(repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Videos travel as plain tuples: Ray's pickler asks about every other object, in Python.
+        return _block, (self.number, self.rows, tuple(map(_PLAIN, self.videos)))
+
+
+_PLAIN = attrgetter(*(field.name for field in fields(Video)))
+
+
+def _block(number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...]) -> Block:
+    return Block(number, rows, tuple(Video(*video) for video in videos))
 
 
 Submitted = tuple[list[int], Job, "Future[Finished]"]  # rows of a block (their places), and who decodes them

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +23,12 @@ from extract.__main__ import Options, main
 from extract.cli import InputError, RunError, run_command
 from extract.export import Options as ExportOptions
 from extract.export import main as export
+from extract.listing.videos import Video
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, RunLog
 from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
+from extract.workers.worker import Block
 from stores import store_digest
 
 TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 4}
@@ -412,3 +416,10 @@ def test_the_log_tells_what_happened(undisturbed):
     assert [record["event"] for record in records[:5]] == ["start", "block", "block", "block", "end"]
     assert json.loads(json.dumps(records[0]))["options"]["backbone"] == "test_resnet"
     assert records[1]["seconds"]["device"] > 0
+
+
+def test_a_block_travels_with_every_field_of_its_videos():
+    video = Video("a.mp4#1000-2000", "/a.mp4", 1, "train", "somebody", (1.0, 2.0))
+    assert all(getattr(video, field.name) != field.default for field in fields(Video))
+    block = Block(3, (5, 6), (video, Video("b.mp4", "/b.mp4", -1)))
+    assert pickle.loads(pickle.dumps(block)) == block

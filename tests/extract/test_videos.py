@@ -5,9 +5,7 @@ import errno
 import gc
 import hashlib
 import os
-import pickle
 import re
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -684,9 +682,3 @@ def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, 
     assert len(listing.missing) == 1
     assert len(clips) == rows
     assert sum(video.label >= 0 for video in (*listing.videos, *listing.missing)) == labelled
-
-
-def test_a_video_travels_with_every_field():
-    video = Video("a.mp4#1000-2000", "/a.mp4", 1, "train", "somebody", (1.0, 2.0))
-    assert all(getattr(video, field.name) != field.default for field in fields(Video))
-    assert pickle.loads(pickle.dumps(video)) == video
