@@ -46,7 +46,7 @@ def extract(options: Options) -> int:
     if options.window is not None and options.stride is not None:
         files, videos = len(videos), cut_windows(videos, options.window, options.stride)
         print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
-    _open_if_there(options.out)  # what is there and is no store is refused before a log is written beside it
+    _refuse_foreign_folder(options.out)
     with contextlib.closing(Lease(options.out)) if is_remote(options.out) else exclusive(options.out) as hold:
         return _extract(options, listing, videos, hold)
 
@@ -106,6 +106,16 @@ def _check(options: Options) -> None:
         raise InputError(f"--max-failed {options.max_failed:g}: expected a fraction between 0 and 1")
     if options.video_timeout <= 0:
         raise InputError(f"--video-timeout {options.video_timeout:g}: expected more than 0 seconds")
+
+
+def _refuse_foreign_folder(out: str) -> None:
+    """Before a log is written beside it. A store is not opened yet: another driver may be making it."""
+    path = Path(out)
+    if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
+        what = "a file" if path.is_file() else "a folder"
+        raise InputError(
+            f"--out {out} exists and is no feature store but {what}; nothing was touched, give another name"
+        )
 
 
 def _open_if_there(out: str) -> FeatureStore | None:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -91,7 +92,9 @@ def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(s3, clips, undi
     with (tmp_path / "log").open("w") as log:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
         while run.poll() is None and not committed("s3://videos/killed.zarr"):
+            run.send_signal(signal.SIGCONT)
             time.sleep(0.05)
+            run.send_signal(signal.SIGSTOP)  # while it is looked at, so that it cannot end meanwhile
         run.kill()
         run.wait()
     assert 0 < committed("s3://videos/killed.zarr") < 8

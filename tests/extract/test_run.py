@@ -235,7 +235,7 @@ def test_other_settings_are_refused_and_named(clips, undisturbed, tmp_path):
 def test_what_cannot_be_written_is_said_and_nothing_is_lost(clips, undisturbed, tmp_path, monkeypatch):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "dear_diary.txt").write_text("1 January")
-    with pytest.raises(InputError, match=r"notes is no feature store: it is no Zarr group"):
+    with pytest.raises(InputError, match=r"notes exists and is no feature store but a folder"):
         main(options(clips, tmp_path / "notes"))
     assert (tmp_path / "notes" / "dear_diary.txt").read_text() == "1 January"
     with pytest.raises(RunError, match=r"/dev/null: File exists; a folder is needed there"):
