@@ -196,6 +196,15 @@ def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once)
 # -- the folder ----------------------------------------------------------------------------------------------------
 
 
+def test_trained_on_all_segments_each_measure_is_shown_once(features, tmp_path):
+    every = FeatureStore.open(features).frames_per_video
+    for frames, times in ((every, 1), (2, 2)):
+        out = tmp_path / str(frames)
+        assert ablate.main(options(features, out, frames=(frames,), epochs=(1,))) == 0
+        head = (out / "summary.txt").read_text().splitlines()[0]
+        assert (head.count("top-1 % @"), head.count(f"top-1 % @{every}")) == (times, 1)
+
+
 def test_tables_and_figures_of_a_grid(features, tmp_path, capsys):
     out = tmp_path / "a"
     wanted = options(features, out, g1=(2, 4), g2=(1, 2, 4), seeds=(0, 1, 2))

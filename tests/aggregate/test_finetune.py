@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -330,6 +331,16 @@ def test_no_video_that_decodes_ends_the_run(tmp_path):
             target.parent.mkdir(parents=True)
             target.write_bytes(b"nothing")
     with pytest.raises(RunError, match="not one of 2 videos can be decoded; train/"):
+        finetune.main(options(tmp_path / "v", tmp_path / "run"))
+
+
+def test_no_validation_video_that_decodes_ends_the_run(videos, tmp_path):
+    shutil.copytree(videos / "train", tmp_path / "v" / "train")
+    for name in ("barbell", "kettlebells"):
+        target = tmp_path / "v" / "val" / name / "x.mp4"
+        target.parent.mkdir(parents=True)
+        target.write_bytes(b"nothing")
+    with pytest.raises(RunError, match="not one of 2 videos to test on can be decoded"):
         finetune.main(options(tmp_path / "v", tmp_path / "run"))
 
 

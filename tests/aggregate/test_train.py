@@ -16,6 +16,7 @@ from aggregate import evaluate, train
 from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.recipes import recipe
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
@@ -295,6 +296,14 @@ def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
     assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["v/0006.mp4"]
 
 
+def test_weights_that_give_no_scores_are_said_to_be_damaged(trained, features, tmp_path):
+    damaged = Checkpoint.load(trained)
+    state = damaged.state_dict | {"classifier.bias": torch.full_like(damaged.state_dict["classifier.bias"], torch.nan)}
+    replace(damaged, state_dict=state).save(tmp_path / "damaged.pt")
+    with pytest.raises(RunError, match=r"damaged\.pt has no scores that are finite; its weights are damaged"):
+        evaluate.main(evaluate.Options(tmp_path / "damaged.pt", features))
+
+
 def test_labels_are_matched_by_class_name(trained, features, tmp_path):
     store = FeatureStore.open(features)
     arrays = {"lengths": store.num_frames, "splits": store.splits.tolist()}
@@ -342,6 +351,15 @@ def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
     torch.save({"x": 1}, tmp_path / "other.pt")
     with pytest.raises(InputError, match="is no checkpoint of"):
         Checkpoint.load(tmp_path / "other.pt")
+
+
+def test_the_attentive_probe_has_a_rate_of_its_own_in_the_cached_recipe():
+    assert {agg: recipe("cached", agg, videos=96).lr for agg in ("tsn", "hgnl", "nextvlad", "attentive")} == {
+        **dict.fromkeys(("tsn", "hgnl", "nextvlad"), 0.01),
+        "attentive": 0.03,
+    }
+    assert recipe("cached", "attentive", videos=96, lr=0.2).lr == 0.2
+    assert recipe("paper", "attentive", videos=96).lr == recipe("paper", "tsn", videos=96).lr
 
 
 def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, tmp_path):

@@ -473,6 +473,24 @@ def test_a_name_that_is_no_utf8(tmp_path):
     assert decode(os.fsdecode(name), every_frame).num_frames == 2
 
 
+def test_a_title_that_is_no_utf8(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=2)
+    with av.open(str(path)) as source, av.open(str(tmp_path / "titled.mp4"), "w") as output:
+        output.metadata["title"] = "ABCDEFGH"
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    content = (tmp_path / "titled.mp4").read_bytes()
+    assert content.count(b"ABCDEFGH") == 1
+    (tmp_path / "titled.mp4").write_bytes(content.replace(b"ABCDEFGH", b"\xff\xfe\x80\xc3\xff\xfe\x80\xc3"))
+    if int(av.__version__.split(".")[0]) < 19:
+        with pytest.raises(UnicodeDecodeError):
+            av.open(str(tmp_path / "titled.mp4"))
+    assert decode(str(tmp_path / "titled.mp4"), every_frame).num_frames == 2
+
+
 FUZZED = {
     "a.mp4": {"container_options": {"movflags": "faststart"}},
     "b.mkv": {"codec": "libx265"},

@@ -238,6 +238,9 @@ def test_what_cannot_be_written_is_said_and_nothing_is_lost(clips, undisturbed, 
     with pytest.raises(InputError, match=r"notes exists and is no feature store but a folder"):
         main(options(clips, tmp_path / "notes"))
     assert (tmp_path / "notes" / "dear_diary.txt").read_text() == "1 January"
+    with pytest.raises(InputError, match=r"dear_diary\.txt exists and is no feature store but a file"):
+        main(options(clips, tmp_path / "notes" / "dear_diary.txt"))
+    assert not (tmp_path / "notes" / "dear_diary.txt.log").exists()
     with pytest.raises(RunError, match=r"/dev/null: File exists; a folder is needed there"):
         main(options(clips, "/dev/null/feats.zarr"))
 
