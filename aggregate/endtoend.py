@@ -27,9 +27,14 @@ class Recogniser(nn.Module):
     `backbone.`, so that classifiers trained on cached features fit in, and `extract --weights` takes the backbone.
     """
 
+    mean: Tensor  # of levels from 0 to 255
+    std: Tensor
+
     def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.net, self.preprocessing = net, preprocessing
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(preprocessing, name)).view(3, 1, 1) * 255, persistent=False)
 
     def forward(
         self,
@@ -37,9 +42,8 @@ class Recogniser(nn.Module):
         mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch classes"]:
         """A StNet sees every segment, whatever the mask."""
-        device, see = next(self.net.parameters()).device, self.preprocessing
-        mean, std = (torch.tensor(three, device=device).view(3, 1, 1) * 255 for three in (see.mean, see.std))
-        pictures = (frames.to(device, non_blocking=True).movedim(-1, -3).float() - mean) / std
+        device = self.mean.device
+        pictures = (frames.to(device, non_blocking=True).movedim(-1, -3).float() - self.mean) / self.std
         if isinstance(self.net, StNet):
             return self.net(pictures)
         backbone: Any = self.net.backbone

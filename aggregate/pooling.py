@@ -16,14 +16,15 @@ Features = Float[Tensor, "batch dim"]  # F_v: one vector a video
 def blank_masked(x: Frames, mask: Mask) -> Frames:
     """`x` with its masked frames at zero, so that not even a NaN in them can reach a sum.
 
-    `mask=None` costs nothing. Raises ValueError for a mask of another shape and for a video without any valid frame.
+    `mask=None` costs nothing. Raises ValueError for a mask of another shape and, on a CPU, for a video without any
+    valid frame: to look would be to wait for a GPU, and there such a video is not finite afterwards.
     """
     if mask is None:
         return x
     if mask.shape != x.shape[:2]:
         raise ValueError(f"the mask is {list(mask.shape)}; for features {list(x.shape)} it must be {list(x.shape[:2])}")
     # An exported graph cannot branch on values: there the caller answers for its mask.
-    if not torch.compiler.is_compiling() and not (valid := mask.any(1)).all():
+    if mask.is_cpu and not torch.compiler.is_compiling() and not (valid := mask.any(1)).all():
         rows = (~valid).nonzero().flatten().tolist()
         raise ValueError(f"no frame is valid in row {rows[0]} of the mask ({len(rows)} such rows of {len(mask)})")
     return x.masked_fill(~mask[..., None], 0)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aggregate.data.features import Batch
+from aggregate.data.features import Batch, there
 from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups, set_lr
 
 
@@ -96,8 +96,9 @@ class Learner:
             last = start + self.micro_batch >= count  # with it gradients are averaged over processes
             together: Any = nullcontext() if last or self.world == 1 else self.parallel.no_sync()  # type: ignore
             with together, autocast(self.device, self.precision):
-                logits = self.parallel(batch.x[part], mask)
-                loss = F.cross_entropy(logits.float(), batch.labels[part].to(self.device), reduction="sum")
+                logits = self.parallel(there(batch.x[part], self.device), mask)
+                labels = there(batch.labels[part], self.device)
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum")
                 # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.
                 self.scaler.scale(loss * (self.world / whole)).backward()
             self._loss += loss.detach()

@@ -16,24 +16,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Run = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Tensor]  # called in inference mode, which torch.compile does not let it enter itself
 
 
 class Batches:
     """Frames of any number of videos, collected into whole batches; features go where `add` was told, in its order.
 
-    `check` sees the features of each batch, without padding, and raises where they are bad. After any error what was
-    under way is waited for and dropped, and the slots can be used again.
+    Of the frames that were `added` the first `returned` have their features. `check` sees the features of each batch,
+    without padding, and raises where they are bad. After any error what was under way is waited for and dropped, and
+    the slots can be used again.
     """
 
     def __init__(self, slots: Sequence[Any], *, check: Callable[[np.ndarray], None]):
         self.seconds = 0.0  # that the device computed
+        self.added = self.returned = 0
         self._free, self._check = deque(slots), check
         self._under_way: deque[tuple[Any, list[np.ndarray]]] = deque()
         self._filled, self._targets = 0, list[np.ndarray]()
 
     def add(self, frames: Any, into: np.ndarray) -> None:
-        """Frames uint8 [n, size, size, 3], whose features will be `into` float16 [n, dim] when `finish` returns."""
+        """Frames uint8 [n, size, size, 3], whose features will be `into` float16 [n, dim], when `finish` returns at
+        the latest."""
+        self.added += len(frames)
         while len(frames):
             slot = self._free[0]
             count = min(len(frames), slot.size - self._filled)
@@ -69,6 +73,7 @@ class Batches:
         for into in targets:
             into[:] = features[start : start + len(into)]
             start += len(into)
+        self.returned += start
         self.seconds += seconds
         self._under_way.popleft()
         self._free.append(slot)
@@ -83,6 +88,7 @@ class Batches:
                 with suppress(Exception):
                     slot.wait()
                 self._free.append(slot)
+            self.returned = self.added
             raise
 
 
@@ -104,7 +110,8 @@ class HostSlot:
         """Begin to compute, zeros in the place of frames from `count` on; the batch is under way until `wait` ends."""
         self._frames[count:] = 0
         started = time.perf_counter()
-        self._features = self._run(self._frames).numpy()
+        with torch.inference_mode():
+            self._features = self._run(self._frames).numpy()
         self._seconds = time.perf_counter() - started
 
     def wait(self) -> tuple[np.ndarray, float]:
@@ -139,7 +146,7 @@ class CudaSlot:
         with torch.cuda.stream(self._copying):
             self._frames[count:].zero_()
             self._copied.record()
-        with torch.cuda.stream(self._computing):
+        with torch.inference_mode(), torch.cuda.stream(self._computing):
             self._copied.wait()
             self._begun.record()
             self._features.copy_(self._run(self._frames), non_blocking=True)

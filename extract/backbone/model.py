@@ -186,10 +186,9 @@ class Backbone:
 
     def _run(self, frames: Tensor) -> Tensor:
         """uint8 [n, size, size, 3] on the device -> float16 [n, dim], perhaps still being computed."""
-        with torch.inference_mode():
-            pixels = frames.permute(0, 3, 1, 2).to(torch.float32)  # stored channels-last
-            x = torch.addcmul(self._shift, pixels, self._scale).to(self._dtype)
-            return self._network(x).to(torch.float16)
+        pixels = frames.permute(0, 3, 1, 2).to(torch.float32)  # stored channels-last
+        x = torch.addcmul(self._shift, pixels, self._scale).to(self._dtype)
+        return self._network(x).to(torch.float16)
 
     def _check_finite(self, features: np.ndarray) -> None:
         damaged = int((~np.isfinite(features)).any(axis=1).sum())

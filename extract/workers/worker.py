@@ -1,12 +1,14 @@
 """One block of videos -> one block of features: the same code in this process and in a Ray actor.
 
 Three things run beside each other in a worker: child processes decode ahead (`subprocess_pool.py`), this thread feeds
-the device with batches of a constant size, and one thread writes the shard of the block before.
+the device with batches of a constant size, whose frames may be of two blocks, and one thread writes the shard of the
+block before.
 """
 
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from extract.backbone.batches import Batches
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
@@ -90,9 +93,12 @@ class Worker:
     def __init__(self, options: Options, cores: int):
         self.options, self.cores = options, cores
         self._views = view_names(options.crops, options.augment_passes)
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
-        self._writing: Future[Done] | None = None
         self._ahead: dict[int, list[Submitted]] = {}
+        # Blocks that are computed: how many frames were added when their last one was, and features.
+        self._computing: deque[tuple[int, np.ndarray, Done]] = deque()
+        self._computed = 0.0  # seconds of the device, of blocks before those
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
+        self._writing: list[Future[Done]] = []
 
     @cached_property
     def _backbone(self) -> Backbone:
@@ -110,6 +116,10 @@ class Worker:
             seed=options.seed,
             frames=together,
         )
+
+    @cached_property
+    def _batches(self) -> Batches:
+        return self._backbone.batches()
 
     @cached_property
     def _plan(self) -> Plan:
@@ -197,19 +207,37 @@ class Worker:
         yield self.drain()
 
     def run(self, block: Block, upcoming: Block | None = None) -> list[Done]:
-        """Extract a block and begin to write it; decode ahead for `upcoming`. Returns blocks written meanwhile."""
+        """Extract a block, decode ahead for `upcoming`. Returns blocks written meanwhile.
+
+        Its last frames may still be computed when this returns, with the first of the next block, so that a GPU does
+        not run dry between blocks.
+        """
         submitted = self._ahead.pop(block.number, None) or self._submit(block)
         if upcoming is not None:
             self._ahead[upcoming.number] = self._submit(upcoming)
-        features, done = self._extract(block, submitted)
-        finished = self.drain()
-        self._writing = self._writer.submit(self._write, features, done)
-        return finished
+        self._extract(block, submitted)
+        written = self._written()
+        self._write_computed()
+        return written
 
     def drain(self) -> list[Done]:
-        """Wait for the block that is being written and return it."""
-        writing, self._writing = self._writing, None
-        return [writing.result()] if writing is not None else []
+        """Wait for the blocks that are being computed or written and return them."""
+        if self._computing:
+            self._batches.finish()
+            self._write_computed()
+        return self._written()
+
+    def _written(self) -> list[Done]:
+        writing, self._writing = self._writing, []
+        return [one.result() for one in writing]
+
+    def _write_computed(self) -> None:
+        """Begin to write blocks whose features are all there."""
+        while self._computing and self._computing[0][0] <= self._batches.returned:
+            _, features, done = self._computing.popleft()
+            done.seconds["device"] = self._batches.seconds - self._computed
+            self._computed = self._batches.seconds
+            self._writing.append(self._writer.submit(self._write, features, done))
 
     def close(self) -> None:
         """Stop the children; a block in hand is dropped."""
@@ -221,7 +249,7 @@ class Worker:
     def _submit(self, block: Block) -> "list[Submitted]":
         return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, self._plan)]
 
-    def _extract(self, block: Block, submitted: "list[Submitted]") -> tuple[np.ndarray, Done]:
+    def _extract(self, block: Block, submitted: "list[Submitted]") -> None:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
         count = len(block.rows)
         features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
@@ -234,7 +262,6 @@ class Worker:
             timestamps=np.full((count, views, frames), np.nan, "<f4"),
         )
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
-        batches = self._backbone.batches()
         for place, prepared, pictures in self._prepared(submitted, seconds):
             if isinstance(prepared, VideoError):
                 outcome.errors[place] = prepared.reason
@@ -243,12 +270,11 @@ class Worker:
             outcome.errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
             outcome.num_frames[place] = prepared.num_frames
             outcome.frame_indices[place], outcome.timestamps[place] = prepared.indices, prepared.timestamps
-            batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])
-        batches.finish()
-        seconds["device"] = batches.seconds
+            self._batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])
+            self._write_computed()
         computed = int((outcome.status != FAILED).sum()) * views * frames
         done = Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds)
-        return features.reshape(count, views, frames, -1), done
+        self._computing.append((self._batches.added, features.reshape(count, views, frames, -1), done))
 
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]

@@ -4,8 +4,10 @@ import gc
 import threading
 import time
 import tracemalloc
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from extract.backbone.batches import Batches, gpu_slots
+from extract.backbone.model import load_backbone
+from extract.decode.subprocess_pool import Finished
+from extract.decode.transform import Prepared, Preprocessing
+from extract.listing.videos import Video
+from extract.options import Options
+from extract.workers.worker import Block, Worker, jobs_of
 
 PIXELS, DIM = 2, 5
 
@@ -299,7 +307,7 @@ class FakeCuda:
         empty = torch.empty
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: self.calls.append("kept"))
-        monkeypatch.setattr("torch.empty", lambda *shape, pin_memory, **rest: empty(*shape, **rest))
+        monkeypatch.setattr("torch.empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
         for name, fake in (("Stream", Stream), ("Event", Event), ("stream", stream)):
             monkeypatch.setattr(f"torch.cuda.{name}", fake)
         monkeypatch.setattr("torch.cuda.synchronize", lambda device: self.calls.append("all is there"))
@@ -334,6 +342,98 @@ def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(monkeypatc
     assert cuda.calls.count("kept") == 1
 
 
+def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda, recorded = FakeCuda(monkeypatch), []
+
+    def run(frames: torch.Tensor) -> torch.Tensor:
+        assert torch.is_inference_mode_enabled()
+        features = torch.from_numpy(features_of(frames.numpy()))
+        recorded.append((frames, features))
+        return features
+
+    class Graph:
+        def replay(self) -> None:
+            frames, features = recorded[-1]
+            features.copy_(torch.from_numpy(features_of(frames.numpy())))
+
+    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
+    monkeypatch.setattr("torch.cuda.graph", lambda graph, stream, capture_error_mode: cuda_stream(stream))
+    cuda_stream = torch.cuda.stream
+    batch = torch.zeros(4, PIXELS, PIXELS, 3, dtype=torch.uint8)
+    slots = gpu_slots(run, batch, DIM, device=torch.device("cpu"), form="graphs")
+    assert len(recorded) == 4  # three that warm up, and the one that is recorded
+    frames, features = noise(30), np.zeros((30, DIM), np.float16)
+    through(Batches(slots, check=accept), frames, features)
+    np.testing.assert_array_equal(features, features_of(frames))
+    assert len(recorded) == 4
+    assert cuda.calls.count("the host waits") == 8
+
+
+def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first half, which reads the Python; the second would make kernels for a minute."""
+    FakeCuda(monkeypatch)
+    compiler = torch.compile
+    monkeypatch.setattr("torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr("extract.backbone.batches._captured", lambda run, frames, stream: run)
+    backbone = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32")
+    frames = np.random.default_rng(0).integers(0, 256, (5, 160, 160, 3), dtype=np.uint8)
+    batch = torch.zeros(8, 160, 160, 3, dtype=torch.uint8)
+    slots = gpu_slots(backbone._run, batch, backbone.dim, device=torch.device("cpu"), form="compiled")
+    features = np.zeros((5, backbone.dim), np.float16)
+    through(Batches(slots, check=accept), frames, features)
+    np.testing.assert_allclose(features, backbone(frames), rtol=0.01)
+
+
 class _Forgetting(list):
     def append(self, one: object) -> None:
         pass
+
+
+# -- batches of a worker -------------------------------------------------------------------------------------------
+
+
+class FakeBackbone:
+    """As much of a Backbone as a worker computes with."""
+
+    device, dim = torch.device("cpu"), DIM
+    preprocessing = Preprocessing(PIXELS, PIXELS, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+    def __init__(self, device: FakeDevice):
+        self.slots = device.slots(3, 4)
+
+    def batches(self) -> Batches:
+        return Batches(self.slots, check=accept)
+
+
+def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames that are left over of a block go with the next one's, and blocks are handed in once they are back."""
+    device, written = FakeDevice(gate=threading.Event()), {}
+    worker = Worker(Options(videos=Path(), out="", frames=3), 1)
+    monkeypatch.setattr(Worker, "_backbone", FakeBackbone(device))
+    monkeypatch.setattr(
+        worker, "_write", lambda features, done: (written.update({done.number: features[:, 0].copy()}), done)[1]
+    )
+    blocks, expected = [], {}
+    for number in range(3):
+        frames = noise(6, seed=number)
+        prepared = [Prepared(np.zeros((1, 3), "<i4"), np.zeros((1, 3), "<f4"), 9, "") for _ in range(2)]
+        expected[number] = features_of(frames).reshape(2, 3, DIM)
+        videos = tuple(Video(f"{number}-{k}", f"{number}-{k}.mp4", 0) for k in range(2))
+        blocks.append(Block(number, (2 * number, 2 * number + 1), videos))
+        worker._ahead[number] = []
+        for k, job in jobs_of(videos, worker._plan):
+            done: Future[Finished] = Future()
+            done.set_result(Finished([prepared[k[0]]], frames[3 * k[0] : 3 * k[0] + 3].reshape(-1)))
+            worker._ahead[number].append((k, job, done))
+    assert worker.run(blocks[0]) == []
+    assert device.under_way == 1  # two frames wait for the next block
+    device.gate.set()
+    assert worker.run(blocks[1]) + worker.run(blocks[2])  # the first, at the latest while the third is added
+    rest = worker.drain()
+    assert worker.drain() == []
+    assert rest[-1].number == 2
+    assert device.launched == 5  # of 18 frames
+    assert written.keys() == expected.keys()
+    for number in expected:
+        np.testing.assert_array_equal(written[number], expected[number])
+    worker.close()

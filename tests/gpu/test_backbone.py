@@ -18,14 +18,16 @@ from extract.sampling import segment_centres
 
 pytestmark = pytest.mark.gpu
 
-# Relative error of features (2-norm) against fp32 on the CPU, for the network whose roundings show least, and how many
-# times that for the others. Measured on a CPU in bf16: SE-ResNeXt101 0.36 %, EfficientNet-Lite0 5.5 % (few channels,
-# cut off at 6); fp16 has three bits more. A GPU adds up in other orders, so there is room.
-TOLERANCE = {"fp16": 4e-3, "bf16": 3e-2}
+# Relative error of features (2-norm) against fp32, measured on a CPU in both half precisions (frames of 8 clips); a GPU
+# adds up in other orders, so three times that is allowed.
 NETWORKS = {
-    "SE-ResNeXt": ("legacy_seresnet18" if REHEARSAL else "legacy_seresnext101_32x4d", "random", 1),
-    "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained", 3),
-    "ViT": ("test_vit" if REHEARSAL else "vit_small_patch16_224", "random", 1),
+    "SE-ResNeXt": (
+        "legacy_seresnet18" if REHEARSAL else "legacy_seresnext101_32x4d",
+        "random",
+        {"fp16": 4.8e-4, "bf16": 3.5e-3},
+    ),
+    "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained", {"fp16": 5.3e-3, "bf16": 5.1e-2}),
+    "ViT": ("test_vit" if REHEARSAL else "vit_small_patch16_224", "random", {"fp16": 1.4e-3, "bf16": 1.1e-2}),
 }
 CLIP = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips" / "barbell" / "Jerk_Balance.mp4"
 
@@ -40,7 +42,7 @@ def frames_of(backbone: Backbone, count: int) -> np.ndarray:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("network", NETWORKS)
 def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> None:
-    name, weights, times = NETWORKS[network]
+    name, weights, measured = NETWORKS[network]
     backbone = load_backbone(name, weights=weights, device=DEVICE, precision=precision, frames=16)
     assert backbone.device.type == torch.device(DEVICE).type
     frames = frames_of(backbone, 4)
@@ -48,7 +50,7 @@ def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> 
     got = backbone(frames).astype(np.float64)
     error = np.linalg.norm(got - reference) / np.linalg.norm(reference)
     print(f"{name} in {precision}: relative error {error:.2e}")
-    assert error < times * TOLERANCE[precision]
+    assert error < 3 * measured[precision]
 
 
 def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
