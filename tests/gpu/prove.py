@@ -6,7 +6,7 @@
                       -> runs/gpu/gpu.json and gpu.md, the table that is printed
 
 Exit status 1 where a test fails or skips or a benchmark ends in an error; a goal that is missed is only said.
-`--rehearse` does all of it on the CPU with small networks, which proves nothing but that it runs.
+`--rehearse` does all of it with small networks on a pretended GPU (`pretend.py`), which proves only that it runs.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def environment(rehearse: bool) -> dict[str, str]:
     folders = [ROOT, ROOT / "tests", ROOT / "tests" / "gpu", SITE]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    changed |= {"HGNL_GPU_DEVICE": "cpu"} if rehearse else {"HGNL_GPU": "1"}
+    changed |= {"HGNL_GPU": "pretended" if rehearse else "1"}
     if not ctypes.util.find_library("avcodec"):
         links = ROOT / "build" / "gpu" / "ffmpeg"
         make = f"import ffmpeg, pathlib; ffmpeg.links_to_ffmpeg(pathlib.Path({str(links)!r}))"

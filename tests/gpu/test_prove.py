@@ -36,24 +36,28 @@ def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path
 
 
 def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
-    """Some of the tests (all of them run where HGNL_GPU_DEVICE=cpu), and all benchmarks."""
-    some = ["test_backbone.py::test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device"]
-    some += ["test_training.py::test_forward_and_backward_are_those_of_the_cpu"]
+    """All benchmarks and nearly all tests, on a GPU that is pretended; half precision of whole networks takes long."""
+    several = ("that_come_bit_by_bit", "the_same_bytes_again", "auto_takes", "out_of_memory", "not_finite")
+    found = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_backbone.py").read_text(), re.M)
+    some = [f"test_backbone.py::{name}" for name in found if any(words in name for words in several)]
+    assert len(some) == len(several)
+    some += ["test_extract.py", "test_onnx.py", "test_training.py"]
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "prove.py"), "--rehearse", "--out", str(tmp_path)]
-    command += ["--seconds", "250", "--tests", *(f"tests/gpu/{name}" for name in some)]
+    command += ["--seconds", "900", "--tests", *(f"tests/gpu/{name}" for name in some)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "gpu.json").read_text())
     assert record["rehearsal"]
-    assert record["tests"]["passed"] == 9
     assert record["tests"]["not passed"] == []
+    assert record["tests"]["passed"] >= 35
+    assert not [name for name, each in record["benchmarks"].items() if "error" in each]
     assert set(record["benchmarks"]) == set(bench.BENCHMARKS)
     assert record["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
     text = (tmp_path / "gpu.md").read_text()
     assert text in done.stdout
     for goal in ("SE-ResNeXt101 alone", "extraction / min", "epoch of Kinetics-700, hgnl", "in one pass / one by one"):
         assert goal in text
-    assert record["benchmarks"]["extraction"]["torchcodec-cpu, videos it left to pyav"] == 0
+    assert record["benchmarks"]["extraction"]["torchcodec-cuda, videos it left to pyav"] == 0
 
 
 def test_a_failure_a_skip_and_an_error_are_told_and_end_with_status_1(tmp_path, monkeypatch):
