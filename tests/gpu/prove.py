@@ -107,11 +107,11 @@ def run_tests(env: dict[str, str], folder: Path, *, seconds: float, only: list[s
     return {"passed": passed, "seconds": time.monotonic() - began, "not passed": words}
 
 
-def run_benchmarks(env: dict[str, str], folder: Path, *, seconds: float, rehearse: bool) -> dict[str, Any]:
+def run_benchmarks(env: dict[str, str], folder: Path, *, seconds: float) -> dict[str, Any]:
     results = folder / "benchmarks.jsonl"
     results.unlink(missing_ok=True)
     command = [sys.executable, str(ROOT / "tests" / "gpu" / "bench.py"), "--out", str(results)]
-    command += ["--seconds", f"{seconds:.0f}", *(["--rehearse"] if rehearse else [])]
+    command += ["--seconds", f"{seconds:.0f}"]
     done: dict[str, Any] = {}
     try:
         status = subprocess.run(command, cwd=ROOT, env=env, timeout=seconds + 5).returncode
@@ -159,7 +159,7 @@ def main() -> int:
     limit = TESTS_SHARE * arguments.seconds
     record["tests"] = run_tests(env, folder, seconds=limit, only=arguments.tests)
     left = arguments.seconds - (time.monotonic() - began)
-    record["benchmarks"] = run_benchmarks(env, folder, seconds=left, rehearse=arguments.rehearse)
+    record["benchmarks"] = run_benchmarks(env, folder, seconds=left)
     record["seconds"] = time.monotonic() - began
     (folder / "gpu.json").write_text(json.dumps(record, indent=1))
     (folder / "gpu.md").write_text(table(record))
