@@ -112,3 +112,13 @@ def crash_at_four_seconds(job, out, on_duration):
     if any(span and span[0] == 4.0 for _, span in job[1]):
         os._exit(9)
     return decode_job(job, out, on_duration)
+
+
+def crash_on_a_gpu(job, out, on_duration):
+    """`decode_job` of a decoder on a GPU that takes its process along, at files of that name."""
+    from extract.decode.transform import decode_job
+
+    path, _, plan = job
+    if plan.decoder != "pyav" and "crash" in Path(path).name:
+        os._exit(9)
+    return decode_job(job, out, on_duration)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from decode_jobs import crash_on_a_gpu
 from extract.backbone.model import Backbone
 from extract.decode.transform import Preprocessing
 from extract.workers.worker import Worker
@@ -53,3 +54,7 @@ class SimulatedWorker(Worker):
     @cached_property
     def _backbone(self) -> Backbone:
         return SleepingBackbone()  # type: ignore[return-value]
+
+
+class CrashingWorker(Worker):
+    decode_job = staticmethod(crash_on_a_gpu)

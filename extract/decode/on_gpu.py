@@ -68,7 +68,8 @@ class GpuDecoder:
     """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do what it cannot.
 
     A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py). After `timeout`
-    seconds, and one more for each 10 s of video, no answer is waited for; its thread is left to itself.
+    seconds, and one more for each 10 s of video, no answer is waited for; its thread is left to itself. A plan that
+    asks for pyav goes to the children at once: workers died over it, and a crash on a GPU is one of its process.
     """
 
     def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str, *, timeout: float):
@@ -78,7 +79,10 @@ class GpuDecoder:
         path, rows, plan = job
         answer: Future[Finished] = Future()
         durations: list[float | None] = []
-        threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
+        if plan.decoder == "pyav":
+            answer.set_exception(VideoError(path, "workers died with it in hand"))
+        else:
+            threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
         wait([answer], timeout=self._timeout)
         wait([answer], timeout=sum(filter(None, durations)) / 10)
         try:

@@ -266,11 +266,12 @@ class RayActorPool:
             return
         self._members.remove(part)
         self._ray.kill(part.actor)  # if it was only unreachable, it must not go on beside its successor
-        again = sorted(part.given, key=lambda block: block.number)
+        again = [replace(block, deaths=block.deaths + 1) for block in sorted(part.given, key=lambda one: one.number)]
         print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)
         cause = again[0] if again else None
-        self._deaths[cause] += 1
-        if self._deaths[cause] >= DEATHS_A_BLOCK:
+        number = cause.number if cause else None
+        self._deaths[number] += 1
+        if self._deaths[number] >= DEATHS_A_BLOCK:
             what = f"block {cause.number} (from {cause.videos[0].id} on) was" if cause else "no block was"
             words = str(error).splitlines()[0]
             raise RunError(f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}")

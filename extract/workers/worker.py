@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
@@ -41,17 +41,18 @@ class Block:
     number: int
     rows: tuple[int, ...]
     videos: tuple[Video, ...] = field(repr=False)
+    deaths: int = 0  # of workers that had it in hand
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Videos travel as plain tuples: Ray's pickler asks about every other object, in Python.
-        return _block, (self.number, self.rows, tuple(map(_PLAIN, self.videos)))
+        return _block, (self.number, self.rows, tuple(map(_PLAIN, self.videos)), self.deaths)
 
 
 _PLAIN = attrgetter(*(field.name for field in fields(Video)))
 
 
-def _block(number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...]) -> Block:
-    return Block(number, rows, tuple(Video(*video) for video in videos))
+def _block(number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...], deaths: int) -> Block:
+    return Block(number, rows, tuple(Video(*video) for video in videos), deaths)
 
 
 Submitted = tuple[list[int], Job, "Future[Finished]"]  # rows of a block (their places), and who decodes them
@@ -247,7 +248,9 @@ class Worker:
         self._writer.shutdown()
 
     def _submit(self, block: Block) -> "list[Submitted]":
-        return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, self._plan)]
+        # Two workers died over it: what decodes in a worker's own process is not tried a third time (see GpuDecoder).
+        plan = replace(self._plan, decoder="pyav") if block.deaths >= 2 else self._plan
+        return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, plan)]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> None:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size

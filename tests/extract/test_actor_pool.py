@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ import pytest
 from extract.__main__ import Options, main
 from extract.cli import RunError
 from extract.store import OK, FeatureStore, RunLog
+from extract.workers import driver
 from extract.workers.actor_pool import RayActorPool, places
 from extract.workers.decoder import code_version
 from extract.workers.worker import Worker
+from simulated import CrashingWorker
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -34,6 +37,12 @@ ROOT = Path(__file__).parents[2]
 TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
 TWO_NODES = ({"num_cpus": 1}, {"num_cpus": 1})
 GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
+
+
+@pytest.fixture(autouse=True)
+def _each_block_is_committed_at_once(monkeypatch) -> None:
+    """So that a run has most of its blocks before it when the first is seen."""
+    monkeypatch.setattr("extract.workers.actor_pool.SECONDS_A_COMMIT", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +188,25 @@ def test_a_node_that_comes_late_takes_its_part(clips, cluster, add_nodes, undist
 
     disturbed(clips, cluster, out, disturb)
     whole(out, undisturbed)
+
+
+def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
+    clips, cluster, add_nodes, tmp_path, monkeypatch, capsys
+):
+    """Such a decoder runs in a worker's own process, which goes with it, and with all that is in hand."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[:4]):
+        (few / f"{number}{'-crash' if number == 1 else ''}.mp4").symlink_to(clip)
+    add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(ROOT / "tests")}})
+    monkeypatch.setattr(driver, "RayActorPool", partial(RayActorPool, worker=CrashingWorker))
+    asked = options(few, tmp_path / "a.zarr", address=cluster.address, block_size=1, decoder="torchcodec-cpu")
+    assert main(asked) == 0
+    store = FeatureStore.open(tmp_path / "a.zarr")
+    assert store.status.tolist() == [OK] * 4
+    assert store.errors[1] == "decoded by PyAV: workers died with it in hand"
+    assert store.errors[3] == ""  # it was not in hand
+    assert capsys.readouterr().err.count("a worker was lost") == 2
 
 
 def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
