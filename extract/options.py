@@ -40,6 +40,8 @@ class Options:
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: fp16 on a GPU; on a CPU the faster of fp32 and bf16, measured."""
+    form: Literal["auto", "eager", "graphs", "compiled"] = "auto"
+    """How a GPU runs the backbone. auto: the faster of eager and graphs, same bytes; compiled: minutes to start."""
     decoder: Literal["pyav", "decord", "torchcodec-cuda"] = "pyav"
     """What reads the videos. torchcodec-cuda: the GPU, by NVDEC; what it cannot is read by pyav, and named."""
     workers: int | None = None

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 # What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
 LONGEST = (
     "test_actor_pool.py",
+    "test_prove.py",
     "test_finetune.py",
     "test_power.py",
     "test_export.py",
@@ -23,7 +25,6 @@ LONGEST = (
     "test_crossval.py",
     "test_run.py",
     "test_windows.py",
-    "test_prove.py",
 )
 
 with contextlib.suppress(ImportError):  # a machine with a GPU may have none
@@ -77,6 +78,8 @@ def _state_restored():
 
 
 def pytest_configure() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start must not be deaf
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("HGNL_GPU") == "pretended":
         import pretend
 

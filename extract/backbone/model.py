@@ -88,9 +88,10 @@ def load_backbone(
     the faster is taken (CPUs that claim bf16 can be 6 times slower in it). A run that is continued passes the
     precision it recorded.
     form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
-    bytes (torch.compile, which takes a minute, rounds otherwise: make gpu compares it).
+    bytes (torch.compile, which takes minutes, rounds otherwise and is recorded: make gpu compares it).
     frames: how many come together, where that is known: they are then spread evenly over batches.
-    Raises InputError for a device that is not there and for fp16 on a CPU, RunError where the GPU's memory is full.
+    Raises InputError for a device that is not there and for fp16 or a form on a CPU, RunError where a GPU's memory is
+    full.
     """
     where = choose_device(device)
     known = ("auto", *_DTYPES)
@@ -98,6 +99,8 @@ def load_backbone(
         raise InputError(f"--precision {precision}: unknown; known are {', '.join(known)}")
     if precision == "fp16" and where.type == "cpu":
         raise InputError("--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16")
+    if form != "auto" and where.type == "cpu":
+        raise InputError(f"--form {form} is how a GPU runs a backbone; on a CPU there is one form only, auto")
     trunk = load_trunk(name, weights=weights, seed=seed)
     graph = folded(trunk.module, _noise(trunk.preprocessing))
     if where.type == "cpu":
@@ -149,6 +152,7 @@ class Backbone:
         self._shift = (-mean / std).view(3, 1, 1).to(device)
         self._network: nn.Module = copy.deepcopy(trunk.module if graph is None else graph)
         self._network.to(device, self._dtype).to(memory_format=torch.channels_last)
+        self._compiled = {"form": form} if form == "compiled" else {}
         self._form = "as timm built it" if graph is None else "batch norm folded"
         if isinstance(self._network, GraphModule) and device.type == "cpu":
             fast = packed(self._network, _noise(trunk.preprocessing).to(self._dtype), batch=self.batch_size)
@@ -206,6 +210,7 @@ class Backbone:
             "weights": dict(self.weights),
             "preprocessing": self.preprocessing.record(),
             "precision": self.precision,
+            **self._compiled,
         }
 
     def describe(self) -> str:

@@ -114,6 +114,7 @@ class Worker:
             weights=options.weights,
             device=options.device,
             precision=options.precision,
+            form=options.form,
             seed=options.seed,
             frames=together,
         )

@@ -358,6 +358,8 @@ def test_precisions_that_make_no_sense() -> None:
         load_backbone("resnet10t", weights="random", precision="fp8")
     with pytest.raises(InputError, match="--precision fp16 on a CPU"):
         load_backbone("resnet10t", weights="random", device="cpu", precision="fp16")
+    with pytest.raises(InputError, match="--form compiled is how a GPU runs a backbone; on a CPU"):
+        load_backbone("resnet10t", weights="random", device="cpu", form="compiled")
 
 
 @pytest.mark.parametrize("faster", ["fp32", "bf16"])

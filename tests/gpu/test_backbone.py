@@ -76,6 +76,17 @@ def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) 
     assert np.array_equal(made[1](frames), features)
 
 
+def test_the_compiled_form_rounds_otherwise_and_is_recorded() -> None:
+    """So that a store is never continued in another."""
+    loaded = {"weights": "random", "device": DEVICE, "frames": 8, "precision": "bf16"}
+    eager, compiled = (load_backbone("test_resnet", form=form, **loaded) for form in ("eager", "compiled"))
+    frames = frames_of(eager, 20)
+    expected, features = eager(frames).astype(np.float64), compiled(frames)
+    assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 2e-2
+    assert np.array_equal(compiled(frames), features)
+    assert compiled.provenance() == {**eager.provenance(), "form": "compiled"}
+
+
 def test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device() -> None:
     backbone = load_backbone("test_resnet", weights="random", device=DEVICE, precision="bf16", frames=8)
     frames = frames_of(backbone, 61)

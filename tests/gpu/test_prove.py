@@ -37,7 +37,7 @@ def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path
 
 def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
     """All benchmarks and nearly all tests, on a GPU that is pretended; half precision of whole networks takes long."""
-    several = ("that_come_bit_by_bit", "the_same_bytes_again", "auto_takes", "out_of_memory", "not_finite")
+    several = ("that_come_bit_by_bit", "the_same_bytes_again", "auto_takes", "out_of_memory", "not_finite", "compiled")
     found = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_backbone.py").read_text(), re.M)
     some = [f"test_backbone.py::{name}" for name in found if any(words in name for words in several)]
     assert len(some) == len(several)
