@@ -50,7 +50,7 @@ class Size:
 
 
 FULL = Size("legacy_seresnext101_32x4d", 400, 24, 960, 32, 54_236, 2048, 8192, ((4, 8, 16, 32), (2, 4, 8, 16)))
-TINY = Size("test_resnet", 16, 3, 6, 2, 300, 32, 256, ((2, 4), (2,)))
+TINY = Size("test_resnet", 16, 3, 4, 1, 300, 32, 256, ((2, 4), (2,)))
 
 
 def seconds_of(work: Callable[[], Any], *, repeats: int = 5) -> float:

@@ -112,6 +112,7 @@ def begin() -> None:
         "get_rng_state": lambda device=None: torch.zeros(16, dtype=torch.uint8),
         "set_rng_state": lambda state, device=None: None,
         "set_per_process_memory_fraction": lambda share: None,
+        "is_current_stream_capturing": lambda: False,
         "_lazy_init": lambda: None,
         "Stream": Stream,
         "Event": Event,
