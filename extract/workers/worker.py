@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import attrgetter
@@ -217,7 +218,8 @@ class Worker:
         submitted = self._ahead.pop(block.number, None) or self._submit(block)
         if upcoming is not None:
             self._ahead[upcoming.number] = self._submit(upcoming)
-        self._extract(block, submitted)
+        with self._dropped_after_an_error():
+            self._extract(block, submitted)
         written = self._written()
         self._write_computed()
         return written
@@ -225,9 +227,19 @@ class Worker:
     def drain(self) -> list[Done]:
         """Wait for the blocks that are being computed or written and return them."""
         if self._computing:
-            self._batches.finish()
+            with self._dropped_after_an_error():
+                self._batches.finish()
             self._write_computed()
         return self._written()
+
+    @contextmanager
+    def _dropped_after_an_error(self) -> Iterator[None]:
+        """Of blocks that are being computed: their frames were under way, and `Batches` dropped them."""
+        try:
+            yield
+        except BaseException:
+            self._computing.clear()
+            raise
 
     def _written(self) -> list[Done]:
         writing, self._writing = self._writing, []

@@ -405,26 +405,30 @@ class FakeBackbone:
         return Batches(self.slots, check=accept)
 
 
-def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two frames that are left over of a block go with the next one's, and blocks are handed in once they are back."""
-    device, written = FakeDevice(gate=threading.Event()), {}
-    worker = Worker(Options(videos=Path(), out="", frames=3), 1)
+def worker_on(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> tuple[Worker, list[Block], dict[int, np.ndarray]]:
+    """A worker with three blocks of two videos of three frames, decoded before it asks, and what it wrote so far."""
+    worker, blocks, written = Worker(Options(videos=Path(), out="", frames=3), 1), [], {}
     monkeypatch.setattr(Worker, "_backbone", FakeBackbone(device))
     monkeypatch.setattr(
         worker, "_write", lambda features, done: (written.update({done.number: features[:, 0].copy()}), done)[1]
     )
-    blocks, expected = [], {}
     for number in range(3):
         frames = noise(6, seed=number)
-        prepared = [Prepared(np.zeros((1, 3), "<i4"), np.zeros((1, 3), "<f4"), 9, "") for _ in range(2)]
-        expected[number] = features_of(frames).reshape(2, 3, DIM)
         videos = tuple(Video(f"{number}-{k}", f"{number}-{k}.mp4", 0) for k in range(2))
         blocks.append(Block(number, (2 * number, 2 * number + 1), videos))
         worker._ahead[number] = []
-        for k, job in jobs_of(videos, worker._plan):
+        for (k,), job in jobs_of(videos, worker._plan):
+            prepared = Prepared(np.zeros((1, 3), "<i4"), np.zeros((1, 3), "<f4"), 9, "")
             done: Future[Finished] = Future()
-            done.set_result(Finished([prepared[k[0]]], frames[3 * k[0] : 3 * k[0] + 3].reshape(-1)))
-            worker._ahead[number].append((k, job, done))
+            done.set_result(Finished([prepared], frames[3 * k : 3 * k + 3].reshape(-1)))
+            worker._ahead[number].append(([k], job, done))
+    return worker, blocks, written
+
+
+def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames that are left over of a block go with the next one's, and blocks are handed in once they are back."""
+    device = FakeDevice(gate=threading.Event())
+    worker, blocks, written = worker_on(device, monkeypatch)
     assert worker.run(blocks[0]) == []
     assert device.under_way == 1  # two frames wait for the next block
     device.gate.set()
@@ -433,7 +437,18 @@ def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatc
     assert worker.drain() == []
     assert rest[-1].number == 2
     assert device.launched == 5  # of 18 frames
-    assert written.keys() == expected.keys()
-    for number in expected:
-        np.testing.assert_array_equal(written[number], expected[number])
+    assert sorted(written) == [0, 1, 2]
+    for number, features in written.items():
+        np.testing.assert_array_equal(features, features_of(noise(6, seed=number)).reshape(2, 3, DIM))
+    worker.close()
+
+
+def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, blocks, written = worker_on(FakeDevice(failing=frozenset({1})), monkeypatch)
+    worker.run(blocks[0])
+    worker.run(blocks[1])
+    with pytest.raises(RuntimeError, match="batch 1 is lost"):
+        worker.run(blocks[2])
+    assert worker.drain() == []
+    assert written == {}
     worker.close()
