@@ -75,12 +75,12 @@ def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
 
 def _speed(path: str) -> str:
     blocks = [record for record in RunLog.records(path) if record["event"] == "block"]
-    if not blocks:
+    if not any(block["frames"] for block in blocks):  # none, or all videos failed
         return ""
     frames, videos = sum(block["frames"] for block in blocks), sum(block["videos"] for block in blocks)
     device = sum(block["seconds"]["device"] for block in blocks)
     decode = sum(block["seconds"]["decode"] for block in blocks)
     return (
         f"measured: backbone {frames / max(device, 1e-9):,.0f} frames/s, "
-        f"decoding {1000 * decode / max(videos, 1):.0f} CPU ms a video ({len(blocks)} blocks in {RunLog.path(path)})"
+        f"decoding {1000 * decode / videos:.0f} CPU ms a video ({len(blocks)} blocks in {RunLog.path(path)})"
     )

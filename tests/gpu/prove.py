@@ -100,7 +100,9 @@ def run_tests(env: dict[str, str], folder: Path, *, seconds: float, only: list[s
         return {"passed": 0, "seconds": seconds, "not passed": [f"not done after {seconds:.0f} s"]}
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
     bad = [(case, child) for case in cases for child in case if child.tag in ("failure", "error", "skipped")]
-    words = [f"{case.get('name')}: {child.tag}: {(child.get('message') or '').strip()[:300]}" for case, child in bad]
+    words = [
+        f"{case.get('name')}: {child.tag}: {' '.join(child.get('message', '').split())[:300]}" for case, child in bad
+    ]
     passed = len(cases) - len({id(case) for case, _ in bad})
     if not cases:
         words = ["pytest found or ran no test; its words stand above"]
@@ -130,7 +132,7 @@ def table(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['gpu']}; Python {about['python']}, {about['cores']} cores; {versions}", ""]
     lines += [f"{tests['passed']} tests passed in {tests['seconds']:.0f} s, {len(tests['not passed'])} did not", ""]
-    lines += [f"- {words}" for words in tests["not passed"]]
+    lines += [*(f"- {words}" for words in tests["not passed"]), ""] if tests["not passed"] else []
     lines += ["| benchmark | what | measured | hoped for |", "|---|---|---|---|"]
     for name, result in record["benchmarks"].items():
         for what, value in result.items():
