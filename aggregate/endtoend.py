@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from aggregate.data.features import there
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
@@ -43,12 +44,12 @@ class Recogniser(nn.Module):
     ) -> Float[Tensor, "batch classes"]:
         """A StNet sees every segment, whatever the mask."""
         device = self.mean.device
-        pictures = (frames.to(device, non_blocking=True).movedim(-1, -3).float() - self.mean) / self.std
+        pictures = (there(frames, device).movedim(-1, -3).float() - self.mean) / self.std
         if isinstance(self.net, StNet):
             return self.net(pictures)
         backbone: Any = self.net.backbone
         features = backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
-        mask = None if mask is None or mask.all() else mask.to(device)
+        mask = None if mask is None or mask.all() else there(mask, device)
         return self.net(features.unflatten(0, pictures.shape[:2]), mask)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from extract.backbone.model import Backbone
+from extract.backbone.model import Backbone, Trunk
 
 
 def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
@@ -20,7 +20,7 @@ def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[
     return best
 
 
-def flops_per_frame(backbone: Backbone) -> int:
+def flops_per_frame(backbone: Backbone | Trunk) -> int:
     """Floating-point operations of convolutions and matrix products, a multiply-add counted as two."""
     from torch.utils.flop_counter import FlopCounterMode
 

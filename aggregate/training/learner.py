@@ -96,7 +96,7 @@ class Learner:
             last = start + self.micro_batch >= count  # with it gradients are averaged over processes
             together: Any = nullcontext() if last or self.world == 1 else self.parallel.no_sync()  # type: ignore
             with together, autocast(self.device, self.precision):
-                logits = self.parallel(there(batch.x[part], self.device), mask)
+                logits = self.parallel(batch.x[part], mask)
                 labels = there(batch.labels[part], self.device)
                 loss = F.cross_entropy(logits.float(), labels, reduction="sum")
                 # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.

@@ -22,9 +22,9 @@ Run = Callable[[Tensor], Tensor]  # called in inference mode, which torch.compil
 class Batches:
     """Frames of any number of videos, collected into whole batches; features go where `add` was told, in its order.
 
-    Of the frames that were `added` the first `returned` have their features. `check` sees the features of each batch,
-    without padding, and raises where they are bad. After any error what was under way is waited for and dropped, and
-    the slots can be used again.
+    Of the frames that were `added` the first `returned` have their features, or were dropped. `check` sees the features
+    of each batch, without padding, and raises where they are bad. After any error what was under way is waited for and
+    dropped, and the slots can be used again.
     """
 
     def __init__(self, slots: Sequence[Any], *, check: Callable[[np.ndarray], None]):

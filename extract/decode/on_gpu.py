@@ -76,13 +76,11 @@ class GpuDecoder:
         self._children, self._function, self._device, self._timeout = children, function, device, timeout
 
     def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
-        path, rows, plan = job
+        if job[2].decoder == "pyav":
+            return self._by_children(job, "workers died with it in hand")
         answer: Future[Finished] = Future()
         durations: list[float | None] = []
-        if plan.decoder == "pyav":
-            answer.set_exception(VideoError(path, "workers died with it in hand"))
-        else:
-            threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
+        threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
         wait([answer], timeout=self._timeout)
         wait([answer], timeout=sum(filter(None, durations)) / 10)
         try:
@@ -91,6 +89,10 @@ class GpuDecoder:
             why = f"{self._device} gave no answer in {self._timeout:.3g} s (--video-timeout)"
         except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
             why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+        return self._by_children(job, why)
+
+    def _by_children(self, job: tuple[str, Any, Any], why: str) -> "Finished":
+        path, rows, plan = job
         note = f"decoded by PyAV: {why}"
         finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
         done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]

@@ -261,8 +261,10 @@ class Worker:
         self._writer.shutdown()
 
     def _submit(self, block: Block) -> "list[Submitted]":
+        plan = self._plan
         # Two workers died over it: what decodes in a worker's own process is not tried a third time (see GpuDecoder).
-        plan = replace(self._plan, decoder="pyav") if block.deaths >= 2 else self._plan
+        if block.deaths >= 2 and self._pool is not self._children:
+            plan = replace(plan, decoder="pyav")
         return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, plan)]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> None:

@@ -196,16 +196,16 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     """Such a decoder runs in a worker's own process, which goes with it, and with all that is in hand."""
     few = tmp_path / "few"
     few.mkdir()
-    for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[:4]):
+    for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[:8]):
         (few / f"{number}{'-crash' if number == 1 else ''}.mp4").symlink_to(clip)
     add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(ROOT / "tests")}})
     monkeypatch.setattr(driver, "RayActorPool", partial(RayActorPool, worker=CrashingWorker))
     asked = options(few, tmp_path / "a.zarr", address=cluster.address, block_size=1, decoder="torchcodec-cpu")
     assert main(asked) == 0
     store = FeatureStore.open(tmp_path / "a.zarr")
-    assert store.status.tolist() == [OK] * 4
+    assert store.status.tolist() == [OK] * 8
     assert store.errors[1] == "decoded by PyAV: workers died with it in hand"
-    assert store.errors[3] == ""  # it was not in hand
+    assert store.errors[7] == ""  # it was not in hand: at most five blocks are
     assert capsys.readouterr().err.count("a worker was lost") == 2
 
 

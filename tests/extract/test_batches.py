@@ -6,7 +6,7 @@ import time
 import tracemalloc
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -452,3 +452,30 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
     assert worker.drain() == []
     assert written == {}
     worker.close()
+
+
+@pytest.mark.parametrize(("decoder", "third"), [("decord", "decord"), ("torchcodec-cpu", "pyav")])
+def test_only_what_decodes_in_the_workers_process_is_given_up(decoder, third, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children survive what crashes in them, so a block that workers died over keeps its decoder there."""
+    worker, blocks, _ = worker_on(FakeDevice(), monkeypatch)
+    worker.options = replace(worker.options, decoder=decoder, decode_workers=1)
+    del worker.__dict__["_plan"]
+    monkeypatch.setattr("extract.workers.worker.SubprocessPool", FakePool)
+    for deaths, expected in ((1, decoder), (2, third)):
+        submitted = worker._submit(replace(blocks[0], deaths=deaths))
+        assert [job[2].decoder for _, job, _ in submitted] == [expected] * 2
+    worker.close()
+
+
+class FakePool:
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def help(self, decode: object, *, at_once: int) -> None:
+        pass
+
+    def submit(self, job: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

@@ -114,6 +114,17 @@ def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(codec_clips, b
         assert "empty" in lost.result[0].reason
 
 
+def test_why_nvdec_does_not_decode_a_video_is_said(codec_clips, monkeypatch) -> None:
+    from torchcodec.decoders import CpuFallbackStatus, VideoDecoder
+
+    status = CpuFallbackStatus(status_known=True)
+    status._is_fallback = status._video_not_supported = True
+    monkeypatch.setattr(VideoDecoder, "cpu_fallback", property(lambda decoder: status))
+    said = r"NVDEC does not decode h264 of \d+ x \d+ \(Video not supported\)"
+    with pytest.raises(VideoError, match=said):
+        decode(codec_clips / "h264_portrait.mp4", lambda count: segment_centres(count, 4), decoder=DECODER)
+
+
 def test_a_device_that_gives_no_answer_is_not_waited_for(codec_clips) -> None:
     plan, never = plan_of("torchcodec-cuda", crops=1, augment_passes=0), threading.Event()
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as children:

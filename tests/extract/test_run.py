@@ -189,6 +189,13 @@ def test_broken_and_odd_files_end_with_the_right_status(codec_clips, broken_clip
     assert not store.gather(rows, np.arange(3)).any()
 
 
+def test_a_speed_is_told_of_runs_that_read_a_video_only(clips, undisturbed, tmp_path, capsys):
+    assert "measured: backbone " in status_table(FeatureStore.open(undisturbed))
+    (tmp_path / "a.mp4").write_bytes(b"")
+    assert main(options(tmp_path / "a.mp4", tmp_path / "f.zarr")) == 3
+    assert "measured" not in capsys.readouterr().out
+
+
 def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(clips, undisturbed, tmp_path):
     videos = tmp_path / "videos"
     shutil.copytree(clips, videos)

@@ -23,7 +23,7 @@ import torch
 
 import pretend
 from device import DEVICE, PRETENDED
-from extract.backbone.model import Backbone, load_backbone
+from extract.backbone.model import Backbone, load_backbone, load_trunk
 from extract.decode.subprocess_pool import SubprocessPool
 from extract.decode.transform import Plan, decode_job
 from extract.store import FeatureStore, RunLog
@@ -93,10 +93,10 @@ def backbone_alone(size: Size) -> Numbers:
     """Ready frames of the host through the backbone, several batches under way; start-up counted apart."""
     numbers: Numbers = {}
     loaded = {"weights": "random", "device": DEVICE, "precision": "fp16", "frames": size.batch}
-    backbone = load_backbone(size.backbone, **loaded, form="eager")
-    side = backbone.preprocessing.size
+    trunk = load_trunk(size.backbone, weights="random")
+    side = trunk.preprocessing.size
     frames = np.random.default_rng(0).integers(0, 256, (size.batch, side, side, 3), dtype=np.uint8)
-    flops = flops_per_frame(backbone)
+    flops = flops_per_frame(trunk)
 
     def measured(form: str) -> Numbers:
         started = time.perf_counter()

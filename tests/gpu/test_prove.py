@@ -60,6 +60,15 @@ def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
     assert record["benchmarks"]["extraction"]["torchcodec-cuda, videos it left to pyav"] == 0
 
 
+def test_a_part_of_a_benchmark_that_fails_takes_nothing_along():
+    numbers = {"before": 1.0}
+    bench.attempt(numbers, "good", lambda: {"after": 2.0})
+    for what in ("graphs", "compiled"):
+        bench.attempt(numbers, what, lambda: {"never": 1 / 0})
+    errors = "graphs: ZeroDivisionError: division by zero; compiled: ZeroDivisionError: division by zero"
+    assert numbers == {"before": 1.0, "after": 2.0, "error": errors}
+
+
 def test_a_failure_a_skip_and_an_error_are_told_and_end_with_status_1(tmp_path, monkeypatch):
     file = tmp_path / "test_some.py"
     file.write_text(
