@@ -121,16 +121,16 @@ def folds_of(store: "FeatureStore", options: Options, seed: int) -> list[Fold]:
     """The folds of a seed. InputError for what cannot be divided so, naming the class, the group or the fold."""
     import numpy as np
 
-    from aggregate.training.splits import check_classes, hold_out
+    from aggregate.training.splits import check_classes, group_keys, has_groups, hold_out
 
-    rows = rows_of(store, options)
+    rows, keys = rows_of(store, options), group_keys(store.ids, store.groups)
     folds = []
     for name, test in _tests(store, options, rows, seed):
         others = np.setdiff1d(rows, test)
         others = others[store.usable[others]]
         missing = options.allow_missing_classes
         held_out = hold_out(store, others, options.val_fraction, seed, allow_missing=missing)[others]
-        if len(set(store.groups[rows])) > 1 and len(set(store.groups[others])) < 2:
+        if has_groups(keys[rows]) and len(set(keys[others])) < 2:
             raise InputError(
                 f"fold {name}: all it has to train on is one group, and groups are not split to choose the epoch; "
                 "cross-validation over groups needs at least 3"
@@ -155,12 +155,15 @@ def _tests(
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
-    labels = store.labels[rows]
-    names, groups = np.unique(store.groups[rows], return_inverse=True)
+    from aggregate.training.splits import group_keys, has_groups
+
+    labels, keys = store.labels[rows], group_keys(store.ids, store.groups)[rows]
+    names, groups = np.unique(keys, return_inverse=True)
     if options.folds == "group":
-        if len(names) < 2:
+        if not has_groups(keys):
+            what = f"are of one group ({names[0]!r})" if len(names) < 2 else "have no group"
             raise InputError(
-                f"--folds group: the {len(rows)} videos of {store.path} are of one group ({str(names[0])!r}); "
+                f"--folds group: the {len(rows)} videos of {store.path} {what}; "
                 "give a number, as in --folds 5, or extract with a CSV that has a column group"
             )
         yield from ((str(name), rows[groups == number]) for number, name in enumerate(names))
@@ -175,9 +178,9 @@ def _tests(
             f"--folds {count}: class {name!r} has {sizes.min()} videos, so a fold would be without it; give --folds "
             f"{max(sizes.min(), 2)}, or more videos of it"
         )
-    if 1 < len(names) < count:
+    if has_groups(keys) and len(names) < count:
         raise InputError(f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group")
-    kind, units = (StratifiedGroupKFold, groups) if len(names) > 1 else (StratifiedKFold, None)
+    kind, units = (StratifiedGroupKFold, groups) if has_groups(keys) else (StratifiedKFold, None)
     for number, (_, test) in enumerate(kind(count, shuffle=True, random_state=seed).split(rows, labels, units)):
         yield str(number), rows[test]
 

@@ -29,6 +29,38 @@ _SPAN = re.compile(r"#\d+-\d+$")  # of an id: the milliseconds of a window
 _USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
 
 
+def file_of(video_id: str) -> str:
+    """The file of a row: its id without the span (`path#<start ms>-<end ms>`)."""
+    return _SPAN.sub("", video_id) if "#" in video_id else video_id
+
+
+def group_keys(ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> np.ndarray:
+    """What each row depends on, str [N]: rows of equal keys are not independent, so they are never
+    split between training and test, and are drawn together when intervals are computed.
+
+    The key of a row is its group (subject, source), if it has one. Otherwise it is its file, so
+    that the windows of one file belong together and a whole file is a group of its own. If one
+    window of a file has a group, the windows of that file without one belong to it too.
+    """
+    names, files = [str(name) for name in groups] if groups is not None else [], [file_of(str(name)) for name in ids]
+    if not any(names):
+        return np.array(files, object)
+    group_of_file: dict[str, str] = {}
+    for file, name in zip(files, names, strict=True):
+        if name:
+            group_of_file.setdefault(file, name)
+    return np.array([name or group_of_file.get(file, file) for file, name in zip(files, names, strict=True)], object)
+
+
+def independent_units(keys: np.ndarray) -> np.ndarray:
+    """Numbers int [N] of the units that may be told apart, from 0 on: rows with one key of `group_keys` are one unit.
+
+    If all rows have the same key, nothing else is left: each row is a unit.
+    """
+    names, units = np.unique(np.asarray(keys, object), return_inverse=True)
+    return units if len(names) > 1 else np.arange(len(keys))
+
+
 @dataclass(frozen=True)
 class Scores:
     """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
@@ -95,7 +127,7 @@ class Scores:
 
         Crops are averaged too. Raises InputError where the windows of a video are of different classes.
         """
-        videos, of = np.unique([_SPAN.sub("", name) for name in self.ids], return_inverse=True)
+        videos, of = np.unique([file_of(name) for name in self.ids], return_inverse=True)
         good = ~self.failed
         counts = np.bincount(of[good], minlength=len(videos))
         logits = np.zeros((len(videos), len(self.classes)))

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from aggregate.scores import group_keys, independent_units
 from aggregate.training.options import SplitOptions
 from extract.cli import InputError, examples
 from extract.listing.videos import Listing
@@ -13,6 +14,7 @@ class ListedVideos:
 
     def __init__(self, listing: Listing) -> None:
         self.path, self.classes = listing.source, listing.classes
+        self.ids = np.array([video.id for video in listing.videos], object)
         self.labels = np.array([video.label for video in listing.videos])
         self.splits = np.array([video.split for video in listing.videos])
         self.groups = np.array([video.group for video in listing.videos])
@@ -26,30 +28,29 @@ def choose_rows(
 
     InputError where one or the other are none, or a class has none to train on.
     """
-    labelled = store.labels >= 0
-    splits = store.splits
+    labelled, splits, keys = store.labels >= 0, store.splits, group_keys(store.ids, store.groups)
+    val, train = splits == options.val_split, splits == options.train_split
+    words = f"split {options.train_split!r} to train, {options.val_split!r} to validate"
+    if not train.any():
+        if options.train_split != "train":
+            known = ", ".join(repr(name) for name in sorted(set(splits.tolist())))
+            raise InputError(f"--train-split {options.train_split}: {store.path} has no such split; it has {known}")
+        train = ~val & (splits != "test")
+        words = f"no split named 'train': all but {options.val_split!r} and 'test' to train"
     if options.val_groups:
-        unknown = sorted(set(options.val_groups) - set(store.groups.tolist()))
+        unknown = sorted(set(options.val_groups) - set(keys.tolist()))
         if unknown:
-            known = ", ".join(sorted(set(store.groups.tolist()))[:20])
+            known = ", ".join(sorted({*store.groups.tolist()} - {""} or {*keys.tolist()})[:20])
             raise InputError(f"--val-groups {unknown[0]}: {store.path} has no such group; it has {known}")
-        val = np.isin(store.groups, options.val_groups)
-        train, words = ~val, f"validation on group {', '.join(options.val_groups)}"
-    else:
-        val = splits == options.val_split
-        train = splits == options.train_split
-        words = f"split {options.train_split!r} to train, {options.val_split!r} to validate"
-        if not train.any():
-            if options.train_split != "train":
-                known = ", ".join(repr(name) for name in sorted(set(splits.tolist())))
-                raise InputError(f"--train-split {options.train_split}: {store.path} has no such split; it has {known}")
-            train = ~val & (splits != "test")
-            words = f"no split named 'train': all but {options.val_split!r} and 'test' to train"
-        if not (val & labelled).any():
-            val = hold_out(store, np.flatnonzero(train & labelled), options.val_fraction, seed)
-            train &= ~val
-            how = "whole groups" if len(set(store.groups[train | val].tolist())) > 1 else "by class"
-            words = f"NO SPLIT {options.val_split!r}: {options.val_fraction:.0%} held out of the others, {how}"
+        # Splits are respected: a test video never chooses an epoch, a validation video is never trained on.
+        held_out = np.isin(keys, options.val_groups)
+        train, val = train & ~held_out, (train | val) & held_out
+        words = f"validation on group {', '.join(options.val_groups)}, among the videos to train or validate on"
+    elif not (val & labelled).any():
+        val = hold_out(store, np.flatnonzero(train & labelled), options.val_fraction, seed)
+        train &= ~val
+        how = "whole groups" if has_groups(keys[train | val]) else "by class"
+        words = f"NO SPLIT {options.val_split!r}: {options.val_fraction:.0%} held out of the others, {how}"
     rows = np.flatnonzero(train & labelled & (store.status != FAILED))
     val_rows = np.flatnonzero(val & labelled)
     for name, chosen in (("train", rows), ("validate", val_rows)):
@@ -67,17 +68,15 @@ def hold_out(
 ) -> np.ndarray:
     """Choose about `fraction` of each class of `rows` for validation: bool [N].
 
-    Whole groups where the store knows several, added in random order while they bring the classes nearer to
-    `fraction`; else videos. A class keeps at least one video to train on, unless that is not asked for.
+    Whole groups (`group_keys`: a video without a group is one of its own) are added in random order while they bring
+    the classes nearer to `fraction`. A class keeps at least one video to train on, unless `allow_missing`.
     """
     if not 0 < fraction < 1:
         raise InputError(f"--val-fraction {fraction:g}: expected a fraction between 0 and 1")
     rng = np.random.default_rng(seed)
     classes = len(store.classes)
-    labels, groups = store.labels[rows], store.groups[rows]
-    names = np.unique(groups)
-    # Without groups each video is one of its own.
-    unit = np.searchsorted(names, groups) if len(names) > 1 else np.arange(len(rows))
+    labels = store.labels[rows]
+    unit = independent_units(group_keys(store.ids, store.groups)[rows])
     total = np.bincount(labels, minlength=classes)
     wanted, held = fraction * total, np.zeros(classes)
     members = np.split(np.argsort(unit, kind="stable"), np.bincount(unit).cumsum()[:-1])
@@ -92,6 +91,11 @@ def hold_out(
             held = after
             chosen[rows[places]] = True
     return chosen
+
+
+def has_groups(keys: np.ndarray) -> bool:
+    """Whether these rows are divided by groups: there are several, and one has several rows."""
+    return 1 < len(set(keys.tolist())) < len(keys)
 
 
 def check_classes(store: FeatureStore | ListedVideos, rows: np.ndarray, *, allow_missing: bool) -> None:

@@ -221,7 +221,8 @@ def small(path: Path, labels: str, groups: str = "") -> str:
     ("labels", "groups", "changes", "message"),
     [
         ("aaaaaabbb", "", {}, "--folds 5: class 'b' has 3 videos, so a fold would be without it; give --folds 3"),
-        ("aabbaabb", "", {"folds": "group"}, "--folds group: the 8 videos of .* are of one group"),
+        ("aabbaabb", "", {"folds": "group"}, "--folds group: the 8 videos of .* have no group"),
+        ("aabbaabb", "xxxxxxxx", {"folds": "group"}, r"--folds group: the 8 videos of .* are of one group \('x'\)"),
         ("aabbaabb", "xxxxyyyy", {"folds": "group"}, "fold x: all it has to train on is one group.* at least 3"),
         ("aaabbb" * 2, "xxyyzz" * 2, {}, "--folds 5: there are 3 groups, which are not split; give --folds group"),
         (
@@ -243,6 +244,32 @@ def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, ch
     with pytest.raises(InputError, match=message):
         crossval.main(options(features, tmp_path / "cv", **changes))
     assert not (tmp_path / "cv").exists()
+
+
+def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are_one(tmp_path):
+    """100 whole files beside 20 spans of 5 files: even folds, and no file in two parts of one."""
+    ids = [f"{row}.mp4" for row in range(100)] + [f"s{row // 4}.mp4#{row % 4}000-{row % 4 + 1}000" for row in range(20)]
+    groups = [""] * 120
+    groups[0] = groups[1] = groups[100] = "anna"  # spans of s0.mp4: the other three are Anna's too
+    store = FeatureStore.from_arrays(
+        tmp_path / "f.zarr",
+        np.zeros((120, 3, 8)),
+        lengths=np.full(120, 3),
+        labels=np.arange(120) % 2,
+        classes=["a", "b"],
+        ids=ids,
+        groups=groups,
+    )
+    folds = crossval.folds_of(store, options(store.path, Path(), folds="5"), 0)
+    assert all(20 <= len(fold.test) <= 28 for fold in folds)
+    belongs = np.array([name.split("#")[0] for name in ids], object)
+    belongs[[0, 1, *range(100, 104)]] = "anna"
+    for fold in folds:
+        parts = [set(belongs[rows]) for rows in (fold.test, fold.train[~fold.held_out], fold.train[fold.held_out])]
+        assert sum(map(len, parts)) == len(set.union(*parts)) == 103
+    left_out = crossval.folds_of(store, options(store.path, Path(), folds="group"), 0)
+    assert [len(fold.test) for fold in left_out if fold.name == "anna"] == [6]
+    assert len(left_out) == 103
 
 
 def test_a_fold_that_tests_not_every_class_is_said(tmp_path, capsys):

@@ -139,9 +139,27 @@ def test_a_group_can_be_held_out_by_name(features, tmp_path):
     store = FeatureStore.open(features)
     rows, val, _ = choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")), 0)
     assert set(store.groups[val]) == {"g0", "g3"}
-    assert len(rows) == 50
+    # Splits are respected: neither a validation nor a test video is trained on, and no test video validates.
+    assert set(store.splits[rows]) == {"train"}
+    assert not {"g0", "g3"} & set(store.groups[rows])
+    store.__dict__["splits"] = np.where(np.arange(60) % 4 == 0, "test", store.splits)
+    for several in choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")), 0)[:2]:
+        assert "test" not in store.splits[several]
     with pytest.raises(InputError, match="--val-groups g99"):
         choose_rows(store, options(features, tmp_path, val_groups=("g99",)), 0)
+
+
+def test_a_hold_out_takes_whole_files_and_videos_without_a_group_one_by_one(tmp_path):
+    """Half the rows are windows of few files, the others whole files without a group: both are held out."""
+    store = classes_store(tmp_path / "f.zarr", splits=False)
+    ids = [f"w{row // 6}.mp4#{row % 6}000-{row % 6 + 1}000" if row < 30 else f"{row}.mp4" for row in range(60)]
+    store.__dict__ |= {"ids": np.array(ids, object), "groups": np.full(60, "", object)}
+    rows, val, words = choose_rows(store, options("", Path()), 0)
+    assert not {ids[row].split("#")[0] for row in rows} & {ids[row].split("#")[0] for row in val}
+    assert 8 <= len(val) <= 16
+    assert "whole groups" in words
+    rows, val, _ = choose_rows(store, options("", Path(), val_groups=("w0.mp4",)), 0)
+    assert (val.tolist(), len(rows)) == (list(range(6)), 54)
 
 
 def test_failed_videos_are_not_trained_on_and_count_as_errors(tmp_path, capsys):
