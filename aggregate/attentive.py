@@ -101,6 +101,15 @@ class AttentiveProbe(nn.Module):
         return self.layers[-1](self._frames(x, mask), mask, self.query.expand(x.shape[0], -1, -1)).squeeze(1)
 
 
+class AttentiveTimeProbe(AttentiveProbe):
+    """`AttentiveProbe` with `frame_time`: it sees the order of frames (STEP, arXiv 2503.24298)."""
+
+    sees_order = True
+
+    def __init__(self, dim: int, depth: int = 1, heads: int | None = None) -> None:
+        super().__init__(dim, depth, heads, frame_time=True)
+
+
 def time_sines(x: Tensor, mask: Tensor | None) -> Float[Tensor, "_ time dim"]:
     """e of t = (i + 1/2) / n, frame i of the n valid ones: sin(2 pi f t) in dim/2 frequencies f in geometric steps over
     SLOWEST .. FASTEST, then their cosines. [1, time, dim] without a mask; of no meaning for masked frames."""

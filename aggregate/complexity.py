@@ -36,6 +36,7 @@ PAPER_TABLE_2 = {
 HEADS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("weighted", "weighted", {}),
     ("txb", "txb", {}),
+    ("gru", "gru", {}),
     ("attentive, depth 1", "attentive", {}),
     ("attentive, depth 4", "attentive", {"depth": 4}),
     ("nextvlad, K = 16", "nextvlad", {"clusters": 16}),

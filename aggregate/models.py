@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from aggregate.attentive import AttentiveProbe
+from aggregate.attentive import AttentiveProbe, AttentiveTimeProbe
 from aggregate.hgnl import HGNonLocal
 from aggregate.nextvlad import NeXtVLAD
 from aggregate.nl import NonLocal
 from aggregate.pooling import Average, Frames, Mask, Max, WeightedAverage
+from aggregate.recurrent import GatedRecurrent
 from aggregate.stnet import TemporalXception, batch_normed
 from extract.cli import InputError
 
@@ -24,7 +25,9 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
     "nl": NonLocal,
     "hgnl": HGNonLocal,
     "txb": TemporalXception,
+    "gru": GatedRecurrent,
     "attentive": AttentiveProbe,
+    "attentive-time": AttentiveTimeProbe,
     "nextvlad": NeXtVLAD,
 }
 

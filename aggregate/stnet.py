@@ -156,6 +156,8 @@ class TemporalXception(nn.Module):
     its valid frames alone would give.
     """
 
+    sees_order = True
+
     def __init__(self, dim: int, out_dim: int | None = None) -> None:
         super().__init__()
         out_dim = dim // 2 if out_dim is None else out_dim

@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
     from extract.decode.packets import Span
 
-WEIGHING = ("hgnl", "nl", "weighted", "attentive", "nextvlad")  # the aggregators with a weight a frame
+WEIGHING = (
+    "hgnl",
+    "nl",
+    "weighted",
+    "attentive",
+    "attentive-time",
+    "nextvlad",
+)  # the aggregators with a weight a frame
 _SLOT_BYTES = 32 << 20  # of the windows that a child decodes in one pass
 
 

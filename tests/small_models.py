@@ -21,6 +21,8 @@ AGGREGATORS: dict[str, dict[str, Any]] = {
     "hgnl": {"g1": 4, "g2": 2, "scale_init": 0.7, "norm": "n_over_train"},
     "txb": {},
     "attentive": {"depth": 2, "heads": 4, "frame_time": True},
+    "attentive-time": {"heads": 4},
+    "gru": {"inner_dim": 8},
     "nextvlad": {"clusters": 4, "groups": 4},
 }
 

@@ -9,12 +9,14 @@ from typing import Any, Literal, get_args, get_type_hints
 from aggregate.training.recipes import head_options
 from extract.cli import InputError
 
-Aggregator = Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "attentive", "nextvlad"]
+Aggregator = Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"]
 # The flags that are an aggregator's own; to all others they mean nothing.
 AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
     "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "normalise", "start", "scale_init", "scale_scores"),
     "nl": ("m1", "normalise", "start", "scale_init", "scale_scores"),
+    "gru": ("m1",),
     "attentive": ("depth", "heads", "frame_time"),
+    "attentive-time": ("depth", "heads"),
     "nextvlad": ("clusters", "groups", "expansion"),
 }
 # What was done before recipes had a say in these.
@@ -58,7 +60,7 @@ class HeadOptions:
     g2: int = 8
     """hgnl: groups of W_v, and attention maps."""
     m1: int | None = None
-    """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl)."""
+    """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl); gru: width of its state (256)."""
     shared: bool = False
     """hgnl: one set of weights for all groups."""
     norm: Literal["none", "n", "n_over_train"] | None = None
@@ -74,9 +76,9 @@ class HeadOptions:
     scale_scores: bool = False
     """hgnl, nl: divide scores by the root of their length."""
     depth: int = 1
-    """attentive: layers of attention; those before the query's are self-attention of the frames."""
+    """attentive, attentive-time: layers of attention; those before the query's are self-attention of the frames."""
     heads: int | None = None
-    """attentive: heads of attention (default: about m/64)."""
+    """attentive, attentive-time: heads of attention (default: about m/64)."""
     frame_time: bool = False
     """attentive: add each frame's time in the video, so that order is seen."""
     clusters: int = 16

@@ -94,7 +94,9 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
     A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are few `videos`, so
     that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
     """
-    cached = {"attentive": replace(_CACHED, lr=3e-2)}  # 6 to 7 points better inside training parts (LOG.md)
+    cached = dict.fromkeys(
+        ("attentive", "attentive-time"), replace(_CACHED, lr=3e-2)
+    )  # 6 to 7 points better inside training parts (LOG.md)
     paper = {"nl": _PAPER_NON_LOCAL, "hgnl": _PAPER_NON_LOCAL, "stnet": _PAPER_STNET}
     chosen = cached.get(aggregator, _CACHED) if name == "cached" else paper.get(aggregator, _PAPER)
     if name == "cached":

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import gelu, layer_norm
 
-from aggregate.attentive import FASTEST, SLOWEST, AttentiveProbe
+from aggregate.attentive import FASTEST, SLOWEST, AttentiveProbe, AttentiveTimeProbe
 from extract.cli import InputError
 from tolerance import assert_close
 
@@ -120,3 +120,12 @@ def test_what_cannot_be_is_refused():
     for heads in (5, 0):
         with pytest.raises(InputError, match=f"heads {heads} does not divide dim 12"):
             AttentiveProbe(12, heads=heads)
+
+
+def test_the_head_with_time_is_the_probe_with_frame_time():
+    torch.manual_seed(0)
+    with_time = AttentiveTimeProbe(12, heads=2).double()
+    plain = AttentiveProbe(12, heads=2, frame_time=True).double()
+    plain.load_state_dict(with_time.state_dict())
+    x = torch.randn(2, 5, 12, dtype=torch.float64)
+    assert torch.equal(with_time(x), plain(x))

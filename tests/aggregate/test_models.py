@@ -13,6 +13,8 @@ OPTIONS = {
     "hgnl": {"inner_dim": 8, "g1": 4, "g2": 2, "norm": "n", "scale_init": 0.5},
     "nl": {"inner_dim": 4, "scale_init": 0.5, "normalise": True},
     "attentive": {"depth": 3, "heads": 2, "frame_time": True},
+    "attentive-time": {"heads": 2},
+    "gru": {"inner_dim": 8},
     "nextvlad": {"clusters": 3, "groups": 4},
 }
 
@@ -69,7 +71,9 @@ def test_classifier_starts_as_tsn_s_and_dropout_is_before_it():
 
 
 def test_unknown_names_are_answered_with_the_known_ones():
-    with pytest.raises(InputError, match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, attentive"):
+    with pytest.raises(
+        InputError, match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, gru, attentive"
+    ):
         build("mean", dim=16, num_classes=5)
     with pytest.raises(
         InputError, match="nl has no option 'g1'; it has inner_dim, normalise, start, scale_init, scale_scores"
