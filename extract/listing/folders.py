@@ -8,6 +8,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection
+from typing import NamedTuple
 
 from extract.cli import InputError, examples
 
@@ -23,6 +24,8 @@ SPLITS |= dict.fromkeys(("test", "testing"), "test")
 _VOLUME = re.compile(r"vol_\d+")  # a folder that holds clips of any class, as in videos/vol_00/<clip>
 
 Ignored = dict[str, tuple[str, ...]]  # reason -> POSIX paths
+HIDDEN, NOT_A_VIDEO = "hidden", "not a video by its extension"
+UNREADABLE = "cannot be read"
 
 
 def extension(name: str) -> str:
@@ -36,68 +39,93 @@ def folder(path: str) -> str:
     return path.rpartition("/")[0]
 
 
-def scan(root: str, *, only: Collection[str] | None = None) -> tuple[list[str], Ignored]:
-    """POSIX paths below `root` of all videos, sorted, and what was ignored, by reason.
+class Scan(NamedTuple):
+    """The videos below a folder, sorted POSIX paths; what was ignored, by reason; inodes of the videos' files.
+
+    A link has the inode of the file that it leads to; a dangling one has none.
+    """
+
+    videos: list[str]
+    ignored: Ignored
+    inodes: dict[str, int]
+
+
+def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
+    """Find the videos below `root`.
 
     `only` names the folders directly in `root` to walk. Linked folders are followed; a dangling link counts as the
-    video that its name says it is, since whoever made it meant one.
+    video that its name says it is: it fails with a reason instead of being gone.
     """
+    inodes: dict[str, int] = {}
     videos: list[str] = []
     ignored: dict[str, list[str]] = defaultdict(list)
     waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while waiting:
-        below, around = waiting.pop()
+        below, parents = waiting.pop()
         try:
-            with os.scandir(os.path.join(root, below)) as entries:
-                found = list(entries)
+            with os.scandir(os.path.join(root, below)) as listed:
+                entries = list(listed)
         except OSError as error:
-            ignored[f"folder that cannot be read ({error.strerror})"].append(below or ".")
+            ignored[UNREADABLE].append(f"{below or '.'} ({error.strerror})")
             continue
-        for entry in found:
+        for entry in entries:
             name = entry.name
             path = f"{below}/{name}" if below else name
-            is_folder = _asked(entry.is_dir)
+            is_folder = _false_on_error(entry.is_dir)
             if is_folder and not below and only is not None and name not in only:
                 continue
-            if reason := _why_not(entry, is_folder):
-                ignored[reason].append(printable(path))
+            reason, detail = _reason_to_ignore(entry, is_folder)
+            if reason:
+                ignored[reason].append(escape_non_utf8(path) + detail)
             elif not is_folder:
                 videos.append(path)
+                if inode := _inode(entry):
+                    inodes[path] = inode
             else:
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(around[-1], name)
-                if real in around:
-                    ignored["link that leads back to a folder around it"].append(path)
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(parents[-1], name)
+                if real in parents:
+                    ignored[UNREADABLE].append(f"{path} (link to a folder around it)")
                 else:
-                    waiting.append((path, (*around, real)))
+                    waiting.append((path, (*parents, real)))
     videos.sort()
-    return videos, {reason: tuple(sorted(names)) for reason, names in ignored.items()}
+    return Scan(videos, {reason: tuple(sorted(names)) for reason, names in ignored.items()}, inodes)
 
 
-def _why_not(entry: os.DirEntry[str], is_folder: bool) -> str:
-    """Why an entry is neither a video nor a folder to look into; "" if it is."""
+def _reason_to_ignore(entry: os.DirEntry[str], is_folder: bool) -> tuple[str, str]:
+    """Why an entry is neither a video nor a folder to look into, and a detail; "" if it is."""
     name = entry.name
-    if name.startswith("."):
-        return "macOS ._ file" if name.startswith("._") else "hidden"
-    if not name.isascii() and printable(name) != name:
-        return "name that is not UTF-8"
-    end = extension(name)
+    if name.startswith("."):  # among them the ._ files of macOS
+        return HIDDEN, ""
+    if not name.isascii() and escape_non_utf8(name) != name:
+        return UNREADABLE, " (name is not UTF-8)"
+    named_as_video = extension(name) in VIDEO_EXTENSIONS
     if is_folder:
-        return "folder with the name of a video" if end in VIDEO_EXTENSIONS else ""
-    if end not in VIDEO_EXTENSIONS:
-        return "no video by its extension" if end else "name without an extension"
-    if not _asked(entry.is_file) and os.path.exists(entry.path):
-        return "neither a file nor a folder"  # such as a pipe, which would keep its reader waiting for ever
-    return ""
+        return (NOT_A_VIDEO, " (a folder)") if named_as_video else ("", "")
+    if not named_as_video:
+        return NOT_A_VIDEO, ""
+    if not _false_on_error(entry.is_file) and os.path.exists(entry.path):
+        return UNREADABLE, " (neither a file nor a folder)"  # a pipe would keep its reader waiting for ever
+    return "", ""
 
 
-def _asked(question: Callable[[], bool]) -> bool:
+def _inode(entry: os.DirEntry[str]) -> int:
+    """Of the file itself. It comes with the folder's entry, or for a link from the stat that told its kind."""
+    if not entry.is_symlink():
+        return entry.inode()
+    try:
+        return entry.stat().st_ino
+    except OSError:
+        return 0
+
+
+def _false_on_error(question: Callable[[], bool]) -> bool:
     try:
         return question()
     except OSError:  # a link to itself, or through a folder that may not be entered: as good as dangling
         return False
 
 
-def printable(path: str) -> str:
+def escape_non_utf8(path: str) -> str:
     """The path itself, or with escapes where it is not UTF-8, which neither a store nor a terminal could take."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
@@ -107,7 +135,7 @@ def split_of(below: str) -> str:
     return next((SPLITS[part] for part in below.lower().split("/") if part in SPLITS), "")
 
 
-def places(folders: Collection[str]) -> dict[str, tuple[str, str]]:
+def split_and_class(folders: Collection[str]) -> dict[str, tuple[str, str]]:
     """For each folder that holds videos: its split and its class.
 
     ```
@@ -115,29 +143,29 @@ def places(folders: Collection[str]) -> dict[str, tuple[str, str]]:
     abseiling            -> "", abseiling           videos/vol_03    -> "", ""
     videos/val/abseiling -> val, abseiling          abseiling/group1 -> "", abseiling
     ```
-    An outer folder around everything says nothing. `InputError` where splits and other folders stand side by side.
+    An outer folder around everything says nothing. `InputError` if splits and other folders are side by side.
     """
     parts = {folder: folder.split("/") if folder else [] for folder in folders}
-    while _one_around(list(parts.values())):
+    while _has_single_root(list(parts.values())):
         parts = {folder: part[1:] for folder, part in parts.items()}
     tops = {part[0] for part in parts.values() if part}
     splits = {top for top in tops if top.lower() in SPLITS}
     if splits and splits != tops:
         raise InputError(
-            f"folders named like splits ({examples(sorted(splits))}) stand beside others "
+            f"folders named like splits ({examples(sorted(splits))}) are next to others "
             f"({examples(sorted(tops - splits))}): are those classes? "
             "Move one kind away, or give a CSV path,label,split"
         )
-    found = {}
+    result = {}
     for folder, part in parts.items():
         split = SPLITS[part[0].lower()] if splits and part else ""
         inner = part[1:] if split else part
         named = bool(inner) and not _VOLUME.fullmatch(inner[-1])
-        found[folder] = (split, inner[0] if named else "")
-    return found
+        result[folder] = (split, inner[0] if named else "")
+    return result
 
 
-def _one_around(parts: list[list[str]]) -> bool:
+def _has_single_root(parts: list[list[str]]) -> bool:
     if any(len(part) < 2 for part in parts) or len({part[0] for part in parts}) > 1:
         return False
     return parts[0][0].lower() not in SPLITS

@@ -15,8 +15,9 @@ from statistics import median
 from typing import Any
 
 from extract.cli import InputError, examples
-from extract.listing.folders import VIDEO_EXTENSIONS, Ignored, extension, folder, places, printable, scan
+from extract.listing.folders import VIDEO_EXTENSIONS, Scan, escape_non_utf8, extension, folder, scan, split_and_class
 from extract.listing.labels import choose_labels, kinetics700_labels
+from extract.listing.leaks import describe_leaks
 from extract.listing.tables import Row, find_clips, find_paths, read_table, refuse_doubles, span_id, tables_in
 
 __all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
@@ -136,10 +137,11 @@ def list_videos(
     spaces, and with `'`, `(`, `)` removed as well. Raises `InputError`, which says what is wrong and where.
     """
     source, root = os.fspath(source), None if root is None else os.fspath(root)
-    with _no_collector():
-        rows, known = _rows(source, root)
+    with _gc_paused():
+        rows, fields = _rows(source, root)
         # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
-        classes, index, labels_from = choose_labels({row.label for row in rows} - {""}, labels)
+        names = {row.label for row in rows} - {""}
+        classes, index, labels_from = choose_labels(names, labels, kinetics_names=_kinetics_names(rows))
         index[""] = -1
         base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
         videos = [
@@ -155,7 +157,7 @@ def list_videos(
         ]
         found = tuple(video for video in videos if video.path)
         missing = tuple(video for video in videos if not video.path)
-        return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **known)
+        return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields)
 
 
 def youtube_id(video_id: str) -> str:
@@ -171,6 +173,13 @@ def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple
     return tuple(sorted(ids & {name for name, _ in _youtube_ids(second)}))
 
 
+def _kinetics_names(rows: Sequence[Row]) -> bool:
+    """Whether most files are named like clips of Kinetics, by a sample of 1,000."""
+    sample = rows[:: max(1, len(rows) // 1000)]
+    clips = sum(bool(_CLIP.fullmatch(span_id(row.file or row.name, row.span))) for row in sample)
+    return 2 * clips > len(sample)
+
+
 def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
     for video in videos:
         if clip := _CLIP.fullmatch(video.id):
@@ -178,7 +187,7 @@ def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
 
 
 @contextlib.contextmanager
-def _no_collector() -> Iterator[None]:
+def _gc_paused() -> Iterator[None]:
     """Without the cycle collector, which walks over all the tuples made so far again and again: half of the time."""
     was_on = gc.isenabled()
     gc.disable()
@@ -204,28 +213,30 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
     if extension(name) not in VIDEO_EXTENSIONS:
         known = " ".join(sorted(VIDEO_EXTENSIONS))
         raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
-    if printable(name) != name:
-        raise InputError(f"the name {printable(name)} is not UTF-8, so that no store can hold it; rename the video")
+    if escape_non_utf8(name) != name:
+        raise InputError(
+            f"the name {escape_non_utf8(name)} is not UTF-8, so that no store can hold it; rename the video"
+        )
     return [Row(source, 0, name, "", "", file=name)], {"layout": "one video"}
 
 
 def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
-    files, ignored = scan(source)
+    files, ignored, inodes = scanned = scan(source)
     if not files:
         why = "; ".join(f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items())
-        raise InputError(f"there is no video in {source}; " + (f"ignored were, {why}" if why else "it is empty"))
-    by_folder = places({folder(file) for file in files})
-    splits, classes = (any(place[part] for place in by_folder.values()) for part in range(2))
+        raise InputError(f"there is no video in {source}; " + (f"ignored: {why}" if why else "it is empty"))
+    by_folder = split_and_class({folder(file) for file in files})
+    splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
     if not classes and (tables := tables_in(source)):
-        return _from_tables(tables, source, scanned=(files, ignored))
+        return _from_tables(tables, source, scanned=scanned)
     rows = [Row(source, 0, file, *by_folder[folder(file)][::-1], file=file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
-    return rows, {"layout": f"folders {layout}" if splits or classes else "a flat folder", "ignored": ignored}
+    layout = f"folders {layout}" if splits or classes else "a flat folder"
+    notes = tuple(describe_leaks(rows, source, inodes))
+    return rows, {"layout": layout, "ignored": ignored, "notes": notes}
 
 
-def _from_tables(
-    paths: Sequence[str], root: str, *, scanned: tuple[list[str], Ignored] | None = None
-) -> tuple[list[Row], dict[str, Any]]:
+def _from_tables(paths: Sequence[str], root: str, *, scanned: Scan | None = None) -> tuple[list[Row], dict[str, Any]]:
     """Videos of one or several CSVs below `root`; `scanned` is `scan(root)` where it is known already."""
     if not os.path.isdir(root):
         raise InputError(f"--root {root} is no folder; it says where the videos of {paths[0]} are")
@@ -235,7 +246,8 @@ def _from_tables(
     if not clips and not by_path:
         raise InputError(f"{paths[0]} has a header and no rows")
     # A CSV of paths may lie in a large place: only the folders that it names are looked into.
-    files, ignored = scanned or scan(root, only=None if clips else {row.name.partition("/")[0] for row in by_path})
+    only = None if clips else {row.name.partition("/")[0] for row in by_path}
+    files, ignored, inodes = scanned or scan(root, only=only)
     refuse_doubles(by_path, of_two_classes=False)
     clips = list(find_clips(clips, files if clips else ()))
     refuse_doubles(clips, of_two_classes=True)
@@ -254,6 +266,7 @@ def _from_tables(
         # Spans of one file side by side, by when they begin, so that it is read in one pass.
         first = {row.file: place for place, row in reversed([*enumerate(rows)])}
         rows.sort(key=lambda row: (first[row.file], row.span or ()))
+    notes += describe_leaks(found, root, inodes)
     used = {row.file for row in found}
     no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     left = {why: tuple(name for name in names if name not in no_surprise) for why, names in ignored.items()}

@@ -26,8 +26,12 @@ def settle(options: Options) -> Options:
         if value is not None and not 0.001 <= value < 1e6:  # ids count milliseconds
             raise InputError(f"--{name} {value:g}: expected {what}, from 0.001 on")
     if fps is not None:
-        window = frames / fps if window is None else window
-        frames = max(1, round(fps * window))
+        shown = frames if window is None else max(1, round(fps * window))
+        if frames not in (shown, Options.__dataclass_fields__["frames"].default):
+            raise InputError(
+                f"--fps {fps:g} shows {shown} frames in a window of {window:g} s, and --frames is {frames}; drop one"
+            )
+        window, frames = frames / fps if window is None else window, shown
     if stride is not None and (window is None or stride > window):
         raise InputError(f"--stride {stride:g} is that of windows, and at most their length; give --window too")
     return replace(options, window=window, stride=stride or window, fps=None, frames=frames)

@@ -404,6 +404,7 @@ def test_frames_a_second_are_windows(tmp_path):
     assert settled() == (None, None, 25, None)
     assert settled(window=10.0) == (10.0, 10.0, 25, None)
     assert settled(window=10.0, stride=5.0, fps=4.0) == (10.0, 5.0, 40, None)
+    assert settled(window=4.0, fps=8.0, frames=32) == (4.0, 4.0, 32, None)
     assert settled(fps=4.0) == (6.25, 6.25, 25, None)
     assert settled(fps=4.0, frames=16) == (4.0, 4.0, 16, None)
 
@@ -416,6 +417,7 @@ def test_frames_a_second_are_windows(tmp_path):
         ({"window": 10.0, "stride": -1.0}, "--stride -1"),
         ({"fps": float("inf")}, "--fps inf: expected frames a second"),
         ({"stride": 2.0}, "--stride 2 is that of windows, and at most their length; give --window too"),
+        ({"window": 4.0, "fps": 8.0, "frames": 16}, "--fps 8 shows 32 frames in a window of 4 s, and --frames is 16"),
         ({"window": 2.0, "stride": 3.0}, "--stride 3 is that of windows, and at most their length"),
     ],
 )

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from extract.cli import InputError
 from extract.listing.folders import VIDEO_EXTENSIONS, scan
 from extract.listing.labels import spellings
+from extract.listing.leaks import describe_leaks
+from extract.listing.tables import Row
 from extract.listing.videos import Listing, Video, kinetics700_labels, list_videos, shared_youtube_ids, youtube_id
 
 # Rows of the four kinds of CSV that Kinetics comes with, header and quoting as they are.
@@ -150,6 +152,94 @@ def test_two_spellings_of_one_class_in_folders_are_an_error(tmp_path):
         list_videos(tmp_path)
 
 
+def test_auto_takes_kinetics_only_if_the_listing_looks_like_it(tmp_path):
+    own = list_videos(touch(tmp_path / "own", "crying/1.mp4", "laughing/2.mp4", "yawning/3.mp4"))
+    assert own.classes == ("crying", "laughing", "yawning")
+    assert "they are classes of Kinetics-700 too: --labels kinetics700 takes all 700" in own.report()
+    clips = list_videos(touch(tmp_path / "clips", "yawning/aaaaaaaaaaa_000000_000010.mp4"))
+    assert clips.classes == kinetics700_labels()
+    most = list_videos(touch(tmp_path / "most", *(f"{name}/1.mp4" for name in kinetics700_labels()[:351])))
+    assert most.classes == kinetics700_labels()
+
+
+def test_integers_sort_as_integers(tmp_path):
+    touch(tmp_path, *(f"{number}.mp4" for number in range(12)))
+    table = "path,label\n" + "".join(f"{number}.mp4,{number}\n" for number in reversed(range(12)))
+    listing = list_videos(write(tmp_path / "l.csv", table))
+    assert listing.classes == tuple(map(str, range(12)))
+    assert all(video.id == f"{video.label}.mp4" for video in listing.videos)
+    with_holes = list_videos(write(tmp_path / "h.csv", "path,label\n1.mp4,10\n2.mp4,9\n"))
+    assert with_holes.classes == ("9", "10")
+    assert "of 0 to 10, 9 are absent: the index is not the integer" in with_holes.report()
+
+
+@pytest.mark.parametrize(
+    ("content", "numbers", "classes"),
+    [
+        ("run\nwalk\n", (0, 1), ("run", "walk")),
+        ("1 run\n2 walk\n", (1, 2), ("run", "walk")),
+        ("1,walk\n0,run\n", (0, 1), ("run", "walk")),
+        ("3 point shot\n9 pin bowling\n", (0, 1), ("3 point shot", "9 pin bowling")),
+    ],
+)
+def test_a_label_map_names_integers(tmp_path, content, numbers, classes):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    table = write(tmp_path / "l.csv", "path,label\na.mp4,{:02d}\nb.mp4,{}\n".format(*numbers))
+    labels = write(tmp_path / "labels.txt", content)
+    listing = list_videos(table, labels=labels)
+    assert listing.classes == classes
+    assert labelled(listing) == {"a.mp4": classes[0], "b.mp4": classes[1]}
+    assert f"by number ({numbers[0]} to {numbers[1]})" in listing.report()
+    by_name = write(tmp_path / "n.csv", "path,label\na.mp4,{}\nb.mp4,{}\n".format(*classes))
+    assert labelled(list_videos(by_name, labels=labels)) == {"a.mp4": classes[0], "b.mp4": classes[1]}
+
+
+def test_integers_that_a_label_map_lacks_are_named(tmp_path):
+    touch(tmp_path, "a.mp4")
+    table = write(tmp_path / "l.csv", "path,label\na.mp4,2\n")
+    with pytest.raises(InputError, match=r"1 of 1 names are not in .*by number \(0 to 1\): '2'"):
+        list_videos(table, labels=write(tmp_path / "labels.txt", "run\nwalk\n"))
+    with pytest.raises(InputError, match="gives the name 'run' to several numbers"):
+        list_videos(table, labels=write(tmp_path / "labels.txt", "0 run\n1 run\n"))
+
+
+# -- leaks between splits --------------------------------------------------------------------------------------
+
+
+def test_one_file_under_two_names_in_two_splits_is_said(tmp_path):
+    touch(tmp_path, "train/a/x.mp4", "train/a/y.mp4", "test/a/z.mp4", "train/b/w.mp4")
+    (tmp_path / "test" / "a" / "hard.mp4").hardlink_to(tmp_path / "train" / "a" / "x.mp4")
+    (tmp_path / "test" / "a" / "soft.mp4").symlink_to("../../train/a/y.mp4")
+    (tmp_path / "train" / "a" / "harmless.mp4").symlink_to("y.mp4")
+    (tmp_path / "train" / "b" / "dangling.mp4").symlink_to("nowhere")
+    report = list_videos(tmp_path).report()
+    line = next(line for line in report.splitlines() if line.startswith("ONE FILE IN TWO SPLITS"))
+    assert "2 (" in line
+    assert "test/a/hard.mp4 in test = train/a/x.mp4 in train" in line
+    assert "test/a/soft.mp4 in test = train/a/" in line
+    (tmp_path / "test" / "a" / "hard.mp4").unlink()
+    (tmp_path / "test" / "a" / "soft.mp4").unlink()
+    assert "TWO SPLITS" not in list_videos(tmp_path).report()
+
+
+def test_equal_numbers_of_two_file_systems_are_not_one_file(tmp_path):
+    touch(tmp_path, "a.mp4", "b.mp4")
+    rows = [Row("", 0, name, "", split, file=name) for name, split in (("a.mp4", "train"), ("b.mp4", "test"))]
+    assert describe_leaks(rows, str(tmp_path), {"a.mp4": 7, "b.mp4": 7}) == []
+
+
+def test_spans_that_overlap_in_two_splits_are_said(tmp_path):
+    touch(tmp_path, "m.mp4", "n.mp4")
+    rows = "m.mp4,0,9,train\nm.mp4,1,2,train\nm.mp4,8,10,test\nm.mp4,10,12,val\nn.mp4,0,5,train\nn.mp4,5,9,test\n"
+    rows = "".join(f"{row.split(',')[0]},a,{row.split(',', 1)[1]}\n" for row in rows.splitlines())
+    listing = list_videos(write(tmp_path / "l.csv", f"path,label,start,end,split\n{rows}"))
+    assert (
+        "SPANS THAT OVERLAP in two splits: 1 (m.mp4#0-9000 in train and m.mp4#8000-10000 in test)" in listing.report()
+    )
+    whole = list_videos(write(tmp_path / "w.csv", "path,label,start,end,split\nm.mp4,a,,,train\nm.mp4,a,3,4,test\n"))
+    assert "SPANS THAT OVERLAP in two splits: 1 (m.mp4 in train and m.mp4#3000-4000 in test)" in whole.report()
+
+
 # -- folders ---------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +283,7 @@ def test_an_outer_folder_says_nothing_and_a_deeper_one_belongs_to_its_class(tmp_
 
 
 def test_splits_beside_other_folders_are_an_error(tmp_path):
-    with pytest.raises(InputError, match=r"like splits \(train\) stand beside others \(car, replacement\)"):
+    with pytest.raises(InputError, match=r"like splits \(train\) are next to others \(car, replacement\)"):
         list_videos(touch(tmp_path, "train/a/x.mp4", "car/y.mp4", "replacement/z.mp4", "notes/readme.txt"))
 
 
@@ -249,7 +339,7 @@ def test_flat_and_volume_layouts_take_labels_from_the_csvs_in_the_folder(tmp_pat
     listing = list_videos(root)
     assert labelled(listing) == {f"{split}/{clip}": label for split, label, clip in CLIPS}
     assert listing.unlisted == ("train/extra.mp4",)
-    assert listing.ignored == {"no video by its extension": ("prices.csv",)}
+    assert listing.ignored == {"not a video by its extension": ("prices.csv",)}
     assert "validate.csv and train.csv, files below" in listing.report()
 
 
@@ -269,7 +359,7 @@ def test_folders_that_name_classes_are_believed_and_a_csv_in_them_is_ignored_by_
     listing = list_videos(tmp_path)
     assert set(labelled(listing).values()) == {"yoga"}
     assert len(listing.videos) == 2
-    assert listing.ignored == {"no video by its extension": ("train.csv",)}
+    assert listing.ignored == {"not a video by its extension": ("train.csv",)}
 
 
 def test_what_is_no_video_is_named_with_the_reason(tmp_path):
@@ -285,16 +375,16 @@ def test_what_is_no_video_is_named_with_the_reason(tmp_path):
     # A dangling link is listed: it fails with a reason, instead of being gone.
     assert ids(listing) == ["a/dangling.mp4", "a/itself.mp4", "a/x.mp4", "a/動作.mp4"]
     assert listing.ignored == {
-        "macOS ._ file": ("a/._x.mp4", "a/._y.mp4"),
-        "hidden": (".git", "a/.hidden.mp4"),
-        "no video by its extension": ("a/notes.txt", "a/y.mp4.part"),
-        "name without an extension": ("a/README", "a/dangling"),
-        "folder with the name of a video": ("a/folder.mp4",),
-        "name that is not UTF-8": ("a/caf\\xe9.mp4",),
-        "neither a file nor a folder": ("a/pipe.mp4",),
-        "link that leads back to a folder around it": ("a/back",),
+        "hidden": (".git", "a/._x.mp4", "a/._y.mp4", "a/.hidden.mp4"),
+        "not a video by its extension": (
+            *("a/README", "a/dangling", "a/folder.mp4 (a folder)", "a/notes.txt", "a/y.mp4.part"),
+        ),
+        "cannot be read": (
+            *("a/back (link to a folder around it)", "a/caf\\xe9.mp4 (name is not UTF-8)"),
+            "a/pipe.mp4 (neither a file nor a folder)",
+        ),
     }
-    assert "ignored, macOS ._ file: 2 (a/._x.mp4, a/._y.mp4)" in listing.report()
+    assert "ignored, hidden: 4 (.git, a/._x.mp4, a/._y.mp4, ...)" in listing.report()
 
 
 def test_linked_folders_are_followed(tmp_path):
@@ -313,7 +403,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         return real(path)
 
     monkeypatch.setattr(os, "scandir", scandir)
-    assert list_videos(tmp_path).ignored == {"folder that cannot be read (Permission denied)": ("b",)}
+    assert list_videos(tmp_path).ignored == {"cannot be read": ("b (Permission denied)",)}
 
 
 def test_no_file_is_asked_for_its_size_or_opened(tmp_path, monkeypatch):
@@ -321,7 +411,7 @@ def test_no_file_is_asked_for_its_size_or_opened(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(os, "stat", lambda *a, **k: asked.append(a))
     monkeypatch.setattr("builtins.open", lambda *a, **k: asked.append(a))
-    files, _ = scan(str(root))
+    files = scan(str(root)).videos
     monkeypatch.undo()
     assert len(files) == 40
     assert asked == []
@@ -336,9 +426,9 @@ def test_an_empty_folder_says_what_it_ignored(tmp_path):
     with pytest.raises(InputError, match=r"no video in .*; it is empty"):
         list_videos(tmp_path)
     touch(tmp_path, "a/notes.txt", "a/._x.mp4")
-    with pytest.raises(InputError, match=r"no video by its extension: 1 \(a/notes.txt\)") as raised:
+    with pytest.raises(InputError, match=r"not a video by its extension: 1 \(a/notes.txt\)") as raised:
         list_videos(tmp_path)
-    assert "macOS ._ file: 1 (a/._x.mp4)" in str(raised.value)
+    assert "hidden: 1 (a/._x.mp4)" in str(raised.value)
 
 
 def test_one_video(tmp_path):
