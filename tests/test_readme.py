@@ -1,4 +1,8 @@
-"""What the README says is so: its tree names every module, and its commands run, in their order."""
+"""README.md and docs/: the tree names every module, the commands run, and links lead somewhere.
+
+The README's commands run first, in their order. The commands of a file in docs/ may use what they made, and nothing of
+another file. A command that appears several times runs once.
+"""
 
 import importlib
 import re
@@ -11,7 +15,7 @@ from extract.cli import run_command
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "aggregate", "ensemble", "pipelines")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 # Every command is run with these flags behind its own, so that minutes become seconds; none changes what it does.
 SMALL = {"--backbone": "test_resnet", "--weights": "random", "--frames": "4", "--decode-workers": "1"}
 QUICK = {
@@ -25,14 +29,31 @@ QUICK = {
 
 
 def commands() -> list[list[str]]:
-    """The `python -m` lines of the README's shell blocks: [module, argument, ...]."""
-    blocks = re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    lines = [line for block in blocks for line in block.splitlines() if line.startswith("python -m ")]
-    return [shlex.split(line)[2:] for line in lines]
+    """The `python -m` lines of all shell blocks, each once: [module, argument, ...]."""
+    blocks = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    lines = dict.fromkeys(line for block in blocks for line in block.splitlines())
+    return [shlex.split(line)[2:] for line in lines if line.startswith("python -m ")]
 
 
-def test_the_tree_names_every_room_and_module_and_nothing_else():
-    tree = README[README.index("## The tree") : README.index("## Words")]
+def test_the_readme_is_short():
+    assert len(PAGES[ROOT / "README.md"].split()) <= 1600
+
+
+def test_every_link_leads_to_a_file_and_a_heading():
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+            file, _, anchor = target.partition("#")
+            path = page.parent / file
+            assert path.exists(), f"{page.name}: {target}"
+            if anchor:
+                headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                assert anchor in anchors, f"{page.name}: {target}"
+
+
+def test_the_tree_names_every_module_and_nothing_else():
+    text = PAGES[ROOT / "docs" / "architecture.md"]
+    tree = text[text.index("## The tree") : text.index("## Words")]
     lines = re.search(r"```text\n(.*?)```", tree, re.DOTALL)[1].splitlines()
     named, folders = set(), []
     for line in lines:
@@ -42,8 +63,8 @@ def test_the_tree_names_every_room_and_module_and_nothing_else():
             folders.append(name)
         else:
             named.add("".join([*folders, name]))
-    there = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
-    assert named == {name for name in there if not name.endswith("__init__.py")}
+    modules = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    assert named == {name for name in modules if not name.endswith("__init__.py")}
 
 
 @pytest.fixture(scope="module")
