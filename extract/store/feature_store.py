@@ -1,4 +1,4 @@
-"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos (layout: docs/store-format.md).
+"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos. Layout: docs/store-format.md.
 
 Who writes what: workers write whole shards of `features`; the driver alone writes the per-video arrays and commits a
 block once its shard is there, `status` last. Every file is written under another name, synced and renamed, and its
