@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from aggregate.metrics import text_table
 from extract.cli import InputError, run_command
 
 if TYPE_CHECKING:
@@ -170,13 +171,6 @@ def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
     return rows
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table: the first column to the left, the others to the right."""
-    first, *others = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
-    widths = [max(lengths) for lengths in others]
-    return "\n".join("  ".join([row[0].ljust(max(first)), *map(str.rjust, row[1:], widths)]) for row in rows)
-
-
 def main(options: Options) -> None:
     if options.frames < 1:
         raise InputError(f"--frames is {options.frames}; MAdds are counted for at least 1 frame")
@@ -185,11 +179,11 @@ def main(options: Options) -> None:
     for dim in options.dim:
         models = columns(dim, g1=options.g1, g2=options.g2)
         title, frames = f"m = {dim}, g1 = {options.g1}, g2 = {options.g2}", options.frames
-        print(f"Table 1: parameters, {title}\n\n{aligned(table_1(models))}\n")
+        print(f"Table 1: parameters, {title}\n\n{text_table(table_1(models))}\n")
         print(f"Table 2: multiplications and additions of one video, {title}, n = {frames}\n")
-        print(f"{aligned(table_2(models, frames=frames))}\n")
+        print(f"{text_table(table_2(models, frames=frames))}\n")
         print(f"Heads beside the paper's, m = {dim}, n = {frames}, counted on what runs\n")
-        print(f"{aligned(other_heads(dim=dim, frames=frames))}\n")
+        print(f"{text_table(other_heads(dim=dim, frames=frames))}\n")
 
 
 if __name__ == "__main__":

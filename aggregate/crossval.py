@@ -18,8 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aggregate.ablate import GridOptions, candidates, in_passes, wait_passively
-from aggregate.train import Configuration, configured
+from aggregate.ablation.configurations import GridOptions, candidates, in_passes, wait_passively
+from aggregate.training.configurations import Configuration, configured
 from extract.cli import InputError, RunError, progress, run_command
 
 if TYPE_CHECKING:
@@ -309,8 +309,7 @@ def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) 
 
 def table(results: dict[str, Any]) -> str:
     """The table of the terminal: percent, differences in points."""
-    from aggregate.complexity import aligned
-    from aggregate.metrics import Interval
+    from aggregate.metrics import Interval, text_table
 
     def cell(interval: dict[str, float] | None, sign: str = "") -> str:
         return "" if interval is None else format(Interval(**interval), sign)
@@ -322,7 +321,8 @@ def table(results: dict[str, Any]) -> str:
         cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
         lines.append([one["name"], count, *cells, cell(found["difference"], "+")])
     return (
-        f"{aligned(lines)}\n\nMeans over {len(results['seeds'])} seed(s) with 95 % intervals over videos (bootstrap; "
+        f"{text_table(lines)}\n\n"
+        f"Means over {len(results['seeds'])} seed(s) with 95 % intervals over videos (bootstrap; "
         "differences paired), and over seeds (Student's t).\nThe epoch and what else was tried were chosen inside each "
         "fold's training part."
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import (
     Aggregator,
@@ -61,8 +61,6 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     address: str | None = None
     """A Ray cluster (auto, or host:port)."""
     seed: int = 0
-
-    GONE: ClassVar[dict] = {"ema": 0.0, "clip": 20.0, "decoder": "pyav", "limit": None, "form": "released"}
 
     @property
     def folder(self) -> Path:
@@ -133,7 +131,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
-    options, last = open_folder(options.folder, options)
+    last = open_folder(options.folder, options)
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
     classes = list(listing.classes)
     rows, val_rows, words = choose_rows(ListedVideos(listing), options, options.seed)

@@ -174,3 +174,10 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a table: the first column to the left, the others to the right."""
+    first, *others = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
+    widths = [max(lengths) for lengths in others]
+    return "\n".join("  ".join([row[0].ljust(max(first)), *map(str.rjust, row[1:], widths)]) for row in rows)

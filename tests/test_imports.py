@@ -102,6 +102,19 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
     return found
 
 
+def test_commands_import_no_commands():
+    """What two commands of `aggregate` share is in a room of its own."""
+    graph = module_graph()
+    commands = {
+        path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".")
+        for path in MODULES
+        if "sys.exit(run_command(" in path.read_text(encoding="utf-8") and ROOT / "aggregate" in path.parents
+    }
+    assert len(commands) > 5
+    for name in commands:
+        assert not graph[name] & commands, f"{name} imports the command {(graph[name] & commands).pop()}"
+
+
 def test_no_circles_between_modules():
     assert circles(module_graph()) == []
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aggregate.complexity import aligned
-from aggregate.metrics import ENDS, Interval, bootstrap, csv_of
+from aggregate.metrics import ENDS, Interval, bootstrap, csv_of, text_table
 from extract.files import replace_file
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def summary_text(summary: Sequence[Row]) -> str:
         size = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
         rows.append([line["name"], *size, *cells, ", ".join(notes)])
     about = sorted({line["interval_over"] for line in summary} - {""})
-    return "\n".join([aligned(rows), "", _ABOUT["epoch"], *(_ABOUT[one] for one in about), _ABOUT["difference"]])
+    return "\n".join([text_table(rows), "", _ABOUT["epoch"], *(_ABOUT[one] for one in about), _ABOUT["difference"]])
 
 
 def percent(line: Row, measure: str, *, sign: str = "") -> str:
@@ -154,7 +153,7 @@ def heat_map_text(title: str, top1: "pd.DataFrame") -> str:
     rows = [[f"top-1 %, {title}", *(f"g2={g2}" for g2 in top1.columns)]]
     for g1, *values in top1.itertuples():
         rows.append([f"g1={g1}", *("." if math.isnan(value) else f"{value:.2f}" for value in values)])
-    return aligned(rows)
+    return text_table(rows)
 
 
 # -- as files ------------------------------------------------------------------------------------------------------

@@ -19,8 +19,8 @@ from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
-from aggregate.train import Configuration
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.configurations import Configuration
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
 from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS
@@ -48,7 +48,7 @@ class GridTrainer:
         self.store, self.init = store, init
         self.device, self.placement = choose_device(device), placement
         self._held: dict[bool, StoredFeatures] = {}
-        self._tell_once = functools.cache(print)
+        self._log_once = functools.cache(print)
 
     def _features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
         """Those of `rows`, from what is held where they are among it."""
@@ -72,7 +72,7 @@ class GridTrainer:
         training, testing = self._features(rows, training=True), self._features(val_rows, training=False)
         one = share[0]
         source = CachedFeatures(training, testing, one.options.frames, one.recipe.batch_size, one.options.seed)
-        how: dict[str, Any] = {"init": self.init, "tell": self._tell_once}
+        how: dict[str, Any] = {"init": self.init, "log": self._log_once}
         return [one.learner(self.store, self.device, **how) for one in share], source
 
     def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:

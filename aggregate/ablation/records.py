@@ -37,12 +37,12 @@ class Records:
         make_folder(self.out / "places")
         self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            self._open(plain(options) | {"contents_of_features": contents_of(store)}, type(options))
+            self._open(plain(options) | {"contents_of_features": contents_of(store)})
         except BaseException:
             os.close(self._file)
             raise
 
-    def _open(self, wanted: dict[str, Any], options: type) -> None:
+    def _open(self, wanted: dict[str, Any]) -> None:
         """Lock the folder, read what is done, write the options."""
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,7 +52,7 @@ class Records:
         whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
         if whole:
-            refuse_other_options(self.out, wanted, options)
+            refuse_other_options(self.out, wanted)
         replace_file(self.out / "options.json", json.dumps(wanted, indent=1) + "\n")
         for line in map(json.loads, whole.splitlines()):
             self._keep(line["row"], line["key"])

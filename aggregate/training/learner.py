@@ -152,7 +152,7 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any], best_state: dict[str, Tensor]) -> None:
         self.net.load_state_dict(state["learner"]["model"])
         self.optimizer.load_state_dict(state["learner"]["optimizer"])
-        self.scaler.load_state_dict(state.get("scaler") or {})
+        self.scaler.load_state_dict(state["scaler"])
         self.best_error, self.best_epoch, self.best_state = state["best_error"], state["best_epoch"], best_state
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -19,16 +19,7 @@ AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
     "attentive-time": ("depth", "heads"),
     "nextvlad": ("clusters", "groups", "expansion"),
 }
-# What was done before recipes had a say in these.
-BEFORE_RECIPES: dict[str, Any] = {
-    "norm": "none",
-    "attention": "relu",
-    "normalise": False,
-    "start": "random",
-    "scale_init": 0.0,
-    "standardise": False,
-}
-MEANING = ("norm", "attention", "normalise")  # the same weights under another of these are another model
+WEIGHT_SEMANTICS = ("norm", "attention", "normalise")  # the same weights under another of these are another model
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
@@ -158,14 +149,13 @@ def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] 
     """
     foreign = foreign_flags(name)
     for one in fields(HeadOptions):
-        given = getattr(options, one.name)
-        changes_nothing = (one.default, BEFORE_RECIPES.get(one.name, one.default))
-        if one.name in foreign and given not in changes_nothing:
-            raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {name}")
+        value = getattr(options, one.name)
+        if one.name in foreign and value != one.default:
+            raise InputError(f"--{one.name.replace('_', '-')} {value} means nothing to --agg {name}")
     own = AGGREGATOR_FLAGS.get(name, ())
     asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
     recipe: Any = getattr(options, "recipe", "paper")  # end-to-end training has no other
-    theirs = {flag: init.get(flag) for flag in MEANING} if init is not None and init["name"] == name else {}
+    theirs = {flag: init.get(flag) for flag in WEIGHT_SEMANTICS} if init is not None and init["name"] == name else {}
     asked = {flag: theirs.get(flag) if value is None else value for flag, value in asked.items()}
     chosen = head_options(recipe, name, {flag: value for flag, value in asked.items() if value is not None})
     if name == "hgnl":
@@ -176,38 +166,3 @@ def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] 
 def plain(options: Any) -> dict[str, Any]:
     """A command's options as JSON keeps them."""
     return json.loads(json.dumps(asdict(options), default=str))
-
-
-def completed(recorded: Mapping[str, Any], wanted: Mapping[str, Any], options: type) -> dict[str, Any]:
-    """Options that an earlier version recorded, with what it did for those that it did not have yet.
-
-    Of those that are no more, what was not as the command's `GONE` has it stays: it must not be dropped in silence.
-    """
-    gone = {name: value for name, value in getattr(options, "GONE", {}).items() if recorded.get(name, value) != value}
-    defaults = {one.name: one.default for one in fields(options) if one.name in wanted and one.name not in recorded}
-    if "standardise" in defaults:
-        defaults |= {name: _like(value, wanted[name]) for name, value in BEFORE_RECIPES.items() if name in defaults}
-    return {name: value for name, value in recorded.items() if name in wanted or name in gone} | json.loads(
-        json.dumps(defaults, default=str)
-    )
-
-
-def as_recorded(options: Any, folder: Path) -> Any:
-    """`options` as the version took them that began `folder`: before recipes had a say in heads, what is not given was
-    the paper's."""
-    file = folder / "options.json"
-    if not file.exists():
-        return options
-    recorded = json.loads(file.read_text(encoding="utf-8"))
-    before = {name: _like(value, getattr(options, name)) for name, value in BEFORE_RECIPES.items()}
-    since = ("normalise", "start", "standardise")
-    if any(json.dumps(recorded.get(name, before[name])) != json.dumps(before[name]) for name in since):
-        return options
-    return replace(options, **{name: value for name, value in before.items() if getattr(options, name) in (None, ())})
-
-
-def _like(value: Any, shape: Any) -> Any:
-    """A value, or a list of it where `shape` is one (as `listed` has it)."""
-    if not isinstance(shape, tuple | list):
-        return value
-    return (str(value).lower(),) if isinstance(value, bool) else (value,)

@@ -14,7 +14,7 @@ from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstra
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
-from aggregate.training.options import as_recorded, completed, plain
+from aggregate.training.options import plain
 from aggregate.training.sources import Source
 from extract.cli import InputError, progress
 from extract.files import replace_file, writing
@@ -28,12 +28,11 @@ _ATTENTION_UNUSED = 1e-3
 _FREE_ON_RESUME = {"out", "device", "placement", "at_once", "workers", "address", "decode_workers", "micro_batch"}
 
 
-def open_folder(out: Path, options: Any) -> tuple[Any, Checkpoint | None]:
-    """The options as the run in `out` took them, and its last checkpoint, None where there is none yet.
+def open_folder(out: Path, options: Any) -> Checkpoint | None:
+    """The last checkpoint of the run in `out`, None if it has none yet.
 
-    InputError for a folder of anything else, or of a run with other options.
+    InputError for a folder of anything else, of a run with other options, or of a run of another version.
     """
-    options = as_recorded(options, out)
     # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while it
     # wrote that epoch leaves checkpoints, which the same command writes again.
     last, begun = out / "last.pt", (out / "options.json").exists()
@@ -42,15 +41,20 @@ def open_folder(out: Path, options: Any) -> tuple[Any, Checkpoint | None]:
     if not last.exists() and names and (foreign or not begun):
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
     if names:
-        refuse_other_options(out, plain(options), type(options))
-    return options, Checkpoint.load(last) if last.exists() else None
+        refuse_other_options(out, plain(options))
+    return Checkpoint.load(last) if last.exists() else None
 
 
-def refuse_other_options(out: Path, wanted: dict[str, Any], options: type) -> None:
-    """InputError that lists what differs between `out`/options.json and `wanted`."""
-    recorded = completed(json.loads((out / "options.json").read_text(encoding="utf-8")), wanted, options)
-    before, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, wanted))
-    lines = [line.replace("in the store", "in the folder") for line in difference(before, now)]
+def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
+    """InputError that lists what differs between `out`/options.json and `now`."""
+    recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
+    if recorded.keys() != now.keys():
+        raise InputError(
+            f"{out} was begun by another version of this program, and what it left half done is not continued (its "
+            "checkpoints still open); give another --out, or remove it"
+        )
+    recorded, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, now))
+    lines = [line.replace("in the store", "in the folder") for line in difference(recorded, now)]
     if lines:
         raise InputError(
             f"{out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
@@ -91,9 +95,8 @@ class Run:
         assert last.training is not None
         state = last.training
         self.epoch, self.history = state["epoch"], state["history"]
-        for learner, kept in zip(self.learners, _states(state), strict=True):
-            best = kept.get("best_state") or Checkpoint.load(self.out / learner.file).state_dict
-            learner.load_state_dict(kept, best)
+        for learner, kept in zip(self.learners, state["learners"], strict=True):
+            learner.load_state_dict(kept, Checkpoint.load(self.out / learner.file).state_dict)
         if self.writes:
             print(f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done", flush=True)
 
@@ -206,16 +209,3 @@ def _differences(names: list[str], logits: list[np.ndarray], labels: np.ndarray,
         f"average error {paired_bootstrap(errors[0], errors[other])} (points)"
         for other in range(1, len(names))
     ]
-
-
-def _states(training: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of each learner what resuming needs, from any version's `training`."""
-    if "learners" in training:
-        return training["learners"]
-    if "entrants" in training:  # aggregate.train, first version
-        return training["entrants"]
-    epochs = training["history"]  # aggregate.finetune, first version
-    best = min(epochs, key=lambda row: row["val_average_error"])
-    learner = {"model": training["net"], "optimizer": training["optimizer"]}
-    kept = {"learner": learner, "best_error": training["best"], "best_epoch": best["epoch"]}
-    return [kept | {"scaler": training["scaler"]}]

@@ -18,11 +18,12 @@ from scipy import stats
 
 from aggregate import ablate, train
 from aggregate.ablation import compare
+from aggregate.ablation.configurations import in_passes
 from aggregate.ablation.grid import GridTrainer
 from aggregate.ablation.records import Records
 from aggregate.metrics import paired_bootstrap
-from aggregate.train import Configuration
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.configurations import Configuration
 from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
@@ -72,7 +73,7 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     )
     share = planned(several)
     assert len(share) == 2 * (1 + 1 + 2 + 1)
-    assert len({one.shares_batches for one in share}) == 1
+    assert len({one.batch_key for one in share}) == 1
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
     rows, val_rows, _ = choose_rows(trainer.store, share[0].options, 1)
     learners, source = trainer.begin(share, rows, val_rows)
@@ -184,13 +185,13 @@ def test_wrong_options_are_named_and_leave_no_folder(changes, message, features,
 def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once):
     class One:
         def __init__(self, spec):
-            self.shares_batches, self.spec = spec[:4], spec
+            self.batch_key, self.spec = spec[:4], spec
 
-    parts = ablate.in_passes(map(One, specs), at_once=at_once)
+    parts = in_passes(map(One, specs), at_once=at_once)
     assert sorted(one.spec for part in parts for one in part) == sorted(specs)
     for part in parts:
         assert 1 <= len(part) <= at_once
-        assert len({one.shares_batches for one in part}) == 1
+        assert len({one.batch_key for one in part}) == 1
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------

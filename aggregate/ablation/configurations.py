@@ -1,0 +1,128 @@
+"""The grid of configurations that lists of options make: combined, named, and grouped by the batches they share."""
+
+import itertools
+import os
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from aggregate.training.configurations import Configuration, TrainOptions, configured
+from aggregate.training.options import (
+    Aggregator,
+    HeadOptions,
+    PlaceOptions,
+    ScheduleOptions,
+    foreign_flags,
+    listed,
+)
+from extract.cli import InputError
+
+if TYPE_CHECKING:
+    from aggregate.training.checkpoint import Checkpoint
+    from extract.store import FeatureStore
+
+# Lists here, single values of `aggregate.train`; an empty one is that command's default.
+Lists: Any = listed(HeadOptions, ScheduleOptions)
+LISTS = ("agg", *(one.name for one in fields(Lists)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(Lists, PlaceOptions):
+    """What is tried: all combinations of the listed options."""
+
+    agg: tuple[Aggregator, ...] = ("hgnl",)
+    """One or more; options that an aggregator does not have are left out of its combinations."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each combination is trained once a seed."""
+    features: str = "feats.zarr"
+    """The feature store of `python -m extract`."""
+    recipe: Literal["cached", "paper"] = "cached"
+    """cached: what works best on a frozen backbone; paper: iQIYI's schedule."""
+    at_once: int = 32
+    """At most so many models share a pass: their memory, and what is lost when the process is killed."""
+
+
+def wait_passively() -> None:
+    """Small steps on a busy machine: threads that wait for each other must not spin (14 times the CPU time, measured).
+
+    It counts before torch is loaded.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+class Plan(NamedTuple):
+    """What to train; and by their names the combinations that cannot be built, with the reason."""
+
+    configurations: list[Configuration]
+    skipped: dict[str, str]
+
+    def print_skipped(self) -> None:
+        for name, reason in self.skipped.items():
+            print(f"skipped   {name}: {reason}")
+
+
+def in_passes(configurations: Iterable[Configuration], *, at_once: int) -> list[list[Configuration]]:
+    """Configurations by the pass that they share: at most `at_once` in each."""
+    groups: dict[Hashable, list[Configuration]] = {}
+    for one in configurations:
+        groups.setdefault(one.batch_key, []).append(one)
+    parts = ((group, -(-len(group) // at_once)) for group in groups.values())
+    return [group[start::count] for group, count in parts for start in range(count)]
+
+
+def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | None" = None) -> Plan:
+    """All combinations of the listed options, of one seed and with all videos."""
+    import torch
+
+    for one in fields(options):
+        flag, given = f"--{one.name.replace('_', '-')}", getattr(options, one.name)
+        if one.name in ("seeds", *LISTS) and one.default and not given:
+            raise InputError(f"{flag} needs at least one value")
+        if given != one.default and all(one.name in foreign_flags(agg) for agg in options.agg):
+            raise InputError(f"{flag} {' '.join(map(str, given))} means nothing to --agg {' '.join(options.agg)}")
+    if options.at_once < 1:
+        raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
+    for frames in options.frames:
+        if not 1 <= frames <= store.frames_per_video:
+            raise InputError(f"--frames {frames}: {options.features} holds {store.frames_per_video} frames a video")
+    singles = _combinations(options)
+    varied = [
+        name for name in LISTS if len({getattr(s, name) for s in singles if name not in foreign_flags(s.agg)}) > 1
+    ]
+    found = Plan([], {})
+    for single in singles:
+        made = configured(name_of(single, varied), single, videos=len(store))
+        try:
+            with torch.device("meta"):
+                width = made.model(store).classifier.in_features
+            wanted = width if init is None else init.state_dict["classifier.weight"].shape[1]
+            if width != wanted:
+                raise InputError(f"--init classifies {wanted} features, this model {width}")
+            found.configurations.append(made)
+        except InputError as error:
+            found.skipped[made.name] = str(error)
+    if not found.configurations:
+        name, reason = next(iter(found.skipped.items()))
+        raise InputError(f"no configuration can be built; {name}: {reason}")
+    return found
+
+
+def _combinations(options: GridOptions) -> list[TrainOptions]:
+    """One `TrainOptions` a combination, each once, what an aggregator does not have at its default."""
+    defaults = {one.name: one.default for one in fields(TrainOptions)}
+    given = {name: getattr(options, name) for name in defaults if hasattr(options, name)}
+    kept = {name: value for name, value in given.items() if name not in LISTS} | {"out": None}
+    lists = {name: tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,) for name in LISTS}
+    found: dict[TrainOptions, None] = {}
+    for values in itertools.product(*lists.values()):
+        chosen: dict[str, Any] = dict(zip(lists, values, strict=True))
+        chosen |= {name: defaults[name] for name in foreign_flags(chosen["agg"])}
+        found[TrainOptions(**chosen, **kept)] = None
+    return list(found)
+
+
+def name_of(options: TrainOptions, varied: Sequence[str]) -> str:
+    """`hgnl g1=4 g2=2`: the aggregator and those of the `varied` options that it has."""
+    values = {name: getattr(options, name) for name in varied if name not in {"agg"} | foreign_flags(options.agg)}
+    words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
+    return " ".join([options.agg, *words])
