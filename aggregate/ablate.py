@@ -40,6 +40,7 @@ def main(options: Options) -> int:
     from aggregate.ablation.grid import GridTrainer
     from aggregate.ablation.records import Records
     from aggregate.metrics import csv_of
+    from aggregate.scores import group_keys
     from aggregate.training.checkpoint import Checkpoint
     from extract.files import replace_file
     from extract.store import FeatureStore
@@ -73,7 +74,8 @@ def main(options: Options) -> int:
             print(f"done      {len(write_table())} of {len(wanted)}", flush=True)
         rows, places = write_table(), {key: records.array(key) for key in records.rows}
         print()
-        report(options.out, rows, places, [f"{name}: {reason}" for name, reason in chosen.skipped.items()])
+        groups = group_keys(store.ids, store.groups)
+        report(options.out, rows, places, groups, [f"{name}: {reason}" for name, reason in chosen.skipped.items()])
         print(_how_to_keep(rows, wanted))
     return 0
 

@@ -255,13 +255,13 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
     """Write AGG.h5 and results.json; print the table."""
     import numpy as np
 
-    from aggregate.metrics import ranks
-    from aggregate.scores import Scores, save_scores
+    from aggregate.metrics import describe_units, independent_units, ranks
+    from aggregate.scores import Scores, group_keys, save_scores
     from extract.files import replace_file
 
     segments = segments_of(store, options)
     labels, classes, seeds = store.labels[rows], len(store.classes), list(dict.fromkeys(options.seeds))
-    aggs = list(dict.fromkeys(options.agg))
+    aggs, groups = list(dict.fromkeys(options.agg)), group_keys(store.ids, store.groups)[rows]
     baseline = "tsn" if "tsn" in aggs else aggs[0]
     places: dict[str, np.ndarray] = {}  # of each true label: int [segments, seeds, N]
     for agg in aggs:
@@ -271,39 +271,51 @@ def report(store: "FeatureStore", rows: "np.ndarray", options: Options, folds: l
             logits[seeds.index(fold.seed)][:, at] = records.array((fold.seed, fold.name, agg))
         source = {"model": agg, "folds": options.folds, "seeds": seeds, "features": store.provenance}
         known = (store.ids[rows].tolist(), store.classes)
-        mean = [Scores(*known, one, labels, source, n) for n, one in zip(segments, logits.mean(axis=0), strict=True)]
+        mean = [
+            Scores(*known, one, labels, source, n, groups=groups)
+            for n, one in zip(segments, logits.mean(axis=0), strict=True)
+        ]
         save_scores(options.out / f"{agg}.h5", mean)
         places[agg] = np.array([[ranks(one, labels) for one in by_seed] for by_seed in logits.swapaxes(0, 1)])
     heads: list[dict[str, Any]] = []
     for agg in aggs:
         beside = [None] * len(segments) if agg == baseline else places[baseline]
         measured = {
-            str(count): measures(ours, theirs, classes)
+            str(count): measures(ours, theirs, classes, groups)
             for count, ours, theirs in zip(segments, places[agg], beside, strict=True)
         }
         chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
         heads.append({"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen})
     results = {"schema": SCHEMA, "features": options.features, "videos": len(rows), "classes": classes}
     names = list(dict.fromkeys(fold.name for fold in folds))
-    results |= {"by": options.folds, "folds": names, "seeds": seeds, "baseline": baseline, "heads": heads}
+    units = int(independent_units(groups).max()) + 1
+    results |= {
+        "resampled": describe_units(units, len(rows)),
+        "by": options.folds,
+        "folds": names,
+        "seeds": seeds,
+        "baseline": baseline,
+        "heads": heads,
+    }
     replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     files = ", ".join(str(options.out / one["scores"]) for one in heads)
     print(f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean over seeds): {files}")
 
 
-def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int) -> dict[str, Any]:
-    """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over videos; of top-1
-    also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
+def measures(places: "np.ndarray", baseline: "np.ndarray | None", classes: int, groups: "np.ndarray") -> dict[str, Any]:
+    """What `places` [seeds, N] of true labels come to: means over seeds with bootstrap intervals over `groups` [N]; of
+    top-1 also Student's interval over seeds, and the difference to the `baseline`'s, paired over videos."""
     from aggregate.ablation.compare import over_seeds
     from aggregate.metrics import bootstrap, challenge_errors
 
     first, in_five = places == 0, places < min(5, classes)
     by_seed = first.mean(axis=1).tolist()
     over = asdict(over_seeds(by_seed)) if len(by_seed) > 1 else None
-    difference = None if baseline is None else asdict(bootstrap(first.mean(axis=0) - (baseline == 0).mean(axis=0)))
+    gained = None if baseline is None else first.mean(axis=0) - (baseline == 0).mean(axis=0)
+    difference = None if gained is None else asdict(bootstrap(gained, groups))
     errors = challenge_errors(places, classes).mean(axis=0)
     several = {"top1": first.mean(axis=0), "top5": in_five.mean(axis=0), "average_error": errors}
-    measured = {name: asdict(bootstrap(values)) for name, values in several.items()}
+    measured = {name: asdict(bootstrap(values, groups)) for name, values in several.items()}
     return measured | {"by_seed": by_seed, "over_seeds": over, "difference": difference}
 
 
@@ -322,7 +334,7 @@ def table(results: dict[str, Any]) -> str:
         lines.append([one["name"], count, *cells, cell(found["difference"], "+")])
     return (
         f"{text_table(lines)}\n\n"
-        f"Means over {len(results['seeds'])} seed(s) with 95 % intervals over videos (bootstrap; "
+        f"Means over {len(results['seeds'])} seed(s) with 95 % intervals over {results['resampled']} (bootstrap; "
         "differences paired), and over seeds (Student's t).\nThe epoch and what else was tried were chosen inside each "
         "fold's training part."
     )

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate.training.options import PlaceOptions, VideoOptions
 from extract.cli import InputError, RunError, progress, run_command
@@ -54,7 +54,7 @@ def main(options: Options) -> int:
 
     checkpoint = Checkpoint.load(options.checkpoint)
     see = see_features if options.videos is None else see_videos
-    ids, labels, seen = see(checkpoint, options)
+    videos, seen = see(checkpoint, options)
     source = {"model": checkpoint.options["name"], "options": checkpoint.options, "checkpoint": options.checkpoint.name}
     source |= {"features": checkpoint.features, "split": options.split}
     several = []
@@ -63,18 +63,29 @@ def main(options: Options) -> int:
             raise RunError(f"{checkpoint.path} has no scores that are finite; its weights are damaged")
         kept = crops if crops.shape[1] > 1 else None
         logits = crops.mean(axis=1)  # before softmax
-        several.append(Scores(ids, checkpoint.classes, logits, labels, source, segments, kept))
+        several.append(
+            Scores(videos.ids, checkpoint.classes, logits, videos.labels, source, segments, kept, videos.groups)
+        )
     report([scores.by_video() for scores in several] if options.by == "video" else several, options.out)
     return 0
 
 
-# Ids and labels [N] of the videos; the numbers of segments, each with logits [N, crops, C], NaN for what failed.
-Seen = tuple[list[str], "np.ndarray", "Iterator[tuple[int, np.ndarray]]"]
+class Scored(NamedTuple):
+    """The N videos to score: ids, labels over the checkpoint's classes, and what each depends on (`group_keys`)."""
+
+    ids: list[str]
+    labels: "np.ndarray"
+    groups: "np.ndarray"
+
+
+# The videos; the numbers of segments, each with logits [N, crops, C], NaN for videos that failed.
+Seen = tuple[Scored, "Iterator[tuple[int, np.ndarray]]"]
 
 
 def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     """The checkpoint's logits of features in a store."""
     from aggregate.data.features import StoredFeatures
+    from aggregate.scores import group_keys
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.sources import logits_of, possible_segments
     from extract.device import choose_device
@@ -90,15 +101,15 @@ def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     features = StoredFeatures(store, rows, device=device, placement=options.placement)  # read once for all of them
     model, size = checkpoint.model().to(device), options.batch_size
     seen = ((number, logits_of([model], features, segments=number, batch_size=size)[0]) for number in wanted)
-    return store.ids[rows].tolist(), labels, seen
+    groups = group_keys(store.ids, store.groups)[rows]
+    return Scored(store.ids[rows].tolist(), labels, groups), seen
 
 
 def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
     """The checkpoint's logits of frames, through the backbone that it holds or records."""
-    import numpy as np
-
     from aggregate.endtoend import model_from_record
     from aggregate.training.checkpoint import rows_for_classes
+    from aggregate.training.splits import ListedVideos, group_keys
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
@@ -107,13 +118,15 @@ def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
     model.to(device)
     where = str(options.videos)
     listing = list_videos(where, labels=options.labels, root=options.root)
-    chosen = [listing.videos[row] for row in rows_of_split([v.split for v in listing.videos], options.split, where)]
-    theirs = np.array([video.label for video in chosen])
-    labels = rows_for_classes(theirs, list(listing.classes), checkpoint.classes, where)
+    listed = ListedVideos(listing)
+    rows = rows_of_split(listed.splits, options.split, where)
+    chosen = [listing.videos[row] for row in rows]
+    labels = rows_for_classes(listed.labels[rows], list(listing.classes), checkpoint.classes, where)
+    groups = group_keys(listed.ids, listed.groups)[rows]
     count = f"{len(chosen):,} videos of split {options.split!r}"
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{count} on {device}")
     seen = ((number, _logits_of_videos(model, chosen, number, options)) for number in sorted(set(options.segments)))
-    return [video.id for video in chosen], labels, seen
+    return Scored([video.id for video in chosen], labels, groups), seen
 
 
 def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int, options: Options) -> "np.ndarray":
@@ -150,7 +163,9 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
     if (labels >= 0).any():
         print(f"{'segments':>9} {Summary.header()}")
         for scores in several:
-            print(f"{scores.segments:>9} {summarise(scores.logits, labels)}")
+            summary = summarise(scores.logits, labels, scores.groups)
+            print(f"{scores.segments:>9} {summary}")
+        print(f"intervals: 95 %, bootstrap over {summary.resampled()}")
     else:
         print("no video has a label, so there are scores but no metrics")
     if out is not None:

@@ -125,7 +125,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
-    from aggregate.training.splits import ListedVideos, choose_rows
+    from aggregate.training.splits import ListedVideos, choose_rows, group_keys
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
@@ -134,7 +134,8 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     last = open_folder(options.folder, options)
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
     classes = list(listing.classes)
-    rows, val_rows, words = choose_rows(ListedVideos(listing), options, options.seed)
+    listed = ListedVideos(listing)
+    rows, val_rows, words = choose_rows(listed, options, options.seed)
     videos, val_videos = ([listing.videos[row] for row in chosen] for chosen in (rows, val_rows))
     schedule = _recipe(options, len(videos))
     model, frozen, record = build_model(options, classes, schedule.dropout, tell=rank == 0)
@@ -160,7 +161,8 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:
         training, testing = VideoFrames(videos, plan, pool), VideoFrames(val_videos[rank::world], plan, pool)
         labels = np.array([video.label for video in val_videos])
-        source = DecodedVideos(training, testing, labels, len(classes), options.frames, learner)
+        groups = group_keys(listed.ids, listed.groups)[val_rows]
+        source = DecodedVideos(training, testing, labels, groups, len(classes), options.frames, learner)
         run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
         run.resume(last)
         if rank == 0:

@@ -7,7 +7,7 @@ every metric. numpy only.
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,12 +15,13 @@ import numpy as np
 
 RESAMPLES = 2000
 ENDS = ("", "_low", "_high")  # of the columns of an interval
+_DRAWS_AT_ONCE = 1 << 22  # 32 MB of counts
 _ROWS_AT_ONCE = 4096  # keeps the comparisons of 70,000 x 700 scores in cache
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % bootstrap interval over videos."""
+    """An estimate and its 95 % bootstrap interval over independent units (groups of videos)."""
 
     value: float
     low: float
@@ -50,7 +51,8 @@ class Summary:
     average_error: Interval  # the challenge's figure: the mean of top-1 and top-5 error
     scored: int  # videos with scores
     listed: int  # videos with a label, scored or failed
-    top1_of_scored: float  # the same where failed videos are left out
+    top1_of_scored: float  # the same if failed videos are left out
+    units: int  # that were resampled for the intervals: groups, or videos if each is a group of its own
 
     @staticmethod
     def header() -> str:
@@ -61,6 +63,25 @@ class Summary:
         cells = " ".join(f"{format(getattr(self, f.name)):>20}" for f in fields(self)[:4])
         of_scored = f", top-1 of the scored {100 * self.top1_of_scored:.2f}" if self.scored < self.listed else ""
         return f"{cells}  {self.scored:,} / {self.listed:,}{of_scored}"
+
+    def resampled(self) -> str:
+        """`12 groups of 60 videos`: what the intervals are over."""
+        return describe_units(self.units, self.listed)
+
+
+def describe_units(units: int, videos: int) -> str:
+    """`12 groups of 60 videos`, or `60 videos` if each is a group of its own."""
+    return f"{videos:,} videos" if units == videos else f"{units:,} groups of {videos:,} videos"
+
+
+def independent_units(groups: np.ndarray) -> np.ndarray:
+    """Numbers int [N] of the units that may be told apart, from 0 on: rows of one group are one unit.
+
+    `groups` [N] are the keys of `aggregate.scores.group_keys`. If all rows have the same key, nothing else is left:
+    each row is a unit.
+    """
+    names, units = np.unique(groups, return_inverse=True)
+    return units if len(names) > 1 else np.arange(len(groups))
 
 
 def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -105,46 +126,78 @@ def challenge_errors(places: np.ndarray, classes: int) -> np.ndarray:
     return ((places >= 1) + (places >= min(5, classes)).astype(float)) / 2
 
 
-def bootstrap(values: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
-    """The mean of `values` [N] with its 95 % percentile interval under resampling of videos."""
-    distinct, counts = np.unique(values, return_counts=True)
-    means = _resampled(counts, resamples, seed) @ distinct / len(values)
-    return Interval(float(np.mean(values)), *np.percentile(means, [2.5, 97.5]).tolist())
+def bootstrap(
+    values: np.ndarray, groups: np.ndarray | None = None, *, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    """The mean of `values` [N] with its 95 % percentile interval under resampling of groups.
+
+    Videos of one group (`groups` [N], keys or numbers) are drawn together, since they are not independent: the
+    cluster bootstrap (Cameron, Gelbach and Miller 2008). None: each video is a group of its own.
+    """
+    values = np.asarray(values, float)
+    sums, sizes = values, np.ones(len(values))
+    if groups is not None:
+        units = independent_units(groups)
+        sums, sizes = np.bincount(units, values), np.bincount(units).astype(float)
+    # Groups of equal sum and size are drawn at once: many times faster, and the same.
+    distinct, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
+    drawn = np.concatenate([draws @ distinct for draws in _resampled(counts, resamples, seed)])
+    return Interval(float(values.mean()), *np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]).tolist())
 
 
-def paired_bootstrap(ours: np.ndarray, theirs: np.ndarray, *, seed: int = 0) -> Interval:
-    """The mean of `ours - theirs` [N], both measured on the same videos, with its 95 % interval."""
+def paired_bootstrap(
+    ours: np.ndarray, theirs: np.ndarray, groups: np.ndarray | None = None, *, seed: int = 0
+) -> Interval:
+    """The mean of `ours - theirs` [N], both measured on the same videos, with its 95 % interval over groups."""
     if ours.shape != theirs.shape:
         raise ValueError(f"paired values must be of the same videos, got {ours.shape} and {theirs.shape}")
-    return bootstrap(ours.astype(float) - theirs.astype(float), seed=seed)
+    return bootstrap(ours.astype(float) - theirs.astype(float), groups, seed=seed)
 
 
-def summarise(scores: np.ndarray, labels: np.ndarray) -> Summary:
-    """All metrics of the rows that have a label (others, -1, are left out), with intervals."""
+def summarise(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> Summary:
+    """All metrics of the rows that have a label (others, -1, are left out), with intervals over `groups` [N]."""
     labelled = np.asarray(labels) >= 0
     if not labelled.any():
         raise ValueError("no video has a label; there is nothing to score")
     scores, labels = np.asarray(scores)[labelled], np.asarray(labels)[labelled]
-    return summarise_places(ranks(scores, labels), labels, scores.shape[1])
+    groups = None if groups is None else np.asarray(groups)[labelled]
+    return summarise_places(ranks(scores, labels), labels, scores.shape[1], groups)
 
 
-def summarise_places(places: np.ndarray, labels: np.ndarray, classes: int) -> Summary:
+def summarise_places(places: np.ndarray, labels: np.ndarray, classes: int, groups: np.ndarray | None = None) -> Summary:
     """`summarise` of what `ranks` gives: places int [N], `classes` for a video that failed."""
     first, in_five = _some(places) == 0, places < min(5, classes)
+    units = np.arange(len(places)) if groups is None else independent_units(groups)
     scored = places < classes
     right = np.bincount(labels, first, minlength=classes).astype(int)
     wrong = np.bincount(labels, ~first, minlength=classes).astype(int)
-    outcomes = np.stack([right, wrong], axis=1)[right + wrong > 0]
-    per_class = _mean_class(_resampled(outcomes.ravel(), RESAMPLES, 0).reshape(RESAMPLES, -1, 2))
+    mean_class = float(_mean_class(np.stack([right, wrong], axis=1)))
     return Summary(
-        top1=bootstrap(first),
-        top5=bootstrap(in_five),
-        mean_class=Interval(float(_mean_class(outcomes)), *np.percentile(per_class, [2.5, 97.5]).tolist()),
-        average_error=bootstrap(challenge_errors(places, classes)),
+        top1=bootstrap(first, units),
+        top5=bootstrap(in_five, units),
+        mean_class=Interval(mean_class, *_mean_class_ends(first, labels, classes, units)),
+        average_error=bootstrap(challenge_errors(places, classes), units),
         scored=int(scored.sum()),
         listed=len(labels),
         top1_of_scored=float(first[scored].mean()) if scored.any() else 0.0,
+        units=int(units.max()) + 1,
     )
+
+
+def _mean_class_ends(first: np.ndarray, labels: np.ndarray, classes: int, units: np.ndarray) -> list[float]:
+    """The 95 % interval of the mean-class accuracy of `first` bool [N] under resampling of units."""
+    # Outcomes: 2 x label + wrong. A unit is what its videos' outcomes are; without groups there are few kinds of it.
+    outcomes = 2 * labels + ~first
+    kinds, counts = units, np.ones(int(units.max()) + 1, int)
+    if len(counts) == len(units):
+        present, kinds, counts = np.unique(outcomes, return_inverse=True, return_counts=True)
+        outcomes, kinds = present, np.arange(len(present))
+    drawn = [
+        np.bincount(outcomes, times[kinds], minlength=2 * classes)
+        for draws in _resampled(counts, RESAMPLES, 0)
+        for times in draws
+    ]
+    return np.percentile(_mean_class(np.reshape(drawn, (RESAMPLES, classes, 2))), [2.5, 97.5]).tolist()
 
 
 def _some(places: np.ndarray) -> np.ndarray:
@@ -159,11 +212,13 @@ def _mean_class(outcomes: np.ndarray) -> np.ndarray:
     return (outcomes[..., 0] / np.maximum(counts, 1)).sum(axis=-1) / np.count_nonzero(counts, axis=-1)
 
 
-def _resampled(counts: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """How often each of the distinct outcomes, there `counts` times, is drawn when all videos are drawn anew, int
-    [resamples, outcomes]: as drawing the videos one by one, and at 70,000 of them many times faster."""
-    total = int(counts.sum())
-    return np.random.default_rng(seed).multinomial(total, counts / total, size=resamples)
+def _resampled(counts: np.ndarray, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each of the distinct units, of which there are `counts`, is drawn when all units are drawn anew: parts
+    of int [resamples, units]. The same as drawing units one by one, and at 70,000 of them many times faster."""
+    total, rng = int(counts.sum()), np.random.default_rng(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // len(counts))
+    for start in range(0, resamples, at_once):
+        yield rng.multinomial(total, counts / total, size=min(at_once, resamples - start))
 
 
 def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,6 +1,7 @@
 """Scores of videos and the file they travel in (HDF5): what `aggregate` writes and `ensemble` reads.
 
     ids      [N] str        classes  [C] str        labels  [N] int32, -1 unknown
+    groups   [N] str, what each video depends on (`group_keys`); files of earlier versions have none
     logits/3, logits/25 ... [N, C] float32, averaged over crops; a video that failed is a row of NaN
     crops/3, crops/25 ...   [N, crops, C] float32, where there were several
     attributes: schema; source, a JSON record of model, checkpoint, store and split
@@ -52,20 +53,12 @@ def group_keys(ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarr
     return np.array([name or group_of_file.get(file, file) for file, name in zip(files, names, strict=True)], object)
 
 
-def independent_units(keys: np.ndarray) -> np.ndarray:
-    """Numbers int [N] of the units that may be told apart, from 0 on: rows with one key of `group_keys` are one unit.
-
-    If all rows have the same key, nothing else is left: each row is a unit.
-    """
-    names, units = np.unique(np.asarray(keys, object), return_inverse=True)
-    return units if len(names) > 1 else np.arange(len(keys))
-
-
 @dataclass(frozen=True)
 class Scores:
     """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
 
-    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is the mean of.
+    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is the mean of;
+    `groups` [N] the keys of `group_keys`, by default those of the ids alone.
     Raises InputError for shapes that do not fit, no video or no class, a doubled id or class, a label that is no
     class, and a row that holds NaN or infinity without being NaN throughout (which is a video that failed).
     """
@@ -77,6 +70,7 @@ class Scores:
     source: dict[str, Any] = field(default_factory=dict)
     segments: int = 1
     crops: np.ndarray | None = field(default=None, repr=False)
+    groups: Sequence[str] | np.ndarray | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ids", [str(name) for name in self.ids])
@@ -111,6 +105,10 @@ class Scores:
                     f"{self.ids[row]} (row {row}) has label {labels[row]}; there are {expected[1]} classes"
                 )
             object.__setattr__(self, "labels", labels.astype(np.int32))
+        groups = group_keys(self.ids) if self.groups is None else np.asarray(self.groups, object)
+        if groups.shape != (len(self.ids),):
+            raise InputError(f"groups are {list(groups.shape)} for {len(self.ids)} ids")
+        object.__setattr__(self, "groups", groups)
         if self.crops is not None and (self.crops.ndim != 3 or self.crops.shape[::2] != expected):
             raise InputError(f"crops are {list(self.crops.shape)}, expected [{expected[0]}, crops, {expected[1]}]")
 
@@ -141,7 +139,10 @@ class Scores:
                 mixed = videos[of[labels[of] != self.labels][0]]
                 raise InputError(f"the windows of {mixed} are of several classes; average those of one class only")
         means = logits / np.maximum(counts, 1)[:, None]
-        return Scores(videos.tolist(), self.classes, means, labels, {**self.source, "by": "video"}, self.segments)
+        groups = np.empty(len(videos), object)
+        groups[of] = self.groups
+        source = {**self.source, "by": "video"}
+        return Scores(videos.tolist(), self.classes, means, labels, source, self.segments, groups=groups)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a scores file with these logits; it appears whole or not at all."""
@@ -183,6 +184,7 @@ class Scores:
                     source=json.loads(file.attrs.get("source", "{}")),
                     segments=segments,
                     crops=None if crops is None else crops[:],
+                    groups=file["groups"].asstr()[:] if "groups" in file else None,
                 )
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
@@ -201,6 +203,7 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
         file.attrs.update(schema=SCHEMA, source=json.dumps(first.source))
         file.create_dataset("ids", data=np.array(first.ids, object), dtype=text)
         file.create_dataset("classes", data=np.array(first.classes, object), dtype=text)
+        file.create_dataset("groups", data=first.groups, dtype=text)
         if first.labels is not None:
             file.create_dataset("labels", data=first.labels)
         for one in several:

@@ -132,7 +132,7 @@ def _table(rows: "Sequence[Row]") -> str:
     width = max(len(row.name) for row in rows)
     lines = [f"{'':<{width}} {'error against equal':>22} {Summary.header()}"]
     lines += [f"{row.name:<{width}} {signed(row.against_equal):>22} {row.summary}" for row in rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, f"intervals: 95 %, bootstrap over {rows[0].summary.resampled()}"])
 
 
 def _record(

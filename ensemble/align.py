@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
-from aggregate.scores import Scores
+from aggregate.scores import Scores, group_keys
 from extract.cli import InputError
 
 Missing = Literal["error", "drop", "worst"]
@@ -31,7 +31,8 @@ class Aligned:
     counts: pd.DataFrame = field(repr=False)  # of each model: videos it lists, that it lacks, and that failed
     missing: Missing = "error"
     dropped: int = 0
-    split: str = ""  # of the videos, where all files say the same
+    split: str = ""  # of the videos, if all files agree
+    groups: np.ndarray = field(default_factory=lambda: np.empty(0, object), repr=False)  # keys of `group_keys` [N]
 
     def unscored(self, weights: np.ndarray) -> np.ndarray:
         """Videos that count as wrong under `weights` [M]: bool [N].
@@ -100,6 +101,7 @@ def align(
         missing=missing,
         dropped=int((~kept).sum()),
         split=splits.pop() if len(splits) == 1 else "",
+        groups=_groups(list_of_scores, ids),
     )
 
 
@@ -133,6 +135,17 @@ def _in_order(scores: Scores, ids: pd.Index, classes: Sequence[str]) -> tuple[np
     said = pd.Series(labels, table.index).reindex(ids, fill_value=-1).to_numpy()
     ours = np.append(pd.Index(classes, dtype=object).get_indexer(columns), -1)  # behind the last index, for -1
     return table.reindex(index=ids, columns=pd.Index(classes, dtype=object)).to_numpy(), ours[said].astype(np.int32)
+
+
+def _groups(list_of_scores: Sequence[Scores], ids: pd.Index) -> np.ndarray:
+    """What each video depends on: the first model's key that says more than the id does (old files have none)."""
+    groups = group_keys(ids.tolist())
+    from_ids = groups.copy()
+    for scores in list_of_scores:
+        keys = pd.Series(scores.groups, pd.Index(scores.ids, dtype=object)).reindex(ids)
+        new = (groups == from_ids) & keys.notna().to_numpy()
+        groups[new] = keys.to_numpy()[new]
+    return groups
 
 
 def _agreed(said: np.ndarray, names: Sequence[str], ids: pd.Index, classes: Sequence[str]) -> np.ndarray:

@@ -51,6 +51,7 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
         classes=aligned.classes,
         logits=fused,
         labels=aligned.labels,
+        groups=aligned.groups,
         source={
             "model": "ensemble",
             "members": list(aligned.names),

@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from aggregate.metrics import Interval, Summary, challenge_errors, paired_bootstrap, summarise_places
+from aggregate.metrics import (
+    Interval,
+    Summary,
+    challenge_errors,
+    independent_units,
+    paired_bootstrap,
+    summarise_places,
+)
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
 from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
@@ -136,7 +143,12 @@ class Ranking:
         return challenge_errors(places, len(self.aligned.classes))
 
     def summary(self, places: np.ndarray) -> Summary:
-        return summarise_places(places, self.aligned.labels[self.rows], len(self.aligned.classes))
+        return summarise_places(places, self.aligned.labels[self.rows], len(self.aligned.classes), self.groups)
+
+    @property
+    def groups(self) -> np.ndarray:
+        """What each labelled video depends on: keys of `group_keys` [N]."""
+        return self.aligned.groups[self.rows]
 
 
 def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
@@ -164,13 +176,17 @@ def search(ranking: Ranking, *, seed: int = 0) -> Found:
     """Search weights on all labelled videos, and judge the search by cross-validation.
 
     Every fold's videos are scored under weights that were searched on the other folds. The folds are a function of
-    (seed, sorted ids), never of the order of a file. Raises InputError for fewer than two videos.
+    (seed, sorted groups), never of the order of a file; a group is in one fold. Raises InputError for fewer than two
+    videos.
     """
     if len(ranking) < 2:
         raise InputError(f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal")
-    fold = np.empty(len(ranking), np.int64)
-    by_id = np.argsort(np.array(ranking.aligned.ids, object)[ranking.rows])
-    fold[by_id] = np.random.default_rng(seed).permutation(len(fold)) % min(FOLDS, len(fold))
+    groups = ranking.groups
+    if len(set(groups.tolist())) == 1:  # nothing else can be told apart
+        groups = np.array(ranking.aligned.ids, object)[ranking.rows]
+    units = independent_units(groups)  # in the order of their names
+    count = int(units.max()) + 1
+    fold = (np.random.default_rng(seed).permutation(count) % min(FOLDS, count))[units]
     places = np.empty(len(ranking), np.int64)
     by_fold = []
     for held_out in progress(range(fold.max() + 1), desc="searching", unit="fold"):
@@ -182,7 +198,7 @@ def search(ranking: Ranking, *, seed: int = 0) -> Found:
         weights=weights,
         weights_by_fold=tuple(by_fold),
         summary=ranking.summary(places),
-        against_equal=paired_bootstrap(ranking.errors(places), equal, seed=seed),
+        against_equal=paired_bootstrap(ranking.errors(places), equal, ranking.groups, seed=seed),
         in_sample=float(ranking.errors(ranking.places(weights)).mean()),
         seed=seed,
     )
@@ -205,7 +221,7 @@ def table(ranking: Ranking, chosen: Sequence[float] | None = None) -> list[Row]:
     rows = []
     for name, weights in teams.items():
         places = ranking.places(weights)
-        difference = paired_bootstrap(ranking.errors(places), equal)
+        difference = paired_bootstrap(ranking.errors(places), equal, ranking.groups)
         rows.append(Row(name, tuple(weights.tolist()), ranking.summary(places), difference))
     return rows
 

@@ -253,7 +253,7 @@ def _table(options: Options, models: Sequence[str]) -> None:
         if not (path := scores_file(options.workdir, name, "val")).exists():
             continue
         both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
-        ours = [f"{100 * summarise(one.logits, one.labels).top1.value:.2f}" for one in both]
+        ours = [f"{100 * summarise(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both]
         theirs = " / ".join("-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none")))
         print(f"  {name:<8} {' / '.join(ours)}   {theirs}")
     summary = options.workdir / "fused_test.json"

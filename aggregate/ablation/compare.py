@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aggregate.metrics import ENDS, Interval, bootstrap, csv_of, text_table
+from aggregate.metrics import ENDS, Interval, bootstrap, csv_of, describe_units, independent_units, text_table
 from extract.files import replace_file
 
 if TYPE_CHECKING:
@@ -24,12 +24,16 @@ MEASURES = tuple(
 _OWN_TO_A_SEED = {"seed", "status", "best_epoch", "s", "attention_ratio", "seconds", "pass_seconds", "pass_models"}
 
 
-def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray | None]) -> list[Row]:
+Places = Mapping[tuple[str, int], np.ndarray | None]
+
+
+def summarise(rows: Sequence[Row], places: Places, groups: np.ndarray | None = None) -> list[Row]:
     """One row a configuration, in the order of `rows`: means over seeds, of each measure with its 95 % interval.
 
     `interval_over` says what an interval is about: "seeds" (Student's t over the seeds), or, with one seed, "videos"
     (the bootstrap of that row). `difference` is top-1 with all segments minus the first configuration's, of the same
-    seeds and videos, with a bootstrap interval over videos: `places` are `Result.places` by name and seed.
+    seeds and videos, with a bootstrap interval over `groups`, the keys of the store's rows: `places` are
+    `Result.places` by name and seed.
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
     summary = []
@@ -46,7 +50,7 @@ def summarise(rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray |
         for column in ("s", "attention_ratio", "seconds"):
             values = [row[column] for row in done if row[column] is not None]
             line[column] = statistics.fmean(values) if values else None
-        gain = None if name == names[0] else difference(places, name, names[0], [row["seed"] for row in done])
+        gain = None if name == names[0] else difference(places, name, names[0], [row["seed"] for row in done], groups)
         line |= gain.columns("difference") if gain else dict.fromkeys(f"difference{end}" for end in ENDS)
         summary.append(line)
     front = pareto(summary)
@@ -63,10 +67,10 @@ def over_seeds(fractions: Sequence[float]) -> Interval:
 
 
 def difference(
-    places: Mapping[tuple[str, int], np.ndarray | None], name: str, other: str, seeds: Sequence[int]
+    places: Places, name: str, other: str, seeds: Sequence[int], groups: np.ndarray | None = None
 ) -> Interval | None:
     """Top-1 with all segments of `name` minus that of `other`: the mean over the seeds that both have, of each video,
-    and its bootstrap interval over videos. None where no seed is common."""
+    and its bootstrap interval over `groups` of the store's rows. None if no seed is common."""
     gained, videos = [], []
     for seed in seeds:
         ours, theirs = places.get((name, seed)), places.get((other, seed))
@@ -76,8 +80,9 @@ def difference(
     if not gained:
         return None
     # With held-out videos the seeds validate on different ones: each video's mean is over the seeds that have it.
-    _, which = np.unique(np.concatenate(videos), return_inverse=True)
-    return bootstrap(np.bincount(which, np.concatenate(gained)) / np.bincount(which))
+    rows, which = np.unique(np.concatenate(videos), return_inverse=True)
+    means = np.bincount(which, np.concatenate(gained)) / np.bincount(which)
+    return bootstrap(means, None if groups is None else groups[rows])
 
 
 def pareto(summary: Sequence[Row]) -> list[str]:
@@ -112,15 +117,15 @@ def heat_maps(summary: Sequence[Row]) -> "dict[str, pd.DataFrame]":
 
 _ABOUT = {
     "seeds": "With several seeds: 95 % intervals of the mean over seeds (Student's t), not of other videos.",
-    "videos": "With one seed: 95 % bootstrap intervals over videos, not of other seeds.",
+    "videos": "With one seed: 95 % bootstrap intervals over {units}, not of other seeds.",
     "epoch": "Each model at its best epoch, chosen on the same videos.",
-    "difference": "Differences are paired, of the same seeds and videos, with bootstrap intervals over videos.\n"
+    "difference": "Differences are paired, of the same seeds and videos, with bootstrap intervals over {units}.\n"
     "front: no other has at most its parameters and a better top-1.",
 }
 
 
-def summary_text(summary: Sequence[Row]) -> str:
-    """The table of the terminal: percent, differences in points."""
+def summary_text(summary: Sequence[Row], units: str = "videos") -> str:
+    """The table of the terminal: percent, differences in points; `units` are what intervals are over."""
     frames, every = sorted({line["frames"] for line in summary}), summary[0]["all_frames"]
     few = str(frames[0]) if len(frames) == 1 else "few"
     shown = {
@@ -140,7 +145,8 @@ def summary_text(summary: Sequence[Row]) -> str:
         size = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]
         rows.append([line["name"], *size, *cells, ", ".join(notes)])
     about = sorted({line["interval_over"] for line in summary} - {""})
-    return "\n".join([text_table(rows), "", _ABOUT["epoch"], *(_ABOUT[one] for one in about), _ABOUT["difference"]])
+    about_them = "\n".join([_ABOUT["epoch"], *(_ABOUT[one] for one in about), _ABOUT["difference"]])
+    return f"{text_table(rows)}\n\n{about_them.format(units=units)}"
 
 
 def percent(line: Row, measure: str, *, sign: str = "") -> str:
@@ -159,13 +165,18 @@ def heat_map_text(title: str, top1: "pd.DataFrame") -> str:
 # -- as files ------------------------------------------------------------------------------------------------------
 
 
-def report(
-    out: Path, rows: Sequence[Row], places: Mapping[tuple[str, int], np.ndarray | None], skipped: Sequence[str]
-) -> None:
-    """Print the summary; write summary.csv, summary.txt and, with matplotlib, heatmap.png and pareto.png."""
-    summary = summarise(rows, places)
+def report(out: Path, rows: Sequence[Row], places: Places, groups: np.ndarray, skipped: Sequence[str]) -> None:
+    """Print the summary; write summary.csv, summary.txt and, with matplotlib, heatmap.png and pareto.png.
+
+    `groups` are the keys of the store's rows (`group_keys`)."""
+    summary = summarise(rows, places, groups)
     maps = heat_maps(summary)
-    parts = [summary_text(summary), *(heat_map_text(*one) for one in maps.items())]
+    validated = [known[0] for known in places.values() if known is not None]
+    units = "videos"
+    if validated:
+        keys = groups[np.unique(np.concatenate(validated))]
+        units = describe_units(len(np.unique(independent_units(keys))), len(keys))
+    parts = [summary_text(summary, units), *(heat_map_text(*one) for one in maps.items())]
     if skipped:
         parts.append("\n  ".join(["skipped:", *skipped]))
     text = "\n\n".join(parts)

@@ -86,9 +86,7 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
         if not 1 <= frames <= store.frames_per_video:
             raise InputError(f"--frames {frames}: {options.features} holds {store.frames_per_video} frames a video")
     singles = _combinations(options)
-    varied = [
-        name for name in LISTS if len({getattr(s, name) for s in singles if name not in foreign_flags(s.agg)}) > 1
-    ]
+    varied = [name for name in LISTS if len({getattr(one, name) for one in singles}) > 1]
     found = Plan([], {})
     for single in singles:
         made = configured(name_of(single, varied), single, videos=len(store))

@@ -106,7 +106,7 @@ def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures
     and with all."""
     row: dict[str, Any] = {"best_epoch": learner.best_epoch}
     for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
-        summary = summarise_places(places, source.labels, len(source.testing.store.classes))
+        summary = summarise_places(places, source.labels, len(source.testing.store.classes), source.groups)
         for name in ("top1", "top5", "average_error"):
             row |= getattr(summary, name).columns(f"{name}_{suffix}")
     attention = source.attention(learner.model)

@@ -185,10 +185,11 @@ class Run:
         for segments in self.segments:
             logits = self.source.validate(models, segments)
             for name, scores in zip(names, logits, strict=True):
-                summary = summarise(scores, labels)
+                summary = summarise(scores, labels, self.source.groups)
                 lines.append(f"{name:<{width}} {segments:>8} {summary}")
                 results.setdefault(name, {})[segments] = asdict(summary)
-            lines += _differences(names, logits, labels, f"{'':<{width}} {segments:>8}")
+            lines += _differences(names, logits, labels, self.source.groups, f"{'':<{width}} {segments:>8}")
+        lines.append(f"intervals: 95 %, bootstrap over {summary.resampled()}")
         found = self.source.attention(models[0])
         if "attention_ratio" in found:
             unused = "; attention is not used" if found["attention_ratio"] < _ATTENTION_UNUSED else ""
@@ -200,12 +201,14 @@ class Run:
             print(f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}", flush=True)
 
 
-def _differences(names: list[str], logits: list[np.ndarray], labels: np.ndarray, before: str) -> list[str]:
-    """The first model minus each other, in points, paired over videos."""
+def _differences(
+    names: list[str], logits: list[np.ndarray], labels: np.ndarray, groups: np.ndarray, before: str
+) -> list[str]:
+    """The first model minus each other, in points, paired over the same videos."""
     places, classes = [ranks(scores, labels) for scores in logits], logits[0].shape[1]
     correct, errors = [one == 0 for one in places], [challenge_errors(one, classes) for one in places]
     return [
-        f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other])}, "
-        f"average error {paired_bootstrap(errors[0], errors[other])} (points)"
+        f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other], groups)}, "
+        f"average error {paired_bootstrap(errors[0], errors[other], groups)} (points)"
         for other in range(1, len(names))
     ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
+from aggregate.scores import group_keys
 from aggregate.training.learner import Learner, autocast
 from extract.cli import InputError, RunError, progress
 from extract.store import FeatureStore
@@ -30,6 +32,12 @@ class CachedFeatures:
     def labels(self) -> np.ndarray:
         """Of the validation videos: int [N]."""
         return self.testing.labels
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """What each validation video depends on (`group_keys`): str [N]."""
+        store = self.training.store
+        return group_keys(store.ids, store.groups)[self.testing.rows]
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         return self.training.train_batches(epoch=epoch, frames=self.frames, batch_size=self.batch_size, seed=self.seed)
@@ -56,6 +64,7 @@ class DecodedVideos:
     training: VideoFrames
     testing: VideoFrames  # every `learner.world`-th of the validation videos, from `learner.rank` on
     labels: np.ndarray
+    groups: np.ndarray  # what each validation video depends on: keys of `group_keys`
     classes: int
     frames: int
     learner: Learner  # trained on them

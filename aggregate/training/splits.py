@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from aggregate.scores import group_keys, independent_units
+from aggregate.metrics import independent_units
+from aggregate.scores import group_keys
 from aggregate.training.options import SplitOptions
 from extract.cli import InputError, examples
 from extract.listing.videos import Listing

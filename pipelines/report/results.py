@@ -10,8 +10,8 @@ import pandas as pd
 
 from aggregate import figures
 from aggregate.ablation.compare import heat_maps, percent, summarise
+from aggregate.metrics import describe_units, top_k_error
 from aggregate.metrics import summarise as summarise_scores
-from aggregate.metrics import top_k_error
 from pipelines.report.find import Found, read_json
 
 PAIRS = 10
@@ -55,7 +55,10 @@ def results(found: Found) -> list[dict[str, Any]]:
         }
         picture = figures.forest(points, x_label="top-1 %, with its 95 % interval")
         counts = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
+        shown: dict[str, Any] = models[best][last[best]]
         told = {"name": split, "models": models, "best": best, "segments": last[best], "counts": counts}
+        # Runs of earlier versions resampled videos.
+        told["resampled"] = describe_units(shown.get("units", shown["listed"]), shown["listed"])
         splits.append(told | {"picture": picture})
     return splits
 
@@ -74,7 +77,9 @@ def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
         split = repr(several[0].source.get("split") or "not said")
         splits.setdefault(split, {})[name] = {
             # An ensemble has no number of segments of its own.
-            "" if "members" in one.source else str(one.segments): asdict(summarise_scores(one.logits, one.labels))
+            "" if "members" in one.source else str(one.segments): asdict(
+                summarise_scores(one.logits, one.labels, one.groups)
+            )
             for one in several
         }
     return splits

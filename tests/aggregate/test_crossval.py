@@ -142,8 +142,11 @@ def test_table_scores_and_results_say_the_same(features, tmp_path, capsys):
     mean = {name: (first[name, 0] + first[name, 1].astype(float)) / 2 for name in ("weighted", "tsn")}
     measured = weighted["segments"]["6"]
     assert measured["by_seed"] == [first["weighted", seed].mean() for seed in (0, 1)]
-    assert measured["top1"] == vars(bootstrap(mean["weighted"]))
-    assert measured["difference"] == vars(bootstrap(mean["weighted"] - mean["tsn"]))
+    assert measured["top1"] == vars(bootstrap(mean["weighted"], store.groups))
+    assert measured["difference"] == vars(bootstrap(mean["weighted"] - mean["tsn"], store.groups))
+    assert results["resampled"] == "12 groups of 60 videos"
+    assert "intervals over 12 groups of 60 videos (bootstrap" in printed
+    assert Scores.load(out / "tsn.h5").groups.tolist() == store.groups.tolist()
     assert f"{100 * measured['top1']['value']:.2f} [" in printed
     together = Scores.load(out / "tsn.h5")
     alone = [Scores.load(tmp_path / str(seed) / "tsn.h5").logits for seed in (0, 1)]

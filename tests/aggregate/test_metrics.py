@@ -84,6 +84,55 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert 0.87 <= covered / 200 <= 0.99
 
 
+def drawn_one_by_one(values: np.ndarray, groups: np.ndarray, resamples: int = 2000) -> np.ndarray:
+    """The cluster bootstrap as it is written down: groups are drawn, with all of their videos."""
+    rng, names = np.random.default_rng(5), np.unique(groups)
+    members = [np.flatnonzero(groups == name) for name in names]
+    picks = [np.concatenate([members[g] for g in rng.integers(len(names), size=len(names))]) for _ in range(resamples)]
+    return np.array([[values[rows].mean() for rows in picks]])[0]
+
+
+def test_videos_of_a_group_are_drawn_together():
+    """20 files of 20 windows each, right or wrong as a whole: far wider than as if windows were independent."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat([f"{file}.mp4" for file in range(20)], 20)
+    values = np.repeat(rng.random(20) < 0.55, 20) ^ (rng.random(400) < 0.05)
+    by_file, by_window = metrics.bootstrap(values, groups), metrics.bootstrap(values)
+    expected = np.percentile(drawn_one_by_one(values, groups), [2.5, 97.5])
+    np.testing.assert_allclose((by_file.low, by_file.high), expected, atol=0.02)
+    assert by_file.value == by_window.value == values.mean()
+    assert by_file.high - by_file.low > 3 * (by_window.high - by_window.low)
+    assert metrics.paired_bootstrap(values, ~values, groups).low < metrics.paired_bootstrap(values, ~values).low
+
+
+def test_groups_of_one_video_and_a_single_group_are_videos():
+    values = np.random.default_rng(0).random(50) < 0.4
+    alone = metrics.bootstrap(values)
+    assert metrics.bootstrap(values, np.array([f"{row}" for row in range(50)])) == alone
+    assert metrics.bootstrap(values, np.full(50, "one subject")) == alone
+
+
+def test_a_summary_resamples_groups_in_every_interval():
+    rng = np.random.default_rng(4)
+    labels = np.repeat(rng.integers(0, 4, 30), 10)
+    groups = np.repeat(np.arange(30), 10)
+    right = np.repeat(rng.random(30) < 0.6, 10)
+    scores = np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
+    by_group, by_video = metrics.summarise(scores, labels, groups), metrics.summarise(scores, labels)
+    for name in ("top1", "mean_class", "average_error"):
+        one, other = getattr(by_group, name), getattr(by_video, name)
+        assert one.value == other.value
+        assert one.high - one.low > 2 * (other.high - other.low), name
+    drawn = []
+    for _ in range(2000):
+        rows = np.concatenate([np.flatnonzero(groups == group) for group in rng.integers(30, size=30)])
+        drawn.append(np.mean([right[rows][labels[rows] == label].mean() for label in set(labels[rows])]))
+    ends = by_group.mean_class.low, by_group.mean_class.high
+    np.testing.assert_allclose(ends, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
+    assert by_group.resampled() == "30 groups of 300 videos"
+    assert by_video.resampled() == "300 videos"
+
+
 def test_a_paired_difference_is_surer_than_two_separate_ones():
     rng = np.random.default_rng(2)
     theirs = rng.random(400) < 0.6

@@ -4,7 +4,7 @@ import h5py
 import numpy as np
 import pytest
 
-from aggregate.scores import Scores, save_scores
+from aggregate.scores import Scores, group_keys, save_scores
 from extract.cli import InputError
 
 
@@ -107,3 +107,15 @@ def test_windows_of_a_video_are_averaged_into_one_score(tmp_path):
     assert failed.failed.tolist() == [True]
     with pytest.raises(InputError, match=r"the windows of b\.mp4 are of several classes"):
         Scores(ids, ["x", "y"], logits, np.array([1, 0, 0, 0, 1])).by_video()
+
+
+def test_groups_travel_with_scores_and_are_derived_from_ids_where_a_file_has_none(tmp_path):
+    ids = ["a.mp4#0-1000", "a.mp4#1000-2000", "b.mp4", "c.mp4"]
+    assert Scores(ids, ["x"], np.zeros((4, 1))).groups.tolist() == ["a.mp4", "a.mp4", "b.mp4", "c.mp4"]
+    grouped = Scores(ids, ["x"], np.zeros((4, 1)), groups=group_keys(ids, ["", "anna", "anna", ""]))
+    assert grouped.groups.tolist() == ["anna", "anna", "anna", "c.mp4"]
+    grouped.save(tmp_path / "s.h5")
+    assert Scores.load(tmp_path / "s.h5").groups.tolist() == grouped.groups.tolist()
+    assert grouped.by_video().groups.tolist() == ["anna", "anna", "c.mp4"]
+    with pytest.raises(InputError, match=r"groups are \[1\] for 4 ids"):
+        Scores(ids, ["x"], np.zeros((4, 1)), groups=["anna"])

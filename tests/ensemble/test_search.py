@@ -191,3 +191,31 @@ def test_what_cannot_be_searched_is_refused():
     with pytest.raises(InputError, match="on 1 labelled video"):
         search_weights(single)
     assert search_weights(scores[:1]) == (1.0,)
+
+
+def test_windows_of_a_file_are_in_one_fold_and_are_resampled_together():
+    """With 12 files of 30 windows each, whose windows are right or wrong together."""
+    rng = np.random.default_rng(0)
+    ids = [f"{file}.mp4#{window}000-{window + 1}000" for file in range(12) for window in range(30)]
+    labels = np.repeat(rng.integers(0, 4, 12), 30)
+    both = []
+    for _ in range(2):
+        guess = np.where(np.repeat(rng.random(12) < 0.6, 30), labels, (labels + 1) % 4)
+        both.append(Scores(ids, list("abcd"), 3 * np.eye(4)[guess], labels))
+    ranking = Ranking.of(align(both))
+    found = search(ranking)
+    assert len(found.weights_by_fold) == FOLDS
+    assert found.summary.units == 12
+    independent = Ranking.of(
+        align([Scores([f"v{row}" for row in range(360)], s.classes, s.logits, labels) for s in both])
+    )
+    width, narrow = (row.summary.top1.high - row.summary.top1.low for row in (table(ranking)[0], table(independent)[0]))
+    assert width > 3 * narrow
+
+
+def test_groups_of_one_file_reach_the_fused_scores(tmp_path):
+    labels = np.arange(8) % 2
+    old = Scores([f"v{row}" for row in range(8)], ["a", "b"], np.eye(2)[labels], labels)
+    new = Scores(old.ids, old.classes, old.logits, labels, groups=np.repeat(["anna", "bob"], 4))
+    for pair in ((old, new), (new, old)):
+        assert fuse_aligned(align(pair)).groups.tolist() == ["anna"] * 4 + ["bob"] * 4
