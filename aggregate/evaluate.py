@@ -132,12 +132,13 @@ def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
 def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int, options: Options) -> "np.ndarray":
     import numpy as np
 
-    from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.training.sources import predict
+    from extract.decode.jobs import Plan
 
     net: Any = model.net
-    plan = ClipPlan(segments, net.options.get("frames_per_segment", 1), model.preprocessing, options.crops)
+    length = net.options.get("frames_per_segment", 1)
+    plan = Plan(segments, options.crops, 0, model.preprocessing, clip_length=length)
     logits = np.full((len(videos), options.crops, net.options["num_classes"]), np.nan, np.float32)
     cores = options.decode_workers or len(os.sched_getaffinity(0))
     with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:

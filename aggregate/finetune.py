@@ -120,12 +120,12 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     import numpy as np
     import torch
 
-    from aggregate.data.clips import ClipPlan
     from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, choose_rows, group_keys
+    from extract.decode.jobs import Plan
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
@@ -154,7 +154,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
         rank=rank,
         world=world,
     )
-    plan = ClipPlan(options.frames, options.frames_per_segment, model.preprocessing)
+    plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
     features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
     common = {"classes": classes, "features": features, "frames": options.frames, "backbone": record}

@@ -7,11 +7,9 @@ Every step is skipped where it is done, so the same command resumes; `--skip` le
 plan with what it will cost on this machine.
 """
 
-import contextlib
 import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -136,19 +134,21 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
     import numpy as np
 
     from extract.decode import VideoError
-    from extract.decode.transform import Plan, prepare
+    from extract.decode.jobs import Plan, decode_job
+    from extract.decode.subprocess_pool import SubprocessPool
 
-    see, seconds = backbone.preprocessing, []
-    plan = Plan(options.frames, 1, 0, see, 0, "pyav")
-    out = np.zeros((1, options.frames, see.size, see.size, 3), np.uint8)
-    for video in listing.videos[:VIDEOS_MEASURED]:
-        started = time.process_time()
-        with contextlib.suppress(VideoError):
-            prepare(video.path, video.id, plan, out, span=video.span)
-            seconds.append(time.process_time() - started)
+    seconds = []
+    plan = Plan(options.frames, 1, 0, backbone.preprocessing)
+    with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=60) as pool:
+        for video in listing.videos[:VIDEOS_MEASURED]:
+            with pool.submit((video.path, [(video.id, video.span)], plan)).result() as finished:
+                if finished.failure or isinstance(finished.result[0], VideoError):
+                    continue
+                seconds.append(finished.cpu_seconds)
+                pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
+                batch = pictures[finished.result[0].clips.ravel()[: backbone.batch_size]]
     if not seconds:
         raise InputError(f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes")
-    batch = out[0, : backbone.batch_size]
     frame = _timed(lambda: backbone(batch)) / len(batch)
     decode = float(np.mean(seconds))
     print(

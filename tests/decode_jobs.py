@@ -13,76 +13,69 @@ import numpy as np
 from extract.decode import VideoError
 
 
-def do(job: tuple[str, Any], out: np.ndarray, on_duration) -> Any:
+def do(job: tuple[str, Any], out: np.ndarray) -> Any:
     """Do what the first word of a job says, with the second."""
     kind, value = job
-    return _KINDS[kind](value, out, on_duration)
+    return _KINDS[Path(kind).name](value, out)
 
 
-def never_done(job: Any, out: np.ndarray, on_duration) -> None:
+def never_done(job: Any, out: np.ndarray) -> None:
     time.sleep(1000)
 
 
-def _fill(value: int, out: np.ndarray, on_duration) -> int:
+def _fill(value: int, out: np.ndarray) -> int:
     out[:] = value
     return value
 
 
-def _sleep(seconds: float, out: np.ndarray, on_duration) -> float:
+def _sleep(seconds: float, out: np.ndarray) -> float:
     time.sleep(seconds)
     return seconds
 
 
-def _long_video(job: tuple[float | None, float], out: np.ndarray, on_duration) -> float:
-    duration, seconds = job
-    on_duration(duration)
-    time.sleep(seconds)
-    return seconds
-
-
-def _hold_the_lock(path: str | None, out: np.ndarray, on_duration) -> None:
+def _hold_the_lock(path: str | None, out: np.ndarray) -> None:
     """As decord hangs: a C function that never returns and never gives Python's lock back."""
     if path:
         Path(path).write_text(str(os.getpid()))
     ctypes.PyDLL(None).sleep(1000)
 
 
-def _wait(path: str, out: np.ndarray, on_duration) -> None:
+def _wait(path: str, out: np.ndarray) -> None:
     """Say which process this is, then wait to be stopped or killed."""
     Path(path).write_text(str(os.getpid()))
     time.sleep(1000)
 
 
-def _abort(path: str, out: np.ndarray, on_duration) -> None:
+def _abort(path: str, out: np.ndarray) -> None:
     with open(path, "a") as file:
         file.write("x")
     os.abort()
 
 
-def _abort_once(path: str, out: np.ndarray, on_duration) -> str:
+def _abort_once(path: str, out: np.ndarray) -> str:
     if not Path(path).exists():
         Path(path).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "done"
 
 
-def _raise(error: Exception, out: np.ndarray, on_duration) -> None:
+def _raise(error: Exception, out: np.ndarray) -> None:
     raise error
 
 
-def _bad_video(reason: str, out: np.ndarray, on_duration) -> None:
+def _bad_video(reason: str, out: np.ndarray) -> None:
     raise VideoError("a.mp4", reason)
 
 
-def _modules(_: None, out: np.ndarray, on_duration) -> list[str]:
+def _modules(_: None, out: np.ndarray) -> list[str]:
     return sorted(sys.modules)
 
 
-def _process(_: None, out: np.ndarray, on_duration) -> tuple[int, int]:
+def _process(_: None, out: np.ndarray) -> tuple[int, int]:
     return os.getpid(), os.nice(0)
 
 
-def _burn(seconds: float, out: np.ndarray, on_duration) -> None:
+def _burn(seconds: float, out: np.ndarray) -> None:
     end = time.process_time() + seconds
     while time.process_time() < end:
         pass
@@ -91,12 +84,11 @@ def _burn(seconds: float, out: np.ndarray, on_duration) -> None:
 _KINDS = {
     "fill": _fill,
     "sleep": _sleep,
-    "long video": _long_video,
     "hold the lock": _hold_the_lock,
     "wait": _wait,
     "abort": _abort,
     "abort once": _abort_once,
-    "exit": lambda status, out, on_duration: os._exit(status),
+    "exit": lambda status, out: os._exit(status),
     "raise": _raise,
     "bad video": _bad_video,
     "modules": _modules,
@@ -105,20 +97,39 @@ _KINDS = {
 }
 
 
-def crash_at_four_seconds(job, out, on_duration):
+def crash_at_four_seconds(job, out):
     """`decode_job` of a decoder that crashes where a file is broken: in the span that begins at 4 s."""
-    from extract.decode.transform import decode_job
+    from extract.decode.jobs import decode_job
 
     if any(span and span[0] == 4.0 for _, span in job[1]):
         os._exit(9)
-    return decode_job(job, out, on_duration)
+    return decode_job(job, out)
 
 
-def crash_on_a_gpu(job, out, on_duration):
+def crash_on_a_gpu(job, out):
     """`decode_job` of a decoder on a GPU that takes its process along, at files of that name."""
-    from extract.decode.transform import decode_job
+    from extract.decode.jobs import decode_job
 
     path, _, plan = job
     if plan.decoder != "pyav" and "crash" in Path(path).name:
         os._exit(9)
-    return decode_job(job, out, on_duration)
+    return decode_job(job, out)
+
+
+def prepare_row(path: str, row_id: str, plan: Any, out: Any, *, span: Any = None) -> Any:
+    """`decode_job` for one row, in this process; its clips are written into `out` [V, T, L, size, size, 3]."""
+    from extract.decode.jobs import decode_job
+
+    buffer = np.zeros(plan.row_bytes, np.uint8) if isinstance(out, np.ndarray) else out.new_zeros(plan.row_bytes)
+    [prepared] = decode_job((path, [(row_id, span)], plan), buffer)
+    if isinstance(prepared, VideoError):
+        raise prepared
+    out[...] = clips_of(prepared, buffer).reshape(out.shape)
+    return prepared
+
+
+def clips_of(prepared: Any, buffer: Any) -> Any:
+    """uint8 [V, T, L, size, size, 3] of a flat buffer with the pictures of one row."""
+    clips = prepared.clips.astype(int)
+    size = round((len(buffer) // clips.size // 3) ** 0.5)
+    return buffer.reshape(-1, size, size, 3)[clips]

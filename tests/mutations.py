@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from typing import Any
 
 import av
@@ -52,12 +51,11 @@ def mutate(content: bytes, seed: int) -> bytes:
     return data.tobytes()
 
 
-def compare(job: tuple[str, int], out: np.ndarray, on_duration: Callable[[float | None], None]) -> dict[str, Any]:
+def compare(job: tuple[str, int], out: np.ndarray) -> dict[str, Any]:
     """In a child: what `decode` makes of a file, and how that differs from decoding all of it plainly."""
     path, frames = job
-    duration: list[float | None] = []
     try:
-        found = decode(path, lambda count: segment_centres(count, frames), on_duration=duration.append)
+        found = decode(path, lambda count: segment_centres(count, frames))
     except VideoError as error:
         return {"failed": error.reason}
     if found.problem:

@@ -1,23 +1,29 @@
 """Batches from videos, for end-to-end training and its test: decoded by extraction's own children and deadlines."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
-from math import prod
 
 import numpy as np
 import torch
 
-from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.features import Batch, in_batches
 from extract.cli import RunError
+from extract.decode import VideoError
+from extract.decode.jobs import Plan, decode_job
 from extract.decode.subprocess_pool import SubprocessPool
 from extract.listing.videos import Video
 
 
-def clip_pool(plan: ClipPlan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
+def new_segments(clips: np.ndarray) -> np.ndarray:
+    """bool [T] of clips [T, L]: False for one that repeats an earlier one's frames (a video shorter than T)."""
+    same = (clips[:, None] == clips[None]).all(axis=2)
+    return ~np.tril(same, k=-1).any(axis=1)
+
+
+def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
     """Processes that decode the clips of `plan`; use it in `with`."""
-    return SubprocessPool(prepare_clip, slot_bytes=prod(plan.shape), workers=workers, timeout=timeout, nice=nice)
+    return SubprocessPool(decode_job, slot_bytes=plan.row_bytes, workers=workers, timeout=timeout, nice=nice)
 
 
 @dataclass
@@ -29,7 +35,7 @@ class VideoFrames:
     """
 
     videos: Sequence[Video]
-    plan: ClipPlan
+    plan: Plan
     pool: SubprocessPool
     failed: dict[int, str] = field(default_factory=dict)
 
@@ -43,7 +49,7 @@ class VideoFrames:
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = (places[rank::world] for places in in_batches(order, batch_size))
-        for places, views in self._batches(batches, seed=seed, epoch=epoch):
+        for places, views in self._batches(batches, replace(self.plan, seed=seed, epoch=epoch)):
             yield views[0]
             if len(places) and len(self.failed) == len(self.videos):
                 name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
@@ -52,33 +58,32 @@ class VideoFrames:
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
         """All videos in order, middle frames; of each batch one `Batch` a crop."""
         batches = in_batches(np.arange(len(self.videos)), batch_size)
-        return (views for _, views in self._batches(batches) if len(views[0].rows))
+        return (views for _, views in self._batches(batches, self.plan) if len(views[0].rows))
 
-    def _batches(
-        self, batches: Iterable[np.ndarray], *, seed: int = 0, epoch: int = -1
-    ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+    def _batches(self, batches: Iterable[np.ndarray], plan: Plan) -> Iterator[tuple[np.ndarray, list[Batch]]]:
         def queued(places: np.ndarray) -> tuple[np.ndarray, list]:
             videos = [self.videos[place] for place in places]
-            clips = (ClipJob(video.path, video.id, self.plan, seed, epoch, video.span) for video in videos)
-            return places, [self.pool.submit(clip) for clip in clips]
+            return places, [self.pool.submit((video.path, [(video.id, video.span)], plan)) for video in videos]
 
         # The next batch is queued before one is handed out; the slots of the children's memory hold both back.
         for (places, futures), _ in pairwise(chain(map(queued, batches), [(np.empty(0, int), [])])):
-            yield places, self._collect(places, futures)
+            yield places, self._collect(places, futures, plan)
 
-    def _collect(self, places: np.ndarray, futures: list) -> list[Batch]:
-        frames = np.empty((len(places), *self.plan.shape), np.uint8)
+    def _collect(self, places: np.ndarray, futures: list, plan: Plan) -> list[Batch]:
+        frames = np.empty((len(places), *plan.shape), np.uint8)
         masks: list[np.ndarray] = []
         good: list[int] = []
         for place, future in zip(places.tolist(), futures, strict=True):
             with future.result() as finished:
-                if finished.failure:
-                    self.failed[place] = finished.failure
+                [prepared] = finished.result or [VideoError(self.videos[place].path, finished.failure)]
+                if isinstance(prepared, VideoError):
+                    self.failed[place] = prepared.reason
                     continue
-                frames[len(good)] = finished.buffer[: frames[0].size].reshape(self.plan.shape)
-                masks.append(finished.result)
+                pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
+                frames[len(good)] = pictures[prepared.clips]
+                masks.append(new_segments(prepared.clips[0]))
                 good.append(place)
         x = torch.from_numpy(frames[: len(good)])
-        mask = torch.from_numpy(np.array(masks, bool).reshape(-1, self.plan.segments))
+        mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.frames))
         labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
-        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(self.plan.crops)]
+        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.num_views)]

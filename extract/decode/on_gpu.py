@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError
-from extract.decode.opening import VideoError
+from extract.decode.opening import VideoError, time_limit
 from extract.decode.packets import Packets, UntrustedError, VideoFile
 
 if TYPE_CHECKING:
@@ -31,10 +31,10 @@ _AT_ONCE = 32  # frames in their own size on the GPU
 class TorchcodecFile(VideoFile):
     """Its frames are those that `Packets` finds, its pictures uint8 tensors [H, W, 3] on `device`. UntrustedError."""
 
-    def __init__(self, path: Any, on_duration: Callable[[float | None], None] | None, *, device: str):
+    def __init__(self, path: Any, *, device: str):
         from torchcodec.decoders import VideoDecoder
 
-        packets = Packets(path, on_duration)
+        packets = Packets(path)
         self.times, self.end = packets.times, packets.end
         with _doubted():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
@@ -67,9 +67,9 @@ def _doubted() -> Iterator[None]:
 class GpuDecoder:
     """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do what it cannot.
 
-    A job is (path, rows, plan), its results are VideoErrors or what has a `note` (see transform.py). After `timeout`
-    seconds, and one more for each 10 s of video, no answer is waited for; its thread is left to itself. A plan that
-    asks for pyav goes to the children at once: workers died over it, and a crash on a GPU is one of its process.
+    A job is (path, rows, plan), its results are VideoErrors or have a `note` (see jobs.py). After the time that a
+    child would have (`time_limit`) no answer is waited for; its thread is left to itself. A plan that asks for pyav
+    goes to the children at once: workers died over it, and a crash on a GPU is one of its process.
     """
 
     def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str, *, timeout: float):
@@ -79,14 +79,13 @@ class GpuDecoder:
         if job[2].decoder == "pyav":
             return self._by_children(job, "workers died with it in hand")
         answer: Future[Finished] = Future()
-        durations: list[float | None] = []
-        threading.Thread(target=self._decode, args=(job, durations.append, answer), daemon=True).start()
-        wait([answer], timeout=self._timeout)
-        wait([answer], timeout=sum(filter(None, durations)) / 10)
+        threading.Thread(target=self._decode, args=(job, answer), daemon=True).start()
+        allowed = time_limit(self._timeout, job[0])
+        wait([answer], timeout=allowed)
         try:
             return answer.result(timeout=0)
         except TimeoutError:
-            why = f"{self._device} gave no answer in {self._timeout:.3g} s (--video-timeout)"
+            why = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
         except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
             why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
         return self._by_children(job, why)
@@ -98,7 +97,7 @@ class GpuDecoder:
         done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
         return replace(finished.taken(), result=done)
 
-    def _decode(self, job: tuple[str, Any, Any], on_duration: Callable[[float | None], None], answer: Future) -> None:
+    def _decode(self, job: tuple[str, Any, Any], answer: Future) -> None:
         import torch
 
         from extract.decode.subprocess_pool import Finished  # which its own process runs as a program
@@ -106,7 +105,7 @@ class GpuDecoder:
         path, rows, plan = job
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
-            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out, on_duration)
+            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out)
             for one in done:
                 if isinstance(one, VideoError):
                     raise one

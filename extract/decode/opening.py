@@ -12,6 +12,10 @@ ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.
 av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
 
 
+BYTES_PER_SECOND = 2_000_000  # of a file, beyond --video-timeout
+LONGEST_SECONDS = 3600.0
+
+
 class VideoError(Exception):
     """A video that cannot be read: `path`, and a `reason` that a person understands."""
 
@@ -21,6 +25,18 @@ class VideoError(Exception):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.reason}"
+
+
+def time_limit(timeout: float, path: Any) -> float:
+    """Seconds that reading a file may take: `timeout`, and one more per 2 MB of it; an hour at most.
+
+    A `timeout` above an hour is the limit itself. A file's size is a fact, a duration is what its header claims.
+    """
+    try:
+        size = os.stat(path).st_size
+    except (OSError, TypeError, ValueError):  # reading it will say why
+        size = 0
+    return max(timeout, min(timeout + size / BYTES_PER_SECOND, LONGEST_SECONDS))
 
 
 def check_file(path) -> None:

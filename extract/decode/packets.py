@@ -6,7 +6,7 @@ What packets say is believed only where it is what decoding everything would say
 import contextlib
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -66,14 +66,12 @@ class Packets(VideoFile):
     Raises UntrustedError.
     """
 
-    def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
+    def __init__(self, path):
         self._path = path
         self.pts, self._sizes, self._key, self._order = array("q"), array("l"), bytearray(), array("l")
         self._kept: list[av.Packet] = []
         container, stream = open_video(path)
         self._opened: Any = container, stream  # until frames are asked for
-        if on_duration is not None:
-            on_duration(container.duration / av.time_base if container.duration else None)
         try:
             stop = self._read(container, stream)
         except UntrustedError:

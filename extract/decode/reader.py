@@ -20,7 +20,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -32,17 +32,37 @@ from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
 from extract.decode.packets import Packets, Span, UntrustedError, VideoFile, end_of, ends_early, seconds, upright
 
-Sample = Callable[[int], np.ndarray]
 Resize = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """The frames of a video, or of a span of it, as a sampler sees them before anything is decoded.
+
+    seconds: float64 [num_frames], when each is shown, ascending, in seconds after the file's first frame; a frame is
+    shown until the next one is. Of a span the first may come later than the span begins.
+    """
+
+    seconds: np.ndarray
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.seconds)
+
+
+# Chooses frames: integers of any shape, from 0 to num_frames - 1, in any order, repeats allowed. It may be called twice
+# for one video (after damage was met), and must then choose by what it gets and by nothing that it kept.
+Sampler = Callable[[FrameTimes], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Decoded:
     """Frames of a video; unpacks as `frames, indices, timestamps`.
 
-    frames uint8 [T, H, W, 3] RGB; indices int32 [T], positions in presentation order; timestamps float32 [T], seconds
+    frames uint8 [D, H, W, 3] RGB; indices int32 [D], positions in presentation order; timestamps float32 [D], seconds
     after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable;
-    end, when the last frame of the file goes (s).
+    end, when the last frame of the file goes (s); choice, int32 in the shape of the sampler's answer: the positions in
+    `frames` of the frames that it chose.
     """
 
     frames: np.ndarray = field(repr=False)
@@ -51,45 +71,52 @@ class Decoded:
     num_frames: int
     problem: str = ""
     end: float = float("nan")
+    choice: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
 
     def __post_init__(self) -> None:
         count = len(self.frames)
         if self.frames.ndim != 4 or self.indices.shape != (count,) or self.timestamps.shape != (count,):
             raise ValueError(
                 f"got frames {self.frames.shape}, indices {self.indices.shape}, timestamps {self.timestamps.shape}; "
-                "expected [T, H, W, 3], [T] and [T]"
+                "expected [D, H, W, 3], [D] and [D]"
             )
+
+    def as_chosen(self) -> "Decoded":
+        """The same with the frames in the sampler's order, repeats repeated."""
+        frames, indices, timestamps = (values[self.choice.ravel()] for values in self)
+        return replace(self, frames=frames, indices=indices, timestamps=timestamps, choice=np.arange(len(frames)))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.frames, self.indices, self.timestamps))
 
 
-def decode(path: str | os.PathLike[str], sample: Sample, *, span: Span | None = None, **options: Any) -> Decoded:
-    """Decode the frames of `path` that `sample(num_frames)` asks for (any order, repeats allowed).
+def decode(
+    path: str | os.PathLike[str], sample: Callable[[int], np.ndarray], *, span: Span | None = None, **options: Any
+) -> Decoded:
+    """Decode the frames of `path` that `sample(num_frames)` asks for (any order; repeats are repeated in `frames`).
 
-    With a `span`, `sample` is told how many frames are shown in it and chooses among those. `options` are those of
-    `decode_spans`. Raises VideoError where not one frame can be read, IndexError where `sample` asks for a frame that
-    is not there.
+    With a `span`, `sample` gets the number of frames that are shown in it and chooses among those. `options` are those
+    of `decode_spans`. Raises VideoError if not one frame can be read, IndexError if `sample` asks for a frame that
+    does not exist.
     """
-    [(_, decoded)] = decode_spans(path, [(span, sample)], **options)
+    [(_, decoded)] = decode_spans(path, [(span, lambda times: np.asarray(sample(times.num_frames)))], **options)
     if isinstance(decoded, VideoError):
         raise decoded
-    return decoded
+    return decoded.as_chosen()
 
 
 def decode_spans(
     path: str | os.PathLike[str],
-    wanted: Sequence[tuple[Span | None, Sample]],
+    wanted: Sequence[tuple[Span | None, Sampler]],
     *,
     resize: Resize | None = None,
     decoder: str = "pyav",
-    on_duration: Callable[[float | None], None] | None = None,
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
     """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its frames or its failure.
 
     They come as they are complete, so spans that follow each other are not all in memory. `resize` is applied to each
-    wanted frame as it comes, so memory does not grow with a video's length or its picture size. `on_duration` is called
-    once with the container's duration in seconds (None if unknown) before decoding.
+    wanted frame as it comes, so memory does not grow with a video's length or its picture size. However often a sampler
+    chooses a frame, it is decoded, resized and returned once.
     decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1), or on_gpu.py's
     "torchcodec-cuda", whose frames are tensors on that device (VideoError also where only PyAV could read it).
     """
@@ -100,9 +127,7 @@ def decode_spans(
     _recent.clear()
     try:
         if file is None:
-            file = _opener(decoder)(path, on_duration)
-        elif on_duration is not None:
-            on_duration(sum(span[1] - span[0] if span else file.end for span, _ in wanted))
+            file = _opener(decoder)(path)
         yield from _decode(file, path, wanted, left, resize)
     except UntrustedError as doubt:
         if decoder.startswith("torchcodec-"):
@@ -136,7 +161,7 @@ def decoder_version(decoder: str) -> str:
 def _decode(
     file: VideoFile,
     path: str | os.PathLike[str],
-    wanted: Sequence[tuple[Span | None, Sample]],
+    wanted: Sequence[tuple[Span | None, Sampler]],
     left: list[int],
     resize: Resize | None,
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
@@ -149,18 +174,20 @@ def _decode(
         first, stop = np.searchsorted(file.times, inside).tolist()
         if first < stop:
             counts[place] = stop - first
-            chosen[place] = first + _checked(sample(stop - first), stop - first, path)
+            chosen[place] = first + _checked(sample(FrameTimes(file.times[first:stop])), stop - first, path)
         else:
             why = file.problem(span)
             nothing = f"no frame of it is shown from {span[0]:g} to {span[1]:g} s"  # type: ignore[index]
             left.remove(place)
             yield place, VideoError(path, nothing + (f" ({why})" if why else ""))
     order = sorted(chosen, key=lambda place: chosen[place].max())
-    pictures = file.pictures(np.unique(np.concatenate([*chosen.values()])).tolist()) if chosen else iter(())
+    distinct = np.unique(np.concatenate([*map(np.ravel, chosen.values())])) if chosen else np.empty(0, int)
+    pictures = file.pictures(distinct.tolist()) if chosen else iter(())
     found: dict[int, np.ndarray] = {}
     for position, place in enumerate(order):
-        indices = chosen[place]
-        last = int(indices.max())
+        indices, choice = np.unique(chosen[place], return_inverse=True)
+        choice = choice.reshape(chosen[place].shape).astype(np.int32)
+        last = int(indices[-1])
         while last not in found and (come := next(pictures, None)):
             found[come[0]] = come[1] if resize is None else resize(come[1])
         if position == len(order) - 1:
@@ -168,21 +195,21 @@ def _decode(
         lost = [index for index in indices.tolist() if index not in found]
         if lost:
             raise UntrustedError(f"frame {min(lost)} does not decode")
-        shape = found[int(indices.min())].shape
+        shape = found[int(indices[0])].shape
         fitted = [_fitted(found[index], shape) for index in indices.tolist()]
         frames = np.stack(fitted) if isinstance(fitted[0], np.ndarray) else stacked(fitted)
         times = file.times[indices].astype(np.float32)
         left.remove(place)
-        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]), file.end)
+        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]), file.end, choice)
         needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
         found = {index: picture for index, picture in found.items() if index >= needed}
 
 
 def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
-    """`sample`'s answer as int32 [T]; IndexError names an index that is not there."""
+    """A sampler's answer as int32; IndexError names an index that does not exist."""
     checked = np.asarray(indices)
-    if checked.ndim != 1 or checked.dtype.kind not in "iu" or not len(checked):
-        raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices [T]")
+    if not checked.ndim or checked.dtype.kind not in "iu" or not checked.size:
+        raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices")
     wrong = checked[(checked < 0) | (checked >= count)]
     if len(wrong):
         raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
@@ -270,7 +297,7 @@ class _Decord(VideoFile):
 
     slack = 1e-4  # its times are float32
 
-    def __init__(self, path, on_duration: Callable[[float | None], None] | None = None):
+    def __init__(self, path):
         decord = _import_decord()
         self._path, self._errors = path, (decord.DECORDError, RuntimeError)
         with self._in_words():
@@ -279,8 +306,6 @@ class _Decord(VideoFile):
         if not len(shown):
             raise VideoError(path, "decord finds no frame in it")
         self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
-        if on_duration is not None:
-            on_duration(float(shown[-1, 1]))
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         with self._in_words():

@@ -3,7 +3,7 @@
 A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process helps against that.
 So each child is a process of its own with one thread here that talks to it:
 
-    submit(job) -> queue -> thread: job -> child ... "10 s long" ... result -> Future
+    submit(job) -> queue -> thread: job -> child ... result -> Future
                             deadline passed, or child dead -> SIGKILL, a fresh child, the job's failure in words
 
 A child starts in under half a second (it never imports torch), ends with its parent even on kill -9, and writes into
@@ -31,9 +31,10 @@ from typing import Any
 import numpy as np
 
 from extract.cli import RunError
+from extract.decode.opening import time_limit
 
-# function(job, out, on_duration) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
-Function = Callable[[Any, np.ndarray, Callable[[float | None], None]], Any]
+# function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
+Function = Callable[[Any, np.ndarray], Any]
 
 SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
 ATTEMPTS = 3  # at a job whose child dies: someone may have killed it for other reasons than this video
@@ -78,8 +79,8 @@ _Slots = queue.SimpleQueue[int | None]  # those that hold no result; None ends t
 class SubprocessPool:
     """Child processes that run `function` over jobs, in the order of `submit`, each under a deadline.
 
-    A job may take `timeout` seconds, and one more for each 10 s of video that it reports; then its child is killed
-    and the job fails. A job whose child dies is tried again. `nice` lowers the children's priority.
+    A job is a tuple that begins with the path of its file, which says how long it may take (`time_limit`); then its
+    child is killed and the job fails. A job whose child dies is tried again. `nice` lowers the children's priority.
     """
 
     def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0):
@@ -211,15 +212,12 @@ class _Child:
 
     def _ask(self, job: Any, slot: int) -> Finished:
         pipe = self._pipe or self._start()
-        started, allowed = time.monotonic(), self._timeout
+        allowed = time_limit(self._timeout, job[0])
         try:
             pipe.send((slot, job))
-            while pipe.poll(max(0.0, started + allowed - time.monotonic())):
-                kind, *values = pipe.recv()
-                if kind == "done":
-                    result, failure, cpu_seconds = values
-                    return Finished(result, self._seen[slot], failure, cpu_seconds)
-                allowed = self._timeout + (values[0] or 0.0) / 10
+            if pipe.poll(allowed):
+                result, failure, cpu_seconds = pipe.recv()
+                return Finished(result, self._seen[slot], failure, cpu_seconds)
         except (EOFError, OSError):
             raise _ChildDiedError(self._how_it_ended()) from None
         self._stop()
@@ -289,10 +287,10 @@ def _serve(pipe: Connection, memory: int) -> None:
         slot, job = pipe.recv()
         started, result, failure = time.process_time(), None, ""
         try:
-            result = function(job, slots[slot], lambda seconds: pipe.send(("duration", seconds)))
+            result = function(job, slots[slot])
         except Exception as error:
             failure = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
-        pipe.send(("done", result, failure, time.process_time() - started))
+        pipe.send((result, failure, time.process_time() - started))
 
 
 if __name__ == "__main__":

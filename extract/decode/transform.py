@@ -5,18 +5,14 @@ unflipped centre crop.
 """
 
 import hashlib
-import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
-from extract.decode import Decoded, Span, VideoError, decode_spans
 from extract.decode.on_gpu import resized
-from extract.sampling import segment_centres, segment_random
 
 Box = tuple[int, int, int, int]  # top, left, height, width
 
@@ -25,7 +21,6 @@ _CORNERS = ("tl", "tr", "bl", "br")
 _SCALES = (1.0, 0.875, 0.75, 0.66)
 # And its 13 places, in quarters of the room there is: corners, edges' middles and the centre, and four between them.
 _PLACES = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [(i, j) for i in (1, 3) for j in (1, 3)]
-_ROWS_A_JOB, _SLOT_BYTES = 16, 32 << 20
 
 
 @dataclass(frozen=True)
@@ -45,51 +40,6 @@ class Preprocessing:
     def record(self) -> dict[str, Any]:
         """Plain values, as stores and checkpoints keep them: what JSON gives back."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to prepare of each video: T frames in some crops, and augmented passes."""
-
-    frames: int
-    crops: int  # 1, 3 or 10
-    augment_passes: int
-    preprocessing: Preprocessing
-    seed: int
-    decoder: str
-
-    @property
-    def shape(self) -> tuple[int, int, int, int, int]:
-        """Of the frames of one row: V, T, size, size, 3."""
-        size = self.preprocessing.size
-        return len(view_names(self.crops, self.augment_passes)), self.frames, size, size, 3
-
-    @property
-    def row_bytes(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def rows_a_job(self) -> int:
-        """Spans of one file that a decode child does in one pass; what is decoded twice between passes is little."""
-        return max(1, min(_ROWS_A_JOB, _SLOT_BYTES // self.row_bytes))
-
-    @property
-    def slot_bytes(self) -> int:
-        return self.rows_a_job * self.row_bytes
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What was really decoded: indices int32 [V, T], timestamps float32 [V, T] (s), and why it is partial, if it is."""
-
-    indices: np.ndarray = field(repr=False)
-    timestamps: np.ndarray = field(repr=False)
-    num_frames: int
-    problem: str
-    note: str = ""  # what else is to be recorded of it
-
-
-Job = tuple[str, list[tuple[str, Span | None]], Plan]  # a path, rows (id, span) of that file, what to prepare of each
 
 
 def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
@@ -153,82 +103,18 @@ def training_view(
 
     def view(frame: np.ndarray) -> np.ndarray:
         picture = _resized(frame[top : top + crop_height, left : left + crop_width], size, preprocessing)
-        return _mirrored(picture) if flip else picture
+        return mirrored(picture) if flip else picture
 
     return view
 
 
-def augmentation_rng(seed: int, video_id: str, number: int | str) -> np.random.Generator:
-    """The random numbers of one augmented pass over one video: a function of these three, and of nothing else."""
-    digest = hashlib.sha256(f"{seed}\0{video_id}\0{number}".encode()).digest()
+def augmentation_rng(seed: int, video_id: str, name: int | str) -> np.random.Generator:
+    """The random numbers of one pass (a number, or `epoch 3`) over one video: a function of these three alone."""
+    digest = hashlib.sha256(f"{seed}\0{video_id}\0{name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
-def prepare(path: str, video_id: str, plan: Plan, out: np.ndarray, *, span: Span | None = None) -> Prepared:
-    """Decode a video, or a span of it, once and write all its views into `out`: uint8 [V, T, size, size, 3].
-
-    Raises VideoError where not one frame can be read.
-    """
-    if out.shape != plan.shape or not str(out.dtype).endswith("uint8"):
-        raise ValueError(f"got {out.dtype} {out.shape} to write into, expected uint8 {plan.shape}")
-    [prepared] = decode_job((path, [(video_id, span)], plan), out.reshape(-1))
-    if isinstance(prepared, VideoError):
-        raise prepared
-    return prepared
-
-
-def decode_job(
-    job: Job, out: np.ndarray, on_duration: Callable[[float | None], None] | None = None
-) -> list[Prepared | VideoError]:
-    """`prepare` for n rows of one file in one pass over it, as a decode child calls it.
-
-    out: flat uint8, on a GPU if the decoder is there, of which the first n * plan.row_bytes are written.
-    """
-    path, wanted, plan = job
-    views = out[: len(wanted) * plan.row_bytes].reshape(len(wanted), *plan.shape)
-    rngs = [[augmentation_rng(plan.seed, name, number) for number in range(plan.augment_passes)] for name, _ in wanted]
-
-    def sample(num_frames: int, rngs: list[np.random.Generator]) -> np.ndarray:
-        passes = [segment_random(num_frames, plan.frames, rng) for rng in rngs]
-        return np.concatenate([segment_centres(num_frames, plan.frames), *passes])
-
-    results: dict[int, Prepared | VideoError] = {}
-    try:
-        for place, decoded in decode_spans(
-            path,
-            [(span, partial(sample, rngs=mine)) for (_, span), mine in zip(wanted, rngs, strict=True)],
-            resize=lambda frame: resize_short_side(frame, plan.preprocessing),
-            decoder=plan.decoder,
-            on_duration=on_duration,
-        ):
-            mine = rngs[place], views[place]
-            results[place] = decoded if isinstance(decoded, VideoError) else _write_views(decoded, plan, *mine)
-    except VideoError as error:  # of the whole file
-        for place in range(len(wanted)):
-            results.setdefault(place, error)
-    return [results[place] for place in range(len(wanted))]
-
-
-def _write_views(decoded: Decoded, plan: Plan, rngs: list[np.random.Generator], out: np.ndarray) -> Prepared:
-    height, width = decoded.frames.shape[1:3]
-    boxes = crop_boxes(height, width, plan.preprocessing.size, plan.crops)
-    for view, ((top, left, tall, wide), flip) in enumerate(boxes):
-        crops = decoded.frames[: plan.frames, top : top + tall, left : left + wide]
-        out[view] = _mirrored(crops) if flip else crops
-    for number, rng in enumerate(rngs):
-        view_of = training_view(height, width, plan.preprocessing, rng)
-        first = (1 + number) * plan.frames
-        for place, frame in enumerate(decoded.frames[first : first + plan.frames]):
-            out[len(boxes) + number, place] = view_of(frame)
-
-    def by_view(values: np.ndarray) -> np.ndarray:
-        passes = values.reshape(1 + plan.augment_passes, plan.frames)
-        return np.concatenate([np.repeat(passes[:1], len(boxes), axis=0), passes[1:]])
-
-    return Prepared(by_view(decoded.indices), by_view(decoded.timestamps), decoded.num_frames, decoded.problem)
-
-
-def _mirrored(frames: Any) -> Any:
+def mirrored(frames: Any) -> Any:
     return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
 
 

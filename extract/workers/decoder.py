@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from extract.cli import RunError
+from extract.decode.jobs import Job
 from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import Job
 from extract.options import Options
 
 

@@ -25,9 +25,10 @@ from extract.backbone.batches import Batches
 from extract.backbone.model import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
+from extract.decode.jobs import Job, Plan, Prepared, decode_job
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import Job, Plan, Prepared, decode_job, view_names
+from extract.decode.transform import view_names
 from extract.device import choose_device
 from extract.listing.videos import Video
 from extract.options import Options
@@ -79,7 +80,7 @@ def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
     for place, video in enumerate(videos):
         before = videos[place - 1] if place else None
         beside = before and before.path == video.path and before.span and video.span
-        if beside and len(together[-1]) < plan.rows_a_job:
+        if beside and len(together[-1]) < plan.rows_per_job:
             together[-1].append(place)
         else:
             together.append([place])
@@ -96,8 +97,9 @@ class Worker:
         self.options, self.cores = options, cores
         self._views = view_names(options.crops, options.augment_passes)
         self._ahead: dict[int, list[Submitted]] = {}
-        # Blocks that are computed: how many frames were added when their last one was, and features.
-        self._computing: deque[tuple[int, np.ndarray, Done]] = deque()
+        # Blocks that are computed: how many frames were added when their last one was, features of pictures, and
+        # which of them (positions) each row's views show.
+        self._computing: deque[tuple[int, np.ndarray, np.ndarray, Done]] = deque()
         self._computed = 0.0  # seconds of the device, of blocks before those
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: list[Future[Done]] = []
@@ -248,7 +250,9 @@ class Worker:
     def _write_computed(self) -> None:
         """Begin to write blocks whose features are all there."""
         while self._computing and self._computing[0][0] <= self._batches.returned:
-            _, features, done = self._computing.popleft()
+            _, features, shown, done = self._computing.popleft()
+            features = np.take_along_axis(features, shown[..., None], axis=1)
+            features = features.reshape(len(features), len(self._views), -1, features.shape[-1])
             done.seconds["device"] = self._batches.seconds - self._computed
             self._computed = self._batches.seconds
             self._writing.append(self._writer.submit(self._write, features, done))
@@ -270,7 +274,8 @@ class Worker:
     def _extract(self, block: Block, submitted: "list[Submitted]") -> None:
         views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
         count = len(block.rows)
-        features = np.zeros((count * views * frames, self._backbone.dim), "<f2")
+        features = np.zeros((count, views * frames, self._backbone.dim), "<f2")
+        shown = np.tile(np.arange(views * frames), (count, 1))
         outcome = Rows(
             rows=np.array(block.rows),
             status=np.full(count, FAILED, "i1"),
@@ -280,6 +285,7 @@ class Worker:
             timestamps=np.full((count, views, frames), np.nan, "<f4"),
         )
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
+        computed = 0
         for place, prepared, pictures in self._prepared(submitted, seconds):
             if isinstance(prepared, VideoError):
                 outcome.errors[place] = prepared.reason
@@ -288,11 +294,13 @@ class Worker:
             outcome.errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
             outcome.num_frames[place] = prepared.num_frames
             outcome.frame_indices[place], outcome.timestamps[place] = prepared.indices, prepared.timestamps
-            self._batches.add(pictures.reshape(-1, size, size, 3), features[place * views * frames :])
+            distinct = len(prepared.frame_indices)
+            shown[place] = prepared.middles.ravel()
+            self._batches.add(pictures.reshape(-1, size, size, 3)[:distinct], features[place])
             self._write_computed()
-        computed = int((outcome.status != FAILED).sum()) * views * frames
+            computed += distinct
         done = Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds)
-        self._computing.append((self._batches.added, features.reshape(count, views, frames, -1), done))
+        self._computing.append((self._batches.added, features, shown, done))
 
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]

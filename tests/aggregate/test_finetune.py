@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 import torch
 
 from aggregate import evaluate, finetune, train
-from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
 from aggregate.data.frames import VideoFrames, clip_pool
 from aggregate.endtoend import model_from_record
 from aggregate.finetune import Options, prepare
@@ -21,11 +19,13 @@ from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.sources import predict
+from decode_jobs import prepare_row
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_trunk
 from extract.cli import InputError, RunError
 from extract.decode import decode
+from extract.decode.jobs import Plan
 from extract.listing.videos import list_videos
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
@@ -60,18 +60,18 @@ def options(videos: Path, out: Path, model: str = "tsn", **changes) -> Options:
 
 def test_a_clip_is_a_function_of_seed_epoch_and_id(videos):
     preprocessing = load_trunk(BACKBONE, weights="random").preprocessing
-    plan = ClipPlan(segments=3, frames_per_segment=2, preprocessing=preprocessing)
+    plan = Plan(frames=3, crops=1, augment_passes=0, preprocessing=preprocessing, clip_length=2)
     video = list_videos(videos / "val").videos[0]
 
-    def seen(epoch: int, seed: int = 0) -> np.ndarray:
-        out = np.zeros(math.prod(plan.shape), np.uint8)
-        prepare_clip(ClipJob(video.path, video.id, plan, seed, epoch), out, lambda _: None)
+    def seen(epoch: int | None, seed: int = 0) -> np.ndarray:
+        out = np.zeros(plan.shape, np.uint8)
+        prepare_row(video.path, video.id, replace(plan, seed=seed, epoch=epoch), out)
         return out.reshape(3, 2, preprocessing.size, preprocessing.size, 3)
 
     assert np.array_equal(seen(0), seen(0))
     assert not np.array_equal(seen(0), seen(1))
     assert not np.array_equal(seen(0), seen(0, seed=1))
-    test = seen(-1)
+    test = seen(None)
     whole = decode(video.path, lambda count: np.clip(segment_centres(count, 3)[:, None] + [0, 1], 0, count - 1).ravel())
     assert whole.indices.reshape(3, 2)[:, 1].tolist() == (segment_centres(whole.num_frames, 3) + 1).tolist()
     assert test.any()
@@ -274,7 +274,7 @@ def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
     train.main(train.Options(agg="hgnl", out=tmp_path / "hgnl", init=tuned, g1=4, g2=2, m1=16, **common))
     assert "2 carried over by class name" in capsys.readouterr().out
     hgnl = Checkpoint.load(tmp_path / "hgnl" / "best.pt").model()
-    plan = ClipPlan(segments=3, frames_per_segment=1, preprocessing=net.preprocessing)
+    plan = Plan(frames=3, crops=1, augment_passes=0, preprocessing=net.preprocessing)
     with clip_pool(plan, workers=1) as pool:
         frames = VideoFrames([v for v in list_videos(videos).videos if v.split == "val"], plan, pool)
         _, (whole,) = predict([net], frames.test_batches(batch_size=4))

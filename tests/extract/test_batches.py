@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 from extract.backbone.batches import Batches, gpu_slots
 from extract.backbone.model import load_backbone
+from extract.decode.jobs import Prepared
 from extract.decode.subprocess_pool import Finished
-from extract.decode.transform import Prepared, Preprocessing
+from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.workers.worker import Block, Worker, jobs_of
@@ -418,7 +419,7 @@ def worker_on(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> tuple[Work
         blocks.append(Block(number, (2 * number, 2 * number + 1), videos))
         worker._ahead[number] = []
         for (k,), job in jobs_of(videos, worker._plan):
-            prepared = Prepared(np.zeros((1, 3), "<i4"), np.zeros((1, 3), "<f4"), 9, "")
+            prepared = Prepared(np.zeros(3, "<i4"), np.zeros(3, "<f4"), np.arange(3).reshape(1, 3, 1), 9)
             done: Future[Finished] = Future()
             done.set_result(Finished([prepared], frames[3 * k : 3 * k + 3].reshape(-1)))
             worker._ahead[number].append(([k], job, done))

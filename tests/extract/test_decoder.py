@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from extract.cli import RunError
-from extract.decode.transform import Plan, Preprocessing, decode_job
+from extract.decode.jobs import Plan, decode_job
+from extract.decode.transform import Preprocessing
 from extract.options import Options
 from extract.workers.decoder import Decoder, code_version
 
@@ -22,7 +23,7 @@ def test_the_same_frames_as_here_and_no_byte_more(demo_clips, tmp_path):
         assert done.failure == ""
         assert done.cpu_seconds > 0
         expected = np.zeros(PLAN.slot_bytes, np.uint8)
-        (here,) = decode_job(job, expected, lambda _: None)
+        (here,) = decode_job(job, expected)
         np.testing.assert_array_equal(done.buffer, expected[: PLAN.row_bytes])
         np.testing.assert_array_equal(prepared.indices, here.indices)
         gone = decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))

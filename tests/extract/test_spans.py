@@ -13,11 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from decode_jobs import clips_of, prepare_row
 from extract.cli import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
+from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import length_of
-from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
+from extract.decode.reader import FrameTimes
+from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, settle, window_spans
 from extract.options import Options
@@ -44,6 +47,10 @@ def centres(num_frames: int) -> np.ndarray:
     return segment_centres(num_frames, 5)
 
 
+def shown_centres(times: FrameTimes) -> np.ndarray:
+    return centres(times.num_frames)
+
+
 def seconds_of(whole: Whole) -> np.ndarray:
     """When every frame of a plainly decoded video is shown, after its first."""
     return np.sort(np.array(whole.seconds)) - min(whole.seconds)
@@ -58,7 +65,7 @@ def expected(whole: Whole, span: tuple[float, float], sample=centres) -> np.ndar
 def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
     """Raises AssertionError unless spans of `path`, all in one pass and each alone, are what decoding all gives."""
     whole = decode_everything(path)
-    together = dict(decode_spans(path, [(span, centres) for span in spans]))
+    together = dict(decode_spans(path, [(span, shown_centres) for span in spans]))
     assert sorted(together) == list(range(len(spans)))
     for number, span in enumerate(spans):
         wanted, found = expected(whole, span), together[number]
@@ -67,7 +74,7 @@ def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
             continue
         assert isinstance(found, Decoded), f"{span}: {found}"
         alone = decode(path, centres, span=span)
-        for decoded in (found, alone):
+        for decoded in (found.as_chosen(), alone):
             assert decoded.indices.tolist() == wanted.tolist(), span
             assert np.array_equal(decoded.frames, [whole.frames[index] for index in wanted]), span
             np.testing.assert_allclose(decoded.timestamps, seconds_of(whole)[wanted], atol=1e-3)
@@ -129,7 +136,7 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
     path.write_bytes(content[: len(content) * 6 // 10])
     spans = [(second / 2, second / 2 + 0.5) for second in range(8)]
     for _ in range(2):  # the second time from what was learned of it
-        found = dict(decode_spans(path, [(span, centres) for span in spans]))
+        found = dict(decode_spans(path, [(span, shown_centres) for span in spans]))
         broken = [isinstance(found[number], VideoError) for number in range(8)]
         assert broken == sorted(broken)
         assert 2 <= sum(broken) <= 4
@@ -159,7 +166,7 @@ def test_damage_in_the_middle_is_that_of_the_spans_it_lies_in(name, tmp_path):
     content[middle : middle + 60] = np.random.default_rng(0).bytes(60)
     path.write_bytes(content)
     whole = decode(path, np.arange)
-    found = dict(decode_spans(path, [((n / 2, n / 2 + 0.5), centres) for n in range(8)]))
+    found = dict(decode_spans(path, [((n / 2, n / 2 + 0.5), shown_centres) for n in range(8)]))
     assert sum(bool(decoded.problem) for decoded in found.values()) <= 2
     assert any(decoded.problem for decoded in found.values()) == bool(whole.problem)
     for decoded in found.values():
@@ -177,7 +184,7 @@ def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
     monkeypatch.setattr(packets._Again, "packet", lambda self, number: fed.append(number) or packet(self, number))
     for first in range(0, 16, 4):
         spans = [((first + number) * 1.0, (first + number + 1) * 1.0) for number in range(4)]
-        assert len(dict(decode_spans(path, [(span, centres) for span in spans]))) == 4
+        assert len(dict(decode_spans(path, [(span, shown_centres) for span in spans]))) == 4
     assert len(looked) == 1
     assert len(fed) <= 400 + 3 * 20
 
@@ -222,13 +229,13 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
                         packet.stream = stream
                         output.mux(packet)
     plan = Plan(frames=4, crops=3, augment_passes=1, preprocessing=SEE, seed=3, decoder="pyav")
-    out = np.zeros((3, *plan.shape), np.uint8)
+    out = np.zeros((3, plan.row_bytes), np.uint8)
     spans = [("same id", (float(number), number + 1.0)) for number in range(3)]
     results = decode_job((str(joined), spans, plan), out.reshape(-1))
     for number, part in enumerate(parts):
         alone = np.zeros(plan.shape, np.uint8)
-        cut = prepare(str(part), "same id", plan, alone)
-        assert np.array_equal(out[number], alone)
+        cut = prepare_row(str(part), "same id", plan, alone)
+        assert np.array_equal(clips_of(results[number], out[number]), alone)
         assert np.array_equal(results[number].indices, cut.indices + 25 * number)
         np.testing.assert_allclose(results[number].timestamps, cut.timestamps + number, atol=1e-6)
         assert results[number].num_frames == 25
@@ -241,17 +248,19 @@ def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     jobs = jobs_of(videos, plan)
     assert [places for places, _ in jobs] == [[0, 1], [2], [3, 4], [5]]
     assert jobs[2][1] == ("b", [("x", (0.0, 1.0)), ("y", (0.5, 2.0))], plan)
-    assert plan.slot_bytes == plan.rows_a_job * 4 * 32 * 32 * 3
+    assert plan.slot_bytes == plan.rows_per_job * 4 * 32 * 32 * 3
     many = jobs_of([Video("x", "a", -1, span=(0.0, 1.0))] * 50, plan)
     assert [len(places) for places, _ in many] == [16, 16, 16, 2]
-    assert replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 8  # of 3.8 MB each
-    assert replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_a_job == 1
+    assert (
+        replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job == 8
+    )  # of 3.8 MB each
+    assert replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job == 1
 
 
 def test_a_file_that_cannot_be_read_fails_each_of_its_spans_with_the_reason(broken_clips):
     plan = Plan(frames=4, crops=1, augment_passes=0, preprocessing=SEE, seed=0, decoder="pyav")
     job = (str(broken_clips / "zero_bytes.mp4"), [("a", (0.0, 1.0)), ("b", (1.0, 2.0))], plan)
-    found = decode_job(job, np.zeros(plan.slot_bytes, np.uint8), None)
+    found = decode_job(job, np.zeros(plan.slot_bytes, np.uint8))
     assert [error.reason[:17] for error in found] == ["the file is empty"] * 2
 
 
@@ -432,7 +441,9 @@ def test_memory_does_not_grow_with_the_number_of_spans(tmp_path):
     path = write_repeated(tmp_path / "long.mp4", short, 20)
     alive = []
     spans = [(float(second), second + 1.0) for second in range(40)]
-    for place, decoded in decode_spans(path, [(span, centres) for span in spans], resize=lambda frame: frame.copy()):
+    for place, decoded in decode_spans(
+        path, [(span, shown_centres) for span in spans], resize=lambda frame: frame.copy()
+    ):
         alive.append(place)
         assert decoded.frames.shape[0] == 5
     assert alive == list(range(40))

@@ -15,10 +15,12 @@ import numpy as np
 import psutil
 import pytest
 
-from decode_jobs import do
+from decode_jobs import do, prepare_row
 from extract.cli import RunError
+from extract.decode.jobs import Plan, decode_job
+from extract.decode.opening import LONGEST_SECONDS, time_limit
 from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, Finished, SubprocessPool
-from extract.decode.transform import Plan, Preprocessing, decode_job, prepare
+from extract.decode.transform import Preprocessing
 
 SLOT = 1000
 PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
@@ -172,7 +174,7 @@ def test_videos_are_prepared_as_in_this_process(codec_clips, broken_clips):
     with SubprocessPool(decode_job, slot_bytes=out.size, workers=1, timeout=20) as pool:
         good = pool.submit((str(codec_clips / "vp9.webm"), [("id", None)], plan))
         bad = pool.submit((str(broken_clips / "zero_bytes.mp4"), [("id", None)], plan))
-        expected = prepare(str(codec_clips / "vp9.webm"), "id", plan, out)
+        expected = prepare_row(str(codec_clips / "vp9.webm"), "id", plan, out)
         with good.result(PATIENCE) as finished:
             assert finished.buffer.tobytes() == out.tobytes()
             assert np.array_equal(finished.result[0].indices, expected.indices)
@@ -249,15 +251,26 @@ def test_one_bad_child_does_not_hold_up_the_others():
 # -- the deadline ----------------------------------------------------------------------------------------------------
 
 
-def test_a_long_video_has_longer():
-    """One second more for each 10 s of video."""
+def test_a_large_file_has_longer(tmp_path):
+    """One second more per 2 MB, which a header cannot claim."""
+    job = tmp_path / "sleep"  # the job's name is its file
     with pool_of(timeout=0.5) as pool:
         works(pool)
-        with pool.submit(("long video", (30.0, 1.5))).result(PATIENCE) as finished:
-            assert finished.failure == ""
-        for duration, allowed in ((5.0, "1"), (None, "0.5")):
-            finished = pool.submit(("long video", (duration, 1.8))).result(PATIENCE)
-            assert finished.failure.startswith(f"given up after {allowed} s")
+        for size, allowed in ((2_000_000, 1.5), (1_000_000, 1.0), (0, 0.5)):
+            with job.open("wb") as file:
+                file.truncate(size)
+            assert time_limit(0.5, job) == allowed
+            with pool.submit((str(job), 1.2)).result(PATIENCE) as finished:
+                late = f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow"
+                assert finished.failure == ("" if allowed > 1.2 else late)
+
+
+def test_the_longest_time_is_an_hour_or_what_was_chosen(tmp_path):
+    with (tmp_path / "huge").open("wb") as file:
+        file.truncate(1 << 40)
+    assert time_limit(60, tmp_path / "huge") == LONGEST_SECONDS == 3600
+    assert time_limit(7200, tmp_path / "huge") == 7200
+    assert time_limit(60, tmp_path / "absent") == 60
 
 
 def test_waiting_for_a_child_is_not_the_jobs_time():
@@ -331,7 +344,7 @@ def test_closing_with_results_that_nobody_released_is_quick():
 def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
     import decode_jobs
 
-    monkeypatch.setattr(decode_jobs, "only_here", lambda job, out, on_duration: None, raising=False)
+    monkeypatch.setattr(decode_jobs, "only_here", lambda job, out: None, raising=False)
     decode_jobs.only_here.__module__, decode_jobs.only_here.__qualname__ = "decode_jobs", "only_here"
     with (
         SubprocessPool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,

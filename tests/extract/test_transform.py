@@ -12,14 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from extract.decode import VideoError
+from decode_jobs import prepare_row
+from extract.decode import VideoError, decode
+from extract.decode.jobs import Plan, decode_job
 from extract.decode.transform import (
-    Plan,
     Preprocessing,
     augmentation_rng,
     crop_boxes,
-    decode_job,
-    prepare,
     resize_short_side,
     training_view,
     view_names,
@@ -242,7 +241,7 @@ def plan(frames: int = 4, crops: int = 1, augment_passes: int = 0, **changed) ->
 def prepared(path: Path, what: Plan, video_id: str = "id"):
     size = what.preprocessing.size
     out = np.zeros((len(view_names(what.crops, what.augment_passes)), what.frames, size, size, 3), np.uint8)
-    return out, prepare(str(path), video_id, what, out)
+    return out, prepare_row(str(path), video_id, what, out)
 
 
 def whole_video(path: Path) -> tuple[list[np.ndarray], list[float]]:
@@ -348,25 +347,27 @@ def test_another_id_seed_or_pass_is_another_augmentation(changed, codec_clips):
     assert not np.array_equal(seen.indices[1], seen_other[1])
 
 
-def test_decode_job_writes_into_a_flat_buffer(codec_clips):
-    clip, what = codec_clips / "vp9.webm", plan(crops=3, augment_passes=1)
-    out, seen = prepared(clip, what)
-    flat, durations = np.zeros(out.size, np.uint8), []
-    [result] = decode_job((str(clip), [("id", None)], what), flat, durations.append)
-    assert flat.tobytes() == out.tobytes()
-    assert np.array_equal(result.indices, seen.indices)
-    assert durations == [pytest.approx(1.92, abs=0.05)]
+def test_pictures_are_handed_over_once(codec_clips):
+    """A video of one frame, in three crops and a random pass: four pictures, of which each clip repeats one."""
+    what = plan(crops=3, augment_passes=1, clip_length=2)
+    out = np.zeros(what.slot_bytes, np.uint8)
+    [result] = decode_job((str(codec_clips / "h264_1frame.mp4"), [("id", None)], what), out)
+    assert result.frame_indices.tolist() == [0] * 4
+    assert result.clips.tolist() == [[[view] * 2] * 4 for view in range(4)]
+    assert not out[4 * 32 * 32 * 3 :].any()
 
 
-@pytest.mark.parametrize(
-    ("shape", "dtype"), [((1, 4, 32, 32, 3), np.float32), ((2, 4, 32, 32, 3), np.uint8), ((1, 4, 32, 33, 3), np.uint8)]
-)
-def test_a_buffer_of_another_shape_is_an_error(codec_clips, shape, dtype):
-    message = (
-        rf"got {np.dtype(dtype)} \({', '.join(map(str, shape))}\) to write into, expected uint8 \(1, 4, 32, 32, 3\)"
-    )
-    with pytest.raises(ValueError, match=message):
-        prepare(str(codec_clips / "vp9.webm"), "id", plan(), np.zeros(shape, dtype))
+def test_clips_are_neighbors_around_the_sampled_frames(codec_clips):
+    """At either end they are moved inside; overlapping clips share pictures."""
+    what = plan(frames=20, clip_length=8)
+    out = np.zeros(what.slot_bytes, np.uint8)
+    [result] = decode_job((str(codec_clips / "vp9.webm"), [("id", None)], what), out)
+    whole = decode(codec_clips / "vp9.webm", np.arange)
+    starts = np.clip(segment_centres(whole.num_frames, 20) - 3, 0, whole.num_frames - 8)
+    frames = result.frame_indices[result.clips[0]]
+    assert frames.tolist() == (starts[:, None] + np.arange(8)).tolist()
+    assert result.indices.tolist() == [(starts + 3).tolist()]
+    assert len(result.frame_indices) == len(np.unique(frames)) < frames.size
 
 
 def test_a_partial_video_says_so_and_an_unreadable_one_raises(broken_clips):

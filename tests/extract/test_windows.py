@@ -13,12 +13,11 @@ import av
 import numpy as np
 import pytest
 
-from aggregate.data.clips import ClipPlan, prepare_clip
-from aggregate.data.frames import VideoFrames
+from aggregate.data.frames import VideoFrames, clip_pool
 from decode_jobs import crash_at_four_seconds
 from extract.__main__ import Options, main
 from extract.cli import InputError, run_command
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.jobs import Plan
 from extract.decode.transform import Preprocessing
 from extract.export import Options as ExportOptions
 from extract.export import main as export
@@ -266,11 +265,11 @@ def test_training_end_to_end_sees_the_span_and_not_the_file(untrimmed, tmp_path)
     listing = list_videos(untrimmed.parent / "spans.csv", root=untrimmed)
     assert [sum(listing.class_counts(split)) for split in ("train", "val")] == [10, 10]
     see = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    plan = ClipPlan(segments=4, frames_per_segment=1, preprocessing=see)
+    plan = Plan(frames=4, crops=1, augment_passes=0, preprocessing=see)
     video = listing.videos[3]
     assert video.span is not None
     whole = list_videos(cut_out(tmp_path / "cut.mp4", Path(video.path), video.span)).videos
-    with SubprocessPool(prepare_clip, slot_bytes=int(np.prod(plan.shape)), workers=1, timeout=60) as pool:
+    with clip_pool(plan, workers=1) as pool:
         [[of_span]] = VideoFrames([video], plan, pool).test_batches(batch_size=1)
         [[of_clip]] = VideoFrames(whole, plan, pool).test_batches(batch_size=1)
     np.testing.assert_array_equal(of_span.x.numpy(), of_clip.x.numpy())

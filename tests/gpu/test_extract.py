@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from decode_jobs import prepare_row
 from device import DEVICE
 from extract.__main__ import main
 from extract.cli import InputError
+from extract.decode.jobs import Plan
 from extract.decode.on_gpu import TOLERANCE
-from extract.decode.transform import Plan, Preprocessing, prepare
+from extract.decode.transform import Preprocessing
 from extract.options import Options
 from extract.store import OK, FeatureStore
 from extract.store.summary import status_table
@@ -51,10 +53,10 @@ def test_decoding_on_a_gpu_sees_the_same_frames(demo_clips):
     means = []
     for clip in clips:
         expected = np.zeros(PLAN.shape, np.uint8)
-        here = prepare(str(clip), clip.name, PLAN, expected)
+        here = prepare_row(str(clip), clip.name, PLAN, expected)
         frames = torch.zeros(PLAN.shape, dtype=torch.uint8, device=DEVICE)
         plan = Plan(6, 10, 1, PLAN.preprocessing, 0, f"torchcodec-{DEVICE}")
-        there = prepare(str(clip), clip.name, plan, frames)
+        there = prepare_row(str(clip), clip.name, plan, frames)
         assert (here.indices == there.indices).all()
         assert (here.timestamps == there.timestamps).all()
         assert here.num_frames == there.num_frames

@@ -12,8 +12,9 @@ import torch
 import small_models
 from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
+from decode_jobs import prepare_row
 from extract.cli import InputError, RunError
-from extract.decode.transform import Plan, prepare
+from extract.decode.jobs import Plan
 from pipelines import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -31,7 +32,7 @@ def real_frames(clips, preprocessing, *, batch: int, frames: int) -> np.ndarray:
     plan = Plan(frames, crops=1, augment_passes=0, preprocessing=preprocessing, seed=0, decoder="pyav")
     out = np.empty((batch, 1, frames, size, size, 3), np.uint8)
     for place in range(batch):
-        prepare(str(clips[place % len(clips)]), "clip", plan, out[place])
+        prepare_row(str(clips[place % len(clips)]), "clip", plan, out[place])
     return out[:, 0]
 
 

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import subprocess
 import sys
 import threading
@@ -16,16 +15,17 @@ from PIL import Image
 
 import small_models
 from aggregate import evaluate
-from aggregate.data.clips import ClipJob, ClipPlan, prepare_clip
+from aggregate.data.frames import new_segments
 from aggregate.endtoend import backbone_from_record, model_from_record
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
-from decode_jobs import never_done
+from decode_jobs import never_done, prepare_row
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decode
+from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import length_of
 from extract.decode.transform import crop_boxes, resize_short_side
 from extract.listing.windows import window_spans
@@ -33,7 +33,7 @@ from extract.sampling import segment_centres
 from extract.store import FeatureStore
 from pipelines import predict
 from pipelines.predict import Options, timeline
-from pipelines.predictor import Prediction, Predictor, Window, look
+from pipelines.predictor import Prediction, Predictor, Window
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
@@ -123,7 +123,7 @@ def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
     checkpoint = small_models.tuned(tmp_path)
     seen = predictor_of(checkpoint, segments=8)(clips[0])
     model = model_from_record(Checkpoint.load(checkpoint))
-    plan = ClipPlan(8, 1, model.preprocessing)
+    plan = Plan(8, 1, 0, model.preprocessing)
     assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], plan), 5e-3)  # features pass through float16
 
 
@@ -134,17 +134,17 @@ def test_stnet_sees_neighbouring_frames(clips, tmp_path):
     assert seen.windows[0].weights is None
     with pytest.raises(InputError, match="--precision bf16: StNet runs in fp32"):
         predictor_of(checkpoint, precision="bf16")
-    assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], ClipPlan(4, 2, model.preprocessing)))
+    assert_same(
+        seen.windows[0].logits, prepared_logits(model, clips[0], Plan(4, 1, 0, model.preprocessing, clip_length=2))
+    )
 
 
-def prepared_logits(model, clip: Path, plan: ClipPlan) -> np.ndarray:
+def prepared_logits(model, clip: Path, plan: Plan) -> np.ndarray:
     """As `aggregate.evaluate --videos` sees a clip."""
-    out = np.zeros(math.prod(plan.shape), np.uint8)
-    mask = prepare_clip(ClipJob(str(clip), "clip", plan), out, lambda _: None)
-    size = plan.preprocessing.size
-    frames = torch.from_numpy(out).view(1, plan.segments, plan.frames_per_segment, size, size, 3)
+    out = np.zeros(plan.shape, np.uint8)
+    mask = new_segments(prepare_row(str(clip), "clip", plan, out).clips[0])
     with torch.inference_mode():
-        return model(frames, torch.from_numpy(mask)[None])[0].numpy()
+        return model(torch.from_numpy(out), torch.from_numpy(mask)[None])[0].numpy()
 
 
 @pytest.mark.parametrize("name", ["hgnl", "nl", "weighted"])
@@ -189,7 +189,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgn
     several = [str(clip) for clip in clips]
     asked = [*several, "--checkpoint", str(hgnl), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.predictor.look", never_done)
+        patch.setattr("extract.decode.jobs.decode_job", never_done)
         assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0.1"]) == 3
     assert capsys.readouterr().err.count("given up after") == 2
     assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
@@ -244,18 +244,19 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
 def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
     resized = []
     small = resize_short_side
-    monkeypatch.setattr("extract.decode.transform.resize_short_side", lambda *a: resized.append(1) or small(*a))
+    monkeypatch.setattr("extract.decode.jobs.resize_short_side", lambda *a: resized.append(1) or small(*a))
     see = load_backbone("test_resnet", weights="random", precision="fp32", device="cpu").preprocessing
-    spans = window_spans(look((str(clips[0]), None, see, 12, 0), np.empty(0), print), 1, 0.25)
-    out = np.zeros(len(spans) * 12 * see.size**2 * 3, np.uint8)
-    seen = look((str(clips[0]), spans, see, 12, 0), out, lambda seconds: None)
-    used = np.concatenate([window.indices for window in seen])
+    plan = Plan(12, 1, 0, see)
+    spans = window_spans(decode_job((str(clips[0]), [], plan), np.empty(0)), 1, 0.25)
+    out = np.zeros(len(spans) * plan.row_bytes, np.uint8)
+    prepared = decode_job((str(clips[0]), [("a", span) for span in spans], plan), out)
+    used = np.concatenate([window.frame_indices for window in prepared])
     assert len(resized) == len(np.unique(used)) < len(used)
 
 
 def test_a_long_video_passes_through_a_few_slots(clips, hgnl, backbone, monkeypatch):
     """Windows are sent in many jobs; what comes back stands in the order of the video."""
-    monkeypatch.setattr("pipelines.predictor._SLOT_BYTES", 1)
+    monkeypatch.setattr("extract.decode.jobs._MAX_SLOT_BYTES", 1)
     seen = predictor_of(hgnl, segments=2)(clips[0], window=0.2)
     assert len(seen.windows) > 8
     assert [window.start for window in seen.windows] == sorted(window.start for window in seen.windows)
@@ -434,7 +435,7 @@ def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     assert "random" not in ready.words.lower()
     (whole,) = ready(clips[0]).windows
     model = model_from_record(Checkpoint.load(checkpoint))
-    assert_same(whole.logits, prepared_logits(model, clips[0], ClipPlan(3, 1, model.preprocessing)), 5e-3)
+    assert_same(whole.logits, prepared_logits(model, clips[0], Plan(3, 1, 0, model.preprocessing)), 5e-3)
 
 
 def test_help_is_complete():
