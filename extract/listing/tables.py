@@ -1,32 +1,32 @@
-"""CSV files that list videos: `label,youtube_id,time_start,time_end,split` (Kinetics) and
-`path,label[,start,end][,split,group]`.
+"""Tables with a header: delimited text in which each row lists a video, or a span of one.
 
-Columns go by the header's names, never by position. Every error names file and line.
+    label,youtube_id,time_start,time_end,split        Kinetics (test files may lack label)
+    path,label[,start,end][,split][,group]            our own; `id` for path and `subject` for group are taken too
+    classname,youtube_id,subset,start,end,label       HACS clips; rows with label -1 are not of the class: left out
+    video_id,start_timestamp,stop_timestamp,label     EPIC-KITCHENS, after the column to learn was renamed to label
+
+Columns go by the header's names, never by position; commas, semicolons or tabs separate them. Seconds may be written
+`01:02:03.450`. Every error names file and line.
 """
 
 import csv
 import os
 import posixpath
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cache, partial
+from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 from extract.cli import InputError
-from extract.listing.folders import SPLITS, extension, folder, split_of
-from extract.listing.labels import spellings
-
-KINETICS_COLUMNS = ("youtube_id", "time_start", "time_end", "split")  # label too, but files for test lack it
-PATH_COLUMNS = ("path", "label")  # and, where they are there: start and end, split, and group or else subject
+from extract.listing.folders import SPLITS
 
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+_SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 class Row(NamedTuple):
-    """One listed video; `name` is a path below the root, in a Kinetics CSV the file's name without extension.
+    """One listed video; `name` is a path below the root, or a file's name without extension.
 
-    `file` is what was found for it, below the root, "" for none (yet).
+    `file` is the file that was found for it, below the root, "" for none (yet).
     """
 
     table: str
@@ -35,100 +35,211 @@ class Row(NamedTuple):
     label: str  # "" for unknown
     split: str
     group: str = ""
-    span: tuple[float, float] | None = None  # seconds; of Kinetics, what an untrimmed video is to be cut by
+    span: tuple[float, float] | None = None  # seconds; of Kinetics, to cut an untrimmed video by
     file: str = ""
+    untrimmed: str = ""  # the name, without extension, of the video that the span is a part of
 
     @property
-    def where(self) -> str:
+    def location(self) -> str:
         """For messages: "k700/train.csv line 7"."""
         return f"{self.table} line {self.line}"
 
 
 class Table(NamedTuple):
-    """The rows of one CSV; `group_column` is where the groups come from, "" for none."""
+    """The rows of one list. Its videos are named by `path`, or by `stem`: a file's name without its extension.
 
-    kind: Literal["kinetics", "path"]
+    `clip` is the latter of Kinetics, in which a missing video may be listed under two classes.
+    """
+
+    kind: Literal["path", "stem", "clip"]
     rows: list[Row]
-    group_column: str = ""
+    notes: tuple[str, ...] = ()
 
 
-def tables_in(source: str) -> list[str]:
-    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of videos."""
-    around = [place for place in (source, os.path.join(source, "annotations")) if os.path.isdir(place)]
-    names = [(place, name) for place in around for name in sorted(os.listdir(place)) if not name.startswith(".")]
-    paths = [os.path.join(*there) for there in names if extension(there[1]) == "csv"]
-    return [path for path in paths if _kind(_header(path))]
+class Header(NamedTuple):
+    """The first line of a table."""
+
+    columns: list[str]
+    separator: str
 
 
-def read_table(path: str, root: str) -> Table:
-    """The rows of a CSV whose videos lie below the folder `root`; `InputError` names the line that is wrong."""
-    columns = _header(path)
-    kind = _kind(columns)
-    if kind == "kinetics":
-        labelled = "label" in columns
-        return Table(kind, list(_rows(path, columns, (*KINETICS_COLUMNS, "label"), partial(_clip, labelled))))
-    if kind == "path":
-        group = next((name for name in ("group", "subject") if name in columns), "")
-        wanted = ("path", "label", "split", group, "start", "end")
-        return Table(kind, list(_rows(path, columns, wanted, partial(_path, root))), group)
-    raise InputError(
-        f"{path} has the columns {', '.join(columns) or '(none)'}; needed are {', '.join(KINETICS_COLUMNS)} "
-        f"(and label, but for test), or {', '.join(PATH_COLUMNS)} (and start, end, split, group)"
+Values = Mapping[str, str]
+# Of one line: its values, the root, the list's path and the line's number; None for a row to leave out.
+ParseRow = Callable[[Values, str, str, int], Row | None]
+
+
+def _parse_kinetics_row(values: Values, root: str, table: str, line: int) -> Row:
+    name, label, split = values["youtube_id"], values.get("label", ""), parse_split(values["split"])
+    _check_youtube_id(name)
+    span = parse_span(values["time_start"], values["time_end"])
+    if "label" in values and not label and split != "test":
+        raise ValueError(f"{name} has no label; only videos of the test split may lack one")
+    clip = f"{name}_{int(span[0]):06d}_{int(span[1]):06d}"
+    return Row(table, line, clip, label, split, "", span, "", name)
+
+
+def _parse_path_row(values: Values, root: str, table: str, line: int) -> Row:
+    start, end = values.get("start", ""), values.get("end", "")
+    span = parse_span(start, end) if start or end else None
+    group = values["group"] if "group" in values else values.get("subject", "")
+    return Row(
+        table,
+        line,
+        path_below(values["path"], root),
+        values["label"],
+        parse_split(values.get("split", "")),
+        group,
+        span,
     )
 
 
-def find_clips(rows: Iterable[Row], files: Iterable[str]) -> Iterator[Row]:
-    """Rows of Kinetics with their file: the clip of that name, or else the untrimmed video that it is a span of.
-
-    A file never comes from the folder of another split.
-    """
-    by_stem: dict[str, list[str]] = defaultdict(list)
-    for file in files:
-        by_stem[stem(file)].append(file)
-    split_of_folder = cache(split_of)
-    for row in rows:
-        for name, span in ((row.name, None), (row.name[:11], row.span)):
-            there = [
-                file
-                for file in by_stem.get(name, ())
-                if not row.split or split_of_folder(folder(file)) in ("", row.split)
-            ]
-            if len(there) > 1:  # a clip that is there under two classes: the row's own
-                there = [file for file in there if not spellings(row.label).isdisjoint(file.split("/"))] or there
-            if len(there) > 1:
-                raise InputError(f"{row.where}: {there[0]} and {there[1]} could both be {row.name}; remove one")
-            if there:
-                row = row._replace(span=span, file=there[0])
-                break
-        yield row
+def _parse_hacs_row(values: Values, root: str, table: str, line: int) -> Row | None:
+    name = values["youtube_id"]
+    _check_youtube_id(name)
+    if values["label"] not in ("1", "-1"):
+        raise ValueError(f"the label {values['label']!r} of HACS is neither 1 nor -1")
+    if values["label"] == "-1":
+        return None
+    span, split = parse_span(values["start"], values["end"]), parse_split(values["subset"])
+    return Row(table, line, name, values["classname"], split, span=span, untrimmed=name)
 
 
-def find_paths(rows: Iterable[Row], files: Iterable[str], root: str) -> Iterator[Row]:
-    """Rows of paths with their file; what a row names is a video, whatever its extension."""
-    there = set(files)
-    for row in rows:
-        if row.name not in there and os.path.lexists(os.path.join(root, row.name)):
-            there.add(row.name)
-        yield row._replace(file=row.name) if row.name in there else row
+def _parse_epic_row(values: Values, root: str, table: str, line: int) -> Row:
+    if "label" not in values:
+        columns = ", ".join(name for name in ("verb", "noun", "verb_class", "noun_class") if name in values)
+        raise InputError(f"a list of EPIC-KITCHENS has several labels ({columns}); rename the one to learn to `label`")
+    name, span = values["video_id"], parse_span(values["start_timestamp"], values["stop_timestamp"])
+    return Row(table, line, name, values["label"], "", values.get("participant_id", ""), span, untrimmed=name)
 
 
-def refuse_doubles(rows: Iterable[Row], *, of_two_classes: bool) -> None:
-    """`InputError` where two rows stand for one file, or one span of it, or one missing video (unless of two classes).
+class Layout(NamedTuple):
+    """How the rows of a table are read; `needed` columns tell it from others, `used` may be missing."""
 
-    A missing clip of Kinetics may stand under two classes: it has no file that would have to decide for one.
-    """
-    first: dict[tuple, Row] = {}
-    for row in rows:
-        key = (row.file or row.name, row.span, *((row.label, row.split) if of_two_classes and not row.file else ()))
-        if (earlier := first.setdefault(key, row)) is not row:
-            what = span_id(row.file or row.name, row.span)
-            raise InputError(f"{earlier.where} and {row.where} both list {what}; a video stands in one row")
+    name: str
+    kind: Literal["path", "stem", "clip"]
+    needed: frozenset[str]
+    used: frozenset[str]
+    parse: ParseRow
 
 
-def stem(path: str) -> str:
-    """The name at the end of a POSIX path, without its extension."""
-    name = path.rpartition("/")[2]
-    return name.rpartition(".")[0] or name
+LAYOUTS = (
+    Layout(
+        "HACS clips",
+        "stem",
+        frozenset({"classname", "youtube_id", "subset", "start", "end", "label"}),
+        frozenset(),
+        _parse_hacs_row,
+    ),
+    Layout(
+        "Kinetics",
+        "clip",
+        frozenset({"youtube_id", "time_start", "time_end", "split"}),
+        frozenset({"label"}),
+        _parse_kinetics_row,
+    ),
+    Layout(
+        "EPIC-KITCHENS",
+        "stem",
+        frozenset({"video_id", "start_timestamp", "stop_timestamp"}),
+        frozenset({"label", "participant_id"}),
+        _parse_epic_row,
+    ),
+    Layout(
+        "path,label",
+        "path",
+        frozenset({"path", "label"}),
+        frozenset({"start", "end", "split", "group", "subject"}),
+        _parse_path_row,
+    ),
+)
+
+
+def layout_of(header: Header) -> Layout | None:
+    """The layout whose columns a header has; `InputError` if several have them and none names a path."""
+    columns = set(header.columns)
+    fitting = [layout for layout in LAYOUTS if layout.needed <= columns]
+    if {"path", "label"} <= columns:
+        return LAYOUTS[-1]
+    if len(fitting) > 1:
+        raise InputError(
+            f"the columns {', '.join(header.columns)} fit {' and '.join(layout.name for layout in fitting)}; "
+            "remove those of one"
+        )
+    return fitting[0] if fitting else None
+
+
+def read_header(path: str) -> Header:
+    """The columns of a table, in lower case, and what separates them; none for an empty file."""
+    line = next((line for _, line in text_lines(path)), "")
+    headers = []
+    for separator in _SEPARATORS:
+        fields = next(csv.reader([line], delimiter=separator), [])
+        columns = [name.strip().lower() for name in fields]
+        if "path" not in columns:
+            columns = ["path" if name == "id" else name for name in columns]
+        headers.append(Header(columns, separator))
+    return next((header for header in headers if layout_of(header)), headers[0])
+
+
+def read_table(path: str, root: str, header: Header, layout: Layout) -> Table:
+    """The rows of a table whose videos lie below the folder `root`; `InputError` names the line that is wrong."""
+    rows, left_out = [], 0
+    for line, values in _values(path, header):
+        try:
+            row = layout.parse(values, root, path, line)
+        except ValueError as error:
+            raise InputError(f"{path} line {line}: {error}") from None
+        if row is None:
+            left_out += 1
+        else:
+            rows.append(row)
+    return Table(layout.kind, rows, tuple(_notes(path, header, layout, left_out)))
+
+
+def _notes(path: str, header: Header, layout: Layout, left_out: int) -> Iterator[str]:
+    name = os.path.basename(path)
+    if header.separator != ",":
+        yield f"{name}: columns are separated by {_SEPARATORS[header.separator]}"
+    present = layout.used & set(header.columns)
+    if group := next((name for name in ("group", "subject", "participant_id") if name in present), ""):
+        yield f"groups: the column `{group}`"
+    if unused := [column for column in header.columns if column and column not in layout.needed | layout.used]:
+        yield f"{name}: columns that are not used: {', '.join(unused)}"
+    if left_out:
+        yield f"{name}: {left_out:,} rows with label -1 left out (they are not of the class)"
+
+
+def text_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Number and text of each line that is not blank; `InputError` if the file is not UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _values(path: str, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
+    """Line number and values by column, of each line below the header that is not blank."""
+    line, width = 0, len(header.columns)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            # Strict: a quote that is never closed must not swallow the rest.
+            reader = csv.reader(file, delimiter=header.separator, strict=True)
+            next(reader)
+            for fields in reader:
+                line = reader.line_num
+                if not any(fields) or fields == [" " * len(fields[0])]:
+                    continue
+                if len(fields) < width or any(fields[width:]):
+                    counts = f"{len(fields)} values and the header {width}"
+                    raise InputError(f"{path} line {line} has {counts}; a value that holds a comma must be quoted")
+                yield line, dict(zip(header.columns, map(str.strip, fields), strict=False))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
+    except csv.Error as error:
+        raise InputError(f"{path} cannot be read as a CSV after line {line}: {error}") from None
 
 
 def span_id(path: str, span: tuple[float, float] | None) -> str:
@@ -136,83 +247,44 @@ def span_id(path: str, span: tuple[float, float] | None) -> str:
     return path if span is None else f"{path}#{span[0] * 1000:.0f}-{span[1] * 1000:.0f}"
 
 
-def _kind(columns: Sequence[str]) -> Literal["kinetics", "path", ""]:
-    if set(PATH_COLUMNS) <= set(columns):
-        return "path"
-    return "kinetics" if set(KINETICS_COLUMNS) <= set(columns) else ""
-
-
-def _header(path: str) -> list[str]:
-    first = next(_lines(path), None)
-    return [] if first is None else [name.strip().lower() for name in first[1]]
-
-
-def _lines(path: str) -> Iterator[tuple[int, list[str]]]:
-    """Line number and fields of each line that is not blank."""
-    line = 0
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)  # a quote that is never closed must not swallow the rest
-            for fields in reader:
-                line = reader.line_num
-                if any(fields):
-                    yield line, fields
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
-    except csv.Error as error:
-        raise InputError(f"{path} cannot be read as a CSV after line {line}: {error}") from None
-
-
-def _rows(path: str, columns: Sequence[str], wanted: Sequence[str], parse: Callable[..., Iterable]) -> Iterator[Row]:
-    """What `parse` makes of each line's values of the `wanted` columns, "" for a column that is not there.
-
-    Its ValueError comes out as an InputError that names the line.
-    """
-    positions = [columns.index(name) if name and name in columns else None for name in wanted]
-    lines = _lines(path)
-    next(lines)
-    for line, fields in lines:
-        if len(fields) < len(columns) or any(fields[len(columns) :]):
-            counts = f"{len(fields)} values and the header {len(columns)}"
-            raise InputError(f"{path} line {line} has {counts}; a value that holds a comma must be quoted")
-        try:
-            made = parse(*["" if at is None else fields[at].strip() for at in positions])
-        except ValueError as error:
-            raise InputError(f"{path} line {line}: {error}") from None
-        yield Row(path, line, *made)
-
-
-def _clip(labelled: bool, name: str, start: str, end: str, said: str, label: str) -> tuple:
-    if not _YOUTUBE_ID.fullmatch(name):
-        raise ValueError(f"{name!r} is no youtube id, which has 11 characters")
-    span, split = _span(start, end), _split(said)
-    if labelled and not label and split != "test":
-        raise ValueError(f"{name} has no label; only videos of the test split may lack one")
-    return f"{name}_{int(span[0]):06d}_{int(span[1]):06d}", label, split, "", span
-
-
-def _path(root: str, name: str, label: str, said: str, group: str, start: str, end: str) -> tuple:
+def path_below(name: str, root: str) -> str:
+    """A path of a list as a POSIX path below `root`. ValueError for none, or one that leads out of it."""
     if not name:
         raise ValueError("its path is empty")
+    if "\\" in name and not os.path.lexists(os.path.join(root, name)):
+        raise ValueError(f"{name} is written with backslashes; write it with /")
     below = os.path.relpath(name, os.path.abspath(root)) if os.path.isabs(name) else name
     below = posixpath.normpath(below.replace(os.sep, "/"))
     if below.split("/")[0] in ("..", "."):  # an id is also a place below the folder that an export fills
         raise ValueError(f"{name} is not below {root}; give --root DIR, a folder around all videos")
-    return below, label, _split(said), group, _span(start, end) if start or end else None
+    return below
 
 
-def _span(start: str, end: str) -> tuple[float, float]:
-    """Seconds, in whole milliseconds."""
+def parse_span(start: str, end: str) -> tuple[float, float]:
+    """Seconds, in whole milliseconds, of numbers or of `HH:MM:SS.mmm`."""
     try:
-        span = round(float(start) * 1000), round(float(end) * 1000)
+        span = _milliseconds(start), _milliseconds(end)
     except (ValueError, OverflowError):
-        raise ValueError(f"{start!r} to {end!r} are no times in seconds") from None
+        raise ValueError(f"{start!r} to {end!r} are not times in seconds") from None
     if not 0 <= span[0] < span[1]:
-        raise ValueError(f"{start} to {end} s is no span; it begins at 0 or later, and ends after it begins")
+        raise ValueError(f"{start} to {end} s is not a span; it begins at 0 or later, and ends after it begins")
     return span[0] / 1000, span[1] / 1000
 
 
-def _split(value: str) -> str:
+def _milliseconds(text: str) -> int:
+    if ":" not in text:
+        return round(float(text) * 1000)
+    minutes, _, seconds = text.rpartition(":")
+    hours, _, minutes = minutes.rpartition(":")
+    return 60_000 * (60 * int(hours or 0) + int(minutes)) + round(float(seconds) * 1000)
+
+
+def parse_split(value: str) -> str:
     if value and value.lower() not in SPLITS:
         raise ValueError(f"the split {value!r} is unknown; known are {', '.join(SPLITS)}")
     return SPLITS[value.lower()] if value else ""
+
+
+def _check_youtube_id(name: str) -> None:
+    if not _YOUTUBE_ID.fullmatch(name):
+        raise ValueError(f"{name!r} is not a youtube id, which has 11 characters")

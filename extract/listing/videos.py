@@ -18,7 +18,9 @@ from extract.cli import InputError, examples
 from extract.listing.folders import VIDEO_EXTENSIONS, Scan, escape_non_utf8, extension, folder, scan, split_and_class
 from extract.listing.labels import choose_labels, kinetics700_labels
 from extract.listing.leaks import describe_leaks
-from extract.listing.tables import Row, find_clips, find_paths, read_table, refuse_doubles, span_id, tables_in
+from extract.listing.lists import LIST_EXTENSIONS, is_table, lists_in, lists_of, read_list
+from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
+from extract.listing.tables import Row, span_id
 
 __all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
 
@@ -204,15 +206,17 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
         link = f" (it is a link to {os.readlink(source)})" if os.path.islink(source) else ""
         raise InputError(f"there is no {source}{link}; give a folder, a CSV or a video")
     name, is_folder = os.path.basename(source), os.path.isdir(source)
-    if not is_folder and extension(name) == "csv":
-        return _from_tables([source], os.path.dirname(source) or "." if root is None else root)
+    if not is_folder and extension(name) in LIST_EXTENSIONS:
+        return _from_lists(lists_of(source), os.path.dirname(source) or "." if root is None else root)
+    if is_folder and root is not None and (lists := lists_in(source)):
+        return _from_lists(lists, root)
     if root is not None:
-        raise InputError(f"--root {root} says where the videos of a CSV are, and {source} is no CSV")
+        raise InputError(f"--root {root} says where the videos of a list are, and {source} holds no list")
     if is_folder:
         return _from_folder(source)
     if extension(name) not in VIDEO_EXTENSIONS:
         known = " ".join(sorted(VIDEO_EXTENSIONS))
-        raise InputError(f"{source} is no folder, no CSV and by its extension no video; known are {known}")
+        raise InputError(f"{source} is not a folder, a list or, by its extension, a video; known are {known}")
     if escape_non_utf8(name) != name:
         raise InputError(
             f"the name {escape_non_utf8(name)} is not UTF-8, so that no store can hold it; rename the video"
@@ -227,8 +231,8 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
         raise InputError(f"there is no video in {source}; " + (f"ignored: {why}" if why else "it is empty"))
     by_folder = split_and_class({folder(file) for file in files})
     splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
-    if not classes and (tables := tables_in(source)):
-        return _from_tables(tables, source, scanned=scanned)
+    if not classes and (tables := _tables_in(source)):
+        return _from_lists(tables, source, scanned=scanned)
     rows = [Row(source, 0, file, *by_folder[folder(file)][::-1], file=file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
     layout = f"folders {layout}" if splits or classes else "a flat folder"
@@ -236,40 +240,45 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     return rows, {"layout": layout, "ignored": ignored, "notes": notes}
 
 
-def _from_tables(paths: Sequence[str], root: str, *, scanned: Scan | None = None) -> tuple[list[Row], dict[str, Any]]:
-    """Videos of one or several CSVs below `root`; `scanned` is `scan(root)` where it is known already."""
+def _tables_in(source: str) -> list[str]:
+    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of videos."""
+    folders = [path for path in (source, os.path.join(source, "annotations")) if os.path.isdir(path)]
+    paths = [os.path.join(path, name) for path in folders for name in sorted(os.listdir(path)) if name[0] != "."]
+    return [path for path in paths if is_table(path)]
+
+
+def _from_lists(paths: Sequence[str], root: str, *, scanned: Scan | None = None) -> tuple[list[Row], dict[str, Any]]:
+    """Videos of one or several lists below `root`; `scanned` is `scan(root)` if it has been made already."""
     if not os.path.isdir(root):
-        raise InputError(f"--root {root} is no folder; it says where the videos of {paths[0]} are")
-    tables = [read_table(path, root) for path in paths]
-    clips = [row for table in tables if table.kind == "kinetics" for row in table.rows]
+        raise InputError(f"--root {root} is not a folder; it says where the videos of {paths[0]} are")
+    tables = [read_list(path, root) for path in paths]
     by_path = [row for table in tables if table.kind == "path" for row in table.rows]
-    if not clips and not by_path:
+    by_stem = [row for table in tables if table.kind != "path" for row in table.rows]
+    if not by_path and not by_stem:
         raise InputError(f"{paths[0]} has a header and no rows")
-    # A CSV of paths may lie in a large place: only the folders that it names are looked into.
-    only = None if clips else {row.name.partition("/")[0] for row in by_path}
+    # A list of paths may lie in a large folder: only the folders that it names are looked into.
+    only = None if by_stem else {row.name.partition("/")[0] for row in by_path}
     files, ignored, inodes = scanned or scan(root, only=only)
-    refuse_doubles(by_path, of_two_classes=False)
-    clips = list(find_clips(clips, files if clips else ()))
-    refuse_doubles(clips, of_two_classes=True)
-    rows = [*clips, *find_paths(by_path, files, root)]
+    rows = [*locate_stems(by_stem, files if by_stem else ()), *locate_paths(by_path, files, root)]
+    reject_duplicates(rows, of_two_classes=any(table.kind == "clip" for table in tables))
     found = [row for row in rows if row.file]
     if not found:
-        there = f"there are {examples(files)}" if files else "there is no video"
+        present = f"there are {examples(files)}" if files else "there is no video"
         raise InputError(
-            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0].name}, {there}); "
+            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0].name}, {present}); "
             "say with --root where they are"
         )
-    notes = [f"groups: the column `{table.group_column}`" for table in tables if table.group_column]
+    notes = list(dict.fromkeys(note for table in tables for note in table.notes))
     if spans := sum(row.span is not None for row in found):
         whole = len(found) - spans
         notes.append(f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files")
-        # Spans of one file side by side, by when they begin, so that it is read in one pass.
+        # Spans of one file next to each other, by when they begin, so that it is read in one pass.
         first = {row.file: place for place, row in reversed([*enumerate(rows)])}
         rows.sort(key=lambda row: (first[row.file], row.span or ()))
     notes += describe_leaks(found, root, inodes)
     used = {row.file for row in found}
-    no_surprise = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
-    left = {why: tuple(name for name in names if name not in no_surprise) for why, names in ignored.items()}
+    read = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
+    left = {why: tuple(name for name in names if name not in read) for why, names in ignored.items()}
     return rows, {
         "layout": f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
         "unlisted": tuple(file for file in files if file not in used),

@@ -287,13 +287,13 @@ def test_a_csv_of_spans(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("x.mp4,b,5,2", "line 3: 5 to 2 s is no span; it begins at 0 or later, and ends after it begins"),
-        ("x.mp4,b,2,2", "line 3: 2 to 2 s is no span"),
-        ("x.mp4,b,-1,2", "line 3: -1 to 2 s is no span"),
-        ("x.mp4,b,1.0001,1.0004", "line 3: 1.0001 to 1.0004 s is no span"),
-        ("x.mp4,b,nan,2", "line 3: 'nan' to '2' are no times"),
-        ("x.mp4,b,1,", "line 3: '1' to '' are no times"),
-        ("x.mp4,b,one,2", "line 3: 'one' to '2' are no times"),
+        ("x.mp4,b,5,2", "line 3: 5 to 2 s is not a span; it begins at 0 or later, and ends after it begins"),
+        ("x.mp4,b,2,2", "line 3: 2 to 2 s is not a span"),
+        ("x.mp4,b,-1,2", "line 3: -1 to 2 s is not a span"),
+        ("x.mp4,b,1.0001,1.0004", "line 3: 1.0001 to 1.0004 s is not a span"),
+        ("x.mp4,b,nan,2", "line 3: 'nan' to '2' are not times"),
+        ("x.mp4,b,1,", "line 3: '1' to '' are not times"),
+        ("x.mp4,b,one,2", "line 3: 'one' to '2' are not times"),
         ("x.mp4,b,0,1", r"l\.csv line 2 and \S*l\.csv line 3 both list x\.mp4#0-1000"),
     ],
 )

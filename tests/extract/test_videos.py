@@ -18,6 +18,7 @@ from extract.listing.labels import spellings
 from extract.listing.leaks import describe_leaks
 from extract.listing.tables import Row
 from extract.listing.videos import Listing, Video, kinetics700_labels, list_videos, shared_youtube_ids, youtube_id
+from listings import labelled, touch, write
 
 # Rows of the four kinds of CSV that Kinetics comes with, header and quoting as they are.
 K700_VALIDATE = (
@@ -43,26 +44,8 @@ CLIPS = (  # split, label, clip: the classes whose folders torchvision's names w
 )
 
 
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
-
-
 def ids(listing: Listing) -> list[str]:
     return [video.id for video in listing.videos]
-
-
-def labelled(listing: Listing) -> dict[str, str]:
-    """Class name by id, "" for none."""
-    return {video.id: listing.classes[video.label] if video.label >= 0 else "" for video in listing.videos}
 
 
 def underscored(label: str) -> str:
@@ -443,13 +426,13 @@ def test_sources_that_are_none(tmp_path):
     (tmp_path / "link.mp4").symlink_to("away.mp4")
     with pytest.raises(InputError, match=r"there is no .*link.mp4 \(it is a link to away.mp4\)"):
         list_videos(tmp_path / "link.mp4")
-    touch(tmp_path, "notes.txt", "clip.mp4", os.fsdecode(b"caf\xe9.mp4"))
-    with pytest.raises(InputError, match=r"notes.txt is no folder, no CSV .* known are 264 .* webm"):
-        list_videos(tmp_path / "notes.txt")
+    touch(tmp_path, "notes.png", "clip.mp4", os.fsdecode(b"caf\xe9.mp4"))
+    with pytest.raises(InputError, match=r"notes.png is not a folder, a list or, .* known are 264 .* webm"):
+        list_videos(tmp_path / "notes.png")
     with pytest.raises(InputError, match=r"caf\\xe9.mp4 is not UTF-8"):
         list_videos(os.fspath(tmp_path) + os.fsdecode(b"/caf\xe9.mp4"))
     for source in (tmp_path, tmp_path / "clip.mp4"):
-        with pytest.raises(InputError, match="--root elsewhere says where the videos of a CSV are"):
+        with pytest.raises(InputError, match="--root elsewhere says where the videos of a list are"):
             list_videos(source, root="elsewhere")
 
 
@@ -573,9 +556,9 @@ def test_a_video_in_two_rows_is_an_error_that_names_both_lines(tmp_path, there):
     ("row", "message"),
     [
         ("yoga,aaaaaaaaaaa,0,10,dev", r"l\.csv line 3: the split 'dev' is unknown; known are train"),
-        ("yoga,tooshort,0,10,train", "line 3: 'tooshort' is no youtube id"),
-        ("yoga,aaaaaaaaaaa,zero,10,train", "line 3: 'zero' to '10' are no times"),
-        ("yoga,aaaaaaaaaaa,0,inf,train", "line 3: '0' to 'inf' are no times"),
+        ("yoga,tooshort,0,10,train", "line 3: 'tooshort' is not a youtube id"),
+        ("yoga,aaaaaaaaaaa,zero,10,train", "line 3: 'zero' to '10' are not times"),
+        ("yoga,aaaaaaaaaaa,0,inf,train", "line 3: '0' to 'inf' are not times"),
         (",aaaaaaaaaaa,0,10,train", "line 3: aaaaaaaaaaa has no label"),
         ("yoga,aaaaaaaaaaa,0", "line 3 has 3 values and the header 5"),
         ("yo,ga,aaaaaaaaaaa,0,10,train", "line 3 has 6 values and the header 5"),
@@ -603,7 +586,9 @@ def test_an_unknown_label_of_a_csv_is_named(tmp_path):
 
 
 def test_csvs_that_are_no_list_of_videos(tmp_path):
-    with pytest.raises(InputError, match=r"columns name, class; needed are youtube_id, .* or path, label"):
+    with pytest.raises(
+        InputError, match=r"columns name, class; needed are those of one of: .*; label, path; or lines `path label`"
+    ):
         list_videos(write(tmp_path / "a.csv", "name,class\nx,y\n"))
     with pytest.raises(InputError, match=r"b\.csv has the columns \(none\)"):
         list_videos(write(tmp_path / "b.csv", ""))
@@ -620,7 +605,7 @@ def test_a_root_without_the_videos_says_what_was_looked_for(tmp_path):
     touch(tmp_path / "other", "x.mp4")
     with pytest.raises(InputError, match=r"none of the 5 videos .* is below \S+other .* there are x.mp4"):
         list_videos(table, root=tmp_path / "other")
-    with pytest.raises(InputError, match=r"--root .*nowhere is no folder"):
+    with pytest.raises(InputError, match=r"--root .*nowhere is not a folder"):
         list_videos(table, root=tmp_path / "nowhere")
 
 
