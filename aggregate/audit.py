@@ -1,0 +1,209 @@
+"""python -m aggregate.audit: near-duplicate videos across splits, and labels that look wrong."""
+
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from extract.cli import InputError, run_command
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aggregate.duplicates import Pairs
+    from aggregate.scores import Scores
+    from extract.store import FeatureStore
+
+SCHEMA = "hgnl-audit/1"
+PRINTED = 10  # rows of each table that the terminal shows
+PAIR_ALL = 65_536  # rows up to which all are paired with all
+ROWS_PER_READ = 256
+
+
+@dataclass(frozen=True)
+class Options:
+    """Look for near-duplicate videos across splits and groups, and for labels that look wrong."""
+
+    features: str = "feats.zarr"
+    """The feature store of `python -m extract`."""
+    scores: Path | None = None
+    """Scores of videos by models that were not trained on them, such as cv/tsn.h5 of
+    aggregate.crossval: labels that they contradict with confidence are listed."""
+    out: Path = Path("runs/audit")
+    """The folder for duplicates.csv, labels.csv and audit.json."""
+    false_alarms: float = 0.02
+    """The expected fraction of videos that get a pair by chance: sets the threshold."""
+
+
+def main(options: Options) -> None:
+    import numpy as np
+
+    from aggregate.duplicates import near_duplicates
+    from aggregate.metrics import csv_of
+    from aggregate.scores import Scores, group_keys, independent_units
+    from extract.files import replace_file
+    from extract.store import FeatureStore
+
+    if not 0 < options.false_alarms < 1:
+        raise InputError(f"--false-alarms {options.false_alarms:g}: expected a fraction between 0 and 1")
+    scores = None if options.scores is None else held_out_scores(Scores.load(options.scores))
+    store = FeatureStore.open(options.features)
+    rows = np.flatnonzero(store.usable)
+    keys = group_keys(store.ids[rows], store.groups[rows])
+    queries, scope = _queries(store.splits[rows])
+    found = near_duplicates(
+        mean_features(store, rows),
+        independent_units(keys),
+        queries=queries,
+        false_alarms=options.false_alarms,
+    )
+    duplicates = _describe_pairs(store, rows, keys, found)
+    labels = [] if scores is None else label_issues(scores)
+    record = {
+        "schema": SCHEMA,
+        "features": options.features,
+        "scores": None if options.scores is None else str(options.scores),
+        "videos": len(rows),
+        "scope": scope,
+        "threshold": found.threshold,
+        "duplicates": duplicates,
+        "labels": labels,
+    }
+    replace_file(options.out / "duplicates.csv", csv_of(duplicates))
+    replace_file(options.out / "labels.csv", csv_of(labels))
+    replace_file(options.out / "audit.json", json.dumps(record, indent=1) + "\n")
+    print(_summary(record, options.out))
+
+
+def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
+    """The mean over each video's own frames (repeats in a short video count once) of view 0.
+
+    float32 [n, D] for `rows` int [n]; ROWS_PER_READ videos are in memory at a time.
+    """
+    import numpy as np
+
+    from extract.cli import progress
+
+    means = np.empty((len(rows), store.dim), np.float32)
+    frames = np.arange(store.frames_per_video)
+    for start in progress(range(0, len(rows), ROWS_PER_READ), unit="block", leave=False):
+        part = slice(start, start + ROWS_PER_READ)
+        mask = store.mask(rows[part], frames)
+        weights = mask / mask.sum(axis=1, keepdims=True)
+        features = store.gather(rows[part], frames).astype(np.float32)
+        means[part] = np.einsum("btd,bt->bd", features, weights.astype(np.float32))
+    return means
+
+
+def held_out_scores(scores: "Scores") -> "Scores":
+    """`scores`, if they can contradict a label: they have labels, and not from the training videos."""
+    if scores.labels is None or (scores.labels < 0).all():
+        raise InputError("--scores: the file has no labels, so there is nothing that it can contradict")
+    if scores.source.get("trained_on"):
+        raise InputError(
+            "--scores: these are scores of the videos that the model was trained on, which agree with "
+            "their labels; give out-of-fold scores, as aggregate.crossval writes them"
+        )
+    return scores
+
+
+def label_issues(scores: "Scores") -> list[dict[str, Any]]:
+    """Labels that `scores` contradict with confidence, the clearest first.
+
+    Confident learning (Northcutt et al. 2021): a class is confident about a video if its
+    probability reaches the mean over the videos that carry its label. A label is listed if another
+    class is confident and more probable than the label.
+    """
+    import numpy as np
+    from scipy.special import softmax
+
+    assert scores.labels is not None
+    rows = np.flatnonzero((scores.labels >= 0) & ~scores.failed)
+    labels, probabilities = scores.labels[rows], softmax(scores.logits[rows].astype(float), axis=1)
+    num_classes = probabilities.shape[1]
+    own = probabilities[np.arange(len(rows)), labels]
+    counts = np.bincount(labels, minlength=num_classes)
+    # A class without an example is never confident.
+    bar = np.bincount(labels, own, minlength=num_classes) / np.maximum(counts, 1)
+    confident = np.where((probabilities >= bar) & (counts > 0), probabilities, -1)
+    suggested = confident.argmax(axis=1)
+    best = confident.max(axis=1)
+    wrong = np.flatnonzero((suggested != labels) & (best > own))
+    wrong = wrong[np.argsort(own[wrong] - best[wrong], kind="stable")]
+    return [
+        {
+            "id": scores.ids[rows[place]],
+            "label": scores.classes[labels[place]],
+            "suggested": scores.classes[suggested[place]],
+            "probability_of_label": round(float(own[place]), 4),
+            "probability_of_suggested": round(float(best[place]), 4),
+        }
+        for place in wrong
+    ]
+
+
+def _queries(splits: "np.ndarray") -> tuple["np.ndarray | None", str]:
+    """The rows whose partners are looked for, None for all, and a description of the choice."""
+    import numpy as np
+
+    counts = Counter(splits.tolist())
+    if len(splits) <= PAIR_ALL or len(counts) < 2:
+        return None, "all videos with all others"
+    [(largest, _)] = counts.most_common(1)
+    chosen = np.flatnonzero(splits != largest)
+    return chosen, f"the {len(chosen):,} videos outside split {largest!r} with all others"
+
+
+def _describe_pairs(
+    store: "FeatureStore", rows: "np.ndarray", keys: "np.ndarray", pairs: "Pairs"
+) -> list[dict[str, Any]]:
+    described = []
+    for (a, b), similarity, ratio in zip(pairs.rows, pairs.similarity, pairs.ratio, strict=True):
+        first, second = rows[a], rows[b]
+        splits = sorted({store.splits[first], store.splits[second]})
+        line = {
+            "across": "/".join(splits) if len(splits) > 1 else "groups",
+            "similarity": round(float(similarity), 4),
+            "ratio": round(float(ratio), 4),
+        }
+        for name, row, place in (("a", first, a), ("b", second, b)):
+            label = int(store.labels[row])
+            line |= {
+                f"id_{name}": str(store.ids[row]),
+                f"split_{name}": str(store.splits[row]),
+                f"group_{name}": str(keys[place]),
+                f"label_{name}": store.classes[label] if label >= 0 else "",
+            }
+        described.append(line)
+    # Pairs across splits first: they leak.
+    return sorted(described, key=lambda line: line["across"] == "groups")
+
+
+def _summary(record: dict[str, Any], out: Path) -> str:
+    duplicates, labels = record["duplicates"], record["labels"]
+    across = sum(line["across"] != "groups" for line in duplicates)
+    differ = sum(line["label_a"] != line["label_b"] for line in duplicates)
+    lines = [
+        f"{record['videos']:,} videos, {record['scope']}: {len(duplicates):,} pairs are nearly identical "
+        f"(distance below {record['threshold']:.2f} of the usual one), {across:,} of them across splits, "
+        f"{differ:,} with different labels"
+    ]
+    for line in duplicates[:PRINTED]:
+        lines.append(f"  {line['ratio']:.2f}  {line['across']}: {line['id_a']} | {line['id_b']}")
+    if record["scores"] is None:
+        lines.append("labels    not checked: give --scores, out-of-fold scores of aggregate.crossval")
+    else:
+        lines.append(f"{len(labels):,} labels are contradicted with confidence by {record['scores']}")
+    for line in labels[:PRINTED]:
+        lines.append(
+            f"  {line['id']}: {line['label']} {line['probability_of_label']:.2f}, "
+            f"{line['suggested']} {line['probability_of_suggested']:.2f}"
+        )
+    lines.append(f"written   {out / 'duplicates.csv'}, {out / 'labels.csv'}, {out / 'audit.json'}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, Options, prog="python -m aggregate.audit"))
