@@ -16,7 +16,9 @@ from aggregate.data.features import there
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
-from extract.backbone.model import Backbone, Trunk, load_backbone, load_trunk, package_file
+from extract.backbone.frozen import Backbone, load_backbone
+from extract.backbone.model import Trunk, load_trunk
+from extract.backbone.networks import package_file
 from extract.cli import InputError
 from extract.decode.transform import Preprocessing
 

@@ -1,6 +1,5 @@
 """python -m aggregate.evaluate: a checkpoint and a feature store in, metrics and a scores file out."""
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate.training.options import PlaceOptions, VideoOptions
 from extract.cli import InputError, RunError, progress, run_command
+from extract.cores import available_cores
 
 if TYPE_CHECKING:
     import numpy as np
@@ -140,7 +140,7 @@ def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int,
     length = net.options.get("frames_per_segment", 1)
     plan = Plan(segments, options.crops, 0, model.preprocessing, clip_length=length)
     logits = np.full((len(videos), options.crops, net.options["num_classes"]), np.nan, np.float32)
-    cores = options.decode_workers or len(os.sched_getaffinity(0))
+    cores = options.decode_workers or available_cores()
     with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
         frames = VideoFrames(videos, plan, pool)
         batches = frames.test_batches(batch_size=options.micro_batch)

@@ -1,6 +1,5 @@
 """python -m aggregate.finetune: TSN, NL, HG-NL and StNet trained end to end, from videos through the backbone."""
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from aggregate.training.options import (
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
 from extract.cli import InputError, RunError, run_command
+from extract.cores import available_cores
 
 if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
@@ -155,7 +155,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
         world=world,
     )
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
-    cores = options.decode_workers or max(1, len(os.sched_getaffinity(0)) // world)
+    cores = options.decode_workers or max(1, available_cores() // world)
     features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
     common = {"classes": classes, "features": features, "frames": options.frames, "backbone": record}
     with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:

@@ -39,7 +39,9 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: fp16 on a GPU; on a CPU the faster of fp32 and bf16, measured."""
+    """auto: fp16 on a GPU; on a CPU bf16 if the CPU computes in it, else fp32."""
+    engine: Literal["auto", "openvino", "torch"] = "auto"
+    """What runs the backbone. auto: OpenVINO on a CPU (PyTorch if it cannot), PyTorch on a GPU."""
     form: Literal["auto", "eager", "graphs", "compiled"] = "auto"
     """How a GPU runs the backbone. auto: the faster of eager and graphs, same bytes; compiled: minutes to start."""
     decoder: Literal["pyav", "decord", "torchcodec-cuda"] = "pyav"
@@ -48,6 +50,8 @@ class Options:
     """Backbones that run side by side (default: one a visible GPU, else one). More than one start Ray."""
     address: str | None = None
     """A Ray cluster (auto, or host:port) to spread the work over."""
+    threads: int | None = None
+    """CPU cores that a worker uses (default: all that this process may use)."""
     decode_workers: int | None = None
     """Decoding processes a worker (default: its share of the cores)."""
     video_timeout: float = 60.0

@@ -8,7 +8,6 @@ plan with what it will cost on this machine.
 """
 
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,11 @@ from timeit import timeit
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError, examples, run_command
+from extract.cores import available_cores
 from pipelines.steps import fuse, scores_file, step
 
 if TYPE_CHECKING:
-    from extract.backbone.model import Backbone
+    from extract.backbone.frozen import Backbone
     from extract.listing.videos import Listing
 
 # Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of the ensemble on test.
@@ -29,7 +29,7 @@ PAPER = {"tsn": (57.38, 61.83), "hgnl": (57.713, 62.12), "stnet": (55.7, None)}
 PAPER_TEST_ERROR = 0.28444
 AGGREGATORS = ("tsn", "hgnl", "nl")
 VIDEOS_MEASURED = 8
-CORES = len(os.sched_getaffinity(0))
+CORES = available_cores()
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _name_leaks(listings: "dict[str, Listing]") -> None:
 
 def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     """Sizes, and times from a short measurement: some videos decoded, one batch through the backbone, some steps."""
-    from extract.backbone.model import load_backbone
+    from extract.backbone.frozen import load_backbone
     from extract.store.summary import human_bytes
     from extract.workers.cost import cost
 
@@ -113,7 +113,7 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     for name, listing in listings.items():
         videos = len(listing.videos)
         computing, decoding = videos * options.frames * frame, videos * decode / CORES
-        on_cpu = backbone.device.type == "cpu"  # there both share the cores
+        on_cpu = backbone.device == "cpu"  # there both share the cores
         seconds = computing + decoding if on_cpu else max(computing, decoding)
         print(
             f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "

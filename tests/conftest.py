@@ -14,6 +14,7 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 ROOT = Path(__file__).parent.parent
+os.environ.setdefault("HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl"))  # converted networks, kept between runs
 # What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
 LONGEST = (
     "test_actor_pool.py",

@@ -5,10 +5,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 
 from decode_jobs import crash_on_a_gpu
-from extract.backbone.model import Backbone
+from extract.backbone.frozen import Backbone
 from extract.decode.transform import Preprocessing
 from extract.workers.worker import Worker
 from simulated_decoding import sleep_to_decode
@@ -35,10 +34,10 @@ class SleepingBatches:
 class SleepingBackbone:
     """As much of a Backbone as a worker uses."""
 
-    device, dim, precision = torch.device("cpu"), DIM, "fp32"
+    device, dim, precision = "cpu", DIM, "fp32"
     preprocessing = Preprocessing(SIZE, SIZE, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
-    def batches(self) -> SleepingBatches:
+    def batches(self, **_: object) -> SleepingBatches:
         return SleepingBatches()
 
     def provenance(self) -> dict[str, Any]:

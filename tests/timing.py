@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import torch
 
-from extract.backbone.model import Backbone, Trunk
+from extract.backbone.model import Trunk
 
 
 def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
@@ -20,11 +20,10 @@ def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[
     return best
 
 
-def flops_per_frame(backbone: Backbone | Trunk) -> int:
+def flops_per_frame(trunk: Trunk) -> int:
     """Floating-point operations of convolutions and matrix products, a multiply-add counted as two."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    size = backbone.preprocessing.size
     with FlopCounterMode(display=False) as counter, torch.inference_mode():
-        backbone.module(torch.zeros(1, 3, size, size))
+        trunk.module(trunk.example())
     return counter.get_total_flops()

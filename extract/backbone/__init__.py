@@ -1,4 +1,4 @@
-"""Any timm image model as a frozen backbone: weights, folding, packing, precision."""
+"""Any timm image model as a frozen backbone: weights, and the engine that runs it."""
 
 from extract.postponed import postpone_compiler
 

@@ -115,15 +115,16 @@ class RayActorPool:
 
     def _actor(self) -> Any:
         # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
-        cores = max(1, int(self._request["num_cpus"]))
+        cores = self._options.threads or max(1, int(self._request["num_cpus"]))
         remote: Any = self._ray.remote  # Ray's own types know no concurrency groups
         actor = remote(concurrency_groups={"help": 1})(self._worker)
         return actor.options(max_restarts=0, max_task_retries=0, **self._request).remote(self._options, cores)
 
     def describe(self) -> dict[str, Any]:
         made = self._get(self._first.describe.remote())
-        # The others take the precision that the first one measured to be the faster.
-        self._options = replace(self._options, precision=made["provenance"]["precision"])
+        # The others compute as the first one does, or fail.
+        engine: Any = "openvino" if "engine" in made["provenance"] else "torch"
+        self._options = replace(self._options, precision=made["provenance"]["precision"], engine=engine)
         self._slot_bytes = made["slot_bytes"]
         return made
 

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from extract.cli import InputError, progress
+from extract.cores import available_cores
+from extract.device import count_gpus
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, settle
 from extract.options import Options
@@ -55,7 +56,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
     nonce = uuid.uuid4().hex
     hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=vars(options))
     store = _open_if_there(options.out)
-    pool = _worker_pool(options, precision=store.provenance["precision"] if store else options.precision)
+    pool = _worker_pool(options, store)
     try:
         made = pool.describe()
         if store is None:
@@ -98,7 +99,8 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
 
 
 def _check(options: Options) -> None:
-    least = {"augment_passes": 0} | dict.fromkeys(("frames", "block_size", "limit", "workers", "decode_workers"), 1)
+    counts = ("frames", "block_size", "limit", "workers", "threads", "decode_workers")
+    least = {"augment_passes": 0} | dict.fromkeys(counts, 1)
     for name, value in least.items():
         if (given := getattr(options, name)) is not None and given < value:
             raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {value}")
@@ -195,19 +197,22 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _worker_pool(options: Options, *, precision: Any) -> Worker | RayActorPool:
-    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
+def _worker_pool(options: Options, store: FeatureStore | None) -> Worker | RayActorPool:
+    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them, as a `store` was begun."""
+    recorded = store.provenance if store else {}
     weights = Path(options.weights)
     options = replace(
         options,
         out=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
-        precision=precision if options.precision == "auto" else options.precision,
+        precision=recorded.get("precision", "auto") if options.precision == "auto" else options.precision,
+        # Stores of before OpenVINO ran backbones, and those of PyTorch, record no engine.
+        engine="torch" if store and "engine" not in recorded else options.engine,
     )
-    gpus = torch.cuda.device_count() if options.device in ("auto", "cuda") else 1
+    gpus = count_gpus() if options.device in ("auto", "cuda") else 1
     workers = options.workers or max(1, gpus)
     if options.address is None and workers == 1:
-        return Worker(options, len(os.sched_getaffinity(0)))
+        return Worker(options, available_cores(options.threads))
     return RayActorPool(options if options.address is not None else replace(options, workers=workers))
 
 

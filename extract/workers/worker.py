@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from extract.backbone.batches import Batches
-from extract.backbone.model import Backbone, load_backbone
+from extract.backbone.frozen import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
 from extract.decode.jobs import Job, Plan, Prepared, decode_job
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import view_names
-from extract.device import choose_device
+from extract.device import runs_on_cpu
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
@@ -107,10 +106,9 @@ class Worker:
     @cached_property
     def _backbone(self) -> Backbone:
         options = self.options
-        torch.set_num_threads(self.cores)
         # On a GPU batches are large, and a block ends with what is left over: all of its batches are one size.
         together = None
-        if choose_device(options.device).type == "cuda":
+        if not runs_on_cpu(options.device):
             together = options.block_size * options.frames * len(self._views)
         return load_backbone(
             options.backbone,
@@ -118,8 +116,10 @@ class Worker:
             device=options.device,
             precision=options.precision,
             form=options.form,
+            engine=options.engine,
             seed=options.seed,
             frames=together,
+            threads=self.cores,
         )
 
     @cached_property
@@ -143,10 +143,10 @@ class Worker:
         name, _, device = self.options.decoder.partition("-")
         if name != "torchcodec":
             return self._children
-        if self._backbone.device.type != device:
+        if self._backbone.device.partition(":")[0] != device:
             raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
         pool = self._subprocesses(0)
-        device, timeout = str(self._backbone.device), self.options.video_timeout
+        device, timeout = self._backbone.device, self.options.video_timeout
         pool.help(GpuDecoder(self._children, self.decode_job, device, timeout=timeout), at_once=self.cores)
         return pool
 
@@ -162,7 +162,7 @@ class Worker:
             timeout=self.options.video_timeout,
             # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
             # a decoder that takes one of them away for a moment stops both.
-            nice=10 if self._backbone.device.type == "cpu" else 0,
+            nice=10 if self._backbone.device == "cpu" else 0,
         )
 
     @cached_property

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from extract.backbone.model import load_backbone
+from extract.backbone.frozen import load_backbone
 from timing import best_seconds, flops_per_frame
 
 NAME = "legacy_seresnext101_32x4d"

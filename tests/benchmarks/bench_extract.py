@@ -57,7 +57,7 @@ def bf16_gflops() -> float:
 
 
 def frames_a_second_of_the_backbone() -> float:
-    from extract.backbone.model import load_backbone
+    from extract.backbone.frozen import load_backbone
 
     backbone = load_backbone(BACKBONE, weights="random")
     frames = np.random.default_rng(0).integers(0, 256, (backbone.batch_size, 224, 224, 3), dtype=np.uint8)

@@ -15,8 +15,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.backbone.batches import Batches, gpu_slots
-from extract.backbone.model import load_backbone
+from extract.backbone.batches import Batches
+from extract.backbone.model import load_trunk
+from extract.backbone.torch_engine import gpu_slots, on_cpu
 from extract.decode.jobs import Prepared
 from extract.decode.subprocess_pool import Finished
 from extract.decode.transform import Preprocessing
@@ -375,14 +376,16 @@ def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch
     FakeCuda(monkeypatch)
     compiler = torch.compile
     monkeypatch.setattr("torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager"))
-    monkeypatch.setattr("extract.backbone.batches._captured", lambda run, frames, stream: run)
-    backbone = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32")
+    monkeypatch.setattr("extract.backbone.torch_engine._captured", lambda run, frames, stream: run)
+    trunk = load_trunk("test_resnet", weights="random")
+    engine = on_cpu(trunk, precision="fp32", threads=1)
     frames = np.random.default_rng(0).integers(0, 256, (5, 160, 160, 3), dtype=np.uint8)
     batch = torch.zeros(8, 160, 160, 3, dtype=torch.uint8)
-    slots = gpu_slots(backbone._run, batch, backbone.dim, device=torch.device("cpu"), form="compiled")
-    features = np.zeros((5, backbone.dim), np.float16)
+    slots = gpu_slots(engine._run, batch, trunk.dim, device=torch.device("cpu"), form="compiled")
+    features, expected = np.zeros((2, 5, trunk.dim), np.float16)
     through(Batches(slots, check=accept), frames, features)
-    np.testing.assert_allclose(features, backbone(frames), rtol=0.01)
+    through(Batches(engine.slots, check=accept), frames, expected)
+    np.testing.assert_allclose(features, expected, rtol=0.01)
 
 
 class _Forgetting(list):
@@ -396,13 +399,13 @@ class _Forgetting(list):
 class FakeBackbone:
     """As much of a Backbone as a worker computes with."""
 
-    device, dim = torch.device("cpu"), DIM
+    device, dim = "cpu", DIM
     preprocessing = Preprocessing(PIXELS, PIXELS, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def __init__(self, device: FakeDevice):
         self.slots = device.slots(3, 4)
 
-    def batches(self) -> Batches:
+    def batches(self, **_: object) -> Batches:
         return Batches(self.slots, check=accept)
 
 

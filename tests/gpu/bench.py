@@ -8,7 +8,6 @@ sizes that mean nothing: it shows that the benchmarks run.
 import argparse
 import csv
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -23,7 +22,9 @@ import torch
 
 import pretend
 from device import DEVICE, PRETENDED
-from extract.backbone.model import Backbone, load_backbone, load_trunk
+from extract.backbone.frozen import Backbone, load_backbone
+from extract.backbone.model import load_trunk
+from extract.cores import available_cores
 from extract.decode.subprocess_pool import SubprocessPool
 from extract.decode.transform import Plan, decode_job
 from extract.store import FeatureStore, RunLog
@@ -168,7 +169,7 @@ def extraction(size: Size) -> Numbers:
 
 def _decoding_alone(backbone: Backbone, paths: list[str]) -> float:
     plan = Plan(25, 1, 0, backbone.preprocessing, 0, "pyav")
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=cores, timeout=60) as pool:
         jobs = [(path, [(path, None)], plan) for path in paths]
         for future in [pool.submit(job) for job in jobs[:cores]]:

