@@ -6,7 +6,6 @@ the backbone alone on ready frames, the CPU time of decoding alone. Start-up (mo
 wall time is the run's own record, from the first block's start to the last commit.
 """
 
-import os
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 from extract.__main__ import Options, main
+from extract.cores import available_cores
 from extract.store import RunLog
 
 BACKBONE = "legacy_seresnext101_32x4d"
@@ -98,7 +98,7 @@ def the_loop_most_people_write(clips: Path, out: Path) -> float:
 
 
 def test_the_whole_run_against_its_limits(clips, tmp_path):
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     backbone, product = frames_a_second_of_the_backbone(), bf16_gflops()
     naive = the_loop_most_people_write(clips, tmp_path)
     here = run(clips, tmp_path / "here.zarr")
@@ -123,7 +123,7 @@ def test_the_whole_run_against_its_limits(clips, tmp_path):
 def test_ray_with_one_worker_against_this_process(clips, tmp_path):
     import ray
 
-    settings = {"decode_workers": len(os.sched_getaffinity(0)), "precision": "bf16", "limit": 16}
+    settings = {"decode_workers": available_cores(), "precision": "bf16", "limit": 16}
     ratios = []
     for attempt in range(3):
         here = run(clips, tmp_path / f"here{attempt}.zarr", **settings)

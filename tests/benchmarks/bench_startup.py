@@ -19,6 +19,7 @@ from aggregate.endtoend import backbone_record
 from aggregate.models import build
 from aggregate.training.checkpoint import Checkpoint
 from extract.backbone.model import load_trunk
+from extract.cores import available_cores
 from extract.store import FeatureStore
 
 ROOT = Path(__file__).parents[2]
@@ -58,7 +59,7 @@ def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
             f"{name:12} {took:5.1f} s, {took / usual['import torch']:.2f} times import torch (turns {turns}), ", end=""
         )
         print(f"{np.median(cpu[name]):.1f} CPU s, {np.median(cpu[name]) / np.median(cpu['import torch']):.2f} times")
-    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
+    print(f"load of the machine: {os.getloadavg()[0]:.1f} on {available_cores()} cores")
     for name, allowed in ALLOWED.items():
         assert usual[name] < allowed * usual["import torch"], name
 
