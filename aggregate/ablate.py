@@ -5,18 +5,22 @@ one folder: finished results, tables, figures. How a pass is shared: aggregate/a
 compared: aggregate/ablation/compare.py.
 """
 
+import functools
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aggregate.ablation.configurations import GridOptions, Plan, candidates, in_passes, wait_passively
+from aggregate.ablation.configurations import GridOptions, Plan, candidates, in_passes
+from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.training.configurations import Configuration, TrainOptions, configured
 from aggregate.training.options import SplitOptions
 from extract.cli import progress, run_command
 
 if TYPE_CHECKING:
+    from aggregate.ablation.records import Records
     from aggregate.training.checkpoint import Checkpoint
     from extract.store import FeatureStore
 
@@ -35,44 +39,54 @@ class Options(GridOptions, SplitOptions):
 
 
 def main(options: Options) -> int:
-    wait_passively()
+    prepare_environment()
     from aggregate.ablation.compare import report
-    from aggregate.ablation.grid import GridTrainer
+    from aggregate.ablation.grid import GridTrainer, open_trainer, training_cost
     from aggregate.ablation.records import Records
-    from aggregate.metrics import csv_of
     from aggregate.scores import group_keys
     from aggregate.training.checkpoint import Checkpoint
-    from extract.files import replace_file
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
     init = None if options.init is None else Checkpoint.load(options.init)
     chosen = plan(options, store, init)
-    trainer = GridTrainer(store, device=options.device, placement=options.placement, init=init)
+    processes, threads = plan_processes(len(chosen.configurations), options.device)
+    at_once = max(1, min(options.at_once // processes, -(-len(chosen.configurations) // processes)))
     names, seeds = len({one.name for one in chosen.configurations}), len(set(options.seeds))
-    shares = len(in_passes(chosen.configurations, at_once=options.at_once))
-    size = f"{names} configurations x {seeds} seeds in {shares} passes, {len(chosen.skipped)} skipped"
-    print(f"features  {store!r}\nplan      {size}")
+    passes = len(in_passes(chosen.configurations, at_once=at_once))
+    size = f"{names} configurations x {seeds} seeds in {passes} passes, {len(chosen.skipped)} skipped"
+    print(f"features  {store!r}\nplan      {size}; {processes} passes at a time, {threads} threads each")
     chosen.print_skipped()
     wanted = {(one.name, one.options.seed): one for one in chosen.configurations}
+    prepare = functools.partial(
+        open_trainer,
+        options.features,
+        device=options.device,
+        placement=options.placement,
+        processes=processes,
+        init=options.init,
+    )
     with Records(options, store, by=("name", "seed"), what="ablation") as records:
         left = [one for key, one in wanted.items() if key not in records.rows]
-        passes = in_passes(left, at_once=options.at_once)
         if records.rows:
             print(f"resuming  {options.out}: {len(records.rows)} of {len(wanted)} are done")
+        if init is not None and processes > 1 and left:
+            GridTrainer(store, device="cpu", init=init).log_init(left)
 
-        def write_table() -> list[dict[str, Any]]:
-            rows = [records.rows[key] for key in wanted if key in records.rows]
-            replace_file(options.out / "ablation.csv", csv_of(rows))
-            return rows
-
-        for number, share in enumerate(passes, 1):
-            words = f"pass {number}/{len(passes)}, {len(share)} models"
-            with progress(total=share[0].recipe.epochs * share[0].steps_per_epoch, unit="step", desc=words) as bar:
-                for result in trainer.run(share, bar.update):
+        shares = in_passes(left, at_once=at_once)
+        shares.sort(key=lambda share: training_cost(share, store), reverse=True)
+        steps = [share[0].recipe.epochs * share[0].steps_per_epoch for share in shares]
+        with progress(total=sum(steps), unit="step") as bar:
+            # In this process each step is shown, from others only what they finished.
+            train_pass = functools.partial(GridTrainer.run, on_step=bar.update) if processes == 1 else GridTrainer.run
+            finished = run_side_by_side(train_pass, shares, prepare=prepare, processes=processes, threads=threads)
+            for share, results in finished:
+                for result in results:
                     records.add(result.row, result.places)
-            print(f"done      {len(write_table())} of {len(wanted)}", flush=True)
-        rows, places = write_table(), {key: records.array(key) for key in records.rows}
+                if processes > 1:
+                    bar.update(share[0].recipe.epochs * share[0].steps_per_epoch)
+                print(f"done      {len(_write_table(options.out, wanted, records))} of {len(wanted)}", flush=True)
+        rows, places = _write_table(options.out, wanted, records), {key: records.array(key) for key in records.rows}
         print()
         groups = group_keys(store.ids, store.groups)
         report(options.out, rows, places, groups, [f"{name}: {reason}" for name, reason in chosen.skipped.items()])
@@ -96,6 +110,16 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
         for one in found.configurations:
             every[configured(one.name, replace(one.options, seed=seed), videos=len(rows))] = None
     return found._replace(configurations=list(every))
+
+
+def _write_table(out: Path, wanted: Iterable[tuple[str, int]], records: "Records") -> list[dict[str, Any]]:
+    """Write the rows that are done, in the order of the plan, as ablation.csv."""
+    from aggregate.metrics import csv_of
+    from extract.files import replace_file
+
+    rows = [records.rows[key] for key in wanted if key in records.rows]
+    replace_file(out / "ablation.csv", csv_of(rows))
+    return rows
 
 
 def _how_to_keep(rows: list[dict[str, Any]], trained: dict[tuple[str, int], Configuration]) -> str:

@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aggregate.ablation.processes import prepare_environment
 from aggregate.training.configurations import Configuration, configured
 from aggregate.training.configurations import TrainOptions as Options
 from aggregate.training.options import HeadOptions
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 
 def main(options: Options) -> int:
+    prepare_environment()
     run = prepare(options)
     run.train()
     run.report()

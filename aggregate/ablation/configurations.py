@@ -1,7 +1,6 @@
 """The grid of configurations that lists of options make: combined, named, and grouped by the batches they share."""
 
 import itertools
-import os
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -39,15 +38,21 @@ class GridOptions(Lists, PlaceOptions):
     recipe: Literal["cached", "paper"] = "cached"
     """cached: what works best on a frozen backbone; paper: iQIYI's schedule."""
     at_once: int = 32
-    """At most so many models share a pass: their memory, and what is lost when the process is killed."""
+    """At most N models are trained at the same time: their memory, and what is lost when the process is killed."""
 
 
-def wait_passively() -> None:
-    """Small steps on a busy machine: threads that wait for each other must not spin (14 times the CPU time, measured).
+@dataclass(frozen=True, kw_only=True)
+class FoldOptions:
+    """Which videos test, and which train."""
 
-    It counts before torch is loaded.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    folds: str = "5"
+    """How many (classes evenly, groups never split, drawn anew by each seed), or `group`: leave one group out."""
+    splits: tuple[str, ...] = ()
+    """Only videos of these splits (default: of all)."""
+    val_fraction: float = 0.2
+    """How much of a fold's training part is held out in it, to choose the epoch and the options."""
+    allow_missing_classes: bool = False
+    """Train although some classes have no example in a fold."""
 
 
 class Plan(NamedTuple):

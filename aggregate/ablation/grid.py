@@ -10,6 +10,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -40,15 +41,24 @@ class Result:
 
 
 class GridTrainer:
-    """Trains configurations that share a pass. Features it has read once it keeps for the next pass."""
+    """Trains configurations that share a pass. Features it has read once it keeps for the next pass.
+
+    `log` gets what `init` carried over, each text once.
+    """
 
     def __init__(
-        self, store: FeatureStore, *, device: str, placement: Placement = "auto", init: Checkpoint | None = None
+        self,
+        store: FeatureStore,
+        *,
+        device: str,
+        placement: Placement = "auto",
+        init: Checkpoint | None = None,
+        log: Callable[[str], object] = print,
     ) -> None:
         self.store, self.init = store, init
         self.device, self.placement = choose_device(device), placement
         self._held: dict[bool, StoredFeatures] = {}
-        self._log_once = functools.cache(print)
+        self._log_once = functools.cache(log)
 
     def _features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
         """Those of `rows`, from what is held where they are among it."""
@@ -64,6 +74,11 @@ class GridTrainer:
         if np.array_equal(training_views(self.store), testing.views):
             self._held[True] = testing
         self._features(rows, training=True)
+
+    def log_init(self, configurations: Sequence[Configuration]) -> None:
+        """Log what each kind of model takes over from `init`, if other processes train them."""
+        for one in {one.options.agg: one for one in configurations}.values():
+            one.learner(self.store, self.device, init=self.init, log=self._log_once)
 
     def begin(
         self, share: Sequence[Configuration], rows: np.ndarray, val_rows: np.ndarray
@@ -99,6 +114,45 @@ class GridTrainer:
             row |= {"pass_seconds": round(wall, 3), "pass_models": len(share)}
             results.append(Result(row, places.get(learner)))
         return results
+
+
+def open_trainer(
+    features: str,
+    *,
+    device: str,
+    placement: Placement,
+    processes: int,
+    init: Path | None = None,
+    rows: np.ndarray | None = None,
+) -> GridTrainer:
+    """The trainer of one of `processes`: several of them map the store, and the page cache holds it once.
+
+    `rows` are read at once, for all that is trained.
+    """
+    several = processes > 1
+    trainer = GridTrainer(
+        FeatureStore.open(features),
+        device=device,
+        placement="mmap" if several and placement == "auto" else placement,
+        init=None if init is None else Checkpoint.load(init),
+        log=_discard if several else print,
+    )
+    if rows is not None:
+        trainer.hold(rows)
+    return trainer
+
+
+def _discard(text: str) -> None:
+    pass
+
+
+def training_cost(configurations: Sequence[Configuration], store: FeatureStore) -> int:
+    """Proportional to the time that small batches take: parameters times epochs."""
+    with torch.device("meta"):
+        return sum(
+            one.recipe.epochs * sum(parameter.numel() for parameter in one.model(store).parameters())
+            for one in configurations
+        )
 
 
 def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures) -> dict[str, Any]:

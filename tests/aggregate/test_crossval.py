@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregate import crossval, evaluate, train
+from aggregate.ablation.folds import folds_of
 from aggregate.metrics import bootstrap, ranks
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
@@ -63,7 +64,7 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_pa
     wanted = options(features, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03))
     crossval.main(wanted)
     store = FeatureStore.open(features)
-    folds = {fold.name: fold for fold in crossval.folds_of(store, wanted, 0)}
+    folds = {fold.name: fold for fold in folds_of(store, wanted, 0)}
     assert len(folds) == 12
     fold = folds["g7"]
     splits = np.full(len(store), "", "U8")
@@ -158,7 +159,7 @@ def test_folds_hold_every_video_once_and_split_no_group(features, seed, folds, g
     store = FeatureStore.open(features)
     if not grouped and folds != "group":
         store.__dict__["groups"] = np.full(len(store), "")
-    several = crossval.folds_of(store, options(features, Path(), folds=folds), seed)
+    several = folds_of(store, options(features, Path(), folds=folds), seed)
     assert sorted(np.concatenate([fold.test for fold in several])) == list(range(60))
     for fold in several:
         assert sorted([*fold.test, *fold.train]) == list(range(60))
@@ -263,14 +264,14 @@ def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are
         ids=ids,
         groups=groups,
     )
-    folds = crossval.folds_of(store, options(store.path, Path(), folds="5"), 0)
+    folds = folds_of(store, options(store.path, Path(), folds="5"), 0)
     assert all(20 <= len(fold.test) <= 28 for fold in folds)
     belongs = np.array([name.split("#")[0] for name in ids], object)
     belongs[[0, 1, *range(100, 104)]] = "anna"
     for fold in folds:
         parts = [set(belongs[rows]) for rows in (fold.test, fold.train[~fold.held_out], fold.train[fold.held_out])]
         assert sum(map(len, parts)) == len(set.union(*parts)) == 103
-    left_out = crossval.folds_of(store, options(store.path, Path(), folds="group"), 0)
+    left_out = folds_of(store, options(store.path, Path(), folds="group"), 0)
     assert [len(fold.test) for fold in left_out if fold.name == "anna"] == [6]
     assert len(left_out) == 103
 
