@@ -6,18 +6,18 @@ compared: aggregate/ablation/compare.py.
 """
 
 import functools
-import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregate.ablation.configurations import GridOptions, Plan, candidates, in_passes
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
-from aggregate.training.configurations import Configuration, TrainOptions, configured
+from aggregate.training.configurations import Configuration, configured
 from aggregate.training.options import SplitOptions
 from extract.cli import progress, run_command
+from extract.commands import command_of
 
 if TYPE_CHECKING:
     from aggregate.ablation.records import Records
@@ -128,19 +128,7 @@ def _how_to_keep(rows: list[dict[str, Any]], trained: dict[tuple[str, int], Conf
     if not done:
         return "every configuration diverged"
     best = max(done, key=lambda row: row["top1_at_all"])
-    return f"the best one's checkpoint: {command(trained[best['name'], best['seed']].options)}"
-
-
-def command(options: TrainOptions) -> str:
-    """The `python -m aggregate.train` that these options stand for."""
-    words = ["python", "-m", "aggregate.train"]
-    for one in fields(options):
-        value = getattr(options, one.name)
-        if value != one.default:
-            flag_alone = value is True and one.default is False
-            values = value if isinstance(value, tuple) else () if flag_alone else (value,)
-            words += [f"--{one.name.replace('_', '-')}", *map(str, values)]
-    return shlex.join(words)
+    return f"the best one's checkpoint: {command_of('aggregate.train', trained[best['name'], best['seed']].options)}"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from aggregate.ablation.configurations import FoldOptions, GridOptions, candidates
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from extract.cli import InputError, progress, run_command
+from extract.commands import command_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,7 +86,7 @@ def main(options: Options) -> int:
         for _, (row, logits) in progress(results, unit="result", initial=done, total=len(tasks)):
             records.add(row, logits)
         report(store, rows, options, folds, records)
-    print(f"Next: python -m pipelines.report {options.out} --out report.html")
+    print(f"Next: {command_line('pipelines.report', options.out, out=options.out / 'report.html')}")
     return 0
 
 

@@ -20,6 +20,7 @@ from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.networks import package_file
 from extract.cli import InputError
+from extract.commands import command_line
 from extract.decode.transform import Preprocessing
 
 
@@ -141,7 +142,7 @@ def preprocessing_of(checkpoint: Checkpoint) -> Preprocessing:
     if not ({"weights", "preprocessing"} <= set(record) and {"name", "backbone"} & set(record)):
         raise InputError(
             f"{checkpoint.path} was trained on features made elsewhere: it records no backbone that could see videos, "
-            f"only {record}; give --features to python -m aggregate.evaluate"
+            f"only {record}; give --features to {command_line('aggregate.evaluate')}"
         )
     see = record["preprocessing"]
     return Preprocessing(**{**see, "mean": tuple(see["mean"]), "std": tuple(see["std"])})

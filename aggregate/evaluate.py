@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate.training.options import PlaceOptions, VideoOptions
 from extract.cli import InputError, RunError, progress, run_command
+from extract.commands import command_line
 from extract.cores import available_cores
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
     if out is not None:
         save_scores(out, several)
         print(f"scores: {out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
-        print(f"Next: python -m ensemble --scores {out} ... --out fused.h5")
+        print(f"Next: {command_line('pipelines.report', out.parent, out=out.parent / 'report.html')}")
 
 
 def rows_of_split(splits: "Sequence[str] | np.ndarray", split: str, where: str) -> "np.ndarray":

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extract.cli import InputError
+from extract.commands import install_command
 
 try:
     import matplotlib as mpl
@@ -21,7 +22,7 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 except ImportError:
-    raise InputError("figures need matplotlib, which is not installed: pip install 'hgnl-video[demo]'") from None
+    raise InputError("figures need matplotlib, which is not installed: " + install_command("demo")) from None
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -18,6 +18,7 @@ from aggregate.training.options import (
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
 from extract.cli import InputError, RunError, run_command
+from extract.commands import command_line
 from extract.cores import available_cores
 
 if TYPE_CHECKING:
@@ -108,10 +109,12 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
             ) from None
         if run.writes:
             best = run.out / "best.pt"
-            print(
-                f"Next: python -m aggregate.evaluate --checkpoint {best} --videos {options.videos},\n"
-                f"or python -m extract --weights {best}, to train HG-NL on its cache."
-            )
+            videos = {"videos": options.videos, "root": options.root}
+            store = f"{run.out}.zarr"
+            print(f"Next: {command_line('aggregate.evaluate', checkpoint=best, **videos)}")
+            if options.model == "tsn":
+                print("or, to train HG-NL on the features of its backbone:")
+                print(command_line("extract", **videos, out=store, weights=best, backbone=options.backbone))
 
 
 @contextmanager
@@ -240,6 +243,8 @@ def _train_with_ray(options: Options) -> None:
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError, get_context
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from extract.workers.actor_pool import job_config
+
     # Workers have another working directory.
     there: dict[str, Any] = {name: getattr(options, name) for name in ("videos", "root", "init")}
     there = {name: path.resolve() for name, path in there.items() if path is not None}
@@ -250,7 +255,7 @@ def _train_with_ray(options: Options) -> None:
     with prepare(options):
         pass  # what is wrong with the options is said here, in words, before processes start
     if not ray.is_initialized():
-        ray.init(address=options.address, log_to_driver=True)
+        ray.init(address=options.address, log_to_driver=True, job_config=job_config())
     gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in ("auto", "cuda")
     trainer = TorchTrainer(
         lambda: train(options, rank=get_context().get_world_rank(), world=get_context().get_world_size()),

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from extract.cli import InputError
+from extract.commands import command_line
 from extract.files import replace_file
 
 SCHEMA = "hgnl-scores/1"
@@ -158,7 +159,8 @@ class Scores:
 
         if not Path(path).is_file():
             raise InputError(
-                f"{path} is no scores file: there is no such file; `python -m aggregate.evaluate --out` makes one"
+                f"{path} is no scores file: there is no such file; "
+                f"`{command_line('aggregate.evaluate')} --out` makes one"
             )
         _check_whole(path)
         try:

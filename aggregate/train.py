@@ -10,6 +10,7 @@ from aggregate.training.configurations import Configuration, configured
 from aggregate.training.configurations import TrainOptions as Options
 from aggregate.training.options import HeadOptions
 from extract.cli import InputError, run_command
+from extract.commands import command_line
 
 if TYPE_CHECKING:
     import torch
@@ -24,9 +25,18 @@ def main(options: Options) -> int:
     run = prepare(options)
     run.train()
     run.report()
-    where = f"--features {options.features} --split {options.val_split} --out {run.out}.h5"
-    print(f"Next: python -m aggregate.evaluate --checkpoint {run.out / 'best.pt'} {where}")
+    print(f"Next: {_next_command(options, run)}")
     return 0
+
+
+def _next_command(options: Options, run: "Run") -> str:
+    """Test the model on the validation split; without one, compare by cross-validation."""
+    testing: Any = run.source.testing
+    if (testing.store.splits[testing.rows] == options.val_split).all():
+        test = {"checkpoint": run.out / "best.pt", "features": options.features, "split": options.val_split}
+        return command_line("aggregate.evaluate", **test, out=f"{run.out}.h5")
+    heads = tuple(dict.fromkeys(("tsn", options.agg)))
+    return command_line("aggregate.crossval", agg=heads, features=options.features, out=run.out.parent / "crossval")
 
 
 def prepare(options: Options) -> "Run":

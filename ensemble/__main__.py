@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ensemble.entries import submission_ids
 from ensemble.submit import PRETRAINED, check_submission, write_submission
 from extract.cli import InputError, run_command
+from extract.commands import command_line
 from extract.files import replace_file
 
 if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
@@ -93,7 +94,8 @@ def main(options: Options) -> int:
         record["submission"] = {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
     replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
-    print(f"Next: python -m pipelines.report {options.out.parent} --out report.html")
+    folder = options.out.parent
+    print(f"Next: {command_line('pipelines.report', folder, out=folder / 'report.html')}")
     return 0
 
 

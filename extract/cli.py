@@ -1,4 +1,4 @@
-"""The door of every command: options in, exit status out.
+"""Command-line entry point: parse options, run a command, map errors to exit codes.
 
 A command is a frozen dataclass of options and a function `main(options) -> exit status or None` beside it;
 `run_command` makes the flags from the one (tyro) and the exit status from the other.
@@ -7,10 +7,12 @@ Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished 
 130 interrupted.
 """
 
+import difflib
 import errno
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -78,12 +80,26 @@ def run_command(
     """
     import tyro  # here, so that importing a command as a library stays cheap
 
-    chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
     try:
+        if sys.platform == "win32":
+            raise InputError("Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)")
+        _check_flags(options, sys.argv[1:] if args is None else args, prog)
+        chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
         return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
         print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted; the same command goes on with what is not finished", file=sys.stderr)
         return 130
+
+
+def _check_flags(options: type, args: Sequence[str], prog: str) -> None:
+    """InputError for an option that does not exist, with the nearest one."""
+    flags = [f"--{field.name.replace('_', '-')}" for field in fields(options)]
+    for arg in args:
+        flag = arg.split("=")[0].replace("_", "-")
+        if flag.startswith("--") and flag not in (*flags, "--help"):
+            nearest = difflib.get_close_matches(flag, flags, n=1)
+            hint = f"did you mean {nearest[0]}?" if nearest else f"`{prog} --help` lists the options"
+            raise InputError(f"{prog} has no option {flag}; {hint}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from extract.cli import InputError, progress, run_command
+from extract.commands import command_line
 
 SHOWN = 20
 
@@ -43,7 +44,7 @@ def main(options: Options) -> int:
         if not damaged:
             return 0
         if not options.repair:
-            print(f"Next: python -m extract.verify {options.store} --repair")
+            print(f"Next: {command_line('extract.verify', options.store, repair=True)}")
             return 1
         blocks = {row // store.block_size for row in damaged}
         store.set_pending(np.concatenate([store.block_rows(block) for block in blocks]))

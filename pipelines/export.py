@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extract.cli import InputError, RunError, run_command
+from extract.commands import install_command
 from extract.files import replacing
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main(options: Options) -> int:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"ONNX needs {error.name}, which is not installed: pip install 'hgnl-video[demo]'") from None
+        raise InputError(f"ONNX needs {error.name}, which is not installed: {install_command('demo')}") from None
     checkpoint = Checkpoint.load(options.checkpoint)
     model = model_from_record(checkpoint, options.weights)
     see, shape = model.preprocessing, _shape(model, checkpoint)

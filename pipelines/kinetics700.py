@@ -17,6 +17,7 @@ from timeit import timeit
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError, examples, run_command
+from extract.commands import command_of
 from extract.cores import available_cores
 from pipelines.steps import fuse, scores_file, step
 
@@ -126,7 +127,7 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
     if "stnet" in _wanted(options):
         print("stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs")
     print(f"in all    about {_duration(total)} on this machine with one worker")
-    print("Next: the same command without --dry-run")
+    print(f"Next: {command_of('pipelines.kinetics700', options, dry_run=False)}")
 
 
 def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tuple[float, float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.cli import RunError
+from extract.commands import command_line
 
 
 def step(module: str, **options: Any) -> None:
@@ -15,7 +16,7 @@ def step(module: str, **options: Any) -> None:
     name = module.removesuffix(".__main__")
     print(f"\n== {name} {options.get('out', '')} ==", flush=True)
     if status := command.main(command.Options(**options)):
-        raise RunError(f"the recipe ends here: python -m {name} gave exit status {status}; what it said stands above")
+        raise RunError(f"the recipe ends here: {command_line(name)} gave exit status {status}; its message is above")
 
 
 def fuse(

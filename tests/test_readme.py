@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from extract.cli import run_command
+from extract.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "aggregate", "ensemble", "pipelines")
@@ -28,11 +29,11 @@ QUICK = {
 }
 
 
-def commands() -> list[list[str]]:
-    """The `python -m` lines of all shell blocks, each once: [module, argument, ...]."""
+def commands() -> list[str]:
+    """The command lines of all shell blocks, each once."""
     blocks = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
     lines = dict.fromkeys(line for block in blocks for line in block.splitlines())
-    return [shlex.split(line)[2:] for line in lines if line.startswith("python -m ")]
+    return [line for line in lines if line.startswith(("python -m ", "hgnl "))]
 
 
 def test_the_readme_is_short():
@@ -85,19 +86,45 @@ def folder(tmp_path_factory) -> Path:
     return here
 
 
-def test_every_command_runs(folder, monkeypatch, capsys):
+def run(line: str, capsys) -> str:
+    """Run a command line of the documentation, made small; what it prints."""
+    program, *words = shlex.split(line)
+    module, arguments = (COMMANDS[words[0]], words[1:]) if program == "hgnl" else (words[1], words[2:])
+    flags = {flag: value for flag, value in QUICK.get(module, {}).items() if flag not in arguments}
+    if module == "aggregate.train" and "hgnl" not in arguments:
+        flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
+    more = [word for pair in flags.items() for word in pair]
+    name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
+    command = importlib.import_module(name)
+    capsys.readouterr()
+    status = run_command(command.main, command.Options, prog=line, args=[*arguments, *more])
+    shown = capsys.readouterr()
+    assert status == 0, f"{line}: {shown.err}"
+    return shown.out
+
+
+def test_every_command_runs_and_the_commands_that_they_print_run_too(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    ran = []
-    for module, *arguments in commands():
-        flags = {flag: value for flag, value in QUICK.get(module, {}).items() if flag not in arguments}
-        if module == "aggregate.train" and "hgnl" not in arguments:
-            flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
-        more = [word for pair in flags.items() for word in pair]
-        name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
-        command = importlib.import_module(name)
-        status = run_command(command.main, command.Options, prog=f"python -m {module}", args=[*arguments, *more])
-        assert status == 0, f"python -m {module} {' '.join(arguments)}: {capsys.readouterr().err}"
-        ran.append(module)
-    assert len(ran) > 15
+    printed: dict[tuple[str, str], str] = {}  # the first of each kind: what follows `hgnl train`, `hgnl crossval` ...
+    lines = commands()
+    for line in lines:
+        name = shlex.split(line)[1]
+        for following in re.findall(
+            rf"^(?:Next: )?(hgnl (?:{'|'.join(COMMANDS)}) .*)$", run(line, capsys), re.MULTILINE
+        ):
+            printed.setdefault((name, shlex.split(following)[1]), following)
+    assert len(lines) > 15
     for name in ("runs/fused.h5", "runs/sub.json", "runs/report.html", "model.onnx", "runs/k700/submission.json"):
         assert (folder / name).exists(), name
+    assert {name for name, _ in printed} >= {
+        "extract",
+        "train",
+        "evaluate",
+        "crossval",
+        "finetune",
+        "ensemble",
+        "kinetics700",
+    }
+    for line in printed.values():
+        if line not in lines:
+            run(line, capsys)

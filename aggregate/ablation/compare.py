@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aggregate.metrics import ENDS, Interval, bootstrap, csv_of, describe_units, independent_units, text_table
+from extract.commands import install_command
 from extract.files import replace_file
 
 if TYPE_CHECKING:
@@ -192,7 +193,7 @@ def _figures(out: Path, summary: Sequence[Row], maps: "Mapping[str, pd.DataFrame
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        print("no figures: matplotlib is not installed (pip install matplotlib)")
+        print(f"no figures: matplotlib is not installed ({install_command('demo')})")
         return []
     from aggregate import figures
 

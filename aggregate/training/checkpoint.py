@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aggregate.models import VideoClassifier, build
 from extract.cli import InputError
+from extract.commands import command_line
 from extract.files import replacing
 
 FORMAT, VERSION = "hgnl-checkpoint", 1
@@ -50,7 +51,7 @@ class Checkpoint:
     def load(cls, path: str | os.PathLike[str]) -> "Checkpoint":
         """Read one, never unpickling anything but tensors and plain values. Raises InputError naming the file."""
         if not Path(path).is_file():
-            raise InputError(f"there is no checkpoint {path}; `python -m aggregate.train` makes one (best.pt)")
+            raise InputError(f"there is no checkpoint {path}; `{command_line('aggregate.train')}` makes one (best.pt)")
         try:
             with zipfile.ZipFile(path) as records:  # torch does not look at the checksums that it writes
                 if damaged := records.testzip():

@@ -15,6 +15,7 @@ from aggregate.data.frames import VideoFrames
 from aggregate.scores import group_keys
 from aggregate.training.learner import Learner, autocast
 from extract.cli import InputError, RunError, progress
+from extract.commands import command_line
 from extract.store import FeatureStore
 
 
@@ -133,7 +134,9 @@ def logits_of(
     store = features.store
     if not features.good.any():
         count = f"all {len(features)} videos"
-        raise InputError(f"{store.path}: {count} failed in extraction; see `python -m extract.status {store.path}`")
+        raise InputError(
+            f"{store.path}: {count} failed in extraction; see `{command_line('extract.status', store.path)}`"
+        )
     batches = features.test_batches(frames=segments, batch_size=batch_size)
     total = -(-int(features.good.sum()) // batch_size)
     seen, predicted = predict(models, progress(batches, total=total, unit="batch", leave=False))
@@ -153,7 +156,7 @@ def check_finite(store: FeatureStore, rows: np.ndarray) -> None:
         if not np.isfinite(store.read(np.array([row]))).all():
             raise RunError(
                 f"{store.path}: the stored features of {store.ids[row]} (row {row}) are not finite; "
-                "`python -m extract.verify` checks the store"
+                f"`{command_line('extract.verify', store.path)}` checks the store"
             )
 
 

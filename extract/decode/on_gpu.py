@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError
+from extract.commands import install_command
 from extract.decode.opening import VideoError, time_limit
 from extract.decode.packets import Packets, UntrustedError, VideoFile
 
@@ -127,7 +128,7 @@ def torchcodec_version(device: str) -> str:
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no FFmpeg it can load
         raise InputError(
             f"--decoder torchcodec-cuda: torchcodec cannot be used ({str(error).strip().partition(chr(10))[0]}); "
-            "install hgnl-video[gpu] and FFmpeg's shared libraries, or use --decoder pyav"
+            f"{install_command('gpu')}, and FFmpeg's shared libraries; or use --decoder pyav"
         ) from None
     return f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
 

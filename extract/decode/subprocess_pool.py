@@ -227,7 +227,7 @@ class _Child:
         pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
+                [sys.executable, "-P", "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
                 pass_fds=(theirs.fileno(), self._memory),
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},

@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 
 from extract.cli import InputError, RunError
+from extract.commands import command_line
 from extract.files import replacing
 from extract.store.layout import (
     OK,
@@ -42,10 +43,18 @@ def _read_once(name: str) -> "cached_property[np.ndarray]":
     return cached_property(lambda store: store._column(name))
 
 
+def as_objects(strings: np.ndarray) -> np.ndarray:
+    """NumPy's strings of variable length (which scikit-learn and pandas refuse) as str objects, equal ones shared."""
+    shared: dict[str, str] = {}
+    objects = np.empty(len(strings), object)
+    objects[:] = [shared.setdefault(text, text) for text in strings.tolist()]
+    return objects
+
+
 class FeatureStore:
     """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
 
-    `ids` `splits` `groups` `errors` are string arrays [N]; `labels` int32 [N], an index in `classes` or -1; `starts`
+    `ids` `splits` `groups` `errors` are str [N] (objects); `labels` int32 [N], an index in `classes` or -1; `starts`
     and `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed);
     `num_frames` int32 [N]; `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those
     of a span. Per-video arrays are read once, on first use.
@@ -83,7 +92,8 @@ class FeatureStore:
             group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
         except (FileNotFoundError, FileExistsError):  # Zarr's, of a file in the place of a folder
             there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
-            raise InputError(f"{path} is no feature store: {there}; `python -m extract --out` makes one") from None
+            create = command_line("extract", videos="FOLDER", out=path)
+            raise InputError(f"{path} is not a feature store: {there}; `{create}` creates one") from None
         except (ValueError, TypeError, KeyError) as error:  # of Zarr, which checks little of what it reads
             raise InputError(f"{path}/zarr.json is damaged ({type(error).__name__}: {error!s:.80})") from None
         return cls(path, group)
@@ -189,7 +199,7 @@ class FeatureStore:
             column = self._array(name)[: self._length]
             if len(column) != self._length:  # type: ignore[arg-type]
                 raise ValueError(f"{len(column)} rows, status has {self._length}")  # type: ignore[arg-type]
-            return column  # type: ignore[return-value]
+            return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore[return-value,union-attr]
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[None]:
@@ -281,7 +291,9 @@ class FeatureStore:
         try:
             self._shards.require(blocks)
         except ShardError as error:
-            raise RunError(f"{error}; `python -m extract.verify {self.path} --repair` marks what is damaged") from None
+            raise RunError(
+                f"{error}; `{command_line('extract.verify', self.path, repair=True)}` marks what is damaged"
+            ) from None
         index = blocks[:, None], (rows % self.block_size)[:, None], np.asarray(view)[..., None], frames
         if self._sparse:
             self._shards.ask_for(*index)
@@ -304,7 +316,7 @@ class FeatureStore:
         try:
             return features[rows] if isinstance(rows, slice) else features.oindex[np.asarray(rows)]  # type: ignore[return-value]
         except ValueError as error:  # Zarr's, for a checksum that does not match
-            repair = f"run `python -m extract.verify {self.path} --repair`, then extract again"
+            repair = f"run `{command_line('extract.verify', self.path, repair=True)}`, then extract again"
             raise RunError(f"{self.path} is damaged ({error}); {repair}") from None
 
     # -- blocks, for the run -----------------------------------------------------------------------------------

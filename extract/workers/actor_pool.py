@@ -16,6 +16,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extract.cli import RunError
@@ -47,12 +48,26 @@ def connect(address: str | None) -> bool:
         if address not in (None, "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address or "local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        ray.init(address=address or "local", job_config=job_config(), **quiet)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         if address is None:
             raise RunError(f"Ray does not start on this machine: {error}") from None
         raise RunError(f"--address {address}: no Ray cluster answers there ({error})") from None
     return True
+
+
+def job_config() -> "ray.job_config.JobConfig":
+    """Ray's settings for this package: workers find it as this process does.
+
+    By itself Ray puts the working folder first on the path of its workers, and a user's own extract.py there would be
+    imported instead of this package.
+    """
+    import ray
+
+    root = Path(__file__).parents[2]
+    paths = [] if root.name == "site-packages" else [str(root)]
+    return ray.job_config.JobConfig(_client_job=True, _py_driver_sys_path=paths)  # Ray skips the folder for clients
 
 
 def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bool) -> tuple[int, dict[str, float]]:

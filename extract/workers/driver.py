@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from extract.cli import InputError, progress
+from extract.commands import command_line
 from extract.cores import available_cores
 from extract.device import count_gpus
 from extract.listing.videos import Listing, Video, list_videos
@@ -89,10 +90,18 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
     failed = int((store.status == FAILED).sum())
     if failed > options.max_failed * len(store):
         print(f"{failed} of {len(store)} videos failed, more than --max-failed {options.max_failed:g} allows")
-        print(f"Next: python -m extract.status {options.out} says why; --retry-failed tries them again")
+        print(f"Next: {command_line('extract.status', options.out)}\n--retry-failed tries them again")
         return 3
-    print(f"Next: python -m aggregate.train --agg tsn --features {options.out}")
+    print(f"Next: {_next_command(store, options.out)}")
     return 0
+
+
+def _next_command(store: FeatureStore, path: str) -> str:
+    """What to do with a store: train if it has classes, else hand its features to other tools."""
+    if len(np.unique(store.labels[store.labels >= 0])) < 2:
+        return command_line("extract.export", path, to=f"{Path(path).stem}.h5")
+    folder = "runs/tsn" if not Path("runs/tsn").exists() else f"runs/{Path(path).stem}_tsn"
+    return command_line("aggregate.train", agg="tsn", features=path, out=folder)
 
 
 # -- before the run ------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def render(found: Found, title: str) -> str:
     missing = []
     for name, folder in found.runs.items():
         if absent := [file for file in RUN_FILES if not (folder / file).is_file()]:
-            missing.append(f"run {name}: no {', '.join(absent)}; the same python -m aggregate.train resumes it")
+            missing.append(f"run {name}: no {', '.join(absent)}; the command that began it, run again, goes on")
     if found.stores and not found.videos:
         missing.append("no frames of the videos: --videos DIR says where they lie")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)

@@ -27,6 +27,7 @@ from aggregate.training.configurations import Configuration
 from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
+from extract.commands import command_of
 from extract.store import FeatureStore
 from processes import killed_after
 from stores import classes_store, poison_row
@@ -83,9 +84,9 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     for number in (0, 3, 5, 6, 9):
         one, learner, row = share[number], learners[number], rows[number]
         out = tmp_path / str(number)
-        words = shlex.split(ablate.command(one.options))
-        assert words[:3] == ["python", "-m", "aggregate.train"]
-        alone = tyro.cli(train.Options, args=words[3:], config=(tyro.conf.FlagCreatePairsOff,))
+        words = shlex.split(command_of("aggregate.train", one.options))
+        assert words[:2] == ["hgnl", "train"]
+        alone = tyro.cli(train.Options, args=words[2:], config=(tyro.conf.FlagCreatePairsOff,))
         train.main(replace(alone, out=out))
         checkpoint = Checkpoint.load(out / "best.pt")
         best = {"val_average_error": learner.best_error, "epoch": learner.best_epoch}

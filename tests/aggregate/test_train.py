@@ -349,7 +349,7 @@ def test_features_of_another_backbone_are_refused(trained, features, tmp_path):
     [
         ({"split": "test"}, "no video in split 'test'; it has 'train', 'val'"),
         ({"segments": (0,)}, "each must be at least 1"),
-        ({"features": "nowhere.zarr"}, "is no feature store"),
+        ({"features": "nowhere.zarr"}, "is not a feature store"),
     ],
 )
 def test_wrong_input_to_evaluate_is_named(changes, message, trained, features):

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.model_selection import LeaveOneGroupOut
 
 from extract.cli import InputError, RunError
 from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, difference, exclusive
@@ -176,7 +178,7 @@ def test_damage_is_found_and_named(tmp_path, damage, expected):
     assert sorted(store.damaged_rows(0)) == expected
     assert store.damaged_rows(1) == {}
     if len(expected) > 1:
-        with pytest.raises(RunError, match=r"c\.0\.0\.0\.0.*extract\.verify"):
+        with pytest.raises(RunError, match=r"c\.0\.0\.0\.0.*hgnl verify"):
             FeatureStore.open(tmp_path / "a.zarr").gather(np.array([0]), np.array([0]))
 
 
@@ -216,7 +218,7 @@ def test_what_is_no_store_is_named(tmp_path):
     with pytest.raises(InputError, match="there is nothing"):
         FeatureStore.open(tmp_path / "none.zarr")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder is no feature store: it is no Zarr group"):
+    with pytest.raises(InputError, match="folder is not a feature store: it is no Zarr group"):
         FeatureStore.open(tmp_path / "folder")
     zarr.create_group(str(tmp_path / "other.zarr"), attributes={"schema": "somebody/7"})
     with pytest.raises(InputError, match="somebody/7"):
@@ -298,3 +300,23 @@ def test_reading_sparsely_reads_the_same(tmp_path):
     store.read_sparsely()
     np.testing.assert_array_equal(store.gather(rows, frames, view), before)
     np.testing.assert_array_equal(before, features[rows[:, None], view[:, None], frames])
+
+
+def test_columns_are_what_scikit_learn_and_pandas_take(tmp_path):
+    subjects = ["ann", "ann", "bob", "bob", "eve", ""]
+    store = FeatureStore.from_arrays(
+        tmp_path / "a.zarr",
+        np.ones((6, 2, 4), np.float16),
+        lengths=[2] * 6,
+        labels=[0, 1] * 3,
+        classes=["a", "b"],
+        splits=["train", "val"] * 3,
+        groups=subjects,
+    )
+    columns = {name: getattr(store, name) for name in ("ids", "splits", "groups", "errors")}
+    assert {column.dtype for column in columns.values()} == {np.dtype(object)}
+    assert store.splits[0] is store.splits[2]  # equal strings are one object: 650,000 rows need the pointers only
+    folds = list(LeaveOneGroupOut().split(store.labels, store.labels, store.groups))
+    assert [test.tolist() for _, test in folds] == [[5], [0, 1], [2, 3], [4]]
+    assert pd.DataFrame(columns).groupby("groups").size().to_dict() == {"": 1, "ann": 2, "bob": 2, "eve": 1}
+    assert (store.splits == "val").tolist() == [False, True] * 3

@@ -120,7 +120,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(tmp_path, monkey
 def test_what_is_missing_is_said(tmp_path, monkeypatch):
     checkpoint = small_models.cached(tmp_path, "tsn")
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match=r"ONNX needs onnxscript, which is not installed: pip install"):
+    with pytest.raises(InputError, match=r"ONNX needs onnxscript, which is not installed: pip install -e"):
         export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
 
 

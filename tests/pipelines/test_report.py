@@ -258,7 +258,7 @@ def test_partial_runs_show_what_there_is(folder, tmp_path):
         (tmp_path / "begun" / name).unlink()
     begun = made(tmp_path)
     assert "Training loss over epochs" in begun.images
-    lacks = "run begun: no results.json, best.pt; the same python -m aggregate.train resumes it"
+    lacks = "run begun: no results.json, best.pt; the command that began it, run again, goes on"
     assert lacks in begun.words["missing"]
     assert {"results", "extracted", "confusion", "map", "ensemble"}.isdisjoint(begun.words)
 

@@ -1,0 +1,100 @@
+"""The commands by name and stage, and command lines that a person can paste.
+
+`hgnl train ...` and `python -m aggregate.train ...` are the same. A message repeats the form that this process was
+started with.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+# stage -> command -> its module, and what it does
+STAGES: dict[str, dict[str, tuple[str, str]]] = {
+    "Features": {
+        "extract": ("extract", "videos in, a feature store out"),
+        "status": ("extract.status", "what a store holds, what failed and why"),
+        "verify": ("extract.verify", "check every byte of a store against its checksum"),
+        "export": ("extract.export", "features as .npy or HDF5 for other tools"),
+    },
+    "Models": {
+        "train": ("aggregate.train", "train a head on stored features"),
+        "evaluate": ("aggregate.evaluate", "test a model and write its scores"),
+        "crossval": ("aggregate.crossval", "compare heads on all videos of a store"),
+        "ablate": ("aggregate.ablate", "train many configurations in one pass"),
+        "finetune": ("aggregate.finetune", "train end to end, through the backbone"),
+        "complexity": ("aggregate.complexity", "parameters and multiplications: the paper's Tables 1 and 2"),
+    },
+    "Ensemble": {
+        "ensemble": ("ensemble", "fuse the scores of several models"),
+        "submit": ("ensemble.submit", "check or grade a submission"),
+    },
+    "Use": {
+        "predict": ("pipelines.predict", "what a trained model sees in videos"),
+        "report": ("pipelines.report", "one HTML page of a folder of runs"),
+        "export-onnx": ("pipelines.export", "a model as ONNX, from pixels to logits"),
+    },
+    "Recipes": {
+        "demo": ("pipelines.demo", "everything, on real clips that come with the package"),
+        "kinetics700": ("pipelines.kinetics700", "the iQIYI system on a folder of Kinetics-700"),
+    },
+}
+COMMANDS = {name: module for stage in STAGES.values() for name, (module, _) in stage.items()}
+_PACKAGES = ("extract", "aggregate", "ensemble", "pipelines")
+
+
+def program(module: str) -> list[str]:
+    """The start of a command line for `module`: `hgnl train`, or `.venv/bin/python -m aggregate.train`."""
+    main_spec = getattr(sys.modules["__main__"], "__spec__", None)
+    name = next((name for name, target in COMMANDS.items() if target == module), None)
+    if name is None or (main_spec is not None and main_spec.name.split(".")[0] in _PACKAGES):
+        return [sys.orig_argv[0], "-m", module]
+    script = sys.argv[0]
+    if Path(script).name != "hgnl" or shutil.which("hgnl") == script:
+        script = "hgnl"
+    return [script, name]
+
+
+def command_line(module: str, *arguments: object, **options: Any) -> str:
+    """A whole command, quoted for a POSIX shell.
+
+    `options` are flags: True is a flag alone, a list is several values; None, False and an empty list are left out.
+    """
+    line = [*program(module), *map(str, arguments)]
+    for name, value in options.items():
+        if value is None or value is False or value == ():
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        line += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, values))]
+    return shlex.join(line)
+
+
+def command_of(module: str, options: Any, **changes: Any) -> str:
+    """The whole command of these `options` (a dataclass), those at their default left out."""
+    flags = {}
+    for field in fields(options):
+        value = changes.get(field.name, getattr(options, field.name))
+        if value != field.default:
+            # `--normalise True` where None is the default, so that False is another value
+            flags[field.name] = value if field.default is False or not isinstance(value, bool) else str(value)
+    return command_line(module, **flags)
+
+
+def install_command(extra: str) -> str:
+    """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was installed."""
+    installer = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
+    try:
+        distribution = importlib.metadata.distribution("hgnl-video")
+    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+        return f"{installer} {shlex.quote(f'{Path(__file__).parents[1]}[{extra}]')}"
+    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    folder = origin.get("url", "").removeprefix("file://")
+    if not folder or "dir_info" not in origin:
+        return f"{installer} 'hgnl-video[{extra}]'"
+    editable = "-e " if origin["dir_info"].get("editable") else ""
+    return f"{installer} {editable}{shlex.quote(f'{folder}[{extra}]')}"
