@@ -28,6 +28,7 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
         "crossval": ("aggregate.crossval", "compare heads on all videos of a store"),
         "ablate": ("aggregate.ablate", "train many configurations in one pass"),
         "finetune": ("aggregate.finetune", "train end to end, through the backbone"),
+        "audit": ("aggregate.audit", "near-duplicates across splits, labels that look wrong"),
         "complexity": ("aggregate.complexity", "parameters and multiplications: the paper's Tables 1 and 2"),
     },
     "Ensemble": {
