@@ -196,6 +196,7 @@ def _write_pictures(decoded: Decoded, plan: Plan, rngs: list[np.random.Generator
         num_frames=decoded.num_frames,
         problem=decoded.problem,
         end=decoded.end,
+        note=decoded.note,
     )
 
 

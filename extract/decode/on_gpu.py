@@ -37,6 +37,7 @@ class TorchcodecFile(VideoFile):
 
         packets = Packets(path)
         self.times, self.end = packets.times, packets.end
+        self.offset, self.clock_note = packets.offset, packets.clock_note
         with _doubted():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
@@ -95,7 +96,10 @@ class GpuDecoder:
         path, rows, plan = job
         note = f"decoded by PyAV: {why}"
         finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
-        done = [one if isinstance(one, VideoError) else replace(one, note=note) for one in finished.result or ()]
+        done = [
+            one if isinstance(one, VideoError) else replace(one, note="; ".join(filter(None, (note, one.note))))
+            for one in finished.result or ()
+        ]
         return replace(finished.taken(), result=done)
 
     def _decode(self, job: tuple[str, Any, Any], answer: Future) -> None:

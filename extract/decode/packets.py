@@ -15,7 +15,16 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.opening import DAMAGE, open_video, opened, words_of
+from extract.decode.opening import (
+    DAMAGE,
+    VideoError,
+    check_file,
+    check_length,
+    check_size,
+    error_text,
+    open_video,
+    opened,
+)
 
 Span = tuple[float, float]  # seconds after the first frame of a file: start <= time < end
 
@@ -26,11 +35,15 @@ _HIDDEN_PICTURES = frozenset(("vp8",))
 # Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare streams) FFmpeg numbers
 # packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
 _TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
+# Containers with an index of their packets, so that the last ones are found without reading the others.
+_INDEXED = frozenset(("mov", "matroska"))
 _REORDERING = frozenset(("h264", "hevc"))
 # DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
 _PLACEHOLDER_BYTES = 19
 # What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
 _EXPECTED = "mmco: unref short failure"
+# How much later than a container's own start the first frame may come, unmentioned (s).
+_NOTED_OFFSET = 0.1
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
@@ -48,12 +61,23 @@ class VideoFile:
     times: np.ndarray
     end: float
     slack = 0.0  # by how much times may be too small
+    numbers: np.ndarray | None = None  # int [num_frames], of each in the file, if some frames of it are missing
+    offset = 0.0  # of the first frame, after the container's own start (s)
+    clock_note = ""  # what else is to be known of the times
 
     def problem(self, span: Span | None) -> str:
         """What is wrong with the file, as far as a span is concerned: that it ends before the span does."""
-        if span is None or span[1] <= self.end + 1e-3:
+        last_frame = self.end - float(self.times[-1])  # a span may end while another frame would have been shown
+        if span is None or span[1] <= self.end + max(last_frame, 0.0) + 1e-3:
             return ""
         return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s"
+
+    def note(self, span: Span | None) -> str:
+        """What is to be recorded of a span, or of the whole file, that is no damage."""
+        notes = [self.clock_note] if self.clock_note else []
+        if span is not None and self.offset > _NOTED_OFFSET:
+            notes.append(f"times count from the first frame, {self.offset:.2f} s after the start of a player's clock")
+        return "; ".join(notes)
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""
@@ -77,8 +101,11 @@ class Packets(VideoFile):
         except UntrustedError:
             container.close()
             raise
+        if not self._key[0] or self.pts[self._order[0]] < self.pts[0]:
+            self._leave_out_undecodable_start()
         first = self.pts[self._order[0]]
         self.times = seconds(np.array(self.pts)[self._order] - first, stream.time_base)
+        self.offset = offset_of(container, stream, first)
         self.end = end_of(self.times, float(seconds(stop - first, stream.time_base)))
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
@@ -90,7 +117,23 @@ class Packets(VideoFile):
             for frame in self._frames(stream.codec_context, sorted(wanted)):
                 index = by_time.pop(frame.pts, None)  # type: ignore[arg-type]
                 if index is not None:
+                    check_size(self._path, frame.width, frame.height)
                     yield index, upright(frame, to_rgb)
+
+    def _leave_out_undecodable_start(self) -> None:
+        """The file begins in the middle of a group of pictures: its first frame is the first one that decodes."""
+        with opened(self._path) as (container, stream):
+            try:
+                frames = (frame for packet in container.demux(stream) for frame in packet.decode())
+                first = next((frame.pts for frame in frames if not frame.is_corrupt), None)
+            except DAMAGE as error:
+                raise UntrustedError(f"decoding its start ends with: {error_text(error)}") from None
+        left_out = [number for number in self._order if first is None or self.pts[number] < first]
+        if first is None or first not in self.pts:
+            raise UntrustedError("its first frame that decodes is not one of its packets")
+        self._order = self._order[len(left_out) :]
+        if left_out:
+            self.clock_note = undecodable_start(len(left_out))
 
     def _read(self, container, stream) -> int:
         """Look at every packet, without decoding; returns the time stamp at which the last frame goes."""
@@ -119,7 +162,7 @@ class Packets(VideoFile):
                 if total <= _KEPT_BYTES:
                     self._kept.append(packet)
         except DAMAGE as error:
-            raise UntrustedError(f"reading it ends with: {words_of(error)}") from None
+            raise UntrustedError(f"reading it ends with: {error_text(error)}") from None
         if total > _KEPT_BYTES:
             self._kept.clear()
         shown = np.array(self.pts)[self._order] if self._order else np.empty(0)
@@ -131,6 +174,12 @@ class Packets(VideoFile):
             raise UntrustedError("its time stamps are those of packets, not of frames")
         self._order = array("l", np.array(self._order)[np.argsort(shown)].tolist())
         return int(stop)
+
+    def numbers_of(self, stamps: Sequence[int]) -> np.ndarray | None:
+        """int [n]: the numbers of frames with these time stamps, None if they are not ascending or not all in it."""
+        number = {self.pts[packet]: index for index, packet in enumerate(self._order)}
+        numbers = np.array([number.get(stamp, -1) for stamp in stamps])
+        return numbers if (numbers >= 0).all() and (np.diff(numbers) > 0).all() else None
 
     def _frames(self, context, wanted: list[int]) -> Iterator[av.VideoFrame]:
         """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
@@ -182,7 +231,7 @@ class Packets(VideoFile):
                     position += 1
             yield from decoded(None)
         except DAMAGE as error:
-            raise UntrustedError(f"decoding ends with: {words_of(error)}") from None
+            raise UntrustedError(f"decoding ends with: {error_text(error)}") from None
         finally:
             if again:
                 again.close()
@@ -239,20 +288,74 @@ def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
 
 
 def length_of(path: str) -> float:
-    """Seconds from a video's first frame to the end of its last, by packets (in common containers, the last ones only).
+    """Seconds from a video's first frame to the end of its last, by packets that exist.
 
-    Where they cannot be read, what the container claims. Raises VideoError for what is no video.
+    MP4 and Matroska files have an index: only their last packets are read. Others are read as a whole. Raises
+    VideoError for a file that is not a video, has no packet that can be read, or claims an impossible length.
     """
+    check_file(path)
     with opened(path) as (container, stream):
-        first = stream.start_time or 0
-        stop = first + (stream.duration or (container.duration or 0) / av.time_base / stream.time_base)
-        usual = 1 / (stream.average_rate * stream.time_base) if stream.average_rate else 1
-        with contextlib.suppress(*DAMAGE, ValueError):
-            if container.format.name.split(",")[0] in ("mov", "matroska", "mpegts"):
-                container.seek(int(stop), stream=stream)
-            last = [packet for packet in container.demux(stream) if packet.pts is not None and not packet.is_discard]
-            stop = max(packet.pts + (packet.duration or usual) for packet in last)
-        return float((stop - first) * stream.time_base)
+        indexed = container.format.name.split(",")[0] in _INDEXED
+        if not indexed:
+            with contextlib.suppress(UntrustedError):
+                return Packets(path).end
+        length = _length_by_packets(container, stream, seek=indexed)
+        if length is None and indexed:  # the index is damaged
+            container.seek(0, stream=stream)
+            length = _length_by_packets(container, stream, seek=False)
+    if length is None:
+        raise VideoError(path, "not one packet of its video can be read")
+    check_length(path, length)
+    return length
+
+
+def _length_by_packets(container, stream, *, seek: bool) -> float | None:
+    """None if there is no packet with a time stamp. Where time stamps jump back, times go on (see `carry_on`)."""
+    usual = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 1
+    parts: list[list[int]] = []  # [first time stamp, end] between jumps back
+    latest = -math.inf
+    with contextlib.suppress(*DAMAGE, ValueError):
+        first = stream.start_time
+        if seek:
+            claimed = (container.duration or 0) / av.time_base / stream.time_base
+            container.seek(int((first or 0) + (stream.duration or claimed)), stream=stream)
+        for packet in container.demux(stream):
+            if packet.pts is None or not packet.size or packet.is_discard:
+                continue
+            if packet.dts is not None:
+                if packet.dts < latest or not parts:
+                    parts.append([packet.pts, packet.pts])
+                latest = packet.dts
+            elif not parts:
+                parts.append([packet.pts, packet.pts])
+            start, end = parts[-1]
+            parts[-1] = [min(start, packet.pts), max(end, packet.pts + (packet.duration or usual))]
+    if not parts:
+        return None
+    if seek and first is not None:
+        parts[0][0] = min(parts[0][0], first)
+    return float(sum(end - start for start, end in parts) * stream.time_base)
+
+
+def carry_on(times: np.ndarray, usual: float) -> tuple[np.ndarray, list[float]]:
+    """Times that jump back (s), with each part after a jump moved behind the one before; and when they jumped.
+
+    `usual` is how long a frame is shown, if the times do not say it.
+    """
+    steps = np.diff(times)
+    forward = steps[steps > 0]
+    step = float(np.median(forward)) if len(forward) else usual
+    moved = np.concatenate([[0.0], np.cumsum(np.where(steps > 0, steps, step))])
+    return moved, [float(moved[place + 1]) for place in np.flatnonzero(steps <= 0)]
+
+
+def offset_of(container, stream, first: int) -> float:
+    """By how much the first frame (its time stamp) comes after the container's own start, in seconds."""
+    return float(seconds(first, stream.time_base)) - (container.start_time or 0) / av.time_base
+
+
+def undecodable_start(count: int) -> str:
+    return f"its first {count} frames cannot be decoded: it begins in the middle of a group of pictures"
 
 
 def seconds(ticks, base: Fraction):

@@ -15,11 +15,12 @@ Several spans of one file are read in one pass. What was learned of a file stays
 that those who come for its next spans pay for their own frames and a seek.
 """
 
+import math
 import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,8 +30,19 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
-from extract.decode.opening import DAMAGE, VideoError, check_file, opened, words_of
-from extract.decode.packets import Packets, Span, UntrustedError, VideoFile, end_of, ends_early, seconds, upright
+from extract.decode.opening import DAMAGE, VideoError, check_file, check_length, check_size, error_text, opened
+from extract.decode.packets import (
+    Packets,
+    Span,
+    UntrustedError,
+    VideoFile,
+    carry_on,
+    end_of,
+    ends_early,
+    offset_of,
+    seconds,
+    upright,
+)
 
 Resize = Callable[[np.ndarray], np.ndarray]
 
@@ -61,8 +73,8 @@ class Decoded:
 
     frames uint8 [D, H, W, 3] RGB; indices int32 [D], positions in presentation order; timestamps float32 [D], seconds
     after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable;
-    end, when the last frame of the file goes (s); choice, int32 in the shape of the sampler's answer: the positions in
-    `frames` of the frames that it chose.
+    note, what else is to be recorded; end, when the last frame of the file goes (s); choice, int32 in the shape of the
+    sampler's answer: the positions in `frames` of the frames that it chose.
     """
 
     frames: np.ndarray = field(repr=False)
@@ -72,6 +84,7 @@ class Decoded:
     problem: str = ""
     end: float = float("nan")
     choice: np.ndarray = field(default_factory=lambda: np.empty(0, np.int32), repr=False)
+    note: str = ""
 
     def __post_init__(self) -> None:
         count = len(self.frames)
@@ -123,19 +136,49 @@ def decode_spans(
     check_file(path)
     left = list(range(len(wanted)))
     key = (os.fspath(path), decoder, os.stat(path).st_mtime_ns)
-    file = _recent.pop(key, None)
+    source = _recent.pop(key, None)
     _recent.clear()
-    try:
-        if file is None:
-            file = _opener(decoder)(path)
-        yield from _decode(file, path, wanted, left, resize)
-    except UntrustedError as doubt:
-        if decoder.startswith("torchcodec-"):
-            raise VideoError(path, str(doubt)) from None
-        file = _Everything(path, str(doubt))
-        yield from _decode(file, path, wanted, left, resize)
+    source = source or _Source(path, decoder)
+    doubt = source.doubt
+    if source.file is not None:
+        check_length(path, source.file.end)
+        try:
+            yield from _decode(source.file, path, wanted, left, resize)
+        except UntrustedError as error:
+            doubt = str(error)
+            if decoder.startswith("torchcodec-"):
+                raise VideoError(path, doubt) from None
+            # What is decoded of a span must not depend on the spans that it was decoded with.
+            for place in [*left] if len(left) > 1 else []:
+                with suppress(UntrustedError):
+                    yield from _decode(source.file, path, wanted, [place], resize)
+                    left.remove(place)
+    if left:
+        everything = source.everything(doubt)
+        check_length(path, everything.end)
+        yield from _decode(everything, path, wanted, left, resize)
     if any(span for span, _ in wanted):
-        _recent[key] = file
+        _recent[key] = source
+
+
+class _Source:
+    """What was learned of a file: its packets, or `doubt` why they are not to be trusted; all of it, if need be."""
+
+    def __init__(self, path, decoder: str):
+        self.path, self.doubt = path, ""
+        self.file: VideoFile | None = None
+        self._everything: _Everything | None = None
+        try:
+            self.file = _opener(decoder)(path)
+        except UntrustedError as error:
+            if decoder.startswith("torchcodec-"):
+                raise VideoError(path, str(error)) from None
+            self.doubt = str(error)
+
+    def everything(self, doubt: str) -> "_Everything":
+        if self._everything is None:
+            self._everything = _Everything(self.path, doubt, self.file if isinstance(self.file, Packets) else None)
+        return self._everything
 
 
 def _opener(decoder: str) -> Callable[..., VideoFile]:
@@ -146,7 +189,7 @@ def _opener(decoder: str) -> Callable[..., VideoFile]:
     return Packets if decoder == "pyav" else _Decord
 
 
-_recent: dict[tuple, VideoFile] = {}  # the file whose spans were read last, if they were
+_recent: dict[tuple, _Source] = {}  # the file whose spans were read last, if they were
 
 
 def decoder_version(decoder: str) -> str:
@@ -200,7 +243,10 @@ def _decode(
         frames = np.stack(fitted) if isinstance(fitted[0], np.ndarray) else stacked(fitted)
         times = file.times[indices].astype(np.float32)
         left.remove(place)
-        yield place, Decoded(frames, indices, times, counts[place], file.problem(wanted[place][0]), file.end, choice)
+        span = wanted[place][0]
+        numbers = indices if file.numbers is None else file.numbers[indices].astype(np.int32)
+        problem, note = file.problem(span), file.note(span)
+        yield place, Decoded(frames, numbers, times, counts[place], problem, file.end, choice, note)
         needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
         found = {index: picture for index, picture in found.items() if index >= needed}
 
@@ -229,61 +275,99 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 class _Everything(VideoFile):
-    """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones."""
+    """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones.
 
-    def __init__(self, path, doubt: str):
+    If its packets could be trusted as far as they tell which frames there are (`table`), numbers and times of frames
+    are theirs, so that both are the same whichever way a span is decoded.
+    """
+
+    def __init__(self, path, doubt: str, table: Packets | None):
         self._path, self._next = path, 0
         self._damage: list[str] = []
         stamps, corrupt, timed = array("q"), bytearray(), True
-        for frame in _all_frames(path, self._damage):
+        self._jumps: list[int] = []
+        for frame in _all_frames(path, self._damage, self._jumps):
             timed = timed and frame.pts is not None
             stamps.append(frame.pts or 0)
             corrupt.append(frame.is_corrupt)
         if not stamps:
             raise VideoError(path, f"no frame of it decodes ({self._damage[0] if self._damage else doubt})")
-        with opened(path) as (_, stream):
-            rate, base = stream.average_rate or stream.guessed_rate or 25, stream.time_base
-        every = np.arange(len(stamps)) / float(rate)
-        if timed:  # frames come in order; time stamps may be those of packets
-            every = seconds(np.sort(np.array(stamps)) - min(stamps), base)
-        self._every, self._corrupt = every, np.frombuffer(corrupt, bool)
+        self._corrupt = np.frombuffer(corrupt, bool)
         # Frames that the decoder had to patch up are left out, unless there are no others.
         self._take_corrupt = bool(self._corrupt.all())
-        self.times = every if self._take_corrupt else every[~self._corrupt]
-        self.end = end_of(every)
+        good = np.ones(len(stamps), bool) if self._take_corrupt else ~self._corrupt
+        numbers = table.numbers_of(stamps) if table is not None and timed else None
+        if table is not None and numbers is not None:
+            self._planned, self._every = table.times, table.times[numbers]
+            self.numbers, self.end = numbers[good], table.end
+            self.offset, self.clock_note = table.offset, table.clock_note
+        else:
+            self._planned = self._every = self._own_times(np.array(stamps), timed)
+            self.end = end_of(self._every)
+        self.times = self._every[good]
         self._frames: Iterator[av.VideoFrame] = iter(())
 
+    def _own_times(self, stamps: np.ndarray, timed: bool) -> np.ndarray:
+        """float64 [num_frames]: seconds after the first frame, by the frames' own time stamps, if they have any."""
+        with opened(self._path) as (container, stream):
+            rate, base = stream.average_rate or stream.guessed_rate or 25, stream.time_base
+            if not timed:
+                return np.arange(len(stamps)) / float(rate)
+            first = stamps[0] if self._jumps else stamps.min()
+            self.offset = offset_of(container, stream, int(first))
+        if not self._jumps:  # frames come in order; time stamps may be those of packets
+            return seconds(np.sort(stamps) - stamps.min(), base)
+        times, jumped = carry_on(seconds(stamps - stamps[0], base), 1 / float(rate))
+        if jumped:
+            self.clock_note = f"time stamps jump back at {jumped[0]:.3f} s; times go on from there"
+        return times
+
     def problem(self, span: Span | None) -> str:
-        place = slice(None) if span is None else slice(*np.searchsorted(self._every, span))
-        corrupt, cut = self._corrupt[place], super().problem(span)
-        words = [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"] if corrupt.any() else []
-        return "; ".join([*words, *([cut] if cut else []), *(self._damage if cut or span is None else [])])
+        inside = slice(None) if span is None else slice(*np.searchsorted(self._every, span))
+        planned = slice(None) if span is None else slice(*np.searchsorted(self._planned, span))
+        corrupt, cut = self._corrupt[inside], super().problem(span)
+        missing = len(self._planned[planned]) - len(corrupt)
+        reasons = [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"] if corrupt.any() else []
+        damage = self._damage if cut or span is None else []
+        if missing > 0 and not damage:
+            reasons.append(f"{missing} of {len(corrupt) + missing} frames do not decode")
+        return "; ".join([*reasons, *([cut] if cut else []), *damage])
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         if not self._next or indices[0] < self._next:  # else it goes on where the spans before ended
-            self._frames, self._next = _all_frames(self._path, []), 0
+            self._frames, self._next = _all_frames(self._path, [], []), 0
         wanted, to_rgb = set(indices), VideoReformatter()
         for frame in self._frames:
             if self._take_corrupt or not frame.is_corrupt:
                 index, self._next = self._next, self._next + 1
                 if index in wanted:
+                    check_size(self._path, frame.width, frame.height)
                     yield index, upright(frame, to_rgb)
                 if index == indices[-1]:
                     break
 
 
-def _all_frames(path, problems: list[str]) -> Iterator[av.VideoFrame]:
-    """All frames in presentation order, up to the first error; `problems` says what was wrong."""
+def _all_frames(path, problems: list[str], jumps: list[int]) -> Iterator[av.VideoFrame]:
+    """All frames in presentation order, up to the first error.
+
+    `problems` says what was wrong; `jumps` gets the packets before which time begins anew, as it does in two streams
+    that were joined byte by byte.
+    """
     with opened(path) as (container, stream):
         packets = good = 0
+        latest = -math.inf
         try:
             for packet in container.demux(stream):
                 packets += bool(packet.size)
+                if packet.dts is not None and packet.size:
+                    if packet.dts < latest:
+                        jumps.append(packets)
+                    latest = packet.dts
                 for frame in packet.decode():
                     good += 1
                     yield frame
         except DAMAGE as error:
-            problems.append(f"damaged after {good} readable frames: {words_of(error)}")
+            problems.append(f"damaged after {good} readable frames: {error_text(error)}")
         else:
             if early := ends_early(container, stream, packets):
                 problems.append(early)

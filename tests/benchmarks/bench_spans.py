@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from extract.decode import decode
-from extract.decode.transform import Plan, Preprocessing, decode_job, resize_short_side
+from extract.decode.jobs import Plan, decode_job
+from extract.decode.transform import Preprocessing, resize_short_side
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
@@ -44,12 +45,12 @@ def hour(tmp_path_factory) -> Path:
 def in_jobs(path: str, spans: list[tuple[float, float]], plan: Plan = PLAN) -> int:
     out = np.zeros(plan.slot_bytes, np.uint8)
     jobs = jobs_of([Video("id", path, -1, span=span) for span in spans], plan)
-    return sum(len(decode_job(job, out, None)) for _, job in jobs)
+    return sum(len(decode_job(job, out)) for _, job in jobs)
 
 
 def one_by_one(path: str, spans: list[tuple[float, float]]) -> int:
     out = np.zeros(PLAN.slot_bytes, np.uint8)
-    return sum(len(decode_job((path, [("id", span)], PLAN), out, None)) for span in spans)
+    return sum(len(decode_job((path, [("id", span)], PLAN), out)) for span in spans)
 
 
 def one_pass(path: str, spans: list[tuple[float, float]]) -> int:

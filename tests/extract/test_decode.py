@@ -535,7 +535,9 @@ def test_damage_ends_in_frames_or_in_words(name, tmp_path):
         assert decoded.frames.shape[0] == 5, seed
         assert decoded.frames.dtype == np.uint8
         assert decoded.frames.shape[3] == 3
-        assert decoded.indices.tolist() == segment_centres(decoded.num_frames, 5).tolist()
+        assert (np.diff(decoded.indices) >= 0).all()
+        if not decoded.problem:  # else frames that do not decode keep their numbers
+            assert decoded.indices.tolist() == segment_centres(decoded.num_frames, 5).tolist()
         assert np.isfinite(decoded.timestamps).all()
         assert (np.diff(decoded.timestamps) >= 0).all()
         assert decoded.timestamps[0] >= 0

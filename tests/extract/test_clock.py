@@ -1,0 +1,155 @@
+"""One origin of time and one numbering per file, whatever is decoded of it and in whatever order."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from decode_jobs import prepare_row
+from extract.decode import VideoError, decode, reader
+from extract.decode.jobs import Plan, decode_job
+from extract.decode.packets import length_of
+from extract.decode.transform import Preprocessing
+from extract.sampling import segment_centres
+from videos import decode_everything, write_video
+
+SEE = Preprocessing(32, 36, "bilinear", (0.5,) * 3, (0.5,) * 3)
+
+
+def centres(num_frames: int) -> np.ndarray:
+    return segment_centres(num_frames, 4)
+
+
+def without_its_start(path: Path, source: Path) -> int:
+    """A transport stream from the first packets on that belong to the second frame; how many frames lost their key."""
+    with av.open(str(source)) as container:
+        packets = [(packet.pos, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+    content = source.read_bytes()
+    tables = content[: 188 * 3]  # SDT, PAT and PMT
+    path.write_bytes(tables + content[packets[1][0] :])
+    return [key for _, key in packets[1:]].index(True)
+
+
+def spans_in_any_order(path: Path) -> list:
+    """Indices and times of the span of 2 to 3 s: alone, and after others."""
+    seen = []
+    for earlier in ([], [(0.0, 1.0)], [(0.0, 2.0), (3.0, 3.5)]):
+        reader._recent.clear()
+        for span in earlier:
+            decode(path, centres, span=span)
+        decoded = decode(path, centres, span=(2.0, 3.0))
+        seen.append((decoded.indices.tolist(), decoded.timestamps.tolist(), decoded.note))
+    reader._recent.clear()
+    return seen
+
+
+def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_frame_that_decodes(tmp_path):
+    source = write_video(tmp_path / "whole.ts", frames=120, gop=16, bframes=2, options={"sc_threshold": "0"})
+    path = tmp_path / "midgop.ts"
+    lost = without_its_start(path, source)
+    whole = decode_everything(path)
+    assert lost > 5
+    assert len(whole.frames) == 120 - 1 - lost
+    alone, *later = spans_in_any_order(path)
+    assert later == [alone] * 2
+    assert alone[0] == (50 + segment_centres(25, 4)).tolist()
+    frames = decode(path, np.arange)
+    assert frames.num_frames == len(whole.frames)
+    assert np.array_equal(frames.frames, whole.frames)
+    assert frames.problem == ""
+    note = f"its first {lost} frames cannot be decoded: it begins in the middle of a group of pictures"
+    assert frames.note == note
+    assert alone[2].startswith(f"{note}; times count from the first frame, 0.")
+    assert length_of(str(path)) == pytest.approx(frames.end)
+
+
+def test_time_that_jumps_back_goes_on(tmp_path):
+    """Two streams joined byte by byte: as long as both, every frame once, in the order of the file."""
+    first, second = (write_video(tmp_path / f"{n}.ts", frames=n, gop=16, bframes=2) for n in (60, 50))
+    path = tmp_path / "joined.ts"
+    path.write_bytes(first.read_bytes() + second.read_bytes())
+    parts = [*decode_everything(first).frames, *decode_everything(second).frames]
+    alone, *later = spans_in_any_order(path)
+    assert later == [alone] * 2
+    assert alone[0] == (50 + segment_centres(25, 4)).tolist()
+    whole = decode(path, np.arange)
+    assert np.array_equal(whole.frames, parts)
+    np.testing.assert_allclose(whole.timestamps, np.arange(110) / 25, atol=1e-5)
+    assert (whole.problem, whole.note) == ("", "time stamps jump back at 2.400 s; times go on from there")
+    assert length_of(str(path)) == pytest.approx(4.4)
+
+
+def test_a_clock_that_starts_before_the_pictures_is_noted_of_spans(tmp_path):
+    path = tmp_path / "late.mkv"
+    with av.open(str(path), "w") as output:
+        picture, sound = output.add_stream("libx264", rate=25), output.add_stream("aac", rate=16000)
+        picture.width, picture.height, picture.pix_fmt, sound.layout = 64, 48, "yuv420p", "mono"
+        for number in range(110):
+            silence = av.AudioFrame(format="fltp", layout="mono", samples=1024)
+            silence.sample_rate, silence.pts = 16000, number * 1024
+            for plane in silence.planes:
+                plane.update(bytes(plane.buffer_size))
+            output.mux(sound.encode(silence))
+        for number in range(50):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number, np.uint8))
+            frame.pts = 125 + number
+            output.mux(picture.encode(frame))
+        output.mux([*picture.encode(None), *sound.encode(None)])
+    assert decode(path, centres).note == ""
+    noted = decode(path, centres, span=(0.0, 1.0))
+    assert noted.note == "times count from the first frame, 5.00 s after the start of a player's clock"
+    plan = Plan(4, 1, 0, SEE)
+    assert prepare_row(str(path), "a", plan, np.zeros(plan.shape, np.uint8), span=(0.0, 1.0)).note == noted.note
+
+
+def damage(path: Path, every: int) -> None:
+    """Change bytes inside some packets, which still tell which frames there are."""
+    with av.open(str(path)) as container:
+        packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
+    content = bytearray(path.read_bytes())
+    for position, size in packets[5::every]:
+        if size > 40:
+            for quarter in (1, 2, 3):
+                content[position + size * quarter // 4] ^= 0x5A
+    path.write_bytes(content)
+
+
+def test_frames_of_a_damaged_file_keep_their_numbers_and_times(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=100, gop=10, size=(160, 120))
+    damage(path, 9)
+    whole = decode(path, np.arange)
+    assert whole.problem
+    assert whole.num_frames < 100
+    np.testing.assert_allclose(whole.timestamps, whole.indices / 25, atol=1e-5)
+    for start in range(4):
+        decoded = decode(path, centres, span=(float(start), start + 1.0))
+        np.testing.assert_allclose(decoded.timestamps, decoded.indices / 25, atol=1e-5)
+
+
+def test_views_of_a_damaged_file_do_not_depend_on_what_was_decoded_before(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=120, fps=10, gop=10, size=(160, 120))
+    damage(path, 31)
+    plan = Plan(4, 1, 2, SEE)
+    rows = [(f"a#{start}", (float(start), start + 2.0)) for start in range(0, 12, 2)]
+
+    def views(*chosen: int) -> list:
+        out = np.zeros(len(chosen) * plan.row_bytes, np.uint8)
+        results = decode_job((str(path), [rows[number] for number in chosen], plan), out)
+        pictures = out.reshape(len(chosen), -1)
+        return [
+            result.reason
+            if isinstance(result, VideoError)
+            else (result.indices.tolist(), result.problem, picture.tobytes())
+            for result, picture in zip(results, pictures, strict=True)
+        ]
+
+    alone = []
+    for number in range(len(rows)):
+        reader._recent.clear()
+        alone += views(number)
+    assert {bool(view[1]) for view in alone if isinstance(view, tuple)} == {False, True}
+    reader._recent.clear()
+    assert views(*range(len(rows))) == alone
+    for number in reversed(range(len(rows))):
+        assert views(number) == [alone[number]]
