@@ -145,31 +145,35 @@ def preprocessing_of(checkpoint: Checkpoint) -> Preprocessing:
             f"only {record}; give --features to {command_line('aggregate.evaluate')}"
         )
     see = record["preprocessing"]
-    return Preprocessing(**{**see, "mean": tuple(see["mean"]), "std": tuple(see["std"])})
+    return Preprocessing.from_record(see)
 
 
 def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
     """Keywords of `load_trunk` and `load_backbone`."""
+    size = preprocessing_of(checkpoint).size
     if checkpoint.backbone is not None:
         if weights is not None:
             raise InputError(f"--weights {weights}: the fine-tuned {checkpoint.path} holds its own backbone; drop it")
         return {"name": checkpoint.backbone["name"], "weights": checkpoint.path, "seed": 0}
-    preprocessing_of(checkpoint)
     name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
+    if clips := checkpoint.features.get("clips"):
+        options = {"clip_frames": clips["frames"], "clip_fps": clips["fps"], "per_clip": clips["per_clip"]}
+    else:
+        options = {"image_size": size} if isinstance(size, int) else {}
     seed = re.fullmatch(r"random weights, seed (-?\d+)", recorded["name"])
     if seed and weights is not None:
         raise InputError(f"--weights {weights}: {checkpoint.path} was trained on {recorded['name']}; drop it")
     if seed:
-        return {"name": name, "weights": "random", "seed": int(seed[1])}
+        return {"name": name, "weights": "random", "seed": int(seed[1]), **options}
     file: Path | str = weights or "pretrained"
-    if weights is None and "sha256" in recorded:  # not timm's own
+    if weights is None and "sha256" in recorded and not name.startswith("hf/"):  # not timm's own
         file = package_file(name)
         if Path(file).name != recorded["name"]:
             raise InputError(
                 f"{checkpoint.path} was trained on {name} with weights {recorded['name']} "
                 f"(SHA-256 {recorded['sha256'][:12]}...); give that file: --weights {recorded['name']}"
             )
-    return {"name": name, "weights": file, "seed": 0}
+    return {"name": name, "weights": file, "seed": 0, **options}
 
 
 def _words(weights: dict[str, str]) -> str:

@@ -21,9 +21,17 @@ class Options:
     labels: str = "auto"
     """auto (Kinetics-700's list where all names are in it, else the sorted names), kinetics700, or a file of lines."""
     backbone: str = "legacy_seresnext101_32x4d"
-    """Any timm model."""
+    """A timm model, torchvision/NAME (video models), or hf/FOLDER_OR_ID (V-JEPA 2, VideoMAE, TimeSformer, ViViT)."""
     weights: str = "pretrained"
     """pretrained, random, or a file (.pth, .safetensors, or a checkpoint of our own fine-tuning)."""
+    image_size: int | None = None
+    """Pixels per side, of a timm model that takes another size than it was trained at."""
+    clip_frames: int | None = None
+    """Frames per clip, of a clip-wise backbone (default: its own)."""
+    clip_fps: float | None = None
+    """Frames per second in a clip (default: the backbone's own)."""
+    per_clip: Literal["mean", "time"] = "mean"
+    """Rows of features per clip: one, or one per temporal position of a clip-wise backbone."""
     frames: int = 25
     """Frames a video: the middle of that many equal segments."""
     window: float | None = None

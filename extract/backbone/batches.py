@@ -13,6 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from extract.decode.transform import Clips
+
+
+def inputs_per_batch(frames: int, clips: Clips | None) -> int:
+    """The inputs in a batch of at most `frames` frames: frames, or clips (one at least)."""
+    return frames if clips is None else max(1, frames // clips.frames)
+
 
 class Batches:
     """Frames of any number of videos, collected into whole batches; features go where `add` was told, in its order.

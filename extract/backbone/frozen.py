@@ -7,6 +7,7 @@ This module imports neither torch nor timm; the engine does, if it must.
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ import numpy as np
 from extract.backbone.batches import Batches
 from extract.cli import InputError, RunError
 from extract.cores import available_cores
-from extract.decode.transform import Preprocessing
+from extract.decode.transform import Clips, Preprocessing
 from extract.device import choose_device, runs_on_cpu
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -47,10 +48,11 @@ def load_backbone(
     seed: int = 0,
     frames: int | None = None,
     threads: int | None = None,
+    **options: Any,
 ) -> "Backbone":
     """A network with its weights, ready to run frozen.
 
-    name, weights, seed: see `load_trunk`.
+    name, weights, seed, options: see `load_trunk`.
     device: "auto" (a CUDA GPU if there is one, else the CPU), or what torch calls it: cpu, cuda, cuda:1.
     precision: fp32, bf16, fp16, or "auto": fp16 on a GPU; on a CPU bf16 if the CPU computes in it, else fp32.
     form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
@@ -63,7 +65,7 @@ def load_backbone(
     """
     on_cpu = runs_on_cpu(device)
     _check(device, precision, form, engine, on_cpu=on_cpu)
-    source: dict[str, Any] = {"name": name, "weights": weights, "seed": seed}
+    source: dict[str, Any] = {"name": name, "weights": weights, "seed": seed, **options}
     if on_cpu:
         return _on_cpu(source, precision, engine, threads or available_cores())
     from extract.backbone import torch_engine
@@ -87,6 +89,7 @@ class Backbone:
         self.name, self.weights, self.dim = network.name, network.weights, network.dim
         self.preprocessing: Preprocessing = network.preprocessing
         self.input_shape: tuple[int, ...] = network.input_shape
+        self.clips: Clips | None = network.clips
         self.engine, self.device, self._note = engine, device, note
         self.precision, self.batch_size = engine.precision, engine.batch_size
 
@@ -138,6 +141,7 @@ class Backbone:
             "backbone": self.name,
             "weights": dict(self.weights),
             "preprocessing": self.preprocessing.record(),
+            **({"clips": asdict(self.clips)} if self.clips else {}),
             "precision": self.precision,
             **self.engine.record,
         }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.cli import explain
-from extract.decode.transform import Preprocessing
+from extract.decode.transform import Clips, Preprocessing
 
 XML, BIN, RECORD = "network.xml", "network.bin", "network.json"
 
@@ -32,6 +32,7 @@ class NetworkRecord:
     preprocessing: Preprocessing
     weights: dict[str, str]
     input_shape: tuple[int, ...]
+    clips: Clips | None
     extra: dict[str, Any]  # of a quantized network: how it was calibrated
 
 
@@ -44,6 +45,10 @@ def network_key(**dependencies: Any) -> str:
     source = package_file(dependencies["name"]) if weights == "pretrained" else str(weights)
     if Path(source).is_file():
         dependencies["weights"] = [Path(source).name, file_digest(Path(source))]
+    folder = Path(dependencies["name"].removeprefix("hf/"))
+    if dependencies["name"].startswith("hf/") and folder.is_dir():
+        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+        dependencies["folder"] = {path.name: file_digest(path) for path in files}
     versions = {name: importlib.metadata.version(name) for name in ("openvino", "timm", "torch")}
     code = {path.name: file_digest(path) for path in Path(__file__).parent.glob("*.py")}
     text = json.dumps({**code, **versions, **dependencies}, sort_keys=True, default=str)
@@ -58,7 +63,9 @@ def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
         if content.pop("digests") != {name: file_digest(folder / name) for name in (XML, BIN)}:
             return None
         preprocessing = Preprocessing(**_with_tuples(content.pop("preprocessing")))
-        return NetworkRecord(preprocessing=preprocessing, **_with_tuples(content)), folder / XML
+        clips = content.pop("clips")
+        clips = None if clips is None else Clips(**clips)
+        return NetworkRecord(preprocessing=preprocessing, clips=clips, **_with_tuples(content)), folder / XML
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import openvino
 
+from extract.backbone.batches import inputs_per_batch
 from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
 
 if TYPE_CHECKING:
@@ -31,9 +32,8 @@ class OpenVinoEngine:
 
     name = "openvino"
 
-    def __init__(self, model: Any, *, precision: str, threads: int, batch: int = BATCH):
+    def __init__(self, model: Any, *, precision: str, threads: int):
         """model: the path of a saved network, or one in memory."""
-        self.precision, self.batch_size = precision, batch
         compiled = openvino.Core().compile_model(
             model,
             "CPU",
@@ -45,11 +45,12 @@ class OpenVinoEngine:
                 "ENABLE_CPU_PINNING": False,
             },
         )
+        self.precision, self.batch_size = precision, compiled.input(0).shape[0]
         self.record = {"engine": {"name": self.name, "version": openvino_version()}}
         self.description = f"OpenVINO {openvino_version()}, {threads} streams"
         clock = _Clock()
         # One is filled while the others are computed.
-        self.slots = [RequestSlot(compiled.create_infer_request(), batch, clock) for _ in range(threads + 1)]
+        self.slots = [RequestSlot(compiled.create_infer_request(), self.batch_size, clock) for _ in range(threads + 1)]
 
 
 class RequestSlot:
@@ -112,7 +113,9 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
     from extract.backbone.model import load_trunk
 
     trunk = load_trunk(**source)
-    record = NetworkRecord(trunk.name, trunk.dim, trunk.preprocessing, trunk.weights, trunk.input_shape, {})
+    record = NetworkRecord(
+        trunk.name, trunk.dim, trunk.preprocessing, trunk.weights, trunk.input_shape, trunk.clips, {}
+    )
     model = convert(trunk)
     return record, save_network(key, record, lambda path: save_model(model, path)) or model
 
@@ -122,7 +125,7 @@ def save_model(model: Any, path: Path) -> None:
 
 
 def convert(trunk: "Trunk") -> Any:
-    """The trunk for OpenVINO, pixels uint8 [BATCH, ..., 3] to features float32 [BATCH, dim].
+    """The trunk for OpenVINO, pixels uint8 [batch, ..., 3] to features float32 [batch, dim].
 
     Raises ConversionError if it cannot be converted, or if it gives other features than in PyTorch.
     """
@@ -133,7 +136,8 @@ def convert(trunk: "Trunk") -> Any:
 
     network = FrameNetwork(trunk, trunk.module).eval()
     generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (BATCH, *trunk.input_shape), dtype=torch.uint8, generator=generator)
+    batch = inputs_per_batch(BATCH, trunk.clips)
+    pixels = torch.randint(0, 256, (batch, *trunk.input_shape), dtype=torch.uint8, generator=generator)
     try:
         # Tracing warns of what is constant for this shape, which is the only one.
         with warnings.catch_warnings(), torch.inference_mode():

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from extract.backbone.batches import inputs_per_batch
 from extract.backbone.inference import folded
 from extract.backbone.model import Trunk
 from extract.cli import RunError
@@ -57,7 +58,10 @@ class TorchEngine:
     ):
         dtype = DTYPES[precision]
         network = copy.deepcopy(trunk.module if graph is None else graph)
-        network.to(device, dtype).to(memory_format=torch.channels_last)
+        network.to(device, dtype)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:  # of a convolution; others have no such format
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._network = FrameNetwork(trunk, network, dtype).to(device=device)
         self.precision, self.batch_size = precision, batch
         self.record = {"form": form} if form == "compiled" else {}
@@ -78,7 +82,8 @@ class TorchEngine:
 def on_cpu(trunk: Trunk, *, precision: str, threads: int) -> TorchEngine:
     torch.set_num_threads(threads)
     graph = folded(trunk.module, trunk.example())
-    return TorchEngine(trunk, graph, device=torch.device("cpu"), precision=precision, form="", batch=CPU_BATCH)
+    batch = inputs_per_batch(CPU_BATCH, trunk.clips)
+    return TorchEngine(trunk, graph, device=torch.device("cpu"), precision=precision, form="", batch=batch)
 
 
 def on_gpu(
@@ -90,7 +95,8 @@ def on_gpu(
     """
     graph = folded(trunk.module, trunk.example())
     forms = ("eager", "graphs") if form == "auto" else (form,)
-    batch = spread_evenly(frames, GPU_BATCH) if frames is not None else GPU_BATCH // 2
+    most = inputs_per_batch(GPU_BATCH, trunk.clips)
+    batch = spread_evenly(frames, most) if frames is not None else max(1, most // 2)
     try:
         engines = [
             TorchEngine(trunk, graph, device=device, precision=precision, form=name, batch=batch) for name in forms

@@ -8,9 +8,13 @@ pad their max-pooling differently, so renaming one into the other would load and
 import argparse
 import hashlib
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import timm
 import torch
@@ -33,11 +37,9 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
     for a file whose bytes are not those that its name promises.
     """
     path = Path(path)
-    if not path.is_file():
-        raise InputError(f"--weights {path}: not a file; give pretrained, random, or a .pth or .safetensors file")
+    content = _load(path)
     with path.open("rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    content = _load(path)
     given = timm.models.clean_state_dict(_state_dict(content, path))
     of_backbone = {key.removeprefix("backbone."): value for key, value in given.items() if key.startswith("backbone.")}
     # The format is aggregate/training/checkpoint.py's; what was trained on cached features has no backbone in it.
@@ -48,11 +50,17 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
         if held != name:
             raise InputError(f"--weights {path}: holds the backbone {held}; pass --backbone {held}")
     _check_digest(path, sha256, name=name)
-    _fit(module, of_backbone or given, path, name)
+    fit_weights(module, of_backbone or given, path, name)
     return {"name": path.name, "sha256": sha256}
 
 
-def _fit(module: nn.Module, given: dict[str, Tensor], path: Path, name: str) -> None:
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, as `load_weights` reads it."""
+    return timm.models.clean_state_dict(_state_dict(_load(path), path))
+
+
+def fit_weights(module: nn.Module, given: dict[str, Tensor], path: str | Path, name: str) -> None:
+    """Load tensors into `module`, the classifier's left out. InputError if they do not fit; `path` is named in it."""
     expected = module.state_dict()
     state = _without_classifier(given, module)
     if name.startswith("tf_efficientnet_lite") and "_conv_stem.weight" in state:
@@ -83,7 +91,31 @@ def published_file(name: str) -> str:
     return (url if isinstance(url, str) else url[0]).rpartition("/")[2]
 
 
+def first_sentence(error: BaseException) -> str:
+    """Of a library's error, which may be a paragraph."""
+    return re.split(r"[.]?\s*\n|[.] |[.]$", str(error).strip())[0]
+
+
+@contextmanager
+def offline_at_once() -> Iterator[None]:
+    """Downloads from the Hugging Face hub fail at once, not after 25 s of retries, if its name does not resolve."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    if not getproxies():
+        try:
+            socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise InputError(f"--weights {path}: not a file; give pretrained, random, or a .pth or .safetensors file")
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file

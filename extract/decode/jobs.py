@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from extract.cli import InputError
 from extract.decode.opening import VideoError
 from extract.decode.packets import Span, length_of
 from extract.decode.reader import Decoded, FrameTimes, decode_spans
@@ -29,8 +30,9 @@ from extract.decode.transform import (
     Preprocessing,
     augmentation_rng,
     crop_boxes,
+    cut,
     mirrored,
-    resize_short_side,
+    resize_frame,
     training_view,
     view_names,
 )
@@ -55,6 +57,13 @@ class Plan:
     clip_length: int = 1  # L, consecutive frames
     epoch: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.crops > 1 and self.preprocessing.has_one_crop:
+            raise InputError(
+                f"--crops {self.crops}: this backbone sees the whole picture (its crop mode is "
+                f"{self.preprocessing.crop_mode}), so all crops are the same; use --crops 1"
+            )
+
     @property
     def passes(self) -> list[int | str | None]:
         """Of each choice of frames, None for the middle ones, else what its random numbers are named after."""
@@ -66,9 +75,8 @@ class Plan:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
-        """Of the clips of one row: V, T, L, size, size, 3."""
-        size = self.preprocessing.size
-        return self.num_views, self.frames, self.clip_length, size, size, 3
+        """Of the clips of one row: V, T, L, height, width, 3."""
+        return self.num_views, self.frames, self.clip_length, *self.preprocessing.frame_shape
 
     @property
     def row_bytes(self) -> int:
@@ -130,15 +138,14 @@ def decode_job(job: Job, out: Any) -> Any:
     path, rows, plan = job
     if not rows:
         return length_of(path)
-    size = plan.preprocessing.size
-    pictures = out[: len(rows) * plan.row_bytes].reshape(len(rows), -1, size, size, 3)
+    pictures = out[: len(rows) * plan.row_bytes].reshape(len(rows), -1, *plan.preprocessing.frame_shape)
     samplers = [_RowSampler(plan, row_id) for row_id, _ in rows]
     results: dict[int, Prepared | VideoError] = {}
     try:
         for row, decoded in decode_spans(
             path,
             [(span, sampler) for (_, span), sampler in zip(rows, samplers, strict=True)],
-            resize=lambda frame: resize_short_side(frame, plan.preprocessing),
+            resize=lambda frame: resize_frame(frame, plan.preprocessing),
             decoder=plan.decoder,
         ):
             if isinstance(decoded, VideoError):
@@ -206,8 +213,7 @@ def _views(
     """Of a pass, functions that write frames [n, H, W, 3] as a view shows them: [n, size, size, 3]."""
 
     def write_crop(frames: Any, out: Any, *, box: tuple[int, int, int, int], flip: bool) -> None:
-        top, left, tall, wide = box
-        crops = frames[:, top : top + tall, left : left + wide]
+        crops = cut(frames, box, plan.preprocessing)
         out[:] = mirrored(crops) if flip else crops
 
     def write_random(frames: Any, out: Any, *, view_of: Callable[[Any], Any]) -> None:
@@ -215,7 +221,7 @@ def _views(
             out[number] = view_of(frame)
 
     if rng is None:
-        for box, flip in crop_boxes(height, width, plan.preprocessing.size, plan.crops):
+        for box, flip in crop_boxes(height, width, plan.preprocessing, plan.crops):
             yield partial(write_crop, box=box, flip=flip)
     else:
         yield partial(write_random, view_of=training_view(height, width, plan.preprocessing, rng))

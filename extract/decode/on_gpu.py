@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from extract.cli import InputError
 from extract.commands import install_command
@@ -143,10 +143,10 @@ def stacked(pictures: "list[Tensor]") -> "Tensor":
     return torch.stack(pictures)
 
 
-def resized(frames: "Tensor", size: tuple[int, int], interpolation: Literal["bilinear", "bicubic"]) -> "Tensor":
-    """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], antialiased, as Pillow does within a level."""
+def resized(frames: "Tensor", size: tuple[int, int], interpolation: str, *, antialias: bool = True) -> "Tensor":
+    """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], as Pillow does within a level."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     mode = InterpolationMode(interpolation)
-    return resize(frames.movedim(-1, -3), [size[1], size[0]], interpolation=mode, antialias=True).movedim(-3, -1)
+    return resize(frames.movedim(-1, -3), [size[1], size[0]], interpolation=mode, antialias=antialias).movedim(-3, -1)

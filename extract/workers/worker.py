@@ -120,6 +120,10 @@ class Worker:
             seed=options.seed,
             frames=together,
             threads=self.cores,
+            image_size=options.image_size,
+            clip_frames=options.clip_frames,
+            clip_fps=options.clip_fps,
+            per_clip=options.per_clip,
         )
 
     @cached_property

@@ -18,7 +18,7 @@ import pytest
 
 from extract.decode import decode
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.transform import Preprocessing, resize_short_side
+from extract.decode.transform import Preprocessing, resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
@@ -62,7 +62,7 @@ def one_pass(path: str, spans: list[tuple[float, float]]) -> int:
         return np.concatenate([first + segment_centres(stop - first, FRAMES) for first, stop in places])
 
     def shrink(frame: np.ndarray) -> np.ndarray:
-        return resize_short_side(frame, SEE)[16:240, 16:240][:1, :1].copy()
+        return resize_frame(frame, SEE)[16:240, 16:240][:1, :1].copy()
 
     return len(decode(path, sample, resize=shrink).frames) // FRAMES
 
@@ -75,7 +75,7 @@ def everything(path: str, spans: list[tuple[float, float]]) -> int:
             if frame.time >= spans[-1][1]:
                 break
             if frame.time >= taken * WINDOW / FRAMES:
-                resize_short_side(frame.to_ndarray(format="rgb24"), SEE)
+                resize_frame(frame.to_ndarray(format="rgb24"), SEE)
                 taken += 1
     return round(taken / FRAMES)
 

@@ -18,7 +18,6 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import extract.backbone.model as backbone_module
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.cli import InputError
@@ -361,27 +360,11 @@ def test_precisions_that_make_no_sense() -> None:
         load_backbone("resnet10t", weights="random", device="cpu", form="compiled")
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"crop_mode": "squash"}, "its crop mode is squash"),
-        ({"interpolation": "lanczos"}, "its interpolation is lanczos"),
-        ({"input_size": (3, 224, 192)}, "takes 3 x 224 x 192"),
-        ({"input_size": (1, 28, 28)}, "takes 1 x 28 x 28"),
-    ],
-)
-def test_preprocessing_we_do_not_do(change: dict, said: str) -> None:
-    module = timm.create_model("test_resnet", num_classes=0)
-    module.pretrained_cfg = {**module.pretrained_cfg, **change}
-    with pytest.raises(InputError, match=f"--backbone test_resnet: {said}"):
-        backbone_module._preprocessing(module, "test_resnet")
-
-
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite2", "convnext_atto", DEFAULT])
 def test_preprocessing_is_timms(name: str) -> None:
     """Against timm's own evaluation transform, read off its parts."""
     module = timm.create_model(name, num_classes=0)
-    ours = backbone_module._preprocessing(module, name)
+    ours = load_trunk(name, weights="random").preprocessing
     theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(module)).transforms
     resize, crop, normalize = theirs[0], theirs[1], theirs[-1]
     assert ours.resize == resize.size

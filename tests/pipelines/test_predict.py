@@ -27,7 +27,7 @@ from extract.cli import InputError, RunError
 from extract.decode import decode
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import length_of
-from extract.decode.transform import crop_boxes, resize_short_side
+from extract.decode.transform import crop_boxes, resize_frame
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
 from extract.store import FeatureStore
@@ -63,8 +63,8 @@ def plain_logits(path: Path, indices: np.ndarray, checkpoint: Path, backbone) ->
     """All frames decoded, some chosen, cropped, then backbone and classifier: no feed, no batches across windows."""
     see = backbone.preprocessing
     frames = decode(path, np.arange).frames[indices]
-    small = np.stack([resize_short_side(frame, see) for frame in frames])
-    (top, left, tall, wide), _ = crop_boxes(*small.shape[1:3], see.size, 1)[0]
+    small = np.stack([resize_frame(frame, see) for frame in frames])
+    (top, left, tall, wide), _ = crop_boxes(*small.shape[1:3], see, 1)[0]
     features = torch.from_numpy(backbone(small[:, top : top + tall, left : left + wide])).float()
     with torch.inference_mode():
         return Checkpoint.load(checkpoint).model()(features[None])[0].numpy()
@@ -243,8 +243,8 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
 
 def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
     resized = []
-    small = resize_short_side
-    monkeypatch.setattr("extract.decode.jobs.resize_short_side", lambda *a: resized.append(1) or small(*a))
+    small = resize_frame
+    monkeypatch.setattr("extract.decode.jobs.resize_frame", lambda *a: resized.append(1) or small(*a))
     see = load_backbone("test_resnet", weights="random", precision="fp32", device="cpu").preprocessing
     plan = Plan(12, 1, 0, see)
     spans = window_spans(decode_job((str(clips[0]), [], plan), np.empty(0)), 1, 0.25)
@@ -414,7 +414,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
     checkpoint.features["weights"] = {"name": "timm test_resnet.r160_in1k (timm/test_resnet.r160_in1k)"}
     asked = []
 
-    def at_hand(name, *, weights, seed):
+    def at_hand(name, *, weights, **options):
         asked.append(weights)
         return small_models.trunk_of()
 
