@@ -154,6 +154,57 @@ def paired_bootstrap(
     return bootstrap(ours.astype(float) - theirs.astype(float), groups, seed=seed)
 
 
+def bootstrap_by_class(
+    predicted: np.ndarray,
+    labels: np.ndarray,
+    classes: int,
+    tested: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    resamples: int = 500,
+) -> dict[str, tuple[Interval, list[float]]]:
+    """`mean_class` accuracy and `macro_f1`: each the mean over S runs with its 95 % interval over groups, and of each
+    run.
+
+    Args:
+        predicted: int [S, N], the class that ranks first; `classes` for a video that failed.
+        labels: int [N].
+        tested: bool [S, N], the videos that a run tested.
+        groups: [N] as in `bootstrap`.
+
+    As in scikit-learn, a class counts that is a label or was predicted; the F1 of one without a hit is 0.
+    """
+    units = np.arange(len(labels)) if groups is None else independent_units(groups)
+    drawn = [
+        np.mean(_by_class(predicted, labels, classes, tested, times[units]), axis=0)
+        for draws in _resampled(np.ones(int(units.max()) + 1, int), resamples, 0)
+        for times in draws
+    ]
+    runs = _by_class(predicted, labels, classes, tested, np.ones(len(labels)))
+    low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+    return {
+        name: (Interval(float(runs[:, place].mean()), float(low[place]), float(high[place])), runs[:, place].tolist())
+        for place, name in enumerate(("mean_class", "macro_f1"))
+    }
+
+
+def _by_class(
+    predicted: np.ndarray, labels: np.ndarray, classes: int, tested: np.ndarray, times: np.ndarray
+) -> np.ndarray:
+    """Mean-class accuracy and macro F1 of each run, [S, 2], if video i counts `times[i]` times."""
+    runs = []
+    for answers, seen in zip(predicted, tested, strict=True):
+        truth, answer, weights = labels[seen], answers[seen], times[seen]
+        of_class = np.bincount(truth, weights, minlength=classes)
+        as_class = np.bincount(answer, weights, minlength=classes + 1)[:classes]
+        hits = np.bincount(truth, weights * (answer == truth), minlength=classes)
+        present, counted = of_class > 0, of_class + as_class > 0
+        recall = hits[present] / of_class[present]
+        f1 = 2 * hits[counted] / (of_class + as_class)[counted]
+        runs.append((recall.mean() if len(recall) else 0.0, f1.mean() if len(f1) else 0.0))
+    return np.array(runs)
+
+
 def summarise(scores: np.ndarray, labels: np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> Summary:
     """All metrics of the rows that have a label (others, -1, are left out), with intervals over `groups` [N]."""
     labelled = np.asarray(labels) >= 0

@@ -75,16 +75,20 @@ def run_command(
 ) -> int:
     """Parse `args` (default: the command line) into `options`, run `main`, return the exit status.
 
+    If the class has a method `defaults_for(args)`, options that are not among `args` are those of its result.
+
     `InputError` -> 2, `RunError` and `OSError` -> 1 (their message on stderr, no traceback), Ctrl-C -> 130.
     Anything else is a defect of ours and keeps its traceback.
     """
     import tyro  # here, so that importing a command as a library stays cheap
 
+    args = sys.argv[1:] if args is None else args
     try:
         if sys.platform == "win32":
             raise InputError("Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)")
-        _check_flags(options, sys.argv[1:] if args is None else args, prog)
-        chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,))
+        _check_flags(options, args, prog)
+        known = {"default": options.defaults_for(args)} if hasattr(options, "defaults_for") else {}
+        chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,), **known)
         return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
         print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)

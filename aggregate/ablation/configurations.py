@@ -53,6 +53,22 @@ class FoldOptions:
     """How much of a fold's training part is held out in it, to choose the epoch and the options."""
     allow_missing_classes: bool = False
     """Train although some classes have no example in a fold."""
+    shots: int | None = None
+    """Instead of folds: train on N videos per class, drawn anew each time, and test on all others."""
+    repeats: int = 10
+    """With --shots: how many draws. A draw takes the place of a seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Options of logreg and knn; several values are chosen inside the training part."""
+
+    C: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardise false takes raw vectors."""
+    k: tuple[int, ...] = (1, 5, 10, 20, 50)
+    """knn: how many neighbors vote."""
+    vector: Literal["mean", "mean-std"] = "mean"
+    """logreg, knn: what a video is, the mean over its frames, or that and their deviation."""
 
 
 class Plan(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aggregate.ablation.probes import video_vectors
 from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.literal import count
@@ -25,7 +26,7 @@ from aggregate.training.configurations import Configuration
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
 from aggregate.training.options import AGGREGATOR_FLAGS, HEAD_FLAGS
-from aggregate.training.sources import CachedFeatures
+from aggregate.training.sources import CachedFeatures, check_finite
 from aggregate.training.splits import choose_rows
 from extract.device import choose_device
 from extract.store import FeatureStore
@@ -59,6 +60,7 @@ class GridTrainer:
         self.device, self.placement = choose_device(device), placement
         self._held: dict[bool, StoredFeatures] = {}
         self._log_once = functools.cache(log)
+        self._vectors: dict[tuple[int, str], np.ndarray] = {}
 
     def _features(self, rows: np.ndarray, *, training: bool) -> StoredFeatures:
         """Those of `rows`, from what is held where they are among it."""
@@ -74,6 +76,16 @@ class GridTrainer:
         if np.array_equal(training_views(self.store), testing.views):
             self._held[True] = testing
         self._features(rows, training=True)
+
+    def vectors(self, rows: np.ndarray, segments: int, vector: str) -> np.ndarray:
+        """A vector per video of `rows`, which `hold` has read (`probes.video_vectors`). RunError if one is not finite,
+        though its video did not fail."""
+        held = self._held[False]
+        if (segments, vector) not in self._vectors:
+            every = video_vectors(held, segments, vector)
+            check_finite(self.store, held.rows[held.good & ~np.isfinite(every).all(axis=1)])
+            self._vectors[segments, vector] = every
+        return self._vectors[segments, vector][np.searchsorted(held.rows, rows)]
 
     def log_init(self, configurations: Sequence[Configuration]) -> None:
         """Log what each kind of model takes over from `init`, if other processes train them."""
@@ -146,12 +158,13 @@ def _discard(text: str) -> None:
     pass
 
 
-def training_cost(configurations: Sequence[Configuration], store: FeatureStore) -> int:
-    """Proportional to the time that small batches take: parameters times epochs."""
+def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
+    """Proportional to the time that small batches take: parameters times epochs. A probe is fast."""
     with torch.device("meta"):
         return sum(
             one.recipe.epochs * sum(parameter.numel() for parameter in one.model(store).parameters())
             for one in configurations
+            if isinstance(one, Configuration)
         )
 
 

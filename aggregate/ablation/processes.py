@@ -17,6 +17,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from extract.cli import RunError
+from extract.cores import available_cores
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -33,13 +34,6 @@ def prepare_environment() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-
-
-def available_cores() -> int:
-    from joblib import cpu_count
-
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return min(cpu_count(), int(threads) if threads.isdigit() and int(threads) else cpu_count())
 
 
 def plan_processes(tasks: int, device: str) -> tuple[int, int]:

@@ -98,7 +98,8 @@ class Learner:
             with together, autocast(self.device, self.precision):
                 logits = self.parallel(batch.x[part], mask)
                 labels = there(batch.labels[part], self.device)
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum")
+                smoothing = self.recipe.label_smoothing
+                loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
                 # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.
                 self.scaler.scale(loss * (self.world / whole)).backward()
             self._loss += loss.detach()

@@ -87,7 +87,7 @@ class ScheduleOptions:
     """What of a recipe can be changed; None keeps the recipe's own."""
 
     optimizer: Literal["sgd", "adamw"] | None = None
-    """Default: the recipe's, as for the six below."""
+    """Default: the recipe's, as for all below."""
     lr: float | None = None
     weight_decay: float | None = None
     epochs: int | None = None
@@ -95,6 +95,12 @@ class ScheduleOptions:
     dropout: float | None = None
     standardise: bool | None = None
     """Batch norm without parameters before the classifier."""
+    warmup: float | None = None
+    """Epochs of linear warm-up of the learning rate; 0 for none."""
+    decay: Literal["cosine", "linear"] | None = None
+    """How the learning rate falls to 0."""
+    label_smoothing: float | None = None
+    """The fraction of each target that is spread over all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,10 +22,12 @@ class Recipe:
     epochs: int
     batch_size: int
     dropout: float
-    milestones: tuple[int, ...] = ()  # empty: cosine
+    milestones: tuple[int, ...] = ()  # empty: by `decay`
+    decay: Literal["cosine", "linear"] = "cosine"  # to 0 at the end
     warmup: float = 0.0  # epochs of linear warm-up
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
     standardise: bool = False  # batch norm without parameters before the classifier
+    label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size"):
@@ -33,14 +35,19 @@ class Recipe:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
         if self.weight_decay < 0:
             raise InputError(f"--weight-decay is {self.weight_decay}; it must not be below 0")
+        if self.warmup < 0:
+            raise InputError(f"--warmup is {self.warmup:g}; it is a number of epochs, from 0 on")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"--label-smoothing is {self.label_smoothing:g}; it is a fraction, from 0 to below 1")
 
     def __str__(self) -> str:
-        falls = f"/10 at epochs {', '.join(map(str, self.milestones))}" if self.milestones else "cosine"
+        falls = f"/10 at epochs {', '.join(map(str, self.milestones))}" if self.milestones else self.decay
         warm = f", {self.warmup:g} epochs of warm-up" if self.warmup else ""
         return (
             f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
             f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
             f"{', features standardised' if self.standardise else ''}"
+            f"{f', label smoothing {self.label_smoothing:g}' if self.label_smoothing else ''}"
         )
 
     def factor(self, epoch: float) -> float:
@@ -49,7 +56,8 @@ class Recipe:
             return (epoch + 1e-3) / self.warmup
         if self.milestones:
             return 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
-        return 0.5 * (1 + math.cos(math.pi * (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)))
+        done = (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9)
+        return 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 # iQIYI's schedule (section 2 of the paper) with tsn-pytorch's values for what it leaves out (FACTS 3).
@@ -103,7 +111,9 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
         power_of_two = 1 << max(videos // 16, 1).bit_length() - 1
         chosen = replace(chosen, batch_size=min(max(power_of_two, 16), chosen.batch_size))
     changes = {key: value for key, value in changes.items() if value is not None}
-    if "epochs" in changes and chosen.milestones:
+    if "decay" in changes:  # instead of steps
+        changes["milestones"] = ()
+    elif "epochs" in changes and chosen.milestones:
         moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)
         changes["milestones"] = tuple(epoch for epoch in moved if epoch)
     return replace(chosen, **changes)
