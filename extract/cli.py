@@ -59,15 +59,25 @@ def examples(names: Collection[object], count: int = 3) -> str:
     return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
 
 
+LOG_SECONDS = 30.0  # between two lines of progress in a log
+
+
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
     """tqdm on stderr: how far, and the time that is left by the speed so far. Nothing of what takes a second.
 
-    In a log, where lines stay, it says so at most twice a minute.
+    In a log, whose lines stay, a line each LOG_SECONDS.
     """
     from tqdm import tqdm
 
-    pace = {"smoothing": 0.05, "delay": 1, "mininterval": 0.1 if sys.stderr.isatty() else 30}
-    return tqdm(iterable, file=sys.stderr, **pace, **options)
+    class LogLines(tqdm):
+        @staticmethod
+        def status_printer(file: Any) -> Callable[[str], None]:
+            return lambda line: print(line, file=file, flush=True) if line.strip() else None
+
+    if sys.stderr.isatty():
+        return tqdm(iterable, file=sys.stderr, smoothing=0.05, delay=1, mininterval=0.1, **options)
+    pace = {"smoothing": 0.05, "delay": 1, "miniters": 1, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    return LogLines(iterable, file=sys.stderr, **(pace | options | {"leave": True}))
 
 
 def run_command(

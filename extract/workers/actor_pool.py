@@ -8,9 +8,12 @@ core, near or far, holds the frames of at most four videos that the backbone has
 Nodes may come and go: blocks of a lost worker are given to another; videos of a lost decoder are decoded by the worker.
 """
 
+import contextlib
 import logging
+import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -49,7 +52,8 @@ def connect(address: str | None) -> bool:
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
         quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
-        ray.init(address=address or "local", job_config=job_config(), **quiet)
+        with _sigterm_kept():
+            ray.init(address=address or "local", job_config=job_config(), **quiet)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
         if address is None:
             raise RunError(f"Ray does not start on this machine: {error}") from None
@@ -68,6 +72,15 @@ def job_config() -> "ray.job_config.JobConfig":
     root = Path(__file__).parents[2]
     paths = [] if root.name == "site-packages" else [str(root)]
     return ray.job_config.JobConfig(_client_job=True, _py_driver_sys_path=paths)  # Ray skips the folder for clients
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """`ray.init` sets a handler of its own, which ends the process at once and with status 1."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bool) -> tuple[int, dict[str, float]]:
@@ -94,6 +107,9 @@ class _Member:
     ready: bool = False
     given: list[Block] = field(default_factory=list)
     upcoming: Block | None = None  # of `given`, the one it decodes ahead for
+    settled: int = 0  # frames, when it was last asked
+    settled_call: "ray.ObjectRef | None" = None
+    handed_in: int = 0  # videos
 
 
 @dataclass(eq=False)
@@ -125,6 +141,7 @@ class RayActorPool:
         self._deaths: Counter[Any] = Counter()  # of workers by the block in hand (or None), of decoders by node
         self._check: tuple[str, str, str] = ("", "", "")  # nonce, video, version
         self._slot_bytes = 0
+        self._handed_in_by_lost = 0  # frames
         self._look()
         self._first = self._actor()
 
@@ -140,7 +157,7 @@ class RayActorPool:
         # The others compute as the first one does, or fail.
         engine: Any = "openvino" if "engine" in made["provenance"] else "torch"
         self._options = replace(self._options, precision=made["provenance"]["precision"], engine=engine)
-        self._slot_bytes = made["slot_bytes"]
+        self._slot_bytes, self._frames_per_video = made["slot_bytes"], made["frames_per_video"]
         return made
 
     def check(self, nonce: str, video: str, version: str) -> None:
@@ -217,6 +234,7 @@ class RayActorPool:
             return []
         self._deaths[None] = 0
         numbers = {done.number for done in result}
+        part.handed_in += sum(len(done.outcome.rows) for done in result)
         part.given = [block for block in part.given if block.number not in numbers]
         return result
 
@@ -248,6 +266,7 @@ class RayActorPool:
         """Keep the pool complete, and two calls in flight with each worker so that it never waits for the driver."""
         if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
             self._look()
+            self._ask_how_far()
         while len(self._members) < min(self._size, len(left)):
             actor = self._actor()
             self._members.append(_Member(actor, [actor.check.remote(*self._check)]))
@@ -261,6 +280,20 @@ class RayActorPool:
         for member in ready:
             while len(member.calls) < 2 and self._give(member, queue):
                 pass
+
+    def _ask_how_far(self) -> None:
+        """Without waiting: an answer is taken the next time."""
+        for member in self._members:
+            if member.settled_call and self._ray.wait([member.settled_call], timeout=0)[0]:
+                with contextlib.suppress(self._ray.exceptions.RayError):  # a lost worker is noticed by its other calls
+                    member.settled = self._ray.get(member.settled_call)
+                member.settled_call = None
+            if member.ready and member.settled_call is None:
+                member.settled_call = member.actor.settled.options(concurrency_group="help").remote()
+
+    def settled(self) -> int:
+        """Frames that all workers have settled (see Worker.settled), as of some seconds ago."""
+        return self._handed_in_by_lost + sum(member.settled for member in list(self._members))
 
     @staticmethod
     def _give(member: _Member, queue: deque[Block]) -> bool:
@@ -281,6 +314,7 @@ class RayActorPool:
             self._deaths[part.node] += 1
             return
         self._members.remove(part)
+        self._handed_in_by_lost += part.handed_in * self._frames_per_video
         self._ray.kill(part.actor)  # if it was only unreachable, it must not go on beside its successor
         again = [replace(block, deaths=block.deaths + 1) for block in sorted(part.given, key=lambda one: one.number)]
         print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)

@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -32,7 +33,9 @@ from extract.store.remote import Lease
 from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
 from extract.workers.decoder import code_version
-from extract.workers.worker import Block, Done, Worker
+from extract.workers.worker import Block, Worker
+
+SECONDS_PER_MOVE = 1.0  # of the progress bar
 
 
 def extract(options: Options) -> int:
@@ -82,7 +85,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
             check_space(Path(options.out), sum(len(block.rows) for block in blocks) * store.video_bytes)
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
-            _run(pool.extract(blocks), store, blocks, hold)
+            _run(pool, store, blocks, hold)
     finally:
         pool.close()
     store.clean_up()  # after workers that were lost in this run, and after a run that was killed
@@ -216,7 +219,7 @@ def _worker_pool(options: Options, store: FeatureStore | None) -> Worker | RayAc
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
         precision=recorded.get("precision", "auto") if options.precision == "auto" else options.precision,
         # Stores of before OpenVINO ran backbones, and those of PyTorch, record no engine.
-        engine="torch" if store and "engine" not in recorded else options.engine,
+        engine="torch" if options.engine == "auto" and store and "engine" not in recorded else options.engine,
     )
     gpus = count_gpus() if options.device in ("auto", "cuda") else 1
     workers = options.workers or max(1, gpus)
@@ -228,34 +231,64 @@ def _worker_pool(options: Options, store: FeatureStore | None) -> Worker | RayAc
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _run(finished: Iterator[list[Done]], store: FeatureStore, blocks: list[Block], hold: RunLog | Lease) -> None:
+def _run(pool: Worker | RayActorPool, store: FeatureStore, blocks: list[Block], hold: RunLog | Lease) -> None:
     """Commit blocks as they come; show progress, and at the end where the time went."""
     started = time.perf_counter()
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
-    with progress(total=sum(len(block.rows) for block in blocks), unit="video") as bar:
-        for together in finished:
+    with _shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
+        for together in pool.extract(blocks):
             if together:
                 hold.confirm()
                 store.commit(*(done.outcome for done in together))
             for done in together:
-                totals.update(done.seconds, frames=done.frames, failed=int((done.outcome.status == FAILED).sum()))
+                videos, failed = len(done.outcome.rows), int((done.outcome.status == FAILED).sum())
+                totals.update(done.seconds, frames=done.frames, videos=videos, failed=failed)
                 nodes.add(done.node)
-                bar.update(len(done.outcome.rows))
                 took = {name: round(value, 4) for name, value in done.seconds.items()}
-                of = {"number": done.number, "node": done.node, "videos": len(done.outcome.rows)}
+                of = {"number": done.number, "node": done.node, "videos": videos}
                 hold.write("block", **of, frames=done.frames, seconds=took)
-            elapsed = time.perf_counter() - started
-            said = f"{totals['frames'] / elapsed:.0f} frames/s, {totals['failed']:.0f} failed"
-            bar.set_postfix_str(said, refresh=False)
     wall = time.perf_counter() - started
     hold.write("end", wall=round(wall, 3), frames=totals["frames"])
     print(_where_time_went(totals, wall=wall, workers=len(nodes)))
 
 
+@contextlib.contextmanager
+def _shown_progress(
+    pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
+) -> Iterator[None]:
+    """A bar over the frames of all videos to do, moved each second, and not only when a block is done."""
+    frames = store.num_views * store.frames_per_video
+    stop = threading.Event()
+
+    def move() -> None:
+        settled = max(totals["videos"] * frames, min(pool.settled(), videos * frames))
+        done = f"{settled // frames:,.0f} of {videos:,} videos, {totals['failed']:,} failed"
+        bar.set_postfix_str(done, refresh=False)
+        bar.update(settled - bar.n)  # negative after a worker was lost
+        if sys.stderr.isatty():
+            bar.refresh()  # also when nothing has come
+
+    def move_each_second() -> None:
+        while not stop.wait(SECONDS_PER_MOVE):
+            move()
+
+    with progress(total=videos * frames, unit="frame") as bar:
+        mover = threading.Thread(target=move_each_second, name="progress", daemon=True)
+        mover.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            mover.join()
+            move()
+
+
 def _where_time_went(totals: Counter[str], *, wall: float, workers: int) -> str:
+    if not totals["frames"]:
+        return f"no frame was computed in {wall:.1f} s: no video could be read"
     busy = max(wall * workers, 1e-9)
-    limit = "decoding" if totals["wait"] > 0.1 * busy else "the backbone"
+    limit = "decoding" if totals["wait"] > totals["device"] else "the backbone"
     return (
         f"{totals['frames']:,} frames in {wall:.1f} s: {totals['frames'] / wall:.0f} frames/s. Of the workers' time "
         f"the device computed {totals['device'] / busy:.0%} and waited for frames {totals['wait'] / busy:.0%}; "

@@ -100,6 +100,8 @@ class Worker:
         # which of them (positions) each row's views show.
         self._computing: deque[tuple[int, np.ndarray, np.ndarray, Done]] = deque()
         self._computed = 0.0  # seconds of the device, of blocks before those
+        self._skipped = 0  # frames that need not be computed: of failed videos, and repeats
+        self._bad_frames = 0  # in a row, of batches whose features are mostly not finite
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: list[Future[Done]] = []
 
@@ -128,7 +130,14 @@ class Worker:
 
     @cached_property
     def _batches(self) -> Batches:
-        return self._backbone.batches()
+        return self._backbone.batches(check=self._check_batch)
+
+    def _check_batch(self, features: np.ndarray) -> None:
+        """One video's features may overflow; those of several in a row mean that something is wrong with all."""
+        bad = int((~np.isfinite(features)).any(axis=1).sum())
+        self._bad_frames = self._bad_frames + len(features) if bad > len(features) / 2 else 0
+        if self._bad_frames > 2 * self.frames_per_video + self._backbone.batch_size:
+            raise RunError(self._backbone.not_finite(bad, len(features)))
 
     @cached_property
     def _plan(self) -> Plan:
@@ -189,6 +198,7 @@ class Worker:
             "provenance": provenance,
             "dim": self._backbone.dim,
             "slot_bytes": self._plan.slot_bytes,
+            "frames_per_video": self.frames_per_video,
             "words": self._backbone.describe(),
         }
 
@@ -204,6 +214,15 @@ class Worker:
         # Made here: PyTorch's number of threads holds for the thread that sets it, and `help` comes on another one.
         assert self._backbone
         assert self._pool
+
+    @property
+    def frames_per_video(self) -> int:
+        return len(self._views) * self.options.frames
+
+    def settled(self) -> int:
+        """Frames of videos whose features are there, or will never be, since the start; from any thread."""
+        batches = self.__dict__.get("_batches")
+        return self._skipped + (batches.returned if batches else 0)
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have another node decode too, until `decode` raises. May be called while a block is in hand."""
@@ -257,9 +276,22 @@ class Worker:
             _, features, shown, done = self._computing.popleft()
             features = np.take_along_axis(features, shown[..., None], axis=1)
             features = features.reshape(len(features), len(self._views), -1, features.shape[-1])
+            self._fail_not_finite(features, done.outcome)
             done.seconds["device"] = self._batches.seconds - self._computed
             self._computed = self._batches.seconds
             self._writing.append(self._writer.submit(self._write, features, done))
+
+    def _fail_not_finite(self, features: np.ndarray, outcome: Rows) -> None:
+        bad = ~np.isfinite(features)
+        for place in np.flatnonzero(bad.any(axis=(1, 2, 3))):
+            frames = bad[place].any(axis=2)
+            outcome.status[place] = FAILED
+            outcome.errors[place] = (
+                f"features of {frames.sum()} of its {frames.size} frames are not finite in float16 "
+                f"(computed in {self._backbone.precision})"
+            )
+            features[place], outcome.num_frames[place] = 0, 0
+            outcome.frame_indices[place], outcome.timestamps[place] = -1, np.nan
 
     def close(self) -> None:
         """Stop the children; a block in hand is dropped."""
@@ -293,6 +325,7 @@ class Worker:
         for place, prepared, pictures in self._prepared(submitted, seconds):
             if isinstance(prepared, VideoError):
                 outcome.errors[place] = prepared.reason
+                self._skipped += self.frames_per_video
                 continue
             outcome.status[place] = PARTIAL if prepared.problem else OK
             outcome.errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
@@ -300,6 +333,7 @@ class Worker:
             outcome.frame_indices[place], outcome.timestamps[place] = prepared.indices, prepared.timestamps
             distinct = len(prepared.frame_indices)
             shown[place] = prepared.middles.ravel()
+            self._skipped += self.frames_per_video - distinct
             self._batches.add(pictures.reshape(-1, size, size, 3)[:distinct], features[place])
             self._write_computed()
             computed += distinct

@@ -273,6 +273,23 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(clips, cluster, add_nodes
     assert len(blocks_of(out)) <= 12 + 1  # one may have been committed and not logged
 
 
+def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, add_nodes, tmp_path):
+    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
+    out = tmp_path / "ray.zarr"
+    add_nodes({"num_cpus": 1})
+    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen([*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log)
+        while run.poll() is None and not blocks_of(out):
+            time.sleep(0.005)
+        run.terminate()
+        assert run.wait(timeout=60) == 130
+    assert (tmp_path / "log").read_text().endswith("interrupted\n")
+    assert 0 < len(blocks_of(out)) < 12
+    wait_for(lambda: not actors())
+
+
 def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__"))

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -433,3 +434,43 @@ def test_a_block_travels_with_every_field_of_its_videos():
     assert all(getattr(video, field.name) != field.default for field in fields(Video))
     block = Block(3, (5, 6), (video, Video("b.mp4", "/b.mp4", -1)))
     assert pickle.loads(pickle.dumps(block)) == block
+
+
+def test_one_video_whose_features_overflow_fails_alone(clips, undisturbed, tmp_path, capsys):
+    """Weights that are so large that exactly one clip's features leave float16's range."""
+    largest = np.abs(FeatureStore.open(undisturbed).read(slice(0, 12)).astype(np.float64)).max((1, 2, 3))
+    second, first = np.sort(largest)[-2:]
+    weights = scaled_weights(65_520 / np.sqrt(first * second), tmp_path / "w.pth")
+    out = tmp_path / "a.zarr"
+    assert main(options(clips, out, weights=str(weights), max_failed=0.1)) == 0
+    store = FeatureStore.open(out)
+    (failed,) = np.flatnonzero(store.status == FAILED)
+    assert failed == largest.argmax()
+    expected = r"features of [1-3] of its 3 frames are not finite in float16 \(computed in fp32\)"
+    assert re.fullmatch(expected, store.errors[failed])
+    assert store.errors[failed] in capsys.readouterr().out
+    assert not store.read(slice(failed, failed + 1)).any()
+    assert (store.frame_indices[failed] == -1).all()
+    assert np.isfinite(store.read(slice(0, 12)).astype(np.float32)).all()
+
+
+def test_weights_under_which_all_videos_overflow_stop_the_run(clips, tmp_path):
+    weights = scaled_weights(1e12, tmp_path / "w.pth")
+    out = tmp_path / "a.zarr"
+    with pytest.raises(RunError, match=r"of 8 frames have features that are not finite .*are the weights damaged"):
+        main(options(clips, out, weights=str(weights)))
+    assert FeatureStore.open(out).missing_blocks() == [0, 1, 2]
+
+
+def scaled_weights(factor: float, path: Path) -> Path:
+    """test_resnet whose features are `factor` times those of its random weights."""
+    import torch
+
+    from extract.backbone.model import load_trunk
+
+    state = load_trunk("test_resnet", weights="random").module.state_dict()
+    for name, value in state.items():
+        if name.startswith(("layer4.0.bn2", "layer4.0.downsample.2")) and name.endswith(("weight", "bias")):
+            value *= factor
+    torch.save(state, path)
+    return path

@@ -1,0 +1,77 @@
+"""How far a run is: each second on a terminal, each 30 s in a log, by frames and not by blocks; and its last line."""
+
+import io
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from extract import cli
+from extract.cli import progress
+from extract.workers import driver
+
+
+class FakeStore:
+    num_views, frames_per_video = 2, 5
+
+
+class FakePool:
+    """Settles ten frames each time that it is asked."""
+
+    frames = 0
+
+    def settled(self) -> int:
+        self.frames += 10
+        return self.frames
+
+
+def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setattr(driver, "SECONDS_PER_MOVE", 0.02)
+    totals = Counter()
+    with driver._shown_progress(FakePool(), totals, 300, FakeStore()):
+        time.sleep(1.5)  # a bar appears after a second
+        moved = screen.getvalue()
+        totals.update(videos=300, failed=2)
+    assert len({part.partition("|")[0] for part in moved.split("\r")}) > 5
+    last = screen.getvalue().strip().splitlines()[-1]
+    assert "3000/3000" in last
+    assert "300 of 300 videos, 2 failed" in last
+
+
+def test_frames_of_a_lost_worker_are_taken_back(monkeypatch):
+    monkeypatch.setattr(driver, "SECONDS_PER_MOVE", 60.0)
+    pool = FakePool()
+    pool.settled = lambda: 7
+    with driver._shown_progress(pool, Counter(videos=3), 10, FakeStore()):
+        pass  # 30 frames are handed in, whatever workers say
+
+
+def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeypatch, capsys):
+    assert cli.LOG_SECONDS == 30
+    monkeypatch.setattr(cli, "LOG_SECONDS", 0.3)
+    with progress(total=100, unit="frame") as bar:
+        for _ in range(40):
+            time.sleep(0.05)
+            bar.update()
+    lines = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert 2 <= len(lines) <= 8
+    assert all("\r" not in line and "frame/s" in line for line in lines)
+    done, left = lines[0].split(" [")[0], lines[0].split("<")[1]
+    assert "/100" in done
+    assert left.startswith("00:0")
+
+
+@pytest.mark.parametrize(
+    ("totals", "expected"),
+    [
+        ({"frames": 100, "device": 8.5, "wait": 1.1}, "The limit was the backbone."),
+        ({"frames": 100, "device": 2.0, "wait": 7.0}, "The limit was decoding."),
+        ({"frames": 0}, "no frame was computed in 10.0 s: no video could be read"),
+    ],
+)
+def test_the_limit_is_what_took_longer(totals, expected):
+    assert driver._where_time_went(Counter(totals), wall=10.0, workers=1).endswith(expected)
