@@ -1,6 +1,7 @@
-"""How many CPU cores this process may use: the one place that every pool of threads or processes asks."""
+"""The CPU: how many cores this process may use, for every pool of threads or processes, and what they compute in."""
 
 import os
+from pathlib import Path
 
 
 def available_cores(limit: int | None = None) -> int:
@@ -18,3 +19,12 @@ def available_cores(limit: int | None = None) -> int:
     if threads.isdigit() and int(threads) > 0:
         cores = min(cores, int(threads))
     return cores
+
+
+def has_native_bf16() -> bool:
+    """Whether the CPU itself computes in bf16, which is then faster than fp32. Never a matter of the load."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
+    except OSError:  # not Linux
+        return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

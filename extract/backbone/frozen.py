@@ -9,17 +9,20 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from extract.backbone.batches import Batches
 from extract.cli import InputError, RunError
-from extract.cores import available_cores
+from extract.cores import available_cores, has_native_bf16
 from extract.decode.transform import Clips, Preprocessing
 from extract.device import choose_device, runs_on_cpu
 
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+if TYPE_CHECKING:
+    from extract.backbone.quantized import Calibration
+
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 class Engine(Protocol):
@@ -48,6 +51,7 @@ def load_backbone(
     seed: int = 0,
     frames: int | None = None,
     threads: int | None = None,
+    calibration: "Callable[[Preprocessing], Calibration] | None" = None,
     **options: Any,
 ) -> "Backbone":
     """A network with its weights, ready to run frozen.
@@ -60,6 +64,7 @@ def load_backbone(
     engine: "auto" (on a CPU OpenVINO, if it is installed and can run the network, else PyTorch), openvino, or torch.
     frames: how many come together, if that is known: a GPU then gets batches of even sizes.
     threads: CPU cores to use (default: `available_cores()`).
+    calibration: gives the frames that int8 is calibrated on.
     Raises InputError for a device or an engine that is not there and for fp16 or a form on a CPU, RunError if a GPU's
     memory is full.
     """
@@ -67,6 +72,8 @@ def load_backbone(
     _check(device, precision, form, engine, on_cpu=on_cpu)
     source: dict[str, Any] = {"name": name, "weights": weights, "seed": seed, **options}
     if on_cpu:
+        if precision == "int8":
+            return _in_int8(source, calibration, threads or available_cores())
         return _on_cpu(source, precision, engine, threads or available_cores())
     from extract.backbone import torch_engine
     from extract.backbone.model import load_trunk
@@ -90,6 +97,7 @@ class Backbone:
         self.preprocessing: Preprocessing = network.preprocessing
         self.input_shape: tuple[int, ...] = network.input_shape
         self.clips: Clips | None = network.clips
+        self._extra = getattr(network, "extra", {})
         self.engine, self.device, self._note = engine, device, note
         self.precision, self.batch_size = engine.precision, engine.batch_size
 
@@ -144,6 +152,7 @@ class Backbone:
             **({"clips": asdict(self.clips)} if self.clips else {}),
             "precision": self.precision,
             **self.engine.record,
+            **self._extra,
         }
 
     def describe(self) -> str:
@@ -168,8 +177,30 @@ def _check(device: str, precision: str, form: str, engine: str, *, on_cpu: bool)
         raise InputError("--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16")
     if form != "auto" and on_cpu:
         raise InputError(f"--form {form} is how a GPU runs a backbone; on a CPU there is one form only, auto")
+    if precision == "int8" and (engine == "torch" or not on_cpu):
+        raise InputError("--precision int8 is OpenVINO's, on a CPU; leave out --engine, and give --device cpu")
     if engine == "openvino" and not on_cpu:
         raise InputError(f"--engine openvino runs on a CPU, and --device {device} is a GPU; add --device cpu")
+
+
+def _in_int8(
+    source: dict[str, Any], calibration: "Callable[[Preprocessing], Calibration] | None", threads: int
+) -> Backbone:
+    from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine, converted_network
+    from extract.backbone.quantized import quantized_network
+
+    if calibration is None:
+        raise InputError("--precision int8 is calibrated on the videos of an extraction; here use --precision auto")
+    try:
+        plain, _ = converted_network(**source)
+        if plain.clips is not None:
+            raise InputError(f"--precision int8 is for backbones of frames, and {plain.name} sees clips; use bf16")
+        record, network = quantized_network(calibration(plain.preprocessing), threads=threads, **source)
+    except ConversionError as error:
+        raise InputError(f"--precision int8: OpenVINO cannot run {source['name']} ({error})") from None
+    numbers = record.extra["quantization"]
+    note = f", relative error {numbers['relative_error']:.2g} against fp32 on {numbers['held_out']} held-out frames"
+    return Backbone(record, OpenVinoEngine(network, precision="int8", threads=threads), device="cpu", note=note)
 
 
 def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -> Backbone:
@@ -194,12 +225,3 @@ def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -
 
     trunk = load_trunk(**source)
     return Backbone(trunk, torch_engine.on_cpu(trunk, precision=precision, threads=threads), device="cpu", note=note)
-
-
-def has_native_bf16() -> bool:
-    """Whether the CPU itself computes in bf16, which is then faster than fp32. Never a matter of the load."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    except OSError:  # not Linux
-        return False
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)

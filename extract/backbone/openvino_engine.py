@@ -4,6 +4,7 @@ Streams do not wait for each other at every layer, as PyTorch's threads do: on a
 taken away slows one stream.
 """
 
+import sys
 import threading
 import time
 import warnings
@@ -15,12 +16,13 @@ import openvino
 
 from extract.backbone.batches import inputs_per_batch
 from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
+from extract.cores import has_native_bf16
 
 if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
 BATCH = 8  # always: what a kernel rounds must not depend on how many frames wait
-TYPES = {"fp32": "f32", "bf16": "bf16"}
+TYPES = {"fp32": "f32", "bf16": "bf16"}  # what of an int8 network is not in int8 is in the CPU's own precision
 
 
 class ConversionError(Exception):
@@ -40,7 +42,9 @@ class OpenVinoEngine:
             {
                 "NUM_STREAMS": threads,
                 "INFERENCE_NUM_THREADS": threads,
-                "INFERENCE_PRECISION_HINT": TYPES[precision],
+                "INFERENCE_PRECISION_HINT": TYPES["bf16" if has_native_bf16() else "fp32"]
+                if precision == "int8"
+                else TYPES[precision],
                 # Streams that are bound to cores would share the same ones with those of another worker.
                 "ENABLE_CPU_PINNING": False,
             },
@@ -112,6 +116,7 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
         return saved
     from extract.backbone.model import load_trunk
 
+    print(f"{source['name']} is converted for OpenVINO: some seconds, at this start only", file=sys.stderr)
     trunk = load_trunk(**source)
     record = NetworkRecord(
         trunk.name, trunk.dim, trunk.preprocessing, trunk.weights, trunk.input_shape, trunk.clips, {}

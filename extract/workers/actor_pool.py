@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from extract.cli import RunError
 from extract.options import Options
+from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import Decoder, decode_elsewhere
 from extract.workers.worker import Block, Done, Worker
 
@@ -127,12 +128,12 @@ class _Helper:
 class RayActorPool:
     """Hands blocks to workers and keeps the pool as large as the cluster allows."""
 
-    def __init__(self, options: Options, worker: type[Worker] = Worker):
+    def __init__(self, options: Options, sample: CalibrationSample | None = None, worker: type[Worker] = Worker):
         import ray
 
         self._ray = ray
         self._started = connect(options.address)
-        self._options, self._worker = options, worker
+        self._options, self._worker, self._sample = options, worker, sample
         # Decided once: where the last GPU goes, the run waits for another and does not fall back to CPUs.
         self._gpu = options.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= 1
         self._members: list[_Member] = []
@@ -150,7 +151,9 @@ class RayActorPool:
         cores = self._options.threads or max(1, int(self._request["num_cpus"]))
         remote: Any = self._ray.remote  # Ray's own types know no concurrency groups
         actor = remote(concurrency_groups={"help": 1})(self._worker)
-        return actor.options(max_restarts=0, max_task_retries=0, **self._request).remote(self._options, cores)
+        return actor.options(max_restarts=0, max_task_retries=0, **self._request).remote(
+            self._options, cores, self._sample
+        )
 
     def describe(self) -> dict[str, Any]:
         made = self._get(self._first.describe.remote())

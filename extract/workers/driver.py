@@ -32,6 +32,7 @@ from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exc
 from extract.store.remote import Lease
 from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
+from extract.workers.calibration import choose_sample
 from extract.workers.decoder import code_version
 from extract.workers.worker import Block, Worker
 
@@ -60,7 +61,7 @@ def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: 
     nonce = uuid.uuid4().hex
     hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=vars(options))
     store = _open_if_there(options.out)
-    pool = _worker_pool(options, store)
+    pool = _worker_pool(options, store, videos)
     try:
         made = pool.describe()
         if store is None:
@@ -209,7 +210,7 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _worker_pool(options: Options, store: FeatureStore | None) -> Worker | RayActorPool:
+def _worker_pool(options: Options, store: FeatureStore | None, videos: Sequence[Video]) -> Worker | RayActorPool:
     """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them, as a `store` was begun."""
     recorded = store.provenance if store else {}
     weights = Path(options.weights)
@@ -221,11 +222,12 @@ def _worker_pool(options: Options, store: FeatureStore | None) -> Worker | RayAc
         # Stores of before OpenVINO ran backbones, and those of PyTorch, record no engine.
         engine="torch" if options.engine == "auto" and store and "engine" not in recorded else options.engine,
     )
+    sample = choose_sample(videos, store, seed=options.seed) if options.precision == "int8" else None
     gpus = count_gpus() if options.device in ("auto", "cuda") else 1
     workers = options.workers or max(1, gpus)
     if options.address is None and workers == 1:
-        return Worker(options, available_cores(options.threads))
-    return RayActorPool(options if options.address is not None else replace(options, workers=workers))
+        return Worker(options, available_cores(options.threads), sample)
+    return RayActorPool(options if options.address is not None else replace(options, workers=workers), sample)
 
 
 # -- the run -------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,12 +27,16 @@ from extract.decode import VideoError, decoder_version
 from extract.decode.jobs import Job, Plan, Prepared, decode_job
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
-from extract.decode.transform import view_names
+from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
+from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import check_node
+
+if TYPE_CHECKING:
+    from extract.backbone.quantized import Calibration
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,8 @@ class Worker:
     decode_job = staticmethod(decode_job)
 
     # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's constructor.
-    def __init__(self, options: Options, cores: int):
-        self.options, self.cores = options, cores
+    def __init__(self, options: Options, cores: int, sample: CalibrationSample | None = None):
+        self.options, self.cores, self._sample = options, cores, sample
         self._views = view_names(options.crops, options.augment_passes)
         self._ahead: dict[int, list[Submitted]] = {}
         # Blocks that are computed: how many frames were added when their last one was, features of pictures, and
@@ -126,7 +130,13 @@ class Worker:
             clip_frames=options.clip_frames,
             clip_fps=options.clip_fps,
             per_clip=options.per_clip,
+            calibration=self._calibration,
         )
+
+    def _calibration(self, preprocessing: Preprocessing) -> "Calibration":
+        assert self._sample is not None
+        with self._subprocesses(self.cores, plan := self._sample.plan(preprocessing)) as pool:
+            return self._sample.decode(pool, plan)
 
     @cached_property
     def _batches(self) -> Batches:
@@ -158,24 +168,24 @@ class Worker:
             return self._children
         if self._backbone.device.partition(":")[0] != device:
             raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
-        pool = self._subprocesses(0)
+        pool = self._subprocesses(0, self._plan)
         device, timeout = self._backbone.device, self.options.video_timeout
         pool.help(GpuDecoder(self._children, self.decode_job, device, timeout=timeout), at_once=self.cores)
         return pool
 
     @cached_property
     def _children(self) -> SubprocessPool:
-        return self._subprocesses(self.options.decode_workers or self.cores)
+        return self._subprocesses(self.options.decode_workers or self.cores, self._plan)
 
-    def _subprocesses(self, workers: int) -> SubprocessPool:
+    def _subprocesses(self, workers: int, plan: Plan) -> SubprocessPool:
         return SubprocessPool(
             self.decode_job,
-            slot_bytes=self._plan.slot_bytes,
+            slot_bytes=plan.slot_bytes,
             workers=workers,
             timeout=self.options.video_timeout,
             # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
             # a decoder that takes one of them away for a moment stops both.
-            nice=10 if self._backbone.device == "cpu" else 0,
+            nice=10 if runs_on_cpu(self.options.device) else 0,
         )
 
     @cached_property
