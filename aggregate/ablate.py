@@ -66,7 +66,7 @@ def main(options: Options) -> int:
         processes=processes,
         init=options.init,
     )
-    with Records(options, store, by=("name", "seed"), what="ablation") as records:
+    with Records(options, store, by=("name", "seed"), kind="ablation") as records:
         left = [one for key, one in wanted.items() if key not in records.rows]
         if records.rows:
             print(f"resuming  {options.out}: {len(records.rows)} of {len(wanted)} are done")

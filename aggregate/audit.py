@@ -41,8 +41,8 @@ def main(options: Options) -> None:
     import numpy as np
 
     from aggregate.duplicates import near_duplicates
-    from aggregate.metrics import csv_of
-    from aggregate.scores import Scores, group_keys, independent_units
+    from aggregate.metrics import csv_of, independent_units
+    from aggregate.scores import Scores, group_keys
     from extract.files import replace_file
     from extract.store import FeatureStore
 

@@ -84,7 +84,7 @@ def main(options: Options) -> int:
         processes=processes,
         rows=rows,
     )
-    with Records(options, store, by=("seed", "fold", "agg"), what="cross-validation") as records:
+    with Records(options, store, by=("seed", "fold", "agg"), kind="cross-validation") as records:
         left = [task for task in tasks if (task.fold.seed, task.fold.name, task.agg) not in records.rows]
         if done := len(tasks) - len(left):
             print(f"resuming  {options.out}: {done} of {len(tasks)} results are done")

@@ -73,8 +73,8 @@ def _over(backbone: nn.Module, head: VideoClassifier) -> VideoClassifier:
 
 
 def backbone_record(trunk: Trunk) -> dict[str, Any]:
-    """What a checkpoint keeps of its backbone: a store's provenance, without the precision."""
-    return {"name": trunk.name, "weights": dict(trunk.weights), "preprocessing": trunk.preprocessing.record()}
+    """What a checkpoint keeps of its backbone: as a store's provenance has it, without the precision."""
+    return {"backbone": trunk.name, "weights": dict(trunk.weights), "preprocessing": trunk.preprocessing.record()}
 
 
 def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
@@ -106,7 +106,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
     Raises InputError as `backbone_from_record`.
     """
     source = _source(checkpoint, weights)
-    if checkpoint.backbone is not None:
+    if checkpoint.holds_backbone:
         net = build_net(checkpoint.options, load_trunk(source["name"], weights="random").module)
         net.load_state_dict(checkpoint.state_dict)
     else:
@@ -124,7 +124,7 @@ def check_backbone(checkpoint: Checkpoint, made: Backbone | Trunk, *, given: Pat
             f"{checkpoint.path} was trained with {see}; the {made.name} of this version of timm takes "
             f"{made.preprocessing}"
         )
-    if checkpoint.backbone is not None:
+    if checkpoint.holds_backbone:
         return  # the checkpoint's own tensors
     name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
     key = "sha256" if "sha256" in recorded else "name"
@@ -138,8 +138,8 @@ def check_backbone(checkpoint: Checkpoint, made: Backbone | Trunk, *, given: Pat
 
 def preprocessing_of(checkpoint: Checkpoint) -> Preprocessing:
     """The preprocessing that a checkpoint records. InputError for none."""
-    record = checkpoint.backbone or checkpoint.features
-    if not ({"weights", "preprocessing"} <= set(record) and {"name", "backbone"} & set(record)):
+    record = checkpoint.features
+    if not {"backbone", "weights", "preprocessing"} <= set(record):
         raise InputError(
             f"{checkpoint.path} was trained on features made elsewhere: it records no backbone that could see videos, "
             f"only {record}; give --features to {command_line('aggregate.evaluate')}"
@@ -151,10 +151,10 @@ def preprocessing_of(checkpoint: Checkpoint) -> Preprocessing:
 def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
     """Keywords of `load_trunk` and `load_backbone`."""
     size = preprocessing_of(checkpoint).size
-    if checkpoint.backbone is not None:
+    if checkpoint.holds_backbone:
         if weights is not None:
             raise InputError(f"--weights {weights}: the fine-tuned {checkpoint.path} holds its own backbone; drop it")
-        return {"name": checkpoint.backbone["name"], "weights": checkpoint.path, "seed": 0}
+        return {"name": checkpoint.features["backbone"], "weights": checkpoint.path, "seed": 0}
     name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
     if clips := checkpoint.features.get("clips"):
         options = {"clip_frames": clips["frames"], "clip_fps": clips["fps"], "per_clip": clips["per_clip"]}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate.training.options import PlaceOptions, VideoOptions
-from extract.cli import InputError, RunError, progress, run_command
+from extract.cli import InputError, RunError, examples, progress, run_command
 from extract.commands import command_line
 from extract.cores import available_cores
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.splits import ListedVideos
     from extract.listing.videos import Video
+    from extract.store import FeatureStore
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Options(VideoOptions, PlaceOptions):
     weights: Path | None = None
     """With --videos: the backbone's weights, where the checkpoint records a file of one's own (SHA-256 is checked)."""
     split: str = "val"
-    """Which split, or `all`."""
+    """Which split; `held-out` for the very videos that training validated on, `all` for every one."""
     by: Literal["row", "video"] = "row"
     """Of a store of windows or spans: a score each, or one a video, their mean."""
     segments: tuple[int, ...] = (3, 25)
@@ -57,7 +59,14 @@ def main(options: Options) -> int:
     see = see_features if options.videos is None else see_videos
     videos, seen = see(checkpoint, options)
     source = {"model": checkpoint.options["name"], "options": checkpoint.options, "checkpoint": options.checkpoint.name}
-    source |= {"features": checkpoint.features, "split": options.split}
+    source |= {"features": checkpoint.features, "split": options.split, "inputs": videos.inputs}
+    if videos.trained_on is not None:
+        source["trained_on"] = videos.trained_on
+    if videos.trained_on:
+        print(
+            f"NOT A RESULT: the model was trained on {videos.trained_on:,} of these {len(videos.ids):,} videos; "
+            "--split held-out scores those that it was not trained on"
+        )
     several = []
     for segments, crops in seen:
         if options.videos is None and np.isnan(crops).all():
@@ -72,11 +81,17 @@ def main(options: Options) -> int:
 
 
 class Scored(NamedTuple):
-    """The N videos to score: ids, labels over the checkpoint's classes, and what each depends on (`group_keys`)."""
+    """The N videos to score: ids, labels over the checkpoint's classes, and what each depends on (`group_keys`).
+
+    `trained_on` is how many of them the model was trained on, None if the checkpoint does not say. `inputs` are digests
+    of what the scores are made of: the same ones give the same scores.
+    """
 
     ids: list[str]
     labels: "np.ndarray"
     groups: "np.ndarray"
+    trained_on: int | None
+    inputs: dict[str, Any]
 
 
 # The videos; the numbers of segments, each with logits [N, crops, C], NaN for videos that failed.
@@ -86,31 +101,27 @@ Seen = tuple[Scored, "Iterator[tuple[int, np.ndarray]]"]
 def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     """The checkpoint's logits of features in a store."""
     from aggregate.data.features import StoredFeatures
-    from aggregate.scores import group_keys
-    from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.sources import logits_of, possible_segments
     from extract.device import choose_device
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
     checkpoint.check_features(store.provenance, store.dim, options.features)
-    rows = rows_of_split(store.splits, options.split, store.path)
-    labels = rows_for_classes(store.labels[rows], list(store.classes), checkpoint.classes, options.features)
+    rows = rows_to_score(checkpoint, store, options.split)
+    scored = _scored(checkpoint, store, rows, options)
     device = choose_device(options.device)
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
     wanted = possible_segments(options.segments, store)
     features = StoredFeatures(store, rows, device=device, placement=options.placement)  # read once for all of them
     model, size = checkpoint.model().to(device), options.batch_size
     seen = ((number, logits_of([model], features, segments=number, batch_size=size)[0]) for number in wanted)
-    groups = group_keys(store.ids, store.groups)[rows]
-    return Scored(store.ids[rows].tolist(), labels, groups), seen
+    return scored, seen
 
 
 def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
     """The checkpoint's logits of frames, through the backbone that it holds or records."""
     from aggregate.endtoend import model_from_record
-    from aggregate.training.checkpoint import rows_for_classes
-    from aggregate.training.splits import ListedVideos, group_keys
+    from aggregate.training.splits import ListedVideos
     from extract.device import choose_device
     from extract.listing.videos import list_videos
 
@@ -120,14 +131,40 @@ def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
     where = str(options.videos)
     listing = list_videos(where, labels=options.labels, root=options.root)
     listed = ListedVideos(listing)
-    rows = rows_of_split(listed.splits, options.split, where)
+    rows = rows_to_score(checkpoint, listed, options.split)
     chosen = [listing.videos[row] for row in rows]
-    labels = rows_for_classes(listed.labels[rows], list(listing.classes), checkpoint.classes, where)
-    groups = group_keys(listed.ids, listed.groups)[rows]
+    scored = _scored(checkpoint, listed, rows, options)
     count = f"{len(chosen):,} videos of split {options.split!r}"
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{count} on {device}")
     seen = ((number, _logits_of_videos(model, chosen, number, options)) for number in sorted(set(options.segments)))
-    return Scored([video.id for video in chosen], labels, groups), seen
+    return scored, seen
+
+
+def _scored(
+    checkpoint: "Checkpoint", videos: "FeatureStore | ListedVideos", rows: "np.ndarray", options: Options
+) -> Scored:
+    """What is known of the videos to score. Says of which the label, split or group has changed since training."""
+    from aggregate.training.checkpoint import rows_for_classes
+    from aggregate.training.manifest import trained_on
+    from aggregate.training.splits import group_keys
+
+    labels = rows_for_classes(videos.labels[rows], list(videos.classes), checkpoint.classes, str(videos.path))
+    count, changed = trained_on(checkpoint, videos, rows)
+    if changed:
+        print(
+            f"note: the label, split or group of {len(changed):,} of these videos is another than when the model was "
+            f"trained ({examples(changed)}); scored with what it is now"
+        )
+    groups = group_keys(videos.ids, videos.groups)[rows]
+    return Scored(videos.ids[rows].tolist(), labels, groups, count, inputs_of(options.checkpoint, videos, options))
+
+
+def inputs_of(checkpoint: "Path", videos: "FeatureStore | ListedVideos", options: Options) -> dict[str, Any]:
+    """Digests of what scores are made of: the checkpoint, what the store or the listing holds, and the options."""
+    from aggregate.training.manifest import contents_of, sha256_of
+
+    own = {name: getattr(options, name) for name in ("split", "by", "crops")} | {"segments": list(options.segments)}
+    return {"checkpoint": sha256_of(checkpoint), **own, "of": contents_of(videos)}
 
 
 def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int, options: Options) -> "np.ndarray":
@@ -173,7 +210,29 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
     if out is not None:
         save_scores(out, several)
         print(f"scores: {out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
-        print(f"Next: {command_line('pipelines.report', out.parent, out=out.parent / 'report.html')}")
+        if not several[0].source.get("trained_on"):
+            print(f"Next: {command_line('pipelines.report', out.parent, out=out.parent / 'report.html')}")
+
+
+def inputs_now(options: Options) -> dict[str, Any]:
+    """`source["inputs"]` of the scores that these options would make."""
+    from aggregate.training.splits import ListedVideos
+    from extract.listing.videos import list_videos
+    from extract.store import FeatureStore
+
+    if options.videos is None:
+        return inputs_of(options.checkpoint, FeatureStore.open(options.features), options)
+    listing = list_videos(str(options.videos), labels=options.labels, root=options.root)
+    return inputs_of(options.checkpoint, ListedVideos(listing), options)
+
+
+def rows_to_score(checkpoint: "Checkpoint", videos: "FeatureStore | ListedVideos", split: str) -> "np.ndarray":
+    """Rows of a split, or those that validated while the checkpoint was trained ("held-out")."""
+    from aggregate.training.manifest import rows_of_role
+
+    if split == "held-out" and split not in videos.splits:
+        return rows_of_role(checkpoint, videos, "validate")
+    return rows_of_split(videos.splits, split, str(videos.path))
 
 
 def rows_of_split(splits: "Sequence[str] | np.ndarray", split: str, where: str) -> "np.ndarray":
@@ -183,7 +242,10 @@ def rows_of_split(splits: "Sequence[str] | np.ndarray", split: str, where: str) 
     rows = np.flatnonzero((np.array(splits) == split) | (split == "all"))
     if not len(rows):
         known = ", ".join(map(repr, sorted(set(splits))))
-        raise InputError(f"{where} has no video in split {split!r}; it has {known}; `--split all` takes every one")
+        raise InputError(
+            f"{where} has no video in split {split!r}; it has {known}; `--split held-out` takes those that training "
+            "validated on, `--split all` takes every one"
+        )
     return rows
 
 

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -91,7 +91,10 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
     """Train to the end as one process, `rank` of `world`; rank 0 prints and writes."""
     import torch
 
-    with prepare(options, rank=rank, world=world) as run:
+    from extract.files import locked
+
+    alone = locked(options.folder) if rank == 0 else nullcontext()  # the others write nothing
+    with alone, prepare(options, rank=rank, world=world) as run:
         training: Any = run.source.training
         try:
             run.train()
@@ -109,12 +112,15 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
             ) from None
         if run.writes:
             best = run.out / "best.pt"
-            videos = {"videos": options.videos, "root": options.root}
-            store = f"{run.out}.zarr"
-            print(f"Next: {command_line('aggregate.evaluate', checkpoint=best, **videos)}")
-            if options.model == "tsn":
-                print("or, to train HG-NL on the features of its backbone:")
-                print(command_line("extract", **videos, out=store, weights=best, backbone=options.backbone))
+            listing = {"videos": options.videos, "root": options.root}
+            if options.labels != "auto":
+                listing |= {"labels": options.labels}
+            tested = {**listing, "checkpoint": best, "split": "held-out", "out": f"{run.out}.h5"}
+            print(f"Next: {command_line('aggregate.evaluate', **tested)}")
+            if options.model != "stnet":
+                store = {"backbone": options.backbone, "weights": best, "out": f"{run.out}.zarr"}
+                print("or, to train heads on the features of its backbone:")
+                print(command_line("extract", **listing, **store))
 
 
 @contextmanager
@@ -125,9 +131,10 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.training.learner import Learner
+    from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
-    from aggregate.training.splits import ListedVideos, choose_rows, group_keys
+    from aggregate.training.splits import ListedVideos, group_keys
     from extract.decode.jobs import Plan
     from extract.device import choose_device
     from extract.listing.videos import list_videos
@@ -138,10 +145,10 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     listing = list_videos(options.videos, labels=options.labels, root=options.root)
     classes = list(listing.classes)
     listed = ListedVideos(listing)
-    rows, val_rows, words = choose_rows(listed, options, options.seed)
-    videos, val_videos = ([listing.videos[row] for row in chosen] for chosen in (rows, val_rows))
+    chosen = choose_or_continue(listed, options, options.seed, options.folder, last)
+    videos, val_videos = ([listing.videos[row] for row in rows] for rows in (chosen.train, chosen.validate))
     schedule = _recipe(options, len(videos))
-    model, frozen, record = build_model(options, classes, schedule.dropout, tell=rank == 0)
+    model, frozen, features = build_model(options, classes, schedule.dropout, tell=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
     learner = Learner(
         name=options.model,
@@ -159,18 +166,21 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     )
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
-    features = {"backbone": record["name"], **{k: record[k] for k in ("weights", "preprocessing")}}
-    common = {"classes": classes, "features": features, "frames": options.frames, "backbone": record}
+    data = record(listed, chosen, init=options.init, recipe=schedule)
+    if last is not None:
+        refuse_other_data(options.folder, last, listed, features, data)
+    common = {"classes": classes, "features": features, "frames": options.frames, "data": data}
     with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:
         training, testing = VideoFrames(videos, plan, pool), VideoFrames(val_videos[rank::world], plan, pool)
         labels = np.array([video.label for video in val_videos])
-        groups = group_keys(listed.ids, listed.groups)[val_rows]
+        groups = group_keys(listed.ids, listed.groups)[chosen.validate]
         source = DecodedVideos(training, testing, labels, groups, len(classes), options.frames, learner)
         run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
+        run.videos_csv = videos_csv(listed, chosen)
         run.resume(last)
         if rank == 0:
             where = f"{_parameters(model)} on {device} in {learner.precision}, {world} process(es)"
-            print(f"videos    {words}\nmodel     {options.model} over {options.backbone}, {where}")
+            print(f"videos    {chosen.description}\nmodel     {options.model} over {options.backbone}, {where}")
             print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
 
@@ -195,7 +205,7 @@ def build_model(
     from extract.backbone.model import load_trunk
 
     init = None if options.init is None else Checkpoint.load(options.init)
-    with_backbone = init is not None and init.backbone is not None
+    with_backbone = init is not None and init.holds_backbone
     weights = str(options.init) if with_backbone else options.weights
     trunk = load_trunk(options.backbone, weights=weights, seed=options.seed)
     if init is not None and not with_backbone:

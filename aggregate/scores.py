@@ -192,6 +192,15 @@ class Scores:
                 raise InputError(f"{path}: {error}") from None
 
 
+def refuse_training_scores(scores: Scores, name: str) -> None:
+    """InputError for scores of videos that their model was trained on: whatever is made of them is not a result."""
+    if count := scores.source.get("trained_on"):
+        raise InputError(
+            f"{name} holds scores of {count:,} videos that the model was trained on, which is not a result; "
+            "score others: python -m aggregate.evaluate --split held-out, or a split"
+        )
+
+
 def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None:
     """Write one file of the same videos seen with several numbers of segments."""
     import h5py

@@ -2,7 +2,6 @@
 
 import sys
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregate.ablation.processes import prepare_environment
@@ -22,50 +21,60 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> int:
     prepare_environment()
-    run = prepare(options)
-    run.train()
-    run.report()
+    from extract.files import locked
+
+    with locked(options.folder):
+        run = prepare(options)
+        run.train()
+        run.report()
     print(f"Next: {_next_command(options, run)}")
     return 0
 
 
 def _next_command(options: Options, run: "Run") -> str:
-    """Test the model on the validation split; without one, compare by cross-validation."""
+    """Test the model on the videos that validated it, by the name of their split if they have one."""
+    import numpy as np
+
     testing: Any = run.source.testing
-    if (testing.store.splits[testing.rows] == options.val_split).all():
-        test = {"checkpoint": run.out / "best.pt", "features": options.features, "split": options.val_split}
-        return command_line("aggregate.evaluate", **test, out=f"{run.out}.h5")
-    heads = tuple(dict.fromkeys(("tsn", options.agg)))
-    return command_line("aggregate.crossval", agg=heads, features=options.features, out=run.out.parent / "crossval")
+    whole = np.array_equal(testing.rows, np.flatnonzero(testing.store.splits == options.val_split))
+    split = options.val_split if whole else "held-out"
+    test = {"checkpoint": run.out / "best.pt", "features": options.features, "split": split}
+    return command_line("aggregate.evaluate", **test, out=f"{run.out}.h5")
 
 
 def prepare(options: Options) -> "Run":
     """The run that `options` ask for, at the epoch where its folder stands."""
     from aggregate.data.features import StoredFeatures
+    from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import CachedFeatures, possible_segments
-    from aggregate.training.splits import choose_rows
     from extract.device import choose_device
     from extract.store import FeatureStore
 
-    out = options.out or Path("runs") / options.agg
+    out = options.folder
     store = FeatureStore.open(options.features)
     device = choose_device(options.device)
     last = open_folder(out, options)
-    rows, val_rows, words = choose_rows(store, options, options.seed)
-    configuration = configured(options.agg, options, videos=len(rows))
-    training = StoredFeatures(store, rows, device=device, placement=options.placement, training=True)
-    testing = StoredFeatures(store, val_rows, device=device, placement=options.placement)
+    chosen = choose_or_continue(store, options, options.seed, out, last)
+    configuration = configured(options.agg, options, videos=len(chosen.train))
+    training = StoredFeatures(store, chosen.train, device=device, placement=options.placement, training=True)
+    testing = StoredFeatures(store, chosen.validate, device=device, placement=options.placement)
     print(
-        f"features  {store!r}\nvideos    {words}\n"
+        f"features  {store!r}\nvideos    {chosen.description}\n"
         f"training  {training.words}; {len(training.views)} views; on {device}\n"
         f"recipe    {options.recipe}: {configuration.recipe}"
     )
+    if options.init is not None and not options.init.is_file():
+        raise InputError(f"--init {options.init}: there is no checkpoint {options.init}")
+    data = record(store, chosen, init=options.init, recipe=configuration.recipe)
+    if last is not None:
+        refuse_other_data(out, last, store, store.provenance, data)
     learners, references = _learners_and_baselines(configuration, store, device)
     source = CachedFeatures(training, testing, options.frames, configuration.recipe.batch_size, options.seed)
-    common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames}
+    common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames, "data": data}
     segments = possible_segments((options.frames, store.frames_per_video), store)
     run = Run(out, options, learners, source, common=common, segments=segments, references=references)
+    run.videos_csv = videos_csv(store, chosen)
     run.resume(last)
     return run
 

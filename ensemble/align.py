@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import numpy as np
 import pandas as pd
 
-from aggregate.scores import Scores, group_keys
+from aggregate.scores import Scores, group_keys, refuse_training_scores
 from extract.cli import InputError
 
 Missing = Literal["error", "drop", "worst"]
@@ -69,6 +69,8 @@ def align(
     if not list_of_scores:
         raise InputError("there are no scores to join; give at least one scores file")
     names = [f"model {place + 1}" for place in range(len(list_of_scores))] if names is None else list(names)
+    for scores, name in zip(list_of_scores, names, strict=True):
+        refuse_training_scores(scores, name)
     classes = list(list_of_scores[0].classes)
     for scores, name in zip(list_of_scores, names, strict=True):
         _check_classes(classes, list(scores.classes), names[0], name)

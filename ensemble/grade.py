@@ -12,7 +12,7 @@ from aggregate.metrics import Interval, bootstrap
 from ensemble.entries import is_clip, is_scores, read_json, read_submission, read_text, submission_ids
 from extract.cli import InputError
 from extract.listing.folders import SPLITS
-from extract.listing.tables import read_table
+from extract.listing.lists import read_list
 from extract.listing.videos import youtube_id
 
 Truth = tuple[str, tuple[str, ...], str]  # id or name of the clip, labels, split
@@ -125,7 +125,7 @@ def _truth_rows(path: str) -> list[Truth]:
     if path.lower().endswith(".csv"):
         if not Path(path).is_file():
             raise InputError(f"there is no file {path}")
-        rows = read_table(path, os.path.dirname(path) or ".").rows
+        rows = read_list(path, os.path.dirname(path) or ".").rows
         return [(row.name, (row.label,) if row.label else (), row.split) for row in rows]
     found = read_json(path)
     database = found.get("database", found) if isinstance(found, dict) else None

@@ -1,19 +1,27 @@
 """Files that are whole and on the disk once they have their names, whatever becomes of the process or of the power.
 
-    write `a.partial` -> fsync it -> rename it to `a` -> fsync the folder
+    write `a.<32 hex digits>.partial` -> fsync it -> rename it to `a` -> fsync the folder
 
 Without the first fsync a name may be on the disk before what it names; without the second the name may be lost again.
 """
 
 import contextlib
 import errno
+import fcntl
 import os
+import re
 import shutil
+import socket
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from extract.cli import RunError, explain
+
+LOCK = ".lock"
+# Only we name files like this: what looks so and belongs to no running process was left by a run that was killed.
+_LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
@@ -31,17 +39,17 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], mark: str = "") -> Iterator[Path]:
-    """A name beside `path`, to make a file or a folder there; on the way out it is on the disk as `path`, or gone.
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A name next to `path`, to make a file or a folder there; on the way out it is on the disk as `path`, or gone.
 
-    `mark` sets those apart who may write `path` at the same time. Missing folders are made. Raises RunError.
+    The name is unique, so that several processes may write `path` at the same time, and no file of the user's has it.
+    Missing folders are made. Raises RunError.
     """
     path = Path(path)
-    partial = path.with_name(f"{path.name}{mark}.partial")
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
     with writing(path):
         make_folder(path.parent)
         try:
-            _remove(partial)  # what a run left that was killed
             yield partial
             sync_tree(partial)
             os.replace(partial, path)
@@ -52,6 +60,56 @@ def replacing(path: str | os.PathLike[str], mark: str = "") -> Iterator[Path]:
         sync(path.parent)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs left half-written in `folder`. For the holder of its lock."""
+    for path in folder.iterdir():
+        if is_leftover(path.name):
+            _remove(path)
+
+
+def is_leftover(name: str) -> bool:
+    """Whether a file of this name is one that `replacing` was writing."""
+    return bool(_LEFTOVER.search(name))
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a folder that one process at a time may write; it is made if it is missing.
+
+    The kernel releases the lock when the process ends, however it ends. A folder that was made for this and into which
+    nothing was written is removed again. RunError names the process that holds it already.
+    """
+    folder = Path(folder)
+    existed = folder.is_dir()
+    make_folder(folder)
+    lock = folder / LOCK
+    with writing(lock):
+        file = lock.open("a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise RunError(
+                f"{folder} is being written by {holder}; wait for it, stop it, or give another name"
+            ) from None
+        if not os.fstat(file.fileno()).st_nlink:
+            raise RunError(f"{folder} was just removed by another process; run the same command again")
+        remove_leftovers(folder)
+        with contextlib.suppress(OSError):  # a full disk: only the message of others is poorer
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # a process that opened it meanwhile sees that it is gone
+                if not existed:
+                    folder.rmdir()  # if nothing is in it
+
+
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
@@ -59,9 +117,9 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: str | os.PathLike[str], content: Any, mark: str = "") -> None:
+def replace_file(path: str | os.PathLike[str], content: Any) -> None:
     """Write `content` (text, or bytes of any kind) to a file that appears whole or not at all. Raises RunError."""
-    with replacing(path, mark) as partial:
+    with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -115,7 +115,7 @@ def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[Any, ...]:
 
 def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
     """The file's metadata_props, each a JSON text: classes in the order of the logits, preprocessing, options ..."""
-    record = checkpoint.backbone or {"name": checkpoint.features["backbone"], "weights": checkpoint.features["weights"]}
+    record = {"name": checkpoint.features["backbone"], "weights": checkpoint.features["weights"]}
     values = {
         "classes": checkpoint.classes,
         "preprocessing": asdict(model.preprocessing),

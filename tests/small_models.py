@@ -52,14 +52,12 @@ def tuned(folder: Path, name: str = "hgnl", **changes: Any) -> Path:
         else:
             options = build(name, dim=trunk.dim, num_classes=len(CLASSES), **{**AGGREGATORS[name], **changes}).options
         net = _lively(build_net(options, trunk.module))
-    record = backbone_record(trunk)
-    return _save(folder, Checkpoint(options, CLASSES, net.state_dict(), provenance(trunk), 3, backbone=record))
+    return _save(folder, Checkpoint(options, CLASSES, net.state_dict(), provenance(trunk), 3))
 
 
 def provenance(trunk: Trunk) -> dict[str, Any]:
     """What a store of its features would record of it."""
-    record = backbone_record(trunk)
-    return {"backbone": record.pop("name"), **record, "precision": "fp32"}
+    return {**backbone_record(trunk), "precision": "fp32"}
 
 
 def _lively(model: torch.nn.Module) -> torch.nn.Module:

@@ -1,6 +1,6 @@
 """Finished results in a folder that belongs to one set of options and one feature store, one process at a time."""
 
-import fcntl
+import contextlib
 import hashlib
 import io
 import json
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from aggregate.training.manifest import contents_of, sha256_of
 from aggregate.training.options import plain
 from aggregate.training.run import refuse_other_options
-from extract.cli import InputError, RunError
-from extract.files import append, make_folder, replace_file
+from extract.cli import InputError
+from extract.files import LOCK, append, is_leftover, locked, make_folder, replace_file
 from extract.store import FeatureStore
 
 Key = tuple[Any, ...]
@@ -23,31 +24,31 @@ class Records:
     """Of each result a row, a line of JSON appended whole to results.jsonl, and an array in a file of its own.
 
     `rows` are the rows by what stands in their columns `by`. `options` are those of the command with the folder as
-    `out`; `what` names its results. InputError for a folder of other options or contents, or of anything else.
+    `out`; `kind` names its results. InputError for a folder of other options or contents, or of anything else.
     """
 
-    def __init__(self, options: Any, store: FeatureStore, *, by: tuple[str, ...], what: str) -> None:
+    def __init__(self, options: Any, store: FeatureStore, *, by: tuple[str, ...], kind: str) -> None:
         self.out, self._by = options.out, by
         self.rows: dict[Key, dict[str, Any]] = {}
         self._written_as: dict[Key, str] = {}
         self._name = self.out / "results.jsonl"
-        others = {path.name for path in self.out.glob("*")} - {"options.json", "places"}
-        if others and not self._name.exists():
-            raise InputError(f"--out {self.out} is not empty and holds no {what}; give another name")
-        make_folder(self.out / "places")
-        self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            self._open(plain(options) | {"contents_of_features": contents_of(store)})
-        except BaseException:
-            os.close(self._file)
-            raise
+        others = {path.name for path in self.out.glob("*") if not is_leftover(path.name)}
+        if others - {"options.json", "places", LOCK} and not self._name.exists():
+            raise InputError(f"--out {self.out} is not empty and holds no {kind}; give another name")
+        contents = {
+            "contents_of_features": contents_of(store),
+            "contents_of_init": sha256_of(getattr(options, "init", None)),
+        }
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.out))
+            make_folder(self.out / "places")
+            self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            stack.callback(os.close, self._file)
+            self._open(plain(options) | contents)
+            self._held = stack.pop_all()
 
     def _open(self, wanted: dict[str, Any]) -> None:
-        """Lock the folder, read what is done, write the options."""
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(f"another process works in {self.out}; wait for it or give another --out") from None
+        """Read what is done, write the options."""
         content = self._name.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
@@ -82,16 +83,6 @@ class Records:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        os.close(self._file)
+        self._held.close()
         if kind is KeyboardInterrupt:
             print(f"\nstopped; {self.out} holds {len(self.rows)} results, the same command goes on", flush=True)
-
-
-def contents_of(store: FeatureStore) -> str:
-    """A digest of what a store lists and of how it was made (not of every feature): another one is another data set."""
-    digest = hashlib.sha256(json.dumps(store.provenance, sort_keys=True, default=str).encode())
-    for values in (store.ids, store.splits, store.groups, store.classes):
-        digest.update("\0".join(values).encode() + b"\1")
-    for numbers in (store.labels, store.status, store.num_frames):
-        digest.update(np.ascontiguousarray(numbers).tobytes())
-    return digest.hexdigest()[:16]

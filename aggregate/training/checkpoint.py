@@ -1,8 +1,9 @@
 """Checkpoints: what a trained classifier needs to be built again, and to be used on the right features only.
 
 A torch file of plain values: format, version, state_dict, options (of `aggregate.models.build`), classes, features (the
-provenance of the store it was trained on), frames (segments in training), metrics; `training` in `last.pt`, to resume.
-A model trained end to end also has `backbone`, and its tensors below `backbone.`.
+provenance of the features it was trained on: backbone, weights, preprocessing), frames (segments in training), metrics,
+data (which videos: aggregate/training/manifest.py); `training` in `last.pt`, to resume. A model trained end to end has
+the tensors of its backbone below `backbone.`. Version 1 spelled the backbone's record twice, and had no `data`.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from extract.cli import InputError
 from extract.commands import command_line
 from extract.files import replacing
 
-FORMAT, VERSION = "hgnl-checkpoint", 1
+FORMAT, VERSION = "hgnl-checkpoint", 2
 # Of a store's provenance, what a model depends on; decoder, views and versions may differ.
 _DEPENDS_ON = ("backbone", "weights", "preprocessing")
 
@@ -36,7 +37,7 @@ class Checkpoint:
     features: dict[str, Any]
     frames: int
     metrics: dict[str, float] = field(default_factory=dict)
-    backbone: dict[str, Any] | None = None
+    data: dict[str, Any] | None = field(default=None, repr=False)
     training: dict[str, Any] | None = field(default=None, repr=False)
     path: str = ""  # where it was read from; not saved
 
@@ -63,11 +64,18 @@ class Checkpoint:
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path} is no checkpoint of aggregate.train or aggregate.finetune")
-        if content.get("version") != VERSION:
-            raise InputError(f"{path} has version {content.get('version')}; this program reads {VERSION}")
+        if content.get("version") not in (1, VERSION):
+            raise InputError(f"{path} has version {content.get('version')}; this program reads 1 to {VERSION}")
+        if content["version"] == 1:
+            content["data"] = None
         if missing := sorted(cls.__dataclass_fields__.keys() - content.keys() - {"path"}):
             raise InputError(f"{path} is no whole checkpoint: it holds no {missing[0]!r}")
         return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name != "path"}, path=os.fspath(path))
+
+    @property
+    def holds_backbone(self) -> bool:
+        """Whether it was trained end to end."""
+        return any(name.startswith("backbone.") for name in self.state_dict)
 
     def model(self) -> VideoClassifier:
         """The classifier over cached features, without a backbone, in evaluation mode. InputError for StNet."""
@@ -86,8 +94,8 @@ class Checkpoint:
             raise InputError(f"{where} holds features of width {dim}; the checkpoint takes {self.options['dim']}")
         for name in _DEPENDS_ON:
             ours, theirs = self.features.get(name), provenance.get(name)
-            if name == "weights" and self.backbone is not None:
-                with open(self.path, "rb") as file:  # the file is the weights, whatever it was called then
+            if name == "weights" and self.holds_backbone:  # the file is the weights, whatever it was called then
+                with open(self.path, "rb") as file:
                     ours = {**(theirs or {}), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
             if ours != theirs:
                 raise InputError(

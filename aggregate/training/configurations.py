@@ -43,6 +43,10 @@ class TrainOptions(HeadOptions, ScheduleOptions, SplitOptions, PlaceOptions):
     """Also train the TSN of --init for as many more epochs, the control the paper lacks."""
     seed: int = 0
 
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.agg
+
 
 @dataclass(frozen=True)
 class Configuration:

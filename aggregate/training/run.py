@@ -14,10 +14,11 @@ from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstra
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
+from aggregate.training.manifest import VIDEOS
 from aggregate.training.options import plain
 from aggregate.training.sources import Source
 from extract.cli import InputError, progress
-from extract.files import replace_file, writing
+from extract.files import LOCK, is_leftover, replace_file, writing
 from extract.store import difference
 
 # Below this |s F_o| / |F| attention changes nothing that matters.
@@ -26,6 +27,14 @@ _ATTENTION_UNUSED = 1e-3
 
 # Where a command may go on with another value: they say where and how fast, not what.
 _FREE_ON_RESUME = {"out", "device", "placement", "at_once", "workers", "address", "decode_workers", "micro_batch"}
+# Where things lie: what they hold is compared instead (aggregate/training/manifest.py).
+_FREE_ON_RESUME |= {"features", "init", "videos", "root", "labels"}
+
+
+ANOTHER_VERSION = (
+    "{out} was begun by another version of this program, and what it left half done is not continued (its checkpoints "
+    "still open); give another --out, or remove it"
+)
 
 
 def open_folder(out: Path, options: Any) -> Checkpoint | None:
@@ -36,28 +45,40 @@ def open_folder(out: Path, options: Any) -> Checkpoint | None:
     # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while it
     # wrote that epoch leaves checkpoints, which the same command writes again.
     last, begun = out / "last.pt", (out / "options.json").exists()
-    names = [path.name for path in out.glob("*") if not path.name.startswith(("options.json", "ray", "events.out"))]
-    foreign = [name for name in names if not name.removesuffix(".partial").endswith(".pt")]
+    ours = ("options.json", VIDEOS, "ray", "events.out", LOCK)
+    names = [path.name for path in out.glob("*") if not (path.name.startswith(ours) or is_leftover(path.name))]
+    foreign = [name for name in names if not name.endswith(".pt")]
     if not last.exists() and names and (foreign or not begun):
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
     if names:
         refuse_other_options(out, plain(options))
-    return Checkpoint.load(last) if last.exists() else None
+    return _of_this_version(out, Checkpoint.load(last)) if last.exists() else None
+
+
+def _of_this_version(out: Path, last: Checkpoint) -> Checkpoint:
+    if last.data is None or last.training is None:
+        raise InputError(ANOTHER_VERSION.format(out=out))
+    return last
 
 
 def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
     """InputError that lists what differs between `out`/options.json and `now`."""
     recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
     if recorded.keys() != now.keys():
-        raise InputError(
-            f"{out} was begun by another version of this program, and what it left half done is not continued (its "
-            "checkpoints still open); give another --out, or remove it"
-        )
+        raise InputError(ANOTHER_VERSION.format(out=out))
     recorded, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, now))
-    lines = [line.replace("in the store", "in the folder") for line in difference(recorded, now)]
+    lines = []
+    if "contents_of_features" in now:
+        before, after = recorded.pop("contents_of_features"), now.pop("contents_of_features")
+        if changed := [name for name in after if before.get(name) != after[name]]:
+            lines.append(
+                f"the store's {', '.join(changed)} are others now "
+                f"({before['videos']} videos then, {after['videos']} now)"
+            )
+    lines += [line.replace("in the store", "in the folder") for line in difference(recorded, now)]
     if lines:
         raise InputError(
-            f"{out} holds a run with other options:\n  " + "\n  ".join(lines) + "\n"
+            f"{out} holds a run with other options or data:\n  " + "\n  ".join(lines) + "\n"
             "use those to resume it, give another --out, or remove it"
         )
 
@@ -77,6 +98,7 @@ class Run:
     common: dict[str, Any]
     segments: Sequence[int]
     references: dict[str, nn.Module] = field(default_factory=dict)
+    videos_csv: bytes = b""  # the list of videos, for the folder
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     _board: SummaryWriter | None = None
@@ -96,13 +118,18 @@ class Run:
         state = last.training
         self.epoch, self.history = state["epoch"], state["history"]
         for learner, kept in zip(self.learners, state["learners"], strict=True):
-            learner.load_state_dict(kept, Checkpoint.load(self.out / learner.file).state_dict)
+            best = Checkpoint.load(self.out / learner.file)
+            if best.data is None or best.data["videos"] != self.common["data"]["videos"]:
+                raise InputError(f"{best.path} is not of the run in {self.out}; restore it, or give another --out")
+            learner.load_state_dict(kept, best.state_dict)
         if self.writes:
             print(f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done", flush=True)
 
     def train(self) -> None:
         """All epochs that are left; each is on the disk before the next begins."""
         if self.writes:
+            if not self.epoch:
+                replace_file(self.out / VIDEOS, self.videos_csv)
             replace_file(self.out / "options.json", json.dumps(plain(self.options), indent=1) + "\n")
         if self.epoch >= self.recipe.epochs:
             return

@@ -1,5 +1,9 @@
 """Which videos are trained on and which validate, by split, group and label."""
 
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
 from aggregate.metrics import independent_units
@@ -20,6 +24,28 @@ class ListedVideos:
         self.splits = np.array([video.split for video in listing.videos])
         self.groups = np.array([video.group for video in listing.videos])
         self.status = np.ones(len(listing.videos), "i1")
+        self._videos, self._digests = listing.videos, dict[str, str]()
+
+    def file_digests(self, rows: np.ndarray) -> list[str]:
+        """What tells the files of these rows from others of the same names."""
+        paths = [self._videos[row].path for row in rows.tolist()]
+        new = list(dict.fromkeys(path for path in paths if path not in self._digests))
+        with ThreadPoolExecutor(16) as pool:
+            self._digests |= zip(new, pool.map(file_digest, new), strict=True)
+        return [self._digests[path] for path in paths]
+
+
+def file_digest(path: str) -> str:
+    """A file's size, and a digest of its first and last 64 kB: a video that is replaced by another differs in one."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.blake2b(file.read(1 << 16), digest_size=8)
+            file.seek(max(size - (1 << 16), 0))
+            digest.update(file.read(1 << 16))
+    except OSError:
+        return "unreadable"
+    return f"{size} {digest.hexdigest()}"
 
 
 def choose_rows(

@@ -46,7 +46,7 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
     if content.get("format") == "hgnl-checkpoint":
         if not of_backbone:
             raise InputError(f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features")
-        held = content["backbone"]["name"]
+        held = content["features"]["backbone"]
         if held != name:
             raise InputError(f"--weights {path}: holds the backbone {held}; pass --backbone {held}")
     _check_digest(path, sha256, name=name)

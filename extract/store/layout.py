@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,8 +80,7 @@ class SyncedFolder(zarr.storage.LocalStore):
 
     def set_sync(self, key: str, value: Any) -> None:
         self._check_writable()
-        # A mark, since a block whose worker was taken for lost may be written twice at the same time.
-        replace_file(self.root / key, value.as_numpy_array().tobytes(), f".{uuid.uuid4().hex}")
+        replace_file(self.root / key, value.as_numpy_array().tobytes())
 
     async def delete(self, key: str) -> None:
         await asyncio.to_thread(self.delete_sync, key)

@@ -21,7 +21,6 @@ import socket
 import sys
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -149,7 +148,7 @@ class LocalCopy:
             raise RunError(f"{self._remote}/{name} is missing; run the extraction again, or copy the store again")
         path = self.folder / f"{name}.{self._tags[name]}"
         if not path.exists():
-            with replacing(path, f".{uuid.uuid4().hex}") as partial:
+            with replacing(path) as partial:
                 self._fs.get_file(f"{self._remote}/{name}", str(partial))
                 self._check(name, partial)
             for older in set(self.folder.glob(f"{name}.{'?' * TAG}")) - {path}:

@@ -95,11 +95,14 @@ def _scores(path: Path) -> "list[Scores]":
     """The scores of a file, one for each number of segments; none where it holds features (`extract.export`)."""
     import h5py
 
-    from aggregate.scores import Scores
+    from aggregate.scores import Scores, refuse_training_scores
 
     with h5py.File(path) as file:
         segments = sorted(int(key) for key in file["logits"]) if "logits" in file else []
-    return [Scores.load(path, segments=count) for count in segments]
+    several = [Scores.load(path, segments=count) for count in segments]
+    for scores in several[:1]:
+        refuse_training_scores(scores, path.name)
+    return several
 
 
 def read_json(path: Path) -> Any:
