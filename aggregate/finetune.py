@@ -23,6 +23,7 @@ from extract.cores import available_cores
 
 if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
+    from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.run import Run
 
 
@@ -202,12 +203,13 @@ def build_model(
     from aggregate.endtoend import Recogniser, backbone_record, build_net, check_backbone, freeze_batch_norms
     from aggregate.models import carry_over
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.manifest import sha256_of
     from extract.backbone.model import load_trunk
 
     init = None if options.init is None else Checkpoint.load(options.init)
     with_backbone = init is not None and init.holds_backbone
-    weights = str(options.init) if with_backbone else options.weights
-    trunk = load_trunk(options.backbone, weights=weights, seed=options.seed)
+    # The backbone of --init is loaded below, into the network that has the shapes it was trained in.
+    trunk = load_trunk(options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed)
     if init is not None and not with_backbone:
         check_backbone(init, trunk)  # a classifier starts from the very features it was trained on, or not at all
     torch.manual_seed(options.seed)
@@ -217,6 +219,9 @@ def build_model(
         own |= {"standardise": bool(options.standardise)}
     own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
     net: Any = build_net(own, trunk.module)
+    if init is not None and with_backbone:
+        _load_backbone(net, init, options)
+        trunk = replace(trunk, weights={"name": Path(init.path).name, "sha256": sha256_of(init.path)})
     if init is not None:
         blocks = {name: value for name, value in init.state_dict.items() if name.startswith("after_res")}
         net.load_state_dict(blocks, strict=False)  # of a StNet, in a StNet
@@ -232,6 +237,20 @@ def build_model(
         except (AssertionError, AttributeError):
             raise InputError(f"--checkpoint-activations: timm's {options.backbone} does not know how to") from None
     return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
+
+
+def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:
+    """Start the backbone of `net` from the one that a fine-tuned checkpoint holds. InputError for another one."""
+    backbone = init.features["backbone"]
+    if backbone != options.backbone:
+        raise InputError(f"--init {init.path} holds the backbone {backbone}; pass --backbone {backbone}")
+    # A StNet has widened the first convolution for the frames of a segment.
+    theirs, ours = (held.get("frames_per_segment", 1) for held in (init.options, net.options))
+    if theirs != ours:
+        hint = f"pass --model stnet --frames-per-segment {theirs}, or another --init"
+        raise InputError(f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; {hint}")
+    held = {name: value for name, value in init.state_dict.items() if name.startswith("backbone.")}
+    net.backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in held.items()})
 
 
 def _parameter_groups(model: "Recogniser", schedule: Recipe, backbone_lr: float) -> list[dict[str, Any]]:

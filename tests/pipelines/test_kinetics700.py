@@ -63,8 +63,13 @@ def test_the_whole_recipe_then_again_in_no_time(roots, tmp_path, capsys):
     submission = json.loads((work / "submission.json").read_text())
     assert len(submission["results"]) == 5
     assert all(len(name) == 11 for name in submission["results"])
-    searched = json.loads((work / "fused_val.json").read_text())["weights"]
-    assert json.loads((work / "fused_test.json").read_text())["weights"] == pytest.approx(searched)
+    searched, used = (json.loads((work / f"fused_{split}.json").read_text()) for split in ("val", "test"))
+    # Five validation videos support no search: what is submitted, and printed next to the paper's, has equal weights.
+    assert not searched["search"]["beats_equal"]
+    assert used["weights"] == [1 / 3] * 3
+    error = next(row["summary"]["average_error"]["value"] for row in used["table"] if row["name"].startswith("all"))
+    assert f"average error of the ensemble on test: {error:.5f}" in printed
+    assert "weights tsn 0.3333, hgnl 0.3333, nl 0.3333, as validation supports" in printed
     before = {path: path.stat().st_mtime_ns for path in work.rglob("c.*")}
     kinetics700.main(options(roots, work, skip=("report",)))
     again = capsys.readouterr().out
