@@ -5,12 +5,13 @@ import hashlib
 import io
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from aggregate.training.manifest import contents_of, sha256_of
+from aggregate.training.manifest import contents_of, say_other_version, sha256_of
 from aggregate.training.options import plain
 from aggregate.training.run import refuse_other_options
 from extract.cli import InputError
@@ -44,7 +45,7 @@ class Records:
             make_folder(self.out / "places")
             self._file = os.open(self._name, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             stack.callback(os.close, self._file)
-            self._open(plain(options) | contents)
+            self._open(plain(options) | contents | {"version": version("hgnl-video")})
             self._held = stack.pop_all()
 
     def _open(self, wanted: dict[str, Any]) -> None:
@@ -54,6 +55,7 @@ class Records:
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self.out, wanted)
+            say_other_version(json.loads((self.out / "options.json").read_text(encoding="utf-8"))["version"])
         replace_file(self.out / "options.json", json.dumps(wanted, indent=1) + "\n")
         for line in map(json.loads, whole.splitlines()):
             self._keep(line["row"], line["key"])

@@ -197,8 +197,13 @@ def refuse_other_data(
         lines += difference({meaning: last.data[name]}, {meaning: data[name]})
     if lines:
         raise other_data(out, videos.path, [line.replace(" in the store", " when it was trained") for line in lines])
-    if last.data["version"] != data["version"]:
-        print(f"note      begun with version {last.data['version']}, goes on with {data['version']}")
+    say_other_version(last.data["version"])
+
+
+def say_other_version(recorded: str) -> None:
+    """Note it if a run goes on with another version of the program than it was begun with."""
+    if recorded != (now := importlib.metadata.version("hgnl-video")):
+        print(f"note      begun with version {recorded} of this program, goes on with {now}")
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

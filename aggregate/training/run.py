@@ -28,7 +28,7 @@ _ATTENTION_UNUSED = 1e-3
 # Where a command may go on with another value: they say where and how fast, not what.
 _FREE_ON_RESUME = {"out", "device", "placement", "at_once", "workers", "address", "decode_workers", "micro_batch"}
 # Where things lie: what they hold is compared instead (aggregate/training/manifest.py).
-_FREE_ON_RESUME |= {"features", "init", "videos", "root", "labels"}
+_FREE_ON_RESUME |= {"features", "init", "videos", "root", "labels", "version"}
 
 
 ANOTHER_VERSION = (

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from aggregate import figures
 from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
+from aggregate.training.manifest import rows_of_role
 from aggregate.training.options import SplitOptions
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
@@ -170,8 +171,14 @@ def attention(found: Found) -> list[dict[str, Any]]:
         try:
             checkpoint = Checkpoint.load(file)
             where, store = _store_of(found, checkpoint, str(options.get("features", "")))
-            split = SplitOptions(**{one.name: options[one.name] for one in fields(SplitOptions) if one.name in options})
-            _, rows, words = choose_rows(store, split, options.get("seed", 0))
+            if checkpoint.data is None:  # of an earlier version: they are chosen as they were then
+                split = SplitOptions(
+                    **{one.name: options[one.name] for one in fields(SplitOptions) if one.name in options}
+                )
+                _, rows, words = choose_rows(store, split, options.get("seed", 0))
+            else:
+                rows = rows_of_role(checkpoint, store, "validate")
+                words = f"the {len(rows):,} videos that the run was validated on"
             if not len(rows := rows[store.usable[rows]]):
                 raise InputError(f"{store.path} holds no features of the videos that it was validated on")
             run = films(checkpoint.model(), store, rows, found.videos)

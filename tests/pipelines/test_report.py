@@ -194,7 +194,7 @@ def test_it_says_what_it_shows(whole, folder):
     top1 = results["hgnl"]["6"]["top1"]
     assert f"{100 * top1['value']:.2f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]" in whole.words["results"]
     assert "2 groups over 6 frames; an even share is 16.7%" in whole.words["attention"]
-    assert "'val' to validate" in whole.words["attention"]
+    assert "videos that the run was validated on" in whole.words["attention"]
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
     assert "5 folds, 1 seed, 1,440 videos of 6 classes" in whole.words["crossval"]
     assert "cv/tsn.h5" not in whole.words["results"]
