@@ -113,7 +113,7 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
             ) from None
         if run.writes:
             best = run.out / "best.pt"
-            listing = {"videos": options.videos, "root": options.root}
+            listing: dict[str, Any] = {"videos": options.videos, "root": options.root}
             if options.labels != "auto":
                 listing |= {"labels": options.labels}
             tested = {**listing, "checkpoint": best, "split": "held-out", "out": f"{run.out}.h5"}

@@ -197,7 +197,7 @@ def refuse_training_scores(scores: Scores, name: str) -> None:
     if count := scores.source.get("trained_on"):
         raise InputError(
             f"{name} holds scores of {count:,} videos that the model was trained on, which is not a result; "
-            "score others: python -m aggregate.evaluate --split held-out, or a split"
+            "score others: `evaluate --split held-out`, or another split"
         )
 
 

@@ -414,9 +414,7 @@ def test_held_out_videos_are_the_very_ones_that_validated(here, capsys):
     remade(here / "f.zarr", splits=[""] * 60)
     train.main(train.Options(agg="tsn", features="f.zarr", out=Path("held"), **QUICK))
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == (
-        "Next: python -m aggregate.evaluate --checkpoint held/best.pt --features f.zarr --split held-out --out held.h5"
-    )
+    assert line == "Next: hgnl evaluate --checkpoint held/best.pt --features f.zarr --split held-out --out held.h5"
     validated = [
         row.split(",")[0] for row in Path("held/videos.csv").read_text().splitlines() if row.endswith("validate")
     ]
@@ -440,7 +438,7 @@ def test_scores_of_training_videos_are_no_result(here, capsys):
     evaluate.main(replace(EVALUATE, split="all"))
     printed = capsys.readouterr().out
     assert "NOT A RESULT: the model was trained on 42 of these 60 videos; --split held-out scores those" in printed
-    assert "Next: python -m ensemble" not in printed
+    assert "Next:" not in printed
     assert Scores.load("s.h5").source["trained_on"] == 42
     with pytest.raises(InputError, match="s holds scores of 42 videos that the model was trained on, which is not a"):
         fusing.main(fusing.Options((Path("s.h5"),), Path("fused.h5")))

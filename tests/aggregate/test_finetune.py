@@ -26,6 +26,7 @@ from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_trunk
 from extract.cli import InputError, RunError, run_command
+from extract.commands import COMMANDS
 from extract.decode import decode
 from extract.decode.jobs import Plan
 from extract.listing.videos import list_videos
@@ -321,10 +322,11 @@ def test_the_next_commands_run_as_they_are_printed(videos, tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     finetune.main(options(folders, Path("run"), epochs=1, val_fraction=0.4))
     printed = capsys.readouterr().out
-    lines = [line[line.index("python -m") :] for line in printed.splitlines() if "python -m" in line]
+    lines = [line.removeprefix("Next: ") for line in printed.splitlines() if "hgnl " in line]
     assert len(lines) == 2
     for line in lines:
-        module, *words = shlex.split(line)[2:]
+        name, *words = shlex.split(line)[1:]
+        module = COMMANDS[name]
         command = importlib.import_module("extract.__main__" if module == "extract" else module)
         more = ["--decode-workers", "1", *(["--frames", "3", "--max-failed", "0.5"] if module == "extract" else [])]
         assert run_command(command.main, command.Options, prog=module, args=[*words, *more]) == 0
