@@ -12,6 +12,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -54,6 +55,52 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     return f"{os.fspath(name)}: {words}; {_REMEDIES[code]} and run the same command again, which goes on"
 
 
+# What numbers must be at least, in every command that has an option of that name.
+AT_LEAST = {
+    **dict.fromkeys(("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", "warmup"), 0),
+    **dict.fromkeys(("frames", "clip_frames", "image_size", "segments", "block_size", "batch_size", "micro_batch"), 1),
+    **dict.fromkeys(("workers", "threads", "decode_workers", "limit", "epochs", "at_once", "shots", "repeats", "k"), 1),
+}
+MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps")
+FRACTIONS = ("max_failed", "dropout", "label_smoothing", "val_fraction", "false_alarms")
+MOST = 2**63 - 1  # of a seed, for numpy, PyTorch and OpenVINO alike
+
+
+def check_ranges(options: Any) -> None:
+    """InputError that names the first option whose number, or one of whose numbers, is out of its range."""
+    for name, given in vars(options).items():
+        for value in given if isinstance(given, tuple | list) else (given,):
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                continue
+            expected = ""
+            if name in AT_LEAST and not AT_LEAST[name] <= value <= MOST:
+                expected = f"at least {AT_LEAST[name]}" if not value > MOST else f"at most {MOST}"
+            elif name in MORE_THAN_0 and not 0 < value < float("inf"):
+                expected = "more than 0"
+            elif name in FRACTIONS and not 0 <= value <= 1:
+                expected = "a fraction between 0 and 1"
+            if expected:
+                raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
+
+
+# Control characters but tab and newline, and characters that change the direction of text.
+_CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
+
+
+class EscapedStream:
+    """A terminal's stream on which control characters, which file names may hold, are shown and not obeyed."""
+
+    def __init__(self, stream: Any):
+        self.unescaped = stream
+
+    def write(self, text: str) -> int:
+        return self.unescaped.write(text.translate(_ESCAPES))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.unescaped, name)
+
+
 def examples(names: Collection[object], count: int = 3) -> str:
     """The first of some names, for a message: `a, b, c, ...`."""
     return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
@@ -74,10 +121,11 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
         def status_printer(file: Any) -> Callable[[str], None]:
             return lambda line: print(line, file=file, flush=True) if line.strip() else None
 
-    if sys.stderr.isatty():
-        return tqdm(iterable, file=sys.stderr, smoothing=0.05, delay=1, mininterval=0.1, **options)
+    screen = getattr(sys.stderr, "unescaped", sys.stderr)  # a bar moves the cursor
+    if screen.isatty():
+        return tqdm(iterable, file=screen, smoothing=0.05, delay=1, mininterval=0.1, **options)
     pace = {"smoothing": 0.05, "delay": 1, "miniters": 1, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
-    return LogLines(iterable, file=sys.stderr, **(pace | options | {"leave": True}))
+    return LogLines(iterable, file=screen, **(pace | options | {"leave": True}))
 
 
 def run_command(
@@ -99,9 +147,12 @@ def run_command(
         _check_flags(options, args, prog)
         known = {"default": options.defaults_for(args)} if hasattr(options, "defaults_for") else {}
         chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,), **known)
-        return main(chosen) or 0
+        check_ranges(chosen)
+        with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
+            return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
-        print(f"error: {explain(error) if isinstance(error, OSError) else error}", file=sys.stderr)
+        message = explain(error) if isinstance(error, OSError) else error
+        print(f"error: {message}", file=EscapedStream(sys.stderr))
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is not finished", file=sys.stderr)

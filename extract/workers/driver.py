@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError, progress
+from extract.cli import InputError, check_ranges, progress
 from extract.commands import command_line
 from extract.cores import available_cores
 from extract.device import count_gpus
@@ -41,7 +41,7 @@ SECONDS_PER_MOVE = 1.0  # of the progress bar
 
 def extract(options: Options) -> int:
     """Extract features of `options.videos` into `options.out`; returns the exit status (DESIGN: Commands)."""
-    _check(options)
+    check_ranges(options)
     options = settle(options)
     if threading.current_thread() is threading.main_thread():
         # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
@@ -109,18 +109,6 @@ def _next_command(store: FeatureStore, path: str) -> str:
 
 
 # -- before the run ------------------------------------------------------------------------------------------------
-
-
-def _check(options: Options) -> None:
-    counts = ("frames", "block_size", "limit", "workers", "threads", "decode_workers")
-    least = {"augment_passes": 0} | dict.fromkeys(counts, 1)
-    for name, value in least.items():
-        if (given := getattr(options, name)) is not None and given < value:
-            raise InputError(f"--{name.replace('_', '-')} {given}: expected at least {value}")
-    if not 0 <= options.max_failed <= 1:
-        raise InputError(f"--max-failed {options.max_failed:g}: expected a fraction between 0 and 1")
-    if options.video_timeout <= 0:
-        raise InputError(f"--video-timeout {options.video_timeout:g}: expected more than 0 seconds")
 
 
 def _refuse_foreign_folder(out: str) -> None:
