@@ -81,7 +81,29 @@ def _burn(seconds: float, out: np.ndarray) -> None:
         pass
 
 
+def _allocate(count: int, out: np.ndarray) -> int:
+    return np.empty(count, np.uint8).size
+
+
+def _with_little_memory(job: Any, out: np.ndarray) -> Any:
+    """`decode_job` with 20 MB more than this process has."""
+    import resource
+
+    from extract.decode.jobs import decode_job
+
+    status = Path("/proc/self/status").read_text()
+    taken = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1])
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (taken + (20 << 20), limits[1]))
+    try:
+        return decode_job(job, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
 _KINDS = {
+    "allocate": _allocate,
+    "with little memory": _with_little_memory,
     "fill": _fill,
     "sleep": _sleep,
     "hold the lock": _hold_the_lock,

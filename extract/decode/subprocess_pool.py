@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from extract.cli import RunError
-from extract.decode.opening import time_limit
+from extract.decode.opening import MAX_PIXELS, time_limit
 
 # function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
 Function = Callable[[Any, np.ndarray], Any]
@@ -40,6 +40,7 @@ SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
 ATTEMPTS = 3  # at a job whose child dies: someone may have killed it for other reasons than this video
 SECONDS_TO_START = 60.0
 _PR_SET_PDEATHSIG = 1
+_PROGRAM_BYTES = 1 << 29
 
 
 @dataclass
@@ -275,12 +276,30 @@ def _mapped(memory: int, slot_bytes: int) -> np.ndarray:
 # -- in the child --------------------------------------------------------------------------------------------------
 
 
+def memory_limit(slot_bytes: int) -> int:
+    """Bytes of its own that a child may take: Python and FFmpeg, a picture before and after resizing, and decoders'.
+
+    A decoder holds 16 pictures that others refer to and some on their way, of 1.5 bytes per pixel.
+    """
+    return _PROGRAM_BYTES + 32 * MAX_PIXELS + 2 * slot_bytes
+
+
+def _limit_memory(slot_bytes: int) -> None:
+    """So that a file that takes more fails alone, and not whatever the kernel chooses to kill for it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # a platform without, or a lower limit of the user's
+        import resource
+
+        _, most = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit(slot_bytes), most))
+
+
 def _serve(pipe: Connection, memory: int) -> None:
     """Do jobs until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
     os.nice(nice)
+    _limit_memory(slot_bytes)
     slots = _mapped(memory, slot_bytes)
     pipe.send("ready")
     while True:
@@ -288,6 +307,8 @@ def _serve(pipe: Connection, memory: int) -> None:
         started, result, failure = time.process_time(), None, ""
         try:
             result = function(job, slots[slot])
+        except MemoryError:
+            failure = f"decoding it takes more than the {memory_limit(slot_bytes) / 1e9:.1f} GB that a process may take"
         except Exception as error:
             failure = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
         pipe.send((result, failure, time.process_time() - started))

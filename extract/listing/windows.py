@@ -1,15 +1,27 @@
 """Long videos in windows: rows of so many seconds each, or of so many frames a second."""
 
+import contextlib
+import json
+import os
+from collections import deque
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from extract.cli import InputError
+from extract.cli import InputError, progress
+from extract.cores import available_cores
+from extract.files import make_folder
 from extract.listing.tables import span_id
 from extract.listing.videos import Video
 from extract.options import Options
 
-_OPENED_AT_ONCE = 8
+if TYPE_CHECKING:
+    from extract.decode.subprocess_pool import Finished
+
+MAX_WINDOWS = 1_000_000  # of one file
+_ASKED_AHEAD = 256  # files
 
 
 def settle(options: Options) -> Options:
@@ -57,28 +69,91 @@ def window_spans(seconds: float, window: float, stride: float) -> list[tuple[flo
     return [(start / 1000, end / 1000) for start, end in spans]
 
 
-def cut_windows(videos: Iterable[Video], window: float, stride: float) -> list[Video]:
+def cut_windows(
+    videos: Iterable[Video], window: float, stride: float, *, timeout: float = 60.0, cache: Path | None = None
+) -> list[Video]:
     """Windows of videos, or of spans of them; a group each, where none is known, so that no split tears one apart.
 
-    A file that cannot be opened stays whole, and fails when it is read.
+    A file whose length cannot be had stays whole, and fails when it is read. `timeout` and `cache`: see `file_lengths`.
+    Raises InputError for a file that would be millions of windows.
     """
-    from extract.decode import VideoError
-    from extract.decode.packets import length_of
-
-    def length(video: Video) -> float | None:
-        try:
-            return length_of(video.path) if video.span is None else video.span[1] - video.span[0]
-        except VideoError:
-            return None
-
     videos, cut = list(videos), []
-    with ThreadPoolExecutor(_OPENED_AT_ONCE) as pool:
-        for video, seconds in zip(videos, pool.map(length, videos), strict=True):
-            if seconds is None:
-                cut.append(video)
-                continue
-            begin, file = (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
-            for start, end in window_spans(seconds, window, stride):
-                span = round(begin + start, 3), round(begin + end, 3)
-                cut.append(replace(video, id=span_id(file, span), group=video.group or file, span=span))
+    lengths = file_lengths((video.path for video in videos if video.span is None), timeout=timeout, cache=cache)
+    for video in videos:
+        seconds = lengths.get(video.path) if video.span is None else video.span[1] - video.span[0]
+        if seconds is None:
+            cut.append(video)
+            continue
+        if seconds / stride > MAX_WINDOWS:
+            raise InputError(
+                f"{video.id} lasts {seconds:,.0f} s, which is {seconds / stride:,.0f} windows; expected at most "
+                f"{MAX_WINDOWS:,} per file, give a longer --window or --stride"
+            )
+        begin, file = (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
+        for start, end in window_spans(seconds, window, stride):
+            span = round(begin + start, 3), round(begin + end, 3)
+            cut.append(replace(video, id=span_id(file, span), group=video.group or file, span=span))
     return cut
+
+
+def file_lengths(paths: Iterable[str], *, timeout: float, cache: Path | None = None) -> dict[str, float | None]:
+    """Seconds that each file lasts, None for one that cannot be read or does not answer in time.
+
+    Files are opened in child processes, each under the deadline of decoding (`timeout`, see `time_limit`). What is
+    learned is kept in `cache` (JSON lines: path, size, modification time, seconds), so that a restart opens nothing
+    that has not changed.
+    """
+    from extract.decode.jobs import decode_job
+    from extract.decode.subprocess_pool import SubprocessPool
+
+    known = _read_cache(cache)
+    lengths: dict[str, float | None] = {}
+    unknown: dict[str, list[int]] = {}
+    for path in dict.fromkeys(paths):
+        size, changed, seconds = known.get(path, (-1, -1, None))
+        try:
+            info = os.stat(path)
+        except (OSError, ValueError):  # reading it says why
+            lengths[path] = None
+            continue
+        if (size, changed) == (info.st_size, info.st_mtime_ns):
+            lengths[path] = seconds
+        else:
+            unknown[path] = [info.st_size, info.st_mtime_ns]
+    if not unknown:
+        return lengths
+    children = min(len(unknown), available_cores())
+    asked: deque[tuple[str, Future[Finished]]] = deque()
+    with (
+        SubprocessPool(decode_job, slot_bytes=1, workers=children, timeout=timeout) as pool,
+        contextlib.nullcontext() if cache is None else cache.open("a", encoding="utf-8", buffering=1) as file,
+        progress(total=len(unknown), desc="lengths", unit="file", leave=False) as bar,
+    ):
+        for number, path in enumerate(unknown, 1):
+            asked.append((path, pool.submit((path, [], None))))
+            while asked and (number == len(unknown) or len(asked) > _ASKED_AHEAD):
+                first, future = asked.popleft()
+                with future.result() as finished:
+                    lengths[first] = finished.result
+                if file is not None and lengths[first] is not None:
+                    file.write(json.dumps([first, *unknown[first], lengths[first]]) + "\n")
+                bar.update()
+    return lengths
+
+
+def lengths_path(store: str) -> Path:
+    """Where the lengths of videos are kept: beside their store."""
+    path = Path(f"{store.rstrip('/')}.lengths")
+    make_folder(path.parent)
+    return path
+
+
+def _read_cache(cache: Path | None) -> dict[str, tuple[int, int, float]]:
+    """What earlier runs learned; a line that a kill cut short is left out."""
+    known: dict[str, tuple[int, int, float]] = {}
+    if cache is not None and cache.exists():
+        for line in cache.read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, TypeError):
+                path, size, changed, seconds = json.loads(line)
+                known[path] = size, changed, float(seconds)
+    return known

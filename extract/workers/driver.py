@@ -24,9 +24,11 @@ import numpy as np
 from extract.cli import InputError, check_ranges, progress
 from extract.commands import command_line
 from extract.cores import available_cores
+from extract.decode import VideoError
+from extract.decode.opening import check_file
 from extract.device import count_gpus
 from extract.listing.videos import Listing, Video, list_videos
-from extract.listing.windows import cut_windows, settle
+from extract.listing.windows import cut_windows, lengths_path, settle
 from extract.options import Options
 from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
 from extract.store.remote import Lease
@@ -50,7 +52,10 @@ def extract(options: Options) -> int:
     print(listing.report())
     videos: Sequence[Video] = listing.videos[: options.limit]
     if options.window is not None and options.stride is not None:
-        files, videos = len(videos), cut_windows(videos, options.window, options.stride)
+        _refuse_foreign_folder(options.out)
+        cache = None if is_remote(options.out) else lengths_path(options.out)
+        windows = cut_windows(videos, options.window, options.stride, timeout=options.video_timeout, cache=cache)
+        files, videos = len(videos), windows
         print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
     _refuse_foreign_folder(options.out)
     with contextlib.closing(Lease(options.out)) if is_remote(options.out) else exclusive(options.out) as hold:
@@ -193,7 +198,8 @@ def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: 
 def _readable(blocks: list[Block]) -> str:
     """A video that this process can open; workers that cannot do not see the videos."""
     for video in (video for block in blocks for video in block.videos):
-        with contextlib.suppress(OSError), open(video.path, "rb"):
+        with contextlib.suppress(VideoError):
+            check_file(video.path)  # waits for nothing, as opening a pipe would
             return video.path
     return os.devnull  # not one video can be opened: each will fail with its own reason
 

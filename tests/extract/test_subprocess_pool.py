@@ -17,10 +17,12 @@ import pytest
 
 from decode_jobs import do, prepare_row
 from extract.cli import RunError
+from extract.decode import VideoError
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.opening import LONGEST_SECONDS, time_limit
-from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, Finished, SubprocessPool
+from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, Finished, SubprocessPool, memory_limit
 from extract.decode.transform import Preprocessing
+from odd_files import write_pictures
 
 SLOT = 1000
 PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
@@ -107,7 +109,7 @@ def test_a_child_works_ahead_until_its_slots_are_full(pool):
     [
         (("bad video", "the file is empty (0 bytes)"), "the file is empty (0 bytes)"),
         (("raise", ValueError("got 3, expected 4")), "ValueError: got 3, expected 4"),
-        (("raise", MemoryError()), "MemoryError: "),
+        (("raise", MemoryError()), "decoding it takes more than the 2.7 GB that a process may take"),
     ],
 )
 def test_what_a_job_raises_is_its_failure(job, failure, pool):
@@ -246,6 +248,29 @@ def test_one_bad_child_does_not_hold_up_the_others():
             with pool.submit(("fill", number)).result(10) as finished:
                 assert finished.failure == ""
         assert not bad.done()
+
+
+def test_a_job_that_takes_too_much_memory_fails_alone(pool):
+    allowed = memory_limit(SLOT)
+    before = pool.submit(("process", None)).result(PATIENCE).result
+    finished = pool.submit(("allocate", allowed)).result(PATIENCE)
+    assert finished.failure == "decoding it takes more than the 2.7 GB that a process may take"
+    with pool.submit(("process", None)).result(PATIENCE) as after:
+        assert after.result == before  # the child lives on
+    with pool.submit(("allocate", allowed // 2)).result(PATIENCE) as less:
+        assert less.failure == ""
+
+
+def test_a_video_that_takes_too_much_memory_fails_alone(tmp_path):
+    large = write_pictures(tmp_path / "large.mp4", (2000, 2000), 3)
+    small = write_pictures(tmp_path / "small.mp4", (64, 48), 3)
+    plan = Plan(3, 1, 0, Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3))
+    with SubprocessPool(do, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as pool:
+        for path, fails in ((large, True), (small, False), (large, True)):
+            job = (str(path), [("a", None)], plan)
+            with pool.submit(("with little memory", job)).result(PATIENCE) as finished:
+                # FFmpeg does not always call it what it is.
+                assert (bool(finished.failure) or isinstance(finished.result[0], VideoError)) == fails
 
 
 # -- the deadline ----------------------------------------------------------------------------------------------------
