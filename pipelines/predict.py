@@ -17,7 +17,7 @@ from typing import Annotated, Any, TextIO
 import numpy as np
 import tyro
 
-from extract.cli import InputError, run_command
+from extract.cli import InputError, check_ranges, run_command
 from extract.files import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
 
@@ -186,10 +186,7 @@ def main(options: Options) -> int:
 def _check(options: Options) -> None:
     if not options.videos:
         raise InputError("no video is given")
-    for name in ("window", "stride", "video_timeout"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise InputError(f"--{name.replace('_', '-')} {value}: seconds, more than 0")
+    check_ranges(options)
     if options.stride is not None and options.window is None:
         raise InputError(f"--stride {options.stride:g} is from one window to the next; give --window too")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from extract.backbone.frozen import NotFiniteError
 from extract.cli import InputError, RunError, progress
 from extract.decode import VideoError
 
@@ -129,7 +130,12 @@ class Predictor:
                 lost += 1
                 continue
             problems[prepared.problem] = None
-            logits, weights = self._answer(path, pictures, prepared.clips[0])
+            try:
+                logits, weights = self._answer(path, pictures, prepared.clips[0])
+            except NotFiniteError as error:
+                problems[str(error)] = None
+                lost += 1
+                continue
             crops = crops if windows else pictures.copy()
             start, end = span or (0.0, prepared.end)
             frames = prepared.frame_indices, prepared.frame_times

@@ -1,7 +1,10 @@
-"""How fast work is, measured in turns, and what it costs at least; for benchmarks."""
+"""How fast work is, measured in turns, alone or beside others, and what it costs at least; for benchmarks."""
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -18,6 +21,18 @@ def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[
             if turn:
                 best[name] = min(best[name], time.perf_counter() - start)
     return best
+
+
+@contextmanager
+def busy_neighbors(count: int) -> Iterator[None]:
+    """So many processes that each keep a core busy, until the end of the block."""
+    with ExitStack() as stack:
+        for _ in range(count):
+            process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+        time.sleep(0.5)
+        yield
 
 
 def flops_per_frame(trunk: Trunk) -> int:

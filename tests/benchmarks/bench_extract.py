@@ -4,8 +4,13 @@ Method: SE-ResNeXt101 with random weights over real clips (the 10 s Kinetics cli
 ones the package ships), 25 frames each. Limits are measured in the same run: the bf16 matrix product of this machine,
 the backbone alone on ready frames, the CPU time of decoding alone. Start-up (models, children, Ray) is left out: the
 wall time is the run's own record, from the first block's start to the last commit.
+
+`test_beside_others` runs each engine alone and beside one busy process per core, in turns of one run. A fair share of
+the cores would be half of the quiet speed. PyTorch is what ran backbones on CPUs before OpenVINO did (then with packed
+weights: LOG.md has the last figures).
 """
 
+import os
 import time
 from pathlib import Path
 
@@ -15,6 +20,7 @@ import pytest
 from extract.__main__ import Options, main
 from extract.cores import available_cores
 from extract.store import RunLog
+from timing import busy_neighbors
 
 BACKBONE = "legacy_seresnext101_32x4d"
 GFLOP_A_FRAME = 16.1  # 8.02 GMACs and what batch norm, ReLU and pooling add (FACTS 4)
@@ -118,6 +124,47 @@ def test_the_whole_run_against_its_limits(clips, tmp_path):
     assert speed >= 0.60 * product / GFLOP_A_FRAME
     assert speed >= 0.95 * both
     assert speed >= 2.0 * naive
+
+
+# Backbone: clips, and what OpenVINO must reach: against PyTorch in this run, and int8 against PyTorch.
+GOALS = {
+    "tf_efficientnet_lite0": (32, 1.25, 1.4),
+    BACKBONE: (8, 1.10, 1.7),
+    "vit_base_patch16_224": (8, 1.10, 1.7),
+}
+BESIDE_LOAD = 0.40  # of the quiet speed
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", GOALS)
+def test_beside_others(name, clips, tmp_path):
+    count, goal, int8_goal = GOALS[name]
+    cores = available_cores()
+    weights = "pretrained" if name.startswith("tf_efficientnet") else "random"
+    settings = {"backbone": name, "weights": weights, "limit": count, "device": "cpu"}
+    ways = {"openvino": {}, "torch": {"engine": "torch"}, "int8": {"precision": "int8"}}
+    for way, changed in ways.items():  # converted, calibrated, kernels made
+        run(clips, tmp_path / f"{way}-first.zarr", **settings, **changed)
+    speeds = {}
+    for way, changed in ways.items():
+        for neighbors in (0, cores):
+            turns = []
+            for turn in range(2):
+                out = tmp_path / f"{way}-{neighbors}-{turn}.zarr"
+                with busy_neighbors(neighbors):
+                    numbers = run(clips, out, **settings, **changed)
+                turns.append(numbers["frames"] / numbers["wall"])
+            speeds[way, neighbors] = max(turns)
+    before = speeds["torch", 0]
+    print(f"\n{name}, {cores} cores, whole extraction, frames/s; load of the machine {os.getloadavg()[0]:.1f}")
+    print(f"{'':10} {'quiet':>8} {'beside':>8} {'beside / quiet':>15} {'quiet / torch':>14} {'beside / torch':>15}")
+    for way in ways:
+        quiet, beside = speeds[way, 0], speeds[way, cores]
+        ratios = f"{beside / quiet:15.2f} {quiet / before:14.2f} {beside / speeds['torch', cores]:15.2f}"
+        print(f"{way:10} {quiet:8.1f} {beside:8.1f} {ratios}")
+    assert speeds["openvino", cores] >= BESIDE_LOAD * speeds["openvino", 0]
+    assert speeds["openvino", 0] >= goal * before
+    assert speeds["int8", 0] >= int8_goal * before
 
 
 def test_ray_with_one_worker_against_this_process(clips, tmp_path):

@@ -224,20 +224,22 @@ def test_a_network_that_cannot_be_kept_runs_all_the_same(tmp_path: Path, monkeyp
 
 LIGHT = """
 import sys
-import numpy as np
-from extract.backbone.frozen import load_backbone
-backbone = load_backbone("test_resnet", weights="random", device="auto", threads=1)
-backbone(np.zeros((1, 160, 160, 3), np.uint8))
+from pathlib import Path
+from extract.__main__ import Options, main
+assert main(Options(Path(sys.argv[1]), sys.argv[2], backbone="test_resnet", weights="random", frames=3)) == 0
 print(*sorted({"torch", "timm", "torchvision"} & sys.modules.keys()))
 """
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device auto is a GPU")
-def test_the_second_start_needs_neither_torch_nor_timm(cache: Path) -> None:
-    for expected in ("timm torch torchvision", ""):
-        done = subprocess.run([sys.executable, "-c", LIGHT], capture_output=True, text=True, check=False)
+def test_the_second_extraction_needs_neither_torch_nor_timm(cache: Path, demo_clips: Path, tmp_path: Path) -> None:
+    clip = next((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))
+    for number, expected in enumerate(("timm torch torchvision", "")):
+        command = [sys.executable, "-c", LIGHT, str(clip), str(tmp_path / f"{number}.zarr")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.strip() == expected
+        assert done.stdout.splitlines()[-1] == expected
+        assert ("test_resnet is converted for OpenVINO" in done.stderr) == (number == 0)
 
 
 # PyTorch

@@ -22,7 +22,7 @@ from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import never_done, prepare_row
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
-from extract.backbone.frozen import load_backbone
+from extract.backbone.frozen import NotFiniteError, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import decode
 from extract.decode.jobs import Plan, decode_job
@@ -195,7 +195,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgn
     assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
     assert run_command(predict.main, Options, prog="predict", args=asked) == 0
     assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0"]) == 2
-    assert "--video-timeout 0.0: seconds, more than 0" in capsys.readouterr().err
+    assert "--video-timeout 0.0: expected more than 0" in capsys.readouterr().err
 
 
 def test_a_child_that_dies_over_a_video_is_followed_by_another(clips, hgnl, backbone):
@@ -214,6 +214,18 @@ def test_scores_that_are_no_numbers_are_refused(clips, tmp_path):
     checkpoint.state_dict["classifier.bias"][0] = float("nan")
     with pytest.raises(RunError, match=r"mp4: the scores are not finite; the weights are damaged"):
         Predictor(checkpoint, precision="fp32", device="cpu", segments=2)(clips[0])
+
+
+def test_a_video_whose_features_overflow_fails_alone(clips, hgnl, monkeypatch):
+    def overflow(_: np.ndarray) -> np.ndarray:
+        raise NotFiniteError("25 of 25 frames have features that are not finite")
+
+    predictor = predictor_of(hgnl, segments=25)
+    with monkeypatch.context() as patch:
+        patch.setattr(predictor, "_network", overflow)
+        with pytest.raises(VideoError, match="25 of 25 frames have features that are not finite"):
+            predictor(clips[0])
+    assert np.isfinite(predictor(clips[0]).windows[0].logits).all()
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
@@ -353,10 +365,10 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(clips, hgnl, 
     ("changes", "message"),
     [
         ({"videos": ()}, "no video is given"),
-        ({"window": 0.0}, r"--window 0\.0: seconds, more than 0"),
-        ({"window": 1.0, "stride": -2.0}, r"--stride -2\.0: seconds"),
+        ({"window": 0.0}, r"--window 0\.0: expected more than 0"),
+        ({"window": 1.0, "stride": -2.0}, r"--stride -2\.0: expected more than 0"),
         ({"stride": 2.0}, r"--stride 2 is from one window to the next; give --window too"),
-        ({"segments": 0}, "--segments 0: at least one frame"),
+        ({"segments": 0}, "--segments 0: expected at least 1"),
     ],
 )
 def test_options_without_meaning(changes, message, clips, hgnl):
