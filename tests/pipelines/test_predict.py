@@ -24,7 +24,7 @@ from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.frozen import NotFiniteError, load_backbone
 from extract.cli import InputError, RunError
-from extract.decode import decode
+from extract.decode import VideoError, decode
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import length_of
 from extract.decode.transform import crop_boxes, resize_frame
