@@ -34,7 +34,7 @@ KINDS = COLOURS * len(SHAPES)
 STATUS = {"ok": "#2a7f62", "partial": "#e0a92e", "failed": "#b3402c", "pending": LINE}
 
 FILM_FRAMES = 25
-WIDE, HALF = 6.8, 4.8  # inches: figures that fill the page, and those of which two stand beside each other
+WIDE, HALF = 5.4, 4.8  # inches: figures on their own, and those in pairs; 72 px per inch, so both fit a phone unscaled
 
 
 # -- pictures ------------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def _rows(names: Sequence[str], x_label: str, tall: float) -> Iterator[tuple[Fig
     """A plot of one row a name, the first one at the top, and where the rows are."""
     with _axes(WIDE, 0.9 + tall * len(names)) as (figure, axes):
         at = np.arange(len(names))[::-1]
-        axes.set_yticks(at, [short(name, 44) for name in names])
+        axes.set_yticks(at, [short(name, 30) for name in names])
         axes.set(xlabel=x_label, ylim=(-0.6, len(names) - 0.4))
         axes.grid(visible=False, axis="y")
         yield figure, axes, at

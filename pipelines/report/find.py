@@ -20,6 +20,7 @@ UNREADABLE = (InputError, RunError, OSError, ValueError, KeyError)  # what damag
 class Found:
     """What lies in a folder, by its name below it; `problems` says what could not be read and why."""
 
+    root: Path = Path()
     stores: "dict[str, FeatureStore]" = field(default_factory=dict)
     runs: dict[str, Path] = field(default_factory=dict)
     scores: "dict[str, list[Scores]]" = field(default_factory=dict)  # by rising number of segments
@@ -47,7 +48,7 @@ class Found:
 
 def find(root: Path, videos: tuple[Path, ...] = ()) -> Found:
     """Open all there is below `root`. What cannot be read becomes a problem; InputError where there is nothing."""
-    found = Found(videos=videos)
+    found = Found(root, videos=videos)
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
         try:

@@ -13,27 +13,29 @@ from aggregate.ablation.compare import percent
 from aggregate.metrics import Interval
 from extract.cli import progress
 from pipelines.report import gallery, results
+from pipelines.report.compared import summary
 from pipelines.report.find import RUN_FILES, UNREADABLE, Found
 
 # What the sections of page.html.j2 are given: nothing where there is nothing to show.
 SECTIONS = {
-    "extracted": gallery.extracted,
-    "training": results.training,
     "results": results.results,
     "confusion": results.confusion,
+    "attention": gallery.attention,
     "crossval": results.crossvals,
     "ablation": results.ablations,
-    "attention": gallery.attention,
-    "map": gallery.feature_maps,
     "ensemble": results.ensembles,
+    "training": results.training,
+    "map": gallery.feature_maps,
+    "extracted": gallery.extracted,
     "provenance": results.provenance,
 }
 
 
 def render(found: Found, title: str) -> str:
     """The page: a section for each kind of thing there is, and what is missing at its end."""
-    sections = {}
-    for name, content in progress(SECTIONS.items(), unit="section"):
+    sections: dict[str, Any] = {}
+    contents = {**SECTIONS, "summary": lambda found: summary(found, sections.get("attention", []))}
+    for name, content in progress(contents.items(), unit="section"):
         try:
             if shown := content(found):
                 sections[name] = shown

@@ -1,7 +1,6 @@
 """What the report shows of models: training, results, what is confused, ablations, ensembles, provenance."""
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +9,8 @@ import pandas as pd
 
 from aggregate import figures
 from aggregate.ablation.compare import heat_maps, percent, summarise
-from aggregate.metrics import describe_units, top_k_error
-from aggregate.metrics import summarise as summarise_scores
+from aggregate.metrics import describe_units
+from pipelines.report.compared import choose, models_by_split
 from pipelines.report.find import Found, read_json
 
 PAIRS = 10
@@ -20,9 +19,8 @@ CURVES = (
     ("Training loss", "loss", 1),
     ("Validation top-1 %", "val_top1", 100),
     ("Validation average error %", "val_average_error", 100),
-    ("Attention: |s F_o| / |F|", "attention_ratio", 1),
+    ("What attention adds, % of the average", "attention_ratio", 100),
 )
-Summaries = dict[str, dict[str, Any]]  # `aggregate.metrics.Summary` as a record, by number of segments ("": fused)
 
 
 def training(found: Found) -> dict[str, Any]:
@@ -43,67 +41,37 @@ def training(found: Found) -> dict[str, Any]:
 
 
 def results(found: Found) -> list[dict[str, Any]]:
-    """For each split: its best model, intervals of all, and what a table of models and measures over segments shows."""
-    splits = []
-    for split, models in _by_split(found).items():
-        last = {name: list(summaries)[-1] for name, summaries in models.items()}
-        best = max(models, key=lambda name: models[name][last[name]]["top1"]["value"])
+    """For each split a table of its models with four measures, and their top-1 with its interval as a chart."""
+    splits = models_by_split(found)
+    shown = []
+    for split, models in splits.items():
         points = {
-            f"{name}, {count} segments" if count else name: one["top1"]
-            for name, summaries in models.items()
-            for count, one in summaries.items()
+            f"{name}, {count} segments" if count else name: measures["top1"]
+            for name, model in models.items()
+            for count, measures in model.summaries.items()
         }
         picture = figures.forest(points, x_label="top-1 %, with its 95 % interval")
-        counts = sorted({count for summaries in models.values() for count in summaries}, key=lambda at: int(at or 0))
-        shown: dict[str, Any] = models[best][last[best]]
-        told = {"name": split, "models": models, "best": best, "segments": last[best], "counts": counts}
+        best, chosen = choose(splits, split)
+        listed = models[best].measures["listed"]
         # Runs of earlier versions resampled videos.
-        told["resampled"] = describe_units(shown.get("units", shown["listed"]), shown["listed"])
-        splits.append(told | {"picture": picture})
-    return splits
-
-
-def _by_split(found: Found) -> dict[str, dict[str, Summaries]]:
-    """The models by the split they were tested on: of the runs' own validation, and of scores files with labels."""
-    splits: dict[str, dict[str, Summaries]] = {}
-    for run, file in found.files("results.json"):
-        options = read_json(file.with_name("options.json"))
-        split = f"{options.get('val_split', 'val')!r}, in training"
-        if options.get("val_groups"):
-            split = f"of the groups {', '.join(options['val_groups'])}, in training"
-        for name, summaries in read_json(file).items():
-            splits.setdefault(split, {})[run if name == run else f"{run}: {name}"] = summaries
-    for name, several in _labelled(found).items():
-        split = repr(several[0].source.get("split") or "not said")
-        splits.setdefault(split, {})[name] = {
-            # An ensemble has no number of segments of its own.
-            "" if "members" in one.source else str(one.segments): asdict(
-                summarise_scores(one.logits, one.labels, one.groups)
-            )
-            for one in several
-        }
-    return splits
-
-
-def _labelled(found: Found) -> dict[str, list[Any]]:
-    """The scores of videos of which some have labels."""
-    known: dict[str, list[Any]]
-    known = {name: [one for one in several if one.labels is not None] for name, several in found.scores.items()}
-    return {name: several for name, several in known.items() if any((one.labels >= 0).any() for one in several)}
+        resampled = describe_units(models[best].measures.get("units", listed), listed)
+        record = {"name": split, "models": models, "best": best, "chosen": chosen, "resampled": resampled}
+        shown.append(record | {"picture": picture})
+    return shown
 
 
 def confusion(found: Found) -> dict[str, Any]:
-    """What the scores file with the best top-1 confuses: a matrix of the classes and the most frequent pairs."""
-    last = {name: several[-1] for name, several in _labelled(found).items()}
-    if not last:
+    """What the best model of the first split confuses: a matrix of the classes and the most frequent pairs."""
+    splits = {
+        split: scored
+        for split, models in models_by_split(found).items()
+        if (scored := {name: model for name, model in models.items() if model.scores is not None})
+    }
+    if not splits:
         return {}
-
-    def top1(name: str) -> float:
-        known = last[name].labels >= 0
-        return 1 - top_k_error(last[name].logits[known], last[name].labels[known], 1)
-
-    name = max(last, key=top1)
-    scores = last[name]
+    split = next(iter(splits))
+    name, chosen = choose(splits, split)
+    scores: Any = splits[split][name].scores
     scored = (scores.labels >= 0) & ~scores.failed
     columns = {"true": scores.labels[scored], "predicted": scores.logits[scored].argmax(1)}
     seen = pd.DataFrame(columns | {"id": np.array(scores.ids, object)[scored]})
@@ -112,19 +80,24 @@ def confusion(found: Found) -> dict[str, Any]:
     present = sorted({*seen["true"], *seen["predicted"]})
     worst = sorted(list(dict.fromkeys(label for pair in pairs.index for label in pair))[:MATRIX_CLASSES])
     shown = present if len(present) <= MATRIX_CLASSES else worst
-    best = ", the best top-1 of the scores files" if len(last) > 1 else ""
     of = "" if "members" in scores.source else f"{scores.segments} segments, "
-    split = f" of split {scores.source['split']!r}" if "split" in scores.source else ""
     rest = "" if len(shown) == len(present) else f" Of {len(present):,} classes, the {len(shown)} confused most."
-    caption = f"{name}{best}: {of}{len(seen):,} videos{split}; % of a true class (row).{rest}"
+    caption = (
+        f"{name} ({chosen}): {of}{len(seen):,} videos of split {split}. Each row is a true class; the numbers are "
+        f"the percentage of its videos that were given each class.{rest}"
+    )
     sizes, classes = seen["true"].value_counts(), scores.classes
-    rows = [(classes[true], classes[said], *one, sizes[true]) for (true, said), *one in pairs[:PAIRS].itertuples()]
-    told: dict[str, Any] = {"name": name, "caption": caption, "pairs": rows}
+    rows = [(classes[true], classes[guess], *pair, sizes[true]) for (true, guess), *pair in pairs[:PAIRS].itertuples()]
+    record: dict[str, Any] = {"name": name, "caption": caption, "pairs": rows}
     if not shown:
-        return told
+        return record
     shares = 100 * pd.crosstab(seen["true"], seen["predicted"], normalize="index").reindex(index=shown, columns=shown)
     shares = shares.where(shares > 0).rename(index=dict(enumerate(classes)), columns=dict(enumerate(classes)))
-    return told | {"picture": figures.heat_map(shares, ".0f", low=0)}
+    large = len(shown) > 10  # on a phone such a matrix is pushed sideways
+    return record | {
+        "picture": figures.heat_map(shares, ".0f", low=0, width=9 if large else figures.WIDE),
+        "large": large,
+    }
 
 
 def crossvals(found: Found) -> list[dict[str, Any]]:
