@@ -42,8 +42,8 @@ def main(options: Options) -> int:
     groups = {"g1": (4, 16), "g2": (2, 4, 8)}
     step("aggregate.ablate", agg=("tsn", "hgnl"), features=store, out=work / "ablation", frames=(FRAMES,), **groups)
     models, segments = {name: {"features": store} for name in MODELS}, (3, FRAMES)
-    fuse(work, models, "val", weights="search", segments=segments)
-    fuse(work, models, "test", weights="equal", segments=segments, submission=work / "submission.json")
+    weights = fuse(work, models, "val", weights="search", segments=segments)
+    fuse(work, models, "test", weights=weights, segments=segments, submission=work / "submission.json")
     step("pipelines.report.__main__", rundir=work, out=page, videos=(clips["root"],))
     print(f"\nThe whole road took {time.perf_counter() - started:.0f} s. Look at {page} in a browser.")
     return 0

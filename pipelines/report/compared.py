@@ -65,7 +65,9 @@ def _names_of_files(found: Found) -> dict[tuple[str, str], str]:
     for file, several in found.scores.items():
         if any(scores.labels is not None and (scores.labels >= 0).any() for scores in several):
             source = several[-1].source
-            kind = "ensemble" if "members" in source else str(source.get("model") or PurePosixPath(file).stem)
+            kind = str(source.get("model") or PurePosixPath(file).stem)
+            if len(set(source.get("weights", "ab"))) == 1:  # of an ensemble
+                kind += ", equal weights"
             files.setdefault((str(source.get("split") or UNNAMED), kind), []).append(file)
     named: dict[tuple[str, str], str] = {}
     for (split, kind), same in files.items():

@@ -177,7 +177,7 @@ def test_it_says_what_it_shows(whole, folder):
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
     assert "5 folds, 1 seed, 1,440 videos of 6 classes" in whole.words["crossval"]
     assert "cv/tsn.h5" not in whole.words["results"]
-    assert re.search(r"Split val\s.*ensemble", whole.words["results"], re.DOTALL)
+    assert re.search(r"Split val\s.*ensemble, equal weights", whole.words["results"], re.DOTALL)
     assert "not named" not in whole.words["results"]
     assert re.search(
         r"hgnl\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]", whole.words["crossval"]
@@ -537,7 +537,7 @@ def test_gains_and_names_that_repeat(tmp_path):
 
 def test_baselines_are_listed_once(folder):
     models = compared.models_by_split(find(folder))["val"]
-    assert list(models) == ["ensemble", "hgnl", "tsn"]
+    assert list(models) == ["ensemble, equal weights", "hgnl", "tsn"]
 
 
 def test_the_next_commands_run(folder, tmp_path, monkeypatch):
