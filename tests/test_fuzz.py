@@ -24,10 +24,12 @@ from extract.decode.subprocess_pool import SubprocessPool
 from extract.listing.videos import list_videos
 from extract.store import FeatureStore
 from mutations import compare, mutate
+from odd_files import write_pictures
 from stores import classes_store
+from videos import write_video
 
 ALL = os.environ.get("HGNL_FUZZ") == "all"
-VIDEOS, FILES = (2000, 500) if ALL else (400, 100)
+VIDEOS, ODD, FILES = (2000, 1200, 500) if ALL else (400, 120, 100)
 ROOT = Path(__file__).parent.parent
 # Seeds whose damage only decoding everything would tell: an H.264 stream lost frames of which no container, flag or log
 # says anything, and what the decoder makes of the gap depends on frames that were skipped. About 1 in 2,500.
@@ -68,6 +70,48 @@ def test_damaged_videos(tmp_path):
     assert after[0] <= before[0]
     assert after[1] < before[1] + (32 << 20)
     assert after[2] <= before[2]
+
+
+def odd_files(folder: Path) -> list[Path]:
+    """Playlists and scripts that name another file, odd geometries, claims, clocks that jump or begin without a key."""
+    folder.mkdir()
+    video = write_pictures(folder / "other.mp4", (64, 48), 30)
+    (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {video.name}\n" * 20)
+    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{video}\n" * 10)
+    (folder / "a.sdp").write_text("v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n" * 5)
+    (folder / "dash.mpd").write_text(f'<?xml version="1.0"?><MPD><BaseURL>{video}</BaseURL></MPD>' * 5)
+    whole = write_video(folder / "whole.ts", frames=60, gop=16, bframes=2, options={"sc_threshold": "0"})
+    content = whole.read_bytes()
+    (folder / "joined.ts").write_bytes(content + content)
+    (folder / "midgop.ts").write_bytes(content[: 3 * 188] + content[30 * 188 :])
+    write_pictures(folder / "gap.mkv", (64, 48), 30, times=[*(n / 10 for n in range(29)), 3e6])
+    write_pictures(folder / "thin.mp4", (640, 16), 30)
+    write_pictures(folder / "tiny.mkv", (1, 1), 30, codec="ffv1")
+    write_pictures(folder / "strip.mkv", (16, 520), 10, codec="libx264")
+    return sorted(folder.iterdir())
+
+
+def test_damaged_odd_files(tmp_path):
+    """No hang, no crash; a text that names another file never becomes a video."""
+    files, told = odd_files(tmp_path / "odd"), collections.Counter[str]()
+    with SubprocessPool(compare, slot_bytes=1, workers=2, timeout=20) as pool:
+        jobs = []
+        for seed in range(ODD):
+            source = files[seed % len(files)]
+            file = source.with_name(f"{seed}{source.suffix}")  # beside what it refers to
+            file.write_bytes(mutate(source.read_bytes(), seed))
+            jobs.append((seed, source, pool.submit((str(file), 5))))
+        for seed, source, future in jobs:
+            with future.result(600) as finished:
+                assert finished.failure == "", f"seed {seed}: {finished.failure}"
+                result = finished.result
+            kind = next(iter(result))
+            told[kind] += 1
+            assert kind == "failed" or source.suffix not in (".m3u8", ".sdp", ".mpd"), f"seed {seed}: {result}"
+            assert kind == "failed" or source.name != "concat.mp4", f"seed {seed}: {result}"
+            assert not result.get("differ"), f"seed {seed} ({source.name}): {result}"
+    print(f"\n{ODD} damaged odd files: {dict(told)}")
+    assert min(told[kind] for kind in ("ok", "partial", "failed")) > ODD // 50
 
 
 # -- files of our own ----------------------------------------------------------------------------------------------

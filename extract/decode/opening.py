@@ -132,8 +132,6 @@ def open_video(path):
     try:
         # FFmpeg takes what stands before a colon in a relative path for a protocol.
         container = av.open(os.path.abspath(path), options=options, **ANY_TEXT)
-    except MemoryError:  # PyAV's is an FFmpegError too
-        raise
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, _why_not(path, error)) from None
     stream = container.streams.best("video")
