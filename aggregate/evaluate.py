@@ -108,6 +108,7 @@ def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     store = FeatureStore.open(options.features)
     checkpoint.check_features(store.provenance, store.dim, options.features)
     rows = rows_to_score(checkpoint, store, options.split)
+    rows = rows[store.listed[rows]]
     scored = _scored(checkpoint, store, rows, options)
     device = choose_device(options.device)
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")

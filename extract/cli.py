@@ -146,7 +146,8 @@ def run_command(
             raise InputError("Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)")
         _check_flags(options, args, prog)
         known = {"default": options.defaults_for(args)} if hasattr(options, "defaults_for") else {}
-        chosen = tyro.cli(options, prog=prog, args=args, config=(tyro.conf.FlagCreatePairsOff,), **known)
+        config = tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone
+        chosen = tyro.cli(options, prog=prog, args=args, config=config, **known)
         check_ranges(chosen)
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
             return main(chosen) or 0

@@ -36,7 +36,7 @@ def rows_of(store: FeatureStore, options: FoldOptions) -> np.ndarray:
     if unknown := [name for name in options.splits if name not in known]:
         raise InputError(f"--splits {unknown[0]}: {store.path} has no such split; it has {', '.join(map(repr, known))}")
     chosen = np.isin(store.splits, options.splits) if options.splits else np.ones(len(store), bool)
-    rows = np.flatnonzero(chosen & (store.labels >= 0))
+    rows = np.flatnonzero(chosen & (store.labels >= 0) & store.listed)
     if not len(rows):
         raise InputError(f"{store.path} has no labelled video in these splits")
     return rows

@@ -24,6 +24,7 @@ class ListedVideos:
         self.splits = np.array([video.split for video in listing.videos])
         self.groups = np.array([video.group for video in listing.videos])
         self.status = np.ones(len(listing.videos), "i1")
+        self.listed = np.ones(len(listing.videos), bool)
         self._videos, self._digests = listing.videos, dict[str, str]()
 
     def file_digests(self, rows: np.ndarray) -> list[str]:
@@ -55,7 +56,8 @@ def choose_rows(
 
     InputError where one or the other are none, or a class has none to train on.
     """
-    labelled, splits, keys = store.labels >= 0, store.splits, group_keys(store.ids, store.groups)
+    labelled = (store.labels >= 0) & store.listed
+    splits, keys = store.splits, group_keys(store.ids, store.groups)
     val, train = splits == options.val_split, splits == options.train_split
     words = f"split {options.train_split!r} to train, {options.val_split!r} to validate"
     if not train.any():

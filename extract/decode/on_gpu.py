@@ -17,6 +17,7 @@ from extract.cli import InputError
 from extract.commands import install_command
 from extract.decode.opening import VideoError, time_limit
 from extract.decode.packets import Packets, UntrustedError, VideoFile
+from extract.sources import read_source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,6 +109,7 @@ class GpuDecoder:
         from extract.decode.subprocess_pool import Finished  # which its own process runs as a program
 
         path, rows, plan = job
+        source = read_source(path)
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
             done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out)
@@ -116,7 +118,7 @@ class GpuDecoder:
                     raise one
             if out.is_cuda:  # batches are copied on another stream than this thread's
                 torch.cuda.current_stream(out.device).synchronize()
-            answer.set_result(Finished(done, out))
+            answer.set_result(Finished(done, out, source=source))
         except Exception as error:
             answer.set_exception(error)
 

@@ -32,6 +32,7 @@ import numpy as np
 
 from extract.cli import RunError
 from extract.decode.opening import MAX_PIXELS, time_limit
+from extract.sources import UNKNOWN, Source, read_source
 
 # function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
 Function = Callable[[Any, np.ndarray], Any]
@@ -51,6 +52,7 @@ class Finished:
     buffer: Any = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
     failure: str = ""
     cpu_seconds: float = 0.0
+    source: Source = UNKNOWN  # the file that the job's first value names, as it was before it was read
     _free: Callable[[], None] | None = field(default=None, repr=False)
 
     def release(self) -> None:
@@ -217,8 +219,8 @@ class _Child:
         try:
             pipe.send((slot, job))
             if pipe.poll(allowed):
-                result, failure, cpu_seconds = pipe.recv()
-                return Finished(result, self._seen[slot], failure, cpu_seconds)
+                result, failure, cpu_seconds, source = pipe.recv()
+                return Finished(result, self._seen[slot], failure, cpu_seconds, source)
         except (EOFError, OSError):
             raise _ChildDiedError(self._how_it_ended()) from None
         self._stop()
@@ -305,13 +307,14 @@ def _serve(pipe: Connection, memory: int) -> None:
     while True:
         slot, job = pipe.recv()
         started, result, failure = time.process_time(), None, ""
+        source = read_source(job[0])
         try:
             result = function(job, slots[slot])
         except MemoryError:
             failure = f"decoding it takes more than the {memory_limit(slot_bytes) / 1e9:.1f} GB that a process may take"
         except Exception as error:
             failure = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
-        pipe.send((result, failure, time.process_time() - started))
+        pipe.send((result, failure, time.process_time() - started, source))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from extract.cores import available_cores
 from extract.files import make_folder
 from extract.listing.tables import span_id
 from extract.listing.videos import Video
-from extract.options import Options
+from extract.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
     from extract.decode.subprocess_pool import Finished
@@ -38,12 +38,13 @@ def settle(options: Options) -> Options:
         if value is not None and not 0.001 <= value < 1e6:  # ids count milliseconds
             raise InputError(f"--{name} {value:g}: expected {what}, from 0.001 on")
     if fps is not None:
-        shown = frames if window is None else max(1, round(fps * window))
-        if frames not in (shown, Options.__dataclass_fields__["frames"].default):
+        default = frames or DEFAULTS["frames"]
+        shown = default if window is None else max(1, round(fps * window))
+        if frames not in (shown, None):
             raise InputError(
                 f"--fps {fps:g} shows {shown} frames in a window of {window:g} s, and --frames is {frames}; drop one"
             )
-        window, frames = frames / fps if window is None else window, shown
+        window, frames = shown / fps if window is None else window, shown
     if stride is not None and (window is None or stride > window):
         raise InputError(f"--stride {stride:g} is that of windows, and at most their length; give --window too")
     return replace(options, window=window, stride=stride or window, fps=None, frames=frames)

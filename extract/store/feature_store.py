@@ -7,7 +7,6 @@ store in which some rows still have status 0.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
@@ -20,83 +19,103 @@ import zarr
 from extract.cli import InputError, RunError
 from extract.commands import command_line
 from extract.files import replacing
+from extract.sources import UNKNOWN
+from extract.store.corrections import read_correction
+from extract.store.damage import blocks_without_shard, missing_chunks
+from extract.store.from_arrays import write_arrays
 from extract.store.layout import (
+    DROPPED,
     OK,
     PARTIAL,
     PENDING,
     ROW_ARRAYS,
+    SCHEMAS,
     Rows,
     SyncedFolder,
-    check_arrays,
+    as_objects,
+    check_ids,
     checksum,
     create_arrays,
+    every_chunk,
     is_remote,
-    target,
+    store_attributes,
+    zarr_store,
 )
+from extract.store.objects import network_errors_named
 from extract.store.remote import LocalCopy
 from extract.store.shards import ShardError, ShardMap, damaged_videos, shard_name
 
-SCHEMAS = ("hgnl-features/1", "hgnl-features/2")  # the second has `starts` and `ends`
+
+class NoStoreError(InputError):
+    """There is nothing under the name of a store."""
 
 
-def _read_once(name: str) -> "cached_property[np.ndarray]":
+def _cached_column(name: str) -> "cached_property[np.ndarray]":
     return cached_property(lambda store: store._column(name))
-
-
-def as_objects(strings: np.ndarray) -> np.ndarray:
-    """NumPy's strings of variable length (which scikit-learn and pandas refuse) as str objects, equal ones shared."""
-    shared: dict[str, str] = {}
-    objects = np.empty(len(strings), object)
-    objects[:] = [shared.setdefault(text, text) for text in strings.tolist()]
-    return objects
 
 
 class FeatureStore:
     """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
 
     `ids` `splits` `groups` `errors` are str [N] (objects); `labels` int32 [N], an index in `classes` or -1; `starts`
-    and `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed);
-    `num_frames` int32 [N]; `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those
-    of a span. Per-video arrays are read once, on first use.
+    and `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed;
+    4 more for a row that was taken out because it is no longer listed, see `listed`); `num_frames` int32 [N];
+    `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those of a span; `sources`
+    int64 [N, 2], size (bytes) and digest of the file, -1 unknown. Per-video arrays are read once, on first use.
     """
 
     def __init__(self, path: str | Path, group: zarr.Group):
         self.path = str(path)
-        self._group = group
+        self.group = group
         attributes: dict[str, Any] = dict(group.attrs)
         if attributes.get("schema") not in SCHEMAS:
             raise InputError(
-                f"{path} is no feature store this version reads: its schema is {attributes.get('schema')!r}, "
-                f"expected {' or '.join(SCHEMAS)}; extract into another folder, or use the version that wrote it"
+                f"{path} has the schema {attributes.get('schema')!r}, which this version does not read; it reads "
+                f"{', '.join(SCHEMAS)}; extract into another folder, or use the version that wrote it"
             )
-        self._older = () if attributes["schema"] == SCHEMAS[-1] else ("starts", "ends")  # arrays that it lacks
+        self.missing_columns = SCHEMAS[attributes["schema"]]
         recorded = attributes.pop("checksum", None)  # stores of older versions have none
         if recorded not in (None, checksum(attributes)):
             raise InputError(f"{path}/zarr.json is damaged: its checksum does not match")
-        self.classes: tuple[str, ...] = tuple(attributes["classes"])
+        self.correction = read_correction(self.path)
+        self.classes: tuple[str, ...] = tuple(self.correction.get("classes", attributes["classes"]))
         self.provenance: dict[str, Any] = attributes["provenance"]
-        features = self._array("features")
-        with self._whole("features"):
+        features = self.array("features")
+        with self._damage_named("features"):
             self.block_size: int = features.shards[0]  # type: ignore[index]
             _, self.num_views, self.frames_per_video, self.dim = features.shape
-        self._length: int = self._array("status").shape[0]
+        self._length: int = self.array("status").shape[0]
         self._sparse = False
 
     # -- opening and making ------------------------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
-        """Open a store (a folder, or a URL that fsspec knows); `InputError` if there is none or it is another's."""
-        place = SyncedFolder(path) if writable and Path(path).is_dir() else target(path)
-        try:
-            group = zarr.open_group(place, mode="r+" if writable else "r", zarr_format=3)
-        except (FileNotFoundError, FileExistsError):  # Zarr's, of a file in the place of a folder
-            there = "it is no Zarr group" if Path(str(path)).exists() else "there is nothing"
-            create = command_line("extract", videos="FOLDER", out=path)
-            raise InputError(f"{path} is not a feature store: {there}; `{create}` creates one") from None
-        except (ValueError, TypeError, KeyError) as error:  # of Zarr, which checks little of what it reads
-            raise InputError(f"{path}/zarr.json is damaged ({type(error).__name__}: {error!s:.80})") from None
-        return cls(path, group)
+        """Open a store (a folder, or a URL that fsspec knows).
+
+        Raises `NoStoreError` if there is none, `InputError` for something else or a damaged one, and `RunError` if
+        object storage cannot be reached.
+        """
+        with network_errors_named(path):
+            try:
+                local = writable and Path(path).is_dir()
+                store = SyncedFolder(path) if local else zarr_store(path)
+                group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+                return cls(path, group)
+            except (FileNotFoundError, FileExistsError):  # Zarr's, for a file instead of a folder
+                if Path(str(path)).exists():
+                    raise InputError(
+                        f"{path} is not a feature store (not a Zarr group); give the folder that `extract --out` made"
+                    ) from None
+                create = command_line("extract", videos="FOLDER", out=path)
+                raise NoStoreError(
+                    f"{path} is not a feature store (it does not exist); `{create}` creates one"
+                ) from None
+            except InputError:
+                raise
+            except (ValueError, TypeError, KeyError) as error:  # Zarr checks little of what it reads
+                why = f"{type(error).__name__}: {error!s:.80}"
+                raise InputError(f"{path}/zarr.json is damaged ({why})") from None
 
     @classmethod
     def create(
@@ -111,18 +130,18 @@ class FeatureStore:
         provenance: dict[str, Any],
         **columns: Sequence[Any] | np.ndarray,
     ) -> "FeatureStore":
-        """Make a store with every row pending, `columns` as for `append`; a local one appears whole or not at all."""
-        twice = [name for name, times in Counter(columns["ids"]).items() if times > 1]
-        if twice:
-            raise InputError(f"{len(twice)} ids stand for several videos, the first is {twice[0]!r}")
+        """Make a store with every row pending, `columns` as for `append`.
+
+        A local one appears whole or not at all. Raises `InputError` for ids that are not paths below a folder.
+        """
+        check_ids(columns["ids"])
         if not is_remote(path) and Path(path).exists():
-            raise InputError(f"{path} exists already and is no feature store; give another --out or remove it")
-        attributes = {"schema": SCHEMAS[-1], "classes": list(classes), "provenance": provenance}
-        attributes["checksum"] = checksum(attributes)
-        with nullcontext(path) if is_remote(path) else replacing(path) as place:
-            group = zarr.create_group(target(place), zarr_format=3, attributes=attributes)
+            raise InputError(f"{path} exists already; give another --out or remove it")
+        attributes = store_attributes(classes, provenance)
+        with nullcontext(path) if is_remote(path) else replacing(path) as partial:
+            group = zarr.create_group(zarr_store(partial), zarr_format=3, attributes=attributes)
             create_arrays(group, views, frames=frames, dim=dim, block_size=block_size)
-            cls(place, group).append(**columns)
+            cls(partial, group).append(**columns)
         return cls.open(path, writable=True)
 
     @classmethod
@@ -143,39 +162,7 @@ class FeatureStore:
         those of `append`, each optional. Raises `InputError` naming the first video with a wrong length, label, a NaN,
         or a value float16 cannot hold.
         """
-        features = np.asarray(features)
-        features = features[:, None] if features.ndim == 3 else features
-        if features.ndim != 4:
-            raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
-        count, views, frames, dim = features.shape
-        made: dict[str, Any] = {"ids": [f"{row:08d}" for row in range(count)], "labels": np.asarray(labels)}
-        made |= {name: values for name, values in columns.items() if values is not None}
-        lengths = np.asarray(lengths)
-        check_arrays(features, {**made, "lengths": lengths}, num_classes=len(classes))
-        store = cls.create(
-            path,
-            classes=classes,
-            views=["center", *(f"view_{view}" for view in range(1, views))],
-            frames=frames,
-            dim=dim,
-            block_size=64,
-            provenance={"source": "FeatureStore.from_arrays"},
-            **made,
-        )
-        # Padding repeats the last real frame's index, which is what `mask` looks at.
-        indices = np.minimum(np.arange(frames), lengths[:, None] - 1).astype("<i4")
-        for block in range(store.num_blocks):
-            store.write_block(block, features[store.block_rows(block)].astype("<f2"))
-        store.commit(
-            Rows(
-                rows=np.arange(count),
-                status=np.full(count, OK, "i1"),
-                errors=[""] * count,
-                num_frames=lengths.astype("<i4"),
-                frame_indices=np.broadcast_to(indices[:, None], (count, views, frames)),
-                timestamps=np.full((count, views, frames), np.nan, "<f4"),
-            )
-        )
+        write_arrays(cls, path, features, lengths=lengths, labels=labels, classes=classes, **columns)
         return cls.open(path)
 
     # -- what is in it -----------------------------------------------------------------------------------------
@@ -187,54 +174,74 @@ class FeatureStore:
         shape = f"{len(self)} videos x {self.num_views} views x {self.frames_per_video} frames x {self.dim}"
         return f"FeatureStore({self.path!r}, {shape}, {len(self.classes)} classes)"
 
-    def _array(self, name: str) -> zarr.Array:
-        with self._whole(name):
-            return self._group[name]  # type: ignore[return-value]
+    def array(self, name: str) -> zarr.Array:
+        with self._damage_named(name):
+            return self.group[name]  # type: ignore[return-value]
 
     def _column(self, name: str) -> np.ndarray:
-        if name in self._older:
-            return np.full(self._length, np.nan)
-        with self._whole(name):
+        if name in self.correction.get("columns", {}):
+            dtype = ROW_ARRAYS[name][0]
+            return np.array(self.correction["columns"][name], object if dtype is str else dtype)
+        if name in self.missing_columns:
+            return np.full((self._length, 2) if ROW_ARRAYS[name][1] else self._length, ROW_ARRAYS[name][2])
+        with self._damage_named(name):
             # A run killed while it appended may have left other arrays longer than `status`.
-            column = self._array(name)[: self._length]
+            column = self.array(name)[: self._length]
             if len(column) != self._length:  # type: ignore[arg-type]
                 raise ValueError(f"{len(column)} rows, status has {self._length}")  # type: ignore[arg-type]
-            return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore[return-value,union-attr]
+        if missing := missing_chunks(self, name):
+            raise InputError(
+                f"{self.path} is not complete: {name}/{missing[0]} is missing; "
+                "copy the store again, or extract into another folder"
+            )
+        if name == "labels" and FeatureStore.open(self.path).classes != self.classes:
+            raise RunError(f"{self.path}: its classes were corrected meanwhile; run the same command again")
+        return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore
 
     @contextmanager
-    def _whole(self, name: str) -> Iterator[None]:
+    def _damage_named(self, name: str) -> Iterator[None]:
         """What an array's damage raises in Zarr, NumPy and zstd, as an InputError."""
         try:
-            yield
-        except (InputError, OSError):
+            with network_errors_named(self.path):
+                yield
+        except (InputError, RunError, OSError):
             raise
         except KeyError:
-            raise InputError(f"{self.path} is no whole feature store: its array {name!r} is missing") from None
+            raise InputError(f"{self.path} is not complete: its array {name!r} is missing") from None
         except Exception as error:
-            words = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
-            raise InputError(f"{self.path}: {words}; copy the store again, or extract into another folder") from None
+            why = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
+            raise InputError(f"{self.path}: {why}; copy the store again, or extract into another folder") from None
 
-    ids = _read_once("ids")
-    splits = _read_once("splits")
-    groups = _read_once("groups")
-    errors = _read_once("errors")
-    labels = _read_once("labels")
-    starts = _read_once("starts")
-    ends = _read_once("ends")
-    status = _read_once("status")
-    num_frames = _read_once("num_frames")
-    frame_indices = _read_once("frame_indices")
-    timestamps = _read_once("timestamps")
+    ids = _cached_column("ids")
+    splits = _cached_column("splits")
+    groups = _cached_column("groups")
+    errors = _cached_column("errors")
+    labels = _cached_column("labels")
+    starts = _cached_column("starts")
+    ends = _cached_column("ends")
+    status = _cached_column("status")
+    num_frames = _cached_column("num_frames")
+    sources = _cached_column("sources")
+    frame_indices = _cached_column("frame_indices")
+    timestamps = _cached_column("timestamps")
 
     @cached_property
     def views(self) -> tuple[str, ...]:
-        with self._whole("views"):
-            return tuple(self._array("views")[:].tolist())  # type: ignore[union-attr]
+        with self._damage_named("views"):
+            names = tuple(self.array("views")[:].tolist())  # type: ignore[union-attr]
+            if not all(names):
+                raise ValueError("a view has no name: its chunk is missing")
+            return names
 
     @property
     def usable(self) -> np.ndarray:
-        """Which videos have features: bool [N]."""
+        """Which videos have features and are listed: bool [N]."""
         return (self.status == OK) | (self.status == PARTIAL)
+
+    @property
+    def listed(self) -> np.ndarray:
+        """False for rows that `extract --drop-unlisted` took out: bool [N]. No reader counts or scores them."""
+        return self.status < DROPPED
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
@@ -259,9 +266,13 @@ class FeatureStore:
             names = [shard_name(block) for block in blocks]
             return copy.fetch(names) if copy else [folder / name for name in names]
 
+        # The videos that a shard holds at least: up to the last row of its block that is not pending.
+        finished = np.flatnonzero(self.status != PENDING)
+        videos = np.zeros(self.num_blocks, int)
+        np.maximum.at(videos, finished // self.block_size, finished % self.block_size + 1)
         return ShardMap(
             paths,
-            self.num_blocks,
+            videos,
             block_size=self.block_size,
             video_shape=self.video_shape,
             sparse=self._sparse,
@@ -310,14 +321,26 @@ class FeatureStore:
         repeated = np.tril(same, k=-1).any(axis=2)
         return ~repeated & (indices >= 0)
 
-    def read(self, rows: slice | np.ndarray) -> np.ndarray:
-        """All features of videos `rows` through Zarr, remotely too: float16 [n, V, T, D]. RunError where damaged."""
-        features = self._array("features")
+    def read(self, chosen: slice | np.ndarray) -> np.ndarray:
+        """All features of videos (rows) through Zarr, remotely too: float16 [n, V, T, D].
+
+        Raises RunError for damaged ones, and for finished ones whose shard is missing.
+        """
+        rows = np.arange(len(self))[chosen]
+        finished = rows[self.status[rows] != PENDING]
+        if lost := blocks_without_shard(self.path, np.unique(finished // self.block_size)):
+            raise RunError(f"{self.path}: {shard_name(lost[0])} is missing; {self._repair}")
         try:
-            return features[rows] if isinstance(rows, slice) else features.oindex[np.asarray(rows)]  # type: ignore[return-value]
+            with network_errors_named(self.path):
+                if isinstance(chosen, slice):
+                    return self.array("features")[chosen]  # type: ignore[return-value]
+                return self.array("features").oindex[rows]  # type: ignore[return-value]
         except ValueError as error:  # Zarr's, for a checksum that does not match
-            repair = f"run `{command_line('extract.verify', self.path, repair=True)}`, then extract again"
-            raise RunError(f"{self.path} is damaged ({error}); {repair}") from None
+            raise RunError(f"{self.path} is damaged ({error}); {self._repair}") from None
+
+    @property
+    def _repair(self) -> str:
+        return f"run `{command_line('extract.verify', self.path, repair=True)}`, then extract again"
 
     # -- blocks, for the run -----------------------------------------------------------------------------------
 
@@ -351,7 +374,7 @@ class FeatureStore:
             features = np.empty((len(every), *new.shape[1:]), "<f2")
             features[rows - every[0]], features[others - every[0]] = new, self.read(others)
         # A dropped all-zero chunk would break the stride that `gather` lives on.
-        self._array("features").with_config({"write_empty_chunks": True})[every[0] : every[-1] + 1] = features
+        self.array("features").with_config({"write_empty_chunks": True})[every[0] : every[-1] + 1] = features
 
     def commit(self, *done: Rows) -> None:
         """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
@@ -360,41 +383,44 @@ class FeatureStore:
         """
         rows = np.concatenate([part.rows for part in done])
         order = np.argsort(rows)
-        for name in ("errors", "num_frames", "frame_indices", "timestamps", "status"):
+        for name in ("errors", "num_frames", "frame_indices", "timestamps", "sources", "status"):
             dtype = object if name == "errors" else None
-            values = np.concatenate([np.array(getattr(part, name), dtype) for part in done])
+            values = np.concatenate([np.array(_outcome(part, name), dtype) for part in done])
             self._set(name, rows[order], values[order])
 
     def _set(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        array = self._array(name)
+        if name in self.missing_columns:
+            return
+        array = every_chunk(self.array(name))
         if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
             array[rows[0] : rows[-1] + 1] = values
         else:
             array.oindex[rows] = values
         self.__dict__.pop(name, None)  # what was read before is out of date
 
-    def set_pending(self, rows: np.ndarray) -> None:
-        """Put videos back to pending; their block will be done again."""
+    def set_status(self, rows: np.ndarray, status: int | np.ndarray) -> None:
+        """Give rows another status: pending, so that they are done again; dropped; or listed again."""
         if len(rows):
-            self._set("status", np.sort(rows), np.full(len(rows), PENDING, "i1"))
+            order = np.argsort(rows)
+            values = np.broadcast_to(np.asarray(status, "i1"), len(rows))
+            self._set("status", rows[order], values[order])
 
     def append(self, **columns: Sequence[Any] | np.ndarray) -> None:
-        """Add pending rows behind the others: `ids`, and `labels` `splits` `groups` `starts` `ends` where known."""
+        """Add pending rows behind the others: `ids`; `labels` `splits` `groups` `starts` `ends` if known."""
+        check_ids(columns["ids"])
         start, stop = self._length, self._length + len(columns["ids"])
-        if self._older and not np.isnan(np.array(columns.get("starts", np.nan), float)).all():
-            raise InputError(f"{self.path} was made by a version that knew no spans; use another --out for them")
-        features = self._array("features")
-        features.resize((stop, *features.shape[1:]))
-        for name, (dtype, _, _) in ROW_ARRAYS.items():  # in this order: `status` tells how many rows there are
-            if name in self._older:
-                continue
-            array = self._array(name)
+        self.array("features").resize((stop, *self.video_shape))
+        for name, (dtype, _, fill) in ROW_ARRAYS.items():  # `status` last: it tells how many rows there are
+            array = every_chunk(self.array(name))
             array.resize((stop, *array.shape[1:]))
-            if name in columns and start < stop:
-                array[start:stop] = np.array(columns[name], dtype=object if dtype is str else dtype)
+            if start < stop:
+                values = np.array(columns[name], object if dtype is str else dtype) if name in columns else fill
+                array[start:stop] = values
         self._length = stop
         for name in (*ROW_ARRAYS, "_shards"):
             self.__dict__.pop(name, None)
+
+    # -- damage ----------------------------------------------------------------------------------------------------
 
     def damaged_rows(self, block: int) -> dict[int, str]:
         """Rows of a committed block whose features cannot be trusted, with the reason (reads the whole shard)."""
@@ -415,3 +441,10 @@ class FeatureStore:
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
+
+
+def _outcome(done: Rows, name: str) -> Any:
+    if name != "sources":
+        return getattr(done, name)
+    sources = done.sources or [UNKNOWN] * len(done.rows)
+    return np.array([(source.size, source.digest) for source in sources], "<i8").reshape(-1, 2)

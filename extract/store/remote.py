@@ -6,11 +6,11 @@ object, one succeeds.
 
     feats.zarr.lease/000007    created by the driver that holds the store, and written by it alone, every few seconds
 
-The highest number holds the store. Who wants it watches that object: if it changes, its holder lives; if it does not
-for PATIENCE seconds, the next number is created. A driver commits only within 3/4 of PATIENCE after it last renewed its
-lease and saw no higher one. No clocks are compared. What remains possible is a commit that began in time and hangs in
-the network for longer than the rest of PATIENCE: it writes what its successor would write, and may put rows of its
-chunk back to pending; they are done again, with the same bytes.
+The highest number holds the store. A driver that wants it watches that object: if it changes, its holder lives; if it
+does not for LEASE_TIMEOUT, the next number is created. A driver commits only within 3/4 of LEASE_TIMEOUT after it last
+renewed its lease and saw no higher one. No clocks are compared. What remains possible is a commit that began in time
+and hangs in the network for longer than the rest of LEASE_TIMEOUT: it writes what its successor would write, and may
+put rows of its chunk back to pending; they are done again, with the same bytes.
 """
 
 import contextlib
@@ -21,6 +21,8 @@ import socket
 import sys
 import threading
 import time
+import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -29,9 +31,10 @@ from typing import Any
 
 from extract.cli import RunError
 from extract.files import replacing
+from extract.store.objects import file_system, network_errors_named
 from extract.store.shards import ShardError, damaged_videos, read_index
 
-BEAT, PATIENCE = 10.0, 40.0  # seconds
+HEARTBEAT_SECONDS, LEASE_TIMEOUT = 10.0, 40.0
 FETCHED_AT_ONCE = 8
 TAG = 12  # characters
 
@@ -40,58 +43,67 @@ class Lease:
     """The right to write a store at `url`, held from the start until `close`. RunError where another holds it."""
 
     def __init__(self, url: str):
-        self._fs, self._folder = _file_system(f"{url.rstrip('/')}.lease")
+        self._fs, self._folder = file_system(f"{url.rstrip('/')}.lease")
         self._url, self._lost, self._released = url, False, threading.Event()
+        self._error: Exception | None = None  # of the last attempt to renew
         self._record: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "beat": 0}
-        self._number = self._take()
+        self._record["write_id"] = uuid.uuid4().hex
+        with network_errors_named(url):
+            self._number = self._acquire()
         self._renewed = time.monotonic()
         self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
         self._thread.start()
 
-    def write(self, event: str, **fields: Any) -> None:
-        """Nothing: on object storage no log is kept (RunLog is what a folder has instead)."""
-
-    def confirm(self) -> None:
+    def ensure_held(self) -> None:
         """RunError where another driver has, or may have, taken the store meanwhile."""
-        if self._lost or time.monotonic() - self._renewed > 0.75 * PATIENCE:
-            how = "to another run or with its network"
-            raise RunError(f"{self._url}: this run has lost its lease, {how}; start it again")
+        if self._lost or time.monotonic() - self._renewed > 0.75 * LEASE_TIMEOUT:
+            how = "to another run" if self._lost else "with its network"
+            why = f" ({type(self._error).__name__}: {self._error!s:.200})" if self._error else ""
+            raise RunError(f"{self._url}: this run has lost its lease, {how}{why}; start it again")
 
     def close(self) -> None:
         self._released.set()
         self._thread.join()
-        with contextlib.suppress(OSError):  # who comes next waits until it sees that this one is gone
+        # A next run waits until it sees that this one is gone, if it cannot be told.
+        with contextlib.suppress(Exception):
             self._put(self._number, self._record | {"released": True})
 
-    def _take(self) -> int:
+    def _acquire(self) -> int:
         number, record = self._highest()
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + LEASE_TIMEOUT
         if number and not record.get("released"):
             print(
-                f"waiting: does {_holder(record)} still write {self._url}? {PATIENCE:.0f} s will tell", file=sys.stderr
+                f"waiting {LEASE_TIMEOUT:.0f} s to see whether {_holder(record)} still writes {self._url}",
+                file=sys.stderr,
             )
         while number and not record.get("released") and time.monotonic() < deadline:
-            time.sleep(min(1.0, BEAT))
+            time.sleep(min(1.0, HEARTBEAT_SECONDS))
             if self._highest() != (number, record):
-                raise RunError(self._taken(record))
+                raise RunError(self._held_message(record))
         try:
             self._put(number + 1, self._record, mode="create")
-        except OSError:  # FileExistsError of most, of some storage another
-            if self._highest()[0] <= number:
+        except Exception:  # FileExistsError of most storage, of some another; or the answer was lost
+            highest, record = self._highest()
+            if highest <= number:
                 raise
-            raise RunError(self._taken(self._highest()[1])) from None
+            # Our own object, if the put succeeded, its answer was lost, and it was sent again.
+            if highest > number + 1 or record.get("write_id") != self._record["write_id"]:
+                raise RunError(self._held_message(record)) from None
         for old in range(max(1, number - 9), number):
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(old))
         return number + 1
 
-    def _taken(self, record: dict[str, Any]) -> str:
+    def _held_message(self, record: dict[str, Any]) -> str:
         return f"{self._url} is being written by {_holder(record)}; wait for it or stop it first"
 
     def _beat(self) -> None:
-        while not self._lost and not self._released.wait(BEAT):
-            with contextlib.suppress(OSError):  # the network comes back, or `confirm` tells
+        while not self._lost and not self._released.wait(HEARTBEAT_SECONDS):
+            try:
                 self._renew()
+                self._error = None
+            except Exception as error:  # of any library: the network comes back, or `ensure_held` tells
+                self._error = error
 
     def _renew(self) -> None:
         began = time.monotonic()
@@ -126,14 +138,15 @@ class LocalCopy:
     """
 
     def __init__(self, url: str, *, block_size: int, video_bytes: int):
-        self._fs, self._remote = _file_system(f"{url.rstrip('/')}/features")
+        self._url = url
+        self._fs, self._remote = file_system(f"{url.rstrip('/')}/features")
         self._layout = {"block_size": block_size, "video_bytes": video_bytes}
         cache = Path(os.environ.get("HGNL_CACHE", "~/.cache/hgnl-video")).expanduser()
         self.folder = cache / f"{Path(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
         """Local paths of the shards of these names (`c.7.0.0.0`). RunError names one that is missing or damaged."""
-        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+        with network_errors_named(self._url), ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
             return list(pool.map(self._fetch, names))
 
     @cached_property
@@ -143,6 +156,14 @@ class LocalCopy:
         entries = {Path(entry["name"]).name: entry for entry in self._fs.ls(self._remote, detail=True)}
         return {name: hashlib.sha256(str(entry).encode()).hexdigest()[:TAG] for name, entry in entries.items()}
 
+    @cached_property
+    def _copies(self) -> dict[str, list[str]]:
+        """The files of the cache by shard, from one listing: a listing per shard takes minutes for thousands."""
+        copies: dict[str, list[str]] = defaultdict(list)
+        for file in os.listdir(self.folder) if self.folder.is_dir() else ():
+            copies[file[: -TAG - 1]].append(file)
+        return copies
+
     def _fetch(self, name: str) -> Path:
         if name not in self._tags:
             raise RunError(f"{self._remote}/{name} is missing; run the extraction again, or copy the store again")
@@ -151,8 +172,8 @@ class LocalCopy:
             with replacing(path) as partial:
                 self._fs.get_file(f"{self._remote}/{name}", str(partial))
                 self._check(name, partial)
-            for older in set(self.folder.glob(f"{name}.{'?' * TAG}")) - {path}:
-                older.unlink(missing_ok=True)
+            for older in set(self._copies.get(name, ())) - {path.name}:
+                (self.folder / older).unlink(missing_ok=True)
         return path
 
     def _check(self, name: str, path: Path) -> None:
@@ -163,9 +184,3 @@ class LocalCopy:
             raise RunError(f"{self._remote}/{name} came damaged: {error}") from None
         if damaged:
             raise RunError(f"{self._remote}/{name} came damaged: the checksum of its video {damaged[0]} does not match")
-
-
-def _file_system(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    return fsspec.core.url_to_fs(url)

@@ -1,65 +1,59 @@
-"""Runs that write a store: one at a time, logged beside it, and with the settings that it was begun with."""
+"""Runs that write a store: their log beside it, and the settings that it was begun with."""
 
 import contextlib
-import fcntl
 import json
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from extract.cli import RunError
-from extract.files import make_folder, writing
+from extract.files import writing
 from extract.store.layout import is_remote
 
 
 class RunLog:
     """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong into the store.
 
-    Its writer holds the store: a second run is refused and told who holds it. The kernel drops the hold with the
-    process, however it ends.
+    Only the holder of the store's lock writes it. On object storage, which cannot append, there is none.
     """
 
-    def __init__(self, file: TextIO):
-        self._file = file
+    def __init__(self, store: str | Path):
+        self._path = None if is_remote(store) else self.path(store)
 
     def write(self, event: str, **fields: Any) -> None:
-        with writing(self._file.name):
-            self._file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}, default=str) + "\n")
-            self._file.flush()
-
-    def confirm(self) -> None:
-        """The kernel keeps the hold (of a lease, on object storage, this must be asked)."""
+        """Append one record. Raises RunError."""
+        if self._path is None:
+            return
+        record = {"event": event, "time": round(time.time(), 3), **fields}
+        with writing(self._path), self._path.open("ab+") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            cut = file.read() not in (b"", b"\n")  # by a kill or a full disk
+            file.write(b"\n" * cut + json.dumps(record, default=str).encode() + b"\n")
 
     @staticmethod
     def path(store: str | Path) -> Path:
-        return Path(f"{str(store).rstrip('/')}.log")
+        """Beside the folder itself, also if `store` is a link to it."""
+        return Path(f"{real_path(store).rstrip('/')}.log")
 
     @staticmethod
     def records(store: str | Path) -> list[dict[str, Any]]:
-        """What earlier runs wrote, oldest first; a last line cut by a kill is left out."""
+        """What earlier runs wrote, oldest first; lines that are cut or damaged are left out."""
         if is_remote(store) or not RunLog.path(store).exists():
             return []
         records = []
-        for line in RunLog.path(store).read_text(encoding="utf-8").splitlines():
+        text = RunLog.path(store).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and isinstance(record.get("event"), str):
+                    records.append(record)
         return records
 
 
-@contextlib.contextmanager
-def exclusive(path: str | Path) -> Iterator[RunLog]:
-    """Hold a local store for one run; `RunError` names the process that holds it already."""
-    log_path = RunLog.path(path)
-    make_folder(log_path.parent)
-    with log_path.open("a", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holders = [record for record in RunLog.records(path) if record["event"] == "start"]
-            holder = f"process {holders[-1]['process']} on {holders[-1]['host']}" if holders else "another process"
-            raise RunError(f"{path} is being written by {holder}; wait for it or stop it first") from None
-        yield RunLog(file)
+def real_path(store: str | Path) -> str:
+    """The path itself, or where it leads if a link is in it."""
+    real = str(store) if is_remote(store) else os.path.realpath(store)
+    return str(store) if real == os.path.abspath(store) else real
 
 
 def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
@@ -69,6 +63,6 @@ def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "
         old, new = recorded.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += difference(old, new, f"{prefix}{key}.")
-        elif json.dumps(old) != json.dumps(new):
+        elif json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
             lines.append(f"{prefix}{key}: {old} in the store, {new} now")
     return lines

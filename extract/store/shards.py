@@ -81,22 +81,23 @@ class ShardMap:
     """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
 
     Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards are no trouble.
-    `paths` gives the files of some blocks. Places of shards that were never mapped read as zeros. `sparse` is for files
-    that memory does not hold: a page that is not there is read alone, where the kernel would read megabytes around it,
-    and `ask_for` has many read at once.
+    `paths` gives the files of some blocks, `videos` (int [blocks]) says how many each holds at least.
+    Slots of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
+    is not there is read alone, where the kernel would read megabytes around it, and `ask_for` has many read at once.
     """
 
     def __init__(
         self,
         paths: Callable[[list[int]], list[Path]],
-        blocks: int,
+        videos: np.ndarray,
         *,
         block_size: int,
         video_shape: tuple[int, int, int],
         sparse: bool = False,
     ):
         self.sparse = sparse
-        self._paths, self._block_size = paths, block_size
+        self._paths, self._videos, self._block_size = paths, videos, block_size
+        blocks = len(videos)
         self._video_bytes = int(np.prod(video_shape)) * 2
         page = mmap.PAGESIZE
         self._room = -(-shard_bytes(block_size, block_size, self._video_bytes) // page) * page
@@ -131,6 +132,8 @@ class ShardMap:
         for block, path in zip(blocks, self._paths(blocks), strict=True):
             # Checked before it is mapped: touching a mapping beyond the end of its file would kill the process.
             videos = read_index(path, block_size=self._block_size, video_bytes=self._video_bytes)
+            if videos < self._videos[block]:
+                raise ShardError(f"{path} holds {videos} videos, {self._videos[block]} are finished")
             size = shard_bytes(videos, self._block_size, self._video_bytes)
             descriptor = os.open(path, os.O_RDONLY)
             try:

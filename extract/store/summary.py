@@ -7,14 +7,14 @@ from pathlib import Path
 
 from extract.cli import RunError
 from extract.store.feature_store import FeatureStore
-from extract.store.layout import FAILED, OK, PARTIAL, STATUS_NAMES
+from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES
 from extract.store.runs import RunLog
 
 REASONS_SHOWN = 12
 
 
 def status_table(store: FeatureStore) -> str:
-    """The store in words: counts by split and status, reasons, size, provenance, and the speed its log records."""
+    """Counts by split and status, reasons of failures, size, provenance, and the speed that the log records."""
     lines = [repr(store), _counts(store)]
     for status in (FAILED, PARTIAL, OK):
         if known := reasons(store, status):
@@ -27,7 +27,7 @@ def status_table(store: FeatureStore) -> str:
     if weights:
         digest = f" (SHA-256 {weights['sha256'][:12]}...)" if "sha256" in weights else ""
         lines.append(f"backbone {record['backbone']}, weights {weights['name']}{digest}, {record['precision']}")
-    done = int((store.status > 0).sum())
+    done = int((store.status != PENDING).sum())
     lines.append(f"size {human_bytes(done * store.video_bytes)} of features")
     speed = _speed(store.path)
     return "\n".join(lines + ([speed] if speed else []))
@@ -52,10 +52,12 @@ def check_space(path: Path, needed: int) -> None:
 
 def _counts(store: FeatureStore) -> str:
     splits = sorted(set(store.splits.tolist()))
-    rows: list[tuple[str, ...]] = [("split", "listed", *STATUS_NAMES)]
+    dropped = () if store.listed.all() else ("no longer listed",)
+    rows: list[tuple[str, ...]] = [("split", "videos", *STATUS_NAMES, *dropped)]
     for split in [*splits, None] if len(splits) > 1 else [None]:
         chosen = store.status if split is None else store.status[store.splits == split]
         counts = [int((chosen == value).sum()) for value in range(len(STATUS_NAMES))]
+        counts += [int((chosen >= DROPPED).sum()) for _ in dropped]
         name = "all" if split is None else split or "(none)"
         rows.append((name, f"{len(chosen):,}", *(f"{count:,}" for count in counts)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -75,6 +77,7 @@ def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
 
 def _speed(path: str) -> str:
     blocks = [record for record in RunLog.records(path) if record["event"] == "block"]
+    blocks = [block for block in blocks if {"frames", "videos", "seconds"} <= block.keys()]
     if not any(block["frames"] for block in blocks):  # none, or all videos failed
         return ""
     frames, videos = sum(block["frames"] for block in blocks), sum(block["videos"] for block in blocks)

@@ -30,75 +30,98 @@ from extract.device import count_gpus
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, lengths_path, settle
 from extract.options import Options
-from extract.store import FAILED, PENDING, FeatureStore, RunLog, difference, exclusive, is_remote
-from extract.store.remote import Lease
+from extract.store import (
+    FAILED,
+    PENDING,
+    FeatureStore,
+    NoStoreError,
+    RunLog,
+    StoreLock,
+    is_remote,
+    lock_store,
+    real_path,
+)
+from extract.store.corrections import complete_correction, upgrade
 from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
 from extract.workers.calibration import choose_sample
+from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
+from extract.workers.reconcile import reconcile
+from extract.workers.settings import check_provenance, continue_options
 from extract.workers.worker import Block, Worker
 
 SECONDS_PER_MOVE = 1.0  # of the progress bar
 
 
 def extract(options: Options) -> int:
-    """Extract features of `options.videos` into `options.out`; returns the exit status (DESIGN: Commands)."""
+    """Extract features of `options.videos` into `options.out`; returns the exit status.
+
+    0 done, 3 finished but too many videos failed. Raises InputError and RunError.
+    """
     check_ranges(options)
-    options = settle(options)
+    if options.window is not None or options.stride is None:  # else the store says the window
+        settle(options)
     if threading.current_thread() is threading.main_thread():
         # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     listing = list_videos(options.videos, root=options.root, labels=options.labels)
     print(listing.report())
-    videos: Sequence[Video] = listing.videos[: options.limit]
-    if options.window is not None and options.stride is not None:
-        _refuse_foreign_folder(options.out)
-        cache = None if is_remote(options.out) else lengths_path(options.out)
-        windows = cut_windows(videos, options.window, options.stride, timeout=options.video_timeout, cache=cache)
-        files, videos = len(videos), windows
-        print(f"{len(videos):,} windows of {options.window:g} s, one each {options.stride:g} s, of {files:,} videos")
-    _refuse_foreign_folder(options.out)
-    with contextlib.closing(Lease(options.out)) if is_remote(options.out) else exclusive(options.out) as hold:
-        return _extract(options, listing, videos, hold)
+    out = real_path(options.out)
+    _refuse_foreign_folder(out)
+    if out != options.out:
+        print(f"store     {options.out} is a link to {out}")
+    with lock_store(out) as lock:
+        return _extract(replace(options, out=out), listing, lock)
 
 
-def _extract(options: Options, listing: Listing, videos: Sequence[Video], hold: RunLog | Lease) -> int:
-    nonce = uuid.uuid4().hex
-    hold.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=vars(options))
-    store = _open_if_there(options.out)
-    pool = _worker_pool(options, store, videos)
+def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
+    store = _open_if_exists(options.out)
+    settings = continue_options(options, store) if store else settle(options).with_defaults()
+    videos = _choose_videos(settings, listing)
+    log, nonce = RunLog(settings.out), uuid.uuid4().hex
+    log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_as_recorded(settings))
+    pool = _worker_pool(settings, store, videos)
     try:
         made = pool.describe()
         if store is None:
             store = FeatureStore.create(
-                options.out,
+                settings.out,
                 **_columns(videos),
                 classes=listing.classes,
                 views=made["provenance"]["views"],
-                frames=options.frames,
+                frames=settings.frames,
                 dim=made["dim"],
-                block_size=options.block_size,
+                block_size=settings.block_size,
                 provenance=made["provenance"],
             )
         else:
-            _agree(store, made, listing)
-            _add_new(store, videos)
-        if options.retry_failed:
-            store.set_pending(np.flatnonzero(store.status == FAILED))
+            check_provenance(store, made["provenance"])
+            lock.ensure_held()
+            complete_correction(store)
+            upgrade(store)
+            reconcile(settings, store, listing, videos)
+            _append_new(store, videos, listing.classes)
+        if settings.retry_failed:
+            store.set_status(np.flatnonzero(store.status == FAILED), PENDING)
         blocks = _blocks(store, videos)
-        _announce(options, store, blocks, made)
-        if not is_remote(options.out):
-            check_space(Path(options.out), sum(len(block.rows) for block in blocks) * store.video_bytes)
+        _announce(settings, store, blocks, made)
+        if not is_remote(settings.out):
+            check_space(Path(settings.out), sum(len(block.rows) for block in blocks) * store.video_bytes)
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
-            _run(pool, store, blocks, hold)
+            _run(pool, store, blocks, lock, log)
     finally:
         pool.close()
     store.clean_up()  # after workers that were lost in this run, and after a run that was killed
     print(status_table(store))
-    failed = int((store.status == FAILED).sum())
-    if failed > options.max_failed * len(store):
-        print(f"{failed} of {len(store)} videos failed, more than --max-failed {options.max_failed:g} allows")
+    return _exit_status(settings, store)
+
+
+def _exit_status(options: Options, store: FeatureStore) -> int:
+    failed, listed = int((store.status == FAILED).sum()), int(store.listed.sum())
+    if failed > options.max_failed * listed:
+        print(f"{failed} of {listed} videos failed, more than --max-failed {options.max_failed:g} allows")
         print(f"Next: {command_line('extract.status', options.out)}\n--retry-failed tries them again")
         return 3
     print(f"Next: {_next_command(store, options.out)}")
@@ -120,42 +143,45 @@ def _refuse_foreign_folder(out: str) -> None:
     """Before a log is written beside it. A store is not opened yet: another driver may be making it."""
     path = Path(out)
     if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
-        what = "a file" if path.is_file() else "a folder"
+        kind = "a file" if path.is_file() else "a folder"
         raise InputError(
-            f"--out {out} exists and is no feature store but {what}; nothing was touched, give another name"
+            f"--out {out} exists and is not a feature store but {kind}; nothing was touched, give another name"
         )
 
 
-def _open_if_there(out: str) -> FeatureStore | None:
+def _open_if_exists(out: str) -> FeatureStore | None:
     try:
         return FeatureStore.open(out, writable=True)
-    except InputError as error:
-        if "there is nothing" in str(error):
-            return None
-        raise
+    except NoStoreError:
+        return None
 
 
-def _agree(store: FeatureStore, made: dict[str, Any], listing: Listing) -> None:
-    """A store is continued with the settings it was begun with, or not at all."""
-    differences = difference(store.provenance, made["provenance"])
-    if store.classes != tuple(listing.classes):
-        changed = sorted(set(store.classes) ^ set(listing.classes))
-        differences.append(f"classes: {len(store.classes)} in the store, {len(listing.classes)} now; {changed[:5]}")
-    if differences:
-        lines = "\n  ".join(differences)
-        raise InputError(f"{store.path} was made with other settings:\n  {lines}\nuse those, or another --out")
+def _as_recorded(settings: Any) -> dict[str, Any]:
+    """Options for the log, which a later command in another folder may read."""
+    paths = {name: value for name, value in vars(settings).items() if value and name in ("videos", "root", "weights")}
+    return vars(settings) | {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
 
 
-def _add_new(store: FeatureStore, videos: Sequence[Video]) -> None:
-    known = {name: row for row, name in enumerate(store.ids.tolist())}
-    for video in videos:
-        row = known.get(video.id)
-        if row is not None and store.labels[row] != video.label:
-            before, now = (store.classes[x] if x >= 0 else "no class" for x in (store.labels[row], video.label))
-            raise InputError(f"{video.id} is {before!r} in {store.path} and {now!r} now; use another --out")
+def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
+    """The videos or windows to extract."""
+    videos = listing.videos[: options.limit]
+    if options.window is None or options.stride is None:
+        return videos
+    cache = None if is_remote(options.out) else lengths_path(options.out)
+    windows = cut_windows(videos, options.window, options.stride, timeout=options.video_timeout, cache=cache)
+    print(f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos")
+    return windows
+
+
+def _append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[str]) -> None:
+    known = set(store.ids.tolist())
     new = [video for video in videos if video.id not in known]
     if new:
-        store.append(**_columns(new))
+        # The listing numbers its classes in its own order; `reconcile` has brought their names into the store.
+        label = {name: number for number, name in enumerate(store.classes)}
+        labels = np.array([*(label[name] for name in classes), -1])
+        columns = _columns(new)
+        store.append(**columns | {"labels": labels[columns["labels"]]})
 
 
 def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
@@ -166,32 +192,27 @@ def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
-    """The blocks with pending rows, and in them those rows; a pending video that is no longer there is an error."""
+    """The blocks with pending rows, and in them those rows; rows that lie beyond --limit stay pending."""
     by_id = {video.id: video for video in videos}
     blocks = []
     for number in store.missing_blocks():
-        rows = store.block_rows(number)
-        rows = rows[store.status[rows] == PENDING]
-        names = store.ids[rows].tolist()
-        gone = [name for name in names if name not in by_id]
-        if gone:
-            raise InputError(
-                f"{store.path} still waits for {gone[0]!r} (and {len(gone) - 1} more of its block), which --videos "
-                "does not hold; give the folder (and --limit) the store was begun with"
-            )
-        blocks.append(Block(number, tuple(rows.tolist()), tuple(by_id[name] for name in names)))
+        own = store.block_rows(number)
+        rows = [row for row in own[store.status[own] == PENDING].tolist() if store.ids[row] in by_id]
+        if rows:
+            blocks.append(Block(number, tuple(rows), tuple(by_id[store.ids[row]] for row in rows)))
     return blocks
 
 
 def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: dict[str, Any]) -> None:
     to_do = sum(len(block.rows) for block in blocks)
     frames = store.num_views * store.frames_per_video
+    beyond = int((store.status == PENDING).sum()) - to_do
     print(
         f"backbone  {made['words']}\n"
         f"store     {store.path}: {len(store):,} videos x {store.num_views} views x {store.frames_per_video} frames x "
         f"{store.dim} float16 = {human_bytes(len(store) * store.video_bytes)}\n"
         f"to do     {to_do:,} videos ({to_do * frames:,} frames) in {len(blocks):,} blocks, "
-        f"{len(store) - to_do:,} done before"
+        f"{len(store) - to_do - beyond:,} done before" + (f", {beyond:,} beyond --limit" if beyond else "")
     )
 
 
@@ -204,17 +225,13 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _worker_pool(options: Options, store: FeatureStore | None, videos: Sequence[Video]) -> Worker | RayActorPool:
-    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them, as a `store` was begun."""
-    recorded = store.provenance if store else {}
+def _worker_pool(options: Any, store: FeatureStore | None, videos: Sequence[Video]) -> Worker | RayActorPool:
+    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
     weights = Path(options.weights)
     options = replace(
         options,
         out=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
-        precision=recorded.get("precision", "auto") if options.precision == "auto" else options.precision,
-        # Stores of before OpenVINO ran backbones, and those of PyTorch, record no engine.
-        engine="torch" if options.engine == "auto" and store and "engine" not in recorded else options.engine,
     )
     sample = choose_sample(videos, store, seed=options.seed) if options.precision == "int8" else None
     gpus = count_gpus() if options.device in ("auto", "cuda") else 1
@@ -227,25 +244,34 @@ def _worker_pool(options: Options, store: FeatureStore | None, videos: Sequence[
 # -- the run -------------------------------------------------------------------------------------------------------
 
 
-def _run(pool: Worker | RayActorPool, store: FeatureStore, blocks: list[Block], hold: RunLog | Lease) -> None:
+def _run(
+    pool: Worker | RayActorPool,
+    store: FeatureStore,
+    blocks: list[Block],
+    lock: StoreLock,
+    log: RunLog,
+) -> None:
     """Commit blocks as they come; show progress, and at the end where the time went."""
     started = time.perf_counter()
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
+    seen = SeenTimes(store)
     with _shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
         for together in pool.extract(blocks):
             if together:
-                hold.confirm()
+                lock.ensure_held()
                 store.commit(*(done.outcome for done in together))
             for done in together:
                 videos, failed = len(done.outcome.rows), int((done.outcome.status == FAILED).sum())
                 totals.update(done.seconds, frames=done.frames, videos=videos, failed=failed)
                 nodes.add(done.node)
+                seen.note(done.outcome.rows, done.outcome.sources)
                 took = {name: round(value, 4) for name, value in done.seconds.items()}
                 of = {"number": done.number, "node": done.node, "videos": videos}
-                hold.write("block", **of, frames=done.frames, seconds=took)
+                log.write("block", **of, frames=done.frames, seconds=took)
     wall = time.perf_counter() - started
-    hold.write("end", wall=round(wall, 3), frames=totals["frames"])
+    seen.save()
+    log.write("end", wall=round(wall, 3), frames=totals["frames"])
     print(_where_time_went(totals, wall=wall, workers=len(nodes)))
 
 

@@ -31,6 +31,7 @@ from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.listing.videos import Video
 from extract.options import Options
+from extract.sources import UNKNOWN, Source
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
 from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import check_node
@@ -97,8 +98,9 @@ class Worker:
 
     # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's constructor.
     def __init__(self, options: Options, cores: int, sample: CalibrationSample | None = None):
-        self.options, self.cores, self._sample = options, cores, sample
-        self._views = view_names(options.crops, options.augment_passes)
+        self.options, self.cores = options.with_defaults(), cores  # of `options`, each setting has a value
+        self._sample = sample
+        self._views = view_names(self.options.crops, self.options.augment_passes)
         self._ahead: dict[int, list[Submitted]] = {}
         # Blocks that are computed: how many frames were added when their last one was, features of pictures, and
         # which of them (positions) each row's views show.
@@ -329,10 +331,12 @@ class Worker:
             num_frames=np.zeros(count, "<i4"),
             frame_indices=np.full((count, views, frames), -1, "<i4"),
             timestamps=np.full((count, views, frames), np.nan, "<f4"),
+            sources=[UNKNOWN] * count,
         )
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
         computed = 0
-        for place, prepared, pictures in self._prepared(submitted, seconds):
+        for place, prepared, source, pictures in self._prepared(submitted, seconds):
+            outcome.sources[place] = source
             if isinstance(prepared, VideoError):
                 outcome.errors[place] = prepared.reason
                 self._skipped += self.frames_per_video
@@ -352,8 +356,8 @@ class Worker:
 
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]
-    ) -> Iterator[tuple[int, Prepared | VideoError, np.ndarray]]:
-        """Each row's place, what was decoded of it, and its frames, which are there until the next is asked for."""
+    ) -> Iterator[tuple[int, Prepared | VideoError, Source, np.ndarray]]:
+        """Each row's place, what was decoded of which file, and its frames, valid until the next is asked for."""
         for places, (path, wanted, plan), future in submitted:
             started = time.perf_counter()
             finished = future.result()
@@ -364,7 +368,7 @@ class Worker:
                 if finished.failure and len(places) > 1:  # each alone, so that one fails and not all
                     one, first = self._pool.alone((path, [row], plan)), 0
                 prepared = VideoError(path, one.failure) if one.failure else one.result[first // plan.row_bytes]
-                yield place, prepared, one.buffer[first : first + plan.row_bytes]
+                yield place, prepared, one.source, one.buffer[first : first + plan.row_bytes]
             finished.release()  # its slot of shared memory is free for another job
 
     def _write(self, features: np.ndarray, done: Done) -> Done:

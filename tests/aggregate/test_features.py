@@ -9,7 +9,7 @@ import torch
 
 from aggregate.data.features import StoredFeatures, evaluation_views, prefetched, training_views
 from extract.cli import InputError, RunError
-from extract.store import FeatureStore
+from extract.store import PENDING, FeatureStore
 from stores import classes_store, fail_rows
 
 FRAMES = 6
@@ -126,7 +126,7 @@ def test_more_frames_than_stored_and_no_rows_are_refused(store):
 def test_a_pending_video_is_named(tmp_path):
     classes_store(tmp_path / "s.zarr")
     store = FeatureStore.open(tmp_path / "s.zarr", writable=True)
-    store.set_pending(np.array([7]))
+    store.set_status(np.array([7]), PENDING)
     with pytest.raises(RunError, match=r"v/0007\.mp4 and 0 more are not extracted yet"):
         StoredFeatures(store, np.arange(60))
 

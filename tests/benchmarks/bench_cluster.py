@@ -23,7 +23,7 @@ import pytest
 from extract.decode.subprocess_pool import Finished
 from extract.listing.videos import Video
 from extract.options import Options
-from extract.store import OK, FeatureStore, Rows, exclusive
+from extract.store import OK, FeatureStore, Rows, RunLog, lock_store
 from extract.workers.actor_pool import RayActorPool, _Member
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
@@ -194,8 +194,7 @@ def contest(
             else:
                 pool = (Alone if name == "alone" else RayActorPool)(options, worker)
                 pool.describe()
-                with exclusive(out) as log:
-                    log.write("start", nonce="this run")
+                RunLog(out).write("start", nonce="this run")
                 pool.check("this run", videos[0].path, code_version())
             try:
                 speeds[name], start = measure(pool, store, blocks)
@@ -316,8 +315,8 @@ def test_the_driver_of_64_workers(tmp_path):
         pool = Crowd(Options(Path(), str(out), workers=WORKERS), seconds)
         ray.get([sleeper.drain.remote() for sleeper in pool._sleepers])
         started, before = time.perf_counter(), time.process_time()
-        with exclusive(out) as log:
-            _run(pool, store, blocks, log)
+        with lock_store(out) as lock:
+            _run(pool, store, blocks, lock, RunLog(out))
         wall, cpu = time.perf_counter() - started, time.process_time() - before
         pool.close()
     finally:

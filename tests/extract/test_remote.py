@@ -56,8 +56,8 @@ def clips(tmp_path_factory, demo_clips) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Leases that beat ten times a second."""
-    monkeypatch.setattr(remote, "BEAT", 0.1)
-    monkeypatch.setattr(remote, "PATIENCE", 1.5)
+    monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.1)
+    monkeypatch.setattr(remote, "LEASE_TIMEOUT", 1.5)
 
 
 def options(videos: Path, out: Path | str, **changed) -> Options:
@@ -146,7 +146,7 @@ def test_many_who_create_the_same_lease(s3, quick):
         thread.join()
     assert len(held) == 1
     assert len(refused) == 7
-    held[0].confirm()
+    held[0].ensure_held()
     held[0].close()
 
 
@@ -154,13 +154,13 @@ def test_a_driver_that_slept_has_lost(s3, quick):
     sleeper = Lease("s3://videos/slept.zarr")
     sleeper._released.set()
     with contextlib.closing(Lease("s3://videos/slept.zarr")) as other:
-        other.confirm()
+        other.ensure_held()
         with pytest.raises(RunError, match=r"s3://videos/slept.zarr: this run has lost its lease"):
-            sleeper.confirm()  # it has not renewed for too long
+            sleeper.ensure_held()  # it has not renewed for too long
         sleeper._renew()
         with pytest.raises(RunError, match="has lost its lease"):
-            sleeper.confirm()  # now it sees the other
-        other.confirm()
+            sleeper.ensure_held()  # now it sees the other
+        other.ensure_held()
     with contextlib.closing(Lease("s3://videos/slept.zarr")):  # released: nobody waits
         pass
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import LeaveOneGroupOut
 
 from extract.cli import InputError, RunError
-from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, difference, exclusive
+from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, difference, lock_store
 
 CLASSES = ["running", "sleeping"]
 
@@ -215,10 +215,10 @@ def test_from_arrays_refuses_what_cannot_be_stored(tmp_path):
 
 
 def test_what_is_no_store_is_named(tmp_path):
-    with pytest.raises(InputError, match="there is nothing"):
+    with pytest.raises(InputError, match=r"none\.zarr is not a feature store \(it does not exist\)"):
         FeatureStore.open(tmp_path / "none.zarr")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(InputError, match="folder is not a feature store: it is no Zarr group"):
+    with pytest.raises(InputError, match=r"folder is not a feature store \(not a Zarr group\)"):
         FeatureStore.open(tmp_path / "folder")
     zarr.create_group(str(tmp_path / "other.zarr"), attributes={"schema": "somebody/7"})
     with pytest.raises(InputError, match="somebody/7"):
@@ -230,9 +230,9 @@ def test_what_is_no_store_is_named(tmp_path):
 def test_a_second_run_is_refused_and_told_who_holds_the_store(tmp_path):
     code = f"""
 import time
-from extract.store import exclusive
-with exclusive({str(tmp_path / "a.zarr")!r}) as log:
-    log.write("start", process=4711, host="elsewhere")
+from extract.store import RunLog, lock_store
+with lock_store({str(tmp_path / "a.zarr")!r}):
+    RunLog({str(tmp_path / "a.zarr")!r}).write("start", process=4711, host="elsewhere")
     print("held", flush=True)
     time.sleep(60)
 """
@@ -240,11 +240,11 @@ with exclusive({str(tmp_path / "a.zarr")!r}) as log:
     assert child.stdout is not None
     with child, child.stdout:
         assert child.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match="process 4711 on elsewhere"), exclusive(tmp_path / "a.zarr"):
+        with pytest.raises(RunError, match="process 4711 on elsewhere"), lock_store(tmp_path / "a.zarr"):
             pass
         child.kill()  # -9: the kernel lets the store go
-    with exclusive(tmp_path / "a.zarr") as log:
-        log.write("end")
+    with lock_store(tmp_path / "a.zarr"):
+        RunLog(tmp_path / "a.zarr").write("end")
     assert [record["event"] for record in RunLog.records(tmp_path / "a.zarr")] == ["start", "end"]
 
 
@@ -276,10 +276,10 @@ def test_a_remote_store_is_written_and_read_plainly(tmp_path, monkeypatch):
 
 def test_pending_again(tmp_path):
     store = make(tmp_path / "a.zarr", 20)
-    store.set_pending(np.array([17, 3]))
+    store.set_status(np.array([17, 3]), PENDING)
     assert FeatureStore.open(tmp_path / "a.zarr").missing_blocks() == [0, 2]
     assert np.flatnonzero(store.status == PENDING).tolist() == [3, 17]
-    store.set_pending(np.array([], dtype=int))
+    store.set_status(np.array([], dtype=int), PENDING)
 
 
 def test_a_killed_writer_leaves_nothing_behind(tmp_path):

@@ -23,6 +23,8 @@ from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.listing.videos import list_videos
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, RunLog
+from extract.store.corrections import upgrade
+from extract.store.damage import damaged_columns
 from extract.workers import driver
 from stores import store_digest
 from untrimmed import cut_out, join_clips
@@ -110,9 +112,13 @@ def test_the_same_command_goes_on_and_another_window_is_refused(untrimmed, by_wi
     shutil.copytree(by_windows, out)
     assert main(options(untrimmed, out, window=3.0)) == 0
     assert "14 done before" in capsys.readouterr().out
-    for other in ({"window": 4.0}, {"window": 3.0, "stride": 1.5}, {}):
-        with pytest.raises(InputError, match=r"sampling\.(window|stride)"):
+    for other in ({"window": 4.0}, {"window": 3.0, "stride": 1.5}):
+        with pytest.raises(InputError, match=r"(window|stride): 3\.0 in the store"):
             main(options(untrimmed, out, **other))
+    assert main(options(untrimmed, out)) == 0
+    said = capsys.readouterr().out
+    assert "--window 3.0" in said
+    assert "14 done before" in said
 
 
 def test_kill_9_in_the_middle_of_a_file_and_resume_gives_the_same_bytes(untrimmed, tmp_path):
@@ -247,18 +253,21 @@ def test_where_dense_features_go_is_asked_for(by_windows, tmp_path):
 # -- older stores ----------------------------------------------------------------------------------------------------
 
 
-def test_a_store_of_the_earlier_schema_has_no_spans_and_takes_none(tmp_path):
+def test_a_store_of_the_earlier_schema_takes_spans_once_it_has_this_one(tmp_path):
     shutil.copytree(Path(__file__).parents[1] / "compat" / "store", tmp_path / "old.zarr")
     store = FeatureStore.open(tmp_path / "old.zarr", writable=True)
     assert np.isnan(store.starts).all()
-    assert len(store.ends) == len(store)
-    columns = {"labels": [0], "splits": [""], "groups": [""]}
-    with pytest.raises(InputError, match="a version that knew no spans"):
-        store.append(ids=["a#0-1000"], starts=[0.0], ends=[1.0], **columns)
-    store.append(ids=["a"], starts=[np.nan], ends=[np.nan], **columns)
+    assert (store.sources == -1).all()
+    before = {name: getattr(store, name) for name in ("ids", "labels", "splits", "errors", "timestamps")}
+    upgrade(store)
+    store.append(ids=["a#0-1000"], starts=[0.0], ends=[1.0], labels=[0], splits=[""], groups=[""])
     again = FeatureStore.open(tmp_path / "old.zarr")
-    assert again.ids[-1] == "a"
-    assert np.isnan(again.starts[-1])
+    assert again.ids[-1] == "a#0-1000"
+    assert again.ends[-1] == 1.0
+    assert np.isnan(again.starts[:-1]).all()
+    for name, values in before.items():
+        np.testing.assert_array_equal(getattr(again, name)[:-1], values)
+    assert not damaged_columns(again)
 
 
 def test_training_end_to_end_sees_the_span_and_not_the_file(untrimmed, tmp_path):
