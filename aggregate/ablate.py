@@ -45,9 +45,11 @@ def main(options: Options) -> int:
     from aggregate.ablation.records import Records
     from aggregate.scores import group_keys
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.sources import with_possible_frames
     from extract.store import FeatureStore
 
     store = FeatureStore.open(options.features)
+    options = with_possible_frames(options, store)
     init = None if options.init is None else Checkpoint.load(options.init)
     chosen = plan(options, store, init)
     processes, threads = plan_processes(len(chosen.configurations), options.device)

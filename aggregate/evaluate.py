@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -38,8 +38,8 @@ class Options(VideoOptions, PlaceOptions):
     """Which split; `held-out` for the very videos that training validated on, `all` for every one."""
     by: Literal["row", "video"] = "row"
     """Of a store of windows or spans: a score each, or one a video, their mean."""
-    segments: tuple[int, ...] = (3, 25)
-    """How many frames of a video the model sees; more than are stored are answered with all."""
+    segments: tuple[int, ...] = ()
+    """Frames of a video that the model sees (default: 3 and 25; if it sees their order, as many as in training)."""
     out: Path | None = None
     """The scores file (HDF5) for `python -m ensemble`."""
     batch_size: int = 256
@@ -56,6 +56,8 @@ def main(options: Options) -> int:
     from aggregate.training.checkpoint import Checkpoint
 
     checkpoint = Checkpoint.load(options.checkpoint)
+    if not options.segments:
+        options = replace(options, segments=checkpoint.usual_segments((3, 25)))
     see = see_features if options.videos is None else see_videos
     videos, seen = see(checkpoint, options)
     source = {"model": checkpoint.options["name"], "options": checkpoint.options, "checkpoint": options.checkpoint.name}

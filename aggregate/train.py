@@ -47,12 +47,13 @@ def prepare(options: Options) -> "Run":
     from aggregate.data.features import StoredFeatures
     from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
     from aggregate.training.run import Run, open_folder
-    from aggregate.training.sources import CachedFeatures, possible_segments
+    from aggregate.training.sources import CachedFeatures, possible_segments, with_possible_frames
     from extract.device import choose_device
     from extract.store import FeatureStore
 
     out = options.folder
     store = FeatureStore.open(options.features)
+    options = with_possible_frames(options, store)
     device = choose_device(options.device)
     last = open_folder(out, options)
     chosen = choose_or_continue(store, options, options.seed, out, last)

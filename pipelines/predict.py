@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -32,13 +33,13 @@ class Options:
     """
 
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Videos of any length."""
+    """Videos of any length, or folders of them."""
     checkpoint: Path
     """A best.pt of aggregate.train or aggregate.finetune."""
     weights: Path | None = None
     """The backbone's weights, where the checkpoint records a file of one's own (its SHA-256 is checked)."""
-    segments: int = 25
-    """Frames the model sees of a video, or of a window: the middles of so many equal segments."""
+    segments: int | None = None
+    """Frames of a video or window that the model sees (default: 25; if it sees their order, as many as in training)."""
     window: float | None = None
     """Seconds: look at the video in windows, for a timeline, as python -m extract --window cuts it."""
     stride: float | None = None
@@ -148,13 +149,17 @@ def main(options: Options) -> int:
     checkpoint = Checkpoint.load(options.checkpoint)
     if options.picture is not None:
         _check_picture(options, checkpoint.options["name"])
-    same = ("weights", "device", "precision", "segments", "video_timeout")
-    predictor = Predictor(checkpoint, **{name: getattr(options, name) for name in same})
+    same = ("weights", "device", "precision", "video_timeout")
     screen: TextIO = sys.stderr if options.json == "-" else sys.stdout
+    segments = options.segments
+    if segments is None:
+        (segments,) = checkpoint.usual_segments((25,), partial(print, file=screen))
+    paths = videos_of(options.videos)
+    predictor = Predictor(checkpoint, segments=segments, **{name: getattr(options, name) for name in same})
     print(predictor.words, file=screen)
     answers: list[dict[str, Any]] = []
     failed, names = 0, Counter[str]()
-    for path in options.videos:
+    for path in paths:
         try:
             seen = predictor(path, window=options.window, stride=options.stride)
         except VideoError as error:
@@ -179,8 +184,18 @@ def main(options: Options) -> int:
         else:
             replace_file(options.json, text + "\n")
     if failed:
-        print(f"{failed} of {len(options.videos)} videos could not be decoded", file=sys.stderr)
+        print(f"{failed} of {len(paths)} videos could not be decoded", file=sys.stderr)
     return 3 if failed else 0
+
+
+def videos_of(paths: Sequence[Path]) -> list[Path]:
+    """The videos that are given, and those in folders that are given, as extraction finds them."""
+    from extract.listing.videos import list_videos
+
+    videos: list[Path] = []
+    for path in paths:
+        videos += [video.path for video in list_videos(str(path)).videos] if path.is_dir() else [path]
+    return videos
 
 
 def _check(options: Options) -> None:

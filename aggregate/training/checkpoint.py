@@ -9,6 +9,7 @@ the tensors of its backbone below `backbone.`. Version 1 spelled the backbone's 
 import hashlib
 import os
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aggregate.models import VideoClassifier, build
+from aggregate.models import AGGREGATORS, VideoClassifier, build
 from extract.cli import InputError
 from extract.commands import command_line
 from extract.files import replacing
@@ -40,6 +41,17 @@ class Checkpoint:
     data: dict[str, Any] | None = field(default=None, repr=False)
     training: dict[str, Any] | None = field(default=None, repr=False)
     path: str = ""  # where it was read from; not saved
+
+    def usual_segments(self, usual: tuple[int, ...], log: Callable[[str], object] = print) -> tuple[int, ...]:
+        """How many frames of a video to test with: `usual`, or what a head that sees their order was trained with.
+
+        Such a head has learned how far apart frames are: trained on 3 and tested on 16, TXB loses 16 points of top-1.
+        """
+        head = AGGREGATORS.get(self.options["name"])
+        if not (getattr(head, "sees_order", False) or self.options.get("frame_time")):
+            return usual
+        log(f"{self.options['name']} sees the order of frames, so it is tested with {self.frames}, as it was trained")
+        return (self.frames,)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it; the file appears whole or not at all. Raises RunError."""

@@ -1,7 +1,7 @@
 """Where batches come from, features of a store or frames decoded from videos, and the scores of models over them."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
 from aggregate.scores import group_keys
 from aggregate.training.learner import Learner, autocast
+from aggregate.training.options import HeadOptions
 from extract.cli import InputError, RunError, progress
 from extract.commands import command_line
 from extract.store import FeatureStore
@@ -176,11 +177,20 @@ def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> dict[str,
     return {"scale": float(aggregator.scale), "attention_ratio": float(torch.cat(ratios).mean())}
 
 
+def with_possible_frames(options: Any, store: FeatureStore) -> Any:
+    """`options`, with --frames at what is stored if that is less than the default; a number given by a person stays."""
+    default, stored = HeadOptions.frames, store.frames_per_video
+    if stored >= default or options.frames not in (default, (default,)):
+        return options
+    print(f"frames    {store.path} holds {stored} per video, so models train with {stored} instead of {default}")
+    return replace(options, frames=stored if options.frames == default else (stored,))
+
+
 def possible_segments(wanted: Sequence[int], store: FeatureStore) -> list[int]:
     """The numbers asked for, each at most what is stored (said where that changes one)."""
     stored = store.frames_per_video
     if min(wanted, default=0) < 1:
         raise InputError(f"--segments {' '.join(map(str, wanted))}: each must be at least 1")
     if max(wanted) > stored:
-        print(f"{store.path} holds {stored} frames a video: {stored} segments in the place of {max(wanted)}")
+        print(f"{store.path} holds {stored} frames per video, so {max(wanted)} segments become {stored}")
     return sorted({min(segments, stored) for segments in wanted})

@@ -8,6 +8,7 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -20,6 +21,7 @@ from aggregate.training.recipes import recipe
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
+from pipelines.__main__ import main as hgnl
 from processes import running
 from stores import classes_store, fail_rows, poison_row
 
@@ -278,7 +280,7 @@ def test_evaluate_writes_what_training_reported(trained, features, tmp_path, cap
     out = tmp_path / "scores.h5"
     assert evaluate.main(evaluate.Options(trained, features, segments=(3, 25), out=out)) == 0
     printed = capsys.readouterr().out
-    assert "6 segments in the place of 25" in printed
+    assert "holds 6 frames per video, so 25 segments become 6" in printed
     results = json.loads((trained.parent / "results.json").read_text())["hgnl"]
     for segments in (3, 6):
         scores = Scores.load(out, segments)
@@ -402,3 +404,28 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
         "standardise": True,
         "attention": "softmax",
     }
+
+
+@pytest.mark.parametrize("command", ["train", "ablate", "crossval"])
+def test_a_store_of_two_frames_trains_with_two(command, tmp_path, capsys):
+    classes_store(tmp_path / "two.zarr", videos=30, frames=2)
+    arguments = {"train": ["--agg", "gru"], "ablate": ["--agg", "tsn"], "crossval": ["--agg", "tsn", "--folds", "2"]}
+    out = ["--features", str(tmp_path / "two.zarr"), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    assert hgnl([command, *arguments[command], *out]) == 0
+    assert "holds 2 per video, so models train with 2 instead of 3" in capsys.readouterr().out
+    if command == "train":
+        assert Checkpoint.load(tmp_path / "run" / "best.pt").frames == 2
+    assert hgnl([command, *arguments[command], *out, "--frames", "5"]) == 2, "a number that was given stays"
+
+
+def test_a_head_that_sees_order_is_tested_as_it_was_trained(features, tmp_path, capsys):
+    for agg, expected in (("gru", [3]), ("max", [3, 6])):
+        train.main(options(features, tmp_path / agg, agg=agg))
+        scores = tmp_path / f"{agg}.h5"
+        assert evaluate.main(evaluate.Options(tmp_path / agg / "best.pt", features, out=scores)) == 0
+        printed = capsys.readouterr().out
+        assert ("gru sees the order of frames, so it is tested with 3, as it was trained" in printed) == (agg == "gru")
+        with h5py.File(scores) as file:
+            assert sorted(map(int, file["logits"])) == expected
+    evaluate.main(evaluate.Options(tmp_path / "gru" / "best.pt", features, segments=(6,), out=tmp_path / "six.h5"))
+    assert Scores.load(tmp_path / "six.h5").segments == 6

@@ -455,3 +455,32 @@ def test_help_is_complete():
     ).stdout
     for flag in ("--checkpoint", "--weights", "--segments", "--window", "--stride", "--picture", "--json"):
         assert flag in shown
+
+
+def test_a_folder_stands_for_its_videos(hgnl, clips, tmp_path, capsys):
+    for number, clip in enumerate(clips):
+        (tmp_path / f"class {number}").mkdir()
+        (tmp_path / f"class {number}" / clip.name).symlink_to(clip)
+    (tmp_path / "notes.txt").write_text("no video")
+    answers = tmp_path / "all.json"
+    options = Options((tmp_path, clips[0]), hgnl, segments=2, json=str(answers), precision="fp32", device="cpu")
+    assert predict.main(options) == 0
+    shown = [Path(video["video"]).name for video in json.loads(answers.read_text())["videos"]]
+    assert shown == [clips[0].name, clips[1].name, clips[0].name]
+
+
+def test_a_head_that_sees_order_sees_as_many_frames_as_in_training(clips, tmp_path, capsys):
+    checkpoint = small_models.cached(tmp_path, "txb")
+    trained = Checkpoint.load(checkpoint).frames
+    assert predict.main(Options((clips[0],), checkpoint, json="-", precision="fp32", device="cpu")) == 0
+    out, err = capsys.readouterr()
+    assert f"txb sees the order of frames, so it is tested with {trained}" in err
+    assert len(json.loads(out)["videos"][0]["windows"][0]["frames"]) == trained
+
+
+def test_extraction_takes_the_backbone_that_a_checkpoint_records(clips, tmp_path):
+    checkpoint = small_models.tuned(tmp_path, "tsn")
+    options = ExtractOptions(clips[0], str(tmp_path / "f.zarr"), weights=str(checkpoint), frames=2, decode_workers=1)
+    assert extract(options) == 0
+    store = FeatureStore.open(tmp_path / "f.zarr")
+    assert store.provenance["backbone"] == Checkpoint.load(checkpoint).features["backbone"] == "test_resnet"
