@@ -6,7 +6,7 @@ The backbone that a checkpoint was trained on is found again from its record: ne
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, UInt8
@@ -17,11 +17,13 @@ from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
 from extract.backbone.frozen import Backbone, load_backbone
-from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.networks import package_file
 from extract.cli import InputError
 from extract.commands import command_line
 from extract.decode.transform import Preprocessing
+
+if TYPE_CHECKING:
+    from extract.backbone.model import Trunk
 
 
 class Recogniser(nn.Module):
@@ -72,7 +74,7 @@ def _over(backbone: nn.Module, head: VideoClassifier) -> VideoClassifier:
     return head
 
 
-def backbone_record(trunk: Trunk) -> dict[str, Any]:
+def backbone_record(trunk: "Trunk") -> dict[str, Any]:
     """What a checkpoint keeps of its backbone: as a store's provenance has it, without the precision."""
     return {"backbone": trunk.name, "weights": dict(trunk.weights), "preprocessing": trunk.preprocessing.record()}
 
@@ -105,6 +107,8 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
 
     Raises InputError as `backbone_from_record`.
     """
+    from extract.backbone.model import load_trunk  # a second start of predict needs no timm
+
     source = _source(checkpoint, weights)
     if checkpoint.holds_backbone:
         net = build_net(checkpoint.options, load_trunk(source["name"], weights="random").module)
@@ -116,7 +120,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
     return Recogniser(net, preprocessing_of(checkpoint)).eval()
 
 
-def check_backbone(checkpoint: Checkpoint, made: Backbone | Trunk, *, given: Path | None = None) -> None:
+def check_backbone(checkpoint: Checkpoint, made: "Backbone | Trunk", *, given: Path | None = None) -> None:
     """InputError unless `made` is what the checkpoint was trained on, whatever its file is called now."""
     see = preprocessing_of(checkpoint)
     if made.preprocessing != see:

@@ -49,9 +49,8 @@ def test_seconds_a_clip(tmp_path: Path) -> None:
 
 def checkpoint() -> Checkpoint:
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
-    record = backbone_record(trunk)
     model = build("hgnl", dim=trunk.dim, num_classes=700, scale_init=0.5)
-    features = {"backbone": record.pop("name"), **record}
+    features = backbone_record(trunk)
     return Checkpoint(model.options, [f"class {n}" for n in range(700)], model.state_dict(), features, 3)
 
 

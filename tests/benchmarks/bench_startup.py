@@ -97,7 +97,6 @@ def small_store(path: Path) -> None:
 
 def checkpoint(path: Path) -> None:
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
-    record = backbone_record(trunk)
     model = build("hgnl", dim=trunk.dim, num_classes=6, scale_init=0.5)
-    features = {"backbone": record.pop("name"), **record}
+    features = backbone_record(trunk)
     Checkpoint(model.options, list("abcdef"), model.state_dict(), features, 3).save(path)

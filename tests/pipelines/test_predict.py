@@ -216,6 +216,22 @@ def test_scores_that_are_no_numbers_are_refused(clips, tmp_path):
         Predictor(checkpoint, precision="fp32", device="cpu", segments=2)(clips[0])
 
 
+LIGHT = """
+import sys
+from pathlib import Path
+from pipelines.predict import Options, main
+assert main(Options((Path(sys.argv[1]),), Path(sys.argv[2]))) == 0
+print(*sorted({"timm", "torchvision"} & sys.modules.keys()))
+"""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--device auto is a GPU")
+def test_a_second_start_needs_no_timm(clips, hgnl, backbone):
+    done = subprocess.run([sys.executable, "-c", LIGHT, str(clips[0]), str(hgnl)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
+
+
 def test_a_video_whose_features_overflow_fails_alone(clips, hgnl, monkeypatch):
     def overflow(_: np.ndarray) -> np.ndarray:
         raise NotFiniteError("25 of 25 frames have features that are not finite")
