@@ -54,9 +54,9 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
     return {"name": path.name, "sha256": sha256}
 
 
-def recorded_backbone(path: str | Path) -> str | None:
+def recorded_backbone(path: str | Path | None) -> str | None:
     """The name of the backbone that a checkpoint of `aggregate.finetune` holds; None for all other weights."""
-    if Path(path).suffix != ".pt" or not Path(path).is_file():
+    if path is None or Path(path).suffix != ".pt" or not Path(path).is_file():
         return None
     content = _load(Path(path))
     return content["features"].get("backbone") if content.get("format") == "hgnl-checkpoint" else None
