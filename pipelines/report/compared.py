@@ -8,6 +8,7 @@ import numpy as np
 
 from aggregate.metrics import Interval, paired_bootstrap, ranks
 from aggregate.metrics import summarise as summarise_scores
+from aggregate.models import AGGREGATORS
 from extract.commands import command_line
 from pipelines.report.find import Found, read_json
 
@@ -148,12 +149,18 @@ def _crossvals(found: Found) -> list[dict[str, Any]]:
     """The best head of each cross-validation, and its gain over the baseline."""
     lines = []
     for name, record in found.crossvals.items():
-        heads = {head["name"]: head["segments"][max(head["segments"], key=int)] for head in record["heads"]}
+        heads = {head["name"]: head["segments"][segments_that_count(head)] for head in record["heads"]}
         best = max(heads, key=lambda head: heads[head]["top1"]["value"])
         gain = heads[best].get("difference")
         line = {"name": name, "head": best, "top1": heads[best]["top1"], "baseline": record["baseline"], "gain": gain}
         lines.append(line | {"verdict": gain and verdict(Interval(**gain)).replace("TSN", record["baseline"])})
     return lines
+
+
+def segments_that_count(head: dict[str, Any]) -> str:
+    """Of a head's results by number of segments: all, or as in training if it sees the order of frames."""
+    sees_order = getattr(AGGREGATORS.get(head["name"]), "sees_order", False)
+    return (min if sees_order else max)(head["segments"], key=int)
 
 
 def next_commands(found: Found, splits: dict[str, dict[str, Model]]) -> list[tuple[str, str]]:

@@ -10,7 +10,7 @@ import pandas as pd
 from aggregate import figures
 from aggregate.ablation.compare import heat_maps, percent, summarise
 from aggregate.metrics import describe_units
-from pipelines.report.compared import choose, models_by_split
+from pipelines.report.compared import choose, models_by_split, segments_that_count
 from pipelines.report.find import Found, read_json
 
 PAIRS = 10
@@ -104,12 +104,14 @@ def crossvals(found: Found) -> list[dict[str, Any]]:
     """Heads judged on videos that none of their folds trained on: top-1, and what each gains over the baseline."""
     shown = []
     for name, record in found.crossvals.items():
-        segments = max(record["heads"][0]["segments"], key=int)
-        heads = {head["name"]: head["segments"][segments] for head in record["heads"]}
+        heads = {}
+        for head in record["heads"]:
+            segments = segments_that_count(head)
+            heads[f"{head['name']}, {segments} segments"] = head["segments"][segments]
         points = {head: one["top1"] for head, one in heads.items()}
         gained = {head: one["difference"] for head, one in heads.items() if one["difference"]}
         against = f"top-1 minus that of {record['baseline']}, points"
-        picture = figures.forest(points, x_label=f"top-1 %, {segments} segments")
+        picture = figures.forest(points, x_label="top-1 %")
         gains = figures.forest(gained, zero=True, x_label=against) if gained else None
         shown.append({"name": name, "record": record, "heads": heads, "picture": picture, "gains": gains})
     return shown

@@ -180,7 +180,7 @@ def test_it_says_what_it_shows(whole, folder):
     assert re.search(r"Split val\s.*ensemble, equal weights", whole.words["results"], re.DOTALL)
     assert "not named" not in whole.words["results"]
     assert re.search(
-        r"hgnl\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]", whole.words["crossval"]
+        r"hgnl, 16 segments\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]", whole.words["crossval"]
     )
     assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d\d \[", whole.words["ablation"])
 
@@ -518,6 +518,11 @@ def test_the_best_model_of_test_is_chosen_on_validation(tmp_path):
     assert len(re.findall(r"^\s*weighted$", results, re.MULTILINE)) == 0
     rows = lxml.html.fromstring(page.html).xpath("//section[@id='results']//tbody/tr/td[1]/text()")
     assert rows == ["hgnl", "tsn", "weighted"] * 2, "one row per model"
+
+
+def test_heads_that_see_order_count_with_the_frames_of_training():
+    for name, expected in (("txb", "3"), ("attentive-time", "3"), ("hgnl", "16"), ("logreg", "16")):
+        assert compared.segments_that_count({"name": name, "segments": {"3": {}, "16": {}}}) == expected
 
 
 def test_gains_and_names_that_repeat(tmp_path):
