@@ -179,9 +179,8 @@ def test_it_says_what_it_shows(whole, folder):
     assert "cv/tsn.h5" not in whole.words["results"]
     assert re.search(r"Split val\s.*ensemble, equal weights", whole.words["results"], re.DOTALL)
     assert "not named" not in whole.words["results"]
-    assert re.search(
-        r"hgnl, 16 segments\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]", whole.words["crossval"]
-    )
+    cells = r"hgnl, 16 segments\s*50.00 \[40.0, 62.5\]\s*(50.00 \[40.0, 62.5\]\s*){2}\+7.00 \[-1.0, \+15.0\]"
+    assert re.search(cells, whole.words["crossval"])
     assert re.search(r"hgnl g1=4 g2=2 m1=8\s*2\s*[\d,]+\s*\d+\.\d\d \[", whole.words["ablation"])
 
 
