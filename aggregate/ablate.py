@@ -43,12 +43,12 @@ def main(options: Options) -> int:
     from aggregate.ablation.compare import report
     from aggregate.ablation.grid import GridTrainer, open_trainer, training_cost
     from aggregate.ablation.records import Records
+    from aggregate.data.joined import open_features
     from aggregate.scores import group_keys
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.sources import with_possible_frames
-    from extract.store import FeatureStore
 
-    store = FeatureStore.open(options.features)
+    store = open_features(options.features)
     options = with_possible_frames(options, store)
     init = None if options.init is None else Checkpoint.load(options.init)
     chosen = plan(options, store, init)
@@ -104,7 +104,7 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
     from aggregate.training.splits import choose_rows
 
     if init is not None:
-        init.check_features(store.provenance, store.dim, options.features)
+        init.check_features(store.provenance, store.dim, store.path)
     found = candidates(options, store, init)
     every: dict[Configuration, None] = {}
     for seed in options.seeds:

@@ -56,12 +56,12 @@ def main(options: Options) -> int:
     from aggregate.ablation.outcomes import report
     from aggregate.ablation.probes import PROBES
     from aggregate.ablation.records import Records
+    from aggregate.data.joined import open_features
     from aggregate.training.sources import with_possible_frames
-    from extract.store import FeatureStore
 
     if options.protocol is not None:
         print(f"protocol  {describe_protocol(options.protocol, options)}")
-    store = FeatureStore.open(options.features)
+    store = open_features(options.features)
     options = with_possible_frames(options, store)
     by_agg, skipped = candidates_by_agg(options, store)
     rows, choosing = rows_of(store, options), any(agg not in PROBES or len(by_agg[agg]) > 1 for agg in by_agg)

@@ -28,8 +28,8 @@ class Options(VideoOptions, PlaceOptions):
 
     checkpoint: Path
     """A best.pt of aggregate.train or aggregate.finetune."""
-    features: str = "feats.zarr"
-    """The feature store; made with the backbone the checkpoint was trained on."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store, or several; made with the backbones the checkpoint was trained on."""
     videos: Path | None = None
     """In the place of features: videos, as for python -m extract, through the backbone it records; StNet's only way."""
     weights: Path | None = None
@@ -103,12 +103,12 @@ Seen = tuple[Scored, "Iterator[tuple[int, np.ndarray]]"]
 def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     """The checkpoint's logits of features in a store."""
     from aggregate.data.features import StoredFeatures
+    from aggregate.data.joined import open_features
     from aggregate.training.sources import logits_of, possible_segments
     from extract.device import choose_device
-    from extract.store import FeatureStore
 
-    store = FeatureStore.open(options.features)
-    checkpoint.check_features(store.provenance, store.dim, options.features)
+    store = open_features(options.features)
+    checkpoint.check_features(store.provenance, store.dim, store.path)
     rows = rows_to_score(checkpoint, store, options.split)
     rows = rows[store.listed[rows]]
     scored = _scored(checkpoint, store, rows, options)
@@ -219,12 +219,12 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
 
 def inputs_now(options: Options) -> dict[str, Any]:
     """`source["inputs"]` of the scores that these options would make."""
+    from aggregate.data.joined import open_features
     from aggregate.training.splits import ListedVideos
     from extract.listing.videos import list_videos
-    from extract.store import FeatureStore
 
     if options.videos is None:
-        return inputs_of(options.checkpoint, FeatureStore.open(options.features), options)
+        return inputs_of(options.checkpoint, open_features(options.features), options)
     listing = list_videos(str(options.videos), labels=options.labels, root=options.root)
     return inputs_of(options.checkpoint, ListedVideos(listing), options)
 

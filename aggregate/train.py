@@ -45,14 +45,14 @@ def _next_command(options: Options, run: "Run") -> str:
 def prepare(options: Options) -> "Run":
     """The run that `options` ask for, at the epoch where its folder stands."""
     from aggregate.data.features import StoredFeatures
+    from aggregate.data.joined import open_features
     from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import CachedFeatures, possible_segments, with_possible_frames
     from extract.device import choose_device
-    from extract.store import FeatureStore
 
     out = options.folder
-    store = FeatureStore.open(options.features)
+    store = open_features(options.features)
     options = with_possible_frames(options, store)
     device = choose_device(options.device)
     last = open_folder(out, options)
@@ -90,7 +90,7 @@ def _learners_and_baselines(
     options = configuration.options
     init = None if options.init is None else Checkpoint.load(options.init)
     if init is not None:
-        init.check_features(store.provenance, store.dim, str(options.features))
+        init.check_features(store.provenance, store.dim, store.path)
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print("note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh")
     learners = [configuration.learner(store, device, init=init)]

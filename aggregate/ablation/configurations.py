@@ -33,8 +33,8 @@ class GridOptions(Lists, PlaceOptions):
     """One or more; options that an aggregator does not have are left out of its combinations."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each combination is trained once a seed."""
-    features: str = "feats.zarr"
-    """The feature store of `python -m extract`."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store of `python -m extract`; several are joined by id, their channels side by side."""
     recipe: Literal["cached", "paper"] = "cached"
     """cached: what works best on a frozen backbone; paper: iQIYI's schedule."""
     at_once: int = 32
@@ -105,7 +105,7 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
         raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
     for frames in options.frames:
         if not 1 <= frames <= store.frames_per_video:
-            raise InputError(f"--frames {frames}: {options.features} holds {store.frames_per_video} frames a video")
+            raise InputError(f"--frames {frames}: {store.path} holds {store.frames_per_video} frames a video")
     singles = _combinations(options)
     varied = [name for name in LISTS if len({getattr(one, name) for one in singles}) > 1]
     found = Plan([], {})

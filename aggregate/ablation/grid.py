@@ -19,6 +19,7 @@ import torch
 from aggregate.ablation.probes import video_vectors
 from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
+from aggregate.data.joined import open_features
 from aggregate.literal import count
 from aggregate.metrics import ranks, summarise_places
 from aggregate.training.checkpoint import Checkpoint
@@ -129,7 +130,7 @@ class GridTrainer:
 
 
 def open_trainer(
-    features: str,
+    features: str | Sequence[str],
     *,
     device: str,
     placement: Placement,
@@ -143,7 +144,7 @@ def open_trainer(
     """
     several = processes > 1
     trainer = GridTrainer(
-        FeatureStore.open(features),
+        open_features(features, log=_discard if several else print),
         device=device,
         placement="mmap" if several and placement == "auto" else placement,
         init=None if init is None else Checkpoint.load(init),

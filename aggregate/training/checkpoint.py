@@ -104,8 +104,15 @@ class Checkpoint:
         """
         if dim != self.options["dim"]:
             raise InputError(f"{where} holds features of width {dim}; the checkpoint takes {self.options['dim']}")
+        ours, theirs = (record.get("joined", [record]) for record in (self.features, provenance))
+        if len(ours) != len(theirs):
+            raise InputError(f"{where}: the checkpoint was trained on {len(ours)} joined stores, not {len(theirs)}")
+        for recorded, present in zip(ours, theirs, strict=True):
+            self._check_store(recorded, present, where)
+
+    def _check_store(self, recorded: dict[str, Any], present: dict[str, Any], where: str) -> None:
         for name in _DEPENDS_ON:
-            ours, theirs = self.features.get(name), provenance.get(name)
+            ours, theirs = recorded.get(name), present.get(name)
             if name == "weights" and self.holds_backbone:  # the file is the weights, whatever it was called then
                 with open(self.path, "rb") as file:
                     ours = {**(theirs or {}), "sha256": hashlib.file_digest(file, "sha256").hexdigest()}

@@ -31,8 +31,8 @@ class TrainOptions(HeadOptions, ScheduleOptions, SplitOptions, PlaceOptions):
 
     agg: Aggregator
     """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive V-JEPA's probe."""
-    features: str = "feats.zarr"
-    """The feature store of `python -m extract`."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store of `python -m extract`; several are joined by id, their channels side by side."""
     out: Path | None = None
     """The run folder (default: runs/AGG)."""
     init: Path | None = None

@@ -141,25 +141,55 @@ def list_videos(
     source, root = os.fspath(source), None if root is None else os.fspath(root)
     with _gc_paused():
         rows, fields = _rows(source, root)
-        # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
-        names = {row.label for row in rows} - {""}
-        classes, index, labels_from = choose_labels(names, labels, kinetics_names=_kinetics_names(rows))
-        index[""] = -1
         base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
-        videos = [
-            Video(
-                span_id(row.file or row.name, row.span if row.file else None),
-                os.path.join(base, row.file) if row.file else "",
-                index[row.label],
-                row.split,
-                row.group or (row.file if row.span else ""),  # the spans of a file must not be torn apart
-                row.span,
-            )
-            for row in rows
+        return _listing(source, rows, labels, base, fields)
+
+
+def read_listing(path: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "auto") -> Listing:
+    """What a list says of its videos, whose files need not exist: `videos` in its order, each path is the id.
+
+    Raises `InputError` as `list_videos`.
+    """
+    source = os.fspath(path)
+    if not os.path.isfile(source) or extension(source) not in LIST_EXTENSIONS:
+        raise InputError(f"{source} is not a list of videos; give a CSV id,label[,split,group]")
+    with _gc_paused():
+        paths = lists_of(source)
+        tables = [read_list(path, os.path.dirname(source) or ".") for path in paths]
+        rows = [
+            row._replace(file=row.name, span=row.span if row.untrimmed in ("", row.name) else None)
+            for table in tables
+            for row in table.rows
         ]
-        found = tuple(video for video in videos if video.path)
-        missing = tuple(video for video in videos if not video.path)
-        return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields)
+        if not rows:
+            raise InputError(f"{source} has a header and no rows")
+        reject_duplicates(rows)
+        notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
+        layout = " and ".join(map(os.path.basename, paths))
+        return _listing(source, rows, labels, "", {"layout": layout, "notes": notes})
+
+
+def _listing(
+    source: str, rows: Sequence[Row], labels: str | os.PathLike[str], base: str, fields: dict[str, Any]
+) -> Listing:
+    # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
+    names = {row.label for row in rows} - {""}
+    classes, index, labels_from = choose_labels(names, labels, kinetics_names=_kinetics_names(rows))
+    index[""] = -1
+    videos = [
+        Video(
+            span_id(row.file or row.name, row.span if row.file else None),
+            os.path.join(base, row.file) if row.file else "",
+            index[row.label],
+            row.split,
+            row.group or (row.file if row.span else ""),  # the spans of a file must not be torn apart
+            row.span,
+        )
+        for row in rows
+    ]
+    found = tuple(video for video in videos if video.path)
+    missing = tuple(video for video in videos if not video.path)
+    return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields)
 
 
 def youtube_id(video_id: str) -> str:

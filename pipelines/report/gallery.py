@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageOps
 
 from aggregate import figures
+from aggregate.data.joined import open_features
 from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.manifest import rows_of_role
@@ -170,7 +171,7 @@ def attention(found: Found) -> list[dict[str, Any]]:
             continue
         try:
             checkpoint = Checkpoint.load(file)
-            where, store = _store_of(found, checkpoint, str(options.get("features", "")))
+            where, store = _store_of(found, checkpoint, options.get("features", ""))
             if checkpoint.data is None:  # of an earlier version: they are chosen as they were then
                 split = SplitOptions(
                     **{one.name: options[one.name] for one in fields(SplitOptions) if one.name in options}
@@ -189,8 +190,13 @@ def attention(found: Found) -> list[dict[str, Any]]:
     return runs
 
 
-def _store_of(found: Found, checkpoint: Checkpoint, features: str) -> tuple[str, FeatureStore]:
-    """The store a run was trained on, or another one of the same kind of features."""
+def _store_of(found: Found, checkpoint: Checkpoint, features: str | list[str]) -> tuple[str, FeatureStore]:
+    """The store a run was trained on, or another one of the same kind of features; or the joined stores."""
+    if isinstance(features, list):
+        by_name = {Path(name).name: store.path for name, store in found.stores.items()}
+        store = open_features([by_name.get(Path(name).name, name) for name in features], log=found.problems.append)
+        checkpoint.check_features(store.provenance, store.dim, store.path)
+        return store.path, store
     stores = sorted(found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name)
     if features and Path(features).is_dir():  # outside the folder, where the run says
         stores.append((features, FeatureStore.open(features)))
