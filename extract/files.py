@@ -60,10 +60,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync(path.parent)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed runs left half-written in `folder`. For the holder of its lock."""
+def remove_leftovers(folder: Path, of: str = "") -> None:
+    """Remove what killed runs left half-written in `folder`, or only what was to become `of`. For the lock's holder."""
     for path in folder.iterdir():
-        if is_leftover(path.name):
+        if is_leftover(path.name) and (not of or _LEFTOVER.sub("", path.name) == of):
             _remove(path)
 
 
