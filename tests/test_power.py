@@ -36,8 +36,11 @@ VIDEOS, FRAMES, DIM = 5, 2, 4
 class FakeWorker:
     """In the place of a backbone and decoders: features that tell which video they are of."""
 
-    def __init__(self, options, cores):
+    def __init__(self, options, cores, sample=()):
         self._path = options.out
+
+    def settled(self):
+        return 0
 
     def describe(self):
         return {"provenance": {"precision": "fp32", "views": ["center"]}, "dim": DIM, "words": ""}
@@ -198,14 +201,14 @@ def test_run_folders_ablations_and_cross_validations_go_on_whenever_the_power_go
     def check(disk: Path) -> None:
         from aggregate.training.run import open_folder
 
-        last = open_folder(disk / "run", training(tmp_path, disk / "run"))[1]
+        last = open_folder(disk / "run", training(tmp_path, disk / "run"))
         epochs.add(last.training["epoch"] if last else 0)
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()
         grid, cv = ablating(tmp_path, disk / "grid"), crossing(tmp_path, disk / "cv")
         for wanted, by, seen in (grid, ("name", "seed"), results), (cv, ("seed", "fold", "agg"), folds):
             if wanted.out.exists():
-                with Records(wanted, FeatureStore.open(wanted.features), by=by, what="result") as records:
+                with Records(wanted, FeatureStore.open(wanted.features), by=by, kind="result") as records:
                     assert all(records.array(key) is not None for key in records.rows)
                     seen.add(len(records.rows))
         for file in (*disk.glob("*.h5"), *disk.glob("cv/*.h5")):
