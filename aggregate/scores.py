@@ -13,7 +13,6 @@ touched; no torch.
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,15 +24,10 @@ import numpy as np
 from extract.cli import InputError
 from extract.commands import command_line
 from extract.files import replace_file
+from extract.sources import file_of
 
 SCHEMA = "hgnl-scores/1"
-_SPAN = re.compile(r"#\d+-\d+$")  # of an id: the milliseconds of a window
 _USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
-
-
-def file_of(video_id: str) -> str:
-    """The file of a row: its id without the span (`path#<start ms>-<end ms>`)."""
-    return _SPAN.sub("", video_id) if "#" in video_id else video_id
 
 
 def group_keys(ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ import socket
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from extract.cli import RunError, explain
 
@@ -72,6 +72,15 @@ def is_leftover(name: str) -> bool:
     return bool(_LEFTOVER.search(name))
 
 
+def take_lock(file: IO) -> bool:
+    """Whether this open file could be locked; the kernel releases it when the file is closed or the process ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder that one process at a time may write; it is made if it is missing.
@@ -86,9 +95,7 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     with writing(lock):
         file = lock.open("a+", encoding="utf-8")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(file):
             file.seek(0)
             holder = file.read().strip() or "another process"
             raise RunError(

@@ -306,7 +306,9 @@ FINETUNE = finetune.Options(
     batch_size=4, frames=2, decode_workers=1,
 )  # fmt: skip
 CELLS["finetune, resumed"] = {
-    "file replaced": refused(CHANGED.format(r"\.mp4: file '\d+ [0-9a-f]+' when it was trained, '\d+ [0-9a-f]+' now")),
+    "file replaced": refused(
+        CHANGED.format(r"\.mp4: file '\d+ bytes, [-0-9a-f]+' when it was trained, '\d+ bytes, [-0-9a-f]+' now")
+    ),
     "video removed or renamed": refused(CHANGED.format("1 of its videos are no longer there: train/barbell/")),
     "label, split, group or span corrected": refused(CHANGED.format("1 of its videos are no longer there|: label ")),
     "class added": refused(CHANGED.format(r"2 classes when it was trained, 3 now \(new: juggling")),

@@ -168,6 +168,8 @@ def _changes(
     rows = np.array([row_of[row[0]] for row in present], int)
     failed = [row[0] for row in np.array(present, object)[videos.status[rows] == FAILED] if row[-1] == "train"]
     lines += [f"{len(failed):,} videos it was trained on have failed since: {examples(failed)}"] if failed else []
+    dropped = [row[0] for row in np.array(present, object)[~videos.listed[rows]]]
+    lines += [f"{len(dropped):,} of its videos are no longer listed: {examples(dropped)}"] if dropped else []
     for before, now in zip(present, _recorded(videos, rows), strict=True):
         lines += [
             f"{before[0]}: {name} {old!r} when it was trained, {new!r} now"
@@ -221,7 +223,7 @@ def rows_of_role(checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, 
         )
     wanted = checkpoint.data[role][:, 0].numpy()
     ids = np.array([_hash(name) for name in videos.ids.tolist()], np.int64)
-    rows = np.flatnonzero(np.isin(ids, wanted))
+    rows = np.flatnonzero(np.isin(ids, wanted) & videos.listed)
     if len(rows) < len(wanted):
         raise InputError(
             f"{videos.path} holds {len(rows):,} of the {len(wanted):,} videos that {checkpoint.path} was validated on; "

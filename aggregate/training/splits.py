@@ -1,7 +1,5 @@
 """Which videos are trained on and which validate, by split, group and label."""
 
-import hashlib
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,6 +9,7 @@ from aggregate.scores import group_keys
 from aggregate.training.options import SplitOptions
 from extract.cli import InputError, examples
 from extract.listing.videos import Listing
+from extract.sources import read_source
 from extract.store import FAILED, FeatureStore
 
 
@@ -32,21 +31,9 @@ class ListedVideos:
         paths = [self._videos[row].path for row in rows.tolist()]
         new = list(dict.fromkeys(path for path in paths if path not in self._digests))
         with ThreadPoolExecutor(16) as pool:
-            self._digests |= zip(new, pool.map(file_digest, new), strict=True)
+            sources = pool.map(read_source, new)
+            self._digests |= {path: f"{of.size} bytes, {of.digest:x}" for path, of in zip(new, sources, strict=True)}
         return [self._digests[path] for path in paths]
-
-
-def file_digest(path: str) -> str:
-    """A file's size, and a digest of its first and last 64 kB: a video that is replaced by another differs in one."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            digest = hashlib.blake2b(file.read(1 << 16), digest_size=8)
-            file.seek(max(size - (1 << 16), 0))
-            digest.update(file.read(1 << 16))
-    except OSError:
-        return "unreadable"
-    return f"{size} {digest.hexdigest()}"
 
 
 def choose_rows(

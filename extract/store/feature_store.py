@@ -18,7 +18,7 @@ import zarr
 
 from extract.cli import InputError, RunError
 from extract.commands import command_line
-from extract.files import remove_leftovers, replacing
+from extract.files import replacing
 from extract.sources import UNKNOWN
 from extract.store.corrections import read_correction
 from extract.store.damage import blocks_without_shard, missing_chunks
@@ -441,8 +441,6 @@ class FeatureStore:
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
-            folder = Path(self.path).resolve()
-            remove_leftovers(folder.parent, of=folder.name)  # of a run that was killed while it made the store
 
 
 def _outcome(done: Rows, name: str) -> Any:

@@ -1,13 +1,12 @@
 """One writer per store: a lock of the kernel for a folder, a lease for object storage (`remote.Lease`)."""
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 from extract.cli import RunError
-from extract.files import make_folder
+from extract.files import make_folder, remove_leftovers, take_lock
 from extract.store.layout import is_remote
 from extract.store.remote import Lease
 from extract.store.runs import RunLog
@@ -30,15 +29,15 @@ class FolderLock:
         log_path = RunLog.path(path)
         make_folder(log_path.parent)
         self._file = log_path.open("a", encoding="utf-8")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take_lock(self._file):
             self._file.close()
             starts = [record for record in RunLog.records(path) if record["event"] == "start"]
             holder = "another process"
             if starts:
                 holder = f"process {starts[-1].get('process')} on {starts[-1].get('host')}"
             raise RunError(f"{path} is being written by {holder}; wait for it or stop it first") from None
+        store = log_path.with_suffix("")  # its name is the store's and .log
+        remove_leftovers(store.parent, of=store.name)  # of a run that was killed while it made the store
 
     def ensure_held(self) -> None:
         """The kernel keeps it."""

@@ -13,6 +13,7 @@ from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.files import LOCK, locked, replace_file, replacing
 from extract.store import FeatureStore
+from extract.store.locks import lock_store
 from processes import running
 from stores import classes_store
 
@@ -46,14 +47,14 @@ def test_what_a_killed_run_left_goes_with_the_next_lock(tmp_path):
     assert ended.returncode == -signal.SIGKILL
     (tmp_path / "best.pt.partial").write_text("a name that only a user would choose")
     assert len(os.listdir(tmp_path)) == 2
-    classes_store(tmp_path / "other.zarr", videos=6).clean_up()
-    assert len(os.listdir(tmp_path)) == 3
-    classes_store(tmp_path / "f.zarr", videos=6).clean_up()
-    assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr", "other.zarr"]
+    with lock_store(tmp_path / "other.zarr"):
+        assert len(os.listdir(tmp_path)) == 3
+    with lock_store(tmp_path / "f.zarr"):
+        assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr.log", "other.zarr.log"]
     (tmp_path / f"last.pt.{'0' * 32}.partial").write_text("half")
     with locked(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [LOCK, "best.pt.partial", "f.zarr", "other.zarr"]
-    assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr", "other.zarr"]
+        assert sorted(os.listdir(tmp_path)) == [LOCK, "best.pt.partial", "f.zarr.log", "other.zarr.log"]
+    assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr.log", "other.zarr.log"]
 
 
 def test_a_folder_is_held_by_one_process_and_not_left_behind_empty(tmp_path):
