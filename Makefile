@@ -16,7 +16,7 @@ demo: $(STAMP)
 	$(PY) -m pipelines.demo
 
 test: $(STAMP)
-	$(PY) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -n $$($(PY) -c "from extract.cores import available_cores; print(available_cores())") --dist loadfile --no-loadscope-reorder tests
 
 lint: $(STAMP)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy
