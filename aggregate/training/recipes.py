@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract.cli import InputError
-from extract.postponed import postpone_compiler
+from extract.lazy_dynamo import defer_dynamo_import
 
 if TYPE_CHECKING:
     import torch
@@ -126,7 +126,7 @@ def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim
     """
     import torch
 
-    postpone_compiler()
+    defer_dynamo_import()
     fused = groups[0]["params"][0].device.type != "meta"  # which has no such kernel
     if chosen.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=0.9, fused=fused)

@@ -1,5 +1,5 @@
 """Any timm image model as a frozen backbone: weights, and the engine that runs it."""
 
-from extract.postponed import postpone_compiler
+from extract.lazy_dynamo import defer_dynamo_import
 
-postpone_compiler()  # before timm, which imports torchvision
+defer_dynamo_import()  # before timm, which imports torchvision
