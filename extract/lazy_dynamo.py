@@ -27,7 +27,7 @@ def defer_dynamo_import() -> None:
     if DYNAMO in sys.modules:
         return
     dynamo, utils = _LazyModule(DYNAMO), _LazyModule(DYNAMO_UTILS)
-    # Optimizers mark functions that are not to be compiled, and the ends of graphs: without the compiler, nothing to do.
+    # Optimizers mark functions that are not to be compiled, and the ends of graphs: nothing to do without it.
     dynamo.disable = _identity  # type: ignore[attr-defined]
     dynamo.graph_break = lambda *_, **__: None  # type: ignore[attr-defined]
     utils.is_compile_supported = lambda kind: _import_really(DYNAMO_UTILS).is_compile_supported(kind)  # type: ignore[attr-defined]
