@@ -37,6 +37,7 @@ class Options:
 
 def main(options: Options) -> int:
     from extract.store import FeatureStore
+    from extract.store.layout import check_ids
     from extract.store.summary import check_space
 
     dense = str(options.to) == "npy"
@@ -46,6 +47,7 @@ def main(options: Options) -> int:
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise InputError(f"{to} is there already and is left as it is; give a new name or remove it")
     store = FeatureStore.open(options.store)
+    check_ids(store.ids)
     make_folder(to.parent)
     needed = len(store) * store.video_bytes
     check_space(to, needed * 2 // store.num_views if dense else needed)  # HDF5 may crash on a full disk
