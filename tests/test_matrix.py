@@ -21,13 +21,15 @@ from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.run import Run
 from ensemble import __main__ as fusing
+from extract.__main__ import Options as ExtractOptions
+from extract.__main__ import main as extract
 from extract.cli import InputError
 from extract.store import FeatureStore
 from pipelines import export, predict, steps
 from pipelines.report import __main__ as report
 from pipelines.report.find import find
 from small_models import tuned
-from stores import classes_store
+from stores import classes_store, store_digest
 
 ROOT = Path(__file__).parent.parent
 CLIPS = ROOT / "pipelines" / "clips" / "exercise_mini" / "clips"
@@ -60,6 +62,13 @@ class Cell:
 
 
 refused, said, harmless = (lambda text, o=o: Cell(o, text) for o in ("refused", "said", "harmless"))
+
+
+CELLS: dict[str, dict[str, Cell]] = {}
+
+
+def sorted_clips(label: str) -> list[Path]:
+    return sorted((CLIPS / label).glob("*.mp4"))
 
 
 # -- what changes --------------------------------------------------------------------------------------------------
@@ -129,6 +138,98 @@ def stopped_after_an_epoch(command: Callable[[], object]) -> None:
         patch.setattr(Run, "end_epoch", stops)
         with pytest.raises(KeyboardInterrupt):
             command()
+
+
+def check(cell: Cell, command: Callable[[], object], capsys) -> None:
+    """Run the second command: it is refused as the cell says, or it says what the cell says, or nothing of the kind."""
+    capsys.readouterr()
+    if cell.outcome == "refused":
+        with pytest.raises(InputError, match=cell.text):
+            command()
+    else:
+        assert not command()
+        printed = capsys.readouterr().out
+        if cell.outcome == "said":
+            assert re.search(cell.text, printed), printed
+
+
+# -- extraction ----------------------------------------------------------------------------------------------------
+
+CELLS["extract, continued"] = {
+    "file replaced": said(
+        r"replaced  files are not those that were extracted: 1 \(a\.mp4\)\n +--retry-changed extracts"
+    ),
+    "video removed or renamed": said(r"unlisted  1 videos of the store are no longer listed \(a\.mp4\)"),
+    "label, split, group or span corrected": said(r"corrected 1 labels \(a\.mp4: push -> pull\); nothing was decoded"),
+    "class added": said(r"classes   3 now: 1 new \(juggling\)"),
+    "class order": said("the same names in the order of the listing; labels are renumbered"),
+    "store grown": said("to do     1 videos"),
+    "store re-made": refused("holds features that were made elsewhere .* cannot continue it, give another --out"),
+    "checkpoint replaced": refused(r"was made with other settings:\n  weights(.|\n)*use those, or another --out"),
+    "option": refused(r"was made with other settings:\n  frames: 2 in the store, 3 now\nuse those, or another --out"),
+    "package version": harmless("settings and the format are recorded, not the version"),
+    "path only": harmless("a link is followed"),
+}
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory) -> Path:
+    """Three clips with a CSV and a file of classes, and their store."""
+    here = tmp_path_factory.mktemp("extracted")
+    (here / "clips").mkdir()
+    for name, clip in zip("abc", sorted_clips("barbell"), strict=False):
+        shutil.copy(clip, here / "clips" / f"{name}.mp4")
+    (here / "clips" / "v.csv").write_text("path,label\na.mp4,push\nb.mp4,pull\nc.mp4,push\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(here)
+        assert extract(EXTRACT) == 0
+    return here
+
+
+EXTRACT = ExtractOptions(
+    videos=Path("clips/v.csv"), out="f.zarr", backbone="test_resnet", weights="random", precision="fp32", frames=2
+)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_an_extraction_goes_on(column, extracted, tmp_path, monkeypatch, capsys):
+    here, options = tmp_path / "here", EXTRACT
+    shutil.copytree(extracted, here)
+    monkeypatch.chdir(here)
+    table = here / "clips" / "v.csv"
+    text = table.read_text()
+    if column == "file replaced":
+        shutil.copy(sorted_clips("barbell")[7], here / "clips" / "a.mp4")
+    elif column == "video removed or renamed":
+        table.write_text(text.replace("a.mp4,push\n", ""))
+    elif column == "label, split, group or span corrected":
+        table.write_text(text.replace("a.mp4,push", "a.mp4,pull"))
+    elif column == "class added":
+        table.write_text(text.replace("a.mp4,push", "a.mp4,juggling"))
+    elif column == "class order":
+        (here / "classes.txt").write_text("push\npull\n")
+        options = replace(options, labels="classes.txt")
+    elif column == "store grown":
+        shutil.copy(sorted_clips("barbell")[8], here / "clips" / "d.mp4")
+        table.write_text(f"{text}d.mp4,pull\n")
+    elif column == "store re-made":
+        shutil.rmtree("f.zarr")
+        classes_store(here / "f.zarr", videos=6)
+    elif column == "checkpoint replaced":
+        options = replace(options, weights=str(tuned(here / "tuned", "tsn")))
+    elif column == "option":
+        options = replace(options, frames=3)
+    elif column == "package version":
+        monkeypatch.setattr("extract.workers.driver.code_version", lambda: "99")
+        monkeypatch.setattr("extract.workers.worker.code_version", lambda: "99", raising=False)
+    elif column == "path only":
+        (here / "f.zarr").rename(here / "g.zarr")
+        (here / "f.zarr").symlink_to("g.zarr")
+    before = store_digest(here / "f.zarr")
+    cell = CELLS["extract, continued"][column]
+    check(cell, lambda: extract(options), capsys)
+    if cell.outcome != "said":
+        assert store_digest(here / "f.zarr") == before
 
 
 # -- runs on a store -----------------------------------------------------------------------------------------------
@@ -203,20 +304,7 @@ RUNS = {
         {"lr": (0.5,)},
     ),
 }
-CELLS: dict[str, dict[str, Cell]] = {row: cells for row, (_, _, cells, _) in RUNS.items()}
-
-
-def check(cell: Cell, command: Callable[[], object], capsys) -> None:
-    """Run the second command: it is refused as the cell says, or it says what the cell says, or nothing of the kind."""
-    capsys.readouterr()
-    if cell.outcome == "refused":
-        with pytest.raises(InputError, match=cell.text):
-            command()
-    else:
-        assert not command()
-        printed = capsys.readouterr().out
-        if cell.outcome == "said":
-            assert re.search(cell.text, printed), printed
+CELLS.update({row: cells for row, (_, _, cells, _) in RUNS.items()})
 
 
 @pytest.mark.parametrize("column", COLUMNS)
@@ -295,10 +383,6 @@ def tuning(tmp_path_factory) -> Path:
         shutil.copy(init, here / "init.pt")
         stopped_after_an_epoch(lambda: finetune.main(FINETUNE))
     return here
-
-
-def sorted_clips(label: str) -> list[Path]:
-    return sorted((CLIPS / label).glob("*.mp4"))
 
 
 FINETUNE = finetune.Options(
