@@ -18,6 +18,7 @@ from typing import Any
 STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "Features": {
         "extract": ("extract", "videos in, a feature store out"),
+        "ingest": ("extract.ingest", "features of other tools in, a feature store out"),
         "status": ("extract.status", "what a store holds, what failed and why"),
         "verify": ("extract.verify", "check every byte of a store against its checksum"),
         "export": ("extract.export", "features as .npy or HDF5 for other tools"),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from extract.cli import InputError, examples
-from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore
+from extract.store import DROPPED, FAILED, OK, PARTIAL, PENDING, FeatureStore
 
 
 def open_features(paths: str | Sequence[str], *, log: Callable[[str], object] = print) -> FeatureStore:
@@ -101,7 +101,8 @@ class JoinedStores(FeatureStore):
         if name == "status":
             partial = np.where(np.any([column == PARTIAL for column in columns], axis=0), PARTIAL, OK)
             broken = np.where(np.any([column == PENDING for column in columns], axis=0), PENDING, FAILED)
-            return np.where(self.usable, partial, broken).astype("i1")
+            dropped = np.any([column >= DROPPED for column in columns], axis=0)
+            return np.where(self.usable, partial, np.where(dropped, DROPPED + OK, broken)).astype("i1")
         if name == "num_frames":
             return np.max([columns[place] for place in longest], axis=0)
         if name in ("frame_indices", "timestamps"):

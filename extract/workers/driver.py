@@ -5,7 +5,6 @@ blocks go back to that list.
 """
 
 import contextlib
-import math
 import os
 import signal
 import socket
@@ -47,7 +46,7 @@ from extract.workers.actor_pool import RayActorPool
 from extract.workers.calibration import choose_sample
 from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
-from extract.workers.reconcile import reconcile
+from extract.workers.reconcile import append_new, columns_of, reconcile
 from extract.workers.settings import check_provenance, continue_options
 from extract.workers.worker import Block, Worker
 
@@ -87,7 +86,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
         if store is None:
             store = FeatureStore.create(
                 settings.out,
-                **_columns(videos),
+                **columns_of(videos),
                 classes=listing.classes,
                 views=made["provenance"]["views"],
                 frames=settings.frames,
@@ -101,7 +100,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
             complete_correction(store)
             upgrade(store)
             reconcile(settings, store, listing, videos)
-            _append_new(store, videos, listing.classes)
+            append_new(store, videos, listing.classes)
         if settings.retry_failed:
             store.set_status(np.flatnonzero(store.status == FAILED), PENDING)
         blocks = _blocks(store, videos)
@@ -171,24 +170,6 @@ def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
     windows = cut_windows(videos, options.window, options.stride, timeout=options.video_timeout, cache=cache)
     print(f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos")
     return windows
-
-
-def _append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[str]) -> None:
-    known = set(store.ids.tolist())
-    new = [video for video in videos if video.id not in known]
-    if new:
-        # The listing numbers its classes in its own order; `reconcile` has brought their names into the store.
-        label = {name: number for number, name in enumerate(store.classes)}
-        labels = np.array([*(label[name] for name in classes), -1])
-        columns = _columns(new)
-        store.append(**columns | {"labels": labels[columns["labels"]]})
-
-
-def _columns(videos: Sequence[Video]) -> dict[str, list[Any]]:
-    """What a store holds of its rows from the start."""
-    columns = {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
-    spans = [video.span or (math.nan, math.nan) for video in videos]
-    return columns | {"starts": [start for start, _ in spans], "ends": [end for _, end in spans]}
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:

@@ -5,7 +5,9 @@ or a span that was corrected, is another row: the old one is no longer listed, t
 Labels, splits and groups are not in the id and do not depend on pixels: they are corrected in place.
 """
 
+import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -164,3 +166,25 @@ def _give_up(store: FeatureStore, rows: np.ndarray, reason: str) -> None:
         store.write_block(block, np.zeros((len(own), *store.video_shape), "<f2"), own)
     if len(rows):
         store.commit(Rows.failed(rows, reason, store.num_views, store.frames_per_video))
+
+
+# -- rows that are new ---------------------------------------------------------------------------------------------
+
+
+def append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[str]) -> None:
+    """Append pending rows for the videos that a store does not have, after `reconcile` with the same listing."""
+    known = set(store.ids.tolist())
+    new = [video for video in videos if video.id not in known]
+    if new:
+        # The listing numbers its classes in its own order; `reconcile` has brought their names into the store.
+        label = {name: number for number, name in enumerate(store.classes)}
+        labels = np.array([*(label[name] for name in classes), -1])
+        columns = columns_of(new)
+        store.append(**columns | {"labels": labels[columns["labels"]]})
+
+
+def columns_of(videos: Sequence[Video]) -> dict[str, list[Any]]:
+    """What a store holds of its rows from the start."""
+    columns = {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
+    spans = [video.span or (math.nan, math.nan) for video in videos]
+    return columns | {"starts": [start for start, _ in spans], "ends": [end for _, end in spans]}

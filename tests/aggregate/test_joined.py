@@ -12,7 +12,7 @@ from aggregate.data.features import StoredFeatures
 from aggregate.data.joined import JoinedStores, open_features
 from aggregate.training.checkpoint import Checkpoint
 from extract.cli import InputError, RunError, run_command
-from extract.store import FAILED, OK, FeatureStore
+from extract.store import DROPPED, FAILED, OK, PENDING, FeatureStore
 from stores import fail_rows
 
 IDS = [f"v{i:02d}.mp4" for i in range(12)]
@@ -101,7 +101,10 @@ def test_what_failed_in_one_store_failed(pair, tmp_path):
     assert not joined.gather([8], np.arange(6)).any()
     assert not joined.mask([8], np.arange(6)).any()
     assert joined.errors[8] == "a test made it fail"
-    FeatureStore.open(tmp_path / "b.zarr", writable=True).set_pending(np.array([3]))
+    FeatureStore.open(tmp_path / "b.zarr", writable=True).set_status(np.array([4]), DROPPED + OK)  # v07
+    joined = JoinedStores([FeatureStore.open(store.path) for store in pair])
+    assert joined.ids[~joined.listed].tolist() == ["v07.mp4"]
+    FeatureStore.open(tmp_path / "b.zarr", writable=True).set_status(np.array([3]), PENDING)
     with pytest.raises(RunError, match=r"v08\.mp4 and 0 more are not extracted yet"):
         StoredFeatures(JoinedStores([FeatureStore.open(store.path) for store in pair]), np.arange(10))
 
