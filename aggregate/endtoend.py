@@ -20,7 +20,7 @@ from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.networks import package_file
 from extract.cli import InputError
 from extract.commands import command_line
-from extract.decode.transform import Preprocessing
+from extract.decode.transform import Clips, Preprocessing
 
 if TYPE_CHECKING:
     from extract.backbone.model import Trunk
@@ -36,9 +36,9 @@ class Recogniser(nn.Module):
     mean: Tensor  # of levels from 0 to 255
     std: Tensor
 
-    def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing) -> None:
+    def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing, clips: Clips | None = None) -> None:
         super().__init__()
-        self.net, self.preprocessing = net, preprocessing
+        self.net, self.preprocessing, self.clips = net, preprocessing, clips
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(getattr(preprocessing, name)).view(3, 1, 1) * 255, persistent=False)
 
@@ -53,6 +53,12 @@ class Recogniser(nn.Module):
         if isinstance(self.net, StNet):
             return self.net(pictures)
         backbone: Any = self.net.backbone
+        if self.clips is not None:
+            # One clip at a time: 25 clips of 128 frames at once would need many gigabytes.
+            clips = pictures.transpose(2, 3).flatten(0, 1).split(1)
+            features = torch.cat([backbone(clip) for clip in clips]).reshape(len(frames), -1, self.net.options["dim"])
+            mask = None if mask is None else there(mask, device).repeat_interleave(self.clips.rows, dim=1)
+            return self.net(features, mask)
         features = backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
         mask = None if mask is None or mask.all() else there(mask, device)
         return self.net(features.unflatten(0, pictures.shape[:2]), mask)
@@ -117,7 +123,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
         trunk = load_trunk(**source)
         check_backbone(checkpoint, trunk, given=weights)
         net = _over(trunk.module, checkpoint.model())
-    return Recogniser(net, preprocessing_of(checkpoint)).eval()
+    return Recogniser(net, preprocessing_of(checkpoint), clips_of(checkpoint)).eval()
 
 
 def check_backbone(checkpoint: Checkpoint, made: "Backbone | Trunk", *, given: Path | None = None) -> None:
@@ -152,6 +158,12 @@ def preprocessing_of(checkpoint: Checkpoint) -> Preprocessing:
     return Preprocessing.from_record(see)
 
 
+def clips_of(checkpoint: Checkpoint) -> Clips | None:
+    """The clips that a checkpoint's backbone saw, None if it sees single frames."""
+    record = checkpoint.features.get("clips")
+    return None if record is None else Clips(**record)
+
+
 def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
     """Keywords of `load_trunk` and `load_backbone`."""
     size = preprocessing_of(checkpoint).size
@@ -160,8 +172,8 @@ def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
             raise InputError(f"--weights {weights}: the fine-tuned {checkpoint.path} holds its own backbone; drop it")
         return {"name": checkpoint.features["backbone"], "weights": checkpoint.path, "seed": 0}
     name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
-    if clips := checkpoint.features.get("clips"):
-        options = {"clip_frames": clips["frames"], "clip_fps": clips["fps"], "per_clip": clips["per_clip"]}
+    if clips := clips_of(checkpoint):
+        options = {"clip_frames": clips.frames, "clip_fps": clips.fps, "per_clip": clips.per_clip}
     else:
         options = {"image_size": size} if isinstance(size, int) else {}
     seed = re.fullmatch(r"random weights, seed (-?\d+)", recorded["name"])

@@ -178,14 +178,17 @@ def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int,
     from extract.decode.jobs import Plan
 
     net: Any = model.net
-    length = net.options.get("frames_per_segment", 1)
-    plan = Plan(segments, options.crops, 0, model.preprocessing, clip_length=length)
+    clip: dict[str, Any] = {"clip_length": net.options.get("frames_per_segment", 1)}
+    micro_batch = options.micro_batch
+    if model.clips is not None:
+        clip, micro_batch = {"clip_length": model.clips.frames, "clip_fps": model.clips.fps}, 1
+    plan = Plan(segments, options.crops, 0, model.preprocessing, **clip)
     logits = np.full((len(videos), options.crops, net.options["num_classes"]), np.nan, np.float32)
     cores = options.decode_workers or available_cores()
     with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
         frames = VideoFrames(videos, plan, pool)
-        batches = frames.test_batches(batch_size=options.micro_batch)
-        total = -(-len(videos) // options.micro_batch)
+        batches = frames.test_batches(batch_size=micro_batch)
+        total = -(-len(videos) // micro_batch)
         rows, predicted = predict([model], progress(batches, total=total, unit="batch"))
     for place, reason in list(frames.failed.items())[:5]:
         print(f"failed: {videos[place].id}: {reason}")

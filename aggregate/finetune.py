@@ -205,9 +205,15 @@ def build_model(
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.manifest import sha256_of
     from extract.backbone.model import load_trunk
+    from extract.decode.transform import is_clip_wise
 
     init = None if options.init is None else Checkpoint.load(options.init)
     with_backbone = init is not None and init.holds_backbone
+    if is_clip_wise(options.backbone):
+        raise InputError(
+            f"--backbone {options.backbone}: clip-wise backbones stay frozen; extract their features with "
+            "hgnl extract, and train a head with hgnl train"
+        )
     # The backbone of --init is loaded below, into the network that has the shapes it was trained in.
     trunk = load_trunk(options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed)
     if init is not None and not with_backbone:

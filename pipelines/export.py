@@ -49,7 +49,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from aggregate.endtoend import model_from_record
+    from aggregate.endtoend import clips_of, model_from_record
     from aggregate.evaluate import describe
     from aggregate.training.checkpoint import Checkpoint
 
@@ -59,13 +59,18 @@ def main(options: Options) -> int:
     except ImportError as error:
         raise InputError(f"ONNX needs {error.name}, which is not installed: {install_command('demo')}") from None
     checkpoint = Checkpoint.load(options.checkpoint)
+    if clips_of(checkpoint) is not None:
+        raise InputError(
+            f"{options.checkpoint} sees clips of {checkpoint.features['backbone']}; only checkpoints that see single "
+            "frames are exported to ONNX"
+        )
     model = model_from_record(checkpoint, options.weights)
     see, shape = model.preprocessing, _shape(model, checkpoint)
     checked = export(model, checkpoint, options.out)
     print(
         f"{options.out}: {describe(checkpoint)}, {options.out.stat().st_size / 1e6:.1f} MB\n"
-        f"in:  {INPUT} uint8 [batch, {', '.join(map(str, shape))}], RGB: short side resized to {see.resize} "
-        f"({see.interpolation}, antialiased), the middle {see.size} x {see.size} of it; normalisation is in the graph\n"
+        f"in:  {INPUT} uint8 [batch, {', '.join(map(str, shape))}], RGB: resized to {see.resize} (crop mode "
+        f"{see.crop_mode}, {see.interpolation}, antialiased), the middle of it; normalization is in the graph\n"
         f"out: {OUTPUT} float32 [batch, {len(checkpoint.classes)}]\n"
         f"{checked}"
     )
@@ -109,8 +114,8 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
 
 def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[Any, ...]:
     """Of the input behind the batch: frames, or segments and N of StNet, then size, size, 3."""
-    size, N = model.preprocessing.size, checkpoint.options.get("frames_per_segment")
-    return (*(["frames"] if N is None else ["segments", N]), size, size, 3)
+    N = checkpoint.options.get("frames_per_segment")
+    return (*(["frames"] if N is None else ["segments", N]), *model.preprocessing.frame_shape)
 
 
 def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:

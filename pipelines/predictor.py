@@ -74,7 +74,7 @@ class Predictor:
         segments: int = 25,
         video_timeout: float = 60.0,
     ):
-        from aggregate.endtoend import backbone_from_record, model_from_record, preprocessing_of
+        from aggregate.endtoend import backbone_from_record, clips_of, model_from_record, preprocessing_of
         from extract.decode.jobs import Plan, decode_job
         from extract.decode.subprocess_pool import SubprocessPool
 
@@ -83,9 +83,16 @@ class Predictor:
         self.classes, self.segments = checkpoint.classes, segments
         self.preprocessing = preprocessing_of(checkpoint)
         self._per_segment = checkpoint.options.get("frames_per_segment", 0)  # of StNet
-        self._plan = plan = Plan(segments, 1, 0, self.preprocessing, clip_length=max(self._per_segment, 1))
+        self._clips = clips = clips_of(checkpoint)
+        clip: dict[str, Any] = {"clip_length": max(self._per_segment, 1)}
+        if clips is not None:
+            clip = {"clip_length": clips.frames, "clip_fps": clips.fps}
+        self._plan = plan = Plan(segments, 1, 0, self.preprocessing, **clip)
+        # Clips share frames, but need not: their buffer holds one row whole.
+        self._rows_per_job = plan.rows_per_job if clips is None else 1
+        slot_bytes = plan.slot_bytes if clips is None else plan.row_bytes
         # The child starts while the backbone is loaded here.
-        self._pool = SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=video_timeout)
+        self._pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=1, timeout=video_timeout)
         weakref.finalize(self, self._pool.close)
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         self._aggregator: Any = None
@@ -136,9 +143,10 @@ class Predictor:
                 problems[str(error)] = None
                 lost += 1
                 continue
-            crops = crops if windows else pictures.copy()
+            shown = self._shown(prepared)
+            crops = crops if windows else pictures[shown]
             start, end = span or (0.0, prepared.end)
-            frames = prepared.frame_indices, prepared.frame_times
+            frames = prepared.frame_indices[shown], prepared.frame_times[shown]
             windows.append(Window(start, end, prepared.num_frames, *frames, logits, weights, prepared.problem))
         words = "; ".join(filter(None, problems))
         if not windows:
@@ -152,14 +160,19 @@ class Predictor:
         """Each span, what a child decoded of it, and its pictures [n, size, size, 3]."""
         plan, name = self._plan, os.fspath(path)
         rows = [(name, span) for span in spans]
-        jobs = [rows[first : first + plan.rows_per_job] for first in range(0, len(rows), plan.rows_per_job)]
+        jobs = [rows[first : first + self._rows_per_job] for first in range(0, len(rows), self._rows_per_job)]
         for some, future in [(some, self._pool.submit((name, some, plan))) for some in jobs]:
             with future.result() as finished:
                 results = finished.result or [VideoError(path, finished.failure)] * len(some)
-                for number, ((_, span), prepared) in enumerate(zip(some, results, strict=True)):
-                    row = finished.buffer[number * plan.row_bytes :][: plan.row_bytes]
-                    pictures = row.reshape(-1, *plan.shape[3:])
-                    yield span, prepared, pictures[: len(getattr(prepared, "frame_indices", ()))]
+                for (_, span), prepared in zip(some, results, strict=True):
+                    failed = isinstance(prepared, VideoError)
+                    yield span, prepared, np.empty(0) if failed else prepared.pictures(finished.buffer, plan)
+
+    def _shown(self, prepared: "Prepared") -> np.ndarray:
+        """The pictures that the model's rows of features stand for, in their order: all, or the middles of clips."""
+        if self._clips is None:
+            return np.arange(len(prepared.frame_indices))
+        return prepared.middles_of(self._clips.rows).reshape(self.segments, -1)[_distinct(prepared.clips[0])].ravel()
 
     def _answer(
         self, path: str | os.PathLike[str], pictures: np.ndarray, clips: np.ndarray
@@ -167,16 +180,26 @@ class Predictor:
         """Logits [C] of one window, and the weights of its frames; clips int [T, L], positions in the pictures."""
         import torch
 
-        from aggregate.data.frames import new_segments
-
         with torch.inference_mode():
             if self._per_segment:
-                clip, mask = torch.from_numpy(pictures[clips]), torch.from_numpy(new_segments(clips))
+                clip, mask = torch.from_numpy(pictures[clips]), torch.from_numpy(_distinct(clips))
                 logits, weights = self._model(clip[None], mask[None]), None
             else:
-                x = torch.from_numpy(self._network(pictures))[None].float()
+                if self._clips is None:
+                    features = self._network(pictures)
+                else:
+                    of_clips = [self._network(pictures[clip][None]) for clip in clips[_distinct(clips)]]
+                    features = np.concatenate(of_clips).reshape(-1, self._model.options["dim"])
+                x = torch.from_numpy(features)[None].float()
                 logits = self._model(x)
                 weights = None if self._aggregator is None else self._aggregator.frame_weights(x)[0].numpy()
         if not logits.isfinite().all():
             raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
         return logits[0].cpu().numpy(), weights
+
+
+def _distinct(clips: np.ndarray) -> np.ndarray:
+    """bool [T] of clips [T, L]: False for one that repeats an earlier one (see `new_segments`)."""
+    from aggregate.data.frames import new_segments
+
+    return new_segments(clips)

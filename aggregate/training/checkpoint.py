@@ -25,7 +25,7 @@ from extract.files import replacing
 
 FORMAT, VERSION = "hgnl-checkpoint", 2
 # Of a store's provenance, what a model depends on; decoder, views and versions may differ.
-_DEPENDS_ON = ("backbone", "weights", "preprocessing")
+_DEPENDS_ON = ("backbone", "weights", "preprocessing", "clips")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from extract.backbone.batches import Batches
 from extract.cli import InputError, RunError
 from extract.cores import available_cores, has_native_bf16
-from extract.decode.transform import Clips, Preprocessing
+from extract.decode.transform import Clips, Preprocessing, is_clip_wise
 from extract.device import choose_device, runs_on_cpu
 
 if TYPE_CHECKING:
@@ -140,6 +140,11 @@ class Backbone:
             f"({self.name}, {self.precision}); {hint}"
         )
 
+    @property
+    def clip_options(self) -> dict[str, Any]:
+        """Keywords of a decode job's `Plan`."""
+        return {"clip_length": self.clips.frames, "clip_fps": self.clips.fps} if self.clips else {}
+
     def provenance(self) -> dict[str, Any]:
         """What a feature store records of it: two stores with the same record may be joined.
 
@@ -189,6 +194,8 @@ def _in_int8(
     from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine, converted_network
     from extract.backbone.quantized import quantized_network
 
+    if is_clip_wise(source["name"]):
+        raise InputError(f"--precision int8: {source['name']} is clip-wise; only timm's image models are quantized")
     if calibration is None:
         raise InputError("--precision int8 is calibrated on the videos of an extraction; here use --precision auto")
     try:

@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from extract.backbone import image_models
 from extract.backbone.networks import package_file
-from extract.backbone.video_models import is_clip_wise, load_video_model
+from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
 from extract.cli import InputError, examples
-from extract.decode.transform import Clips, PerClip, Preprocessing
+from extract.decode.transform import Clips, PerClip, Preprocessing, is_clip_wise
 
 
 @dataclass(frozen=True)

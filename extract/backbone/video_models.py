@@ -20,7 +20,6 @@ from extract.backbone.weights import first_sentence, fit_weights, load_weights, 
 from extract.cli import InputError, examples
 from extract.decode.transform import PerClip, Preprocessing
 
-_SUPPORTED = ("torchvision/", "hf/")
 # Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
 _TORCHVISION_CLIPS = {"r": (16, 15.0), "mc": (16, 15.0), "s3d": (128, 15.0), "mvit": (16, 7.5), "swin": (32, 15.0)}
 # Frames per second at which models of transformers were trained, which their configurations do not hold:
@@ -37,10 +36,6 @@ class VideoModel:
     weights: dict[str, str]
     clip_frames: int
     clip_fps: float
-
-
-def is_clip_wise(name: str) -> bool:
-    return name.startswith(_SUPPORTED)
 
 
 def load_video_model(
@@ -180,6 +175,7 @@ def _hf_model(
     except ImportError:
         raise InputError(f"--backbone hf/{name}: needs transformers; pip install 'hgnl-video[hf]'") from None
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     folder = _hf_folder(name, with_weights=weights == "pretrained")
     try:
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -255,7 +251,12 @@ def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Modu
     sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
     kind: Any = AutoModel._model_mapping[type(config)]
     model, info = kind.from_pretrained(
-        None, config=config, state_dict=dict(state), output_loading_info=True, dtype=torch.float32
+        None,
+        config=config,
+        state_dict=dict(state),
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # they are named below
+        output_loading_info=True,
     )
     expected = model.state_dict()
     # transformers renames VideoMAE's biases, and leaves them at 0.

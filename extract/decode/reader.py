@@ -62,8 +62,9 @@ class FrameTimes:
         return len(self.seconds)
 
 
-# Chooses frames: integers of any shape, from 0 to num_frames - 1, in any order, repeats allowed. It may be called twice
-# for one video (after damage was met), and must then choose by what it gets and by nothing that it kept.
+# Chooses frames: integers of any shape, from 0 to num_frames - 1, in any order, repeats allowed; without any, nothing
+# of the span is decoded or returned. It may be called twice for one video (after damage was met), and must then choose
+# by what it gets and by nothing that it kept.
 Sampler = Callable[[FrameTimes], np.ndarray]
 
 
@@ -216,8 +217,12 @@ def _decode(
         inside = np.subtract(span or (-np.inf, np.inf), file.slack)
         first, stop = np.searchsorted(file.times, inside).tolist()
         if first < stop:
+            answer = sample(FrameTimes(file.times[first:stop]))
+            if not np.size(answer):
+                left.remove(place)
+                continue
             counts[place] = stop - first
-            chosen[place] = first + _checked(sample(FrameTimes(file.times[first:stop])), stop - first, path)
+            chosen[place] = first + _checked(answer, stop - first, path)
         else:
             why = file.problem(span)
             nothing = f"no frame of it is shown from {span[0]:g} to {span[1]:g} s"  # type: ignore[index]

@@ -90,6 +90,11 @@ class Clips:
     rows: int
 
 
+def is_clip_wise(name: str) -> bool:
+    """Whether a `--backbone` sees clips: torchvision's and transformers' video models."""
+    return name.startswith(("torchvision/", "hf/"))
+
+
 def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
     return size if isinstance(size, tuple) else (size, size)
 

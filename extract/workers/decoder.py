@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from extract.cli import RunError
-from extract.decode.jobs import Job
+from extract.decode.jobs import Job, used_bytes
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.options import Options
 
@@ -47,8 +47,9 @@ class Decoder:
         check_node(version, video)
 
     def decode(self, job: Job) -> Finished:
-        _, wanted, plan = job
-        return self._pool.submit(job).result().taken(len(wanted) * plan.row_bytes)  # a slot may hold more rows
+        _, _, plan = job
+        finished = self._pool.submit(job).result()
+        return finished.taken(used_bytes(plan, finished.result or []))  # a slot may hold more rows
 
     def stay(self) -> None:
         """Never returns: the call fails when this decoder is lost."""

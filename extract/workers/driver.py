@@ -89,7 +89,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
                 **columns_of(videos),
                 classes=listing.classes,
                 views=made["provenance"]["views"],
-                frames=settings.frames,
+                frames=made["frames"],
                 dim=made["dim"],
                 block_size=settings.block_size,
                 provenance=made["provenance"],
@@ -261,7 +261,7 @@ def _shown_progress(
     pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
 ) -> Iterator[None]:
     """A bar over the frames of all videos to do, moved each second, and not only when a block is done."""
-    frames = store.num_views * store.frames_per_video
+    frames = store.num_views * store.provenance["sampling"]["frames"]
     stop = threading.Event()
 
     def move() -> None:

@@ -24,7 +24,7 @@ from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
-from extract.decode.jobs import Job, Plan, Prepared, decode_job
+from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
@@ -140,6 +140,10 @@ class Worker:
         with self._subprocesses(self.cores, plan := self._sample.plan(preprocessing)) as pool:
             return self._sample.decode(pool, plan)
 
+    @property
+    def _rows_per_clip(self) -> int:
+        return self._backbone.clips.rows if self._backbone.clips else 1
+
     @cached_property
     def _batches(self) -> Batches:
         return self._backbone.batches(check=self._check_batch)
@@ -159,6 +163,7 @@ class Worker:
             crops=options.crops,
             augment_passes=options.augment_passes,
             preprocessing=self._backbone.preprocessing,
+            **self._backbone.clip_options,
             seed=options.seed,
             decoder=options.decoder,
         )
@@ -168,6 +173,8 @@ class Worker:
         name, _, device = self.options.decoder.partition("-")
         if name != "torchcodec":
             return self._children
+        if self._backbone.clips is not None:
+            raise InputError(f"--decoder {self.options.decoder}: clip-wise backbones are decoded by pyav; leave it out")
         if self._backbone.device.partition(":")[0] != device:
             raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
         pool = self._subprocesses(0, self._plan)
@@ -177,6 +184,11 @@ class Worker:
 
     @cached_property
     def _children(self) -> SubprocessPool:
+        return self._subprocesses(self.options.decode_workers or self.cores, self._plan)
+
+    @cached_property
+    def _leftovers(self) -> SubprocessPool:
+        """For what had no room in a buffer. Behind the next block's jobs it might wait for slots that those fill."""
         return self._subprocesses(self.options.decode_workers or self.cores, self._plan)
 
     def _subprocesses(self, workers: int, plan: Plan) -> SubprocessPool:
@@ -208,7 +220,8 @@ class Worker:
         }
         return {
             "provenance": provenance,
-            "dim": self._backbone.dim,
+            "frames": options.frames * self._rows_per_clip,
+            "dim": self._backbone.dim // self._rows_per_clip,
             "slot_bytes": self._plan.slot_bytes,
             "frames_per_video": self.frames_per_video,
             "words": self._backbone.describe(),
@@ -287,7 +300,9 @@ class Worker:
         while self._computing and self._computing[0][0] <= self._batches.returned:
             _, features, shown, done = self._computing.popleft()
             features = np.take_along_axis(features, shown[..., None], axis=1)
-            features = features.reshape(len(features), len(self._views), -1, features.shape[-1])
+            features[done.outcome.status == FAILED] = 0  # of a row that failed after its first clips
+            width = features.shape[-1] // self._rows_per_clip
+            features = features.reshape(len(features), len(self._views), -1, width)
             self._fail_not_finite(features, done.outcome)
             done.seconds["device"] = self._batches.seconds - self._computed
             self._computed = self._batches.seconds
@@ -307,7 +322,7 @@ class Worker:
 
     def close(self) -> None:
         """Stop the children; a block in hand is dropped."""
-        for pool in ("_pool", "_children"):
+        for pool in ("_pool", "_children", "_leftovers"):
             if pool in self.__dict__:
                 self.__dict__[pool].close()
         self._writer.shutdown()
@@ -320,7 +335,7 @@ class Worker:
         return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, plan)]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> None:
-        views, frames, size = len(self._views), self.options.frames, self._plan.preprocessing.size
+        views, frames, parts = len(self._views), self.options.frames, self._rows_per_clip
         count = len(block.rows)
         features = np.zeros((count, views * frames, self._backbone.dim), "<f2")
         shown = np.tile(np.arange(views * frames), (count, 1))
@@ -329,46 +344,75 @@ class Worker:
             status=np.full(count, FAILED, "i1"),
             errors=[""] * count,
             num_frames=np.zeros(count, "<i4"),
-            frame_indices=np.full((count, views, frames), -1, "<i4"),
-            timestamps=np.full((count, views, frames), np.nan, "<f4"),
+            frame_indices=np.full((count, views, frames * parts), -1, "<i4"),
+            timestamps=np.full((count, views, frames * parts), np.nan, "<f4"),
             sources=[UNKNOWN] * count,
         )
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
         computed = 0
-        for place, prepared, source, pictures in self._prepared(submitted, seconds):
+        for place, prepared, source, pictures, first in self._prepared(submitted, seconds):
             outcome.sources[place] = source
             if isinstance(prepared, VideoError):
-                outcome.errors[place] = prepared.reason
-                self._skipped += self.frames_per_video
+                outcome.status[place], outcome.errors[place] = FAILED, prepared.reason
+                outcome.frame_indices[place], outcome.timestamps[place] = -1, np.nan
+                self._skipped += self.frames_per_video - first * views
                 continue
             outcome.status[place] = PARTIAL if prepared.problem else OK
             outcome.errors[place] = "; ".join(filter(None, (prepared.problem, prepared.note)))
             outcome.num_frames[place] = prepared.num_frames
-            outcome.frame_indices[place], outcome.timestamps[place] = prepared.indices, prepared.timestamps
-            distinct = len(prepared.frame_indices)
-            shown[place] = prepared.middles.ravel()
-            self._skipped += self.frames_per_video - distinct
-            self._batches.add(pictures.reshape(-1, size, size, 3)[:distinct], features[place])
+            middles = prepared.middles_of(parts)
+            rows = slice(first * parts, first * parts + middles.shape[1])
+            outcome.frame_indices[place, :, rows] = prepared.frame_indices[middles]
+            outcome.timestamps[place, :, rows] = prepared.frame_times[middles]
+            if self._backbone.clips is None:
+                shown[place] = prepared.middles.ravel()
+                self._skipped += self.frames_per_video - len(pictures)
+                self._batches.add(pictures, features[place])
+                computed += len(pictures)
+            else:
+                computed += self._add_clips(pictures, prepared.clips, features[place], first)
             self._write_computed()
-            computed += distinct
         done = Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds)
         self._computing.append((self._batches.added, features, shown, done))
 
+    def _add_clips(self, pictures: Any, clips: np.ndarray, features: np.ndarray, first: int) -> int:
+        """Clips int [V, T, L] of pictures, from number `first` of each view on; returns how many there are."""
+        by_view = features.reshape(len(clips), -1, features.shape[-1])
+        for view, of_view in enumerate(clips):
+            for number, clip in enumerate(of_view, first):  # one copy of a clip at a time
+                self._batches.add(pictures[clip][None], by_view[view, number][None])
+        return clips.shape[0] * clips.shape[1]
+
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]
-    ) -> Iterator[tuple[int, Prepared | VideoError, Source, np.ndarray]]:
-        """Each row's place, what was decoded of which file, and its frames, valid until the next is asked for."""
-        for places, (path, wanted, plan), future in submitted:
+    ) -> Iterator[tuple[int, Prepared | VideoError, Source, np.ndarray, int]]:
+        """Each row's place, what was decoded of which file, its pictures, and its first clip among them.
+
+        The pictures are valid until the next ones are asked for. A row that does not fit into a buffer comes in parts.
+        """
+        waiting = deque(submitted)
+        while waiting:
+            places, job, future = waiting.popleft()
+            path, rows, plan = job
+            place_of = dict(zip(rows, places, strict=True))
             started = time.perf_counter()
             finished = future.result()
             seconds["wait"] += time.perf_counter() - started
             seconds["decode"] += finished.cpu_seconds
-            for number, (place, row) in enumerate(zip(places, wanted, strict=True)):
-                one, first = finished, number * plan.row_bytes
-                if finished.failure and len(places) > 1:  # each alone, so that one fails and not all
-                    one, first = self._pool.alone((path, [row], plan)), 0
-                prepared = VideoError(path, one.failure) if one.failure else one.result[first // plan.row_bytes]
-                yield place, prepared, one.source, one.buffer[first : first + plan.row_bytes]
+            if finished.failure and len(rows) > 1:  # each alone, so that one fails and not all
+                ended = [((path, [row], plan), self._pool.alone((path, [row], plan))) for row in rows]
+            else:
+                ended = [(job, finished)]
+            for part, end in ended:
+                results = [VideoError(path, end.failure)] if end.failure else end.result
+                more = [] if end.failure else remaining_jobs(part, results)
+                waiting.extendleft(
+                    ([place_of[row] for row in left[1]], left, self._leftovers.submit(left)) for left in reversed(more)
+                )
+                for row, prepared in zip(part[1], results, strict=True):
+                    if prepared is not None:
+                        pictures = None if isinstance(prepared, VideoError) else prepared.pictures(end.buffer, plan)
+                        yield place_of[row], prepared, end.source, pictures, plan.first_clip
             finished.release()  # its slot of shared memory is free for another job
 
     def _write(self, features: np.ndarray, done: Done) -> Done:

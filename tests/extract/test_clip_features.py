@@ -1,0 +1,167 @@
+"""A store of clips, from the command line to scores: its rows, what continues it, what it is exported as."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from aggregate import evaluate, finetune, train
+from extract import __main__ as extract
+from extract import export
+from extract.backbone.frozen import load_backbone
+from extract.cli import run_command
+from extract.decode.jobs import Plan, decode_job
+from extract.store import FeatureStore
+from pipelines import export as export_onnx
+from pipelines import predict
+
+BACKBONE = "torchvision/r3d_18"
+CLIP = ["--clip-frames", "4", "--clip-fps", "10"]
+
+
+def run(module, *arguments: object) -> int:
+    return run_command(module.main, module.Options, prog="command", args=[str(word) for word in arguments])
+
+
+def extracted(videos: Path, out: Path, *more: object) -> FeatureStore:
+    backbone = ["--backbone", BACKBONE, "--weights", "random", "--decode-workers", "1", "--frames", "3"]
+    assert run(extract, "--videos", videos, "--out", out, *backbone, *CLIP, *more) == 0
+    return FeatureStore.open(out)
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, demo_clips: Path) -> Path:
+    """k/train and k/val, two classes of two clips each."""
+    folder = tmp_path_factory.mktemp("clips") / "k"
+    clips = demo_clips / "exercise_mini" / "clips"
+    for label in ("barbell", "dumbbell"):
+        for number, path in enumerate(sorted((clips / label).glob("*.mp4"))[:4]):
+            target = folder / ("val" if number % 2 else "train") / label / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.symlink_to(path)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(videos: Path) -> FeatureStore:
+    return extracted(videos, videos.parent / "clips.zarr")
+
+
+def clips_of(path: Path, video_id: str, store: FeatureStore, frames: int = 3) -> np.ndarray:
+    """uint8 [T, L, size, size, 3], decoded by the job alone."""
+    backbone = load_backbone(BACKBONE, weights="random", device="cpu", clip_frames=4, clip_fps=10.0)
+    plan = Plan(frames, 1, 0, backbone.preprocessing, clip_length=4, clip_fps=10.0)
+    out = np.zeros(plan.row_bytes, np.uint8)
+    [prepared] = decode_job((str(path), [(video_id, None)], plan), out)
+    row = store.ids.tolist().index(video_id)
+    assert store.frame_indices[row, 0].tolist() == prepared.indices[0].tolist()
+    np.testing.assert_array_equal(store.timestamps[row, 0], prepared.timestamps[0])
+    return prepared.pictures(out, plan)[prepared.clips[0]]
+
+
+def test_features_are_the_backbones_of_each_clip(store: FeatureStore, videos: Path) -> None:
+    assert (len(store), store.frames_per_video, store.dim) == (8, 3, 512)
+    assert store.provenance["clips"] == {"frames": 4, "fps": 10.0, "per_clip": "mean", "rows": 1}
+    name = store.ids[0]
+    options = {"device": "cpu", "precision": store.provenance["precision"], "clip_frames": 4, "clip_fps": 10.0}
+    backbone = load_backbone(BACKBONE, weights="random", **options)
+    expected = backbone(clips_of(videos / name, name, store))
+    np.testing.assert_array_equal(store.gather(np.array([0]), np.arange(3))[0], expected)
+
+
+@pytest.mark.parametrize("change", [["--clip-frames", "5"], ["--clip-fps", "9"], ["--per-clip", "time"]])
+def test_a_store_is_not_continued_with_other_clips(store: FeatureStore, videos: Path, change: list, capsys) -> None:
+    backbone = ["--backbone", BACKBONE, "--weights", "random", "--frames", "3"]
+    assert run(extract, "--videos", videos, "--out", store.path, *backbone, *CLIP, *change) == 2
+    error = capsys.readouterr().err
+    assert "was made with other settings" in error
+    assert "clips" in error
+
+
+def test_a_row_per_temporal_position(videos: Path, tmp_path: Path) -> None:
+    store = extracted(videos, tmp_path / "s.zarr", "--per-clip", "time", "--clip-frames", "16", "--limit", "1")
+    assert store.provenance["clips"] == {"frames": 16, "fps": 10.0, "per_clip": "time", "rows": 2}
+    assert (store.frames_per_video, store.dim) == (6, 512)
+    times = store.timestamps[0, 0].reshape(3, 2)
+    assert (times[:, 1] >= times[:, 0]).all()
+    assert (times[:, 1] > times[:, 0]).any()
+    whole = extracted(videos, tmp_path / "w.zarr", "--clip-frames", "16", "--limit", "1")
+    rows = store.gather(np.array([0]), np.arange(6))[0].astype(float).reshape(3, 2, -1).mean(1)
+    clips = whole.gather(np.array([0]), np.arange(3))[0].astype(float)
+    assert np.linalg.norm(rows - clips) < 2e-2 * np.linalg.norm(clips)
+
+
+def test_views_passes_and_windows_of_clips(videos: Path, tmp_path: Path) -> None:
+    more = ["--crops", "3", "--augment-passes", "1", "--window", "0.5", "--limit", "1"]
+    store = extracted(videos, tmp_path / "s.zarr", *more)
+    assert list(store.views) == ["center", "crop_left", "crop_right", "augment_0"]
+    assert len(store) > 1
+    inside = (store.timestamps[:, 0] >= store.starts[:, None]) & (store.timestamps[:, 0] < store.ends[:, None])
+    assert inside.all()
+    views = store.read(np.array([0]))[0]
+    assert len({view.tobytes() for view in views}) == 4
+
+
+def test_exported_to_other_tools_with_their_stride(videos: Path, tmp_path: Path) -> None:
+    store = extracted(videos, tmp_path / "s.zarr", "--fps", "4", "--limit", "2")
+    assert run(export, store.path, "--to", "npy", "--out", tmp_path / "npy") == 0
+    [array, *_] = sorted((tmp_path / "npy").rglob("*.npy"))
+    record = json.loads(Path(f"{str(array)[:-4]}.json").read_text())
+    assert np.load(array).shape[1] == 512
+    seconds = (np.arange(len(record["seconds"])) * record["feat_stride"] + record["num_frames"] / 2) / record[
+        "default_fps"
+    ]
+    np.testing.assert_allclose(seconds, record["seconds"], atol=0.13)
+    assert abs(record["default_fps"] / record["feat_stride"] - 4) < 1e-6
+
+
+def test_a_head_on_clips_is_trained_and_sees_videos(store: FeatureStore, videos: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--agg", "tsn", "--features", store.path, "--out", tmp_path / "run", "--epochs", "1", "--frames", "3"]
+    assert run(train, *arguments) == 0
+    best = tmp_path / "run" / "best.pt"
+    common = ["--checkpoint", best, "--split", "val", "--segments", "3"]
+    assert run(evaluate, *common, "--features", store.path, "--out", tmp_path / "store.h5") == 0
+    assert run(evaluate, *common, "--videos", videos, "--out", tmp_path / "videos.h5") == 0
+    from aggregate.scores import Scores
+
+    from_store, from_videos = (Scores.load(tmp_path / f"{name}.h5") for name in ("store", "videos"))
+    assert list(from_store.ids) == list(from_videos.ids)
+    np.testing.assert_allclose(from_store.logits, from_videos.logits, atol=3e-2, rtol=3e-2)
+    capsys.readouterr()
+    [clip, *_] = sorted((videos / "val").rglob("*.mp4"))
+    assert run(predict, clip, "--checkpoint", best, "--segments", "3") == 0
+    assert "dumbbell" in capsys.readouterr().out
+    assert run(export_onnx, "--checkpoint", best, "--out", tmp_path / "model.onnx") == 2
+    assert "sees clips of torchvision/r3d_18; only checkpoints that see single frames" in capsys.readouterr().err
+    assert run(finetune, "--model", "tsn", "--videos", videos, "--backbone", BACKBONE, "--out", tmp_path / "f") == 2
+    assert "clip-wise backbones stay frozen" in capsys.readouterr().err
+
+
+def test_more_clips_than_a_buffer_holds(videos: Path, tmp_path: Path, monkeypatch, store: FeatureStore) -> None:
+    """Buffers of one clip: every row comes in parts, and the store is the same, byte for byte."""
+    monkeypatch.setattr("extract.decode.jobs._MAX_CLIP_SLOT_BYTES", 1)
+    small = extracted(videos, tmp_path / "s.zarr")
+    for name in ("frame_indices", "timestamps", "status"):
+        assert np.array_equal(getattr(small, name), getattr(store, name)), name
+    rows = np.arange(len(store))
+    assert torch.equal(torch.from_numpy(small.read(rows)), torch.from_numpy(store.read(rows)))
+
+
+def test_videos_that_fail_leave_zeros(videos: Path, tmp_path: Path, broken_clips: Path) -> None:
+    folder = tmp_path / "k"
+    folder.mkdir()
+    (folder / "good.mp4").symlink_to(next((videos / "train").rglob("*.mp4")).resolve())
+    (folder / "zero.mp4").symlink_to(broken_clips / "zero_bytes.mp4")
+    store = extracted(folder, tmp_path / "s.zarr", "--max-failed", "1")
+    assert store.status.tolist() == [1, 3]
+    assert not store.read(np.array([1])).any()
+    assert (store.frame_indices[1] == -1).all()
+
+
+def test_a_gpu_decoder_is_refused_for_clips(videos: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["--videos", videos, "--out", tmp_path / "s.zarr", "--backbone", BACKBONE, "--weights", "random", *CLIP]
+    assert run(extract, *arguments, "--decoder", "torchcodec-cuda") == 2
+    assert not (tmp_path / "s.zarr" / "zarr.json").exists()
+    assert capsys.readouterr().err
