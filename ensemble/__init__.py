@@ -11,3 +11,7 @@ if any(
     for name in ("extract", "aggregate")
 ):
     sys.path.insert(0, str(ROOT))
+if sys.argv[:1] == ["-m"]:
+    from extract.commands import refuse_other_modules
+
+    refuse_other_modules()

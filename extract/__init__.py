@@ -1,1 +1,8 @@
 """Videos -> frozen-backbone features on disk (`python -m extract`)."""
+
+import sys
+
+if sys.argv[:1] == ["-m"]:
+    from extract.commands import refuse_other_modules
+
+    refuse_other_modules()

@@ -9,11 +9,12 @@ Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished 
 
 import difflib
 import errno
+import inspect
 import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -144,9 +145,11 @@ def run_command(
     try:
         if sys.platform == "win32":
             raise InputError("Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)")
+        config = tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone
+        if {"-h", "--help"} & set(args):
+            tyro.cli(_in_groups(options), prog=prog, args=["--help"], config=config, description=options.__doc__)
         _check_flags(options, args, prog)
         known = {"default": options.defaults_for(args)} if hasattr(options, "defaults_for") else {}
-        config = tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone
         chosen = tyro.cli(options, prog=prog, args=args, config=config, **known)
         check_ranges(chosen)
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
@@ -158,6 +161,22 @@ def run_command(
     except KeyboardInterrupt:
         print("interrupted; the same command goes on with what is not finished", file=sys.stderr)
         return 130
+
+
+def _in_groups(options: type) -> type:
+    """The options for --help only: a command's own first, then those that it shares with others, a group per class."""
+    import tyro
+
+    left = dict(options.__dataclass_fields__)  # type: ignore[attr-defined]
+    groups = []
+    for parent in filter(is_dataclass, options.__mro__):
+        own = {name: left.pop(name) for name in inspect.get_annotations(parent) if name in left}
+        if own:
+            title = parent.__name__.removesuffix("Options").lower() if groups else "main"
+            doc = None if parent.__doc__ == options.__doc__ else parent.__doc__
+            group = type(parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own})
+            groups.append((title, tyro.conf.OmitArgPrefixes[group]))
+    return make_dataclass("Groups", groups, kw_only=True)
 
 
 def _check_flags(options: type, args: Sequence[str], prog: str) -> None:

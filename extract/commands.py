@@ -4,8 +4,7 @@
 started with.
 """
 
-import importlib.metadata
-import importlib.util
+import difflib
 import json
 import shlex
 import shutil
@@ -48,6 +47,21 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
 }
 COMMANDS = {name: module for stage in STAGES.values() for name, (module, _) in stage.items()}
 _PACKAGES = ("extract", "aggregate", "ensemble", "pipelines")
+_ALSO_RUN = ("pipelines", "pipelines.untrimmed", "extract.decode.subprocess_pool")  # by `python -m`
+
+
+def refuse_other_modules() -> None:
+    """End `python -m ensemble.search` with a message: a module without a command prints nothing and looks like success.
+
+    Called while a package of ours is imported for `python -m`.
+    """
+    module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
+    commands = (*COMMANDS.values(), *_ALSO_RUN)
+    if module.split(".")[0] in _PACKAGES and module.removesuffix(".__main__") not in commands:
+        nearest = difflib.get_close_matches(module, commands, n=1, cutoff=0.8)
+        hint = f"did you mean {nearest[0]}?" if nearest else "`python -m pipelines` lists the commands"
+        print(f"error: {module} is not a command; {hint}", file=sys.stderr)
+        sys.exit(2)
 
 
 def program(module: str) -> list[str]:
@@ -89,6 +103,8 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
 
 def install_command(extra: str) -> str:
     """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was installed."""
+    import importlib.metadata  # 30 ms
+
     installer = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
     try:
         distribution = importlib.metadata.distribution("hgnl-video")

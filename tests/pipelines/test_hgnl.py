@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shlex
@@ -69,6 +70,29 @@ def test_help_loads_nothing_heavy():
 def test_a_misspelt_command_or_option_is_answered_with_the_nearest(arguments, message, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        ("ensemble.search", "ensemble.search is not a command; `python -m pipelines` lists the commands"),
+        ("extract.decode.reader", "extract.decode.reader is not a command"),
+        ("aggregate.trian", "aggregate.trian is not a command; did you mean aggregate.train?"),
+    ],
+)
+def test_a_module_that_is_no_command_says_so(module, message):
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_help_shows_a_command_s_own_options_first_and_then_groups(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    shown = capsys.readouterr().out
+    marks = ["main options", "--agg ", "--features ", "head options", "--g1 ", "schedule options", "--epochs "]
+    places = [shown.index(mark) for mark in marks]
+    assert places == sorted(places)
 
 
 def test_windows_is_refused_in_one_sentence(monkeypatch, capsys):
