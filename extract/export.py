@@ -1,5 +1,6 @@
 """python -m extract.export feats.zarr --to DIR|FILE.h5|npy: features for other people's tools."""
 
+import csv
 import json
 import sys
 from collections import defaultdict
@@ -25,14 +26,19 @@ class Options:
 
     --to npy --out DIR joins the windows of each video: what tools for temporal action detection load (ActionFormer,
     OpenTAD), with a .json beside it that holds the second of each row and ActionFormer's three numbers for it.
+
+    --to npy --one-vector --out DIR, or --to FILE.parquet: a mean vector per row with id, label, split and group, for
+    scikit-learn, FiftyOne, LightlyStudio; `hgnl ingest` reads both.
     """
 
     store: Annotated[str, tyro.conf.Positional]
     """The feature store."""
     to: Path
-    """A folder (one .npy a row, [views, frames, dim] float16, under the video's own path), a file *.h5, or npy."""
+    """A folder (one .npy a row, [views, frames, dim] float16, under the video's own path), *.h5, *.parquet, or npy."""
     out: Path | None = None
     """With --to npy: a folder for one [rows, dim] float32 array and its .json a video."""
+    one_vector: bool = False
+    """With --to npy: DIR/vectors.npy [rows, dim] float32, the mean over frames, and DIR/vectors.csv."""
 
 
 def main(options: Options) -> int:
@@ -44,16 +50,23 @@ def main(options: Options) -> int:
     if dense == (options.out is None):
         raise InputError(f"--to {options.to} --out {options.out}: --out names --to npy's folder, and only that")
     to = options.out or options.to
+    one_vector = options.one_vector or to.suffix == ".parquet"
+    if options.one_vector and not dense:
+        raise InputError(f"--one-vector is that of --to npy; --to {options.to} has its own form")
     if to.exists() and (to.is_file() or any(to.iterdir())):
         raise InputError(f"{to} is there already and is left as it is; give a new name or remove it")
     store = FeatureStore.open(options.store)
     check_ids(store.ids)
     make_folder(to.parent)
     needed = len(store) * store.video_bytes
-    check_space(to, needed * 2 // store.num_views if dense else needed)  # HDF5 may crash on a full disk
-    if dense:
+    needed = needed * 2 // store.num_views if dense else needed
+    check_space(to, len(store) * store.dim * 4 if one_vector else needed)  # HDF5 may crash on a full disk
+    if one_vector:
+        (_write_vectors if dense else _write_parquet)(store, to)
+    elif dense:
         return _write_dense(store, to)
-    (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)
+    else:
+        (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)
     count = int(store.usable.sum())
     left_out = f", {len(store) - count:,} failed or pending left out" if count < len(store) else ""
     print(f"{count:,} videos written to {to}{left_out}")
@@ -67,6 +80,60 @@ def _finished(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]
         rows = store.block_rows(block)
         if usable[rows].any():
             yield rows[usable[rows]], store.read(rows[usable[rows]])
+
+
+def _mean_vectors(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]":
+    """Rows of finished videos, and the mean over their frames in the first view, float32 [n, D], block by block.
+
+    A frame that a short video repeats counts once.
+    """
+    import numpy as np
+
+    for rows, features in _finished(store):
+        mask = store.mask(rows, np.arange(store.frames_per_video))
+        weights = (mask / mask.sum(axis=1, keepdims=True)).astype(np.float32)
+        yield rows, np.einsum("btd,bt->bd", features[:, 0].astype(np.float32), weights)
+
+
+def _columns_of(store: "FeatureStore", rows: "np.ndarray") -> dict[str, list[str]]:
+    names = [*store.classes, ""]
+    return {
+        "id": store.ids[rows].tolist(),
+        "label": [names[label] for label in store.labels[rows]],
+        "split": store.splits[rows].tolist(),
+        "group": store.groups[rows].tolist(),
+    }
+
+
+def _write_vectors(store: "FeatureStore", folder: Path) -> None:
+    import numpy as np
+
+    filled, usable = 0, np.flatnonzero(store.usable)
+    with replacing(folder) as partial:
+        partial.mkdir()
+        shape = (len(usable), store.dim)
+        vectors = np.lib.format.open_memmap(partial / "vectors.npy", "w+", np.dtype("<f4"), shape)
+        for rows, means in _mean_vectors(store):
+            vectors[filled : filled + len(rows)] = means
+            filled += len(rows)
+        vectors.flush()
+        columns = _columns_of(store, usable)
+        with (partial / "vectors.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerows([list(columns), *zip(*columns.values(), strict=True)])
+
+
+def _write_parquet(store: "FeatureStore", path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    vector = pa.list_(pa.float32(), store.dim)
+    texts = [(name, pa.string()) for name in ("id", "label", "split", "group")]
+    schema = pa.schema([*texts, ("features", vector)])
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema) as writer:
+        for rows, means in _mean_vectors(store):
+            features = pa.FixedSizeListArray.from_arrays(pa.array(means.ravel()), type=vector)
+            writer.write_table(pa.table({**_columns_of(store, rows), "features": features}, schema))
 
 
 def _save(path: Path, array: "np.ndarray") -> None:
