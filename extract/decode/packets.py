@@ -230,8 +230,6 @@ class Packets(VideoFile):
                     yield from decoded(again.packet(position) if again else self._kept[position])
                     position += 1
             yield from decoded(None)
-        except MemoryError:  # PyAV's is of both kinds
-            raise
         except DAMAGE as error:
             raise UntrustedError(f"decoding ends with: {error_text(error)}") from None
         finally:

@@ -371,8 +371,6 @@ def _all_frames(path, problems: list[str], jumps: list[int]) -> Iterator[av.Vide
                 for frame in packet.decode():
                     good += 1
                     yield frame
-        except MemoryError:  # PyAV's is of both kinds
-            raise
         except DAMAGE as error:
             problems.append(f"damaged after {good} readable frames: {error_text(error)}")
         else:
