@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from aggregate.endtoend import backbone_record
 from aggregate.models import build
@@ -31,6 +32,7 @@ TURNS = 3
 ALLOWED = {"train": 3.0, "extract": 1.6, "predict": 2.2}  # times `import torch`
 
 
+@pytest.mark.timeout(1800)
 def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
     small_store(tmp_path / "small.zarr")
     checkpoint(tmp_path / "best.pt")

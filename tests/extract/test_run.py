@@ -471,3 +471,22 @@ def scaled_weights(factor: float, path: Path) -> Path:
             value *= factor
     torch.save(state, path)
     return path
+
+
+def test_a_store_goes_on_with_the_engine_that_began_it(clips, undisturbed, tmp_path, capsys):
+    """Those of before OpenVINO record no engine: PyTorch's. Another one is refused."""
+    videos = tmp_path / "videos"
+    shutil.copytree(clips / "val", videos / "val")
+    out = tmp_path / "a.zarr"
+    assert main(options(videos, out, engine="torch", precision="bf16")) == 0
+    began = FeatureStore.open(out)
+    assert "engine" not in began.provenance
+    capsys.readouterr()
+    shutil.copytree(clips / "train", videos / "train")
+    assert main(options(videos, out, precision="auto")) == 0
+    assert "in bf16, PyTorch, " in capsys.readouterr().out
+    assert FeatureStore.open(out).provenance == began.provenance
+    with pytest.raises(InputError, match=r"engine: torch in the store, openvino now"):
+        main(options(videos, out, engine="openvino"))
+    with pytest.raises(InputError, match=r"engine: openvino in the store, torch now"):
+        main(options(clips, undisturbed, engine="torch"))

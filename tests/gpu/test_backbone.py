@@ -146,3 +146,29 @@ def test_a_gpu_that_is_gone_is_named(tmp_path) -> None:
     )
     assert done.returncode == 2
     assert "--device cuda: this machine shows 0 GPUs to PyTorch; use cpu or auto" in done.stderr
+
+
+WITHOUT_OPENVINO = """
+import sys
+sys.modules["openvino"] = None
+if len(sys.argv) > 1:
+    import pretend
+    pretend.begin()
+from extract.backbone.frozen import load_backbone
+import numpy as np
+backbone = load_backbone("test_resnet", weights="random", frames=4)
+assert backbone.device.partition(":")[0] == "cuda"
+backbone(np.zeros((3, 160, 160, 3), np.uint8))
+"""
+
+
+def test_a_gpu_needs_no_openvino() -> None:
+    pretended = ["pretended"] if PRETENDED else []
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OPENVINO, *pretended],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
