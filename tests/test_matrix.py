@@ -15,12 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from aggregate import ablate, crossval, evaluate, finetune, train
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.run import Run
 from ensemble import __main__ as fusing
+from extract import export as export_features
+from extract import verify
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.cli import InputError
@@ -661,8 +664,6 @@ def test_predict_and_export_depend_on_the_checkpoint_alone(command, checkpoint, 
 
 @pytest.mark.parametrize("command", [predict, export])
 def test_a_checkpoint_that_does_not_fit_is_refused(command, checkpoint, tmp_path):
-    import torch
-
     def run(path: Path, **more: Any) -> None:
         given = {"checkpoint": path, **more}
         given |= {"videos": (sorted_clips("barbell")[0],)} if command is predict else {"out": tmp_path / "m.onnx"}
@@ -703,6 +704,84 @@ def test_the_report_shows_what_is_there(column, here, capsys):
     else:
         assert not errors
         assert "tsn" in (here / "report.html").read_text()
+
+
+# -- a store that is checked and exported --------------------------------------------------------------------------
+
+SCHEMA = "has the schema 'hgnl-features/99', which this version does not read"
+CELLS["extract.verify"] = dict.fromkeys(COLUMNS, harmless("it checks what is stored")) | {
+    "file replaced": said(r"replaced: a\.mp4 has [0-9,]+ bytes, [0-9,]+ were recorded"),
+    "video removed or renamed": said(r"lost: a\.mp4 cannot be read below"),
+    "package version": refused(SCHEMA),
+}
+CELLS["extract.export"] = dict.fromkeys(COLUMNS, harmless("it writes what is stored")) | {
+    "option": refused("is there already and is left as it is"),
+    "package version": refused(SCHEMA),
+}
+
+
+@pytest.fixture
+def a_store(extracted, tmp_path, monkeypatch) -> Path:
+    shutil.copytree(extracted, tmp_path / "here")
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "here"
+
+
+def change_videos_or_store(column: str) -> None:
+    if column == "file replaced":
+        shutil.copy(sorted_clips("cable")[0], "clips/a.mp4")
+    elif column == "video removed or renamed":
+        Path("clips/a.mp4").unlink()
+    elif column == "store re-made":
+        shutil.rmtree("f.zarr")
+        classes_store(Path("f.zarr"), videos=9)
+    elif column == "package version":
+        other_schema()
+    elif column == "path only":
+        Path("f.zarr").rename("g.zarr")
+        Path("f.zarr").symlink_to("g.zarr")
+    elif column in ("label, split, group or span corrected", "class added", "class order", "store grown"):
+        table = Path("clips/v.csv")
+        rows = {"class added": "a.mp4,juggling", "store grown": "d.mp4,pull\na.mp4,push"}.get(column, "a.mp4,pull")
+        shutil.copy(sorted_clips("barbell")[8], "clips/d.mp4")
+        table.write_text(table.read_text().replace("a.mp4,push", rows))
+        Path("classes.txt").write_text("pull\npush\n")
+        assert extract(replace(EXTRACT, labels="classes.txt" if column == "class order" else "auto")) == 0
+
+
+def other_schema() -> None:
+    attributes = json.loads(Path("f.zarr/zarr.json").read_text())
+    attributes["attributes"]["schema"] = "hgnl-features/99"
+    Path("f.zarr/zarr.json").write_text(json.dumps(attributes))
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_store_is_verified(column, a_store, capsys):
+    change_videos_or_store(column)
+    capsys.readouterr()
+    cell = CELLS["extract.verify"][column]
+    if column == "package version":
+        with pytest.raises(InputError, match=cell.text):
+            verify.main(verify.Options("f.zarr"))
+        return
+    found = verify.main(verify.Options("f.zarr", sources=True, root=Path("clips")))
+    assert found == (cell.outcome == "said")
+    assert re.search(cell.text if found else "0 damaged", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("column", COLUMNS)
+def test_a_store_is_exported(column, a_store, capsys):
+    change_videos_or_store(column)
+    if column == "option":
+        Path("out").mkdir()
+        Path("out/mine.npy").write_text("mine")
+    command = lambda: export_features.main(export_features.Options("f.zarr", Path("out")))  # noqa: E731
+    check(CELLS["extract.export"][column], command, capsys)
+    if CELLS["extract.export"][column].outcome == "harmless":
+        store = FeatureStore.open("f.zarr")
+        assert sorted(path.relative_to("out").as_posix() for path in Path("out").rglob("*.npy")) == sorted(
+            f"{name}.npy" for name in store.ids[store.usable]
+        )
 
 
 # -- the table -----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from extract.sources import END_BYTES, UNKNOWN, file_of, read_source
 from extract.store import DROPPED, FAILED, OK, PENDING, FeatureStore, RunLog, lock_store
 from extract.store.corrections import complete_correction, correct
 from extract.store.damage import damaged_columns
+from extract.store.layout import store_attributes
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
 from extract.workers.reconcile import merge_classes
@@ -243,6 +244,14 @@ def test_a_setting_that_differs_is_refused_before_weights_are_loaded(here, chang
     with pytest.raises(InputError, match=message):
         again(here, **changed)
     assert store_digest(here / "f.zarr") == before
+
+
+def test_another_version_of_the_decoder_is_refused(here):
+    store = FeatureStore.open(here / "f.zarr", writable=True)
+    provenance = store.provenance | {"decoder": store.provenance["decoder"] | {"version": "0.1"}}
+    store.group.attrs.put(store_attributes(store.classes, provenance))
+    with pytest.raises(InputError, match=r"decoder\.version: 0\.1 in the store, .* now"):
+        again(here)
 
 
 def test_weights_in_a_file_are_found_again_or_asked_for(here, capsys):

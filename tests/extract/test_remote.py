@@ -208,3 +208,88 @@ def test_a_classifier_is_trained_and_tested_on_a_remote_store(s3, tmp_path):
         out=tmp_path / "val.h5",
     )
     assert not evaluate.main(asked)
+
+
+def test_a_lease_whose_put_succeeded_without_an_answer_is_ours(s3, quick, monkeypatch):
+    """S3 clients send a put again whose answer was lost; the second is refused since the first succeeded."""
+    real = Lease._put
+
+    def put(self, number, record, mode="overwrite"):
+        real(self, number, record, mode)
+        if mode == "create":
+            raise FileExistsError("At least one of the pre-conditions you specified did not hold")
+
+    monkeypatch.setattr(Lease, "_put", put)
+    with contextlib.closing(Lease("s3://videos/answer.zarr")) as lease:
+        lease.ensure_held()
+
+
+def test_a_lease_outlives_a_gap_of_the_network(s3, quick, monkeypatch):
+    from botocore.exceptions import EndpointConnectionError
+
+    monkeypatch.setattr(remote, "LEASE_TIMEOUT", 8.0)
+    real, gap = Lease._put, threading.Event()
+
+    def put(self, number, record, mode="overwrite"):
+        if gap.is_set():
+            raise EndpointConnectionError(endpoint_url="https://s3.example")
+        real(self, number, record, mode)
+
+    monkeypatch.setattr(Lease, "_put", put)
+    with contextlib.closing(Lease("s3://videos/gap.zarr")) as lease:
+        gap.set()
+        time.sleep(0.6)
+        assert lease._thread.is_alive()
+        lease.ensure_held()
+        renewed = lease._renewed
+        gap.clear()
+        deadline = time.monotonic() + 5
+        while lease._renewed == renewed and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert lease._renewed > renewed
+        gap.set()
+        lease._renewed -= 100
+        time.sleep(0.3)
+        with pytest.raises(
+            RunError, match=r"lost its lease, with its network \(EndpointConnectionError: .*s3\.example"
+        ):
+            lease.ensure_held()
+
+
+@pytest.mark.parametrize("command", ["status", "train", "extract"])
+def test_without_a_network_one_sentence_is_said(command, clips, tmp_path):
+    arguments = {
+        "status": ["-m", "extract.status", "s3://videos/none.zarr"],
+        "train": ["-m", "aggregate.train", "--agg", "tsn", "--features", "s3://videos/n.zarr", "--out", str(tmp_path)],
+        "extract": ["-m", "extract", "--videos", str(clips), "--out", "s3://videos/none.zarr"],
+    }
+    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
+    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, *arguments[command]],
+        env=os.environ | keys | nowhere,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1, run.stderr
+    assert "Traceback" not in run.stderr
+    assert "cannot be reached (EndpointConnectionError" in run.stderr
+    assert "check network, address and credentials" in run.stderr
+
+
+def test_the_cache_is_listed_once_for_many_shards(s3, undisturbed, monkeypatch, tmp_path):
+    monkeypatch.setenv("HGNL_CACHE", str(tmp_path))
+    s3.put(str(undisturbed), "videos/listed.zarr", recursive=True)
+    store = FeatureStore.open("s3://videos/listed.zarr")
+    folder = LocalCopy("s3://videos/listed.zarr", block_size=2, video_bytes=store.video_bytes).folder
+    folder.mkdir(parents=True)
+    (folder / f"c.1.0.0.0.{'0' * remote.TAG}").write_bytes(b"an older version")
+    listings = []
+    real = os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path=".": listings.append(path) or real(path))
+    store.gather(np.arange(8), np.arange(3))
+    assert [path for path in listings if Path(path) == folder] == [folder]
+    assert len(list(folder.iterdir())) == 4
