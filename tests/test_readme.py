@@ -91,7 +91,7 @@ def run(line: str, capsys) -> str:
     program, *words = shlex.split(line)
     module, arguments = (COMMANDS[words[0]], words[1:]) if program == "hgnl" else (words[1], words[2:])
     flags = {flag: value for flag, value in QUICK.get(module, {}).items() if flag not in arguments}
-    if module == "aggregate.train" and "hgnl" not in arguments:
+    if module in ("aggregate.train", "aggregate.crossval") and "hgnl" not in arguments:
         flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
     more = [word for pair in flags.items() for word in pair]
     name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
