@@ -76,7 +76,8 @@ class FittedProbe(NamedTuple):
         if not good.any():
             return logits
         if self.probe.agg == "logreg":
-            known = self.model.predict_log_proba(vectors[good])
+            with np.errstate(divide="ignore"):  # a probability that rounds to 0; it is the lowest below
+                known = self.model.predict_log_proba(vectors[good])
         else:
             known = np.log(self.model.predict_proba(vectors[good]) + _NO_VOTE)
         known = np.maximum(known, np.log(np.finfo(np.float32).tiny))
