@@ -261,7 +261,9 @@ def _shown_progress(
     pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
 ) -> Iterator[None]:
     """A bar over the frames of all videos to do, moved each second, and not only when a block is done."""
-    frames = store.num_views * store.provenance["sampling"]["frames"]
+    # With several clips per video a row of the store is more than what is sampled.
+    sampled = store.provenance.get("sampling", {}).get("frames", store.frames_per_video)
+    frames = store.num_views * sampled
     stop = threading.Event()
 
     def move() -> None:

@@ -10,10 +10,12 @@ import pytest
 from extract import cli
 from extract.cli import progress
 from extract.workers import driver
+from extract.workers.actor_pool import RayActorPool, _Member
 
 
 class FakeStore:
-    num_views, frames_per_video = 2, 5
+    num_views, frames_per_video = 2, 7
+    provenance = {"sampling": {"frames": 5}}  # noqa: RUF012
 
 
 class FakePool:
@@ -75,3 +77,42 @@ def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeyp
 )
 def test_the_limit_is_what_took_longer(totals, expected):
     assert driver._where_time_went(Counter(totals), wall=10.0, workers=1).endswith(expected)
+
+
+class FakeCluster:
+    """Ray whose calls are answered at once, with what they were made of."""
+
+    class exceptions:  # noqa: N801  # as in Ray
+        RayError = RuntimeError
+
+    def wait(self, calls, timeout):
+        return calls, []
+
+    def get(self, call):
+        if isinstance(call, Exception):
+            raise call
+        return call
+
+
+class FakeActor:
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.settled = self
+
+    def options(self, concurrency_group):
+        return self
+
+    def remote(self):
+        return self.answers.pop(0)
+
+
+def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting():
+    pool = object.__new__(RayActorPool)
+    pool._ray, pool._handed_in_by_lost = FakeCluster(), 5
+    fine, dying, starting = FakeActor(10, 20, 30), FakeActor(7, RuntimeError("lost"), 8), FakeActor()
+    pool._members = [_Member(fine, ready=True), _Member(dying, ready=True), _Member(starting)]
+    seen = []
+    for _ in range(3):
+        pool._ask_how_far()
+        seen.append(pool.settled())
+    assert seen == [5, 5 + 10 + 7, 5 + 20 + 7]  # what is asked is known the next time
