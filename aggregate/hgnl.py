@@ -57,7 +57,7 @@ class GroupedLinear(nn.Module):
 
     def __init__(self, in_dim: int, out_dim: int, *, groups: int, shared: bool) -> None:
         super().__init__()
-        self.groups = groups
+        self.groups, self.out_dim = groups, out_dim
         rows = out_dim // groups if shared else out_dim
         bound = (in_dim // groups) ** -0.5
         self.weight = nn.Parameter(torch.empty(rows, in_dim // groups).uniform_(-bound, bound))
@@ -79,9 +79,10 @@ class HGNonLocal(nn.Module):
     "n" divides A by n, "n_over_train" multiplies it by `train_frames` / n, which leaves training as in the paper.
     `attention="softmax"` puts eq. 3's softmax in the place of the ReLU, for an ablation the paper lacks.
     `normalise` gives W_q and W_k frames of mean 0 and variance 1 over their channels (layer norm without parameters),
-    so that products have one size whatever the backbone; the paper does not. `start` is how W_v and W_k begin: "random"
-    as torch's convolutions, or "average": W_v is the identity and, with softmax, W_k is 0, so that F_o is the mean of F
-    and attention grows out of it. `scale_init` is s before training: at 0 the module is the average of TSN.
+    so that products have one size whatever the backbone; the paper does not. `start` is how the layers begin: "random"
+    as torch's convolutions, or "average": W_v is the identity and W_k (softmax) or W_q (ReLU) is 0, so that all frames
+    have the same weight and attention grows out of that. `scale_init` is s before training: at 0 the module is the
+    average of TSN.
     `scale_scores` divides the scores by sqrt(m1/g2), the length of the products they sum, which the paper does not.
 
     Raises InputError for groups that do not divide, saying which, and for an unknown or meaningless option.
@@ -131,9 +132,26 @@ class HGNonLocal(nn.Module):
         weight = self.value.weight
         weight.copy_(torch.eye(weight.shape[1]).repeat(weight.shape[0] // weight.shape[1], 1))
         self.value.bias.zero_()
-        if self.attention == "softmax":  # a ReLU at 0 would never leave it
+        if self.attention == "softmax":
             self.key.weight.zero_()
             self.key.bias.zero_()
+            return
+        # ReLU: scores of 0 would never leave it, and random ones weigh frames at random. Here W_q is
+        # 0, so that every score is near one positive value, b_q . b_k, at which F_o is the mean of
+        # F. Their product is small although both are large enough for W_k and W_q to learn from.
+        level = (1 if self.norm == "n" else 1 / self.train_frames) / self.score_factor
+        b_q, b_k = self.query.bias, self.key.bias
+        channels = self.query.out_dim // self.g2
+        size = (level / channels) ** 0.5
+        if self.query.out_dim // self.g1 % 2 == 0:  # halves of an odd number do not cancel
+            size = max(0.3, size)
+        cosine = min(1.0, level / (size**2 * channels))
+        along = torch.randint(0, 2, b_q.shape) * 2.0 - 1
+        across = along * (1 - 2.0 * (torch.arange(len(along)) % 2))
+        self.query.weight.zero_()
+        b_q.copy_(size * along)
+        b_k.copy_(size * (cosine * along + (1 - cosine**2) ** 0.5 * across))
+        self.key.weight.mul_(0.03 * level)  # at 0 all maps would stay of rank 2
 
     def _scores(self, x: Frames) -> Float[Tensor, "maps time time"]:
         """Gmm(Q, K) of eq. 7, `maps` = g2 x batch: [h, b, i, j] = q_i . k_j over the channels of secondary group h.

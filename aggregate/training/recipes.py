@@ -81,18 +81,18 @@ _CACHED = Recipe(
     clip=5.0,
     standardise=True,
 )
-# What it sets of NL and HG-NL, so that attention is used after few steps; the paper's is their modules' own defaults.
-_CACHED_NON_LOCAL = {"attention": "softmax", "normalise": True, "start": "average", "scale_init": 1.0}
+# What training on cached features needs of NL and HG-NL, so that attention is used after few steps.
+# Everything else is the paper's: HG-NL has eq. 7's ReLU, NL eq. 3's softmax.
+_CACHED_NON_LOCAL = {"normalise": True, "start": "average", "scale_init": 1.0}
 
 
 def head_options(name: Literal["cached", "paper"], aggregator: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for the others.
-
-    A `norm` is one of the ReLU's map, so it asks for that map too.
-    """
-    own = dict(_CACHED_NON_LOCAL) if name == "cached" and aggregator in ("nl", "hgnl") else {}
-    if aggregator == "nl" or asked.get("norm", "none") != "none":  # NL has softmax without being told
-        own.pop("attention", None)
+    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for the others."""
+    own: dict[str, Any] = {}
+    if name == "cached" and aggregator in ("nl", "hgnl"):
+        own |= _CACHED_NON_LOCAL
+        if aggregator == "hgnl" and asked.get("attention", "relu") == "relu":
+            own["norm"] = "n_over_train"  # the un-normalized map of 25 frames is 8 times that of 3
     return own | asked
 
 

@@ -121,6 +121,14 @@ class Run:
             best = Checkpoint.load(self.out / learner.file)
             if best.data is None or best.data["videos"] != self.common["data"]["videos"]:
                 raise InputError(f"{best.path} is not of the run in {self.out}; restore it, or give another --out")
+            # Defaults of a head may have changed since: its weights would mean something else.
+            built = getattr(learner.net, "options", best.options)
+            if lines := difference({learner.name: best.options}, {learner.name: built}):
+                lines = [line.replace("in the store", "when it was begun") for line in lines]
+                raise InputError(
+                    f"{self.out} holds a model with other options:\n  " + "\n  ".join(lines) + "\n"
+                    "give these as flags to go on with it, or another --out"
+                )
             learner.load_state_dict(kept, best.state_dict)
         if self.writes:
             print(f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done", flush=True)

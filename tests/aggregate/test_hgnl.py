@@ -144,9 +144,27 @@ def test_started_as_the_average_it_is_the_average_and_learns(shared):
     assert_close(module.frame_weights(x), torch.full((3, 2, 5), 0.2, dtype=torch.float64))
     (module(x) * torch.randn(3, 16, dtype=torch.float64)).sum().backward()
     assert module.key.weight.grad.abs().max() > 1e-3
-    relu = hgnl(16, 8, 4, 2, start="average", shared=shared)
-    assert relu.key.weight.abs().max() > 0.1  # at 0 it would stay there
-    assert_close(relu.value.blocks()[0][1], torch.eye(8, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("norm", ["none", "n", "n_over_train"])
+@pytest.mark.parametrize(("m1", "g1", "g2"), [(128, 16, 8), (32, 8, 4), (40, 8, 8), (8, 8, 8)])
+def test_relu_started_as_the_average_is_nearly_the_average_and_learns_pairs(shared, norm, m1, g1, g2):
+    """At W_k = 0 it is the average exactly; W_k is small, so that every frame has nearly the same
+    weight. The gradients of W_q and W_k are not 0."""
+    torch.manual_seed(0)
+    options = {"norm": norm, "start": "average", "scale_init": 1.0, "normalise": True}
+    module = hgnl(256 - 256 % g1, m1, g1, g2, shared=shared, **options)
+    x = torch.randn(4, 3, module.out_dim, dtype=torch.float64)
+    weights = module.frame_weights(x)
+    assert_close(weights, weights.mean(-1, keepdim=True).expand_as(weights))
+    (module(x) * torch.randn(4, module.out_dim, dtype=torch.float64)).sum().backward()
+    for layer in (module.query, module.key):
+        assert layer.weight.grad.abs().max() > 1e-3
+    with torch.no_grad():
+        module.key.weight.zero_()
+        assert_close(module.frame_weights(x).float(), torch.full((4, g2, 3), 1 / 3))
+        assert_close(module(x).float(), 2 * x.mean(1).float())
 
 
 def test_gradient_reaches_the_scale_at_its_start():

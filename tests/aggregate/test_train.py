@@ -394,12 +394,14 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
 
     paper = dict(zip(("attention", "normalise", "start"), ("relu", False, "random"), strict=True))
     paper |= {"scale_init": 0.0, "norm": "none", "standardise": False}
-    cached = {"attention": "softmax", "normalise": True, "start": "average", "scale_init": 1.0, "norm": "none"}
+    cached = {"attention": "relu", "normalise": True, "start": "average", "scale_init": 1.0}
+    cached["norm"] = "n_over_train"
     cached["standardise"] = True
     assert used("a") == cached
     assert used("b", recipe="paper") == paper
     assert used("c", normalise=False, scale_init=0.5) == cached | {"normalise": False, "scale_init": 0.5}
-    assert used("d", norm="n") == cached | {"norm": "n", "attention": "relu"}
+    assert used("d", norm="n") == cached | {"norm": "n"}
+    assert used("f", attention="softmax") == cached | {"attention": "softmax", "norm": "none"}
     assert used("e", recipe="paper", standardise=True, attention="softmax") == paper | {
         "standardise": True,
         "attention": "softmax",
@@ -429,3 +431,13 @@ def test_a_head_that_sees_order_is_tested_as_it_was_trained(features, tmp_path, 
             assert sorted(map(int, file["logits"])) == expected
     evaluate.main(evaluate.Options(tmp_path / "gru" / "best.pt", features, segments=(6,), out=tmp_path / "six.h5"))
     assert Scores.load(tmp_path / "six.h5").segments == 6
+
+
+def test_a_run_begun_with_other_defaults_of_its_head_is_not_continued(features, tmp_path, monkeypatch):
+    from aggregate.training import recipes
+
+    small = options(features, tmp_path / "run", "hgnl", g1=4, g2=2, m1=8, epochs=1)
+    train.main(small)
+    monkeypatch.setattr(recipes, "_CACHED_NON_LOCAL", {"normalise": False})
+    with pytest.raises(InputError, match="normalise: True when it was begun, False now"):
+        train.main(small)
