@@ -28,7 +28,7 @@ class Options:
     """
 
     scores: tuple[Path, ...]
-    """Scores files of the same videos and classes, as python -m aggregate.evaluate writes them."""
+    """Scores files of the same videos and classes: evaluate's .h5, or .npz, .npy, .csv, .pkl of other tools."""
     out: Path
     """The fused scores file; the softmax of its logits is the fused probabilities."""
     weights: str = "equal"
@@ -37,6 +37,8 @@ class Options:
     """Write a submission to the challenge too, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"
     """What to do with videos that one model lacks: stop, leave them out, or count them as wrong."""
+    classes: str = ""
+    """Of scores made elsewhere that do not name their classes: kinetics700 or a file of lines, as the columns are."""
     segments: int | None = None
     """Which scores of each file (default: those of the most segments)."""
     seed: int = 0
@@ -46,8 +48,8 @@ class Options:
 
 
 def main(options: Options) -> int:
-    from aggregate.scores import Scores
     from ensemble.align import align
+    from ensemble.foreign import load_scores
     from ensemble.fuse import checked_weights, fuse_aligned
     from ensemble.search import Ranking, Row, search, table
 
@@ -56,7 +58,7 @@ def main(options: Options) -> int:
     # A wrong number of them is known before a gigabyte is read.
     weights = checked_weights(given, len(options.scores))
     names = _names(options.scores)
-    loaded = [Scores.load(path, options.segments) for path in options.scores]
+    loaded = [load_scores(path, segments=options.segments, classes=options.classes) for path in options.scores]
     aligned = align(loaded, missing=options.missing, names=names)
     del loaded
     print(aligned.report())

@@ -52,7 +52,7 @@ def open_features(path: Path) -> FeatureFiles:
     elif path.suffix in (".h5", ".hdf5"):
         files = _Hdf5(path)
     elif path.suffix == ".npy":
-        files = _Table(path, _ids_beside(path), _load_npy(path))
+        files = _Table(path, ids_beside(path), _load_npy(path))
     elif path.suffix == ".parquet":
         files = _Parquet(path)
     else:
@@ -195,7 +195,7 @@ class _Hdf5:
         self._keys: dict[str, str] = {}
         if {"ids", "features"} <= self._file.keys():
             self._table: Any = self._file["features"]
-            self.names = _unique(path, self._file["ids"].asstr()[:].tolist(), len(self._table))
+            self.names = check_unique(path, self._file["ids"].asstr()[:].tolist(), len(self._table))
             self._rows = {name: row for row, name in enumerate(self.names)}
             return
         self._table, datasets = None, list[str]()
@@ -228,7 +228,7 @@ class _Table:
 
     def __init__(self, path: Path, ids: list[str], array: np.ndarray):
         self._path, self._array = str(path), array
-        self.names = _unique(path, ids, len(array) if array.ndim else 0)
+        self.names = check_unique(path, ids, len(array) if array.ndim else 0)
         self._rows = {name: row for row, name in enumerate(self.names)}
 
     def path(self, name: str) -> str:
@@ -248,7 +248,7 @@ def _load_npy(path: Path) -> np.ndarray:
         raise InputError(f"--features {path}: {error}") from None
 
 
-def _ids_beside(path: Path) -> list[str]:
+def ids_beside(path: Path) -> list[str]:
     """The ids of a table's rows, from the text file or the CSV beside it."""
     text, table = path.with_suffix(".txt"), path.with_suffix(".csv")
     if text.exists():
@@ -263,7 +263,7 @@ def _ids_beside(path: Path) -> list[str]:
     raise InputError(f"{path} does not say which videos its rows are; write their ids, one per line, into {text}")
 
 
-def _unique(path: Path, ids: list[str], rows: int) -> list[str]:
+def check_unique(path: Path, ids: list[str], rows: int) -> list[str]:
     if len(ids) != rows:
         raise InputError(f"{path} holds {rows:,} rows, and {len(ids):,} ids are given for them")
     if len(set(ids)) < len(ids):
@@ -301,7 +301,7 @@ class _Parquet:
             raise InputError(f"{path} has the columns {columns}; needed are id or path, and one of lists (features)")
         self._path, self._column, self._position = str(path), column, 0
         ids = self._file.read([names[0]]).column(0).to_pylist()
-        self.names = _unique(path, [str(name) for name in ids], self._file.metadata.num_rows)
+        self.names = check_unique(path, [str(name) for name in ids], self._file.metadata.num_rows)
         self._rows = {name: row for row, name in enumerate(self.names)}
         self._arrays: Iterator[np.ndarray | None] = iter(())
         self._shapes: list[Shape | None] | None = None
