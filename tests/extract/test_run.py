@@ -390,8 +390,8 @@ def test_a_remote_store(clips):
     [
         ({"frames": 0}, "--frames 0: expected at least 1"),
         ({"augment_passes": -1}, "--augment-passes -1: expected at least 0"),
-        ({"max_failed": 5.0}, "--max-failed 5: expected a fraction"),
-        ({"video_timeout": 0.0}, "--video-timeout 0: expected more than 0 seconds"),
+        ({"max_failed": 5.0}, "--max-failed 5.0: expected a fraction"),
+        ({"video_timeout": 0.0}, "--video-timeout 0.0: expected more than 0"),
         ({"backbone": "resnet51"}, "resnet51"),
         ({"device": "cuda:9"}, "cuda:9"),
         ({"weights": "nowhere.pth"}, "nowhere.pth"),
