@@ -91,10 +91,8 @@ class Attack:
 def test_a_pickle_runs_no_code(tmp_path, classes):
     attacked = tmp_path / "attacked"
     hidden = [{"pred_score": np.array([Attack(attacked)], object)}]
-    for content, named in (([Attack(attacked)], "pathlib"), (hidden, "pathlib"), ([torch.ones(2)], "torch")):
-        with pytest.raises(
-            InputError, match=rf"s\.pkl: it holds {named}.*, which only running its code could read; convert"
-        ):
+    for content, name in (([Attack(attacked)], "getattr"), (hidden, "getattr"), ([torch.ones(2)], "torch")):
+        with pytest.raises(InputError, match=rf"it holds \S*{name}\S*, which only running its code could read"):
             load_scores(as_pickle(tmp_path, content), classes=classes)
     assert not attacked.exists()
 
