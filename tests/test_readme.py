@@ -17,6 +17,7 @@ from extract.commands import COMMANDS
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "aggregate", "ensemble", "pipelines")
 PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+ELSEWHERE = ROOT / "docs" / "features-from-elsewhere.md"  # whose Python runs between its commands: test_elsewhere.py
 # Every command is run with these flags behind its own, so that minutes become seconds; none changes what it does.
 SMALL = {"--backbone": "test_resnet", "--weights": "random", "--frames": "4", "--decode-workers": "1"}
 QUICK = {
@@ -31,7 +32,8 @@ QUICK = {
 
 def commands() -> list[str]:
     """The command lines of all shell blocks, each once."""
-    blocks = [block for page in PAGES.values() for block in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    pages = [text for page, text in PAGES.items() if page != ELSEWHERE]
+    blocks = [block for text in pages for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)]
     lines = dict.fromkeys(line for block in blocks for line in block.splitlines())
     return [line for line in lines if line.startswith(("python -m ", "hgnl "))]
 
