@@ -102,7 +102,9 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
             reconcile(settings, store, listing, videos)
             append_new(store, videos, listing.classes)
         if settings.retry_failed:
-            store.set_status(np.flatnonzero(store.status == FAILED), PENDING)
+            ids = {video.id for video in videos}  # a row without a video would wait for ever
+            failed = [row for row in np.flatnonzero(store.status == FAILED).tolist() if store.ids[row] in ids]
+            store.set_status(np.array(failed, int), PENDING)
         blocks = _blocks(store, videos)
         _announce(settings, store, blocks, made)
         if not is_remote(settings.out):

@@ -405,6 +405,8 @@ def test_a_pending_video_that_is_gone_fails_by_name_and_the_rest_goes_on(here, c
     store = opened(here)
     assert store.status.tolist() == [OK, FAILED, OK, OK]
     assert store.errors[1] == "no longer listed"
+    assert again(here, max_failed=0.5, retry_failed=True) == 0  # there is nothing to try
+    assert opened(here).status.tolist() == [OK, FAILED, OK, OK]
     assert not store.read(np.array([1])).any()
     np.testing.assert_array_equal(store.read(np.array([0, 2, 3])), features[[0, 2, 3]])
     assert verify(VerifyOptions(str(here / "f.zarr"))) == 0
