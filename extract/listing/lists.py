@@ -29,6 +29,7 @@ LIST_EXTENSIONS = frozenset({"csv", "tsv", "txt", "list", "json"})
 _UCF = re.compile(r"(?:train|test)list(?P<number>\d+)\.txt")
 _HMDB = re.compile(r"(?P<class>.+)_test_split(?P<number>\d+)\.txt")
 _SEPARATORS = ("\t", ";", ",", " ")
+FRAMES_HINT = "folders of pictures are not read; make videos of them: ffmpeg -framerate 25 -i img_%05d.jpg x.mp4"
 
 
 def read_list(path: str, root: str) -> Table:
@@ -90,19 +91,19 @@ def lists_in(directory: str) -> list[str]:
 def _separator_of_pairs(path: str, root: str) -> str:
     """What separates path and label in the first line of a text list, "" if it is not one.
 
-    mmaction2's lists of frame folders have three fields, `folder frames label`, as a video with two labels would:
-    a folder on the disk is the sign of the former, and only the former is read.
+    mmaction2's lists of frame folders have three fields, `folder frames label`, as a video with two labels would: a
+    folder on the disk is the sign of the former.
     """
     line = next((line for _, line in text_lines(path)), "").strip()
     for separator in _SEPARATORS:
-        if _is_video(line.rpartition(separator)[0].strip(), root):
+        if extension(line.rpartition(separator)[0].strip()) in VIDEO_EXTENSIONS:
             return separator
     if extension(line) in VIDEO_EXTENSIONS:
         return "\t"  # paths alone
     parts = line.split()
-    if len(parts) > 2 and all(part.isdecimal() for part in parts[1:]):
-        if len(parts) == 3 and os.path.isdir(os.path.join(root, parts[0])):
-            return " "
+    if len(parts) > 1 and all(part.isdecimal() for part in parts[1:]):
+        if os.path.isdir(os.path.join(root, parts[0])):
+            raise InputError(f"{path} lists folders, such as {parts[0]}; {FRAMES_HINT}")
         raise InputError(
             f"{path} begins with {line!r}: is that `folder frames label` (no folder {parts[0]} is below {root}), "
             "or a video with several labels? Give a CSV path,label with one label per row"
@@ -110,15 +111,10 @@ def _separator_of_pairs(path: str, root: str) -> str:
     return ""
 
 
-def _is_video(name: str, root: str) -> bool:
-    return bool(name) and (extension(name) in VIDEO_EXTENSIONS or os.path.isdir(os.path.join(root, name)))
-
-
 def _read_pairs(path: str, root: str, separator: str) -> Table:
     """`path label` per line, of mmaction2, SlowFast and V-JEPA; or a path alone, of a video without a label.
 
         abseiling/x.mp4 0
-        frames/abseiling/x 250 0        (mmaction2: a folder of frames, their number, the label)
 
     The split is the one in the list's name, such as kinetics400_val_list.txt.
     """
@@ -127,12 +123,10 @@ def _read_pairs(path: str, root: str, separator: str) -> Table:
         name, _, label = text.strip().rpartition(separator)
         if extension(text.strip()) in VIDEO_EXTENSIONS:
             name, label = text.strip(), ""
-        folder, _, count = name.rpartition(separator)
-        if count.isdecimal() and _is_video(folder, root):
-            if extension(folder) in VIDEO_EXTENSIONS:
-                raise InputError(f"{path} line {line}: {text!r} has several labels; a video has one")
-            name = folder
-        elif not extension(name) and not _is_video(name, root):
+        first, _, count = name.rpartition(separator)
+        if count.isdecimal() and extension(first) in VIDEO_EXTENSIONS:
+            raise InputError(f"{path} line {line}: {text!r} has several labels; a video has one")
+        if not extension(name):
             raise InputError(f"{path} line {line}: {text!r} is not a path and a label")
         try:
             rows.append(Row(path, line, path_below(name.strip(), root), label.strip(), split))

@@ -18,7 +18,7 @@ from extract.cli import InputError, examples
 from extract.listing.folders import VIDEO_EXTENSIONS, Scan, escape_non_utf8, extension, folder, scan, split_and_class
 from extract.listing.labels import choose_labels, kinetics700_labels
 from extract.listing.leaks import describe_leaks
-from extract.listing.lists import LIST_EXTENSIONS, is_table, lists_in, lists_of, read_list
+from extract.listing.lists import FRAMES_HINT, LIST_EXTENSIONS, is_table, lists_in, lists_of, read_list
 from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
 from extract.listing.tables import Row, span_id
 
@@ -258,7 +258,9 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     files, ignored, inodes = scanned = scan(source)
     if not files:
         why = "; ".join(f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items())
-        raise InputError(f"there is no video in {source}; " + (f"ignored: {why}" if why else "it is empty"))
+        pictures = any(extension(name) in ("jpg", "jpeg", "png") for names in ignored.values() for name in names)
+        hint = f". {FRAMES_HINT.capitalize()}" if pictures else ""
+        raise InputError(f"there is no video in {source}; " + (f"ignored: {why}{hint}" if why else "it is empty"))
     by_folder = split_and_class({folder(file) for file in files})
     splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
     if not classes and (tables := _tables_in(source)):

@@ -108,6 +108,11 @@ def test_three_fields_are_asked_about(tmp_path):
     touch(tmp_path, "x.mp4")
     with pytest.raises(InputError, match=r"'frames/x 250 3': is that `folder frames label` .* several labels\?"):
         list_videos(write(tmp_path / "train.txt", "frames/x 250 3\n"))
+    touch(tmp_path, "frames/y/img_00001.jpg")
+    with pytest.raises(InputError, match=r"train\.txt lists folders, such as frames/y; .* make videos of them: ffmpeg"):
+        list_videos(write(tmp_path / "train.txt", "frames/y 250 3\n"))
+    with pytest.raises(InputError, match=r"ignored: .*\(y/img_00001\.jpg\)\. Folders of pictures are not read; make"):
+        list_videos(tmp_path / "frames")
     with pytest.raises(InputError, match=r"line 2: 'x\.mp4 3 4' has several labels; a video has one"):
         list_videos(write(tmp_path / "train.txt", "x.mp4 3\nx.mp4 3 4\n"))
     with pytest.raises(InputError, match=r"line 2: 'nothing' is not a path and a label"):
