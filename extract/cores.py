@@ -1,7 +1,8 @@
 """The CPU: how many cores this process may use, for every pool of threads or processes, and what they compute in."""
 
 import os
-from pathlib import Path
+
+from extract.portable import read_proc
 
 
 def available_cores(limit: int | None = None) -> int:
@@ -23,8 +24,4 @@ def available_cores(limit: int | None = None) -> int:
 
 def has_native_bf16() -> bool:
     """Whether the CPU itself computes in bf16, which is then faster than fp32. Never a matter of the load."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").split()
-    except OSError:  # not Linux
-        return False
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags)
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(read_proc("cpuinfo").split())

@@ -6,8 +6,6 @@ Steps on small batches gain nothing from a second thread. Only the parent writes
 parent's to decide, and die with it, also after a kill -9.
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 import warnings
@@ -18,11 +16,11 @@ from typing import Any, TypeVar
 
 from extract.cli import RunError
 from extract.cores import available_cores
+from extract.portable import end_with_parent
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_PR_SET_PDEATHSIG = 1
 _process: dict[str, Any] = {}  # in a child: `prepare`, and once it was called its result as `state`
 
 
@@ -92,8 +90,7 @@ def run_side_by_side(
 
 def _begin(prepare: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with contextlib.suppress(AttributeError, OSError):  # Linux alone has it
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     _process.clear()
     _process["prepare"] = prepare
 

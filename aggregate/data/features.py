@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from extract.cli import InputError, RunError
+from extract.portable import memory_available
 from extract.sampling import segment_centres
 from extract.store import PENDING, FeatureStore
 from extract.store.summary import human_bytes
@@ -73,7 +74,7 @@ class StoredFeatures:
         self._choose(np.asarray(rows), np.arange(len(rows)))
         size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
         self.placement, self.words = _placed(size, self.device, placement)
-        if self.placement == "mmap" and size > _memory_available():
+        if self.placement == "mmap" and size > memory_available():
             store.read_sparsely()
             self.words += "; larger than memory, so without reading ahead"
         self._held: Tensor | None = None  # [n, views, T, D]
@@ -210,12 +211,6 @@ def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str,
             chosen, reason = "mmap", f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache"
     where = {"device": f"on {device}", "memory": "in memory", "mmap": "memory-mapped"}[chosen]
     return chosen, f"{human_bytes(size)} {where} ({reason})"
-
-
-def _memory_available() -> int:
-    """Bytes that the page cache could take."""
-    with open("/proc/meminfo", encoding="ascii") as file:
-        return 1024 * int(next(line for line in file if line.startswith("MemAvailable")).split()[1])
 
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:

@@ -11,7 +11,6 @@ slots of memory that both see, so frames are not copied through a pipe.
 """
 
 import contextlib
-import ctypes
 import mmap
 import os
 import pickle
@@ -32,6 +31,7 @@ import numpy as np
 
 from extract.cli import RunError
 from extract.decode.opening import MAX_PIXELS, time_limit
+from extract.portable import end_with_parent, shared_memory
 from extract.sources import UNKNOWN, Source, read_source
 
 # function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
@@ -40,7 +40,6 @@ Function = Callable[[Any, np.ndarray], Any]
 SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
 ATTEMPTS = 3  # at a job whose child dies: someone may have killed it for other reasons than this video
 SECONDS_TO_START = 60.0
-_PR_SET_PDEATHSIG = 1
 _PROGRAM_BYTES = 1 << 29
 
 
@@ -180,8 +179,7 @@ class _Child:
 
     def __init__(self, function: Function, *, slot_bytes: int, timeout: float, nice: int):
         self._timeout, self._setup = timeout, pickle.dumps((function, slot_bytes, nice))
-        self._memory = os.memfd_create("decoded-frames")  # not /dev/shm, which is 64 MB in many containers
-        os.ftruncate(self._memory, SLOTS_A_CHILD * slot_bytes)
+        self._memory = shared_memory(SLOTS_A_CHILD * slot_bytes)
         self._seen = _mapped(self._memory, slot_bytes)
         self._closed = False
         self._process: subprocess.Popen | None = None
@@ -298,7 +296,7 @@ def _limit_memory(slot_bytes: int) -> None:
 def _serve(pipe: Connection, memory: int) -> None:
     """Do jobs until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
     os.nice(nice)
     _limit_memory(slot_bytes)

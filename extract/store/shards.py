@@ -20,6 +20,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from extract.portable import advise
+
 CRC_BYTES = 4
 _ABSENT = np.uint64(2**64 - 1)  # Zarr's mark for a chunk that is not in the shard
 _MAP_FIXED = 0x10  # the same on Linux and macOS; Python's mmap module does not name it
@@ -126,7 +128,7 @@ class ShardMap:
         first = (self._base + np.ravel(offsets)) // mmap.PAGESIZE * mmap.PAGESIZE
         length = self.array.strides[3] + mmap.PAGESIZE  # a frame may begin in the middle of a page
         for address in first.tolist():
-            self._libc.madvise(address, length, mmap.MADV_WILLNEED)  # advice: where it fails, reading still works
+            advise(self._libc, address, length, mmap.MADV_WILLNEED)
 
     def _map_shards(self, blocks: list[int]) -> None:
         for block, path in zip(blocks, self._paths(blocks), strict=True):
@@ -139,7 +141,7 @@ class ShardMap:
             try:
                 address = self._map(self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
                 if self.sparse:
-                    self._libc.madvise(address, size, mmap.MADV_RANDOM)
+                    advise(self._libc, address, size, mmap.MADV_RANDOM)
             finally:
                 os.close(descriptor)
             self._mapped[block] = True

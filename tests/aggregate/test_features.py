@@ -107,7 +107,7 @@ def test_augmented_passes_are_for_training_and_crops_for_tests(store, monkeypatc
 
 
 def test_a_store_larger_than_memory_is_read_without_reading_ahead(store, monkeypatch):
-    monkeypatch.setattr("aggregate.data.features._memory_available", lambda: 1000)
+    monkeypatch.setattr("aggregate.data.features.memory_available", lambda: 1000)
     fresh = FeatureStore.open(store.path)
     features = StoredFeatures(fresh, np.arange(40), placement="mmap")
     assert "larger than memory" in features.words
