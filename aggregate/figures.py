@@ -197,8 +197,8 @@ def scatter(places: np.ndarray, kinds: np.ndarray, names: Sequence[str]) -> Figu
         return figure
 
 
-def film(pictures: Sequence[np.ndarray], weights: np.ndarray, moments: Sequence[str]) -> Figure:
-    """Frames along the timeline over each frame's share of each group's weights [groups, frames].
+def film(pictures: Sequence[np.ndarray], weights: np.ndarray, moments: Sequence[str], title: str = "") -> Figure:
+    """Frames along the timeline over each frame's share of each group's weights [groups, frames], below a `title`.
 
     Of many frames those that `evenly` says are shown, whose `pictures` (uint8 [side, side, 3] each) are given, or none.
     Blue runs from 0 to the largest share; the bars below are the mean of the groups, the dashed line an even share.
@@ -209,9 +209,11 @@ def film(pictures: Sequence[np.ndarray], weights: np.ndarray, moments: Sequence[
     room = max(count, FILM_FRAMES)  # frames are as large in a short film
     tall = [1.0] * bool(pictures) + [0.34 * groups, 0.9]  # in widths of a frame
     with _styled():
-        wide, high = 0.5 + 0.44 * room, 0.25 + 0.44 * sum(tall) * 1.06
-        margins = {"left": 0.5 / wide, "right": 1, "bottom": 0.25 / high, "top": 1, "hspace": 0.06}
+        head = 0.2 * len(title.splitlines())
+        wide, high = 0.5 + 0.44 * room, 0.25 + 0.44 * sum(tall) * 1.06 + head
+        margins = {"left": 0.5 / wide, "right": 1, "bottom": 0.25 / high, "top": 1 - head / high, "hspace": 0.06}
         figure = Figure(figsize=(wide, high))
+        figure.text(0.5 / wide, 1, title, va="top", fontsize=9)
         grid = figure.subplots(len(tall), 1, sharex=True, height_ratios=tall, squeeze=False, gridspec_kw=margins)
         parts = list(grid[:, 0])
         if pictures:

@@ -23,6 +23,7 @@ from extract.files import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
 
 TOP = 5
+EVEN = 1.2  # attention is called even if no frame has more than this many times its even share
 
 
 @dataclass(frozen=True)
@@ -121,14 +122,32 @@ def _clock(seconds: float) -> str:
     return f"{f'{hours}:{minutes:02}' if hours else minutes}:{rest / 10:04.1f}"
 
 
-def attention_picture(prediction: Prediction) -> bytes:
+def attention_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
     """PNG: thumbnails over each frame's share of each group's weights (at most as many as a film holds)."""
     from aggregate import figures
 
     whole = prediction.windows[0]
     assert whole.weights is not None
     pictures = list(prediction.crops[figures.evenly(len(whole.indices))])
-    return figures.png(figures.film(pictures, whole.weights, [f"{time:.1f} s" for time in whole.times]))
+    moments = [f"{time:.1f} s" for time in whole.times]
+    return figures.png(figures.film(pictures, whole.weights, moments, picture_title(prediction, classes)))
+
+
+def picture_title(prediction: Prediction, classes: Sequence[str]) -> str:
+    """The video, its likeliest classes, the scale of the blue, and whether attention prefers any frame."""
+    from aggregate import figures
+
+    whole = prediction.windows[0]
+    assert whole.weights is not None
+    shares = np.nan_to_num(figures.shares_of(whole.weights))
+    even, largest = 1 / shares.shape[-1], shares.max()
+    likely = ", ".join(f"{name} {score:.0%}" for name, score in top_classes(whole, classes, 3))
+    scale = (
+        f"Blue: a frame's share of its group's attention, white 0 %, dark {largest:.1%}; an even share is {even:.1%}."
+    )
+    if largest < EVEN * even:
+        scale += " Attention is even: no frame is preferred."
+    return f"{Path(prediction.path).name}: {likely}\n{scale}"
 
 
 def timeline_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
@@ -173,7 +192,11 @@ def main(options: Options) -> int:
             names[path.stem] += 1
             number = f"-{names[path.stem]}" if names[path.stem] > 1 else ""
             picture = options.picture / f"{path.stem}{number}.png"
-            drawn = timeline_picture(seen, predictor.classes) if options.window else attention_picture(seen)
+            drawn = (
+                timeline_picture(seen, predictor.classes)
+                if options.window
+                else attention_picture(seen, predictor.classes)
+            )
             replace_file(picture, drawn)
             print(f"  picture: {picture}", file=screen)
     if options.json is not None:

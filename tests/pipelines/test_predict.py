@@ -347,11 +347,11 @@ def test_pictures(clips, hgnl, tmp_path):
     assert first.read_bytes() == again.read_bytes()
     picture = pixels(first)
     assert picture.shape[1] > 1000
-    strip = picture[5:50, 100:-10]  # the thumbnails: photographs, not a plain ground
+    strip = picture[70:115, 100:-10]  # the thumbnails: photographs, not a plain ground
     assert strip.std() > 10
     timeline_asked = Options((clips[0],), hgnl, segments=2, window=1.0, picture=tmp_path / "t", device="cpu")
     assert predict.main(timeline_asked) == 0
-    assert pixels(tmp_path / "t" / f"{clips[0].stem}.png").shape[1] > 1000
+    assert pixels(tmp_path / "t" / f"{clips[0].stem}.png").shape[1] > 800
 
 
 def pixels(file: Path) -> np.ndarray:
@@ -362,7 +362,7 @@ def pixels(file: Path) -> np.ndarray:
 def test_a_silent_group_is_drawn_empty(clips, hgnl):
     seen = predictor_of(hgnl, segments=3)(clips[0])
     seen.windows[0].weights[1] = 0
-    assert predict.attention_picture(seen).startswith(b"\x89PNG")
+    assert predict.attention_picture(seen, ["a"] * 9).startswith(b"\x89PNG")
 
 
 def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(clips, hgnl, tmp_path, monkeypatch):
@@ -500,3 +500,14 @@ def test_extraction_takes_the_backbone_that_a_checkpoint_records(clips, tmp_path
     assert extract(options) == 0
     store = FeatureStore.open(tmp_path / "f.zarr")
     assert store.provenance["backbone"] == Checkpoint.load(checkpoint).features["backbone"] == "test_resnet"
+
+
+@pytest.mark.parametrize(("weights", "even"), [([[1, 1, 1.1, 1]], True), ([[1, 1, 9, 1]], False)])
+def test_a_picture_names_class_scores_and_scale_and_says_if_attention_is_even(weights, even):
+    window = Window(0, 1, 4, np.arange(4), np.arange(4) / 4, np.array([0.0, 2.0]), np.array(weights))
+    prediction = Prediction("a folder/clip.mp4", 1, (window,), crops=np.zeros((4, 8, 8, 3), np.uint8))
+    title = predict.picture_title(prediction, ["a", "b"])
+    assert title.startswith("clip.mp4: b 88%, a 12%\nBlue: a frame's share of its group's attention, white 0 %, dark ")
+    assert "an even share is 25.0%" in title
+    assert ("Attention is even" in title) == even
+    assert predict.attention_picture(prediction, ["a", "b"]).startswith(b"\x89PNG")
