@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from extract.decode import VideoError, decode
-from extract.decode.opening import ANY_TEXT
+from extract.decode.opening import LENIENT_METADATA
 from extract.sampling import segment_centres
 
 KINDS = ("bits", "bytes", "cut", "swap", "repeat", "zeros", "header", "tail", "remove", "bits")
@@ -81,7 +81,7 @@ def digest(frame: np.ndarray) -> str:
 def plainly(path: str) -> tuple[list[str], list[bool], str]:
     """Digests of all frames, turned as they are shown; which are corrupt; and the error that ended it, if any."""
     found, corrupt, error = [], [], ""
-    with contextlib.suppress(av.FFmpegError), av.open(path, **ANY_TEXT) as container:
+    with contextlib.suppress(av.FFmpegError), av.open(path, **LENIENT_METADATA) as container:
         stream = container.streams.best("video")
         stream.codec_context.thread_count = 1
         for packet in packets_of(container, stream):

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from extract.decode.opening import ANY_TEXT
+from extract.decode.opening import LENIENT_METADATA
 
 # FFmpeg's name of a container where the file's ending does not say it.
 _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}
@@ -186,7 +186,7 @@ class Whole:
 def decode_everything(path: Path) -> Whole:
     """Every frame as the plainest use of PyAV gives it: no skipping, no seeking, no turning."""
     frames, seconds, corrupt, error = [], [], [], ""
-    with av.open(str(path), **ANY_TEXT) as container:
+    with av.open(str(path), **LENIENT_METADATA) as container:
         stream = container.streams.best("video")
         assert stream is not None, f"{path} has no video stream"
         stream.codec_context.thread_count = 1

@@ -28,7 +28,7 @@ import numpy as np
 
 from extract.cli import InputError
 from extract.decode.opening import VideoError
-from extract.decode.packets import Span, length_of
+from extract.decode.packets import Span, duration_of
 from extract.decode.reader import Decoded, FrameTimes, decode_spans
 from extract.decode.transform import (
     Preprocessing,
@@ -164,7 +164,7 @@ def decode_job(job: Job, out: Any) -> Any:
     """
     path, rows, plan = job
     if not rows:
-        return length_of(path)
+        return duration_of(path)
     size = math.prod(plan.preprocessing.frame_shape)
     pictures = out[: len(out) // size * size].reshape(-1, *plan.preprocessing.frame_shape)
     used = [0] * len(rows)

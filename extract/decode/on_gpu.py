@@ -1,7 +1,7 @@
 """Videos decoded on a GPU: torchcodec's NVDEC, resized and cropped there, straight into the backbone's batches.
 
-Which frames there are, and when they are shown, is learned as for PyAV (`Packets`), so the same frames are seen; only
-their colours differ, since NVDEC converts them in its own way. What it cannot decode, PyAV's children do, and the
+Which frames there are, and when they are shown, is learned as for PyAV (`PacketDecoder`), so the same frames are seen;
+only their colours differ, since NVDEC converts them in its own way. What it cannot decode, PyAV's children do, and the
 record of the video says so.
 """
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from extract.cli import InputError
 from extract.commands import install_command
 from extract.decode.opening import VideoError, time_limit
-from extract.decode.packets import Packets, UntrustedError, VideoFile
+from extract.decode.packets import PacketDecoder, UnreliablePacketsError, VideoFile
 from extract.sources import read_source
 
 if TYPE_CHECKING:
@@ -31,40 +31,42 @@ _AT_ONCE = 32  # frames in their own size on the GPU
 
 
 class TorchcodecFile(VideoFile):
-    """Its frames are those that `Packets` finds, its pictures uint8 tensors [H, W, 3] on `device`. UntrustedError."""
+    """Frames as `PacketDecoder` finds them, as uint8 tensors [H, W, 3] on `device`."""
 
     def __init__(self, path: Any, *, device: str):
         from torchcodec.decoders import VideoDecoder
 
-        packets = Packets(path)
+        packets = PacketDecoder(path)
         self.times, self.end = packets.times, packets.end
         self.offset, self.clock_note = packets.offset, packets.clock_note
-        with _doubted():
+        with _runtime_errors_as_unreliable():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
             about = self._decoder.metadata
             why = str(self._decoder.cpu_fallback).rpartition(": ")[-1]
-            raise UntrustedError(f"NVDEC does not decode {about.codec} of {about.width} x {about.height} ({why})")
+            raise UnreliablePacketsError(
+                f"NVDEC does not decode {about.codec} of {about.width} x {about.height} ({why})"
+            )
         if len(self._decoder) != len(self.times):
-            raise UntrustedError(f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}")
+            raise UnreliablePacketsError(f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}")
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         first = self._decoder.metadata.begin_stream_seconds
         for start in range(0, len(indices), _AT_ONCE):
             some = indices[start : start + _AT_ONCE]
-            with _doubted():
+            with _runtime_errors_as_unreliable():
                 frames = self._decoder.get_frames_at(some)
             if abs(frames.pts_seconds.numpy() - first - self.times[some]).max() > 1e-3:
-                raise UntrustedError("torchcodec shows its frames at other times")
+                raise UnreliablePacketsError("torchcodec shows its frames at other times")
             yield from zip(some, frames.data, strict=True)
 
 
 @contextmanager
-def _doubted() -> Iterator[None]:
+def _runtime_errors_as_unreliable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torchcodec's for everything: `function, file:line, words`
-        raise UntrustedError(f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}") from None
+        raise UnreliablePacketsError(f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}") from None
 
 
 class GpuDecoder:
@@ -80,7 +82,7 @@ class GpuDecoder:
 
     def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
         if job[2].decoder == "pyav":
-            return self._by_children(job, "workers died with it in hand")
+            return self._fall_back(job, "workers died with it in hand")
         answer: Future[Finished] = Future()
         threading.Thread(target=self._decode, args=(job, answer), daemon=True).start()
         allowed = time_limit(self._timeout, job[0])
@@ -91,9 +93,9 @@ class GpuDecoder:
             why = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
         except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
             why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-        return self._by_children(job, why)
+        return self._fall_back(job, why)
 
-    def _by_children(self, job: tuple[str, Any, Any], why: str) -> "Finished":
+    def _fall_back(self, job: tuple[str, Any, Any], why: str) -> "Finished":
         path, rows, plan = job
         note = f"decoded by PyAV: {why}"
         finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()

@@ -12,7 +12,7 @@ import av
 from av.format import ContainerFormat
 
 # A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
-ANY_TEXT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 
 av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
 
@@ -113,7 +113,7 @@ def check_size(path, width: int, height: int) -> None:
 
 
 # What reading a damaged file raises; IndexError is PyAV's, where a stream appears in the middle.
-DAMAGE = (av.FFmpegError, IndexError)
+DECODE_ERRORS = (av.FFmpegError, IndexError)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ def open_video(path):
     options = {"protocol_whitelist": "file", "format_whitelist": _format_whitelist(), "max_pixels": str(MAX_PIXELS)}
     try:
         # FFmpeg takes what stands before a colon in a relative path for a protocol.
-        container = av.open(os.path.abspath(path), options=options, **ANY_TEXT)
+        container = av.open(os.path.abspath(path), options=options, **LENIENT_METADATA)
     except (av.FFmpegError, OSError, ValueError) as error:
         raise VideoError(path, _why_not(path, error)) from None
     stream = container.streams.best("video")

@@ -1,6 +1,6 @@
 """A video by its packets: which frames there are, and the wanted ones decoded without the others.
 
-What packets say is believed only where it is what decoding everything would say; `UntrustedError` says why not.
+What packets say is believed only where it is what decoding everything would say; `UnreliablePacketsError` says why not.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from extract.decode.opening import (
-    DAMAGE,
+    DECODE_ERRORS,
     VideoError,
     check_file,
     check_length,
@@ -41,14 +41,14 @@ _REORDERING = frozenset(("h264", "hevc"))
 # DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
 _PLACEHOLDER_BYTES = 19
 # What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
-_EXPECTED = "mmco: unref short failure"
+_BENIGN_WARNING = "mmco: unref short failure"
 # How much later than a container's own start the first frame may come, unmentioned (s).
 _NOTED_OFFSET = 0.1
 # Packets that stay in memory between the two passes; a longer video is read from its file twice.
 _KEPT_BYTES = 64 << 20
 
 
-class UntrustedError(Exception):
+class UnreliablePacketsError(Exception):
     """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
 
 
@@ -80,14 +80,14 @@ class VideoFile:
         return "; ".join(notes)
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames (ascending indices) as RGB, turned as they are to be displayed; UntrustedError if one is doubted."""
+        """Frames (ascending indices) as RGB, turned as they are displayed; UnreliablePacketsError if one is doubted."""
         raise NotImplementedError
 
 
-class Packets(VideoFile):
+class PacketDecoder(VideoFile):
     """A video by its packets, which go by their numbers in the file's order; those of a small file stay in memory.
 
-    Raises UntrustedError.
+    Raises UnreliablePacketsError.
     """
 
     def __init__(self, path):
@@ -98,7 +98,7 @@ class Packets(VideoFile):
         self._opened: Any = container, stream  # until frames are asked for
         try:
             stop = self._read(container, stream)
-        except UntrustedError:
+        except UnreliablePacketsError:
             container.close()
             raise
         if not self._key[0] or self.pts[self._order[0]] < self.pts[0]:
@@ -106,7 +106,7 @@ class Packets(VideoFile):
         first = self.pts[self._order[0]]
         self.times = seconds(np.array(self.pts)[self._order] - first, stream.time_base)
         self.offset = offset_of(container, stream, first)
-        self.end = end_of(self.times, float(seconds(stop - first, stream.time_base)))
+        self.end = last_frame_end(self.times, float(seconds(stop - first, stream.time_base)))
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         (container, stream), self._opened = self._opened or open_video(self._path), None
@@ -126,11 +126,11 @@ class Packets(VideoFile):
             try:
                 frames = (frame for packet in container.demux(stream) for frame in packet.decode())
                 first = next((frame.pts for frame in frames if not frame.is_corrupt), None)
-            except DAMAGE as error:
-                raise UntrustedError(f"decoding its start ends with: {error_text(error)}") from None
+            except DECODE_ERRORS as error:
+                raise UnreliablePacketsError(f"decoding its start ends with: {error_text(error)}") from None
         left_out = [number for number in self._order if first is None or self.pts[number] < first]
         if first is None or first not in self.pts:
-            raise UntrustedError("its first frame that decodes is not one of its packets")
+            raise UnreliablePacketsError("its first frame that decodes is not one of its packets")
         self._order = self._order[len(left_out) :]
         if left_out:
             self.clock_note = undecodable_start(len(left_out))
@@ -138,19 +138,19 @@ class Packets(VideoFile):
     def _read(self, container, stream) -> int:
         """Look at every packet, without decoding; returns the time stamp at which the last frame goes."""
         if stream.codec_context.name in _HIDDEN_PICTURES:
-            raise UntrustedError("its packets may hold pictures that are never shown")
+            raise UnreliablePacketsError("its packets may hold pictures that are never shown")
         total, stop, latest = 0, -math.inf, -math.inf
         try:
             for packet in container.demux(stream):
                 if not packet.size:
                     continue
                 if packet.pts is None:
-                    raise UntrustedError("its packets have no time stamps")
+                    raise UnreliablePacketsError("its packets have no time stamps")
                 if packet.is_corrupt:
-                    raise UntrustedError("a packet is damaged")
+                    raise UnreliablePacketsError("a packet is damaged")
                 if packet.dts is not None:
                     if packet.dts < latest:
-                        raise UntrustedError("its packets do not come in the order in which they are decoded")
+                        raise UnreliablePacketsError("its packets do not come in the order in which they are decoded")
                     latest = packet.dts
                 if not packet.is_discard:  # an edit list hides the others
                     self._order.append(len(self.pts))
@@ -161,17 +161,17 @@ class Packets(VideoFile):
                 total += packet.size
                 if total <= _KEPT_BYTES:
                     self._kept.append(packet)
-        except DAMAGE as error:
-            raise UntrustedError(f"reading it ends with: {error_text(error)}") from None
+        except DECODE_ERRORS as error:
+            raise UnreliablePacketsError(f"reading it ends with: {error_text(error)}") from None
         if total > _KEPT_BYTES:
             self._kept.clear()
         shown = np.array(self.pts)[self._order] if self._order else np.empty(0)
         if len(np.unique(shown)) != len(shown) or not len(shown):
-            raise UntrustedError("its time stamps are not one a frame")
-        if early := ends_early(container, stream, len(self.pts)):
-            raise UntrustedError(early)
+            raise UnreliablePacketsError("its time stamps are not one a frame")
+        if early := truncation(container, stream, len(self.pts)):
+            raise UnreliablePacketsError(early)
         if _order_is_guessed(container, stream, self.pts, self._sizes):
-            raise UntrustedError("its time stamps are those of packets, not of frames")
+            raise UnreliablePacketsError("its time stamps are those of packets, not of frames")
         self._order = array("l", np.array(self._order)[np.argsort(shown)].tolist())
         return int(stop)
 
@@ -185,7 +185,7 @@ class Packets(VideoFile):
         """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
         skips, chosen = context.name in _SKIPPING, set(wanted)
         keys = np.flatnonzero(np.frombuffer(self._key, bool)).tolist()
-        again = None if self._kept else _Again(self._path, self.pts, self._sizes)
+        again = None if self._kept else _Redemuxer(self._path, self.pts, self._sizes)
         position = key_place = 0
         sought: set[int] = set()
         latest: int | None = None
@@ -199,15 +199,15 @@ class Packets(VideoFile):
             frames = context.decode(packet)
             # Not all that a decoder patches up is marked, but all is logged.
             count, last = av.logging.get_last_error()
-            if count > complaints and (before is None or _EXPECTED not in str(last)):
-                raise UntrustedError("its decoder complains")
+            if count > complaints and (before is None or _BENIGN_WARNING not in str(last)):
+                raise UnreliablePacketsError("its decoder complains")
             for frame in frames:
                 if frame.pts in sought and not frame.key_frame:
-                    raise UntrustedError("a packet is called a key frame and is none")
+                    raise UnreliablePacketsError("a packet is called a key frame and is none")
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
-                    raise UntrustedError("frames do not come in the order of their time stamps")
+                    raise UnreliablePacketsError("frames do not come in the order of their time stamps")
                 if frame.is_corrupt and (before is None or frame.pts >= before or frame.pts in wanted_times):
-                    raise UntrustedError(f"the frame with time stamp {frame.pts} is corrupt")
+                    raise UnreliablePacketsError(f"the frame with time stamp {frame.pts} is corrupt")
                 latest = frame.pts
                 yield frame
 
@@ -230,8 +230,8 @@ class Packets(VideoFile):
                     yield from decoded(again.packet(position) if again else self._kept[position])
                     position += 1
             yield from decoded(None)
-        except DAMAGE as error:
-            raise UntrustedError(f"decoding ends with: {error_text(error)}") from None
+        except DECODE_ERRORS as error:
+            raise UnreliablePacketsError(f"decoding ends with: {error_text(error)}") from None
         finally:
             if again:
                 again.close()
@@ -249,7 +249,7 @@ def _order_is_guessed(container, stream, pts: Sequence[int], sizes: Sequence[int
     return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
 
 
-class _Again:
+class _Redemuxer:
     """Packets of a file too large to keep, read once more; forward only, a gap ends at a key frame that is sought."""
 
     def __init__(self, path, pts: Sequence[int], sizes: Sequence[int]):
@@ -266,13 +266,13 @@ class _Again:
             # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
             if packet.size == self._sizes[number] and packet.pts == self._pts[number]:
                 return packet
-        raise UntrustedError(f"packet {number} is not found again")
+        raise UnreliablePacketsError(f"packet {number} is not found again")
 
     def close(self) -> None:
         self._container.close()
 
 
-def ends_early(container, stream, packets: int) -> str:
+def truncation(container, stream, packets: int) -> str:
     """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit list never needs."""
     if "mp4" not in container.format.name:
         return ""
@@ -287,7 +287,7 @@ def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
     return np.rot90(picture, turns) if turns else picture
 
 
-def length_of(path: str) -> float:
+def duration_of(path: str) -> float:
     """Seconds from a video's first frame to the end of its last, by packets that exist.
 
     MP4 and Matroska files have an index: only their last packets are read. Others are read as a whole. Raises
@@ -297,8 +297,8 @@ def length_of(path: str) -> float:
     with opened(path) as (container, stream):
         indexed = container.format.name.split(",")[0] in _INDEXED
         if not indexed:
-            with contextlib.suppress(UntrustedError):
-                return Packets(path).end
+            with contextlib.suppress(UnreliablePacketsError):
+                return PacketDecoder(path).end
         length = _length_by_packets(container, stream, seek=indexed)
         if length is None and indexed:  # the index is damaged
             container.seek(0, stream=stream)
@@ -314,7 +314,7 @@ def _length_by_packets(container, stream, *, seek: bool) -> float | None:
     usual = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 1
     parts: list[list[int]] = []  # [first time stamp, end] between jumps back
     latest = -math.inf
-    with contextlib.suppress(*DAMAGE, ValueError):
+    with contextlib.suppress(*DECODE_ERRORS, ValueError):
         first = stream.start_time
         if seek:
             claimed = (container.duration or 0) / av.time_base / stream.time_base
@@ -363,6 +363,6 @@ def seconds(ticks, base: Fraction):
     return ticks * base.numerator / base.denominator
 
 
-def end_of(times: np.ndarray, known: float = 0.0) -> float:
+def last_frame_end(times: np.ndarray, known: float = 0.0) -> float:
     """When the last of frames at `times` goes: when its packet says, at least after as long as is usual."""
     return max(known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0))

@@ -30,17 +30,17 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
-from extract.decode.opening import DAMAGE, VideoError, check_file, check_length, check_size, error_text, opened
+from extract.decode.opening import DECODE_ERRORS, VideoError, check_file, check_length, check_size, error_text, opened
 from extract.decode.packets import (
-    Packets,
+    PacketDecoder,
     Span,
-    UntrustedError,
+    UnreliablePacketsError,
     VideoFile,
     carry_on,
-    end_of,
-    ends_early,
+    last_frame_end,
     offset_of,
     seconds,
+    truncation,
     upright,
 )
 
@@ -145,13 +145,13 @@ def decode_spans(
         check_length(path, source.file.end)
         try:
             yield from _decode(source.file, path, wanted, left, resize)
-        except UntrustedError as error:
+        except UnreliablePacketsError as error:
             doubt = str(error)
             if decoder.startswith("torchcodec-"):
                 raise VideoError(path, doubt) from None
             # What is decoded of a span must not depend on the spans that it was decoded with.
             for place in [*left] if len(left) > 1 else []:
-                with suppress(UntrustedError):
+                with suppress(UnreliablePacketsError):
                     yield from _decode(source.file, path, wanted, [place], resize)
                     left.remove(place)
     if left:
@@ -168,17 +168,19 @@ class _Source:
     def __init__(self, path, decoder: str):
         self.path, self.doubt = path, ""
         self.file: VideoFile | None = None
-        self._everything: _Everything | None = None
+        self._everything: _FullDecode | None = None
         try:
             self.file = _opener(decoder)(path)
-        except UntrustedError as error:
+        except UnreliablePacketsError as error:
             if decoder.startswith("torchcodec-"):
                 raise VideoError(path, str(error)) from None
             self.doubt = str(error)
 
-    def everything(self, doubt: str) -> "_Everything":
+    def everything(self, doubt: str) -> "_FullDecode":
         if self._everything is None:
-            self._everything = _Everything(self.path, doubt, self.file if isinstance(self.file, Packets) else None)
+            self._everything = _FullDecode(
+                self.path, doubt, self.file if isinstance(self.file, PacketDecoder) else None
+            )
         return self._everything
 
 
@@ -187,7 +189,7 @@ def _opener(decoder: str) -> Callable[..., VideoFile]:
         return partial(TorchcodecFile, device=decoder.removeprefix("torchcodec-"))
     if decoder not in ("pyav", "decord"):
         raise ValueError(f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'")
-    return Packets if decoder == "pyav" else _Decord
+    return PacketDecoder if decoder == "pyav" else _Decord
 
 
 _recent: dict[tuple, _Source] = {}  # the file whose spans were read last, if they were
@@ -242,9 +244,9 @@ def _decode(
             deque(pictures, maxlen=0)  # what is wrong behind the last frame may be wrong with it
         lost = [index for index in indices.tolist() if index not in found]
         if lost:
-            raise UntrustedError(f"frame {min(lost)} does not decode")
+            raise UnreliablePacketsError(f"frame {min(lost)} does not decode")
         shape = found[int(indices[0])].shape
-        fitted = [_fitted(found[index], shape) for index in indices.tolist()]
+        fitted = [_resized_like(found[index], shape) for index in indices.tolist()]
         frames = np.stack(fitted) if isinstance(fitted[0], np.ndarray) else stacked(fitted)
         times = file.times[indices].astype(np.float32)
         left.remove(place)
@@ -267,7 +269,7 @@ def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
     return checked.astype(np.int32)
 
 
-def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _resized_like(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """A picture in the size of those before it, where the stream changes its size half-way."""
     if picture.shape == shape:
         return picture
@@ -279,14 +281,14 @@ def _fitted(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 # -- everything ----------------------------------------------------------------------------------------------------
 
 
-class _Everything(VideoFile):
+class _FullDecode(VideoFile):
     """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones.
 
     If its packets could be trusted as far as they tell which frames there are (`table`), numbers and times of frames
     are theirs, so that both are the same whichever way a span is decoded.
     """
 
-    def __init__(self, path, doubt: str, table: Packets | None):
+    def __init__(self, path, doubt: str, table: PacketDecoder | None):
         self._path, self._next = path, 0
         self._damage: list[str] = []
         stamps, corrupt, timed = array("q"), bytearray(), True
@@ -308,7 +310,7 @@ class _Everything(VideoFile):
             self.offset, self.clock_note = table.offset, table.clock_note
         else:
             self._planned = self._every = self._own_times(np.array(stamps), timed)
-            self.end = end_of(self._every)
+            self.end = last_frame_end(self._every)
         self.times = self._every[good]
         self._frames: Iterator[av.VideoFrame] = iter(())
 
@@ -371,10 +373,10 @@ def _all_frames(path, problems: list[str], jumps: list[int]) -> Iterator[av.Vide
                 for frame in packet.decode():
                     good += 1
                     yield frame
-        except DAMAGE as error:
+        except DECODE_ERRORS as error:
             problems.append(f"damaged after {good} readable frames: {error_text(error)}")
         else:
-            if early := ends_early(container, stream, packets):
+            if early := truncation(container, stream, packets):
                 problems.append(early)
 
 
@@ -389,7 +391,7 @@ class _Decord(VideoFile):
     def __init__(self, path):
         decord = _import_decord()
         self._path, self._errors = path, (decord.DECORDError, RuntimeError)
-        with self._in_words():
+        with self._translated_errors():
             self._reader = decord.VideoReader(os.fspath(path), num_threads=1)
             shown = np.asarray(self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64)
         if not len(shown):
@@ -397,12 +399,12 @@ class _Decord(VideoFile):
         self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        with self._in_words():
+        with self._translated_errors():
             for index in indices:
                 yield index, self._reader[index].asnumpy()
 
     @contextmanager
-    def _in_words(self) -> Iterator[None]:
+    def _translated_errors(self) -> Iterator[None]:
         try:
             yield
         except self._errors as error:

@@ -9,7 +9,7 @@ import pytest
 from decode_jobs import prepare_row
 from extract.decode import VideoError, decode, reader
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.packets import length_of
+from extract.decode.packets import duration_of
 from extract.decode.transform import Preprocessing
 from extract.sampling import segment_centres
 from videos import decode_everything, write_video
@@ -61,7 +61,7 @@ def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_fra
     note = f"its first {lost} frames cannot be decoded: it begins in the middle of a group of pictures"
     assert frames.note == note
     assert alone[2].startswith(f"{note}; times count from the first frame, 0.")
-    assert length_of(str(path)) == pytest.approx(frames.end)
+    assert duration_of(str(path)) == pytest.approx(frames.end)
 
 
 def test_time_that_jumps_back_goes_on(tmp_path):
@@ -77,7 +77,7 @@ def test_time_that_jumps_back_goes_on(tmp_path):
     assert np.array_equal(whole.frames, parts)
     np.testing.assert_allclose(whole.timestamps, np.arange(110) / 25, atol=1e-5)
     assert (whole.problem, whole.note) == ("", "time stamps jump back at 2.400 s; times go on from there")
-    assert length_of(str(path)) == pytest.approx(4.4)
+    assert duration_of(str(path)) == pytest.approx(4.4)
 
 
 def test_a_clock_that_starts_before_the_pictures_is_noted_of_spans(tmp_path):

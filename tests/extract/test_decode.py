@@ -81,7 +81,7 @@ def no_fallback(monkeypatch):
     def refuse(path, doubt):
         pytest.fail(f"{path} is decoded as a whole: {doubt}")
 
-    monkeypatch.setattr(decoding, "_Everything", refuse)
+    monkeypatch.setattr(decoding, "_FullDecode", refuse)
 
 
 # -- every encoder ---------------------------------------------------------------------------------------------------
@@ -245,8 +245,8 @@ def test_pictures_that_change_size_half_way_get_one_shape(tmp_path):
 def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", frames=200, gop=20, bframes=2)
     fed, resized = [], []
-    packet = packets._Again.packet
-    monkeypatch.setattr(packets._Again, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    packet = packets._Redemuxer.packet
+    monkeypatch.setattr(packets._Redemuxer, "packet", lambda self, number: fed.append(number) or packet(self, number))
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     decoded = decode(path, lambda n: np.array([30, 30, 190]), resize=lambda frame: resized.append(1) or frame)
     assert decoded.frames.shape[0] == 3

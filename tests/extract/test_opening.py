@@ -12,7 +12,7 @@ import pytest
 
 from extract.decode import VideoError, decode, opening
 from extract.decode.opening import check_length, check_size, demuxers, is_refused
-from extract.decode.packets import length_of
+from extract.decode.packets import duration_of
 from odd_files import write_pictures
 
 # Every format that the FFmpeg in PyAV's wheel reads, with its decision. A new one makes a test fail, so that a person
@@ -103,7 +103,7 @@ def test_text_that_names_other_files_is_refused_by_name(name, content, kind, vid
     expected = f"is of a kind that refers to other files ({kind}); list those files themselves"
     assert reason == ("is text, not a video" if name == "list.mp4" else expected)
     with pytest.raises(VideoError, match=r"other files|is text"):
-        length_of(str(path))
+        duration_of(str(path))
 
 
 def test_a_name_with_a_pattern_is_a_name(video, tmp_path):
@@ -216,7 +216,7 @@ def test_a_length_that_a_file_cannot_have_is_refused(tmp_path):
     message = r"its time stamps claim [34],\d00,000 s in 1,4\d\d bytes"
     assert re.match(message, reason_for(path))
     with pytest.raises(VideoError, match=message):
-        length_of(str(path))
+        duration_of(str(path))
     check_length(path, 3600.0)
     with pytest.raises(VideoError, match="at most 1,000,000 s, and 1 byte per second of what is longer than an hour"):
         check_length(path, 3601.0)

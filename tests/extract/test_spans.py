@@ -18,7 +18,7 @@ from extract.cli import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.packets import length_of
+from extract.decode.packets import duration_of
 from extract.decode.reader import FrameTimes
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
@@ -178,10 +178,10 @@ def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
     """Over several calls, as a decode child gets them: the file's packets are looked at once, few are decoded twice."""
     path = write_video(tmp_path / "a.mp4", frames=400, gop=20, bframes=2)
     looked, fed = [], []
-    read, packet = packets.Packets._read, packets._Again.packet
+    read, packet = packets.PacketDecoder._read, packets._Redemuxer.packet
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
-    monkeypatch.setattr(packets.Packets, "_read", lambda *a: looked.append(1) or read(*a))
-    monkeypatch.setattr(packets._Again, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    monkeypatch.setattr(packets.PacketDecoder, "_read", lambda *a: looked.append(1) or read(*a))
+    monkeypatch.setattr(packets._Redemuxer, "packet", lambda self, number: fed.append(number) or packet(self, number))
     for first in range(0, 16, 4):
         spans = [((first + number) * 1.0, (first + number + 1) * 1.0) for number in range(4)]
         assert len(dict(decode_spans(path, [(span, shown_centres) for span in spans]))) == 4
@@ -372,15 +372,15 @@ def test_the_length_of_a_video_is_when_its_last_frame_goes(name, tmp_path):
     more = {"late.mkv": {"pts": [5000 + 40 * n for n in range(60)]}, "audio.mp4": {"audio": True}}.get(name, {})
     more |= {".webm": {"codec": "libvpx-vp9"}, ".gif": {"codec": "gif", "pix_fmt": "rgb8"}}.get(Path(name).suffix, {})
     path = write_video(tmp_path / name, frames=60, gop=20, bframes=2, **more)
-    assert length_of(str(path)) == pytest.approx(2.4, abs=0.041)
-    last = decode(path, np.arange, span=(2.3, length_of(str(path)) + 0.001))
+    assert duration_of(str(path)) == pytest.approx(2.4, abs=0.041)
+    last = decode(path, np.arange, span=(2.3, duration_of(str(path)) + 0.001))
     assert last.indices[-1] == 59
 
 
 def test_the_length_of_what_an_edit_list_leaves(tmp_path):
     path = write_video(tmp_path / "a.mp4", gop=6, bframes=2, frames=40)
     cut = cut_by_edit_list(path, start=0.3, seconds=0.8)
-    assert length_of(str(cut)) == pytest.approx(packets.Packets(cut).end, abs=0.05)
+    assert duration_of(str(cut)) == pytest.approx(packets.PacketDecoder(cut).end, abs=0.05)
 
 
 def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):

@@ -26,7 +26,7 @@ from extract.backbone.frozen import NotFiniteError, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.packets import length_of
+from extract.decode.packets import duration_of
 from extract.decode.transform import crop_boxes, resize_frame
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
@@ -253,7 +253,7 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
     path = codec_clips / clip
     everything = decode(path, np.arange)
     seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)
-    spans = window_spans(length_of(str(path)), 0.3, 0.2)
+    spans = window_spans(duration_of(str(path)), 0.3, 0.2)
     inside = [(everything.timestamps >= start - 1e-3) & (everything.timestamps < end - 1e-3) for start, end in spans]
     shown = [(span, np.flatnonzero(frames)) for span, frames in zip(spans, inside, strict=True) if frames.any()]
     assert len(shown) == len(seen.windows) <= len(spans)
