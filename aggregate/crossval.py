@@ -117,7 +117,7 @@ def candidates_by_agg(options: Options, store: "FeatureStore") -> "tuple[dict[st
     if options.shots is not None and options.seeds != Options.seeds:
         seeds = " ".join(map(str, options.seeds))
         raise InputError(f"--seeds {seeds} means nothing to --shots: a draw takes the place of a seed; give --repeats")
-    own = {"knn": {"k", "vector", "standardise"}, "logreg": {"C", "vector", "standardise", "epochs"}}
+    own = {"knn": {"k", "vector", "standardise"}, "logreg": {"C", "vector", "standardise", "epochs", "balance"}}
     for one in fields(options):
         value, users = getattr(options, one.name), [agg for agg in own if one.name in own[agg]]
         foreign = one.name in LISTS[1:] and not heads and not set(users) & set(aggs) and one.name != "frames"

@@ -12,6 +12,7 @@ from extract.cli import InputError, run_command
 from extract.commands import command_line
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from aggregate.training.learner import Learner
@@ -48,7 +49,7 @@ def prepare(options: Options) -> "Run":
     from aggregate.data.joined import open_features
     from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
     from aggregate.training.run import Run, open_folder
-    from aggregate.training.sources import CachedFeatures, possible_segments, with_possible_frames
+    from aggregate.training.sources import possible_segments, with_possible_frames
     from extract.device import choose_device
 
     out = options.folder
@@ -70,8 +71,8 @@ def prepare(options: Options) -> "Run":
     data = record(store, chosen, init=options.init, recipe=configuration.recipe)
     if last is not None:
         refuse_other_data(out, last, store, store.provenance, data)
-    learners, references = _learners_and_baselines(configuration, store, device)
-    source = CachedFeatures(training, testing, options.frames, configuration.recipe.batch_size, options.seed)
+    learners, references = _learners_and_baselines(configuration, store, device, training.labels)
+    source = configuration.source(training, testing)
     common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames, "data": data}
     segments = possible_segments((options.frames, store.frames_per_video), store)
     run = Run(out, options, learners, source, common=common, segments=segments, references=references)
@@ -81,7 +82,7 @@ def prepare(options: Options) -> "Run":
 
 
 def _learners_and_baselines(
-    configuration: Configuration, store: "FeatureStore", device: "torch.device"
+    configuration: Configuration, store: "FeatureStore", device: "torch.device", labels: "np.ndarray"
 ) -> "tuple[list[Learner], dict[str, torch.nn.Module]]":
     """The learner asked for, beside it the mean-pool baseline and the control, on the same batches; and the TSN of
     --init as it is, which then is the baseline."""
@@ -93,7 +94,7 @@ def _learners_and_baselines(
         init.check_features(store.provenance, store.dim, store.path)
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print("note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh")
-    learners = [configuration.learner(store, device, init=init)]
+    learners = [configuration.learner(store, device, labels=labels, init=init)]
     references: dict[str, torch.nn.Module] = {}
     defaults: dict[str, Any] = {one.name: one.default for one in fields(HeadOptions) if one.name != "frames"}
     tsn = replace(options, agg="tsn", **defaults)
@@ -104,12 +105,12 @@ def _learners_and_baselines(
             references["tsn (as it was)"] = init.model().to(device)
         else:
             baseline = replace(configuration, name="tsn (baseline)", options=tsn)
-            learners.append(baseline.learner(store, device, file="baseline.pt"))
+            learners.append(baseline.learner(store, device, labels=labels, file="baseline.pt"))
     if options.control:
         if not from_tsn:
             raise InputError("--control trains the TSN of --init for as many more epochs; give --init tsn.pt")
         control = replace(configuration, name="tsn (control)", options=tsn)
-        learners.append(control.learner(store, device, init=init, file="control.pt"))
+        learners.append(control.learner(store, device, labels=labels, init=init, file="control.pt"))
     return learners, references
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from aggregate.training.configurations import Configuration, TrainOptions, configured
 from aggregate.training.options import (
     Aggregator,
+    CachedOptions,
     HeadOptions,
     PlaceOptions,
     ScheduleOptions,
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 # Lists here, single values of `aggregate.train`; an empty one is that command's default.
-Lists: Any = listed(HeadOptions, ScheduleOptions)
+Lists: Any = listed(HeadOptions, ScheduleOptions, CachedOptions)
 LISTS = ("agg", *(one.name for one in fields(Lists)))
 
 

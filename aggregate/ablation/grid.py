@@ -91,17 +91,15 @@ class GridTrainer:
     def log_init(self, configurations: Sequence[Configuration]) -> None:
         """Log what each kind of model takes over from `init`, if other processes train them."""
         for one in {one.options.agg: one for one in configurations}.values():
-            one.learner(self.store, self.device, init=self.init, log=self._log_once)
+            one.learner(self.store, self.device, init=self.init, log=self._log_once, labels=np.empty(0, int))
 
     def begin(
         self, share: Sequence[Configuration], rows: np.ndarray, val_rows: np.ndarray
     ) -> tuple[list[Learner], CachedFeatures]:
         """Learners of `share` and the batches that they share: to train on `rows`, and those that validate."""
         training, testing = self._features(rows, training=True), self._features(val_rows, training=False)
-        one = share[0]
-        source = CachedFeatures(training, testing, one.options.frames, one.recipe.batch_size, one.options.seed)
-        how: dict[str, Any] = {"init": self.init, "log": self._log_once}
-        return [one.learner(self.store, self.device, **how) for one in share], source
+        how: dict[str, Any] = {"init": self.init, "log": self._log_once, "labels": training.labels}
+        return [one.learner(self.store, self.device, **how) for one in share], share[0].source(training, testing)
 
     def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:
         """Train `share` in one pass and test each at its best epoch, with the segments of training and with all."""

@@ -100,10 +100,9 @@ def probe_candidates(agg: str, options: Any) -> list[Probe]:
         raise InputError(f"{flag} {' '.join(map(str, strengths))}: expected one or more numbers above 0")
     standardise = [value == "true" for value in options.standardise] or [agg == "logreg"]
     iterations = options.epochs or (1000,)
-    return [
-        Probe(agg, strength, scaled, most)
-        for scaled, most, strength in itertools.product(standardise, iterations, strengths)
-    ]
+    balance = [value == "loss" for value in options.balance] if agg == "logreg" else [False]
+    tried = itertools.product(standardise, iterations, dict.fromkeys(balance), strengths)
+    return [Probe(agg, strength, scaled, most, balanced) for scaled, most, balanced, strength in tried]
 
 
 def video_vectors(features: StoredFeatures, segments: int, vector: str) -> np.ndarray:

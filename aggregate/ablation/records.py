@@ -13,8 +13,10 @@ import numpy as np
 
 from aggregate.training.manifest import contents_of, say_other_version, sha256_of
 from aggregate.training.options import plain
+from aggregate.training.recipes import choose_precision
 from aggregate.training.run import refuse_other_options
 from extract.cli import InputError
+from extract.device import choose_device
 from extract.files import LOCK, append, is_leftover, locked, make_folder, replace_file
 from extract.store import FeatureStore
 
@@ -39,6 +41,8 @@ class Records:
         contents = {
             "contents_of_features": contents_of(store),
             "contents_of_init": sha256_of(getattr(options, "init", None)),
+            # What --precision auto is for large batches on this device.
+            "auto_precision": choose_precision("auto", choose_device(options.device), 1 << 20),
         }
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.out))

@@ -105,10 +105,17 @@ class StoredFeatures:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def train_batches(self, *, epoch: int, frames: int, batch_size: int, seed: int) -> Iterator[Batch]:
-        """One epoch in random order, `frames` random segments of each video, ready before they are needed."""
+    def train_batches(
+        self, *, epoch: int, frames: int, batch_size: int, seed: int, balanced: bool = False
+    ) -> Iterator[Batch]:
+        """One epoch in random order, `frames` random segments of each video, ready before they are needed.
+
+        If `balanced`, an epoch is as long and has as many videos of each class: of large classes a random part, those
+        of small ones several times.
+        """
         self._check_frames(frames)
-        order = np.random.default_rng((seed, epoch, 0)).permutation(len(self))
+        rng = np.random.default_rng((seed, epoch, 0))
+        order = balanced_order(self.labels, rng) if balanced else rng.permutation(len(self))
         # Row i belongs to video i, whatever the number of videos.
         draws = np.random.default_rng((seed, epoch, 1)).random((len(self), frames + 1), dtype=np.float32)
         view = (draws[:, -1] * len(self.views)).astype(np.int64)
@@ -169,6 +176,18 @@ def there(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """As many places as there are labels [N], in random order, with the same number of each class (or one more)."""
+    present = rng.permutation(np.unique(labels))
+    shares = np.diff(np.arange(len(present) + 1) * len(labels) // len(present))
+    places = []
+    for label, share in zip(present, shares, strict=True):
+        own = np.flatnonzero(labels == label)
+        rounds = [rng.permutation(own) for _ in range(-(-int(share) // len(own)))]
+        places += [part[: int(share) - number * len(own)] for number, part in enumerate(rounds)]
+    return rng.permutation(np.concatenate(places))
 
 
 def in_batches(places: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

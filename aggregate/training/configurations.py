@@ -1,12 +1,13 @@
 """A model to train: its options, the recipe that follows, and the learner that both make."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from aggregate.training.options import (
     Aggregator,
+    CachedOptions,
     HeadOptions,
     PlaceOptions,
     ScheduleOptions,
@@ -14,19 +15,22 @@ from aggregate.training.options import (
     aggregator_options,
     changes_of,
 )
-from aggregate.training.recipes import Recipe, recipe
+from aggregate.training.recipes import Recipe, choose_precision, class_weights, recipe
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
+    from aggregate.data.features import StoredFeatures
     from aggregate.models import VideoClassifier
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.learner import Learner
+    from aggregate.training.sources import CachedFeatures
     from extract.store import FeatureStore
 
 
 @dataclass(frozen=True)
-class TrainOptions(HeadOptions, ScheduleOptions, SplitOptions, PlaceOptions):
+class TrainOptions(HeadOptions, ScheduleOptions, CachedOptions, SplitOptions, PlaceOptions):
     """Train an aggregator and its classifier on cached features; run again to resume."""
 
     agg: Aggregator
@@ -64,7 +68,8 @@ class Configuration:
     @property
     def batch_key(self) -> Hashable:
         """What its batches are a function of: configurations where this is equal can share a pass."""
-        return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs
+        sampled = self.recipe.balance == "sampler"
+        return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs, sampled
 
     def model(self, store: "FeatureStore", init: "Checkpoint | None" = None) -> "VideoClassifier":
         """Untrained, with those options of `init` that give its weights their meaning. InputError as `build`."""
@@ -80,10 +85,15 @@ class Configuration:
         device: "torch.device",
         *,
         init: "Checkpoint | None" = None,
+        labels: "np.ndarray",
         file: str = "best.pt",
         log: Callable[[str], object] = print,
     ) -> "Learner":
-        """The model with its optimizer, started from `init` if there is one; `log`s what that carried over."""
+        """The model with its optimizer, started from `init` if there is one; `log`s what that carried over.
+
+        `labels` int [N] are those of the videos it is trained on.
+        """
+        import numpy as np
         import torch
 
         from aggregate.models import carry_over
@@ -97,10 +107,33 @@ class Configuration:
             carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
             log(f"{self.options.agg}: from {self.options.init}: {carried}")
         steps, seed = self.steps_per_epoch, self.options.seed
-        return Learner(self.name, model, self.recipe, steps_per_epoch=steps, seed=seed, device=device, file=file)
+        counts = np.bincount(labels, minlength=len(store.classes)).tolist()
+        return Learner(
+            self.name,
+            model,
+            self.recipe,
+            steps_per_epoch=steps,
+            seed=seed,
+            device=device,
+            file=file,
+            precision=self.recipe.precision,
+            class_weights=class_weights(counts, self.recipe.balance),
+        )
+
+    def source(self, training: "StoredFeatures", testing: "StoredFeatures") -> "CachedFeatures":
+        """The batches it is trained on, and the videos that validate it."""
+        from aggregate.training.sources import CachedFeatures
+
+        recipe, options = self.recipe, self.options
+        balanced = recipe.balance == "sampler"
+        return CachedFeatures(training, testing, options.frames, recipe.batch_size, options.seed, balanced)
 
 
 def configured(name: str, options: TrainOptions, *, videos: int) -> Configuration:
     """The configuration of `options`, with their recipe for `videos` videos to train on."""
+    from extract.device import choose_device
+
     changed = recipe(options.recipe, options.agg, videos=videos, **changes_of(options))
+    device = choose_device(options.device)
+    changed = replace(changed, precision=choose_precision(changed.precision, device, changed.batch_size))
     return Configuration(name, options, changed, videos)

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aggregate.data.features import Batch, there
@@ -35,6 +34,7 @@ class Learner:
     file: str = "best.pt"  # where its best state goes, in the folder of the run
     groups: list[dict[str, Any]] | None = None  # of parameters; by default all of one learning rate
     precision: str = "auto"  # bf16 on a GPU, else fp32
+    class_weights: Sequence[float] | None = None  # in the loss
     micro_batch: int = 1 << 30  # videos that go through the network at once; gradients of a batch are added up
     frozen: Sequence[nn.Module] = ()  # stay in evaluation mode
     rank: int = 0
@@ -58,6 +58,8 @@ class Learner:
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.parallel = nn.parallel.DistributedDataParallel(self.model, device_ids=ids)
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=self.device)
+        self._criterion = nn.CrossEntropyLoss(weights, reduction="sum", label_smoothing=self.recipe.label_smoothing)
         self._loss = torch.zeros((), device=self.device)
         self._seen = 0
         self.suspects, self._since = np.empty(0, int), list[np.ndarray]()
@@ -98,8 +100,7 @@ class Learner:
             with together, autocast(self.device, self.precision):
                 logits = self.parallel(batch.x[part], mask)
                 labels = there(batch.labels[part], self.device)
-                smoothing = self.recipe.label_smoothing
-                loss = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
+                loss = self._criterion(logits.float(), labels)
                 # DDP averages over processes; this makes it the mean over the whole batch, however it is spread.
                 self.scaler.scale(loss * (self.world / whole)).backward()
             self._loss += loss.detach()

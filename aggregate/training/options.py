@@ -104,6 +104,16 @@ class ScheduleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CachedOptions:
+    """What can be changed of training on cached features."""
+
+    balance: Literal["none", "sampler", "loss"] = "none"
+    """sampler: batches hold all classes equally often; loss: rare classes weigh more, by their effective number."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of matrix products in training; auto: bf16 if the device is fast at it and batches are large."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlaceOptions:
     """Where a store's features lie, and what computes."""
 
@@ -143,7 +153,8 @@ def listed(*groups: type) -> Any:
 
 def changes_of(options: ScheduleOptions) -> dict[str, Any]:
     """What `options` change of a recipe, as keywords of `aggregate.training.recipes.recipe`."""
-    return {one.name: getattr(options, one.name) for one in fields(ScheduleOptions)}
+    groups = [group for group in (ScheduleOptions, CachedOptions) if isinstance(options, group)]
+    return {one.name: getattr(options, one.name) for group in groups for one in fields(group)}
 
 
 def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] | None = None) -> dict[str, Any]:

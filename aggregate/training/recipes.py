@@ -1,6 +1,7 @@
 """Recipes: optimizer, learning rate over epochs, which parameters decay, and how heads of attention begin."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -28,6 +29,8 @@ class Recipe:
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
     standardise: bool = False  # batch norm without parameters before the classifier
     label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
+    balance: Literal["none", "sampler", "loss"] = "none"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 on a GPU, else fp32
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size"):
@@ -48,6 +51,8 @@ class Recipe:
             f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
             f"{', features standardised' if self.standardise else ''}"
             f"{f', label smoothing {self.label_smoothing:g}' if self.label_smoothing else ''}"
+            f"{f', classes balanced by the {self.balance}' if self.balance != 'none' else ''}"
+            f"{f', {self.precision} products' if self.precision != 'auto' else ''}"
         )
 
     def factor(self, epoch: float) -> float:
@@ -81,6 +86,8 @@ _CACHED = Recipe(
     clip=5.0,
     standardise=True,
 )
+_LARGE_BATCH = 128
+_BETA = 0.999
 # What training on cached features needs of NL and HG-NL, so that attention is used after few steps.
 # Everything else is the paper's: HG-NL has eq. 7's ReLU, NL eq. 3's softmax.
 _CACHED_NON_LOCAL = {"normalise": True, "start": "average", "scale_init": 1.0}
@@ -117,6 +124,33 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
         moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)
         changes["milestones"] = tuple(epoch for epoch in moved if epoch)
     return replace(chosen, **changes)
+
+
+def choose_precision(name: str, device: "torch.device", batch_size: int) -> str:
+    """The precision of products that "auto" stands for, a function of the device and of nothing that changes with load.
+
+    bf16 on a GPU, and for large batches on a CPU that multiplies bf16: small ones spend more time on casting weights.
+    """
+    import torch
+
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        fast = batch_size >= _LARGE_BATCH and torch.cpu._is_avx512_bf16_supported()
+        return "bf16" if fast else "fp32"
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
+    """Weights of the classes in the loss, of mean 1 over those that have videos; None if they are not balanced so.
+
+    The inverse of the effective number (1 - b^n) / (1 - b) of n videos, b = 0.999 (Cui et al. 2019, eq. 2).
+    """
+    if balance != "loss":
+        return None
+    inverse = [(1 - _BETA) / (1 - _BETA**count) if count else 0.0 for count in counts]
+    present = sum(count > 0 for count in counts)
+    return [value * present / sum(inverse) for value in inverse]
 
 
 def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim.Optimizer":

@@ -29,6 +29,7 @@ class CachedFeatures:
     frames: int  # segments of a video in training
     batch_size: int
     seed: int
+    balanced: bool = False  # training batches hold all classes equally often
 
     @property
     def labels(self) -> np.ndarray:
@@ -42,7 +43,8 @@ class CachedFeatures:
         return group_keys(store.ids, store.groups)[self.testing.rows]
 
     def train_batches(self, epoch: int) -> Iterator[Batch]:
-        return self.training.train_batches(epoch=epoch, frames=self.frames, batch_size=self.batch_size, seed=self.seed)
+        how = {"frames": self.frames, "batch_size": self.batch_size, "seed": self.seed}
+        return self.training.train_batches(epoch=epoch, **how, balanced=self.balanced)
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
         """Logits of each model, float32 [N, C], the mean over crops; rows of NaN for videos that cannot be read."""

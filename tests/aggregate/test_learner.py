@@ -1,13 +1,22 @@
 """A step of training: what it does to gradients and weights."""
 
 import copy
+import json
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from aggregate import train
+from aggregate.data.features import balanced_order
+from aggregate.models import Dropout
 from aggregate.training.learner import clip_gradients
-from aggregate.training.recipes import make_optimizer, parameter_groups, recipe
+from aggregate.training.recipes import choose_precision, class_weights, make_optimizer, parameter_groups, recipe
+from extract.cli import InputError
+from extract.store import FeatureStore
+from stores import classes_store
 
 
 def small_network() -> nn.Module:
@@ -40,3 +49,97 @@ def test_the_fused_optimizer_takes_the_steps_of_the_plain_one():
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, start[name])
+
+
+def test_dropout_keeps_the_share_and_the_mean_and_follows_the_seed():
+    dropout = Dropout(0.3)
+    x = torch.ones(200, 500, requires_grad=True)
+    torch.manual_seed(1)
+    first = dropout(x)
+    torch.manual_seed(1)
+    assert torch.equal(first, dropout(x))
+    assert abs(float((first == 0).float().mean()) - 0.3) < 0.01
+    assert first.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    first.sum().backward()
+    assert torch.equal(x.grad, first.detach())
+    assert torch.equal(dropout.eval()(x), x)
+
+
+# -- balance -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_balanced_order_has_every_class_equally_often():
+    labels = np.repeat([0, 1, 2], [70, 20, 10])
+    order = balanced_order(labels, np.random.default_rng(0))
+    assert len(order) == 100
+    assert sorted(np.bincount(labels[order]).tolist()) == [33, 33, 34]
+    for label, times in ((0, 1), (1, 2), (2, 4)):  # no video again before all others of its class had their turn
+        counts = np.bincount(order[labels[order] == label], minlength=100)[labels == label]
+        assert counts.max() == times
+        assert counts.max() - counts.min() <= 1
+
+
+def test_classes_weigh_by_their_effective_number():
+    weights = class_weights([1000, 10, 0], "loss")
+    effective = [(1 - 0.999**count) / 0.001 for count in (1000, 10)]
+    assert weights[0] / weights[1] == pytest.approx(effective[1] / effective[0])
+    assert weights[0] + weights[1] == pytest.approx(2)
+    assert weights[2] == 0
+    assert class_weights([3, 1], "sampler") is class_weights([3, 1], "none") is None
+
+
+@pytest.mark.parametrize("balance", ["sampler", "loss"])
+def test_balance_helps_rare_classes(balance, tmp_path):
+    """On a set made imbalanced on purpose: 60, 12 and 5 videos to train on, as many of each to validate."""
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.repeat([0, 1, 2], [60, 12, 5]), np.repeat([0, 1, 2], 30)])
+    features = np.eye(3, 16)[labels][:, None] * 1.5 + rng.normal(size=(len(labels), 4, 16)) * 2
+    FeatureStore.from_arrays(
+        tmp_path / "f.zarr",
+        features.astype(np.float32),
+        lengths=np.full(len(labels), 4),
+        labels=labels,
+        classes=["a", "b", "c"],
+        splits=["train"] * 77 + ["val"] * 90,
+    )
+    found = {}
+    for name in ("none", balance):
+        out = tmp_path / name
+        train.main(train.Options(agg="tsn", features=str(tmp_path / "f.zarr"), out=out, balance=name, epochs=20))
+        found[name] = json.loads((out / "results.json").read_text())["tsn"]["4"]["mean_class"]["value"]
+    assert found[balance] > found["none"] + 0.02
+
+
+def test_the_precision_that_auto_is_does_not_depend_on_load():
+    cpu = torch.device("cpu")
+    assert choose_precision("bf16", cpu, 16) == "bf16"
+    assert choose_precision("auto", cpu, 16) == "fp32"
+    large = "bf16" if torch.cpu._is_avx512_bf16_supported() else "fp32"
+    assert choose_precision("auto", cpu, 256) == large
+    assert choose_precision("auto", torch.device("cuda"), 16) == "bf16"
+
+
+def test_precision_is_part_of_the_run(tmp_path):
+    classes_store(tmp_path / "f.zarr")
+    wanted = train.Options(agg="tsn", features=str(tmp_path / "f.zarr"), out=tmp_path / "a", epochs=1, precision="bf16")
+    train.main(wanted)
+    with pytest.raises(InputError, match="precision"):
+        train.main(replace(wanted, precision="fp32"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"warmup": -1.0}, "--warmup is -1"), ({"label_smoothing": 1.0}, "--label-smoothing is 1; it is a fraction")],
+)
+def test_values_of_a_recipe_are_checked(changes, message):
+    with pytest.raises(InputError, match=message):
+        recipe("cached", "tsn", videos=100, **changes)
+
+
+def test_the_learning_rate_falls_as_the_recipe_says():
+    linear = recipe("paper", "tsn", videos=100, decay="linear", warmup=2.0, epochs=12)
+    assert linear.milestones == ()
+    assert [round(linear.factor(epoch), 3) for epoch in (1, 2, 7, 12)] == [0.5, 1.0, 0.5, 0.0]
+    assert "linear, 2 epochs of warm-up" in str(linear)
+    assert recipe("cached", "tsn", videos=100, warmup=0.0).factor(0) == 1
+    assert "label smoothing 0.1" in str(recipe("cached", "tsn", videos=100, label_smoothing=0.1))

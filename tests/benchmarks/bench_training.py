@@ -23,7 +23,7 @@ from aggregate.data.features import Batch, StoredFeatures, prefetched
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
-from aggregate.training.recipes import recipe
+from aggregate.training.recipes import choose_precision, head_options, parameter_groups, recipe
 from extract.sampling import segment_random
 from extract.store import OK, FeatureStore, Rows
 
@@ -66,12 +66,15 @@ def store(tmp_path_factory) -> FeatureStore:
     return FeatureStore.open(path)
 
 
-def learner(name: str, videos: int, **options) -> Learner:
+def learner(name: str, videos: int, precision: str = "auto", **options) -> Learner:
+    """As `aggregate.train` makes it, with the head's options of the recipe."""
     chosen = recipe("cached", name, videos=VIDEOS)
+    device = torch.device("cpu")
     torch.manual_seed(0)
     return Learner(
         name=name,
-        model=build(name, dim=DIM, num_classes=CLASSES, **options),
+        precision=choose_precision(precision, device, chosen.batch_size),
+        model=build(name, dim=DIM, num_classes=CLASSES, **(head_options("cached", name, {}) | options)),
         recipe=chosen,
         steps_per_epoch=-(-videos // BATCH),
         seed=0,
@@ -190,6 +193,29 @@ def test_against_a_dataloader_over_zarr(store):
             f"DataLoader over Zarr (better of 0 and 2 workers) {median(t[1] for t in turns):,.0f}: {ratio:.0f} times"
         )
         assert ratio >= (5 if train else 20)
+
+
+@pytest.mark.parametrize("name", ["tsn", "hgnl"])
+def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
+    """As before: fp32 products, SGD and clipping in passes of their own, dropout by `bernoulli_`; in turns."""
+    ours, theirs = (learner(name, VIDEOS, precision, standardise=True) for precision in ("auto", "fp32"))
+    groups = parameter_groups(theirs.model, theirs.recipe)
+    theirs.optimizer = torch.optim.SGD(groups, lr=theirs.recipe.lr, momentum=0.9, foreach=False)
+    theirs.model.dropout = torch.nn.Dropout(theirs.recipe.dropout)
+    x, labels = torch.randn(BATCH, SEGMENTS, DIM).half(), torch.randint(CLASSES, (BATCH,))
+    batch, ratios, steps = Batch(x, None, labels, np.arange(BATCH)), [], []
+    for one in (ours, theirs):
+        one.train_mode()
+        one.step(batch, 0, 0)
+    for turn in range(10):
+        walls = [seconds(lambda one=one, turn=turn: one.step(batch, 0, turn + 1)) for one in (ours, theirs)]
+        ratios.append(walls[0] / walls[1])
+        steps.append(walls[0])
+    print(
+        f"\n{name}: a step in {ours.precision} takes {median(ratios):.2f} of one in fp32 as it was "
+        f"({1e3 * median(steps):.1f} ms)"
+    )
+    assert median(ratios) <= 0.85
 
 
 def anonymous_memory() -> int:
