@@ -187,10 +187,16 @@ class HGNonLocal(nn.Module):
         """w = A 1 / n of the g2 maps: how much of each frame's V is in the mean of F_o; 0 for masked frames."""
         return self._weights(blank_masked(x, mask), mask).transpose(0, 1)
 
-    def terms(self, x: Frames, mask: Mask = None) -> tuple[Features, Features]:
-        """The means over frames of F and of F_o: eq. 6 is the first plus s times the second."""
+    def terms(self, x: Frames, mask: Mask = None, *, even: bool = False) -> tuple[Features, Features]:
+        """The means over frames of F and of F_o: eq. 6 is the first plus s times the second.
+
+        `even` gives every frame the mean weight of its video and group.
+        """
         x = blank_masked(x, mask)
         weights = self._weights(x, mask)
+        if even:
+            valid = torch.ones_like(weights) if mask is None else mask.to(weights.dtype)
+            weights = weights.sum(-1, keepdim=True) * valid / valid.sum(-1, keepdim=True)
         channels = x.chunk(self.g2, -1)  # views
         pooled = torch.cat([torch.bmm(w[:, None], F) for w, F in zip(weights, channels, strict=True)], 1)  # F_h w_h
         w_v, b_v = self.value.blocks()
@@ -198,10 +204,10 @@ class HGNonLocal(nn.Module):
         attended = attended + b_v * weights.sum(-1, keepdim=True)
         return average(x, mask), attended.transpose(0, 1).flatten(1)
 
-    def attention_ratio(self, x: Frames, mask: Mask = None) -> Float[Tensor, " batch"]:
-        """|s mean(F_o)| / |mean(F)| of each video: how large attention is in F_v."""
-        mean, attended = self.terms(x, mask)
-        return (self.scale * attended).norm(dim=-1) / mean.norm(dim=-1)
+    def with_even_weights(self, x: Frames, mask: Mask = None) -> Features:
+        """F_v if all frames of a video had the mean of its weights: what is left without attention."""
+        mean, attended = self.terms(x, mask, even=True)
+        return mean + self.scale * attended
 
     def forward(self, x: Frames, mask: Mask = None) -> Features:
         mean, attended = self.terms(x, mask)

@@ -12,7 +12,7 @@ from aggregate.attentive import AttentiveProbe, AttentiveTimeProbe
 from aggregate.hgnl import HGNonLocal
 from aggregate.nextvlad import NeXtVLAD
 from aggregate.nl import NonLocal
-from aggregate.pooling import Average, Frames, Mask, Max, WeightedAverage
+from aggregate.pooling import Average, Features, Frames, Mask, Max, WeightedAverage
 from aggregate.recurrent import GatedRecurrent
 from aggregate.stnet import TemporalXception, batch_normed
 from extract.cli import InputError
@@ -73,7 +73,10 @@ class VideoClassifier(nn.Module):
             return self.aggregator(x.to(self.classifier.weight.dtype), mask)
 
     def forward(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch classes"]:
-        F_v = self.features(x, mask)
+        return self.classify(self.features(x, mask))
+
+    def classify(self, F_v: Features) -> Float[Tensor, "batch classes"]:
+        """Logits of `features`."""
         if self.norm is not None:
             F_v = batch_normed(self.norm, F_v)
         return self.classifier(self.dropout(F_v))

@@ -83,5 +83,9 @@ class WeightedAverage(nn.Module):
             scores = scores.masked_fill(~mask, -torch.inf)
         return scores.softmax(-1)[:, None]
 
+    def with_even_weights(self, x: Frames, mask: Mask = None) -> Features:
+        """F_v without attention: the average."""
+        return average(blank_masked(x, mask), mask)
+
     def forward(self, x: Frames, mask: Mask = None) -> Features:
         return torch.bmm(self.frame_weights(x, mask), blank_masked(x, mask)).squeeze(1)

@@ -22,7 +22,8 @@ Row = dict[str, Any]
 MEASURES = tuple(
     f"{name}_{segments}" for segments in ("at_frames", "at_all") for name in ("top1", "top5", "average_error")
 )
-_OWN_TO_A_SEED = {"seed", "status", "best_epoch", "s", "attention_ratio", "seconds", "pass_seconds", "pass_models"}
+ATTENTION = ("s", "unevenness", "changed")  # of `aggregate.training.sources.attention`
+_OWN_TO_A_SEED = {"seed", "status", "best_epoch", *ATTENTION, "seconds", "pass_seconds", "pass_models"}
 
 
 Places = Mapping[tuple[str, int], np.ndarray | None]
@@ -48,7 +49,7 @@ def summarise(rows: Sequence[Row], places: Places, groups: np.ndarray | None = N
             several = len(done) > 1
             found = over_seeds([row[measure] for row in done]) if several else Interval.of(done[0], measure)
             line |= found.columns(measure)
-        for column in ("s", "attention_ratio", "seconds"):
+        for column in (*ATTENTION, "seconds"):
             values = [row[column] for row in done if row[column] is not None]
             line[column] = statistics.fmean(values) if values else None
         gain = None if name == names[0] else difference(places, name, names[0], [row["seed"] for row in done], groups)
@@ -121,7 +122,9 @@ _ABOUT = {
     "videos": "With one seed: 95 % bootstrap intervals over {units}, not of other seeds.",
     "epoch": "Each model at its best epoch, chosen on the same videos.",
     "difference": "Differences are paired, of the same seeds and videos, with bootstrap intervals over {units}.\n"
-    "front: no other has at most its parameters and a better top-1.",
+    "front: no other has at most its parameters and a better top-1.\n"
+    "unevenness: how far frame weights are from even (0 %) to a single frame (100 %); "
+    "changed: predictions that differ if they are made even.",
 }
 
 
@@ -137,10 +140,24 @@ def summary_text(summary: Sequence[Row], units: str = "videos") -> str:
     }
     if frames == [every]:
         del shown["top1_at_frames"]
-    rows = [["", "seeds", "parameters", "MAdds", *shown.values(), "top-1 - first's", "s", "|s F_o|/|F|", "seconds", ""]]
+    rows = [
+        [
+            "",
+            "seeds",
+            "parameters",
+            "MAdds",
+            *shown.values(),
+            "top-1 - first's",
+            "s",
+            "unevenness",
+            "changed",
+            "seconds",
+            "",
+        ]
+    ]
     for line in summary:
         cells = [*(percent(line, measure) for measure in shown), percent(line, "difference", sign="+")]
-        numbers = ("s", ".2g"), ("attention_ratio", ".2g"), ("seconds", ".1f")
+        numbers = ("s", ".2g"), ("unevenness", ".1%"), ("changed", ".1%"), ("seconds", ".1f")
         cells += ["" if line[name] is None else format(line[name], spec) for name, spec in numbers]
         notes = ["front"] * line["pareto"] + [f"{line['diverged']} DIVERGED"] * bool(line["diverged"])
         size = [f"{line['seeds']}", f"{line['parameters']:,}", f"{line['madds']:,}"]

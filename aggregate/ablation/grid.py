@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from aggregate.ablation.compare import ATTENTION
 from aggregate.ablation.probes import video_vectors
 from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
@@ -175,8 +176,7 @@ def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures
         summary = summarise_places(places, source.labels, len(source.testing.store.classes), source.groups)
         for name in ("top1", "top5", "average_error"):
             row |= getattr(summary, name).columns(f"{name}_{suffix}")
-    attention = source.attention(learner.model)
-    return row | {"s": attention.get("scale"), "attention_ratio": attention.get("attention_ratio")}
+    return row | dict.fromkeys(ATTENTION) | source.attention(learner.model)
 
 
 def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:

@@ -16,13 +16,12 @@ from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
 from aggregate.training.manifest import VIDEOS
 from aggregate.training.options import plain
-from aggregate.training.sources import Source
+from aggregate.training.sources import Source, attention_text
 from extract.cli import InputError, progress
 from extract.files import LOCK, is_leftover, replace_file, writing
 from extract.store import difference
 
 # Below this |s F_o| / |F| attention changes nothing that matters.
-_ATTENTION_UNUSED = 1e-3
 
 
 # Where a command may go on with another value: they say where and how fast, not what.
@@ -226,10 +225,8 @@ class Run:
             lines += _differences(names, logits, labels, self.source.groups, f"{'':<{width}} {segments:>8}")
         lines.append(f"intervals: 95 %, bootstrap over {summary.resampled()}")
         found = self.source.attention(models[0])
-        if "attention_ratio" in found:
-            unused = "; attention is not used" if found["attention_ratio"] < _ATTENTION_UNUSED else ""
-            ratio = f"|s F_o| / |F| = {found['attention_ratio']:.2g}"
-            lines.append(f"attention: s = {found['scale']:.3g}, {ratio}{unused}")
+        if "changed" in found:
+            lines.append(f"attention: {attention_text(found)}")
         if self.writes:
             print("\n".join(lines))
             replace_file(self.out / "results.json", json.dumps(results, indent=1) + "\n")

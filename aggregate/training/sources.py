@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from aggregate.data.features import Batch, StoredFeatures
 from aggregate.data.frames import VideoFrames
@@ -52,9 +52,10 @@ class CachedFeatures:
         return [one.mean(axis=1) for one in crops]
 
     def attention(self, model: nn.Module) -> dict[str, float]:
-        """s as `scale`, and |s F_o| / |F| over the first 1,024 validation videos that can be read."""
+        """`attention` over the first 1,024 validation videos that can be read."""
         few = self.testing.subset(self.testing.rows[self.testing.good][:1024])
-        return attention(model, few.test_batches(frames=self.frames, batch_size=self.batch_size))
+        batches = few.test_batches(frames=self.frames, batch_size=self.batch_size)
+        return attention(model, ((views[0].x, views[0].mask) for views in batches))
 
     def check_finite(self, rows: np.ndarray) -> None:
         """RunError naming the first video among `rows` whose input is not finite."""
@@ -96,7 +97,7 @@ class DecodedVideos:
 
     def attention(self, model: nn.Module) -> dict[str, float]:
         net: Any = model.net
-        return {"scale": net.aggregator.scale.item()} if hasattr(net.aggregator, "scale") else {}
+        return {"s": net.aggregator.scale.item()} if hasattr(net.aggregator, "scale") else {}
 
     def check_finite(self, rows: np.ndarray) -> None:
         pass  # pictures always are
@@ -164,19 +165,44 @@ def check_finite(store: FeatureStore, rows: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def attention(model: nn.Module, batches: Iterable[Sequence[Batch]]) -> dict[str, float]:
-    """s, and the mean over videos of |s F_o| / |F| (both averaged over frames); nothing where a model has no s."""
+def attention(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+    """How much `model` uses its attention, over batches of features and masks; {} if it has none.
+
+    unevenness: how far frame weights are from even, the mean over videos and groups of
+    KL(weights || even) / log n; 0 is even, 1 is a single frame. changed: the fraction of videos
+    whose predicted class is another one if their weights are made even. s, if there is one.
+    """
     aggregator: Any = getattr(model, "aggregator", None)
-    if not hasattr(aggregator, "attention_ratio"):
+    if not hasattr(aggregator, "with_even_weights"):
         return {}
     model.eval()
-    ratios = []
-    for views in batches:
-        batch = views[0]
-        valid = slice(None) if batch.mask is None else batch.mask.any(1)
-        mask = None if batch.mask is None else batch.mask[valid]
-        ratios.append(aggregator.attention_ratio(batch.x[valid].float(), mask).cpu())
-    return {"scale": float(aggregator.scale), "attention_ratio": float(torch.cat(ratios).mean())}
+    unevenness, changed = [], []
+    for x, mask in batches:
+        valid = slice(None) if mask is None else mask.any(1)
+        x, mask = x[valid].float(), None if mask is None else mask[valid]
+        unevenness.append(_unevenness(aggregator.frame_weights(x, mask), mask))
+        even: Any = model.classify(aggregator.with_even_weights(x, mask))  # type: ignore[operator]
+        changed.append(even.argmax(1) != model(x, mask).argmax(1))
+    measured = {"unevenness": float(torch.cat(unevenness).mean()), "changed": float(torch.cat(changed).float().mean())}
+    return {"s": float(aggregator.scale)} | measured if hasattr(aggregator, "scale") else measured
+
+
+def _unevenness(weights: Tensor, mask: Tensor | None) -> Tensor:
+    """KL(weights || even) / log n of [batch, groups, time], the mean over groups: [batch]. A silent group is even."""
+    total = weights.sum(-1, keepdim=True)
+    count = torch.full_like(total[:, 0], weights.shape[-1]) if mask is None else mask.sum(1, keepdim=True)
+    entropy = torch.special.entr(weights / total.clamp(min=1e-12)).sum(-1)
+    log_n = count.clamp(min=2).to(weights.dtype).log()
+    return (((log_n - entropy) / log_n) * (total[..., 0] > 0) * (count > 1)).mean(1)
+
+
+def attention_text(measured: dict[str, float]) -> str:
+    """One sentence about `attention`, in plain words."""
+    return (
+        f"frame weights are {measured['unevenness']:.1%} of the way from even to a single frame; made even, "
+        f"{measured['changed']:.1%} of the predictions change"
+        + ("" if measured["changed"] else ": attention is not used, this model is its average of frames")
+    )
 
 
 def with_possible_frames(options: Any, store: FeatureStore) -> Any:

@@ -18,6 +18,8 @@ from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.manifest import rows_of_role
 from aggregate.training.options import SplitOptions
+from aggregate.training.sources import attention as attention_use
+from aggregate.training.sources import attention_text
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decode
@@ -31,7 +33,6 @@ SAMPLES = 16  # videos of which a frame is shown
 MAP_VIDEOS = 2000  # more points only hide each other
 FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
 ROWS_AT_ONCE = 64
-ATTENTION_UNUSED = 1e-3  # below this |s F_o| / |F| attention changes nothing that matters
 
 
 def drawn(rows: np.ndarray, most: int) -> np.ndarray:
@@ -216,7 +217,7 @@ def films(model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders
     their sum.
     """
     rows = drawn(rows, FILM_CANDIDATES)
-    shares, ratio = frame_shares(model, store, rows)
+    shares, use = frame_shares(model, store, rows)
     mean = np.nan_to_num(shares).mean(1)
     uneven = np.argsort(-np.abs(mean - mean.mean(1, keepdims=True)).sum(1), kind="stable")
     shown = []
@@ -225,22 +226,19 @@ def films(model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders
         shown.append(_film(store, int(rows[at]), shares[at], folders, f"{kind} of {len(rows):,} videos"))
     _, groups, frames = shares.shape
     silent = int((~np.isfinite(shares).any(2)).all(0).sum())
-    told = {"groups": groups, "frames": frames, "ratio": ratio, "unused": ratio < ATTENTION_UNUSED, "silent": silent}
+    told = {"groups": groups, "frames": frames, "use": use, "silent": silent}
     return {**told, "films": shown}
 
 
-def frame_shares(model: VideoClassifier, store: FeatureStore, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Each frame's share of its group's weights [n, groups, T], NaN where a group is silent; and |s F_o| / |F|, median.
-
-    A model without a scale s (the weighted average) has nothing but its attention: 1.
-    """
+def frame_shares(model: VideoClassifier, store: FeatureStore, rows: np.ndarray) -> tuple[np.ndarray, str]:
+    """Each frame's share of its group's weights [n, groups, T], NaN if a group is silent; and how
+    much the model uses its attention, "" for heads that cannot do without."""
     aggregator: Any = model.eval().aggregator
     with torch.inference_mode():
         taken = list(batches(store, rows))
         shares = figures.shares_of(torch.cat([aggregator.frame_weights(*one) for one in taken]).numpy())
-        if not hasattr(aggregator, "attention_ratio"):
-            return shares, 1.0
-        return shares, float(torch.cat([aggregator.attention_ratio(*one) for one in taken]).median())
+    measured = attention_use(model, taken)
+    return shares, attention_text(measured) if measured else ""
 
 
 def _film(store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[Path], choice: str) -> dict[str, Any]:

@@ -19,7 +19,8 @@ CURVES = (
     ("Training loss", "loss", 1),
     ("Validation top-1 %", "val_top1", 100),
     ("Validation average error %", "val_average_error", 100),
-    ("What attention adds, % of the average", "attention_ratio", 100),
+    ("Attention: frame weights from even (0) to a single frame (100), %", "unevenness", 100),
+    ("Attention: predictions that it changes, %", "changed", 100),
 )
 
 

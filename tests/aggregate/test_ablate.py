@@ -394,7 +394,15 @@ def test_differences_are_paired_by_video():
 
 
 def test_an_interval_over_seeds_stays_among_fractions():
-    row = {"name": "tsn", "status": "done", "s": None, "attention_ratio": None, "seconds": 1.0, "parameters": 1}
+    row = {
+        "name": "tsn",
+        "status": "done",
+        "s": None,
+        "unevenness": None,
+        "changed": None,
+        "seconds": 1.0,
+        "parameters": 1,
+    }
     rows = [row | {"seed": seed} | dict.fromkeys(compare.MEASURES, value) for seed, value in enumerate((1.0, 0.8))]
     (line,) = compare.summarise(rows, {})
     assert {line[f"{measure}_high"] for measure in compare.MEASURES} == {1.0}

@@ -229,11 +229,19 @@ def test_strided_features_are_taken_as_they_are():
     assert_close(module(x.transpose(1, 2).contiguous().transpose(1, 2)), module(x))
 
 
-def test_attention_ratio_is_the_size_of_the_attention_term():
+@pytest.mark.parametrize("masked", [False, True])
+def test_even_weights_are_those_of_identical_frames(masked):
+    """With weights made even, F_o is W_v of the mean frame times the sum of the weights."""
     module, x = hgnl(16, 8, 4, 2), torch.randn(3, 5, 16, dtype=torch.float64)
-    expected = (module(x) - x.mean(1)).norm(dim=1) / x.mean(1).norm(dim=1)
-    assert_close(module.attention_ratio(x), expected)
-    assert (expected > 0.01).all()
+    mask = torch.tensor([[1, 1, 0, 1, 1]] * 3, dtype=torch.bool) if masked else None
+    valid = x[:, [0, 1, 3, 4]] if masked else x
+    weights = module.frame_weights(x, mask).sum(-1)
+    mean = valid.mean(1)
+    w_v, b_v = module.value.blocks()
+    parts = [weights[:, h, None] * (mean[:, 8 * h : 8 * h + 8] @ w_v[h].T + b_v[h]) for h in range(2)]
+    expected = mean + module.scale * torch.cat(parts, 1)
+    assert_close(module.with_even_weights(x, mask), expected)
+    assert (module(x, mask) - expected).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(

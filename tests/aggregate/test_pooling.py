@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aggregate.models import build
 from aggregate.pooling import Average, Max, WeightedAverage
 from tolerance import assert_close
 
@@ -92,3 +93,24 @@ def test_a_bad_mask_is_refused(build):
     mask[1:] = False
     with pytest.raises(ValueError, match=r"no frame is valid in row 1 of the mask \(2 such rows of 3\)"):
         build(5)(x, mask)
+
+
+def test_how_much_attention_is_used_by_hand():
+    """Weights (1, 0) of two frames are a single frame, (1/2, 1/2) are even; a video with one frame
+    counts as even; the second video changes its class."""
+    from aggregate.training.sources import attention, attention_text
+
+    model = build("weighted", dim=2, num_classes=2)
+    with torch.no_grad():
+        model.aggregator.score.weight.copy_(torch.tensor([[100.0, 0.0]]))
+        model.classifier.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        model.classifier.bias.zero_()
+    x = torch.tensor([[[1, 0], [1, 0]], [[1, 0], [0, 3]], [[1, 0], [0, 3]]], dtype=torch.float32)
+    mask = torch.tensor([[1, 1], [1, 1], [1, 0]], dtype=torch.bool)
+    measured = attention(model, [(x, mask)])
+    assert measured == {"unevenness": pytest.approx(1 / 3), "changed": pytest.approx(1 / 3)}
+    assert "33.3% of the predictions change" in attention_text(measured)
+    even = attention(model, [(x[:1], None)])
+    assert even == {"unevenness": pytest.approx(0, abs=1e-6), "changed": 0}
+    assert "attention is not used" in attention_text(even)
+    assert attention(build("tsn", dim=2, num_classes=2), [(x, mask)]) == {}

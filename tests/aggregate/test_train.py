@@ -52,7 +52,7 @@ def test_every_aggregator_learns_and_is_compared(agg, features, tmp_path, capsys
     if agg != "tsn":
         assert "tsn (baseline)" in results
         assert f"{agg} - tsn (baseline): top-1" in printed
-    assert ("attention: s =" in printed) == (agg in ("nl", "hgnl"))
+    assert ("attention: frame weights are" in printed) == (agg in ("nl", "hgnl", "weighted"))
 
 
 def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(features, tmp_path):

@@ -162,9 +162,10 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
             held = StoredFeatures(task.store, test)
             several = {n: logits_of([nets[m.name] for m in wanted], held, segments=n, batch_size=64) for n in segments}
             for place, model in enumerate(wanted):
-                found = attention(nets[model.name], held.test_batches(frames=segments[0], batch_size=64))
+                batches = held.test_batches(frames=segments[0], batch_size=64)
+                found = attention(nets[model.name], ((views[0].x, views[0].mask) for views in batches))
                 scores = [several[n][place].mean(1) for n in segments]
-                parts[model.name].append((test, task.store.labels[test], *scores, found.get("attention_ratio", np.nan)))
+                parts[model.name].append((test, task.store.labels[test], *scores, found.get("changed", np.nan)))
         for name, folds in parts.items():
             rows, labels, *scores, used = (list(column) for column in zip(*folds, strict=True))
             joined = {f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)}

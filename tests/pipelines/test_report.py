@@ -133,7 +133,8 @@ def test_every_figure_is_on_the_page(whole):
         "Training loss over epochs",
         "Validation top-1 % over epochs",
         "Validation average error % over epochs",
-        "What attention adds, % of the average over epochs",
+        "Attention: frame weights from even (0) to a single frame (100), % over epochs",
+        "Attention: predictions that it changes, % over epochs",
         "Top-1 of every model with its interval",
         "Confusion matrix of ensemble",
         "Attention of hgnl along v/",
@@ -363,8 +364,14 @@ class Planted(torch.nn.Module):
         chosen = x[:, 0, 0].long()
         return torch.stack([self.weights[chosen] * mask, torch.zeros(mask.shape)], 1)
 
-    def attention_ratio(self, x, mask):
-        return torch.full((len(x),), 5e-4)
+    def forward(self, x, mask):  # the class is that of the most weight: 0, or 2 for the uneven
+        return self.frame_weights(x, mask)[:, 0]
+
+    def with_even_weights(self, x, mask):
+        return torch.ones(mask.shape)
+
+    def classify(self, features):
+        return features
 
 
 def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
@@ -380,15 +387,15 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     weights[70] = 0, 0.1, 9, 0
     weights[79] = 2, 1, 1, 7  # the last frame is a repeat, which is masked
     model = Planted(weights)
-    shares, ratio = gallery.frame_shares(model, store, np.arange(count))
+    shares, use = gallery.frame_shares(model, store, np.arange(count))
     np.testing.assert_allclose(shares[79, 0], [0.5, 0.25, 0.25, 0])
     assert np.isnan(shares[:, 1]).all()
-    assert ratio == pytest.approx(5e-4)
+    assert use.startswith("frame weights are")
     shown = gallery.films(model, store, np.arange(count), ())
     clips = [film["id"] for film in shown["films"]]
     assert clips[:2] == [store.ids[17], store.ids[70]]
     assert len(clips) == 3
-    assert shown["unused"]
+    assert "of the predictions change" in shown["use"]
     assert shown["silent"] == 1
     assert shown["films"][0]["largest"] == 1
 
