@@ -407,7 +407,7 @@ def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
 
 def test_frames_a_second_are_windows(tmp_path):
     def settled(**changed) -> tuple:
-        options = settle(Options(tmp_path, "x.zarr", **changed))
+        options = settle(Options(tmp_path, "x.zarr", **changed)).with_defaults()
         return options.window, options.stride, options.frames, options.fps
 
     assert settled() == (None, None, 25, None)
@@ -426,6 +426,7 @@ def test_frames_a_second_are_windows(tmp_path):
         ({"window": 10.0, "stride": -1.0}, "--stride -1"),
         ({"fps": float("inf")}, "--fps inf: expected frames a second"),
         ({"stride": 2.0}, "--stride 2 is that of windows, and at most their length; give --window too"),
+        ({"window": 4.0, "fps": 8.0, "frames": 25}, "--fps 8 shows 32 frames in a window of 4 s, and --frames is 25"),
         ({"window": 4.0, "fps": 8.0, "frames": 16}, "--fps 8 shows 32 frames in a window of 4 s, and --frames is 16"),
         ({"window": 2.0, "stride": 3.0}, "--stride 3 is that of windows, and at most their length"),
     ],
