@@ -8,12 +8,14 @@ from extract.options import Options
 
 
 def main(options: Options) -> int:
-    from extract.backbone.weights import recorded_backbone
     from extract.workers.driver import extract
 
-    name = recorded_backbone(options.weights)
-    if name is not None and options.backbone == Options.backbone:
-        options = replace(options, backbone=name)
+    if str(options.weights).endswith(".pt") and options.backbone == Options.backbone:
+        from extract.backbone.weights import recorded_backbone  # imports timm, which a second start does not need
+
+        name = recorded_backbone(options.weights)
+        if name is not None:
+            options = replace(options, backbone=name)
     return extract(options)
 
 
