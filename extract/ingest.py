@@ -56,6 +56,7 @@ def main(options: Options) -> int:
     from extract.feature_files import open_features
     from extract.listing.videos import read_listing
     from extract.store.locks import lock_store
+    from extract.store.runs import real_path
 
     if options.frames is not None and options.frames < 1:
         raise InputError(f"--frames {options.frames}: expected at least 1")
@@ -63,6 +64,7 @@ def main(options: Options) -> int:
     files = open_features(options.features)
     listing, names = join(listing, files)
     print(listing.report())
+    options = replace(options, out=real_path(options.out))  # two names of one store are one lock
     with lock_store(options.out):
         return _ingest(options, listing, files, names)
 

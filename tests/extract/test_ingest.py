@@ -397,6 +397,15 @@ def test_a_store_whose_integers_were_sorted_as_text_continues(tmp_path, capsys):
     assert [kinetics.classes[label] for label in kinetics.labels] == ["yawning", "crying"]
 
 
+def test_a_store_behind_a_link_is_continued(tmp_path):
+    folder = as_npy(tmp_path, arrays())
+    ingest(tmp_path, folder, list(arrays())[:5], frames=2)
+    (tmp_path / "link.zarr").symlink_to("x.zarr")
+    assert len(ingest(tmp_path, folder, labels=list_of(tmp_path / "l.csv", arrays()), out="link.zarr")) == VIDEOS
+    assert not (tmp_path / "link.zarr.log").exists()
+    assert len(FeatureStore.open(tmp_path / "x.zarr")) == VIDEOS
+
+
 def test_other_settings_are_refused(tmp_path):
     folder = as_npy(tmp_path, arrays())
     ingest(tmp_path, folder, frames=4, name="net")
