@@ -209,11 +209,11 @@ def film(pictures: Sequence[np.ndarray], weights: np.ndarray, moments: Sequence[
     room = max(count, FILM_FRAMES)  # frames are as large in a short film
     tall = [1.0] * bool(pictures) + [0.34 * groups, 0.9]  # in widths of a frame
     with _styled():
-        head = 0.2 * len(title.splitlines())
+        head = 0.22 * len(title.splitlines())
         wide, high = 0.5 + 0.44 * room, 0.25 + 0.44 * sum(tall) * 1.06 + head
         margins = {"left": 0.5 / wide, "right": 1, "bottom": 0.25 / high, "top": 1 - head / high, "hspace": 0.06}
         figure = Figure(figsize=(wide, high))
-        figure.text(0.5 / wide, 1, title, va="top", fontsize=9)
+        figure.text(0.5 / wide, 1 - 0.06 / high, title, va="top", fontsize=9)
         grid = figure.subplots(len(tall), 1, sharex=True, height_ratios=tall, squeeze=False, gridspec_kw=margins)
         parts = list(grid[:, 0])
         if pictures:
