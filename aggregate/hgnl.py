@@ -124,8 +124,26 @@ class HGNonLocal(nn.Module):
         self.value = GroupedLinear(dim, dim, groups=g2, shared=shared)  # W_v
         self.scale = nn.Parameter(torch.tensor(float(scale_init)))  # s
         self.score_factor = (inner_dim // g2) ** -0.5 if scale_scores else 1.0
+        self.start, self.scale_init = start, scale_init
         if start == "average":
             self._start_as_average()
+
+    def differences(self) -> list[str]:
+        """What of this module differs from the paper's HG-NL or NL, one phrase each."""
+        phrases = []
+        if self.attention == "softmax" and self.g1 > 1:
+            phrases.append("softmax instead of the ReLU of eq. 7")
+        if self.norm != "none":
+            phrases.append({"n": "A divided by n", "n_over_train": "A multiplied by n_train/n"}[self.norm])
+        if self.normalise:
+            phrases.append("W_q and W_k see frames of mean 0 and variance 1")
+        if self.start == "average":
+            phrases.append("training starts with the same weight for every frame")
+        if self.scale_init:
+            phrases.append(f"s starts at {self.scale_init:g}, not 0")
+        if self.score_factor != 1:
+            phrases.append("scores divided by the root of their length")
+        return phrases
 
     @torch.no_grad()
     def _start_as_average(self) -> None:

@@ -72,6 +72,9 @@ def prepare(options: Options) -> "Run":
     if last is not None:
         refuse_other_data(out, last, store, store.provenance, data)
     learners, references = _learners_and_baselines(configuration, store, device, training.labels)
+    module: Any = learners[0].model.aggregator
+    if hasattr(module, "differences"):
+        print(f"head      {options.agg} as in the paper{''.join(f'; {one}' for one in module.differences())}")
     source = configuration.source(training, testing)
     common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames, "data": data}
     segments = possible_segments((options.frames, store.frames_per_video), store)

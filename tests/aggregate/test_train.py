@@ -382,7 +382,7 @@ def test_the_attentive_probe_has_a_rate_of_its_own_in_the_cached_recipe():
     assert recipe("paper", "attentive", videos=96).lr == recipe("paper", "tsn", videos=96).lr
 
 
-def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, tmp_path):
+def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, tmp_path, capsys):
     """And the checkpoint says what was used."""
     small_hgnl = {"g1": 4, "g2": 2, "m1": 8, "epochs": 1}
 
@@ -398,7 +398,11 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
     cached["norm"] = "n_over_train"
     cached["standardise"] = True
     assert used("a") == cached
+    printed = capsys.readouterr().out
+    assert "head      hgnl as in the paper; A multiplied by n_train/n; W_q and W_k see frames" in printed
+    assert "; s starts at 1, not 0" in printed
     assert used("b", recipe="paper") == paper
+    assert "head      hgnl as in the paper\n" in capsys.readouterr().out
     assert used("c", normalise=False, scale_init=0.5) == cached | {"normalise": False, "scale_init": 0.5}
     assert used("d", norm="n") == cached | {"norm": "n"}
     assert used("f", attention="softmax") == cached | {"attention": "softmax", "norm": "none"}
