@@ -68,8 +68,11 @@ class Options:
 
 
 def main(options: Options) -> int:
+    from extract.decode.transform import is_clip_wise
     from extract.listing.videos import list_videos
 
+    if is_clip_wise(options.backbone):
+        raise InputError(f"--backbone {options.backbone}: the recipe takes a backbone that sees single frames")
     listings = {"k700": list_videos(options.root, labels=options.labels)}
     print(listings["k700"].report())
     if options.pretrain is not None:

@@ -145,6 +145,11 @@ def test_what_a_backbone_does_not_take(name: str, options: dict, message: str, m
         load_trunk(name, weights="random", **options)
 
 
+def test_int8_is_for_image_models() -> None:
+    with pytest.raises(InputError, match="--precision int8: torchvision/r3d_18 is clip-wise"):
+        load_backbone("torchvision/r3d_18", weights="random", device="cpu", precision="int8")
+
+
 def test_torchvisions_weights_without_a_network_say_what_to_fetch(monkeypatch, tmp_path: Path) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise OSError("there is no network in this test")

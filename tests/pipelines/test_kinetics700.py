@@ -109,3 +109,5 @@ def test_a_folder_without_val_is_refused(roots, tmp_path):
         kinetics700.main(options(roots, tmp_path / "run", root=roots[0] / "train"))
     with pytest.raises(InputError, match="has no four stages"):
         kinetics700.main(options(roots, tmp_path / "run", stnet=True, backbone="tf_efficientnet_lite0"))
+    with pytest.raises(InputError, match="torchvision/r3d_18: the recipe takes a backbone that sees single frames"):
+        kinetics700.main(options(roots, tmp_path / "run", backbone="torchvision/r3d_18"))
