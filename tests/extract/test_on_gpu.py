@@ -163,7 +163,7 @@ def test_an_extraction_names_what_pyav_had_to_read(codec_clips, tmp_path, capsys
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.05
     assert "levels of pyav in the mean" in other.provenance["decoder"]["version"]
     with pytest.raises(InputError, match="was made with other settings"):
-        main(Options(videos=codec_clips, out=str(tmp_path / DECODER), device="cpu", **small))
+        main(Options(videos=codec_clips, out=str(tmp_path / DECODER), device="cpu", decoder="pyav", **small))
 
 
 def test_it_is_refused_where_there_is_no_gpu_or_no_torchcodec(codec_clips, tmp_path, monkeypatch) -> None:
