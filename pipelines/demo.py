@@ -20,8 +20,8 @@ from pipelines.steps import fuse, step
 
 FRAMES = 16  # of 64, and all are trained on: the action has two of them
 MODELS = ("tsn", "hgnl", "txb")
-# top-1 % on test, of runs in bf16 and fp32, by PyTorch and OpenVINO
-EXPECTED = {"tsn": (30, 40), "hgnl": (38, 53), "txb": (50, 64)}
+# top-1 % on test: the range of three runs, by PyTorch and OpenVINO, and one video (2.8) more on both sides
+EXPECTED = {"tsn": (25, 39), "hgnl": (42, 56), "txb": (50, 61)}
 
 
 @dataclass(frozen=True)
