@@ -111,8 +111,8 @@ def candidates_by_agg(options: Options, store: "FeatureStore") -> "tuple[dict[st
     skipped: dict[str, str] = {}
     if heads:
         tried = candidates(replace(options, agg=heads), store)
-        for one in tried.configurations:
-            by_agg[one.options.agg].append(one)
+        for configuration in tried.configurations:
+            by_agg[configuration.options.agg].append(configuration)
         skipped = tried.skipped
     if options.shots is not None and options.seeds != Options.seeds:
         seeds = " ".join(map(str, options.seeds))
@@ -128,8 +128,8 @@ def candidates_by_agg(options: Options, store: "FeatureStore") -> "tuple[dict[st
     for agg in set(aggs) - set(heads):
         by_agg[agg] = probe_candidates(agg, options)
     for name, reason in skipped.items():
-        if not by_agg[agg := name.split()[0]]:
-            raise InputError(f"--agg {agg}: {reason}")
+        if not by_agg[head := name.split()[0]]:
+            raise InputError(f"--agg {head}: {reason}")
     return by_agg, skipped
 
 

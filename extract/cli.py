@@ -149,7 +149,8 @@ def run_command(
         if {"-h", "--help"} & set(args):
             tyro.cli(_in_groups(options), prog=prog, args=["--help"], config=config, description=options.__doc__)
         _check_flags(options, args, prog)
-        known = {"default": options.defaults_for(args)} if hasattr(options, "defaults_for") else {}
+        defaults_for: Any = getattr(options, "defaults_for", None)
+        known = {"default": defaults_for(args)} if defaults_for else {}
         chosen = tyro.cli(options, prog=prog, args=args, config=config, **known)
         check_ranges(chosen)
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
@@ -168,14 +169,14 @@ def _in_groups(options: type) -> type:
     import tyro
 
     left = dict(options.__dataclass_fields__)  # type: ignore[attr-defined]
-    groups = []
+    groups: list[Any] = []
     for parent in filter(is_dataclass, options.__mro__):
         own = {name: left.pop(name) for name in inspect.get_annotations(parent) if name in left}
         if own:
             title = parent.__name__.removesuffix("Options").lower() if groups else "main"
             doc = None if parent.__doc__ == options.__doc__ else parent.__doc__
-            group = type(parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own})
-            groups.append((title, tyro.conf.OmitArgPrefixes[group]))
+            group: Any = type(parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own})
+            groups.append((title, tyro.conf.OmitArgPrefixes[group]))  # type: ignore[misc]
     return make_dataclass("Groups", groups, kw_only=True)
 
 

@@ -104,8 +104,9 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
 def install_command(extra: str) -> str:
     """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was installed."""
     import importlib.metadata  # 30 ms
+    from importlib.util import find_spec
 
-    installer = "pip install" if importlib.util.find_spec("pip") else "uv pip install"
+    installer = "pip install" if find_spec("pip") else "uv pip install"
     try:
         distribution = importlib.metadata.distribution("hgnl-video")
     except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH

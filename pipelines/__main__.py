@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import sys
+from importlib.util import find_spec
 
 from extract.cli import run_command
 from extract.commands import COMMANDS, STAGES
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     module = COMMANDS[name]
-    if importlib.util.find_spec(module).submodule_search_locations is not None:
+    if (spec := find_spec(module)) and spec.submodule_search_locations is not None:
         module += ".__main__"
     command = importlib.import_module(module)
     return run_command(command.main, command.Options, prog=f"hgnl {name}", args=rest)

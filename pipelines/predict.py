@@ -217,7 +217,7 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
 
     videos: list[Path] = []
     for path in paths:
-        videos += [video.path for video in list_videos(str(path)).videos] if path.is_dir() else [path]
+        videos += [Path(video.path) for video in list_videos(str(path)).videos] if path.is_dir() else [path]
     return videos
 
 

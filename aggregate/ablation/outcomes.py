@@ -120,7 +120,11 @@ def _collect(
         tested.append(seen)
     counts = np.maximum(np.sum(tested, axis=0), 1).astype(np.float32)
     several = [
-        Outcomes(*(np.stack([by_seed[place] for by_seed in one]) for one in (places, predicted)), np.stack(tested))
+        Outcomes(
+            np.stack([by_seed[place] for by_seed in places]),
+            np.stack([by_seed[place] for by_seed in predicted]),
+            np.stack(tested),
+        )
         for place in range(len(segments))
     ]
     return several, sums / counts[:, None]

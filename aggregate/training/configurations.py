@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import (
     Aggregator,
@@ -135,5 +135,6 @@ def configured(name: str, options: TrainOptions, *, videos: int) -> Configuratio
 
     changed = recipe(options.recipe, options.agg, videos=videos, **changes_of(options))
     device = choose_device(options.device)
-    changed = replace(changed, precision=choose_precision(changed.precision, device, changed.batch_size))
+    precision: Any = choose_precision(changed.precision, device, changed.batch_size)
+    changed = replace(changed, precision=precision)
     return Configuration(name, options, changed, videos)

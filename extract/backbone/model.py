@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,9 @@ def _image_trunk(name: str, source: str, seed: int, image_size: int | None) -> T
     module.eval()
     if image_size is not None:
         image_models.set_image_size(module, name, image_size)
-    preprocessing = image_models.preprocessing_of(module.pretrained_cfg, name, image_size=image_size)
+    preprocessing = image_models.preprocessing_of(
+        cast(dict[str, Any], module.pretrained_cfg), name, image_size=image_size
+    )
     shape = _probe(module, torch.zeros(1, 3, *preprocessing.frame_shape[:2]), "--image-size", name=name)
     if len(shape) != 1:
         raise InputError(f"--backbone {name}: its output per frame is {shape}, expected one vector [dim]")

@@ -105,7 +105,7 @@ def _torchvision_model(
     else:
         record = load_weights(net, weights, name=f"torchvision/{name}")
     trunk = _TorchvisionTrunk(net, per_clip)
-    trunk.dim = dim
+    trunk.dim = dim  # type: ignore[assignment]
     preset = published.transforms()
     resize, size = preset.resize_size, preset.crop_size[0]
     preprocessing = Preprocessing(

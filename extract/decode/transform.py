@@ -74,7 +74,8 @@ class Preprocessing:
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Preprocessing":
         """The inverse of `record`."""
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in record.items()})
+        values: Any = {key: tuple(value) if isinstance(value, list) else value for key, value in record.items()}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

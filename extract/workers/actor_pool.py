@@ -52,7 +52,7 @@ def connect(address: str | None) -> bool:
         if address not in (None, "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
-        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
         with _sigterm_kept():
             ray.init(address=address or "local", job_config=job_config(), **quiet)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError

@@ -24,7 +24,7 @@ from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
-from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
+from extract.decode.jobs import Job, Plan, decode_job, remaining_jobs
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
@@ -385,7 +385,7 @@ class Worker:
 
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]
-    ) -> Iterator[tuple[int, Prepared | VideoError, Source, np.ndarray, int]]:
+    ) -> Iterator[tuple[int, Any, Source, Any, int]]:
         """Each row's place, what was decoded of which file, its pictures, and its first clip among them.
 
         The pictures are valid until the next ones are asked for. A row that does not fit into a buffer comes in parts.

@@ -53,6 +53,7 @@ def models_by_split(found: Found) -> dict[str, dict[str, Model]]:
                 summarise_scores(scores.logits, scores.labels, scores.groups)
             )
             for scores in with_labels
+            if scores.labels is not None  # for mypy
         }
         splits.setdefault(split, {})[name] = Model(summaries, with_labels[-1], file)
     for run, results in found.files("results.json"):
@@ -114,15 +115,16 @@ def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:
     ours, tsn = models[name].scores, models["tsn"].scores if "tsn" in models else None
     if ours is None or tsn is None or name == "tsn":
         return None
+    if ours.labels is None or tsn.labels is None:
+        return None
     place = {video: row for row, video in enumerate(tsn.ids)}
     rows = [row for row, video in enumerate(ours.ids) if video in place and ours.labels[row] >= 0]
     theirs = [place[ours.ids[row]] for row in rows]
     if not rows:
         return None
-    right = [
-        ranks(scores.logits[chosen], scores.labels[chosen]) == 0 for scores, chosen in ((ours, rows), (tsn, theirs))
-    ]
-    return paired_bootstrap(*right, np.asarray(ours.groups)[rows])
+    our_ranks = ranks(ours.logits[rows], ours.labels[rows])
+    their_ranks = ranks(tsn.logits[theirs], tsn.labels[theirs])
+    return paired_bootstrap(our_ranks == 0, their_ranks == 0, np.asarray(ours.groups)[rows])
 
 
 def verdict(gain: Interval) -> str:
