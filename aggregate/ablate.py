@@ -1,8 +1,9 @@
-"""python -m aggregate.ablate: many configurations trained in one pass over the features, and what they are worth.
+"""python -m aggregate.ablate: many configurations trained in one pass over the features, and what
+they are worth.
 
-Every option of the aggregators and of training takes a list; all combinations are trained, once a seed. One command is
-one folder: finished results, tables, figures. How a pass is shared: aggregate/ablation/grid.py; how results are
-compared: aggregate/ablation/compare.py.
+Every option of the aggregators and of training takes a list; all combinations are trained, once a
+seed. One command is one folder: finished results, tables, figures. How a pass is shared:
+aggregate/ablation/grid.py; how results are compared: aggregate/ablation/compare.py.
 """
 
 import functools
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(GridOptions, SplitOptions):
-    """Train all combinations of the listed options on cached features, several at once; run again to resume.
+    """Train all combinations of the listed options on cached features, several at once; run again
+    to resume.
 
     Where no default is named, an option is the recipe's own.
     """
@@ -56,8 +58,12 @@ def main(options: Options) -> int:
     at_once = max(1, min(options.at_once // processes, -(-len(chosen.configurations) // processes)))
     names, seeds = len({one.name for one in chosen.configurations}), len(set(options.seeds))
     passes = len(in_passes(chosen.configurations, at_once=at_once))
-    size = f"{names} configurations x {seeds} seeds in {passes} passes, {len(chosen.skipped)} skipped"
-    print(f"features  {store!r}\nplan      {size}; {processes} passes at a time, {threads} threads each")
+    size = (
+        f"{names} configurations x {seeds} seeds in {passes} passes, {len(chosen.skipped)} skipped"
+    )
+    print(
+        f"features  {store!r}\nplan      {size}; {processes} passes at a time, {threads} threads each"
+    )
     chosen.print_skipped()
     wanted = {(one.name, one.options.seed): one for one in chosen.configurations}
     prepare = functools.partial(
@@ -80,18 +86,36 @@ def main(options: Options) -> int:
         steps = [share[0].recipe.epochs * share[0].steps_per_epoch for share in shares]
         with progress(total=sum(steps), unit="step") as bar:
             # In this process each step is shown, from others only what they finished.
-            train_pass = functools.partial(GridTrainer.run, on_step=bar.update) if processes == 1 else GridTrainer.run
-            finished = run_side_by_side(train_pass, shares, prepare=prepare, processes=processes, threads=threads)
+            train_pass = (
+                functools.partial(GridTrainer.run, on_step=bar.update)
+                if processes == 1
+                else GridTrainer.run
+            )
+            finished = run_side_by_side(
+                train_pass, shares, prepare=prepare, processes=processes, threads=threads
+            )
             for share, results in finished:
                 for result in results:
                     records.add(result.row, result.places)
                 if processes > 1:
                     bar.update(share[0].recipe.epochs * share[0].steps_per_epoch)
-                print(f"done      {len(_write_table(options.out, wanted, records))} of {len(wanted)}", flush=True)
-        rows, places = _write_table(options.out, wanted, records), {key: records.array(key) for key in records.rows}
+                print(
+                    f"done      {len(_write_table(options.out, wanted, records))} of {len(wanted)}",
+                    flush=True,
+                )
+        rows, places = (
+            _write_table(options.out, wanted, records),
+            {key: records.array(key) for key in records.rows},
+        )
         print()
         groups = group_keys(store.ids, store.groups)
-        report(options.out, rows, places, groups, [f"{name}: {reason}" for name, reason in chosen.skipped.items()])
+        report(
+            options.out,
+            rows,
+            places,
+            groups,
+            [f"{name}: {reason}" for name, reason in chosen.skipped.items()],
+        )
         print(_how_to_keep(rows, wanted))
     return 0
 
@@ -100,7 +124,8 @@ def main(options: Options) -> int:
 
 
 def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = None) -> Plan:
-    """All combinations of the listed options, each once a seed. InputError if none is left, or a list is empty."""
+    """All combinations of the listed options, each once a seed. InputError if none is left, or a
+    list is empty."""
     from aggregate.training.splits import choose_rows
 
     if init is not None:
@@ -114,7 +139,9 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
     return found._replace(configurations=list(every))
 
 
-def _write_table(out: Path, wanted: Iterable[tuple[str, int]], records: "Records") -> list[dict[str, Any]]:
+def _write_table(
+    out: Path, wanted: Iterable[tuple[str, int]], records: "Records"
+) -> list[dict[str, Any]]:
     """Write the rows that are done, in the order of the plan, as ablation.csv."""
     from aggregate.metrics import csv_of
     from extract.files import replace_file

@@ -1,6 +1,8 @@
-"""The attentive probe of V-JEPA and V-JEPA 2 (Bardes et al. 2024, Assran et al. 2025): a learned query looks at frames.
+"""The attentive probe of V-JEPA and V-JEPA 2 (Bardes et al. 2024, Assran et al. 2025): a learned
+query looks at frames.
 
-With D channels, `x [n, D]` the frames of a video, LN layer norm and MLP(h) = W_2 GELU(W_1 h + b_1) + b_2 of width 4D:
+With D channels, `x [n, D]` the frames of a video, LN layer norm and MLP(h) = W_2 GELU(W_1 h + b_1)
++ b_2 of width 4D:
 
     x = LN(x) + e(t)                    with `frame_time` only; e: sines of the relative time t of each frame
     x = x + MHA(LN(x), LN(x), LN(x))    depth - 1 times over, each followed by
@@ -8,7 +10,8 @@ With D channels, `x [n, D]` the frames of a video, LN layer norm and MLP(h) = W_
     h = q + MHA(q, LN(x), LN(x))        q [1, D] is learned, the same for every video
     F_v = h + MLP(LN(h))
 
-MHA(query, key, value) is multi-head attention, biases on. Depth 1 is V-JEPA's probe, depth 4 V-JEPA 2's.
+MHA(query, key, value) is multi-head attention, biases on. Depth 1 is V-JEPA's probe, depth 4 V-JEPA
+2's.
 """
 
 import math
@@ -21,13 +24,18 @@ from torch.nn.functional import scaled_dot_product_attention
 from aggregate.pooling import Features, Frames, Mask, blank_masked, frame_counts
 from extract.cli import InputError
 
-SLOWEST, FASTEST = 0.5, 8.0  # periods of the time's sines in a video; 16 frames still show the fastest
+SLOWEST, FASTEST = (
+    0.5,
+    8.0,
+)  # periods of the time's sines in a video; 16 frames still show the fastest
 
 
 class Layer(nn.Module):
-    """Multi-head attention over LN(x) and an MLP, each added to what it is given; 12 D^2 + 13 D parameters.
+    """Multi-head attention over LN(x) and an MLP, each added to what it is given; 12 D^2 + 13 D
+    parameters.
 
-    `number` is that of the layer, from 1: output projections start 1 / sqrt(2 number) smaller, as V-JEPA's.
+    `number` is that of the layer, from 1: output projections start 1 / sqrt(2 number) smaller, as
+    V-JEPA's.
     """
 
     def __init__(self, dim: int, heads: int, number: int) -> None:
@@ -44,14 +52,17 @@ class Layer(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def products(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [batch, heads, queries, dim/heads], K and V [batch, heads, time, dim/heads] of `forward`'s x and query."""
+        """Q [batch, heads, queries, dim/heads], K and V [batch, heads, time, dim/heads] of
+        `forward`'s x and query."""
         x = self.norm_frames(x)
         Q = self.to_query(x if query is None else query)
         K, V = self.to_key_value(x).chunk(2, -1)
         Q, K, V = (one.unflatten(-1, (self.heads, -1)).transpose(1, 2) for one in (Q, K, V))
         return Q, K, V
 
-    def forward(self, x: Frames, mask: Mask, query: Tensor | None = None) -> Float[Tensor, "batch queries dim"]:
+    def forward(
+        self, x: Frames, mask: Mask, query: Tensor | None = None
+    ) -> Float[Tensor, "batch queries dim"]:
         """`query` [batch, queries, dim]; without one every frame asks (self-attention)."""
         seen = None if mask is None else mask[:, None, None]
         attended = scaled_dot_product_attention(*self.products(x, query), attn_mask=seen)
@@ -60,23 +71,31 @@ class Layer(nn.Module):
 
 
 class AttentiveProbe(nn.Module):
-    """A learned query, cross-attention over the frames, an MLP: `x [batch, time, dim]` to `[batch, dim]`.
+    """A learned query, cross-attention over the frames, an MLP: `x [batch, time, dim]` to `[batch,
+    dim]`.
 
-    `depth` counts the layers of attention: the last is the query's, those before it are self-attention of the frames.
-    `heads` is by default the largest divisor of `dim` up to dim/64. `frame_time` adds the sines of each frame's time,
-    (i + 1/2) / n for frame i of the n valid ones; without it the order of frames is not seen.
-    Parameters: depth (12 D^2 + 13 D) + D, with `frame_time` 2 D more.
-    Raises InputError for a depth below 1 and for heads that do not divide `dim`.
+    `depth` counts the layers of attention: the last is the query's, those before it are
+    self-attention of the frames. `heads` is by default the largest divisor of `dim` up to dim/64.
+    `frame_time` adds the sines of each frame's time, (i + 1/2) / n for frame i of the n valid ones;
+    without it the order of frames is not seen. Parameters: depth (12 D^2 + 13 D) + D, with
+    `frame_time` 2 D more. Raises InputError for a depth below 1 and for heads that do not divide
+    `dim`.
     """
 
-    def __init__(self, dim: int, depth: int = 1, heads: int | None = None, frame_time: bool = False) -> None:
+    def __init__(
+        self, dim: int, depth: int = 1, heads: int | None = None, frame_time: bool = False
+    ) -> None:
         super().__init__()
         if heads is None:
             heads = max(count for count in range(1, max(dim // 64, 1) + 1) if dim % count == 0)
         if depth < 1:
-            raise InputError(f"depth is {depth}; the probe needs at least 1 layer, that of its query")
+            raise InputError(
+                f"depth is {depth}; the probe needs at least 1 layer, that of its query"
+            )
         if heads < 1 or dim % heads:
-            raise InputError(f"heads {heads} does not divide dim {dim}; each head has an equal part of the channels")
+            raise InputError(
+                f"heads {heads} does not divide dim {dim}; each head has an equal part of the channels"
+            )
         self.out_dim = dim
         self.norm_in = nn.LayerNorm(dim) if frame_time else None
         self.layers = nn.ModuleList(Layer(dim, heads, number) for number in range(1, depth + 1))
@@ -92,13 +111,20 @@ class AttentiveProbe(nn.Module):
         return x
 
     def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch heads time"]:
-        """The query's attention to each frame, of each head; sums to 1 over the valid frames, 0 elsewhere."""
-        Q, K, _ = self.layers[-1].products(self._frames(x, mask), self.query.expand(x.shape[0], -1, -1))  # type: ignore
+        """The query's attention to each frame, of each head; sums to 1 over the valid frames, 0
+        elsewhere."""
+        Q, K, _ = self.layers[-1].products(
+            self._frames(x, mask), self.query.expand(x.shape[0], -1, -1)
+        )  # type: ignore
         scores = (Q @ K.transpose(2, 3)).squeeze(2) * K.shape[3] ** -0.5
-        return (scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)).softmax(-1)
+        return (scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)).softmax(
+            -1
+        )
 
     def forward(self, x: Frames, mask: Mask = None) -> Features:
-        return self.layers[-1](self._frames(x, mask), mask, self.query.expand(x.shape[0], -1, -1)).squeeze(1)
+        return self.layers[-1](
+            self._frames(x, mask), mask, self.query.expand(x.shape[0], -1, -1)
+        ).squeeze(1)
 
 
 class AttentiveTimeProbe(AttentiveProbe):
@@ -111,10 +137,13 @@ class AttentiveTimeProbe(AttentiveProbe):
 
 
 def time_sines(x: Tensor, mask: Tensor | None) -> Float[Tensor, "_ time dim"]:
-    """e of t = (i + 1/2) / n, frame i of the n valid ones: sin(2 pi f t) in dim/2 frequencies f in geometric steps over
-    SLOWEST .. FASTEST, then their cosines. [1, time, dim] without a mask; of no meaning for masked frames."""
+    """e of t = (i + 1/2) / n, frame i of the n valid ones: sin(2 pi f t) in dim/2 frequencies f in
+    geometric steps over SLOWEST .. FASTEST, then their cosines. [1, time, dim] without a mask; of
+    no meaning for masked frames."""
     i = torch.arange(x.shape[1], device=x.device)[None] if mask is None else mask.cumsum(1) - 1
     t = (i + 0.5).to(x.dtype) / frame_counts(x, mask)
-    f = SLOWEST * (FASTEST / SLOWEST) ** torch.linspace(0, 1, (x.shape[2] + 1) // 2, device=x.device, dtype=x.dtype)
+    f = SLOWEST * (FASTEST / SLOWEST) ** torch.linspace(
+        0, 1, (x.shape[2] + 1) // 2, device=x.device, dtype=x.dtype
+    )
     angles = 2 * math.pi * f * t[..., None]
     return torch.cat([angles.sin(), angles.cos()], -1)[..., : x.shape[2]]

@@ -47,7 +47,9 @@ def main(options: Options) -> None:
     from extract.store import FeatureStore
 
     if not 0 < options.false_alarms < 1:
-        raise InputError(f"--false-alarms {options.false_alarms:g}: expected a fraction between 0 and 1")
+        raise InputError(
+            f"--false-alarms {options.false_alarms:g}: expected a fraction between 0 and 1"
+        )
     scores = None if options.scores is None else held_out_scores(Scores.load(options.scores))
     store = FeatureStore.open(options.features)
     rows = np.flatnonzero(store.usable)
@@ -98,9 +100,12 @@ def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
 
 
 def held_out_scores(scores: "Scores") -> "Scores":
-    """`scores`, if they can contradict a label: they have labels, and not from the training videos."""
+    """`scores`, if they can contradict a label: they have labels, and not from the training
+    videos."""
     if scores.labels is None or (scores.labels < 0).all():
-        raise InputError("--scores: the file has no labels, so there is nothing that it can contradict")
+        raise InputError(
+            "--scores: the file has no labels, so there is nothing that it can contradict"
+        )
     if scores.source.get("trained_on"):
         raise InputError(
             "--scores: these are scores of the videos that the model was trained on, which agree with "
@@ -193,9 +198,13 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     for line in duplicates[:PRINTED]:
         lines.append(f"  {line['ratio']:.2f}  {line['across']}: {line['id_a']} | {line['id_b']}")
     if record["scores"] is None:
-        lines.append("labels    not checked: give --scores, out-of-fold scores of aggregate.crossval")
+        lines.append(
+            "labels    not checked: give --scores, out-of-fold scores of aggregate.crossval"
+        )
     else:
-        lines.append(f"{len(labels):,} labels are contradicted with confidence by {record['scores']}")
+        lines.append(
+            f"{len(labels):,} labels are contradicted with confidence by {record['scores']}"
+        )
     for line in labels[:PRINTED]:
         lines.append(
             f"  {line['id']}: {line['label']} {line['probability_of_label']:.2f}, "

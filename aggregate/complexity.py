@@ -1,7 +1,8 @@
-"""Tables 1 and 2 of the paper beside our own figures: `python -m aggregate.complexity [--dim 1024 --g1 16 --g2 8]`.
+"""Tables 1 and 2 of the paper beside our own figures: `python -m aggregate.complexity [--dim 1024
+--g1 16 --g2 8]`.
 
-Parameters are counted on the modules. MAdds are computed by the formulas of Table 2, counted on the literal form of
-eq. 3-8, and counted on the pooled form that runs.
+Parameters are counted on the modules. MAdds are computed by the formulas of Table 2, counted on the
+literal form of eq. 3-8, and counted on the pooled form that runs.
 """
 
 import functools
@@ -60,14 +61,17 @@ class Options:
 
 
 def columns(dim: int, *, g1: int, g2: int) -> "dict[str, HGNonLocal]":
-    """The models of Table 1's columns, without memory behind their weights. Raises InputError as HGNonLocal does."""
+    """The models of Table 1's columns, without memory behind their weights. Raises InputError as
+    HGNonLocal does."""
     import torch
 
     from aggregate.hgnl import HGNonLocal
     from aggregate.nl import NonLocal
 
     if dim % 8:
-        raise InputError(f"dim is {dim}; the tables are about m1 = m/2 and m/8, so it must be a multiple of 8")
+        raise InputError(
+            f"dim is {dim}; the tables are about m1 = m/2 and m/8, so it must be a multiple of 8"
+        )
     with torch.device("meta"):
         return {
             "NL m1=m/2": NonLocal(dim, dim // 2),
@@ -78,13 +82,18 @@ def columns(dim: int, *, g1: int, g2: int) -> "dict[str, HGNonLocal]":
 
 
 def parameters(module: "HGNonLocal") -> dict[str, int]:
-    """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as in Table 1."""
-    counts = [sum(p.numel() for p in layer.parameters()) for layer in (module.query, module.key, module.value)]
+    """Parameters of the three layers, biases included, and of all; neither s nor a classifier, as
+    in Table 1."""
+    counts = [
+        sum(p.numel() for p in layer.parameters())
+        for layer in (module.query, module.key, module.value)
+    ]
     return dict(zip(PAPER_TABLE_1, [*counts, sum(counts)], strict=True))
 
 
 def madds_by_formula(module: "HGNonLocal", *, frames: int) -> tuple[int, ...]:
-    """Table 2's rows for n = frames. Each multiplication and each addition counts, biases included."""
+    """Table 2's rows for n = frames. Each multiplication and each addition counts, biases
+    included."""
     m, n, g1, g2 = module.out_dim, frames, module.g1, module.g2
     m1 = len(module.key.bias) * (g1 if module.key.shared else 1)
     return (
@@ -97,7 +106,8 @@ def madds_by_formula(module: "HGNonLocal", *, frames: int) -> tuple[int, ...]:
 
 
 def madds_counted(module: "HGNonLocal", *, frames: int) -> tuple["Count", "Count"]:
-    """MAdds of one video counted on the literal form, whose products are Table 2's rows, and on the pooled form."""
+    """MAdds of one video counted on the literal form, whose products are Table 2's rows, and on the
+    pooled form."""
     import torch
 
     from aggregate.literal import count, literal_form
@@ -112,7 +122,8 @@ def number(printed: str) -> float:
 
 
 def table_1(models: "dict[str, HGNonLocal]") -> list[Sequence[str]]:
-    """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's figures round them."""
+    """Rows of text: parameters counted on the modules and, at the paper's setting, the paper's
+    figures round them."""
     counted = [parameters(module) for module in models.values()]
     grouped = models["HG-NL shared"]
     printed = (grouped.out_dim, grouped.g1, grouped.g2) == (PAPER_DIM, PAPER_G1, PAPER_G2)
@@ -120,19 +131,25 @@ def table_1(models: "dict[str, HGNonLocal]") -> list[Sequence[str]]:
     for title, paper in PAPER_TABLE_1.items():
         ours = [figures[title] for figures in counted]
         own = (f"{title}, counted", *(f"{figure:,}" for figure in ours))
-        agree = ("exact" if number(text) == figure else "DIFFERS" for text, figure in zip(paper, ours, strict=True))
+        agree = (
+            "exact" if number(text) == figure else "DIFFERS"
+            for text, figure in zip(paper, ours, strict=True)
+        )
         rows += [(f"{title}, paper", *paper), own, ("", *agree)] if printed else [own]
     return rows
 
 
 def table_2(models: "dict[str, HGNonLocal]", *, frames: int) -> list[Sequence[str]]:
-    """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and the pooled form.
+    """Rows of text: Table 2's formula, its value, what the literal form counts; then the sums and
+    the pooled form.
 
     It has no column for shared parameters: they are as many MAdds as unshared ones.
     """
     three = dict(list(models.items())[:3])
     formulas = [madds_by_formula(module, frames=frames) for module in three.values()]
-    literal, pooled = zip(*(madds_counted(module, frames=frames) for module in three.values()), strict=True)
+    literal, pooled = zip(
+        *(madds_counted(module, frames=frames) for module in three.values()), strict=True
+    )
     sums = [[sum(one.products) for one in counts] for counts in (literal, pooled)]
 
     def row(title: str, figures: Iterable[int]) -> Sequence[str]:
@@ -155,7 +172,8 @@ def table_2(models: "dict[str, HGNonLocal]", *, frames: int) -> list[Sequence[st
 
 
 def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
-    """Rows of text: the heads that are not the paper's, with parameters and MAdds of one video counted on what runs."""
+    """Rows of text: the heads that are not the paper's, with parameters and MAdds of one video
+    counted on what runs."""
     import torch
 
     from aggregate.literal import count

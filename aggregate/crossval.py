@@ -1,11 +1,13 @@
-"""python -m aggregate.crossval: aggregators compared on all videos of a store, each scored by models that never saw it.
+"""python -m aggregate.crossval: aggregators compared on all videos of a store, each scored by
+models that never saw it.
 
     fold 1   test | train ................ | inner hold-out      of the training part of each fold: chooses the epoch
     fold 2   train .. | test | train ..... | inner hold-out      and the options; then trained again on all of that
     ...                                                          part, so far as the epoch says, and tested once
 
-Aggregators and folds are trained side by side, one process per core (aggregate/ablation/processes.py). With the same
-folds, batches and options, a model is what `aggregate.train` alone makes of them in one thread, bit for bit.
+Aggregators and folds are trained side by side, one process per core
+(aggregate/ablation/processes.py). With the same folds, batches and options, a model is what
+`aggregate.train` alone makes of them in one thread, bit for bit.
 """
 
 import functools
@@ -15,7 +17,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aggregate.ablation.configurations import LISTS, FoldOptions, GridOptions, ProbeOptions, candidates
+from aggregate.ablation.configurations import (
+    LISTS,
+    FoldOptions,
+    GridOptions,
+    ProbeOptions,
+    candidates,
+)
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.ablation.protocols import PROTOCOLS, Protocol, describe_protocol, protocol_in
 from aggregate.training.options import Aggregator
@@ -30,17 +38,18 @@ if TYPE_CHECKING:
 class Options(GridOptions, FoldOptions, ProbeOptions):
     """Compare aggregators by cross-validation on cached features; run again to resume.
 
-    Where options of training take several values, the best combination is chosen inside the training part of each fold,
-    as the epoch is.
+    Where options of training take several values, the best combination is chosen inside the
+    training part of each fold, as the epoch is.
     """
 
     agg: tuple[Aggregator | Literal["logreg", "knn"], ...] = ("hgnl",)  # type: ignore[assignment]
     """One or more; logreg and knn are scikit-learn's, on one vector per video."""
     protocol: Protocol | None = None
-    """mveb: logistic regression on 8 videos per class, 10 draws; vjepa2: an attentive probe over a grid. Sets the
-    defaults of other options: one that is given next to it wins."""
+    """mveb: logistic regression on 8 videos per class, 10 draws; vjepa2: an attentive probe over a
+    grid. Sets the defaults of other options: one that is given next to it wins."""
     out: Path = Path("runs/crossval")
-    """The folder of AGG.h5 (out-of-fold scores, the mean over seeds), results.json and finished folds."""
+    """The folder of AGG.h5 (out-of-fold scores, the mean over seeds), results.json and finished
+    folds."""
 
     @classmethod
     def defaults_for(cls, args: Sequence[str]) -> "Options":
@@ -64,7 +73,10 @@ def main(options: Options) -> int:
     store = open_features(options.features)
     options = with_possible_frames(options, store)
     by_agg, skipped = candidates_by_agg(options, store)
-    rows, choosing = rows_of(store, options), any(agg not in PROBES or len(by_agg[agg]) > 1 for agg in by_agg)
+    rows, choosing = (
+        rows_of(store, options),
+        any(agg not in PROBES or len(by_agg[agg]) > 1 for agg in by_agg),
+    )
     folds = all_folds(store, options, list(dict.fromkeys(options.seeds)), choosing=choosing)
     processes, threads = plan_processes(len(folds) * len(by_agg), options.device)
     print(f"features  {store!r}\nfolds     {describe_folds(store, folds)}")
@@ -72,11 +84,16 @@ def main(options: Options) -> int:
         print(f"skipped   {name}: {reason}")
     print(f"tried     {', '.join(one.name for several in by_agg.values() for one in several)}")
     print(f"training  {processes} at a time, {threads} threads each", flush=True)
-    at_once, segments = max(1, options.at_once // processes), sorted({options.frames[0], store.frames_per_video})
+    at_once, segments = (
+        max(1, options.at_once // processes),
+        sorted({options.frames[0], store.frames_per_video}),
+    )
     # The longest first, so that none of them is alone at the end.
     longest_first = sorted(by_agg, key=lambda agg: training_cost(by_agg[agg], store), reverse=True)
     tasks = [
-        FoldTask(fold, agg, by_agg[agg], segments, at_once, options.vector) for agg in longest_first for fold in folds
+        FoldTask(fold, agg, by_agg[agg], segments, at_once, options.vector)
+        for agg in longest_first
+        for fold in folds
     ]
     prepare = functools.partial(
         open_trainer,
@@ -87,10 +104,14 @@ def main(options: Options) -> int:
         rows=rows,
     )
     with Records(options, store, by=("seed", "fold", "agg"), kind="cross-validation") as records:
-        left = [task for task in tasks if (task.fold.seed, task.fold.name, task.agg) not in records.rows]
+        left = [
+            task for task in tasks if (task.fold.seed, task.fold.name, task.agg) not in records.rows
+        ]
         if done := len(tasks) - len(left):
             print(f"resuming  {options.out}: {done} of {len(tasks)} results are done")
-        results = run_side_by_side(score_fold, left, prepare=prepare, processes=processes, threads=threads)
+        results = run_side_by_side(
+            score_fold, left, prepare=prepare, processes=processes, threads=threads
+        )
         for _, (row, logits) in progress(results, unit="result", initial=done, total=len(tasks)):
             records.add(row, logits)
         report(store, rows, options, segments, folds, records)
@@ -98,10 +119,13 @@ def main(options: Options) -> int:
     return 0
 
 
-def candidates_by_agg(options: Options, store: "FeatureStore") -> "tuple[dict[str, list[Any]], dict[str, str]]":
+def candidates_by_agg(
+    options: Options, store: "FeatureStore"
+) -> "tuple[dict[str, list[Any]], dict[str, str]]":
     """What is tried of each of --agg, and of what cannot be built the reason by name.
 
-    InputError for an aggregator of which nothing can be built, and for options that mean nothing to any.
+    InputError for an aggregator of which nothing can be built, and for options that mean nothing to
+    any.
     """
     from aggregate.ablation.probes import PROBES, probe_candidates
 
@@ -116,15 +140,27 @@ def candidates_by_agg(options: Options, store: "FeatureStore") -> "tuple[dict[st
         skipped = tried.skipped
     if options.shots is not None and options.seeds != Options.seeds:
         seeds = " ".join(map(str, options.seeds))
-        raise InputError(f"--seeds {seeds} means nothing to --shots: a draw takes the place of a seed; give --repeats")
-    own = {"knn": {"k", "vector", "standardise"}, "logreg": {"C", "vector", "standardise", "epochs", "balance"}}
+        raise InputError(
+            f"--seeds {seeds} means nothing to --shots: a draw takes the place of a seed; give --repeats"
+        )
+    own = {
+        "knn": {"k", "vector", "standardise"},
+        "logreg": {"C", "vector", "standardise", "epochs", "balance"},
+    }
     for one in fields(options):
         value, users = getattr(options, one.name), [agg for agg in own if one.name in own[agg]]
-        foreign = one.name in LISTS[1:] and not heads and not set(users) & set(aggs) and one.name != "frames"
+        foreign = (
+            one.name in LISTS[1:]
+            and not heads
+            and not set(users) & set(aggs)
+            and one.name != "frames"
+        )
         foreign |= one.name in ("C", "k", "vector") and not set(users) & set(aggs)
         if foreign and value != one.default:
             given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{one.name.replace('_', '-')} {given} means nothing to --agg {' '.join(aggs)}")
+            raise InputError(
+                f"--{one.name.replace('_', '-')} {given} means nothing to --agg {' '.join(aggs)}"
+            )
     for agg in set(aggs) - set(heads):
         by_agg[agg] = probe_candidates(agg, options)
     for name, reason in skipped.items():

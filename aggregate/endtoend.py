@@ -1,6 +1,8 @@
-"""Models that see frames: a backbone and an aggregator trained together, or StNet; how they are built and saved.
+"""Models that see frames: a backbone and an aggregator trained together, or StNet; how they are
+built and saved.
 
-The backbone that a checkpoint was trained on is found again from its record: never another one, never in silence.
+The backbone that a checkpoint was trained on is found again from its record: never another one,
+never in silence.
 """
 
 import re
@@ -29,18 +31,25 @@ if TYPE_CHECKING:
 class Recogniser(nn.Module):
     """What training and testing call: uint8 frames as decoded in, logits out.
 
-    `net` is a StNet, or a VideoClassifier with a `backbone` beside it: its state has the backbone's tensors below
-    `backbone.`, so that classifiers trained on cached features fit in, and `extract --weights` takes the backbone.
+    `net` is a StNet, or a VideoClassifier with a `backbone` beside it: its state has the backbone's
+    tensors below `backbone.`, so that classifiers trained on cached features fit in, and `extract
+    --weights` takes the backbone.
     """
 
     mean: Tensor  # of levels from 0 to 255
     std: Tensor
 
-    def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing, clips: Clips | None = None) -> None:
+    def __init__(
+        self, net: VideoClassifier | StNet, preprocessing: Preprocessing, clips: Clips | None = None
+    ) -> None:
         super().__init__()
         self.net, self.preprocessing, self.clips = net, preprocessing, clips
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(getattr(preprocessing, name)).view(3, 1, 1) * 255, persistent=False)
+            self.register_buffer(
+                name,
+                torch.tensor(getattr(preprocessing, name)).view(3, 1, 1) * 255,
+                persistent=False,
+            )
 
     def forward(
         self,
@@ -56,8 +65,14 @@ class Recogniser(nn.Module):
         if self.clips is not None:
             # One clip at a time: 25 clips of 128 frames at once would need many gigabytes.
             clips = pictures.transpose(2, 3).flatten(0, 1).split(1)
-            features = torch.cat([backbone(clip) for clip in clips]).reshape(len(frames), -1, self.net.options["dim"])
-            mask = None if mask is None else there(mask, device).repeat_interleave(self.clips.rows, dim=1)
+            features = torch.cat([backbone(clip) for clip in clips]).reshape(
+                len(frames), -1, self.net.options["dim"]
+            )
+            mask = (
+                None
+                if mask is None
+                else there(mask, device).repeat_interleave(self.clips.rows, dim=1)
+            )
             return self.net(features, mask)
         features = backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
         mask = None if mask is None or mask.all() else there(mask, device)
@@ -65,12 +80,17 @@ class Recogniser(nn.Module):
 
 
 def build_net(options: Mapping[str, Any], backbone: nn.Module) -> VideoClassifier | StNet:
-    """The model of `Checkpoint.options` round a backbone without classifier. InputError for blocks of another form."""
+    """The model of `Checkpoint.options` round a backbone without classifier. InputError for blocks
+    of another form."""
     if options["name"] != "stnet":
         return _over(backbone, build(**options))
     if options.get("form", "released") != "released":  # an option of earlier versions
-        raise InputError("a StNet of form 'paper' is built no more, only the released form; train it anew")
-    net = StNet(backbone, options["num_classes"], options["frames_per_segment"], dropout=options["dropout"])
+        raise InputError(
+            "a StNet of form 'paper' is built no more, only the released form; train it anew"
+        )
+    net = StNet(
+        backbone, options["num_classes"], options["frames_per_segment"], dropout=options["dropout"]
+    )
     net.options = dict(options)  # type: ignore[assignment]  # as a VideoClassifier has them
     return net
 
@@ -81,12 +101,18 @@ def _over(backbone: nn.Module, head: VideoClassifier) -> VideoClassifier:
 
 
 def backbone_record(trunk: "Trunk") -> dict[str, Any]:
-    """What a checkpoint keeps of its backbone: as a store's provenance has it, without the precision."""
-    return {"backbone": trunk.name, "weights": dict(trunk.weights), "preprocessing": trunk.preprocessing.record()}
+    """What a checkpoint keeps of its backbone: as a store's provenance has it, without the
+    precision."""
+    return {
+        "backbone": trunk.name,
+        "weights": dict(trunk.weights),
+        "preprocessing": trunk.preprocessing.record(),
+    }
 
 
 def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
-    """TSN's partial BN: all batch norms of the trunk but the first keep their statistics and affine; returns them.
+    """TSN's partial BN: all batch norms of the trunk but the first keep their statistics and
+    affine; returns them.
 
     They must be put back to evaluation mode after every `train()`.
     """
@@ -97,11 +123,13 @@ def freeze_batch_norms(backbone: nn.Module) -> list[nn.Module]:
     return [*norms]
 
 
-def backbone_from_record(checkpoint: Checkpoint, weights: Path | None = None, **how: Any) -> Backbone:
+def backbone_from_record(
+    checkpoint: Checkpoint, weights: Path | None = None, **how: Any
+) -> Backbone:
     """The backbone, made fast as `how` says (device, precision, frames: see `load_backbone`).
 
-    `weights`: the file, where the record's is in no package. Raises InputError where the backbone cannot be had, or
-    where it is not the recorded one.
+    `weights`: the file, where the record's is in no package. Raises InputError where the backbone
+    cannot be had, or where it is not the recorded one.
     """
     backbone = load_backbone(**_source(checkpoint, weights), **how)
     check_backbone(checkpoint, backbone, given=weights)
@@ -109,7 +137,8 @@ def backbone_from_record(checkpoint: Checkpoint, weights: Path | None = None, **
 
 
 def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Recogniser:
-    """The whole model in fp32 on the CPU, in evaluation mode, from a checkpoint of cached features too.
+    """The whole model in fp32 on the CPU, in evaluation mode, from a checkpoint of cached features
+    too.
 
     Raises InputError as `backbone_from_record`.
     """
@@ -126,8 +155,11 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
     return Recogniser(net, preprocessing_of(checkpoint), clips_of(checkpoint)).eval()
 
 
-def check_backbone(checkpoint: Checkpoint, made: "Backbone | Trunk", *, given: Path | None = None) -> None:
-    """InputError unless `made` is what the checkpoint was trained on, whatever its file is called now."""
+def check_backbone(
+    checkpoint: Checkpoint, made: "Backbone | Trunk", *, given: Path | None = None
+) -> None:
+    """InputError unless `made` is what the checkpoint was trained on, whatever its file is called
+    now."""
     see = preprocessing_of(checkpoint)
     if made.preprocessing != see:
         raise InputError(
@@ -169,7 +201,9 @@ def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
     size = preprocessing_of(checkpoint).size
     if checkpoint.holds_backbone:
         if weights is not None:
-            raise InputError(f"--weights {weights}: the fine-tuned {checkpoint.path} holds its own backbone; drop it")
+            raise InputError(
+                f"--weights {weights}: the fine-tuned {checkpoint.path} holds its own backbone; drop it"
+            )
         return {"name": checkpoint.features["backbone"], "weights": checkpoint.path, "seed": 0}
     name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
     if clips := clips_of(checkpoint):
@@ -178,7 +212,9 @@ def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
         options = {"image_size": size} if isinstance(size, int) else {}
     seed = re.fullmatch(r"random weights, seed (-?\d+)", recorded["name"])
     if seed and weights is not None:
-        raise InputError(f"--weights {weights}: {checkpoint.path} was trained on {recorded['name']}; drop it")
+        raise InputError(
+            f"--weights {weights}: {checkpoint.path} was trained on {recorded['name']}; drop it"
+        )
     if seed:
         return {"name": name, "weights": "random", "seed": int(seed[1]), **options}
     file: Path | str = weights or "pretrained"

@@ -1,4 +1,5 @@
-"""python -m aggregate.evaluate: a checkpoint and a feature store in, metrics and a scores file out."""
+"""python -m aggregate.evaluate: a checkpoint and a feature store in, metrics and a scores file
+out."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,22 +25,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options(VideoOptions, PlaceOptions):
-    """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics, write scores."""
+    """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics,
+    write scores."""
 
     checkpoint: Path
     """A best.pt of aggregate.train or aggregate.finetune."""
     features: str | tuple[str, ...] = "feats.zarr"
     """The feature store, or several; made with the backbones the checkpoint was trained on."""
     videos: Path | None = None
-    """In the place of features: videos, as for python -m extract, through the backbone it records; StNet's only way."""
+    """In the place of features: videos, as for python -m extract, through the backbone it records;
+    StNet's only way."""
     weights: Path | None = None
-    """With --videos: the backbone's weights, where the checkpoint records a file of one's own (SHA-256 is checked)."""
+    """With --videos: the backbone's weights, where the checkpoint records a file of one's own
+    (SHA-256 is checked)."""
     split: str = "val"
-    """Which split; `held-out` for the very videos that training validated on, `all` for every one."""
+    """Which split; `held-out` for the very videos that training validated on, `all` for every
+    one."""
     by: Literal["row", "video"] = "row"
     """Of a store of windows or spans: a score each, or one a video, their mean."""
     segments: tuple[int, ...] = ()
-    """Frames of a video that the model sees (default: 3 and 25; if it sees their order, as many as in training)."""
+    """Frames of a video that the model sees (default: 3 and 25; if it sees their order, as many as
+    in training)."""
     out: Path | None = None
     """The scores file (HDF5) for `python -m ensemble`."""
     batch_size: int = 256
@@ -60,7 +66,11 @@ def main(options: Options) -> int:
         options = replace(options, segments=checkpoint.usual_segments((3, 25)))
     see = see_features if options.videos is None else see_videos
     videos, seen = see(checkpoint, options)
-    source = {"model": checkpoint.options["name"], "options": checkpoint.options, "checkpoint": options.checkpoint.name}
+    source = {
+        "model": checkpoint.options["name"],
+        "options": checkpoint.options,
+        "checkpoint": options.checkpoint.name,
+    }
     source |= {"features": checkpoint.features, "split": options.split, "inputs": videos.inputs}
     if videos.trained_on is not None:
         source["trained_on"] = videos.trained_on
@@ -72,21 +82,35 @@ def main(options: Options) -> int:
     several = []
     for segments, crops in seen:
         if options.videos is None and np.isnan(crops).all():
-            raise RunError(f"{checkpoint.path} has no scores that are finite; its weights are damaged")
+            raise RunError(
+                f"{checkpoint.path} has no scores that are finite; its weights are damaged"
+            )
         kept = crops if crops.shape[1] > 1 else None
         logits = crops.mean(axis=1)  # before softmax
         several.append(
-            Scores(videos.ids, checkpoint.classes, logits, videos.labels, source, segments, kept, videos.groups)
+            Scores(
+                videos.ids,
+                checkpoint.classes,
+                logits,
+                videos.labels,
+                source,
+                segments,
+                kept,
+                videos.groups,
+            )
         )
-    report([scores.by_video() for scores in several] if options.by == "video" else several, options.out)
+    report(
+        [scores.by_video() for scores in several] if options.by == "video" else several, options.out
+    )
     return 0
 
 
 class Scored(NamedTuple):
-    """The N videos to score: ids, labels over the checkpoint's classes, and what each depends on (`group_keys`).
+    """The N videos to score: ids, labels over the checkpoint's classes, and what each depends on
+    (`group_keys`).
 
-    `trained_on` is how many of them the model was trained on, None if the checkpoint does not say. `inputs` are digests
-    of what the scores are made of: the same ones give the same scores.
+    `trained_on` is how many of them the model was trained on, None if the checkpoint does not say.
+    `inputs` are digests of what the scores are made of: the same ones give the same scores.
     """
 
     ids: list[str]
@@ -113,11 +137,18 @@ def see_features(checkpoint: "Checkpoint", options: Options) -> Seen:
     rows = rows[store.listed[rows]]
     scored = _scored(checkpoint, store, rows, options)
     device = choose_device(options.device)
-    print(f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}")
+    print(
+        f"{options.checkpoint}: {describe(checkpoint)}\n{len(rows):,} videos of split {options.split!r} on {device}"
+    )
     wanted = possible_segments(options.segments, store)
-    features = StoredFeatures(store, rows, device=device, placement=options.placement)  # read once for all of them
+    features = StoredFeatures(
+        store, rows, device=device, placement=options.placement
+    )  # read once for all of them
     model, size = checkpoint.model().to(device), options.batch_size
-    seen = ((number, logits_of([model], features, segments=number, batch_size=size)[0]) for number in wanted)
+    seen = (
+        (number, logits_of([model], features, segments=number, batch_size=size)[0])
+        for number in wanted
+    )
     return scored, seen
 
 
@@ -139,19 +170,28 @@ def see_videos(checkpoint: "Checkpoint", options: Options) -> Seen:
     scored = _scored(checkpoint, listed, rows, options)
     count = f"{len(chosen):,} videos of split {options.split!r}"
     print(f"{options.checkpoint}: {describe(checkpoint)}\n{count} on {device}")
-    seen = ((number, _logits_of_videos(model, chosen, number, options)) for number in sorted(set(options.segments)))
+    seen = (
+        (number, _logits_of_videos(model, chosen, number, options))
+        for number in sorted(set(options.segments))
+    )
     return scored, seen
 
 
 def _scored(
-    checkpoint: "Checkpoint", videos: "FeatureStore | ListedVideos", rows: "np.ndarray", options: Options
+    checkpoint: "Checkpoint",
+    videos: "FeatureStore | ListedVideos",
+    rows: "np.ndarray",
+    options: Options,
 ) -> Scored:
-    """What is known of the videos to score. Says of which the label, split or group has changed since training."""
+    """What is known of the videos to score. Says of which the label, split or group has changed
+    since training."""
     from aggregate.training.checkpoint import rows_for_classes
     from aggregate.training.manifest import trained_on
     from aggregate.training.splits import group_keys
 
-    labels = rows_for_classes(videos.labels[rows], list(videos.classes), checkpoint.classes, str(videos.path))
+    labels = rows_for_classes(
+        videos.labels[rows], list(videos.classes), checkpoint.classes, str(videos.path)
+    )
     count, changed = trained_on(checkpoint, videos, rows)
     if changed:
         print(
@@ -159,18 +199,31 @@ def _scored(
             f"trained ({examples(changed)}); scored with what it is now"
         )
     groups = group_keys(videos.ids, videos.groups)[rows]
-    return Scored(videos.ids[rows].tolist(), labels, groups, count, inputs_of(options.checkpoint, videos, options))
+    return Scored(
+        videos.ids[rows].tolist(),
+        labels,
+        groups,
+        count,
+        inputs_of(options.checkpoint, videos, options),
+    )
 
 
-def inputs_of(checkpoint: "Path", videos: "FeatureStore | ListedVideos", options: Options) -> dict[str, Any]:
-    """Digests of what scores are made of: the checkpoint, what the store or the listing holds, and the options."""
+def inputs_of(
+    checkpoint: "Path", videos: "FeatureStore | ListedVideos", options: Options
+) -> dict[str, Any]:
+    """Digests of what scores are made of: the checkpoint, what the store or the listing holds, and
+    the options."""
     from aggregate.training.manifest import contents_of, sha256_of
 
-    own = {name: getattr(options, name) for name in ("split", "by", "crops")} | {"segments": list(options.segments)}
+    own = {name: getattr(options, name) for name in ("split", "by", "crops")} | {
+        "segments": list(options.segments)
+    }
     return {"checkpoint": sha256_of(checkpoint), **own, "of": contents_of(videos)}
 
 
-def _logits_of_videos(model: "Recogniser", videos: "list[Video]", segments: int, options: Options) -> "np.ndarray":
+def _logits_of_videos(
+    model: "Recogniser", videos: "list[Video]", segments: int, options: Options
+) -> "np.ndarray":
     import numpy as np
 
     from aggregate.data.frames import VideoFrames, clip_pool
@@ -217,7 +270,9 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
         save_scores(out, several)
         print(f"scores: {out} ({', '.join(f'logits/{scores.segments}' for scores in several)})")
         if not several[0].source.get("trained_on"):
-            print(f"Next: {command_line('pipelines.report', out.parent, out=out.parent / 'report.html')}")
+            print(
+                f"Next: {command_line('pipelines.report', out.parent, out=out.parent / 'report.html')}"
+            )
 
 
 def inputs_now(options: Options) -> dict[str, Any]:
@@ -232,7 +287,9 @@ def inputs_now(options: Options) -> dict[str, Any]:
     return inputs_of(options.checkpoint, ListedVideos(listing), options)
 
 
-def rows_to_score(checkpoint: "Checkpoint", videos: "FeatureStore | ListedVideos", split: str) -> "np.ndarray":
+def rows_to_score(
+    checkpoint: "Checkpoint", videos: "FeatureStore | ListedVideos", split: str
+) -> "np.ndarray":
     """Rows of a split, or those that validated while the checkpoint was trained ("held-out")."""
     from aggregate.training.manifest import rows_of_role
 
@@ -257,7 +314,11 @@ def rows_of_split(splits: "Sequence[str] | np.ndarray", split: str, where: str) 
 
 def describe(checkpoint: "Checkpoint") -> str:
     """`hgnl (g1=16, g2=8, ...) over 2048 features, 700 classes`."""
-    plain = {k: v for k, v in checkpoint.options.items() if k not in ("name", "dim", "num_classes", "dropout")}
+    plain = {
+        k: v
+        for k, v in checkpoint.options.items()
+        if k not in ("name", "dim", "num_classes", "dropout")
+    }
     options = ", ".join(f"{name}={value}" for name, value in plain.items())
     return (
         f"{checkpoint.options['name']}{f' ({options})' if options else ''} over {checkpoint.options['dim']} features, "

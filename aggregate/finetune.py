@@ -1,4 +1,5 @@
-"""python -m aggregate.finetune: TSN, NL, HG-NL and StNet trained end to end, from videos through the backbone."""
+"""python -m aggregate.finetune: TSN, NL, HG-NL and StNet trained end to end, from videos through
+the backbone."""
 
 import sys
 from collections.abc import Iterator
@@ -44,7 +45,8 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     weights: str = "pretrained"
     """Where the backbone starts: pretrained, random, or a file."""
     init: Path | None = None
-    """A checkpoint to start from: of cached features (same backbone and weights), or fine-tuned (its backbone too)."""
+    """A checkpoint to start from: of cached features (same backbone and weights), or fine-tuned
+    (its backbone too)."""
     frames_per_segment: int = 1
     """stnet: N, the frames of a super-image."""
     backbone_lr: float = 1.0
@@ -52,7 +54,8 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     micro_batch: int = 16
     """Videos that go through the network at once; gradients of a batch are added up."""
     train_batch_norm: bool = False
-    """Train all batch norms of the backbone; by default all but the first keep their statistics (partial BN)."""
+    """Train all batch norms of the backbone; by default all but the first keep their statistics
+    (partial BN)."""
     checkpoint_activations: bool = False
     """Compute activations of the backbone again in the backward pass: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -81,9 +84,13 @@ def main(options: Options) -> int:
 def _check(options: Options) -> None:
     for name in ("frames", "frames_per_segment", "micro_batch", "workers"):
         if getattr(options, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1")
+            raise InputError(
+                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
+            )
     if options.model != "stnet" and options.frames_per_segment > 1:
-        raise InputError(f"--frames-per-segment {options.frames_per_segment} is for stnet, not for {options.model}")
+        raise InputError(
+            f"--frames-per-segment {options.frames_per_segment} is for stnet, not for {options.model}"
+        )
     if options.backbone_lr < 0:
         raise InputError(f"--backbone-lr {options.backbone_lr:g}: expected 0 or more")
 
@@ -100,12 +107,17 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
         try:
             run.train()
             if run.writes and training.failed:
-                some = [f"{training.videos[place].id}: {why}" for place, why in list(training.failed.items())[:3]]
+                some = [
+                    f"{training.videos[place].id}: {why}"
+                    for place, why in list(training.failed.items())[:3]
+                ]
                 count = f"{len(training.failed)} of {len(training.videos)} training videos"
                 print(f"{count} were left out: {'; '.join(some)}")
             run.report()  # every process tests its share
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
+                error
+            ):
                 raise
             raise RunError(
                 f"{run.learners[0].device} has too little memory for {options.micro_batch} videos of {options.frames} "
@@ -126,13 +138,19 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
 
 @contextmanager
 def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run]":
-    """The run that `options` ask for, at the epoch where its folder stands; its decoding processes end with it."""
+    """The run that `options` ask for, at the epoch where its folder stands; its decoding processes
+    end with it."""
     import numpy as np
     import torch
 
     from aggregate.data.frames import VideoFrames, clip_pool
     from aggregate.training.learner import Learner
-    from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
+    from aggregate.training.manifest import (
+        choose_or_continue,
+        record,
+        refuse_other_data,
+        videos_csv,
+    )
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, group_keys
@@ -147,7 +165,9 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     classes = list(listing.classes)
     listed = ListedVideos(listing)
     chosen = choose_or_continue(listed, options, options.seed, options.folder, last)
-    videos, val_videos = ([listing.videos[row] for row in rows] for rows in (chosen.train, chosen.validate))
+    videos, val_videos = (
+        [listing.videos[row] for row in rows] for rows in (chosen.train, chosen.validate)
+    )
     schedule = _recipe(options, len(videos))
     model, frozen, features = build_model(options, classes, schedule.dropout, tell=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
@@ -171,23 +191,35 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     if last is not None:
         refuse_other_data(options.folder, last, listed, features, data)
     common = {"classes": classes, "features": features, "frames": options.frames, "data": data}
-    with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")) as pool:
-        training, testing = VideoFrames(videos, plan, pool), VideoFrames(val_videos[rank::world], plan, pool)
+    with clip_pool(
+        plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")
+    ) as pool:
+        training, testing = (
+            VideoFrames(videos, plan, pool),
+            VideoFrames(val_videos[rank::world], plan, pool),
+        )
         labels = np.array([video.label for video in val_videos])
         groups = group_keys(listed.ids, listed.groups)[chosen.validate]
-        source = DecodedVideos(training, testing, labels, groups, len(classes), options.frames, learner)
-        run = Run(options.folder, options, [learner], source, common=common, segments=(options.frames,))
+        source = DecodedVideos(
+            training, testing, labels, groups, len(classes), options.frames, learner
+        )
+        run = Run(
+            options.folder, options, [learner], source, common=common, segments=(options.frames,)
+        )
         run.videos_csv = videos_csv(listed, chosen)
         run.resume(last)
         if rank == 0:
             where = f"{_parameters(model)} on {device} in {learner.precision}, {world} process(es)"
-            print(f"videos    {chosen.description}\nmodel     {options.model} over {options.backbone}, {where}")
+            print(
+                f"videos    {chosen.description}\nmodel     {options.model} over {options.backbone}, {where}"
+            )
             print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
 
 
 def _recipe(options: Options, videos: int) -> Recipe:
-    # The paper's 256 where there are enough videos for some steps an epoch; tsn-pytorch's limit of the gradient.
+    # The paper's 256 where there are enough videos for some steps an epoch; tsn-pytorch's limit of
+    # the gradient.
     few = min(256, max(8, 1 << (max(videos // 8, 1).bit_length() - 1)))
     changes = changes_of(options) | {"batch_size": options.batch_size or few, "clip": 20.0}
     return recipe("paper", options.model, videos=videos, **changes)
@@ -196,11 +228,17 @@ def _recipe(options: Options, videos: int) -> Recipe:
 def build_model(
     options: Options, classes: list[str], dropout: float, *, tell: bool = True
 ) -> "tuple[Recogniser, list[Any], dict[str, Any]]":
-    """The network with its start (backbone weights, then what --init holds), its frozen batch norms, and the record of
-    its backbone."""
+    """The network with its start (backbone weights, then what --init holds), its frozen batch
+    norms, and the record of its backbone."""
     import torch
 
-    from aggregate.endtoend import Recogniser, backbone_record, build_net, check_backbone, freeze_batch_norms
+    from aggregate.endtoend import (
+        Recogniser,
+        backbone_record,
+        build_net,
+        check_backbone,
+        freeze_batch_norms,
+    )
     from aggregate.models import carry_over
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.manifest import sha256_of
@@ -214,22 +252,36 @@ def build_model(
             f"--backbone {options.backbone}: clip-wise backbones stay frozen; extract their features with "
             "hgnl extract, and train a head with hgnl train"
         )
-    # The backbone of --init is loaded below, into the network that has the shapes it was trained in.
-    trunk = load_trunk(options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed)
+    # The backbone of --init is loaded below, into the network that has the shapes it was trained
+    # in.
+    trunk = load_trunk(
+        options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed
+    )
     if init is not None and not with_backbone:
-        check_backbone(init, trunk)  # a classifier starts from the very features it was trained on, or not at all
+        check_backbone(
+            init, trunk
+        )  # a classifier starts from the very features it was trained on, or not at all
     torch.manual_seed(options.seed)
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
     if options.model != "stnet":
         own = aggregator_options(options.model, options, init.options if init else None)
         own |= {"standardise": bool(options.standardise)}
-    own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout, "dim": trunk.dim}
+    own |= {
+        "name": options.model,
+        "num_classes": len(classes),
+        "dropout": dropout,
+        "dim": trunk.dim,
+    }
     net: Any = build_net(own, trunk.module)
     if init is not None and with_backbone:
         _load_backbone(net, init, options)
-        trunk = replace(trunk, weights={"name": Path(init.path).name, "sha256": sha256_of(init.path)})
+        trunk = replace(
+            trunk, weights={"name": Path(init.path).name, "sha256": sha256_of(init.path)}
+        )
     if init is not None:
-        blocks = {name: value for name, value in init.state_dict.items() if name.startswith("after_res")}
+        blocks = {
+            name: value for name, value in init.state_dict.items() if name.startswith("after_res")
+        }
         net.load_state_dict(blocks, strict=False)  # of a StNet, in a StNet
         carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
         if tell:
@@ -241,30 +293,43 @@ def build_model(
         try:
             net.backbone.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
-            raise InputError(f"--checkpoint-activations: timm's {options.backbone} does not know how to") from None
+            raise InputError(
+                f"--checkpoint-activations: timm's {options.backbone} does not know how to"
+            ) from None
     return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
 
 
 def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:
-    """Start the backbone of `net` from the one that a fine-tuned checkpoint holds. InputError for another one."""
+    """Start the backbone of `net` from the one that a fine-tuned checkpoint holds. InputError for
+    another one."""
     backbone = init.features["backbone"]
     if backbone != options.backbone:
-        raise InputError(f"--init {init.path} holds the backbone {backbone}; pass --backbone {backbone}")
+        raise InputError(
+            f"--init {init.path} holds the backbone {backbone}; pass --backbone {backbone}"
+        )
     # A StNet has widened the first convolution for the frames of a segment.
     theirs, ours = (held.get("frames_per_segment", 1) for held in (init.options, net.options))
     if theirs != ours:
         hint = f"pass --model stnet --frames-per-segment {theirs}, or another --init"
-        raise InputError(f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; {hint}")
+        raise InputError(
+            f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; {hint}"
+        )
     held = {name: value for name, value in init.state_dict.items() if name.startswith("backbone.")}
-    net.backbone.load_state_dict({name.removeprefix("backbone."): value for name, value in held.items()})
+    net.backbone.load_state_dict(
+        {name.removeprefix("backbone."): value for name, value in held.items()}
+    )
 
 
-def _parameter_groups(model: "Recogniser", schedule: Recipe, backbone_lr: float) -> list[dict[str, Any]]:
+def _parameter_groups(
+    model: "Recogniser", schedule: Recipe, backbone_lr: float
+) -> list[dict[str, Any]]:
     from torch import nn
 
     net: Any = model.net
     rest = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
-    return parameter_groups(rest, schedule) + parameter_groups(net.backbone, schedule, lr_scale=backbone_lr)
+    return parameter_groups(rest, schedule) + parameter_groups(
+        net.backbone, schedule, lr_scale=backbone_lr
+    )
 
 
 def _parameters(model: "Recogniser") -> str:
@@ -291,9 +356,14 @@ def _train_with_ray(options: Options) -> None:
         pass  # what is wrong with the options is said here, in words, before processes start
     if not ray.is_initialized():
         ray.init(address=options.address, log_to_driver=True, job_config=job_config())
-    gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in ("auto", "cuda")
+    gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in (
+        "auto",
+        "cuda",
+    )
     trainer = TorchTrainer(
-        lambda: train(options, rank=get_context().get_world_rank(), world=get_context().get_world_size()),
+        lambda: train(
+            options, rank=get_context().get_world_rank(), world=get_context().get_world_size()
+        ),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=gpus),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         run_config=RunConfig(name="finetune", storage_path=str(options.folder / "ray")),

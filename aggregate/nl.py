@@ -1,4 +1,5 @@
-"""The non-local module (NL) as an aggregator of frame features: eq. 3-6 of the paper, in their pooled form.
+"""The non-local module (NL) as an aggregator of frame features: eq. 3-6 of the paper, in their
+pooled form.
 
 Literally, with `F [m, n]` (m channels, n frames), `Q = W_q F`, `K = W_k F`, `V = W_v F`:
 
@@ -11,7 +12,8 @@ from aggregate.hgnl import HGNonLocal
 
 
 class NonLocal(HGNonLocal):
-    """NL: one attention map for all channels (eq. 3-6; Wang et al. 2018). It is HG-NL of one group, with softmax.
+    """NL: one attention map for all channels (eq. 3-6; Wang et al. 2018). It is HG-NL of one group,
+    with softmax.
 
     `inner_dim` is m1: m/2 (the default) or m/8 in the paper. The options after it are HG-NL's.
     """

@@ -1,4 +1,5 @@
-"""A small GRU over the frames of a video (Cho et al. 2014): the simplest head that sees their order."""
+"""A small GRU over the frames of a video (Cho et al. 2014): the simplest head that sees their
+order."""
 
 from torch import nn
 
@@ -8,7 +9,8 @@ from extract.cli import InputError
 
 
 class GatedRecurrent(nn.Module):
-    """Layer norm, one GRU layer, the mean of its states: `x [batch, time, dim]` to `[batch, inner_dim]`.
+    """Layer norm, one GRU layer, the mean of its states: `x [batch, time, dim]` to `[batch,
+    inner_dim]`.
 
     A mask takes frames out: the GRU runs over the valid ones alone, in their order.
     Parameters: 2 D + 3 H (D + H + 2) for D channels and H = `inner_dim`, by default 256.

@@ -1,4 +1,5 @@
-"""Scores of videos and the file they travel in (HDF5): what `aggregate` writes and `ensemble` reads.
+"""Scores of videos and the file they travel in (HDF5): what `aggregate` writes and `ensemble`
+reads.
 
     ids      [N] str        classes  [C] str        labels  [N] int32, -1 unknown
     groups   [N] str, what each video depends on (`group_keys`); files of earlier versions have none
@@ -6,8 +7,8 @@
     crops/3, crops/25 ...   [N, crops, C] float32, where there were several
     attributes: schema; source, a JSON record of model, checkpoint, store and split
 
-Before it stands a block of 512 bytes, which HDF5 skips, with the SHA-256 of the rest. numpy, and h5py where a file is
-touched; no torch.
+Before it stands a block of 512 bytes, which HDF5 skips, with the SHA-256 of the rest. numpy, and
+h5py where a file is touched; no torch.
 """
 
 import hashlib
@@ -30,7 +31,9 @@ SCHEMA = "hgnl-scores/1"
 _USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
 
 
-def group_keys(ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None) -> np.ndarray:
+def group_keys(
+    ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None
+) -> np.ndarray:
     """What each row depends on, str [N]: rows of equal keys are not independent, so they are never
     split between training and test, and are drawn together when intervals are computed.
 
@@ -38,24 +41,31 @@ def group_keys(ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarr
     that the windows of one file belong together and a whole file is a group of its own. If one
     window of a file has a group, the windows of that file without one belong to it too.
     """
-    names, files = [str(name) for name in groups] if groups is not None else [], [file_of(str(name)) for name in ids]
+    names, files = (
+        [str(name) for name in groups] if groups is not None else [],
+        [file_of(str(name)) for name in ids],
+    )
     if not any(names):
         return np.array(files, object)
     group_of_file: dict[str, str] = {}
     for file, name in zip(files, names, strict=True):
         if name:
             group_of_file.setdefault(file, name)
-    return np.array([name or group_of_file.get(file, file) for file, name in zip(files, names, strict=True)], object)
+    return np.array(
+        [name or group_of_file.get(file, file) for file, name in zip(files, names, strict=True)],
+        object,
+    )
 
 
 @dataclass(frozen=True)
 class Scores:
     """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
 
-    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is the mean of;
-    `groups` [N] the keys of `group_keys`, by default those of the ids alone.
-    Raises InputError for shapes that do not fit, no video or no class, a doubled id or class, a label that is no
-    class, and a row that holds NaN or infinity without being NaN throughout (which is a video that failed).
+    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is
+    the mean of; `groups` [N] the keys of `group_keys`, by default those of the ids alone. Raises
+    InputError for shapes that do not fit, no video or no class, a doubled id or class, a label that
+    is no class, and a row that holds NaN or infinity without being NaN throughout (which is a video
+    that failed).
     """
 
     ids: Sequence[str]
@@ -73,9 +83,13 @@ class Scores:
         object.__setattr__(self, "logits", np.asarray(self.logits, np.float32))
         expected = (len(self.ids), len(self.classes))
         if self.logits.shape != expected:
-            raise InputError(f"logits are {list(self.logits.shape)} for {expected[0]} ids and {expected[1]} classes")
+            raise InputError(
+                f"logits are {list(self.logits.shape)} for {expected[0]} ids and {expected[1]} classes"
+            )
         if not all(expected):
-            raise InputError(f"there are {expected[0]} videos and {expected[1]} classes; scores are of some of both")
+            raise InputError(
+                f"there are {expected[0]} videos and {expected[1]} classes; scores are of some of both"
+            )
         for what, names in (("id", self.ids), ("class", self.classes)):
             name, times = Counter(names).most_common(1)[0]
             if times > 1:
@@ -105,7 +119,9 @@ class Scores:
             raise InputError(f"groups are {list(groups.shape)} for {len(self.ids)} ids")
         object.__setattr__(self, "groups", groups)
         if self.crops is not None and (self.crops.ndim != 3 or self.crops.shape[::2] != expected):
-            raise InputError(f"crops are {list(self.crops.shape)}, expected [{expected[0]}, crops, {expected[1]}]")
+            raise InputError(
+                f"crops are {list(self.crops.shape)}, expected [{expected[0]}, crops, {expected[1]}]"
+            )
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -116,9 +132,11 @@ class Scores:
         return np.isnan(self.logits).any(axis=1)
 
     def by_video(self) -> "Scores":
-        """One row a video: the mean over its windows (ids `path#<start ms>-<end ms>`), failed ones left out.
+        """One row a video: the mean over its windows (ids `path#<start ms>-<end ms>`), failed ones
+        left out.
 
-        Crops are averaged too. Raises InputError where the windows of a video are of different classes.
+        Crops are averaged too. Raises InputError where the windows of a video are of different
+        classes.
         """
         videos, of = np.unique([file_of(name) for name in self.ids], return_inverse=True)
         good = ~self.failed
@@ -132,12 +150,16 @@ class Scores:
             labels[of] = self.labels
             if (labels[of] != self.labels).any():
                 mixed = videos[of[labels[of] != self.labels][0]]
-                raise InputError(f"the windows of {mixed} are of several classes; average those of one class only")
+                raise InputError(
+                    f"the windows of {mixed} are of several classes; average those of one class only"
+                )
         means = logits / np.maximum(counts, 1)[:, None]
         groups = np.empty(len(videos), object)
         groups[of] = self.groups
         source = {**self.source, "by": "video"}
-        return Scores(videos.tolist(), self.classes, means, labels, source, self.segments, groups=groups)
+        return Scores(
+            videos.tolist(), self.classes, means, labels, source, self.segments, groups=groups
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a scores file with these logits; it appears whole or not at all."""
@@ -162,14 +184,21 @@ class Scores:
         except OSError as error:
             raise InputError(f"{path} is no scores file: {error}") from None
         with file:
-            if file.attrs.get("schema") != SCHEMA or not {"ids", "classes", "logits"} <= file.keys():
-                raise InputError(f"{path} is no scores file: schema {file.attrs.get('schema')!r}, expected {SCHEMA!r}")
+            if (
+                file.attrs.get("schema") != SCHEMA
+                or not {"ids", "classes", "logits"} <= file.keys()
+            ):
+                raise InputError(
+                    f"{path} is no scores file: schema {file.attrs.get('schema')!r}, expected {SCHEMA!r}"
+                )
             known = sorted(int(name) for name in file["logits"])
             if not known:
                 raise InputError(f"{path} holds no logits")
             segments = known[-1] if segments is None else segments
             if segments not in known:
-                raise InputError(f"{path} has no scores of {segments} segments; it has {', '.join(map(str, known))}")
+                raise InputError(
+                    f"{path} has no scores of {segments} segments; it has {', '.join(map(str, known))}"
+                )
             crops = file.get(f"crops/{segments}")
             try:
                 return cls(
@@ -187,7 +216,8 @@ class Scores:
 
 
 def refuse_training_scores(scores: Scores, name: str) -> None:
-    """InputError for scores of videos that their model was trained on: whatever is made of them is not a result."""
+    """InputError for scores of videos that their model was trained on: whatever is made of them is
+    not a result."""
     if count := scores.source.get("trained_on"):
         raise InputError(
             f"{name} holds scores of {count:,} videos that the model was trained on, which is not a result; "
@@ -201,7 +231,9 @@ def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None
 
     first = several[0]
     if any((one.ids, one.classes) != (first.ids, first.classes) for one in several):
-        raise ValueError("one scores file holds the same videos and classes for every number of segments")
+        raise ValueError(
+            "one scores file holds the same videos and classes for every number of segments"
+        )
     # In memory first: HDF5 keeps to itself what fails while a file is closed.
     with h5py.File(os.fspath(path), "w", driver="core", backing_store=False) as file:
         text = h5py.string_dtype()
@@ -226,7 +258,8 @@ def _checksum(image: bytes) -> bytes:
 
 
 def _check_whole(path: str | os.PathLike[str]) -> None:
-    """InputError for a damaged file: HDF5 hangs or crashes over some of those. Files of older versions cannot tell."""
+    """InputError for a damaged file: HDF5 hangs or crashes over some of those. Files of older
+    versions cannot tell."""
     content = Path(path).read_bytes()
     begins = content[_USER_BLOCK : _USER_BLOCK + len(_SIGNATURE)]
     if begins == _SIGNATURE and content[:_USER_BLOCK] != _checksum(content[_USER_BLOCK:]):

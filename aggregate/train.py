@@ -1,4 +1,5 @@
-"""python -m aggregate.train: a feature store in, a trained classifier and a comparison with plain averaging out."""
+"""python -m aggregate.train: a feature store in, a trained classifier and a comparison with plain
+averaging out."""
 
 import sys
 from dataclasses import fields, replace
@@ -33,7 +34,8 @@ def main(options: Options) -> int:
 
 
 def _next_command(options: Options, run: "Run") -> str:
-    """Test the model on the videos that validated it, by the name of their split if they have one."""
+    """Test the model on the videos that validated it, by the name of their split if they have
+    one."""
     import numpy as np
 
     testing: Any = run.source.testing
@@ -47,7 +49,12 @@ def prepare(options: Options) -> "Run":
     """The run that `options` ask for, at the epoch where its folder stands."""
     from aggregate.data.features import StoredFeatures
     from aggregate.data.joined import open_features
-    from aggregate.training.manifest import choose_or_continue, record, refuse_other_data, videos_csv
+    from aggregate.training.manifest import (
+        choose_or_continue,
+        record,
+        refuse_other_data,
+        videos_csv,
+    )
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import possible_segments, with_possible_frames
     from extract.device import choose_device
@@ -59,7 +66,9 @@ def prepare(options: Options) -> "Run":
     last = open_folder(out, options)
     chosen = choose_or_continue(store, options, options.seed, out, last)
     configuration = configured(options.agg, options, videos=len(chosen.train))
-    training = StoredFeatures(store, chosen.train, device=device, placement=options.placement, training=True)
+    training = StoredFeatures(
+        store, chosen.train, device=device, placement=options.placement, training=True
+    )
     testing = StoredFeatures(store, chosen.validate, device=device, placement=options.placement)
     print(
         f"features  {store!r}\nvideos    {chosen.description}\n"
@@ -74,21 +83,33 @@ def prepare(options: Options) -> "Run":
     learners, references = _learners_and_baselines(configuration, store, device, training.labels)
     module: Any = learners[0].model.aggregator
     if hasattr(module, "differences"):
-        print(f"head      {options.agg} as in the paper{''.join(f'; {one}' for one in module.differences())}")
+        print(
+            f"head      {options.agg} as in the paper{''.join(f'; {one}' for one in module.differences())}"
+        )
     source = configuration.source(training, testing)
-    common = {"classes": list(store.classes), "features": store.provenance, "frames": options.frames, "data": data}
+    common = {
+        "classes": list(store.classes),
+        "features": store.provenance,
+        "frames": options.frames,
+        "data": data,
+    }
     segments = possible_segments((options.frames, store.frames_per_video), store)
-    run = Run(out, options, learners, source, common=common, segments=segments, references=references)
+    run = Run(
+        out, options, learners, source, common=common, segments=segments, references=references
+    )
     run.videos_csv = videos_csv(store, chosen)
     run.resume(last)
     return run
 
 
 def _learners_and_baselines(
-    configuration: Configuration, store: "FeatureStore", device: "torch.device", labels: "np.ndarray"
+    configuration: Configuration,
+    store: "FeatureStore",
+    device: "torch.device",
+    labels: "np.ndarray",
 ) -> "tuple[list[Learner], dict[str, torch.nn.Module]]":
-    """The learner asked for, beside it the mean-pool baseline and the control, on the same batches; and the TSN of
-    --init as it is, which then is the baseline."""
+    """The learner asked for, beside it the mean-pool baseline and the control, on the same batches;
+    and the TSN of --init as it is, which then is the baseline."""
     from aggregate.training.checkpoint import Checkpoint
 
     options = configuration.options
@@ -96,10 +117,14 @@ def _learners_and_baselines(
     if init is not None:
         init.check_features(store.provenance, store.dim, store.path)
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
-        print("note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh")
+        print(
+            "note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh"
+        )
     learners = [configuration.learner(store, device, labels=labels, init=init)]
     references: dict[str, torch.nn.Module] = {}
-    defaults: dict[str, Any] = {one.name: one.default for one in fields(HeadOptions) if one.name != "frames"}
+    defaults: dict[str, Any] = {
+        one.name: one.default for one in fields(HeadOptions) if one.name != "frames"
+    }
     tsn = replace(options, agg="tsn", **defaults)
     from_tsn = init is not None and init.options["name"] == "tsn"
     if options.agg != "tsn":
@@ -111,7 +136,9 @@ def _learners_and_baselines(
             learners.append(baseline.learner(store, device, labels=labels, file="baseline.pt"))
     if options.control:
         if not from_tsn:
-            raise InputError("--control trains the TSN of --init for as many more epochs; give --init tsn.pt")
+            raise InputError(
+                "--control trains the TSN of --init for as many more epochs; give --init tsn.pt"
+            )
         control = replace(configuration, name="tsn (control)", options=tsn)
         learners.append(control.learner(store, device, labels=labels, init=init, file="control.pt"))
     return learners, references

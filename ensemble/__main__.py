@@ -1,4 +1,5 @@
-"""python -m ensemble: several models' scores in; fused scores, a table of who adds what, and a submission out."""
+"""python -m ensemble: several models' scores in; fused scores, a table of who adds what, and a
+submission out."""
 
 import json
 import sys
@@ -13,7 +14,9 @@ from extract.cli import InputError, run_command
 from extract.commands import command_line
 from extract.files import replace_file
 
-if TYPE_CHECKING:  # numpy and scipy are imported where used: --help is asked for more often than a fusion
+if (
+    TYPE_CHECKING
+):  # numpy and scipy are imported where used: --help is asked for more often than a fusion
     from ensemble.align import Aligned
     from ensemble.search import Found, Row
 
@@ -22,23 +25,28 @@ SCHEMA = "hgnl-ensemble/1"
 
 @dataclass(frozen=True)
 class Options:
-    """Fuse the scores of several models, joined by video id; with labels, say what each of them adds.
+    """Fuse the scores of several models, joined by video id; with labels, say what each of them
+    adds.
 
-    Beside --out stands a summary of the same name with .json: the weights, the table, the cross-validated figures.
+    Beside --out stands a summary of the same name with .json: the weights, the table, the
+    cross-validated figures.
     """
 
     scores: tuple[Path, ...]
-    """Scores files of the same videos and classes: evaluate's .h5, or .npz, .npy, .csv, .pkl of other tools."""
+    """Scores files of the same videos and classes: evaluate's .h5, or .npz, .npy, .csv, .pkl of
+    other tools."""
     out: Path
     """The fused scores file; the softmax of its logits is the fused probabilities."""
     weights: str = "equal"
-    """equal, search (on labelled videos, judged on held-out folds), or one number a model: 0.5,0.3,0.2"""
+    """equal, search (on labelled videos, judged on held-out folds), or one number a model:
+    0.5,0.3,0.2"""
     submission: Path | None = None
     """Write a submission to the challenge too, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"
     """What to do with videos that one model lacks: stop, leave them out, or count them as wrong."""
     classes: str = ""
-    """Of scores made elsewhere that do not name their classes: kinetics700 or a file of lines, as the columns are."""
+    """Of scores made elsewhere that do not name their classes: kinetics700 or a file of lines, as
+    the columns are."""
     segments: int | None = None
     """Which scores of each file (default: those of the most segments)."""
     seed: int = 0
@@ -58,7 +66,10 @@ def main(options: Options) -> int:
     # A wrong number of them is known before a gigabyte is read.
     weights = checked_weights(given, len(options.scores))
     names = _names(options.scores)
-    loaded = [load_scores(path, segments=options.segments, classes=options.classes) for path in options.scores]
+    loaded = [
+        load_scores(path, segments=options.segments, classes=options.classes)
+        for path in options.scores
+    ]
     aligned = align(loaded, missing=options.missing, names=names)
     del loaded
     print(aligned.report())
@@ -72,7 +83,9 @@ def main(options: Options) -> int:
         rows = table(ranking, None if given is None else weights.tolist())
         if options.weights == "search":
             found = search(ranking, seed=options.seed)
-            rows.append(Row("all, searched, held out", found.weights, found.summary, found.against_equal))
+            rows.append(
+                Row("all, searched, held out", found.weights, found.summary, found.against_equal)
+            )
             weights = checked_weights(found.weights, len(names))
         del ranking
         print(_table(rows))
@@ -92,8 +105,14 @@ def main(options: Options) -> int:
         checked = check_submission(options.submission, fused.classes, fused.ids)
         print(f"{options.submission} passes the check: {checked}")
         if aligned.dropped:
-            print(f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong")
-        record["submission"] = {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
+            print(
+                f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong"
+            )
+        record["submission"] = {
+            "path": str(options.submission),
+            "videos": checked.videos,
+            "neutral": neutral,
+        }
     replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
     folder = options.out.parent
@@ -111,7 +130,9 @@ def _checked_paths(options: Options) -> Path:
         taken[path.resolve()] = "an input"
     for path in filter(None, (options.out, summary, options.submission)):
         if (real := path.resolve()) in taken:
-            raise InputError(f"{path} would be written over {taken[real]}; the summary goes to {summary}")
+            raise InputError(
+                f"{path} would be written over {taken[real]}; the summary goes to {summary}"
+            )
         taken[real] = f"another output, {path}"
     return summary
 
@@ -120,7 +141,9 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise InputError(f"--weights {text}: known are equal, search, or a number a model as in 0.5,0.3,0.2") from None
+        raise InputError(
+            f"--weights {text}: known are equal, search, or a number a model as in 0.5,0.3,0.2"
+        ) from None
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -140,9 +163,14 @@ def _table(rows: "Sequence[Row]") -> str:
 
 
 def _record(
-    options: Options, aligned: "Aligned", weights: list[float], rows: "Sequence[Row]", found: "Found | None"
+    options: Options,
+    aligned: "Aligned",
+    weights: list[float],
+    rows: "Sequence[Row]",
+    found: "Found | None",
 ) -> dict[str, Any]:
-    """The summary beside the fused scores; figures are fractions, intervals have value, low, high."""
+    """The summary beside the fused scores; figures are fractions, intervals have value, low,
+    high."""
     videos = {"joined": len(aligned.ids), "labelled": int((aligned.labels >= 0).sum())}
     return {
         "schema": SCHEMA,
@@ -150,7 +178,12 @@ def _record(
         "models": list(aligned.names),
         "weights": weights,
         "weights_from": options.weights if options.weights in ("equal", "search") else "given",
-        "videos": videos | {"missing": options.missing, "dropped": aligned.dropped, **aligned.counts.to_dict("list")},
+        "videos": videos
+        | {
+            "missing": options.missing,
+            "dropped": aligned.dropped,
+            **aligned.counts.to_dict("list"),
+        },
         "table": [asdict(row) for row in rows],
         **({"search": found.record()} if found else {}),
     }

@@ -1,4 +1,5 @@
-"""Scores of several models, brought to one order of videos and classes: joined by id and by name, never by position."""
+"""Scores of several models, brought to one order of videos and classes: joined by id and by name,
+never by position."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ Missing = Literal["error", "drop", "worst"]
 
 @dataclass(frozen=True)
 class Aligned:
-    """M models' logits of the same N videos: M arrays [N, C] float32, a failed video being a row of NaN.
+    """M models' logits of the same N videos: M arrays [N, C] float32, a failed video being a row of
+    NaN.
 
-    `labels` int32 [N] are indices in `classes`, -1 unknown. `lacking` bool [M, N] says which model does not list a
-    video at all (only with `missing="worst"`); its row is NaN there too.
+    `labels` int32 [N] are indices in `classes`, -1 unknown. `lacking` bool [M, N] says which model
+    does not list a video at all (only with `missing="worst"`); its row is NaN there too.
     """
 
     names: tuple[str, ...]
@@ -28,17 +30,21 @@ class Aligned:
     labels: np.ndarray = field(repr=False)
     lacking: np.ndarray = field(repr=False)
     failed: np.ndarray = field(repr=False)  # bool [M, N], lacking ones included
-    counts: pd.DataFrame = field(repr=False)  # of each model: videos it lists, that it lacks, and that failed
+    counts: pd.DataFrame = field(
+        repr=False
+    )  # of each model: videos it lists, that it lacks, and that failed
     missing: Missing = "error"
     dropped: int = 0
     split: str = ""  # of the videos, if all files agree
-    groups: np.ndarray = field(default_factory=lambda: np.empty(0, object), repr=False)  # keys of `group_keys` [N]
+    groups: np.ndarray = field(
+        default_factory=lambda: np.empty(0, object), repr=False
+    )  # keys of `group_keys` [N]
 
     def unscored(self, weights: np.ndarray) -> np.ndarray:
         """Videos that count as wrong under `weights` [M]: bool [N].
 
-        A model of some weight does not list the video, or it failed in every model of some weight. Where it failed in
-        some of them only, the others speak for it.
+        A model of some weight does not list the video, or it failed in every model of some weight.
+        Where it failed in some of them only, the others speak for it.
         """
         used = np.asarray(weights) > 0
         return np.logical_or(self.lacking[used].any(axis=0), self.failed[used].all(axis=0))
@@ -49,26 +55,38 @@ class Aligned:
         lines = [f"{videos:,} videos, {labelled:,} with a label, {len(self.classes):,} classes"]
         lines.append(self.counts.map("{:,}".format).to_string())
         if self.dropped:
-            lines.append(f"{self.dropped:,} videos that one model lacks are left out (--missing drop)")
+            lines.append(
+                f"{self.dropped:,} videos that one model lacks are left out (--missing drop)"
+            )
         if wrong := int(self.lacking.any(axis=0).sum()):
             lines.append(f"{wrong:,} videos that one model lacks count as wrong (--missing worst)")
         return "\n".join(lines)
 
 
 def align(
-    list_of_scores: Sequence[Scores], *, missing: Missing = "error", names: Sequence[str] | None = None
+    list_of_scores: Sequence[Scores],
+    *,
+    missing: Missing = "error",
+    names: Sequence[str] | None = None,
 ) -> Aligned:
-    """Join scores by video id, their columns by class name; rows and columns stand in the order of the first.
+    """Join scores by video id, their columns by class name; rows and columns stand in the order of
+    the first.
 
-    A video that one of them lacks is an error, is left out (`missing="drop"`), or counts as wrong ("worst"). Raises
-    InputError, naming the first offender, for other classes, such a video, no common video, and labels that
-    contradict each other.
+    A video that one of them lacks is an error, is left out (`missing="drop"`), or counts as wrong
+    ("worst"). Raises InputError, naming the first offender, for other classes, such a video, no
+    common video, and labels that contradict each other.
     """
     if missing not in get_args(Missing):
-        raise InputError(f"--missing {missing} is unknown; known are {', '.join(get_args(Missing))}")
+        raise InputError(
+            f"--missing {missing} is unknown; known are {', '.join(get_args(Missing))}"
+        )
     if not list_of_scores:
         raise InputError("there are no scores to join; give at least one scores file")
-    names = [f"model {place + 1}" for place in range(len(list_of_scores))] if names is None else list(names)
+    names = (
+        [f"model {place + 1}" for place in range(len(list_of_scores))]
+        if names is None
+        else list(names)
+    )
     for scores, name in zip(list_of_scores, names, strict=True):
         refuse_training_scores(scores, name)
     classes = list(list_of_scores[0].classes)
@@ -88,8 +106,14 @@ def align(
     kept = everywhere if missing == "drop" else np.ones(len(union), bool)
     ids, lacking = union[kept], ~there[:, kept]
     logits, said = zip(*(_in_order(scores, ids, classes) for scores in list_of_scores), strict=True)
-    failed = np.stack([np.isnan(rows[:, 0]) for rows in logits])  # rows are NaN throughout or not at all
-    counts = {"listed": map(len, listed), "lacking": lacking.sum(axis=1), "failed": (failed & ~lacking).sum(axis=1)}
+    failed = np.stack(
+        [np.isnan(rows[:, 0]) for rows in logits]
+    )  # rows are NaN throughout or not at all
+    counts = {
+        "listed": map(len, listed),
+        "lacking": lacking.sum(axis=1),
+        "failed": (failed & ~lacking).sum(axis=1),
+    }
     splits = {str(scores.source.get("split", "")) for scores in list_of_scores}
     return Aligned(
         names=tuple(names),
@@ -129,18 +153,27 @@ def _who_lacks_what(names: Sequence[str], ids: pd.Index, there: np.ndarray) -> s
     )
 
 
-def _in_order(scores: Scores, ids: pd.Index, classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def _in_order(
+    scores: Scores, ids: pd.Index, classes: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray]:
     """A model's logits and labels of `ids` over `classes`: NaN and -1 for what it does not list."""
     columns = pd.Index(scores.classes, dtype=object)
-    table = pd.DataFrame(scores.logits, pd.Index(scores.ids, dtype=object), columns, copy=False)  # may be 200 MB
+    table = pd.DataFrame(
+        scores.logits, pd.Index(scores.ids, dtype=object), columns, copy=False
+    )  # may be 200 MB
     labels = np.full(len(scores), -1) if scores.labels is None else scores.labels
     said = pd.Series(labels, table.index).reindex(ids, fill_value=-1).to_numpy()
-    ours = np.append(pd.Index(classes, dtype=object).get_indexer(columns), -1)  # behind the last index, for -1
-    return table.reindex(index=ids, columns=pd.Index(classes, dtype=object)).to_numpy(), ours[said].astype(np.int32)
+    ours = np.append(
+        pd.Index(classes, dtype=object).get_indexer(columns), -1
+    )  # behind the last index, for -1
+    return table.reindex(index=ids, columns=pd.Index(classes, dtype=object)).to_numpy(), ours[
+        said
+    ].astype(np.int32)
 
 
 def _groups(list_of_scores: Sequence[Scores], ids: pd.Index) -> np.ndarray:
-    """What each video depends on: the first model's key that says more than the id does (old files have none)."""
+    """What each video depends on: the first model's key that says more than the id does (old files
+    have none)."""
     groups = group_keys(ids.tolist())
     from_ids = groups.copy()
     for scores in list_of_scores:
@@ -150,7 +183,9 @@ def _groups(list_of_scores: Sequence[Scores], ids: pd.Index) -> np.ndarray:
     return groups
 
 
-def _agreed(said: np.ndarray, names: Sequence[str], ids: pd.Index, classes: Sequence[str]) -> np.ndarray:
+def _agreed(
+    said: np.ndarray, names: Sequence[str], ids: pd.Index, classes: Sequence[str]
+) -> np.ndarray:
     """The label that any model knows, of what all of them say [M, N]."""
     by = (said >= 0).argmax(axis=0)
     labels = said[by, np.arange(len(ids))]

@@ -1,4 +1,5 @@
-"""What submissions and scores files hold, read once for all: entries of videos, JSON, the ids of a submission."""
+"""What submissions and scores files hold, read once for all: entries of videos, JSON, the ids of a
+submission."""
 
 import json
 import math
@@ -14,10 +15,11 @@ Entries = list[tuple[str, float]]  # label and score of what a submission says o
 
 
 def submission_ids(names: Sequence[str]) -> list[str]:
-    """The ids under which videos are submitted: the youtube ids cut from the names of Kinetics clips.
+    """The ids under which videos are submitted: the youtube ids cut from the names of Kinetics
+    clips.
 
-    All names stay as they are where none is such a clip (another data set, or youtube ids already). Raises InputError
-    for a name that is none where others are, and for two names of one youtube id.
+    All names stay as they are where none is such a clip (another data set, or youtube ids already).
+    Raises InputError for a name that is none where others are, and for two names of one youtube id.
     """
     ids = [youtube_id(name) for name in names] if any(map(is_clip, names)) else list(names)
     first: dict[str, str] = {}
@@ -71,30 +73,50 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def read_submission(path: str | os.PathLike[str]) -> dict[str, Entries]:
-    """What a submission says of each video; InputError for a file, a video or an entry that is not as it must be."""
+    """What a submission says of each video; InputError for a file, a video or an entry that is not
+    as it must be."""
     submission = read_json(path)
     if not isinstance(submission, dict):
-        raise InputError(f"{path} holds a {type(submission).__name__}, expected an object with version, results ...")
+        raise InputError(
+            f"{path} holds a {type(submission).__name__}, expected an object with version, results ..."
+        )
     _must_be(path, submission, version=str, results=dict, external_data=dict)
     _must_be(f"{path}: external_data", submission["external_data"], used=bool, details=str)
     if not submission["results"]:
         raise InputError(f"{path}: 'results' holds no video")
-    return {video: _entries(f"{path}: {video!r}", entries) for video, entries in submission["results"].items()}
+    return {
+        video: _entries(f"{path}: {video!r}", entries)
+        for video, entries in submission["results"].items()
+    }
 
 
 def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: type) -> None:
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
-            raise InputError(f"{where}: {name!r} is {found.get(name)!r:.60}, expected a {kind.__name__}")
+            raise InputError(
+                f"{where}: {name!r} is {found.get(name)!r:.60}, expected a {kind.__name__}"
+            )
 
 
 def _entries(where: str, entries: Any) -> Entries:
     if not isinstance(entries, list):
         raise InputError(f"{where} has {entries!r:.60}, expected a list of labels with scores")
     for place, entry in enumerate(entries, start=1):
-        if not isinstance(entry, dict) or not isinstance(entry.get("label"), str) or "score" not in entry:
-            raise InputError(f'{where} entry {place} is {entry!r:.80}, expected {{"label": ..., "score": ...}}')
+        if (
+            not isinstance(entry, dict)
+            or not isinstance(entry.get("label"), str)
+            or "score" not in entry
+        ):
+            raise InputError(
+                f'{where} entry {place} is {entry!r:.80}, expected {{"label": ..., "score": ...}}'
+            )
         label, score = entry["label"], entry["score"]
-        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
-            raise InputError(f"{where} entry {place} ({label!r}) has the score {score!r}; scores are finite numbers")
+        if (
+            isinstance(score, bool)
+            or not isinstance(score, (int, float))
+            or not math.isfinite(score)
+        ):
+            raise InputError(
+                f"{where} entry {place} ({label!r}) has the score {score!r}; scores are finite numbers"
+            )
     return [(entry["label"], entry["score"]) for entry in entries]

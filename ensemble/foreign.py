@@ -1,4 +1,5 @@
-"""Scores that other tools wrote: read without running code of theirs, and brought to logits by class name.
+"""Scores that other tools wrote: read without running code of theirs, and brought to logits by
+class name.
 
     *.npz    one array [N, C], `ids` [N]; optional: `classes` [C], `labels` [N] (names, or indices of classes)
     *.npy    [N, C], with the ids in <stem>.txt (one per line) or <stem>.csv (column id or path)
@@ -27,8 +28,15 @@ _TOLERANCE = 2e-3  # of the sum of probabilities that were rounded to half preci
 
 
 def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -> Scores:
-    """A scores file of ours or of another tool. Probabilities become logits, which is printed. InputError names it."""
-    readers = {".npz": _read_npz, ".npy": _read_npy, ".csv": _read_csv, ".pkl": _read_pickle, ".pickle": _read_pickle}
+    """A scores file of ours or of another tool. Probabilities become logits, which is printed.
+    InputError names it."""
+    readers = {
+        ".npz": _read_npz,
+        ".npy": _read_npy,
+        ".csv": _read_csv,
+        ".pkl": _read_pickle,
+        ".pickle": _read_pickle,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None or is_scores(path):
         scores = Scores.load(path, segments)
@@ -39,10 +47,16 @@ def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -
             scores = reader(path, classes)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-        except Exception as error:  # numpy, csv and pickle raise a dozen types for damaged and foreign files
-            raise InputError(f"{path} cannot be read ({type(error).__name__}: {error!s:.120})") from None
+        except (
+            Exception
+        ) as error:  # numpy, csv and pickle raise a dozen types for damaged and foreign files
+            raise InputError(
+                f"{path} cannot be read ({type(error).__name__}: {error!s:.120})"
+            ) from None
     if _are_probabilities(scores.logits):
-        print(f"{path}: every row sums to 1, so these are probabilities; their logarithms are taken as logits")
+        print(
+            f"{path}: every row sums to 1, so these are probabilities; their logarithms are taken as logits"
+        )
         logits = np.log(np.maximum(scores.logits, np.finfo(np.float32).tiny))
         return replace(scores, logits=logits, crops=None)
     return scores
@@ -55,20 +69,30 @@ def _are_probabilities(values: np.ndarray) -> bool:
     return bool((np.abs(rows.sum(axis=1, dtype=np.float64) - 1) < _TOLERANCE).all())
 
 
-def _scores(path: Path, ids: list[str], values: np.ndarray, classes: Sequence[str], labels: Any = None) -> Scores:
+def _scores(
+    path: Path, ids: list[str], values: np.ndarray, classes: Sequence[str], labels: Any = None
+) -> Scores:
     values = np.asarray(values)
     if values.ndim != 2 or values.dtype.kind not in "fiu":
         raise InputError(f"holds {values.dtype} {list(values.shape)}, expected numbers [N, C]")
     if len(classes) != values.shape[1]:
-        raise InputError(f"{values.shape[1]} columns, and {len(classes)} classes are named for them")
+        raise InputError(
+            f"{values.shape[1]} columns, and {len(classes)} classes are named for them"
+        )
     return Scores(
-        check_unique(path, ids, len(values)), classes, values, labels, {"model": path.stem, "from": path.name}
+        check_unique(path, ids, len(values)),
+        classes,
+        values,
+        labels,
+        {"model": path.stem, "from": path.name},
     )
 
 
 def _named_classes(classes: str) -> Sequence[str]:
     if not classes:
-        raise InputError("its classes are not named; give them in the order of its columns: --classes FILE")
+        raise InputError(
+            "its classes are not named; give them in the order of its columns: --classes FILE"
+        )
     return choose_labels((), classes)[0]
 
 
@@ -87,7 +111,9 @@ def _read_npz(path: Path, classes: str) -> Scores:
 
 
 def _read_npy(path: Path, classes: str) -> Scores:
-    return _scores(path, ids_beside(path), np.load(path, allow_pickle=False), _named_classes(classes))
+    return _scores(
+        path, ids_beside(path), np.load(path, allow_pickle=False), _named_classes(classes)
+    )
 
 
 def _read_csv(path: Path, classes: str) -> Scores:
@@ -97,12 +123,20 @@ def _read_csv(path: Path, classes: str) -> Scores:
         lines = list(rows)
     if not header or header[0].strip().lower() not in ("id", "path", "video", "youtube_id"):
         raise InputError(f"its first column is {header[:1]}, expected id; the others are classes")
-    labeled = next((place for place, name in enumerate(header) if name.strip().lower() == "label"), None)
+    labeled = next(
+        (place for place, name in enumerate(header) if name.strip().lower() == "label"), None
+    )
     columns = [place for place in range(1, len(header)) if place != labeled]
-    if wrong := next((number for number, line in enumerate(lines, 2) if len(line) != len(header)), 0):
-        raise InputError(f"line {wrong} has {len(lines[wrong - 2])} values and the header {len(header)}")
+    if wrong := next(
+        (number for number, line in enumerate(lines, 2) if len(line) != len(header)), 0
+    ):
+        raise InputError(
+            f"line {wrong} has {len(lines[wrong - 2])} values and the header {len(header)}"
+        )
     named = [header[place] for place in columns]
-    values = np.array([[float(line[place] or "nan") for place in columns] for line in lines]).reshape(-1, len(columns))
+    values = np.array(
+        [[float(line[place] or "nan") for place in columns] for line in lines]
+    ).reshape(-1, len(columns))
     labels = None if labeled is None else _label_indices([line[labeled] for line in lines], named)
     return _scores(path, [line[0] for line in lines], values, named, labels)
 
@@ -122,7 +156,9 @@ class _PlainUnpickler(pickle.Unpickler):
     """Reads containers, numbers, text and NumPy arrays, and runs nothing else."""
 
     _ARRAYS = frozenset({"_reconstruct", "scalar", "ndarray", "dtype", "_frombuffer"})
-    _MODULES = frozenset({"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric"})
+    _MODULES = frozenset(
+        {"numpy", "numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric"}
+    )
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):  # how protocols before 3 write bytes
@@ -142,7 +178,12 @@ def _read_pickle(path: Path, classes: str) -> Scores:
         content = [_score_of(entry, place) for place, entry in enumerate(content)]
     if not isinstance(content, list | np.ndarray) or not len(content):
         raise InputError(f"it holds a {type(content).__name__}, expected a list of scores")
-    return _scores(path, ids_beside(path), np.stack([np.asarray(row) for row in content]), _named_classes(classes))
+    return _scores(
+        path,
+        ids_beside(path),
+        np.stack([np.asarray(row) for row in content]),
+        _named_classes(classes),
+    )
 
 
 def _score_of(entry: dict[str, Any], place: int) -> Any:

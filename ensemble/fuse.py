@@ -20,15 +20,16 @@ def fuse(
 ) -> Scores:
     """Fused scores of videos joined by id. `weights` [M] need not sum to 1; None is equal ones.
 
-    The logits that come back are the log of the mean probabilities, so that their softmax gives these back. Raises
-    InputError as `align` does, and for weights that are none.
+    The logits that come back are the log of the mean probabilities, so that their softmax gives
+    these back. Raises InputError as `align` does, and for weights that are none.
     """
     return fuse_aligned(align(list_of_scores, missing=missing), weights)
 
 
 def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None = None) -> Scores:
-    """`fuse` of what is joined already. A video that failed in some models is the mean of the others'; one that failed
-    in all of them, or that a model does not list (`missing="worst"`), is a row of NaN."""
+    """`fuse` of what is joined already. A video that failed in some models is the mean of the
+    others'; one that failed in all of them, or that a model does not list (`missing="worst"`), is a
+    row of NaN."""
     weights = checked_weights(weights, len(aligned.names))
     used = np.flatnonzero(weights).tolist()
     fused = np.empty((len(aligned.ids), len(aligned.classes)), np.float32)
@@ -38,8 +39,11 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
         total = shares.sum(axis=0)
         shares /= np.where(total > 0, total, 1)
         logs = np.stack([log_probabilities(aligned, model, rows) for model in used])
-        logs[aligned.failed[used, rows]] = -np.inf  # must not be the peak of a video that it says nothing about
-        # log sum_m w_m p_m without leaving the logarithm, so that no class is lost however improbable
+        logs[
+            aligned.failed[used, rows]
+        ] = -np.inf  # must not be the peak of a video that it says nothing about
+        # log sum_m w_m p_m without leaving the logarithm, so that no class is lost however
+        # improbable
         peak = np.maximum(logs.max(axis=0), -1e300)
         with np.errstate(divide="ignore"):  # videos that no model has: NaN in the end
             mean = np.log(np.einsum("mr,mrc->rc", shares, np.exp(logs - peak))) + peak
@@ -70,7 +74,8 @@ def log_probabilities(aligned: Aligned, model: int, rows: slice | np.ndarray) ->
 
 
 def checked_weights(weights: Sequence[float] | np.ndarray | None, models: int) -> np.ndarray:
-    """Weights [M] that sum to 1; None is equal ones. InputError for another number of them, negative or all zero."""
+    """Weights [M] that sum to 1; None is equal ones. InputError for another number of them,
+    negative or all zero."""
     if weights is None:
         return np.full(models, 1 / models)
     found = np.asarray(weights, np.float64)

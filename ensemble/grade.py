@@ -1,4 +1,5 @@
-"""Ground truths: the labels and the videos that they list, and the challenge's errors of a submission against them."""
+"""Ground truths: the labels and the videos that they list, and the challenge's errors of a
+submission against them."""
 
 import os
 from collections.abc import Collection, Mapping
@@ -9,7 +10,14 @@ from typing import Any
 import numpy as np
 
 from aggregate.metrics import Interval, bootstrap
-from ensemble.entries import is_clip, is_scores, read_json, read_submission, read_text, submission_ids
+from ensemble.entries import (
+    is_clip,
+    is_scores,
+    read_json,
+    read_submission,
+    read_text,
+    submission_ids,
+)
 from extract.cli import InputError
 from extract.listing.folders import SPLITS
 from extract.listing.lists import read_list
@@ -43,20 +51,26 @@ class Grade:
 def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collection[str]]) -> Grade:
     """The challenge's errors against `truth`, the labels of each video, any of which will do.
 
-    As the official script counts: a video that is missing is wrong, a further one is ignored, a repeated label uses up
-    a place. Where scores tie, which there depends on the sort, the earlier entry ranks first. Raises InputError for
-    scores that are no finite number.
+    As the official script counts: a video that is missing is wrong, a further one is ignored, a
+    repeated label uses up a place. Where scores tie, which there depends on the sort, the earlier
+    entry ranks first. Raises InputError for scores that are no finite number.
     """
     results = read_submission(path)
     places = []
     for video, labels in truth.items():
         ranked = sorted(results.get(video, []), key=lambda entry: -entry[1])[:5]
-        places.append(next((place for place, (label, _) in enumerate(ranked) if label in labels), 5))
+        places.append(
+            next((place for place, (label, _) in enumerate(ranked) if label in labels), 5)
+        )
     wrong = np.array(places)[:, None] >= np.array([1, 5])  # [videos, top-1 and top-5]
     missing = [video for video in truth if video not in results]
     extra = len(results) - (len(truth) - len(missing))
     known = {label for labels in truth.values() for label in labels}
-    unknown = list(dict.fromkeys(label for entries in results.values() for label, _ in entries if label not in known))
+    unknown = list(
+        dict.fromkeys(
+            label for entries in results.values() for label, _ in entries if label not in known
+        )
+    )
     twice = [video for video, entries in results.items() if len(dict(entries)) < len(entries)]
     notes = []
     if missing:
@@ -77,9 +91,9 @@ def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collectio
 def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[str]]:
     """The labels of each video of a split, by the id it is submitted under.
 
-    From the challenge's JSON (`database`), Kinetics' own JSON (a video's `annotations` and `subset`), Kinetics' CSV, or
-    a CSV `path,label`. Raises InputError where the file is none of them or has no labels, and where it holds several
-    splits and none was chosen.
+    From the challenge's JSON (`database`), Kinetics' own JSON (a video's `annotations` and
+    `subset`), Kinetics' CSV, or a CSV `path,label`. Raises InputError where the file is none of
+    them or has no labels, and where it holds several splits and none was chosen.
     """
     truth: dict[str, set[str]] = {}
     for name, labels, _ in _of_split(os.fspath(path), split):
@@ -90,7 +104,8 @@ def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[s
 
 
 def read_ids(path: str | os.PathLike[str], split: str = "") -> list[str]:
-    """The videos that a submission has to hold: of a scores file, of what `read_truth` reads, or one a line of text.
+    """The videos that a submission has to hold: of a scores file, of what `read_truth` reads, or
+    one a line of text.
 
     Raises InputError for an empty list or one video listed twice.
     """
@@ -114,10 +129,14 @@ def _of_split(path: str, split: str) -> list[Truth]:
     there = sorted({said for _, _, said in rows})
     wanted = SPLITS.get(split.lower(), split)
     if not wanted and len(there) > 1:
-        raise InputError(f"{path} holds the splits {', '.join(map(repr, there))}; choose one with --split")
+        raise InputError(
+            f"{path} holds the splits {', '.join(map(repr, there))}; choose one with --split"
+        )
     chosen = [row for row in rows if not wanted or row[2] == wanted]
     if not chosen:
-        raise InputError(f"{path} has no video of the split {split!r}; it has {', '.join(map(repr, there)) or 'none'}")
+        raise InputError(
+            f"{path} has no video of the split {split!r}; it has {', '.join(map(repr, there)) or 'none'}"
+        )
     return chosen
 
 
@@ -130,9 +149,12 @@ def _truth_rows(path: str) -> list[Truth]:
     found = read_json(path)
     database = found.get("database", found) if isinstance(found, dict) else None
     if not isinstance(database, dict) or not all(
-        isinstance(record, dict) and {"subset", "annotations"} & record.keys() for record in database.values()
+        isinstance(record, dict) and {"subset", "annotations"} & record.keys()
+        for record in database.values()
     ):
-        raise InputError(f"{path} is no ground truth: expected a CSV, or a JSON with a subset and annotations a video")
+        raise InputError(
+            f"{path} is no ground truth: expected a CSV, or a JSON with a subset and annotations a video"
+        )
     return [_json_truth(path, video, record) for video, record in database.items()]
 
 
@@ -143,6 +165,8 @@ def _json_truth(path: str, video: str, record: Mapping[str, Any]) -> Truth:
     try:
         labels = tuple(annotation["label"] for annotation in annotations)
     except (TypeError, KeyError):
-        raise InputError(f"{path}: {video!r} has the annotations {annotations!r:.60}, expected labels") from None
+        raise InputError(
+            f"{path}: {video!r} has the annotations {annotations!r:.60}, expected labels"
+        ) from None
     said = str(record.get("subset", ""))
     return video, labels, SPLITS.get(said.lower(), said)

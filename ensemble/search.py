@@ -1,9 +1,9 @@
 """Weights of an ensemble, searched on labelled videos and judged on others; and who adds what.
 
-`Ranking` answers "where does the true label rank under these weights?" many times over. A class can overtake the true
-label under weights that are not negative only if it is ahead in at least one model, and it stays ahead if it is ahead
-in all; so only the few classes on which the models disagree are kept, which is exact and some hundred times faster
-than fusing again.
+`Ranking` answers "where does the true label rank under these weights?" many times over. A class can
+overtake the true label under weights that are not negative only if it is ahead in at least one
+model, and it stays ahead if it is ahead in all; so only the few classes on which the models
+disagree are kept, which is exact and some hundred times faster than fusing again.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,18 @@ _TIE = 1e-12  # a sum of differences this small is a tie that rounding hides
 class Found:
     """Searched weights, and what they are worth on videos they were not searched on.
 
-    `summary` is over all labelled videos, each under the weights that the other folds gave; `against_equal` is its
-    average error minus that of equal weights on the same videos (below 0 is better), with a 95 % interval.
+    `summary` is over all labelled videos, each under the weights that the other folds gave;
+    `against_equal` is its average error minus that of equal weights on the same videos (below 0 is
+    better), with a 95 % interval.
     """
 
     weights: tuple[float, ...]
     weights_by_fold: tuple[tuple[float, ...], ...]
     summary: Summary
     against_equal: Interval
-    in_sample: float  # average error of `weights` on the videos they were searched on: too good to be true
+    in_sample: (
+        float  # average error of `weights` on the videos they were searched on: too good to be true
+    )
     seed: int
 
     @property
@@ -63,7 +66,9 @@ class Found:
     def advice(self, names: Sequence[str]) -> str:
         """How far the folds agree, and the weights to give for other videos."""
         columns = zip(names, zip(*self.weights_by_fold, strict=True), strict=True)
-        spread = ", ".join(f"{name} {min(column):.2f} to {max(column):.2f}" for name, column in columns)
+        spread = ", ".join(
+            f"{name} {min(column):.2f} to {max(column):.2f}" for name, column in columns
+        )
         return (
             f"across folds: {spread}; error on the videos they were searched on (too good to be true): "
             f"{100 * self.in_sample:.2f} %\nfor other videos of these models: --weights "
@@ -71,7 +76,11 @@ class Found:
         )
 
     def record(self) -> dict[str, Any]:
-        said = {"folds": len(self.weights_by_fold), "beats_equal": self.beats_equal, "statement": self.statement()}
+        said = {
+            "folds": len(self.weights_by_fold),
+            "beats_equal": self.beats_equal,
+            "statement": self.statement(),
+        }
         return asdict(self) | said
 
 
@@ -85,8 +94,11 @@ class Row:
     against_equal: Interval  # average error minus that of all models at equal weights
 
 
-def search_weights(list_of_scores: Sequence[Scores], *, missing: Missing = "error") -> tuple[float, ...]:
-    """Weights [M], summing to 1, for `fuse` of scores joined by id; `Found` from `search` says what they are worth."""
+def search_weights(
+    list_of_scores: Sequence[Scores], *, missing: Missing = "error"
+) -> tuple[float, ...]:
+    """Weights [M], summing to 1, for `fuse` of scores joined by id; `Found` from `search` says what
+    they are worth."""
     return search(Ranking.of(align(list_of_scores, missing=missing))).weights
 
 
@@ -94,9 +106,10 @@ def search_weights(list_of_scores: Sequence[Scores], *, missing: Missing = "erro
 class Ranking:
     """Where the true label ranks under any weights, for the N labelled videos.
 
-    `margins` [K, M] float64 is, for each of K contested (video, class), each model's probability of the class minus
-    that of the true label; `videos` [K] the video; `first` [K] whether the class wins a tie, having the lower index.
-    `ahead` [N] counts the classes that are ahead in every model.
+    `margins` [K, M] float64 is, for each of K contested (video, class), each model's probability of
+    the class minus that of the true label; `videos` [K] the video; `first` [K] whether the class
+    wins a tie, having the lower index. `ahead` [N] counts the classes that are ahead in every
+    model.
     """
 
     aligned: Aligned
@@ -116,7 +129,9 @@ class Ranking:
                 "weights that are found there"
             )
         starts = progress(range(0, len(rows), ROWS_AT_ONCE), desc="ranking")
-        pieces = [_contested(aligned, rows[start : start + ROWS_AT_ONCE], start) for start in starts]
+        pieces = [
+            _contested(aligned, rows[start : start + ROWS_AT_ONCE], start) for start in starts
+        ]
         return cls(aligned, rows, *(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
 
     def __len__(self) -> int:
@@ -127,7 +142,8 @@ class Ranking:
         return len(self.aligned.names)
 
     def places(self, weights: Sequence[float] | np.ndarray) -> np.ndarray:
-        """The rank of the true label under `weights` [M], as `metrics.ranks` counts it, up to place 5; int64 [N].
+        """The rank of the true label under `weights` [M], as `metrics.ranks` counts it, up to place
+        5; int64 [N].
 
         Behind place 5 it is only known to be behind place 5.
         """
@@ -143,7 +159,9 @@ class Ranking:
         return challenge_errors(places, len(self.aligned.classes))
 
     def summary(self, places: np.ndarray) -> Summary:
-        return summarise_places(places, self.aligned.labels[self.rows], len(self.aligned.classes), self.groups)
+        return summarise_places(
+            places, self.aligned.labels[self.rows], len(self.aligned.classes), self.groups
+        )
 
     @property
     def groups(self) -> np.ndarray:
@@ -152,7 +170,8 @@ class Ranking:
 
 
 def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
-    """The fields of `Ranking` from `margins` on, of some rows, the first of which is video `start`."""
+    """The fields of `Ranking` from `margins` on, of some rows, the first of which is video
+    `start`."""
     truth = aligned.labels[rows][:, None]
     lower = np.arange(len(aligned.classes)) < truth
     some, always = np.zeros(lower.shape, bool), np.ones(lower.shape, bool)
@@ -175,12 +194,14 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
 def search(ranking: Ranking, *, seed: int = 0) -> Found:
     """Search weights on all labelled videos, and judge the search by cross-validation.
 
-    Every fold's videos are scored under weights that were searched on the other folds. The folds are a function of
-    (seed, sorted groups), never of the order of a file; a group is in one fold. Raises InputError for fewer than two
-    videos.
+    Every fold's videos are scored under weights that were searched on the other folds. The folds
+    are a function of (seed, sorted groups), never of the order of a file; a group is in one fold.
+    Raises InputError for fewer than two videos.
     """
     if len(ranking) < 2:
-        raise InputError(f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal")
+        raise InputError(
+            f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal"
+        )
     groups = ranking.groups
     if len(set(groups.tolist())) == 1:  # nothing else can be told apart
         groups = np.array(ranking.aligned.ids, object)[ranking.rows]
@@ -205,10 +226,13 @@ def search(ranking: Ranking, *, seed: int = 0) -> Found:
 
 
 def table(ranking: Ranking, chosen: Sequence[float] | None = None) -> list[Row]:
-    """Who adds what: single models, all pairs, all but one, all at equal weights, and all at the `chosen` weights."""
+    """Who adds what: single models, all pairs, all but one, all at equal weights, and all at the
+    `chosen` weights."""
     models, names = range(ranking.models), ranking.aligned.names
     teams: dict[str, np.ndarray] = {}
-    for team in dict.fromkeys(t for n in (1, 2, len(models) - 1, len(models)) if n for t in combinations(models, n)):
+    for team in dict.fromkeys(
+        t for n in (1, 2, len(models) - 1, len(models)) if n for t in combinations(models, n)
+    ):
         name = " + ".join(names[model] for model in team)
         if len(team) == len(models) > 1:
             name = "all, equal weights"
@@ -228,14 +252,16 @@ def table(ranking: Ranking, chosen: Sequence[float] | None = None) -> list[Row]:
 
 def signed(difference: Interval) -> str:
     """`-0.31 [-0.5, -0.1]`, in percentage points."""
-    return f"{100 * difference.value:+.2f} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+    return (
+        f"{100 * difference.value:+.2f} [{100 * difference.low:+.2f}, {100 * difference.high:+.2f}]"
+    )
 
 
 def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
     """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search.
 
-    From equal ones, or one model alone where that is better, weight goes from one model to another, the best move
-    first, while the error falls; ties stay where they are.
+    From equal ones, or one model alone where that is better, weight goes from one model to another,
+    the best move first, while the error falls; ties stay where they are.
     """
 
     def error(weights: np.ndarray) -> float:

@@ -11,7 +11,9 @@ def main(options: Options) -> int:
     from extract.workers.driver import extract
 
     if str(options.weights).endswith(".pt") and options.backbone == Options.backbone:
-        from extract.backbone.weights import recorded_backbone  # imports timm, which a second start does not need
+        from extract.backbone.weights import (
+            recorded_backbone,
+        )  # imports timm, which a second start does not need
 
         name = recorded_backbone(options.weights)
         if name is not None:

@@ -1,10 +1,10 @@
 """Command-line entry point: parse options, run a command, map errors to exit codes.
 
-A command is a frozen dataclass of options and a function `main(options) -> exit status or None` beside it;
-`run_command` makes the flags from the one (tyro) and the exit status from the other.
+A command is a frozen dataclass of options and a function `main(options) -> exit status or None`
+beside it; `run_command` makes the flags from the one (tyro) and the exit status from the other.
 
-Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished but too many videos failed,
-130 interrupted.
+Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished but too many videos
+failed, 130 interrupted.
 """
 
 import difflib
@@ -24,7 +24,8 @@ Options = TypeVar("Options")
 
 
 class InputError(ValueError):
-    """Wrong usage or input (exit status 2): the message says what was wrong, with the value, and what to do."""
+    """Wrong usage or input (exit status 2): the message says what was wrong, with the value, and
+    what to do."""
 
 
 class RunError(RuntimeError):
@@ -45,7 +46,8 @@ _REMEDIES = {
 
 
 def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
-    """`runs/a/last.pt: No space left on device; make room on its disk and run the same command again, which goes on`.
+    """`runs/a/last.pt: No space left on device; make room on its disk and run the same command
+    again, which goes on`.
 
     `path` stands in for the file that the system did not name.
     """
@@ -58,9 +60,35 @@ def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
 
 # What numbers must be at least, in every command that has an option of that name.
 AT_LEAST = {
-    **dict.fromkeys(("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", "warmup"), 0),
-    **dict.fromkeys(("frames", "clip_frames", "image_size", "segments", "block_size", "batch_size", "micro_batch"), 1),
-    **dict.fromkeys(("workers", "threads", "decode_workers", "limit", "epochs", "at_once", "shots", "repeats", "k"), 1),
+    **dict.fromkeys(
+        ("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", "warmup"), 0
+    ),
+    **dict.fromkeys(
+        (
+            "frames",
+            "clip_frames",
+            "image_size",
+            "segments",
+            "block_size",
+            "batch_size",
+            "micro_batch",
+        ),
+        1,
+    ),
+    **dict.fromkeys(
+        (
+            "workers",
+            "threads",
+            "decode_workers",
+            "limit",
+            "epochs",
+            "at_once",
+            "shots",
+            "repeats",
+            "k",
+        ),
+        1,
+    ),
 }
 MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps")
 FRACTIONS = ("max_failed", "dropout", "label_smoothing", "val_fraction", "false_alarms")
@@ -68,7 +96,8 @@ MOST = 2**63 - 1  # of a seed, for numpy, PyTorch and OpenVINO alike
 
 
 def check_ranges(options: Any) -> None:
-    """InputError that names the first option whose number, or one of whose numbers, is out of its range."""
+    """InputError that names the first option whose number, or one of whose numbers, is out of its
+    range."""
     for name, given in vars(options).items():
         for value in given if isinstance(given, tuple | list) else (given,):
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -85,12 +114,19 @@ def check_ranges(options: Any) -> None:
 
 
 # Control characters but tab and newline, and characters that change the direction of text.
-_CONTROLS = [*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_CONTROLS = [
+    *range(9),
+    *range(11, 32),
+    *range(127, 160),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
 _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _CONTROLS}
 
 
 class EscapedStream:
-    """A terminal's stream on which control characters, which file names may hold, are shown and not obeyed."""
+    """A terminal's stream on which control characters, which file names may hold, are shown and not
+    obeyed."""
 
     def __init__(self, stream: Any):
         self.unescaped = stream
@@ -111,7 +147,8 @@ LOG_SECONDS = 30.0  # between two lines of progress in a log
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
-    """tqdm on stderr: how far, and the time that is left by the speed so far. Nothing of what takes a second.
+    """tqdm on stderr: how far, and the time that is left by the speed so far. Nothing of what takes
+    a second.
 
     In a log, whose lines stay, a line each LOG_SECONDS.
     """
@@ -125,29 +162,48 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
     screen = getattr(sys.stderr, "unescaped", sys.stderr)  # a bar moves the cursor
     if screen.isatty():
         return tqdm(iterable, file=screen, smoothing=0.05, delay=1, mininterval=0.1, **options)
-    pace = {"smoothing": 0.05, "delay": 1, "miniters": 1, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    pace = {
+        "smoothing": 0.05,
+        "delay": 1,
+        "miniters": 1,
+        "mininterval": LOG_SECONDS,
+        "maxinterval": LOG_SECONDS,
+    }
     return LogLines(iterable, file=screen, **(pace | options | {"leave": True}))
 
 
 def run_command(
-    main: Callable[[Options], int | None], options: type[Options], *, prog: str, args: Sequence[str] | None = None
+    main: Callable[[Options], int | None],
+    options: type[Options],
+    *,
+    prog: str,
+    args: Sequence[str] | None = None,
 ) -> int:
     """Parse `args` (default: the command line) into `options`, run `main`, return the exit status.
 
-    If the class has a method `defaults_for(args)`, options that are not among `args` are those of its result.
+    If the class has a method `defaults_for(args)`, options that are not among `args` are those of
+    its result.
 
-    `InputError` -> 2, `RunError` and `OSError` -> 1 (their message on stderr, no traceback), Ctrl-C -> 130.
-    Anything else is a defect of ours and keeps its traceback.
+    `InputError` -> 2, `RunError` and `OSError` -> 1 (their message on stderr, no traceback), Ctrl-C
+    -> 130. Anything else is a defect of ours and keeps its traceback.
     """
     import tyro  # here, so that importing a command as a library stays cheap
 
     args = sys.argv[1:] if args is None else args
     try:
         if sys.platform == "win32":
-            raise InputError("Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)")
+            raise InputError(
+                "Windows is not supported; run this in WSL 2 (Windows Subsystem for Linux)"
+            )
         config = tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone
         if {"-h", "--help"} & set(args):
-            tyro.cli(_in_groups(options), prog=prog, args=["--help"], config=config, description=options.__doc__)
+            tyro.cli(
+                _in_groups(options),
+                prog=prog,
+                args=["--help"],
+                config=config,
+                description=options.__doc__,
+            )
         _check_flags(options, args, prog)
         defaults_for: Any = getattr(options, "defaults_for", None)
         known = {"default": defaults_for(args)} if defaults_for else {}
@@ -165,7 +221,8 @@ def run_command(
 
 
 def _in_groups(options: type) -> type:
-    """The options for --help only: a command's own first, then those that it shares with others, a group per class."""
+    """The options for --help only: a command's own first, then those that it shares with others, a
+    group per class."""
     import tyro
 
     left = dict(options.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -175,7 +232,9 @@ def _in_groups(options: type) -> type:
         if own:
             title = parent.__name__.removesuffix("Options").lower() if groups else "main"
             doc = None if parent.__doc__ == options.__doc__ else parent.__doc__
-            group: Any = type(parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own})
+            group: Any = type(
+                parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own}
+            )
             groups.append((title, tyro.conf.OmitArgPrefixes[group]))  # type: ignore[misc]
     return make_dataclass("Groups", groups, kw_only=True)
 
@@ -187,5 +246,7 @@ def _check_flags(options: type, args: Sequence[str], prog: str) -> None:
         flag = arg.split("=")[0].replace("_", "-")
         if flag.startswith("--") and flag not in (*flags, "--help"):
             nearest = difflib.get_close_matches(flag, flags, n=1)
-            hint = f"did you mean {nearest[0]}?" if nearest else f"`{prog} --help` lists the options"
+            hint = (
+                f"did you mean {nearest[0]}?" if nearest else f"`{prog} --help` lists the options"
+            )
             raise InputError(f"{prog} has no option {flag}; {hint}")

@@ -1,7 +1,7 @@
 """The commands by name and stage, and command lines that a person can paste.
 
-`hgnl train ...` and `python -m aggregate.train ...` are the same. A message repeats the form that this process was
-started with.
+`hgnl train ...` and `python -m aggregate.train ...` are the same. A message repeats the form that
+this process was started with.
 """
 
 import difflib
@@ -29,7 +29,10 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
         "ablate": ("aggregate.ablate", "train many configurations in one pass"),
         "finetune": ("aggregate.finetune", "train end to end, through the backbone"),
         "audit": ("aggregate.audit", "near-duplicates across splits, labels that look wrong"),
-        "complexity": ("aggregate.complexity", "parameters and multiplications: the paper's Tables 1 and 2"),
+        "complexity": (
+            "aggregate.complexity",
+            "parameters and multiplications: the paper's Tables 1 and 2",
+        ),
     },
     "Ensemble": {
         "ensemble": ("ensemble", "fuse the scores of several models"),
@@ -51,7 +54,8 @@ _ALSO_RUN = ("pipelines", "pipelines.untrimmed", "extract.decode.subprocess_pool
 
 
 def refuse_other_modules() -> None:
-    """End `python -m ensemble.search` with a message: a module without a command prints nothing and looks like success.
+    """End `python -m ensemble.search` with a message: a module without a command prints nothing and
+    looks like success.
 
     Called while a package of ours is imported for `python -m`.
     """
@@ -59,13 +63,16 @@ def refuse_other_modules() -> None:
     commands = (*COMMANDS.values(), *_ALSO_RUN)
     if module.split(".")[0] in _PACKAGES and module.removesuffix(".__main__") not in commands:
         nearest = difflib.get_close_matches(module, commands, n=1, cutoff=0.8)
-        hint = f"did you mean {nearest[0]}?" if nearest else "`python -m pipelines` lists the commands"
+        hint = (
+            f"did you mean {nearest[0]}?" if nearest else "`python -m pipelines` lists the commands"
+        )
         print(f"error: {module} is not a command; {hint}", file=sys.stderr)
         sys.exit(2)
 
 
 def program(module: str) -> list[str]:
-    """The start of a command line for `module`: `hgnl train`, or `.venv/bin/python -m aggregate.train`."""
+    """The start of a command line for `module`: `hgnl train`, or `.venv/bin/python -m
+    aggregate.train`."""
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = next((name for name, target in COMMANDS.items() if target == module), None)
     if name is None or (main_spec is not None and main_spec.name.split(".")[0] in _PACKAGES):
@@ -79,7 +86,8 @@ def program(module: str) -> list[str]:
 def command_line(module: str, *arguments: object, **options: Any) -> str:
     """A whole command, quoted for a POSIX shell.
 
-    `options` are flags: True is a flag alone, a list is several values; None, False and an empty list are left out.
+    `options` are flags: True is a flag alone, a list is several values; None, False and an empty
+    list are left out.
     """
     line = [*program(module), *map(str, arguments)]
     for name, value in options.items():
@@ -97,12 +105,15 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
         value = changes.get(field.name, getattr(options, field.name))
         if value != field.default:
             # `--normalise True` where None is the default, so that False is another value
-            flags[field.name] = value if field.default is False or not isinstance(value, bool) else str(value)
+            flags[field.name] = (
+                value if field.default is False or not isinstance(value, bool) else str(value)
+            )
     return command_line(module, **flags)
 
 
 def install_command(extra: str) -> str:
-    """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was installed."""
+    """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was
+    installed."""
     import importlib.metadata  # 30 ms
     from importlib.util import find_spec
 

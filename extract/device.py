@@ -34,7 +34,8 @@ def choose_device(name: str) -> "torch.device":
 
 
 def runs_on_cpu(name: str) -> bool:
-    """Whether `choose_device(name)` is the CPU. Imports torch only if a GPU is possible. InputError as there."""
+    """Whether `choose_device(name)` is the CPU. Imports torch only if a GPU is possible. InputError
+    as there."""
     if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
         return True
     return choose_device(name).type == "cpu"
@@ -50,7 +51,8 @@ def count_gpus() -> int:
 
 
 def _has_gpu_driver() -> bool:
-    """Without a driver no GPU can be used, which is known without the seconds that importing torch takes."""
+    """Without a driver no GPU can be used, which is known without the seconds that importing torch
+    takes."""
     if "torch" in sys.modules or Path("/dev/kfd").exists():  # /dev/kfd: AMD's driver
         return True
     for library in ("libcuda.so.1", "nvcuda.dll"):

@@ -22,23 +22,27 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Write the features of every video that was extracted as .npy files, or all of them into one HDF5 file.
+    """Write the features of every video that was extracted as .npy files, or all of them into one
+    HDF5 file.
 
-    --to npy --out DIR joins the windows of each video: what tools for temporal action detection load (ActionFormer,
-    OpenTAD), with a .json beside it that holds the second of each row and ActionFormer's three numbers for it.
+    --to npy --out DIR joins the windows of each video: what tools for temporal action detection
+    load (ActionFormer, OpenTAD), with a .json beside it that holds the second of each row and
+    ActionFormer's three numbers for it.
 
-    --to npy --one-vector --out DIR, or --to FILE.parquet: a mean vector per row with id, label, split and group, for
-    scikit-learn, FiftyOne, LightlyStudio; `hgnl ingest` reads both.
+    --to npy --one-vector --out DIR, or --to FILE.parquet: a mean vector per row with id, label,
+    split and group, for scikit-learn, FiftyOne, LightlyStudio; `hgnl ingest` reads both.
     """
 
     store: Annotated[str, tyro.conf.Positional]
     """The feature store."""
     to: Path
-    """A folder (one .npy a row, [views, frames, dim] float16, under the video's own path), *.h5, *.parquet, or npy."""
+    """A folder (one .npy a row, [views, frames, dim] float16, under the video's own path), *.h5,
+    *.parquet, or npy."""
     out: Path | None = None
     """With --to npy: a folder for one [rows, dim] float32 array and its .json a video."""
     one_vector: bool = False
-    """With --to npy: DIR/vectors.npy [rows, dim] float32, the mean over frames, and DIR/vectors.csv."""
+    """With --to npy: DIR/vectors.npy [rows, dim] float32, the mean over frames, and
+    DIR/vectors.csv."""
 
 
 def main(options: Options) -> int:
@@ -48,19 +52,25 @@ def main(options: Options) -> int:
 
     dense = str(options.to) == "npy"
     if dense == (options.out is None):
-        raise InputError(f"--to {options.to} --out {options.out}: --out names --to npy's folder, and only that")
+        raise InputError(
+            f"--to {options.to} --out {options.out}: --out names --to npy's folder, and only that"
+        )
     to = options.out or options.to
     one_vector = options.one_vector or to.suffix == ".parquet"
     if options.one_vector and not dense:
         raise InputError(f"--one-vector is that of --to npy; --to {options.to} has its own form")
     if to.exists() and (to.is_file() or any(to.iterdir())):
-        raise InputError(f"{to} is there already and is left as it is; give a new name or remove it")
+        raise InputError(
+            f"{to} is there already and is left as it is; give a new name or remove it"
+        )
     store = FeatureStore.open(options.store)
     check_ids(store.ids)
     make_folder(to.parent)
     needed = len(store) * store.video_bytes
     needed = needed * 2 // store.num_views if dense else needed
-    check_space(to, len(store) * store.dim * 4 if one_vector else needed)  # HDF5 may crash on a full disk
+    check_space(
+        to, len(store) * store.dim * 4 if one_vector else needed
+    )  # HDF5 may crash on a full disk
     if one_vector:
         (_write_vectors if dense else _write_parquet)(store, to)
     elif dense:
@@ -83,7 +93,8 @@ def _finished(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def _mean_vectors(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]":
-    """Rows of finished videos, and the mean over their frames in the first view, float32 [n, D], block by block.
+    """Rows of finished videos, and the mean over their frames in the first view, float32 [n, D],
+    block by block.
 
     A frame that a short video repeats counts once.
     """
@@ -176,8 +187,12 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
     import numpy as np
 
     windows: dict[str, list[int]] = defaultdict(list)
-    for row in np.argsort(store.starts, kind="stable").tolist():  # whole files are NaN, which comes last
-        windows[store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]].append(row)
+    for row in np.argsort(
+        store.starts, kind="stable"
+    ).tolist():  # whole files are NaN, which comes last
+        windows[
+            store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]
+        ].append(row)
     left_out, usable = {}, store.usable
     with replacing(folder) as partial:
         partial.mkdir()
@@ -190,8 +205,14 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
                 continue
             frames = store.read(rows)[:, 0].reshape(-1, store.dim)
             _save(partial / f"{video}.npy", frames[places].astype(np.float32))
-            made_by = {"backbone": store.provenance.get("backbone"), "windows": len(rows), "of": len(listed)}
-            (partial / f"{video}.json").write_text(json.dumps({"video": video, **record, **made_by}, indent=1))
+            made_by = {
+                "backbone": store.provenance.get("backbone"),
+                "windows": len(rows),
+                "of": len(listed),
+            }
+            (partial / f"{video}.json").write_text(
+                json.dumps({"video": video, **record, **made_by}, indent=1)
+            )
     print(f"{len(windows) - len(left_out):,} videos of {len(store):,} rows written to {folder}")
     for video, why in left_out.items():
         print(f"left out: {video}: {why}")
@@ -199,18 +220,22 @@ def _write_dense(store: "FeatureStore", folder: Path) -> int:
 
 
 def dense_rows(store: "FeatureStore", rows: "np.ndarray") -> "tuple[np.ndarray, dict[str, Any]]":
-    """What of a video's windows `rows` (by start) makes one array at a constant rate: places among their n * T frames.
+    """What of a video's windows `rows` (by start) makes one array at a constant rate: places among
+    their n * T frames.
 
-    With it goes what its users need: `seconds` of each row, and ActionFormer's feat_stride, num_frames and default_fps,
-    by which row i is at (i * feat_stride + num_frames / 2) / default_fps seconds; `largest_error` is by how much that
-    misses, at most. InputError where there is no such array.
+    With it goes what its users need: `seconds` of each row, and ActionFormer's feat_stride,
+    num_frames and default_fps, by which row i is at (i * feat_stride + num_frames / 2) /
+    default_fps seconds; `largest_error` is by how much that misses, at most. InputError where there
+    is no such array.
     """
     import numpy as np
 
     if not len(rows):
         raise InputError("nothing of it was extracted")
     if len(rows) > 1 and np.isnan(store.starts[rows]).any():
-        raise InputError("it is there as a whole and in spans; dense features are made of one of them")
+        raise InputError(
+            "it is there as a whole and in spans; dense features are made of one of them"
+        )
     times = store.timestamps[rows, 0].ravel().astype(float)
     _, first = np.unique(store.frame_indices[rows, 0].ravel(), return_index=True)
     if np.isnan(times).any():
@@ -223,11 +248,15 @@ def dense_rows(store: "FeatureStore", rows: "np.ndarray") -> "tuple[np.ndarray, 
         period = float(np.median(ends - starts)) / store.frames_per_video
     holes = np.flatnonzero(starts[1:] > np.maximum.accumulate(ends)[:-1] + period)
     if len(holes):
-        nothing = f"there is nothing from {ends[: holes[0] + 1].max():g} to {starts[holes[0] + 1]:g} s"
+        nothing = (
+            f"there is nothing from {ends[: holes[0] + 1].max():g} to {starts[holes[0] + 1]:g} s"
+        )
         raise InputError(f"{nothing}; dense features need windows that follow each other")
     count = max(1, round((min(ends.max(), seconds[-1] + period) - starts[0]) / period))
     wanted = starts[0] + period * (np.arange(count) + 0.5)
-    chosen = np.round(np.interp(wanted, seconds, np.arange(len(seconds)))).astype(int)  # the nearest
+    chosen = np.round(np.interp(wanted, seconds, np.arange(len(seconds)))).astype(
+        int
+    )  # the nearest
     fps = float(store.num_frames[rows].sum() / (ends - starts).sum())
     record = {
         "seconds": np.round(seconds[chosen], 6).tolist(),

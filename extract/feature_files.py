@@ -1,4 +1,5 @@
-"""Features that other tools wrote: which names there are, the shape of each, and one video's array at a time.
+"""Features that other tools wrote: which names there are, the shape of each, and one video's array
+at a time.
 
     a folder    <name>.npy .npz .pt .pth, each [T, D] or [D]; <name>_c.npy beside <name>.json
     *.h5        a dataset per video, [T, D] or [D]; or `features` [N, T, D] with `ids`
@@ -30,7 +31,8 @@ class UnusableError(ValueError):
 
 
 class FeatureFiles(Protocol):
-    """Features by name. `shape` and `load` raise UnusableError; calls in the order of `names` are the fast ones."""
+    """Features by name. `shape` and `load` raise UnusableError; calls in the order of `names` are
+    the fast ones."""
 
     names: list[str]
 
@@ -56,21 +58,36 @@ def open_features(path: Path) -> FeatureFiles:
     elif path.suffix == ".parquet":
         files = _Parquet(path)
     else:
-        raise InputError(f"--features {path}: known are a folder, .h5, .npy with its ids, and .parquet")
+        raise InputError(
+            f"--features {path}: known are a folder, .h5, .npy with its ids, and .parquet"
+        )
     if not files.names:
         kinds = (
-            "" if path.is_file() else f"; known are {', '.join(sorted(FILE_EXTENSIONS))}, and pickles are never read"
+            ""
+            if path.is_file()
+            else f"; known are {', '.join(sorted(FILE_EXTENSIONS))}, and pickles are never read"
         )
         raise InputError(f"--features {path} holds no features{kinds}")
     return files
 
 
 def check_shape(shape: tuple[int, ...], dtype: np.dtype | None = None) -> Shape:
-    """T, D of an array [T, D], [1, T, D] or [D]. UnusableError for another shape, nothing in it, or no numbers."""
+    """T, D of an array [T, D], [1, T, D] or [D]. UnusableError for another shape, nothing in it, or
+    no numbers."""
     if dtype is not None and dtype.kind not in "fiu":
-        what = "objects (a pickle), which are never loaded" if dtype.hasobject else f"{dtype}, which is not numbers"
+        what = (
+            "objects (a pickle), which are never loaded"
+            if dtype.hasobject
+            else f"{dtype}, which is not numbers"
+        )
         raise UnusableError(f"it holds {what}")
-    two = shape[1:] if len(shape) == 3 and shape[0] == 1 else (1, *shape) if len(shape) == 1 else shape
+    two = (
+        shape[1:]
+        if len(shape) == 3 and shape[0] == 1
+        else (1, *shape)
+        if len(shape) == 1
+        else shape
+    )
     if len(two) != 2:
         raise UnusableError(f"its shape is {list(shape)}, expected [T, D] or [D]")
     if 0 in two:
@@ -109,7 +126,9 @@ class _Folder:
             if name.endswith("_c") and name.removesuffix("_c") in records:
                 name = name.removesuffix("_c")
             if earlier := self._files.get(below + name):
-                raise InputError(f"{self._root}: {earlier} and {below}{file} are both features of {below}{name}")
+                raise InputError(
+                    f"{self._root}: {earlier} and {below}{file} are both features of {below}{name}"
+                )
             self._files[below + name] = below + file
 
     def path(self, name: str) -> str:
@@ -128,7 +147,10 @@ class _Folder:
 
     def _load(self, path: str) -> np.ndarray:
         readers = {".npz": _load_npz, ".pt": _load_torch, ".pth": _load_torch}
-        return _read(path, readers.get(os.path.splitext(path)[1], lambda path: np.load(path, allow_pickle=False)))
+        return _read(
+            path,
+            readers.get(os.path.splitext(path)[1], lambda path: np.load(path, allow_pickle=False)),
+        )
 
 
 def _read(path: str, reader: Callable[[str], Any]) -> Any:
@@ -137,7 +159,9 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
         return reader(path)
     except UnusableError:
         raise
-    except Exception as error:  # numpy, zipfile and torch raise a dozen types for damaged and unsafe files
+    except (
+        Exception
+    ) as error:  # numpy, zipfile and torch raise a dozen types for damaged and unsafe files
         text = str(error).split("\n")[0]
         if any(word in str(error) for word in ("ickle", "Weights only", "Python objects")):
             text = "it holds Python objects (a pickle), which are never loaded; save a plain array"
@@ -146,7 +170,9 @@ def _read(path: str, reader: Callable[[str], Any]) -> Any:
 
 def _load_npy_header(path: str) -> tuple[tuple[int, ...], np.dtype]:
     """Shape and type, from the first bytes."""
-    array = np.load(path, mmap_mode="r", allow_pickle=False) if os.path.getsize(path) else np.load(path)
+    array = (
+        np.load(path, mmap_mode="r", allow_pickle=False) if os.path.getsize(path) else np.load(path)
+    )
     return array.shape, array.dtype
 
 
@@ -163,7 +189,9 @@ def _load_torch(path: str) -> np.ndarray:
 
     content = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(content, dict):
-        content = content[_only([name for name, value in content.items() if isinstance(value, torch.Tensor)])]
+        content = content[
+            _only([name for name, value in content.items() if isinstance(value, torch.Tensor)])
+        ]
     if not isinstance(content, torch.Tensor):
         raise UnusableError(f"it holds a {type(content).__name__}, expected one tensor")
     return content.float().numpy() if content.is_floating_point() else content.numpy()
@@ -175,14 +203,17 @@ def _only(names: list[str]) -> str:
         return names[0]
     if "features" in names:
         return "features"
-    raise UnusableError(f"it holds the arrays {', '.join(map(str, names)) or '(none)'}; call the right one `features`")
+    raise UnusableError(
+        f"it holds the arrays {', '.join(map(str, names)) or '(none)'}; call the right one `features`"
+    )
 
 
 # -- many videos per file ----------------------------------------------------------------------------------------------
 
 
 class _Hdf5:
-    """A dataset per video, also in groups; a group with one dataset in it is a video too (ActivityNet's C3D)."""
+    """A dataset per video, also in groups; a group with one dataset in it is a video too
+    (ActivityNet's C3D)."""
 
     def __init__(self, path: Path):
         import h5py
@@ -191,7 +222,9 @@ class _Hdf5:
         try:
             self._file = h5py.File(path)
         except OSError as error:
-            raise InputError(f"--features {path} is not an HDF5 file that can be read: {error!s:.120}") from None
+            raise InputError(
+                f"--features {path} is not an HDF5 file that can be read: {error!s:.120}"
+            ) from None
         self._keys: dict[str, str] = {}
         if {"ids", "features"} <= self._file.keys():
             self._table: Any = self._file["features"]
@@ -199,7 +232,9 @@ class _Hdf5:
             self._rows = {name: row for row, name in enumerate(self.names)}
             return
         self._table, datasets = None, list[str]()
-        self._file.visititems(lambda key, item: datasets.append(key) if isinstance(item, h5py.Dataset) else None)
+        self._file.visititems(
+            lambda key, item: datasets.append(key) if isinstance(item, h5py.Dataset) else None
+        )
         for key in datasets:
             parent = self._file[key].parent
             alone = parent.name != "/" and len(parent) == 1
@@ -217,7 +252,11 @@ class _Hdf5:
 
     def load(self, name: str) -> np.ndarray:
         try:
-            array = self._file[self._keys[name]][()] if self._table is None else self._table[self._rows[name]]
+            array = (
+                self._file[self._keys[name]][()]
+                if self._table is None
+                else self._table[self._rows[name]]
+            )
         except OSError as error:
             raise UnusableError(f"it cannot be read ({error!s:.120})") from None
         return _as_rows(array)
@@ -252,15 +291,23 @@ def ids_beside(path: Path) -> list[str]:
     """The ids of a table's rows, from the text file or the CSV beside it."""
     text, table = path.with_suffix(".txt"), path.with_suffix(".csv")
     if text.exists():
-        return text.read_text(encoding="utf-8-sig").split("\n")[: -1 if text.read_bytes().endswith(b"\n") else None]
+        return text.read_text(encoding="utf-8-sig").split("\n")[
+            : -1 if text.read_bytes().endswith(b"\n") else None
+        ]
     if table.exists():
         with table.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
-            column = next((name for name in ("id", "path") if name in (rows.fieldnames or ())), None)
+            column = next(
+                (name for name in ("id", "path") if name in (rows.fieldnames or ())), None
+            )
             if column is None:
-                raise InputError(f"{table} has no column id or path, which would name the rows of {path}")
+                raise InputError(
+                    f"{table} has no column id or path, which would name the rows of {path}"
+                )
             return [row[column] for row in rows]
-    raise InputError(f"{path} does not say which videos its rows are; write their ids, one per line, into {text}")
+    raise InputError(
+        f"{path} does not say which videos its rows are; write their ids, one per line, into {text}"
+    )
 
 
 def check_unique(path: Path, ids: list[str], rows: int) -> list[str]:
@@ -285,7 +332,9 @@ class _Parquet:
         try:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"--features {path} is not a Parquet file that can be read: {error!s:.120}") from None
+            raise InputError(
+                f"--features {path} is not a Parquet file that can be read: {error!s:.120}"
+            ) from None
         schema = self._file.schema_arrow
         names = [name for name in ("id", "path") if name in schema.names]
         lists = [
@@ -298,7 +347,9 @@ class _Parquet:
         column = "features" if "features" in lists else lists[0] if len(lists) == 1 else None
         if not names or column is None:
             columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-            raise InputError(f"{path} has the columns {columns}; needed are id or path, and one of lists (features)")
+            raise InputError(
+                f"{path} has the columns {columns}; needed are id or path, and one of lists (features)"
+            )
         self._path, self._column, self._position = str(path), column, 0
         ids = self._file.read([names[0]]).column(0).to_pylist()
         self.names = check_unique(path, [str(name) for name in ids], self._file.metadata.num_rows)
@@ -311,7 +362,9 @@ class _Parquet:
 
     def shape(self, name: str) -> Shape:
         if self._shapes is None:
-            self._shapes = [None if array is None else _shape_or_none(array) for array in self._read()]
+            self._shapes = [
+                None if array is None else _shape_or_none(array) for array in self._read()
+            ]
         if shape := self._shapes[self._rows[name]]:
             return shape
         return check_shape(self.load(name).shape)  # says what is wrong with it

@@ -1,8 +1,10 @@
-"""Files that are whole and on the disk once they have their names, whatever becomes of the process or of the power.
+"""Files that are whole and on the disk once they have their names, whatever becomes of the process
+or of the power.
 
     write `a.<32 hex digits>.partial` -> fsync it -> rename it to `a` -> fsync the folder
 
-Without the first fsync a name may be on the disk before what it names; without the second the name may be lost again.
+Without the first fsync a name may be on the disk before what it names; without the second the name
+may be lost again.
 """
 
 import contextlib
@@ -20,13 +22,15 @@ from typing import IO, Any
 from extract.cli import RunError, explain
 
 LOCK = ".lock"
-# Only we name files like this: what looks so and belongs to no running process was left by a run that was killed.
+# Only we name files like this: what looks so and belongs to no running process was left by a run
+# that was killed.
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """What keeps `path` from being written (a full disk, a quota, no permission) comes out as a RunError naming it."""
+    """What keeps `path` from being written (a full disk, a quota, no permission) comes out as a
+    RunError naming it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
@@ -40,10 +44,11 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A name next to `path`, to make a file or a folder there; on the way out it is on the disk as `path`, or gone.
+    """A name next to `path`, to make a file or a folder there; on the way out it is on the disk as
+    `path`, or gone.
 
-    The name is unique, so that several processes may write `path` at the same time, and no file of the user's has it.
-    Missing folders are made. Raises RunError.
+    The name is unique, so that several processes may write `path` at the same time, and no file of
+    the user's has it. Missing folders are made. Raises RunError.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -61,7 +66,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path, of: str = "") -> None:
-    """Remove what killed runs left half-written in `folder`, or only what was to become `of`. For the lock's holder."""
+    """Remove what killed runs left half-written in `folder`, or only what was to become `of`. For
+    the lock's holder."""
     for path in folder.iterdir():
         if is_leftover(path.name) and (not of or _LEFTOVER.sub("", path.name) == of):
             _remove(path)
@@ -73,7 +79,8 @@ def is_leftover(name: str) -> bool:
 
 
 def take_lock(file: IO) -> bool:
-    """Whether this open file could be locked; the kernel releases it when the file is closed or the process ends."""
+    """Whether this open file could be locked; the kernel releases it when the file is closed or the
+    process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -85,8 +92,9 @@ def take_lock(file: IO) -> bool:
 def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a folder that one process at a time may write; it is made if it is missing.
 
-    The kernel releases the lock when the process ends, however it ends. A folder that was made for this and into which
-    nothing was written is removed again. RunError names the process that holds it already.
+    The kernel releases the lock when the process ends, however it ends. A folder that was made for
+    this and into which nothing was written is removed again. RunError names the process that holds
+    it already.
     """
     folder = Path(folder)
     existed = folder.is_dir()
@@ -102,7 +110,9 @@ def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
                 f"{folder} is being written by {holder}; wait for it, stop it, or give another name"
             ) from None
         if not os.fstat(file.fileno()).st_nlink:
-            raise RunError(f"{folder} was just removed by another process; run the same command again")
+            raise RunError(
+                f"{folder} was just removed by another process; run the same command again"
+            )
         remove_leftovers(folder)
         with contextlib.suppress(OSError):  # a full disk: only the message of others is poorer
             file.truncate(0)
@@ -125,7 +135,8 @@ def _remove(path: Path) -> None:
 
 
 def replace_file(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` (text, or bytes of any kind) to a file that appears whole or not at all. Raises RunError."""
+    """Write `content` (text, or bytes of any kind) to a file that appears whole or not at all.
+    Raises RunError."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
@@ -134,7 +145,9 @@ def append(file: int, path: str | os.PathLike[str], content: bytes) -> None:
     """Append all of `content` to an open file and sync it. Raises RunError naming `path`."""
     with writing(path):
         while content:
-            content = content[os.write(file, content) :]  # a disk that becomes full takes a part first
+            content = content[
+                os.write(file, content) :
+            ]  # a disk that becomes full takes a part first
         os.fsync(file)
 
 

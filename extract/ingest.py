@@ -1,4 +1,5 @@
-"""python -m extract.ingest: features that other tools made become a feature store like any other."""
+"""python -m extract.ingest: features that other tools made become a feature store like any
+other."""
 
 import os
 import socket
@@ -27,21 +28,27 @@ _SECONDS_PER_COMMIT = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """Make a feature store of features that other tools wrote; run it again to continue, or after corrections.
+    """Make a feature store of features that other tools wrote; run it again to continue, or after
+    corrections.
 
-    The list names the videos, and gives their labels, splits and groups. Features are joined to it by name.
+    The list names the videos, and gives their labels, splits and groups. Features are joined to it
+    by name.
     """
 
     features: Path
-    """A folder of .npy, .npz, .pt (one video each) or of .json with _c.npy; or one .h5, .npy with its ids, .parquet."""
+    """A folder of .npy, .npz, .pt (one video each) or of .json with _c.npy; or one .h5, .npy with
+    its ids, .parquet."""
     labels: Path
-    """A list of videos as extract takes it, such as a CSV id,label[,split,group]; no video needs to exist."""
+    """A list of videos as extract takes it, such as a CSV id,label[,split,group]; no video needs to
+    exist."""
     out: str
     """The feature store."""
     frames: int | None = None
-    """Rows per video: the middles of that many equal segments; shorter videos are masked (default: all, if equal)."""
+    """Rows per video: the middles of that many equal segments; shorter videos are masked (default:
+    all, if equal)."""
     name: str = ""
-    """What made the features, such as videomae-l-k400. A checkpoint takes only features of the name it has seen."""
+    """What made the features, such as videomae-l-k400. A checkpoint takes only features of the name
+    it has seen."""
     classes: str = "auto"
     """auto (as extract's --labels), kinetics700, or a file of lines `name` or `index name`."""
     max_failed: float = 0.05
@@ -73,11 +80,13 @@ def main(options: Options) -> int:
 
 
 def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str, str]]":
-    """The listing with the files of its features as paths, in the files' order; and the features' name by id.
+    """The listing with the files of its features as paths, in the files' order; and the features'
+    name by id.
 
-    Names are compared as ids, as ids without the video's extension, and as file names without extension, also with one
-    ending that all share, as video_features appends (`_resnet`). The comparison that finds most is used, and said.
-    InputError if it joins nothing, or two videos with the same features.
+    Names are compared as ids, as ids without the video's extension, and as file names without
+    extension, also with one ending that all share, as video_features appends (`_resnet`). The
+    comparison that finds most is used, and said. InputError if it joins nothing, or two videos with
+    the same features.
     """
     comparisons = {
         "the id": lambda video_id: video_id,
@@ -88,7 +97,9 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
     how = ""
     for description, key in comparisons.items():
         by_key = _by_key(files.names, base=description.startswith("the file"))
-        matches = {video.id: by_key[key(video.id)] for video in listing.videos if key(video.id) in by_key}
+        matches = {
+            video.id: by_key[key(video.id)] for video in listing.videos if key(video.id) in by_key
+        }
         if len(matches) > len(best):
             best, how = matches, description
     if not best:
@@ -100,12 +111,18 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
             raise InputError(
                 f"{other} and {video_id} would both have the features {name}; give ids that tell them apart"
             )
-    joined = [replace(video, path=files.path(best[video.id])) for video in listing.videos if video.id in best]
+    joined = [
+        replace(video, path=files.path(best[video.id]))
+        for video in listing.videos
+        if video.id in best
+    ]
     joined.sort(key=lambda video: order[best[video.id]])
     missing = [video for video in listing.videos if video.id not in best]
     unlisted = tuple(sorted(order.keys() - best.values()))
     layout = f"{listing.layout}; features joined by {how}"
-    changed = replace(listing, videos=tuple(joined), missing=tuple(missing), unlisted=unlisted, layout=layout)
+    changed = replace(
+        listing, videos=tuple(joined), missing=tuple(missing), unlisted=unlisted, layout=layout
+    )
     return changed, best
 
 
@@ -132,7 +149,11 @@ def _join_by_ending(listing: "Listing", files: "FeatureFiles") -> tuple[dict[str
             f"{first} has the features {', '.join(endings)}; move all but one kind away, and join the stores"
         )
     [ending] = endings
-    matches = {video_id: by_base[stem + ending] for video_id, stem in stems.items() if stem + ending in by_base}
+    matches = {
+        video_id: by_base[stem + ending]
+        for video_id, stem in stems.items()
+        if stem + ending in by_base
+    }
     return matches, f"the file name with the ending {ending}"
 
 
@@ -140,7 +161,9 @@ def _without_extension(video_id: str) -> str:
     from extract.listing.folders import VIDEO_EXTENSIONS, extension
 
     file, mark, span = video_id.partition("#")
-    return file.rpartition(".")[0] + mark + span if extension(file) in VIDEO_EXTENSIONS else video_id
+    return (
+        file.rpartition(".")[0] + mark + span if extension(file) in VIDEO_EXTENSIONS else video_id
+    )
 
 
 def _base(name: str) -> str:
@@ -150,7 +173,9 @@ def _base(name: str) -> str:
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
-def _ingest(options: Options, listing: "Listing", files: "FeatureFiles", names: dict[str, str]) -> int:
+def _ingest(
+    options: Options, listing: "Listing", files: "FeatureFiles", names: dict[str, str]
+) -> int:
     import numpy as np
 
     from extract.store import FAILED, PENDING, RunLog
@@ -159,8 +184,12 @@ def _ingest(options: Options, listing: "Listing", files: "FeatureFiles", names: 
     options = _continue_options(options)
     frames, dim = _choose_shape(options, files, names)
     store = _open_or_create(options, listing, frames=frames, dim=dim)
-    RunLog(options.out).write("start", process=os.getpid(), host=socket.gethostname(), options=vars(options))
-    store.set_status(np.flatnonzero(store.status == FAILED), PENDING)  # their files may have been mended
+    RunLog(options.out).write(
+        "start", process=os.getpid(), host=socket.gethostname(), options=vars(options)
+    )
+    store.set_status(
+        np.flatnonzero(store.status == FAILED), PENDING
+    )  # their files may have been mended
     pending = int((store.status == PENDING).sum())
     print(f"to do     {pending:,} of {len(store):,} videos, {frames} x {dim} each")
     check_space(Path(options.out), pending * store.video_bytes)
@@ -171,7 +200,9 @@ def _ingest(options: Options, listing: "Listing", files: "FeatureFiles", names: 
     for row in failed[:5]:
         print(f"unusable: {store.ids[row]}: {store.errors[row]}")
     if len(failed) > options.max_failed * int(store.listed.sum()):
-        print(f"{len(failed):,} of {len(store):,} videos are unusable, more than --max-failed allows")
+        print(
+            f"{len(failed):,} of {len(store):,} videos are unusable, more than --max-failed allows"
+        )
         return 3
     print(f"Next: python -m aggregate.train --agg tsn --features {options.out}")
     return 0
@@ -189,10 +220,11 @@ def _continue_options(options: Options) -> Options:
 
 
 def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]) -> "Shape":
-    """Frames and width of the store: --frames, or what all videos have; the width that most videos have.
+    """Frames and width of the store: --frames, or what all videos have; the width that most videos
+    have.
 
-    Reads the shape of every array, and no values but those of compressed files. InputError if no array is usable, or
-    if videos differ in length and --frames is not given.
+    Reads the shape of every array, and no values but those of compressed files. InputError if no
+    array is usable, or if videos differ in length and --frames is not given.
     """
     from extract.feature_files import UnusableError
 
@@ -208,7 +240,9 @@ def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]
         lengths[length] += 1
         widths[width] += 1
     if not widths:
-        raise InputError(f"{options.features}: none of {len(names):,} arrays is usable; {first_reason}")
+        raise InputError(
+            f"{options.features}: none of {len(names):,} arrays is usable; {first_reason}"
+        )
     if len(widths) > 1:
         counts = ", ".join(f"{width} ({count:,} videos)" for width, count in widths.most_common(5))
         print(f"WIDTHS DIFFER: {counts}; the first is taken, videos of another one are unusable")
@@ -220,7 +254,9 @@ def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]
     return options.frames or next(iter(lengths)), widths.most_common(1)[0][0]
 
 
-def _open_or_create(options: Options, listing: "Listing", *, frames: int, dim: int) -> "FeatureStore":
+def _open_or_create(
+    options: Options, listing: "Listing", *, frames: int, dim: int
+) -> "FeatureStore":
     """The store, with a row for every video of the listing. InputError if it was made otherwise."""
     from extract.store import FeatureStore, difference
     from extract.store.corrections import complete_correction
@@ -246,17 +282,24 @@ def _open_or_create(options: Options, listing: "Listing", *, frames: int, dim: i
     lines = difference({**store.provenance, "width": store.dim}, {**provenance, "width": dim})
     if lines:
         text = "\n  ".join(lines)
-        raise InputError(f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out")
+        raise InputError(
+            f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out"
+        )
     complete_correction(store)
     wishes: Any = SimpleNamespace(
-        window=None, limit=None, retry_changed=options.retry_changed, drop_unlisted=options.drop_unlisted
+        window=None,
+        limit=None,
+        retry_changed=options.retry_changed,
+        drop_unlisted=options.drop_unlisted,
     )
     reconcile(wishes, store, listing, listing.videos)
     append_new(store, listing.videos, listing.classes)
     return store
 
 
-def _write_blocks(store: "FeatureStore", files: "FeatureFiles", names: dict[str, str], paths: dict[str, str]) -> None:
+def _write_blocks(
+    store: "FeatureStore", files: "FeatureFiles", names: dict[str, str], paths: dict[str, str]
+) -> None:
     """Read and write every block with a pending row; commit a few at a time."""
     import numpy as np
 
@@ -285,7 +328,8 @@ def _read_rows(
     rows: "np.ndarray",
     out: "np.ndarray",
 ) -> Any:
-    """Fill `out` [n, 1, T, D] with the features of `rows`, one video in memory at a time; their outcomes."""
+    """Fill `out` [n, 1, T, D] with the features of `rows`, one video in memory at a time; their
+    outcomes."""
 
     from extract.feature_files import UnusableError
     from extract.sampling import segment_centres
@@ -313,7 +357,8 @@ def _read_rows(
 
 
 def _checked(array: "np.ndarray", chosen: "np.ndarray", dim: int) -> "np.ndarray":
-    """Rows `chosen` of an array [T, D]. UnusableError for another width, or a value that float16 cannot hold."""
+    """Rows `chosen` of an array [T, D]. UnusableError for another width, or a value that float16
+    cannot hold."""
     import numpy as np
 
     from extract.feature_files import UnusableError

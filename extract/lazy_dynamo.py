@@ -1,4 +1,5 @@
-"""torch's compiler, not imported until something needs it: half of the start-up of commands that compile nothing."""
+"""torch's compiler, not imported until something needs it: half of the start-up of commands that
+compile nothing."""
 
 import importlib
 import sys
@@ -10,7 +11,8 @@ DYNAMO, DYNAMO_UTILS = "torch._dynamo", "torch._dynamo.utils"
 
 
 class _LazyModule(ModuleType):
-    """Takes the place of a module of the compiler, which is imported when any other of its names is used."""
+    """Takes the place of a module of the compiler, which is imported when any other of its names is
+    used."""
 
     def __getattr__(self, name: str) -> Any:
         # The import system looks at the __path__ of a package when one of its modules is imported.
@@ -20,17 +22,22 @@ class _LazyModule(ModuleType):
 
 
 def defer_dynamo_import() -> None:
-    """Call it before an optimizer is made or torchvision imported: both import torch._dynamo without compiling.
+    """Call it before an optimizer is made or torchvision imported: both import torch._dynamo
+    without compiling.
 
-    It is then imported by the first use of more than they use, such as torch.compile or torch.export.
+    It is then imported by the first use of more than they use, such as torch.compile or
+    torch.export.
     """
     if DYNAMO in sys.modules:
         return
     dynamo, utils = _LazyModule(DYNAMO), _LazyModule(DYNAMO_UTILS)
-    # Optimizers mark functions that are not to be compiled, and the ends of graphs: nothing to do without it.
+    # Optimizers mark functions that are not to be compiled, and the ends of graphs: nothing to do
+    # without it.
     dynamo.disable = _identity  # type: ignore[attr-defined]
     dynamo.graph_break = lambda *_, **__: None  # type: ignore[attr-defined]
-    utils.is_compile_supported = lambda kind: _import_really(DYNAMO_UTILS).is_compile_supported(kind)  # type: ignore[attr-defined]
+    utils.is_compile_supported = lambda kind: _import_really(DYNAMO_UTILS).is_compile_supported(
+        kind
+    )  # type: ignore[attr-defined]
     sys.modules |= {DYNAMO: dynamo, DYNAMO_UTILS: utils}
 
 

@@ -1,7 +1,8 @@
-"""What operating systems do differently, each with a way that every POSIX system has beside Linux's own.
+"""What operating systems do differently, each with a way that every POSIX system has beside Linux's
+own.
 
-Linux on x86-64 and aarch64 has all of it; macOS takes the other ways. HGNL_PORTABLE=1 takes them on Linux too, which is
-how they are tested.
+Linux on x86-64 and aarch64 has all of it; macOS takes the other ways. HGNL_PORTABLE=1 takes them on
+Linux too, which is how they are tested.
 """
 
 import contextlib
@@ -19,9 +20,12 @@ _PR_SET_PDEATHSIG = 1
 
 
 def shared_memory(size: int) -> int:
-    """A file descriptor of `size` bytes that a child process can map: memory, or elsewhere a file without a name."""
+    """A file descriptor of `size` bytes that a child process can map: memory, or elsewhere a file
+    without a name."""
     if ON_LINUX:
-        descriptor = os.memfd_create("decoded-frames")  # not /dev/shm, which is 64 MB in many containers
+        descriptor = os.memfd_create(
+            "decoded-frames"
+        )  # not /dev/shm, which is 64 MB in many containers
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
@@ -30,7 +34,8 @@ def shared_memory(size: int) -> int:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent ends, also on kill -9: by the kernel, or elsewhere by a thread that looks."""
+    """End this process when its parent ends, also on kill -9: by the kernel, or elsewhere by a
+    thread that looks."""
     if ON_LINUX:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -46,7 +51,8 @@ def end_with_parent() -> None:
 
 
 def advise(libc: ctypes.CDLL, address: int, length: int, advice: int) -> None:
-    """Tell the kernel how mapped memory will be read. Only advice: without it reading still works."""
+    """Tell the kernel how mapped memory will be read. Only advice: without it reading still
+    works."""
     if ON_LINUX:
         libc.madvise(address, length, advice)
 

@@ -8,7 +8,8 @@ import numpy as np
 
 
 def segment_centres(num_frames: int, num_segments: int) -> np.ndarray:
-    """The middle frame of each of `num_segments` equal segments: int64 [num_segments], `int(i*L/n + L/(2n))`.
+    """The middle frame of each of `num_segments` equal segments: int64 [num_segments], `int(i*L/n +
+    L/(2n))`.
 
     TSN's test sampling (mmaction2 and tsn-pytorch agree). Fewer frames than segments give repeats.
     Raises ValueError for less than one frame or segment.
@@ -18,10 +19,11 @@ def segment_centres(num_frames: int, num_segments: int) -> np.ndarray:
 
 
 def segment_random(num_frames: int, num_segments: int, rng: np.random.Generator) -> np.ndarray:
-    """A random frame of each segment `[floor(i*L/n), floor((i+1)*L/n))`: int64 [num_segments], ascending.
+    """A random frame of each segment `[floor(i*L/n), floor((i+1)*L/n))`: int64 [num_segments],
+    ascending.
 
-    Every frame can be drawn, the last ones too. With fewer frames than segments, empty segments give their first
-    frame, so that every frame is there and some repeat.
+    Every frame can be drawn, the last ones too. With fewer frames than segments, empty segments
+    give their first frame, so that every frame is there and some repeat.
     """
     _check(num_frames, num_segments)
     edges = np.arange(num_segments + 1, dtype=np.int64) * num_frames // num_segments
@@ -30,4 +32,6 @@ def segment_random(num_frames: int, num_segments: int, rng: np.random.Generator)
 
 def _check(num_frames: int, num_segments: int) -> None:
     if num_frames < 1 or num_segments < 1:
-        raise ValueError(f"got {num_frames} frames and {num_segments} segments, expected at least one of each")
+        raise ValueError(
+            f"got {num_frames} frames and {num_segments} segments, expected at least one of each"
+        )

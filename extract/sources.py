@@ -1,8 +1,9 @@
-"""What identifies the file that a row's features were made from: its size and a digest of both ends.
+"""What identifies the file that a row's features were made from: its size and a digest of both
+ends.
 
-A digest of the whole file would read every byte again. The first and last 64 kB and the size tell apart what people
-replace a video by: another encoding, a longer download, another clip. What they do not tell: a file of the same size
-with other bytes only in the middle.
+A digest of the whole file would read every byte again. The first and last 64 kB and the size tell
+apart what people replace a video by: another encoding, a longer download, another clip. What they
+do not tell: a file of the same size with other bytes only in the middle.
 """
 
 import hashlib
@@ -15,7 +16,8 @@ END_BYTES = 1 << 16  # of each end of a file
 
 
 class Source(NamedTuple):
-    """The file of a row as it was when it was read: size (bytes), digest (64 bits), time of change (ns)."""
+    """The file of a row as it was when it was read: size (bytes), digest (64 bits), time of change
+    (ns)."""
 
     size: int = -1  # -1: unknown
     digest: int = -1
@@ -31,13 +33,15 @@ _SPAN_ID = re.compile(r"(.+)#\d+-\d+", re.DOTALL)
 
 
 def file_of(row_id: str) -> str:
-    """The file of a row by its id, which for a span ends with its milliseconds: `a.mp4#2000-5000`."""
+    """The file of a row by its id, which for a span ends with its milliseconds:
+    `a.mp4#2000-5000`."""
     span = _SPAN_ID.fullmatch(row_id)
     return span[1] if span else row_id
 
 
 def read_source(path: str | os.PathLike[str]) -> Source:
-    """Size, digest and time of change of a file; `UNKNOWN` for what cannot be read or is not a file.
+    """Size, digest and time of change of a file; `UNKNOWN` for what cannot be read or is not a
+    file.
 
     Reads at most 128 kB.
     """
@@ -48,7 +52,9 @@ def read_source(path: str | os.PathLike[str]) -> Source:
             status = os.fstat(file.fileno())
             ends = os.pread(file.fileno(), END_BYTES, 0)
             if status.st_size > END_BYTES:
-                ends += os.pread(file.fileno(), END_BYTES, max(END_BYTES, status.st_size - END_BYTES))
+                ends += os.pread(
+                    file.fileno(), END_BYTES, max(END_BYTES, status.st_size - END_BYTES)
+                )
     except OSError:
         return UNKNOWN
     digest = hashlib.blake2b(ends, digest_size=8, key=str(status.st_size).encode()).digest()

@@ -1,4 +1,5 @@
-"""python -m extract.status feats.zarr: what is in a store, what failed and why, how fast it went."""
+"""python -m extract.status feats.zarr: what is in a store, what failed and why, how fast it
+went."""
 
 import sys
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""python -m extract.verify feats.zarr [--repair] [--sources]: check every stored byte, and the videos themselves."""
+"""python -m extract.verify feats.zarr [--repair] [--sources]: check every stored byte, and the
+videos themselves."""
 
 import contextlib
 import os
@@ -21,16 +22,20 @@ MAX_PRINTED = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Check every stored byte against its checksum; exit status 1 if something is damaged, lost or replaced."""
+    """Check every stored byte against its checksum; exit status 1 if something is damaged, lost or
+    replaced."""
 
     store: Annotated[str, tyro.conf.Positional]
     """The feature store."""
     repair: bool = False
-    """Set the blocks of damaged videos back to pending, so that the next extraction does them again."""
+    """Set the blocks of damaged videos back to pending, so that the next extraction does them
+    again."""
     sources: bool = False
-    """Read size and both ends of every video too: is it still the file that its features were made from?"""
+    """Read size and both ends of every video too: is it still the file that its features were made
+    from?"""
     root: Path | None = None
-    """With --sources: the folder that ids are paths below (default: that of the last extraction, from the log)."""
+    """With --sources: the folder that ids are paths below (default: that of the last extraction,
+    from the log)."""
 
 
 def main(options: Options) -> int:
@@ -44,7 +49,9 @@ def main(options: Options) -> int:
         store = _open(options)  # as it is under the lock
         if columns := damaged_columns(store):
             _print_some([f"damaged: {line}" for line in columns])
-            print("--repair cannot bring these back, since no extraction makes them from one video alone")
+            print(
+                "--repair cannot bring these back, since no extraction makes them from one video alone"
+            )
             return 1
         damaged = _check_shards(options, store)
     replaced = _check_sources(options, store) if options.sources else 0
@@ -64,7 +71,8 @@ def _print_some(lines: Sequence[str]) -> None:
 
 
 def _check_shards(options: Options, store: "FeatureStore") -> int:
-    """The number of videos whose features are damaged, after repairing them if that is an option."""
+    """The number of videos whose features are damaged, after repairing them if that is an
+    option."""
     import numpy as np
 
     from extract.store import PENDING
@@ -73,9 +81,16 @@ def _check_shards(options: Options, store: "FeatureStore") -> int:
     for block in progress(range(store.num_blocks), unit="shard"):
         damaged |= store.damaged_rows(block)
     if damaged:
-        _print_some([f"damaged: {store.ids[row]} (row {row}): {why}" for row, why in sorted(damaged.items())])
+        _print_some(
+            [
+                f"damaged: {store.ids[row]} (row {row}): {why}"
+                for row, why in sorted(damaged.items())
+            ]
+        )
     committed = int((store.status != PENDING).sum())
-    print(f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, {len(damaged):,} damaged")
+    print(
+        f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, {len(damaged):,} damaged"
+    )
     if damaged and not options.repair:
         print(f"Next: {command_line('extract.verify', options.store, repair=True)}")
     if damaged and options.repair:
@@ -86,7 +101,8 @@ def _check_shards(options: Options, store: "FeatureStore") -> int:
 
 
 def _check_sources(options: Options, store: "FeatureStore") -> int:
-    """The number of videos that are not the files that their features were made from, or are not there any more."""
+    """The number of videos that are not the files that their features were made from, or are not
+    there any more."""
     from extract.sources import Source, file_of, read_source
 
     root = options.root or _recorded_root(options.store)
@@ -100,7 +116,9 @@ def _check_sources(options: Options, store: "FeatureStore") -> int:
         if not now.known:
             lines.append(f"lost: {file} cannot be read below {root}")
         elif now[:2] != source[:2]:
-            lines.append(f"replaced: {file} has {now.size:,} bytes, {source.size:,} were recorded; another file")
+            lines.append(
+                f"replaced: {file} has {now.size:,} bytes, {source.size:,} were recorded; another file"
+            )
     if lines:
         _print_some(lines)
     unknown = len({file_of(row_id) for row_id in store.ids.tolist()}) - len(recorded)
@@ -115,7 +133,9 @@ def _recorded_root(store: str) -> Path:
 
     runs = [run["options"] for run in RunLog.records(store) if isinstance(run.get("options"), dict)]
     if not runs or not runs[-1].get("videos"):
-        raise InputError(f"{RunLog.path(store)} names no extraction; say with --root where the videos are")
+        raise InputError(
+            f"{RunLog.path(store)} names no extraction; say with --root where the videos are"
+        )
     if runs[-1].get("root"):
         return Path(runs[-1]["root"])
     videos = Path(runs[-1]["videos"])

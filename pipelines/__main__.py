@@ -18,14 +18,17 @@ def overview() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that `arguments` (default: the command line) name; returns its exit status."""
+    """Run the command that `arguments` (default: the command line) name; returns its exit
+    status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(overview())
         return 0
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean `hgnl {nearest[0]}`?" if nearest else "`hgnl --help` lists the commands"
+        hint = (
+            f"did you mean `hgnl {nearest[0]}`?" if nearest else "`hgnl --help` lists the commands"
+        )
         print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     module = COMMANDS[name]

@@ -1,11 +1,13 @@
-"""python -m pipelines.demo: the whole pipeline on real clips the package ships, in minutes on a laptop.
+"""python -m pipelines.demo: the whole pipeline on real clips the package ships, in minutes on a
+laptop.
 
     clips -> untrimmed videos -> features -> TSN, HG-NL, TXB -> scores -> ensemble -> submission
                                      an ablation of HG-NL's groups against TSN -> a page to look at
 
-The videos are joined of the shipped clips (pipelines/untrimmed.py): a second of action among other scenes, so that
-there is something for attention to find. The backbone is the pretrained EfficientNet-Lite0 of its pip package. What is
-done is not done again, so a second run takes seconds.
+The videos are joined of the shipped clips (pipelines/untrimmed.py): a second of action among other
+scenes, so that there is something for attention to find. The backbone is the pretrained
+EfficientNet-Lite0 of its pip package. What is done is not done again, so a second run takes
+seconds.
 """
 
 import json
@@ -20,7 +22,8 @@ from pipelines.steps import fuse, step
 
 FRAMES = 16  # of 64, and all are trained on: the action has two of them
 MODELS = ("tsn", "hgnl", "txb")
-# top-1 % on test: the range of three runs, by PyTorch and OpenVINO, and one video (2.8) more on both sides
+# top-1 % on test: the range of three runs, by PyTorch and OpenVINO, and one video (2.8) more on
+# both sides
 EXPECTED = {"tsn": (25, 39), "hgnl": (42, 56), "txb": (50, 61)}
 
 
@@ -43,20 +46,44 @@ def main(options: Options) -> int:
     for name in MODELS:
         step("aggregate.train", agg=name, features=store, out=work / name, frames=FRAMES)
     groups = {"g1": (4, 16), "g2": (2, 4, 8)}
-    step("aggregate.ablate", agg=("tsn", "hgnl"), features=store, out=work / "ablation", frames=(FRAMES,), **groups)
+    step(
+        "aggregate.ablate",
+        agg=("tsn", "hgnl"),
+        features=store,
+        out=work / "ablation",
+        frames=(FRAMES,),
+        **groups,
+    )
     models, segments = {name: {"features": store} for name in MODELS}, (3, FRAMES)
     weights = fuse(work, models, "val", weights="search", segments=segments)
-    fuse(work, models, "test", weights=weights, segments=segments, submission=work / "submission.json")
+    fuse(
+        work,
+        models,
+        "test",
+        weights=weights,
+        segments=segments,
+        submission=work / "submission.json",
+    )
     step("pipelines.report.__main__", rundir=work, out=page, videos=(clips["root"],))
-    print(compared_with_expected(json.loads((work / "fused_test.json").read_text(encoding="utf-8"))))
-    print(f"\nThe whole pipeline took {time.perf_counter() - started:.0f} s. Look at {page} in a browser.")
+    print(
+        compared_with_expected(json.loads((work / "fused_test.json").read_text(encoding="utf-8")))
+    )
+    print(
+        f"\nThe whole pipeline took {time.perf_counter() - started:.0f} s. Look at {page} in a browser."
+    )
     return 0
 
 
 def compared_with_expected(record: dict[str, Any]) -> str:
     """What the models got on the test videos, beside EXPECTED."""
-    got = {row["name"].removesuffix("_test"): 100 * row["summary"]["top1"]["value"] for row in record["table"]}
-    lines = [f"  {name:5} {got[name]:5.1f}   expected {low} to {high}" for name, (low, high) in EXPECTED.items()]
+    got = {
+        row["name"].removesuffix("_test"): 100 * row["summary"]["top1"]["value"]
+        for row in record["table"]
+    }
+    lines = [
+        f"  {name:5} {got[name]:5.1f}   expected {low} to {high}"
+        for name, (low, high) in EXPECTED.items()
+    ]
     note = "CPUs, precisions and engines differ in the last bits of features, and a test video is 2.8 points."
     return "\n".join(["\ntop-1 % on the 36 test videos:", *lines, note])
 

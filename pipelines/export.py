@@ -1,11 +1,12 @@
-"""python -m pipelines.export: a checkpoint as ONNX, from pixels to logits, for any program with an ONNX runtime.
+"""python -m pipelines.export: a checkpoint as ONNX, from pixels to logits, for any program with an
+ONNX runtime.
 
     frames uint8 [batch, frames, size, size, 3], RGB      any batch, any number of frames
         -> normalisation -> backbone -> aggregator -> classifier -> logits float32 [batch, classes]
 
-Decoding, resizing and cropping stay outside: short side to `resize` pixels with the `interpolation` (antialiased), the
-middle square of `size`, all as `preprocessing` in the file's metadata says. StNet takes
-[batch, segments, N, size, size, 3], its N fixed.
+Decoding, resizing and cropping stay outside: short side to `resize` pixels with the `interpolation`
+(antialiased), the middle square of `size`, all as `preprocessing` in the file's metadata says.
+StNet takes [batch, segments, N, size, size, 3], its N fixed.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
 
 INPUT, OUTPUT = "frames", "logits"
-# How far a runtime may be from PyTorch, relative to the largest logit: both compute in fp32, in other orders of sums.
+# How far a runtime may be from PyTorch, relative to the largest logit: both compute in fp32, in
+# other orders of sums.
 TOLERANCE = 1e-3
 
 
@@ -45,7 +47,8 @@ class Options:
     out: Path
     """The ONNX file."""
     weights: Path | None = None
-    """The backbone's weights, where the checkpoint records a file of one's own (its SHA-256 is checked)."""
+    """The backbone's weights, where the checkpoint records a file of one's own (its SHA-256 is
+    checked)."""
 
 
 def main(options: Options) -> int:
@@ -57,7 +60,9 @@ def main(options: Options) -> int:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise InputError(f"ONNX needs {error.name}, which is not installed: {install_command('demo')}") from None
+        raise InputError(
+            f"ONNX needs {error.name}, which is not installed: {install_command('demo')}"
+        ) from None
     checkpoint = Checkpoint.load(options.checkpoint)
     if clips_of(checkpoint) is not None:
         raise InputError(
@@ -78,17 +83,20 @@ def main(options: Options) -> int:
 
 
 def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
-    """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `_check` says of it.
+    """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `_check`
+    says of it.
 
-    The file appears whole and checked or not at all. Raises RunError where PyTorch cannot express the model in ONNX, or
-    where a runtime computes something else from it.
+    The file appears whole and checked or not at all. Raises RunError where PyTorch cannot express
+    the model in ONNX, or where a runtime computes something else from it.
     """
     import torch
 
     network: torch.nn.Module = model
     shape = _shape(model, checkpoint)[1:]
     if "frames_per_segment" not in checkpoint.options:
-        network = torch.nn.Sequential(torch.nn.Unflatten(1, (-1, 1)), model).eval()  # one frame a segment
+        network = torch.nn.Sequential(
+            torch.nn.Unflatten(1, (-1, 1)), model
+        ).eval()  # one frame a segment
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own insides
         try:
@@ -104,7 +112,9 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
                 )
         except Exception as error:  # the exporter's own types, which are many
             first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-            raise RunError(f"PyTorch {torch.__version__} cannot export this model to ONNX: {first[0]}") from error
+            raise RunError(
+                f"PyTorch {torch.__version__} cannot export this model to ONNX: {first[0]}"
+            ) from error
     assert program is not None
     program.model.metadata_props.update(_metadata(model, checkpoint))
     with replacing(out) as partial:
@@ -119,7 +129,8 @@ def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[Any, ...]:
 
 
 def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
-    """The file's metadata_props, each a JSON text: classes in the order of the logits, preprocessing, options ..."""
+    """The file's metadata_props, each a JSON text: classes in the order of the logits,
+    preprocessing, options ..."""
     record = {"name": checkpoint.features["backbone"], "weights": checkpoint.features["weights"]}
     values = {
         "classes": checkpoint.classes,
@@ -135,11 +146,14 @@ def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
 def _noise(*shape: int) -> "torch.Tensor":
     import torch
 
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> str:
-    """Run the file beside PyTorch, with batches and numbers of frames it was not traced with; what came of it.
+    """Run the file beside PyTorch, with batches and numbers of frames it was not traced with; what
+    came of it.
 
     Raises RunError where they differ.
     """
@@ -157,7 +171,9 @@ def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> st
         (got,) = session.run(None, {INPUT: noise.numpy()})
         with torch.inference_mode():
             expected = network(noise)
-        error = float((torch.from_numpy(got) - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+        error = float(
+            (torch.from_numpy(got) - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+        )
         worst = max(worst, error)
         if not error <= TOLERANCE:
             raise RunError(

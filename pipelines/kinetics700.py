@@ -3,8 +3,8 @@
     manifest -> features -> [K600 features -> its TSN ->] TSN -> HG-NL, control, NL [, StNet] -> scores of val and test
              -> weights searched on val -> submission of test -> report and a table beside the paper's
 
-Every step is skipped where it is done, so the same command resumes; `--skip` leaves steps out, `--dry-run` shows the
-plan with what it will cost on this machine.
+Every step is skipped where it is done, so the same command resumes; `--skip` leaves steps out,
+`--dry-run` shows the plan with what it will cost on this machine.
 """
 
 import json
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from extract.backbone.frozen import Backbone
     from extract.listing.videos import Listing
 
-# Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of the ensemble on test.
+# Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of
+# the ensemble on test.
 PAPER = {"tsn": (57.38, 61.83), "hgnl": (57.713, 62.12), "stnet": (55.7, None)}
 PAPER_TEST_ERROR = 0.28444
 AGGREGATORS = ("tsn", "hgnl", "nl")
@@ -72,18 +73,26 @@ def main(options: Options) -> int:
     from extract.listing.videos import list_videos
 
     if is_clip_wise(options.backbone):
-        raise InputError(f"--backbone {options.backbone}: the recipe takes a backbone that sees single frames")
+        raise InputError(
+            f"--backbone {options.backbone}: the recipe takes a backbone that sees single frames"
+        )
     listings = {"k700": list_videos(options.root, labels=options.labels)}
     print(listings["k700"].report())
     if options.pretrain is not None:
         listings["k600"] = list_videos(options.pretrain)
         print(listings["k600"].report())
         _name_leaks(listings)
-    if not {"train", "val"} <= {video.split for video in listings["k700"].videos if video.label >= 0}:
+    if not {"train", "val"} <= {
+        video.split for video in listings["k700"].videos if video.label >= 0
+    }:
         known = ", ".join(map(repr, listings["k700"].splits))
-        raise InputError(f"--root {options.root}: the recipe needs labelled videos of train and of val, found {known}")
+        raise InputError(
+            f"--root {options.root}: the recipe needs labelled videos of train and of val, found {known}"
+        )
     if "stnet" in _wanted(options) and options.backbone.startswith("tf_efficientnet"):
-        raise InputError(f"--stnet: {options.backbone} has no four stages; give a ResNet-like --backbone")
+        raise InputError(
+            f"--stnet: {options.backbone} has no four stages; give a ResNet-like --backbone"
+        )
     if options.dry_run:
         _plan(options, listings)
     else:
@@ -97,16 +106,21 @@ def _name_leaks(listings: "dict[str, Listing]") -> None:
 
     trained = [video for video in listings["k600"].videos if video.split != "test"]
     for split in ("val", "test"):
-        both = shared_youtube_ids(trained, [video for video in listings["k700"].videos if video.split == split])
+        both = shared_youtube_ids(
+            trained, [video for video in listings["k700"].videos if video.split == split]
+        )
         named = f": {examples(both, 10)}" if both else ""
-        print(f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(both):,}{named}")
+        print(
+            f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(both):,}{named}"
+        )
 
 
 # -- the plan ------------------------------------------------------------------------------------------------------
 
 
 def _plan(options: Options, listings: "dict[str, Listing]") -> None:
-    """Sizes, and times from a short measurement: some videos decoded, one batch through the backbone, some steps."""
+    """Sizes, and times from a short measurement: some videos decoded, one batch through the
+    backbone, some steps."""
     from extract.backbone.frozen import load_backbone
     from extract.store.summary import human_bytes
     from extract.workers.cost import cost
@@ -123,12 +137,22 @@ def _plan(options: Options, listings: "dict[str, Listing]") -> None:
             f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "
             f"{_duration(seconds)} (backbone {_duration(computing)}, decoding {_duration(decoding)})"
         )
-        spread = cost(videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode)
+        spread = cost(
+            videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode
+        )
         print(f"cluster   {name}: {spread}")
-        trained = [agg for agg in AGGREGATORS if agg in _wanted(options) and (name == "k700" or agg == "tsn")]
-        total += seconds + sum(_plan_training(options, name, listing, agg, backbone.dim) for agg in trained)
+        trained = [
+            agg
+            for agg in AGGREGATORS
+            if agg in _wanted(options) and (name == "k700" or agg == "tsn")
+        ]
+        total += seconds + sum(
+            _plan_training(options, name, listing, agg, backbone.dim) for agg in trained
+        )
     if "stnet" in _wanted(options):
-        print("stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs")
+        print(
+            "stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs"
+        )
     print(f"in all    about {_duration(total)} on this machine with one worker")
     print(f"Next: {command_of('pipelines.kinetics700', options, dry_run=False)}")
 
@@ -152,7 +176,9 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
                 pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
                 batch = pictures[finished.result[0].clips.ravel()[: backbone.batch_size]]
     if not seconds:
-        raise InputError(f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes")
+        raise InputError(
+            f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes"
+        )
     frame = _timed(lambda: backbone(batch)) / len(batch)
     decode = float(np.mean(seconds))
     print(
@@ -163,7 +189,8 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
 
 
 def _plan_training(options: Options, name: str, listing: "Listing", agg: str, dim: int) -> float:
-    """Seconds of training on cached features, from some timed steps on features of the true shape."""
+    """Seconds of training on cached features, from some timed steps on features of the true
+    shape."""
     import numpy as np
     import torch
 
@@ -173,13 +200,17 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
     from aggregate.training.recipes import recipe
 
     train = sum(video.split == "train" for video in listing.videos)
-    chosen = recipe("paper", agg, videos=train, epochs=options.epochs, batch_size=options.batch_size)
+    chosen = recipe(
+        "paper", agg, videos=train, epochs=options.epochs, batch_size=options.batch_size
+    )
     groups: Any = _same(options, "g1", "g2") if agg == "hgnl" else {}
     model = build(agg, dim=dim, num_classes=len(listing.classes), **groups)
     learner = Learner(agg, model, chosen, 1, 0, torch.device("cpu"))
     x = torch.rand(chosen.batch_size, 3, dim).half()
     batch = Batch(x, None, torch.zeros(len(x), dtype=torch.int64), np.zeros(len(x)))
-    seconds = _timed(lambda: learner.step(batch, 0, 0)) * -(-train // chosen.batch_size) * chosen.epochs
+    seconds = (
+        _timed(lambda: learner.step(batch, 0, 0)) * -(-train // chosen.batch_size) * chosen.epochs
+    )
     print(f"train     {name} {agg}: {chosen}: about {_duration(seconds)} on this CPU")
     return seconds
 
@@ -201,13 +232,23 @@ def _duration(seconds: float) -> str:
 def _run(options: Options, splits: Sequence[str]) -> None:
     """The steps in their order, each in a folder of its own below the work folder."""
     work, wanted = options.workdir, _wanted(options)
-    backbone, machine = _same(options, "backbone", "weights"), _same(options, "address", "decode_workers")
+    backbone, machine = (
+        _same(options, "backbone", "weights"),
+        _same(options, "address", "decode_workers"),
+    )
     schedule = _same(options, "epochs", "batch_size")
     k700: dict[str, Any] = {"videos": options.root, "labels": options.labels}
     for name, videos in {"k700": k700, "k600": {"videos": options.pretrain}}.items():
         if "extract" in wanted and videos["videos"]:
             more = _same(options, "frames", "workers", "max_failed")
-            step("extract.__main__", **videos, out=f"{work}/{name}.zarr", **backbone, **machine, **more)
+            step(
+                "extract.__main__",
+                **videos,
+                out=f"{work}/{name}.zarr",
+                **backbone,
+                **machine,
+                **more,
+            )
 
     def train(agg: str, out: str, init: Path | None, store: str = "k700") -> None:
         own = {"control": True, **_same(options, "g1", "g2")} if agg == "hgnl" else {}
@@ -224,12 +265,18 @@ def _run(options: Options, splits: Sequence[str]) -> None:
         more = {"workers": options.workers or 1, **backbone, **machine, **schedule}
         step("aggregate.finetune", model="stnet", **k700, out=work / "stnet", **more)
     tested_on = {name: {"features": f"{work}/k700.zarr"} for name in AGGREGATORS} | {"stnet": k700}
-    models = {name: source for name, source in tested_on.items() if (work / name / "best.pt").exists()}
+    models = {
+        name: source for name, source in tested_on.items() if (work / name / "best.pt").exists()
+    }
     if not models:
         raise InputError(f"{work} holds no trained model; leave fewer steps out with --skip")
-    if "ensemble" in wanted:  # weights are searched on val, and used for test if they beat equal ones there
+    if (
+        "ensemble" in wanted
+    ):  # weights are searched on val, and used for test if they beat equal ones there
         common: dict[str, Any] = {"models": models, "segments": (3, 25)}
-        weights = fuse(work, split="val", weights="search" if len(models) > 1 else "equal", **common)
+        weights = fuse(
+            work, split="val", weights="search" if len(models) > 1 else "equal", **common
+        )
         last = "test" if "test" in splits else "val"
         fuse(work, split=last, weights=weights, submission=work / "submission.json", **common)
     if "report" in wanted:
@@ -239,7 +286,9 @@ def _run(options: Options, splits: Sequence[str]) -> None:
 
 def _wanted(options: Options) -> set[str]:
     """The steps that are not left out."""
-    return {"extract", *AGGREGATORS, *["stnet"] * options.stnet, "ensemble", "report"} - set(options.skip)
+    return {"extract", *AGGREGATORS, *["stnet"] * options.stnet, "ensemble", "report"} - set(
+        options.skip
+    )
 
 
 def _same(options: Options, *names: str) -> dict[str, Any]:
@@ -252,23 +301,42 @@ def _table(options: Options, models: Sequence[str]) -> None:
     from aggregate.metrics import summarise
     from aggregate.scores import Scores
 
-    print("\nTop-1 % on val, 3 segments / most segments\n  model    ours             the paper (Table 3)")
+    print(
+        "\nTop-1 % on val, 3 segments / most segments\n  model    ours             the paper (Table 3)"
+    )
     for name in models:
         if not (path := scores_file(options.workdir, name, "val")).exists():
             continue
         both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
-        ours = [f"{100 * summarise(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both]
-        theirs = " / ".join("-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none")))
+        ours = [
+            f"{100 * summarise(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both
+        ]
+        theirs = " / ".join(
+            "-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none"))
+        )
         print(f"  {name:<8} {' / '.join(ours)}   {theirs}")
     summary = options.workdir / "fused_test.json"
     if summary.exists() and (table := json.loads(summary.read_text(encoding="utf-8"))["table"]):
         used = json.loads(summary.read_text(encoding="utf-8"))["weights"]
-        # The weighting that was submitted, which validation chose before the test was read; never the better of two.
-        error = next(row["summary"]["average_error"]["value"] for row in reversed(table) if row["weights"] == used)
-        chosen = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(models, used, strict=True))
-        print(f"  average error of the ensemble on test: {error:.5f}; the paper {PAPER_TEST_ERROR} (Table 4)")
-        print(f"  (weights {chosen}, as validation supports; they were decided before the test was read)")
-    pretraining = "Kinetics-600 trains the classifier only" if options.pretrain else "no Kinetics-600 stage"
+        # The weighting that was submitted, which validation chose before the test was read; never
+        # the better of two.
+        error = next(
+            row["summary"]["average_error"]["value"]
+            for row in reversed(table)
+            if row["weights"] == used
+        )
+        chosen = ", ".join(
+            f"{name} {weight:.4g}" for name, weight in zip(models, used, strict=True)
+        )
+        print(
+            f"  average error of the ensemble on test: {error:.5f}; the paper {PAPER_TEST_ERROR} (Table 4)"
+        )
+        print(
+            f"  (weights {chosen}, as validation supports; they were decided before the test was read)"
+        )
+    pretraining = (
+        "Kinetics-600 trains the classifier only" if options.pretrain else "no Kinetics-600 stage"
+    )
     print(
         f"What differs from the paper: the backbone ({options.backbone}, {options.weights}) is frozen, "
         f"the paper fine-tunes it; {pretraining}; {'StNet end to end' if 'stnet' in models else 'no StNet'}; "

@@ -1,4 +1,5 @@
-"""A checkpoint that looks at videos, whole or in windows: decoded by spans, as extraction does it, in a child."""
+"""A checkpoint that looks at videos, whole or in windows: decoded by spans, as extraction does it,
+in a child."""
 
 import os
 import weakref
@@ -29,10 +30,12 @@ WEIGHING = (
 
 
 class Window(NamedTuple):
-    """A stretch of a video, seconds, and what the model says of it; `problem` says what of it could not be read.
+    """A stretch of a video, seconds, and what the model says of it; `problem` says what of it could
+    not be read.
 
-    num_frames that are shown in it; indices [n] and times float [n] (s) of those it saw; logits float32 [C]; weights
-    float32 [groups, n], the aggregator's frame weights, None where it has none.
+    num_frames that are shown in it; indices [n] and times float [n] (s) of those it saw; logits
+    float32 [C]; weights float32 [groups, n], the aggregator's frame weights, None where it has
+    none.
     """
 
     start: float
@@ -47,8 +50,8 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A video's windows: one, the whole of it, unless windows were asked for; the crops [n, size, size, 3] it saw of
-    the first one; `problem` says what could not be read."""
+    """A video's windows: one, the whole of it, unless windows were asked for; the crops [n, size,
+    size, 3] it saw of the first one; `problem` says what could not be read."""
 
     path: str
     seconds: float
@@ -60,8 +63,9 @@ class Prediction:
 class Predictor:
     """A checkpoint ready to look at videos.
 
-    Videos are decoded in a child process, under the deadline that extraction has. `weights`, `device`, `precision`,
-    `video_timeout` (s): see Options. Raises InputError where the recorded backbone cannot be had.
+    Videos are decoded in a child process, under the deadline that extraction has. `weights`,
+    `device`, `precision`, `video_timeout` (s): see Options. Raises InputError where the recorded
+    backbone cannot be had.
     """
 
     def __init__(
@@ -74,7 +78,12 @@ class Predictor:
         segments: int = 25,
         video_timeout: float = 60.0,
     ):
-        from aggregate.endtoend import backbone_from_record, clips_of, model_from_record, preprocessing_of
+        from aggregate.endtoend import (
+            backbone_from_record,
+            clips_of,
+            model_from_record,
+            preprocessing_of,
+        )
         from extract.decode.jobs import Plan, decode_job
         from extract.decode.subprocess_pool import SubprocessPool
 
@@ -92,7 +101,9 @@ class Predictor:
         self._rows_per_job = plan.rows_per_job if clips is None else 1
         slot_bytes = plan.slot_bytes if clips is None else plan.row_bytes
         # The child starts while the backbone is loaded here.
-        self._pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=1, timeout=video_timeout)
+        self._pool = SubprocessPool(
+            decode_job, slot_bytes=slot_bytes, workers=1, timeout=video_timeout
+        )
         weakref.finalize(self, self._pool.close)
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         self._aggregator: Any = None
@@ -105,19 +116,26 @@ class Predictor:
             self._model: Any = model_from_record(checkpoint, weights).to(where)
             self.words = f"StNet on {where} in fp32"
         else:
-            backbone = backbone_from_record(checkpoint, weights, device=device, precision=precision, frames=segments)
+            backbone = backbone_from_record(
+                checkpoint, weights, device=device, precision=precision, frames=segments
+            )
             self._network, self._model = backbone, checkpoint.model()
             self.words = backbone.describe()
             if checkpoint.options["name"] in WEIGHING:
                 self._aggregator = self._model.aggregator
 
     def __call__(
-        self, path: str | os.PathLike[str], *, window: float | None = None, stride: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        window: float | None = None,
+        stride: float | None = None,
     ) -> Prediction:
         """Look at a video as a whole or in windows (seconds), those of extraction.
 
-        However long the video, only the frames of some windows are in memory. A window in which nothing can be seen is
-        left out and counted. Raises VideoError where there is no other, RunError for scores that are no numbers.
+        However long the video, only the frames of some windows are in memory. A window in which
+        nothing can be seen is left out and counted. Raises VideoError where there is no other,
+        RunError for scores that are no numbers.
         """
         from extract.listing.windows import window_spans
 
@@ -147,7 +165,9 @@ class Predictor:
             crops = crops if windows else pictures[shown]
             start, end = span or (0.0, prepared.end)
             frames = prepared.frame_indices[shown], prepared.frame_times[shown]
-            windows.append(Window(start, end, prepared.num_frames, *frames, logits, weights, prepared.problem))
+            windows.append(
+                Window(start, end, prepared.num_frames, *frames, logits, weights, prepared.problem)
+            )
         words = "; ".join(filter(None, problems))
         if not windows:
             raise VideoError(path, words)
@@ -160,24 +180,37 @@ class Predictor:
         """Each span, what a child decoded of it, and its pictures [n, size, size, 3]."""
         plan, name = self._plan, os.fspath(path)
         rows = [(name, span) for span in spans]
-        jobs = [rows[first : first + self._rows_per_job] for first in range(0, len(rows), self._rows_per_job)]
+        jobs = [
+            rows[first : first + self._rows_per_job]
+            for first in range(0, len(rows), self._rows_per_job)
+        ]
         for some, future in [(some, self._pool.submit((name, some, plan))) for some in jobs]:
             with future.result() as finished:
                 results = finished.result or [VideoError(path, finished.failure)] * len(some)
                 for (_, span), prepared in zip(some, results, strict=True):
                     failed = isinstance(prepared, VideoError)
-                    yield span, prepared, np.empty(0) if failed else prepared.pictures(finished.buffer, plan)
+                    yield (
+                        span,
+                        prepared,
+                        np.empty(0) if failed else prepared.pictures(finished.buffer, plan),
+                    )
 
     def _shown(self, prepared: "Prepared") -> np.ndarray:
-        """The pictures that the model's rows of features stand for, in their order: all, or the middles of clips."""
+        """The pictures that the model's rows of features stand for, in their order: all, or the
+        middles of clips."""
         if self._clips is None:
             return np.arange(len(prepared.frame_indices))
-        return prepared.middles_of(self._clips.rows).reshape(self.segments, -1)[_distinct(prepared.clips[0])].ravel()
+        return (
+            prepared.middles_of(self._clips.rows)
+            .reshape(self.segments, -1)[_distinct(prepared.clips[0])]
+            .ravel()
+        )
 
     def _answer(
         self, path: str | os.PathLike[str], pictures: np.ndarray, clips: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits [C] of one window, and the weights of its frames; clips int [T, L], positions in the pictures."""
+        """Logits [C] of one window, and the weights of its frames; clips int [T, L], positions in
+        the pictures."""
         import torch
 
         with torch.inference_mode():
@@ -188,11 +221,17 @@ class Predictor:
                 if self._clips is None:
                     features = self._network(pictures)
                 else:
-                    of_clips = [self._network(pictures[clip][None]) for clip in clips[_distinct(clips)]]
+                    of_clips = [
+                        self._network(pictures[clip][None]) for clip in clips[_distinct(clips)]
+                    ]
                     features = np.concatenate(of_clips).reshape(-1, self._model.options["dim"])
                 x = torch.from_numpy(features)[None].float()
                 logits = self._model(x)
-                weights = None if self._aggregator is None else self._aggregator.frame_weights(x)[0].numpy()
+                weights = (
+                    None
+                    if self._aggregator is None
+                    else self._aggregator.frame_weights(x)[0].numpy()
+                )
         if not logits.isfinite().all():
             raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
         return logits[0].cpu().numpy(), weights

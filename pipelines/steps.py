@@ -1,4 +1,5 @@
-"""Steps that recipes are made of: commands as `python -m` runs them, and the models of a folder fused."""
+"""Steps that recipes are made of: commands as `python -m` runs them, and the models of a folder
+fused."""
 
 import importlib
 import json
@@ -16,7 +17,9 @@ def step(module: str, **options: Any) -> None:
     name = module.removesuffix(".__main__")
     print(f"\n== {name} {options.get('out', '')} ==", flush=True)
     if status := command.main(command.Options(**options)):
-        raise RunError(f"the recipe ends here: {command_line(name)} gave exit status {status}; its message is above")
+        raise RunError(
+            f"the recipe ends here: {command_line(name)} gave exit status {status}; its message is above"
+        )
 
 
 def fuse(
@@ -28,14 +31,22 @@ def fuse(
     segments: tuple[int, ...],
     submission: Path | None = None,
 ) -> str:
-    """Fuse the models, each with the options that say on what it is tested, on a split; the weights that it supports.
+    """Fuse the models, each with the options that say on what it is tested, on a split; the weights
+    that it supports.
 
-    Those are the searched ones only if they beat equal ones on held-out folds. The scores of a model are made if there
-    are none, or if they were made of something else than its checkpoint and videos are now.
+    Those are the searched ones only if they beat equal ones on held-out folds. The scores of a
+    model are made if there are none, or if they were made of something else than its checkpoint and
+    videos are now.
     """
     scores = [scores_file(work, name, split) for name in models]
     for (name, source), out in zip(models.items(), scores, strict=True):
-        wanted = {"checkpoint": work / name / "best.pt", "split": split, "segments": segments, "out": out, **source}
+        wanted = {
+            "checkpoint": work / name / "best.pt",
+            "split": split,
+            "segments": segments,
+            "out": out,
+            **source,
+        }
         if not scores_are_of(wanted):
             step("aggregate.evaluate", **wanted)
     out = work / f"fused_{split}.h5"
@@ -61,7 +72,9 @@ def scores_are_of(options: Mapping[str, Any]) -> bool:
         return False
     if recorded == inputs_now(wanted):
         return True
-    print(f"{out} was made of another checkpoint, or of other videos or labels, than there are now; it is made again")
+    print(
+        f"{out} was made of another checkpoint, or of other videos or labels, than there are now; it is made again"
+    )
     return False
 
 

@@ -14,7 +14,9 @@ import pytest
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl"))  # converted networks, kept between runs
+os.environ.setdefault(
+    "HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl")
+)  # converted networks, kept between runs
 # What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
 LONGEST = (
     "test_actor_pool.py",
@@ -33,7 +35,9 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have none
 
     # How long an example takes says nothing where others use the machine too.
     slow = [hypothesis.HealthCheck.too_slow]
-    hypothesis.settings.register_profile("shared machine", deadline=None, suppress_health_check=slow)
+    hypothesis.settings.register_profile(
+        "shared machine", deadline=None, suppress_health_check=slow
+    )
     hypothesis.settings.load_profile("shared machine")
 
 
@@ -42,7 +46,9 @@ def shared_clips() -> Path:
     """The real clips beside the project (kinetics_like, odd); not shipped, since their licences forbid it."""
     clips = ROOT.parent / "shared" / "clips"
     if not clips.is_dir():
-        pytest.skip("the real clips of ../shared/clips are not here; they are not shipped with the project")
+        pytest.skip(
+            "the real clips of ../shared/clips are not here; they are not shipped with the project"
+        )
     return clips
 
 
@@ -79,7 +85,9 @@ def _state_restored():
 
 
 def pytest_configure() -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; what tests start must not be deaf
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # a shell's background job; what tests start must not be deaf
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("HGNL_GPU") == "pretended":
         import pretend

@@ -92,7 +92,9 @@ def _with_little_memory(job: Any, out: np.ndarray) -> Any:
     from extract.decode.jobs import decode_job
 
     status = Path("/proc/self/status").read_text()
-    taken = 1024 * int(next(line for line in status.splitlines() if line.startswith("VmData")).split()[1])
+    taken = 1024 * int(
+        next(line for line in status.splitlines() if line.startswith("VmData")).split()[1]
+    )
     limits = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (taken + (20 << 20), limits[1]))
     try:
@@ -142,7 +144,11 @@ def prepare_row(path: str, row_id: str, plan: Any, out: Any, *, span: Any = None
     """`decode_job` for one row, in this process; its clips are written into `out` [V, T, L, size, size, 3]."""
     from extract.decode.jobs import decode_job
 
-    buffer = np.zeros(plan.row_bytes, np.uint8) if isinstance(out, np.ndarray) else out.new_zeros(plan.row_bytes)
+    buffer = (
+        np.zeros(plan.row_bytes, np.uint8)
+        if isinstance(out, np.ndarray)
+        else out.new_zeros(plan.row_bytes)
+    )
     [prepared] = decode_job((path, [(row_id, span)], plan), buffer)
     if isinstance(prepared, VideoError):
         raise prepared

@@ -20,4 +20,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def labelled(listing: Listing) -> dict[str, str]:
     """Class name by id, "" for none."""
-    return {video.id: listing.classes[video.label] if video.label >= 0 else "" for video in listing.videos}
+    return {
+        video.id: listing.classes[video.label] if video.label >= 0 else ""
+        for video in listing.videos
+    }

@@ -65,13 +65,25 @@ def compare(job: tuple[str, int], out: np.ndarray) -> dict[str, Any]:
     damaged: list[int] = []
     if len(plain) == found.num_frames:
         damaged = [n for n in found.indices.tolist() if corrupt[n]]
-        differ = [n for n, frame in zip(found.indices.tolist(), found.frames, strict=True) if digest(frame) != plain[n]]
+        differ = [
+            n
+            for n, frame in zip(found.indices.tolist(), found.frames, strict=True)
+            if digest(frame) != plain[n]
+        ]
     else:
         differ = sorted(wanted - set(plain))
     damaged = (
-        [n for n in found.indices.tolist() if n < len(corrupt) and corrupt[n]] if len(plain) == found.num_frames else []
+        [n for n in found.indices.tolist() if n < len(corrupt) and corrupt[n]]
+        if len(plain) == found.num_frames
+        else []
     )
-    return {"ok": found.num_frames, "plain": len(plain), "differ": differ, "corrupt": damaged, "error": error}
+    return {
+        "ok": found.num_frames,
+        "plain": len(plain),
+        "differ": differ,
+        "corrupt": damaged,
+        "error": error,
+    }
 
 
 def digest(frame: np.ndarray) -> str:

@@ -27,7 +27,9 @@ class PowerCuts:
         self.root, self.moments = root, 0
         self._scratch, self._check = scratch, check
         self._contents: dict[int, bytes] = {}  # of an inode, when it was synced last
-        self._names: dict[int, dict[str, int]] = {}  # of a folder's inode: its names and their inodes
+        self._names: dict[
+            int, dict[str, int]
+        ] = {}  # of a folder's inode: its names and their inodes
         self._held: list[int] = []  # descriptors, so that no inode number is given away twice
         self._kinds: dict[int, bool] = {}  # inode -> whether it is a folder
         self._lock = threading.RLock()
@@ -47,7 +49,11 @@ class PowerCuts:
 
     def _around(self, name: str, real: Callable) -> Callable:
         def call(where, *arguments, **named):
-            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
+            path = (
+                os.readlink(f"/proc/self/fd/{where}")
+                if isinstance(where, int)
+                else os.path.abspath(where)
+            )
             if not Path(path).is_relative_to(self.root):
                 return real(where, *arguments, **named)
             with self._lock:
@@ -80,7 +86,9 @@ class PowerCuts:
         shutil.copytree(self.root, most)
         for copy in [*most.rglob("*")]:
             if copy.is_file():
-                copy.write_bytes(self._contents.get((self.root / copy.relative_to(most)).stat().st_ino, b""))
+                copy.write_bytes(
+                    self._contents.get((self.root / copy.relative_to(most)).stat().st_ino, b"")
+                )
         for disk in (least, most):
             self._check(disk)
             shutil.rmtree(disk)
@@ -115,7 +123,11 @@ class FullDisk:
 
     def _around(self, real: Callable) -> Callable:
         def call(where, *arguments, **named):
-            path = os.readlink(f"/proc/self/fd/{where}") if isinstance(where, int) else os.path.abspath(where)
+            path = (
+                os.readlink(f"/proc/self/fd/{where}")
+                if isinstance(where, int)
+                else os.path.abspath(where)
+            )
             if Path(path).is_relative_to(self.root):
                 there = real.__name__ == "mkdir" and os.path.isdir(path)  # needs no room
                 with self._lock:

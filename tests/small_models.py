@@ -38,7 +38,9 @@ def cached(folder: Path, name: str = "hgnl", *, trunk: Trunk | None = None, **ch
         torch.manual_seed(0)
         options = {"dim": trunk.dim, "num_classes": len(CLASSES), **AGGREGATORS[name], **changes}
         model = _lively(build(name, **options))
-    return _save(folder, Checkpoint(model.options, CLASSES, model.state_dict(), provenance(trunk), 3))
+    return _save(
+        folder, Checkpoint(model.options, CLASSES, model.state_dict(), provenance(trunk), 3)
+    )
 
 
 def tuned(folder: Path, name: str = "hgnl", **changes: Any) -> Path:
@@ -50,7 +52,9 @@ def tuned(folder: Path, name: str = "hgnl", **changes: Any) -> Path:
             plain = {"name": name, "dim": trunk.dim, "num_classes": len(CLASSES), "dropout": 0.5}
             options = {**plain, "frames_per_segment": 2, "form": "released", **changes}
         else:
-            options = build(name, dim=trunk.dim, num_classes=len(CLASSES), **{**AGGREGATORS[name], **changes}).options
+            options = build(
+                name, dim=trunk.dim, num_classes=len(CLASSES), **{**AGGREGATORS[name], **changes}
+            ).options
         net = _lively(build_net(options, trunk.module))
     return _save(folder, Checkpoint(options, CLASSES, net.state_dict(), provenance(trunk), 3))
 
@@ -72,7 +76,9 @@ def _lively(model: torch.nn.Module) -> torch.nn.Module:
             if name.startswith("norm.running"):
                 value.uniform_(0.5, 1.5)
         aggregator = model.aggregator
-        if hasattr(aggregator, "key"):  # else all scores may be below 0, and a ReLU leaves no attention
+        if hasattr(
+            aggregator, "key"
+        ):  # else all scores may be below 0, and a ReLU leaves no attention
             aggregator.key.load_state_dict(aggregator.query.state_dict())
     return model.eval()
 

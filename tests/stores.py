@@ -11,7 +11,10 @@ from extract.store import FAILED, FeatureStore, Rows
 def store_digest(path: Path) -> dict[str, str]:
     """SHA-256 of every file of a store: two stores are byte-identical where these are equal."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file())
-    return {file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    return {
+        file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in files
+    }
 
 
 def classes_store(
@@ -31,7 +34,9 @@ def classes_store(
     """
     rng = np.random.default_rng(0)
     labels = np.arange(videos) % classes
-    features = np.eye(classes, dim)[labels][:, None] * 3 + rng.normal(size=(videos, frames, dim)) * noise
+    features = (
+        np.eye(classes, dim)[labels][:, None] * 3 + rng.normal(size=(videos, frames, dim)) * noise
+    )
     return FeatureStore.from_arrays(
         path,
         features.astype(np.float32),
@@ -39,7 +44,10 @@ def classes_store(
         labels=labels,
         classes=[f"class {number}" for number in range(classes)],
         ids=[f"v/{row:04d}.mp4" for row in range(videos)],
-        splits=[("val" if row // classes % 3 == 2 else "train") if splits else "" for row in range(videos)],
+        splits=[
+            ("val" if row // classes % 3 == 2 else "train") if splits else ""
+            for row in range(videos)
+        ],
         groups=[f"g{row // 5}" for row in range(videos)],
     )
 

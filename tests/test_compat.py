@@ -34,7 +34,9 @@ def test_stores_checkpoints_and_scores_open(old):
     store = FeatureStore.open("f.zarr")
     assert (len(store), store.frames_per_video, store.dim) == (30, 6, 16)
     assert np.isfinite(store.gather(np.arange(30), np.array([0, 5]))).all()
-    evaluate.main(evaluate.Options(Path("hgnl/best.pt"), "f.zarr", segments=(3, 6), out=Path("new.h5")))
+    evaluate.main(
+        evaluate.Options(Path("hgnl/best.pt"), "f.zarr", segments=(3, 6), out=Path("new.h5"))
+    )
     for segments in (3, 6):
         then, now = Scores.load("hgnl.h5", segments), Scores.load("new.h5", segments)
         assert then.ids == now.ids
@@ -45,20 +47,42 @@ def test_half_done_runs_are_refused_in_one_sentence(old, tmp_path):
     """Whatever of an earlier version was left half done, and with the options that it was begun with."""
     clips = tmp_path / "clips" / "train" / "a"
     clips.mkdir(parents=True)
-    lists = {"g1": (4,), "g2": (1, 2), "m1": (8,), "seeds": (0,), "epochs": (2,), "batch_size": (8,), "lr": (0.02,)}
+    lists = {
+        "g1": (4,),
+        "g2": (1, 2),
+        "m1": (8,),
+        "seeds": (0,),
+        "epochs": (2,),
+        "batch_size": (8,),
+        "lr": (0.02,),
+    }
     cut = train.Options(agg="hgnl", out=Path("cut"), epochs=3, scale_init=0.1, **GROUPS, **COMMON)
-    finished = train.Options(agg="hgnl", out=Path("hgnl"), epochs=2, init=Path("tsn/best.pt"), **GROUPS, **COMMON)
-    grid = ablate.Options(features="f.zarr", out=Path("grid"), agg=("tsn", "hgnl"), dropout=(0.0,), **lists)
-    tuned = finetune.Options(model="hgnl", videos=clips.parents[1], out=Path("tuned"), backbone="test_resnet")
+    finished = train.Options(
+        agg="hgnl", out=Path("hgnl"), epochs=2, init=Path("tsn/best.pt"), **GROUPS, **COMMON
+    )
+    grid = ablate.Options(
+        features="f.zarr", out=Path("grid"), agg=("tsn", "hgnl"), dropout=(0.0,), **lists
+    )
+    tuned = finetune.Options(
+        model="hgnl", videos=clips.parents[1], out=Path("tuned"), backbone="test_resnet"
+    )
     for command, options in ((train, cut), (train, finished), (ablate, grid), (finetune, tuned)):
         before = {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
-        with pytest.raises(InputError, match="was begun by another version of this program, and what it left half"):
+        with pytest.raises(
+            InputError, match="was begun by another version of this program, and what it left half"
+        ):
             command.main(options)
-        assert before == {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
+        assert before == {
+            path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()
+        }
 
 
 def test_checkpoints_of_all_kinds_start_new_runs(old):
     """best.pt of cached features, and of a fine-tuning with its backbone in it."""
-    train.main(train.Options(agg="hgnl", out=Path("new"), epochs=1, init=Path("tsn/best.pt"), **GROUPS, **COMMON))
+    train.main(
+        train.Options(
+            agg="hgnl", out=Path("new"), epochs=1, init=Path("tsn/best.pt"), **GROUPS, **COMMON
+        )
+    )
     tuned = model_from_record(Checkpoint.load("tuned/last.pt"))
     assert tuned.net.backbone is not None

@@ -42,7 +42,14 @@ def test_the_job_file_has_what_kuberay_asks_for():
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.lock").read_text()
     groups = cluster["workerGroupSpecs"]
     for group in groups:
-        assert {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"} == set(group)
+        assert {
+            "groupName",
+            "replicas",
+            "minReplicas",
+            "maxReplicas",
+            "rayStartParams",
+            "template",
+        } == set(group)
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
     for group in (cluster["headGroupSpec"], *groups):
         pod = group["template"]["spec"]
@@ -69,4 +76,6 @@ def test_the_image_holds_every_room_and_the_locked_versions():
         or subprocess.run(["docker", "info"], capture_output=True, check=False).returncode
     ):
         pytest.skip("no Docker daemon runs here: the image was not built")
-    subprocess.run(["docker", "build", "-q", "-f", str(DEPLOY / "Dockerfile"), str(ROOT)], check=True)
+    subprocess.run(
+        ["docker", "build", "-q", "-f", str(DEPLOY / "Dockerfile"), str(ROOT)], check=True
+    )

@@ -77,10 +77,16 @@ def odd_files(folder: Path) -> list[Path]:
     folder.mkdir()
     video = write_pictures(folder / "other.mp4", (64, 48), 30)
     (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {video.name}\n" * 20)
-    (folder / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{video}\n" * 10)
+    (folder / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{video}\n" * 10
+    )
     (folder / "a.sdp").write_text("v=0\nc=IN IP4 127.0.0.1\nt=0 0\nm=video 5004 RTP/AVP 96\n" * 5)
-    (folder / "dash.mpd").write_text(f'<?xml version="1.0"?><MPD><BaseURL>{video}</BaseURL></MPD>' * 5)
-    whole = write_video(folder / "whole.ts", frames=60, gop=16, bframes=2, options={"sc_threshold": "0"})
+    (folder / "dash.mpd").write_text(
+        f'<?xml version="1.0"?><MPD><BaseURL>{video}</BaseURL></MPD>' * 5
+    )
+    whole = write_video(
+        folder / "whole.ts", frames=60, gop=16, bframes=2, options={"sc_threshold": "0"}
+    )
     content = whole.read_bytes()
     (folder / "joined.ts").write_bytes(content + content)
     (folder / "midgop.ts").write_bytes(content[: 3 * 188] + content[30 * 188 :])
@@ -107,7 +113,9 @@ def test_damaged_odd_files(tmp_path):
                 result = finished.result
             kind = next(iter(result))
             told[kind] += 1
-            assert kind == "failed" or source.suffix not in (".m3u8", ".sdp", ".mpd"), f"seed {seed}: {result}"
+            assert kind == "failed" or source.suffix not in (".m3u8", ".sdp", ".mpd"), (
+                f"seed {seed}: {result}"
+            )
             assert kind == "failed" or source.name != "concat.mp4", f"seed {seed}: {result}"
             assert not result.get("differ"), f"seed {seed} ({source.name}): {result}"
     print(f"\n{ODD} damaged odd files: {dict(told)}")
@@ -122,7 +130,9 @@ Read = Callable[[Path], Any]
 def checkpoint(folder: Path) -> tuple[list[Path], Read]:
     def read(path: Path) -> Any:
         found = Checkpoint.load(path)
-        state = {name: value.numpy().tobytes() for name, value in found.model().state_dict().items()}
+        state = {
+            name: value.numpy().tobytes() for name, value in found.model().state_dict().items()
+        }
         return state, found.classes, found.features, found.options, found.frames
 
     return [small_models.cached(folder)], read
@@ -135,7 +145,14 @@ def scores(folder: Path) -> tuple[list[Path], Read]:
 
     def read(path: Path) -> Any:
         found = Scores.load(path)
-        return found.ids, found.classes, found.logits.tobytes(), found.labels.tobytes(), found.source, found.segments
+        return (
+            found.ids,
+            found.classes,
+            found.logits.tobytes(),
+            found.labels.tobytes(),
+            found.source,
+            found.segments,
+        )
 
     return [folder / "s.h5"], read
 
@@ -146,7 +163,17 @@ def store(folder: Path) -> tuple[list[Path], Read]:
 
     def read(_: Path) -> Any:
         found = FeatureStore.open(path)
-        columns = ("ids", "splits", "groups", "labels", "status", "errors", "num_frames", "frame_indices", "timestamps")
+        columns = (
+            "ids",
+            "splits",
+            "groups",
+            "labels",
+            "status",
+            "errors",
+            "num_frames",
+            "frame_indices",
+            "timestamps",
+        )
         values = [getattr(found, name) for name in columns]
         rows = np.arange(20)
         features = found.gather(rows, np.arange(found.frames_per_video))
@@ -165,9 +192,15 @@ def tables(folder: Path) -> tuple[list[Path], Read]:
         (folder / f"{name}_{number:06d}_{number + 10:06d}.mp4").write_bytes(b"x")
     lines = [f'"a, b",{name},{number},{number + 10},val\n' for number, name in enumerate(ids)]
     (folder / "k.csv").write_text("".join(["label,youtube_id,time_start,time_end,split\n", *lines]))
-    lines = [f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},train,g{n}\n" for n, name in enumerate(ids)]
+    lines = [
+        f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},train,g{n}\n"
+        for n, name in enumerate(ids)
+    ]
     (folder / "p.csv").write_text("".join(["path,label,split,group\n", *lines]))
-    lines = [f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},{n},{n + 2.5}\n" for n, name in enumerate(ids)]
+    lines = [
+        f"{name}_{n:06d}_{n + 10:06d}.mp4,walking {n % 2},{n},{n + 2.5}\n"
+        for n, name in enumerate(ids)
+    ]
     (folder / "spans.csv").write_text("".join(["path,label,start,end\n", *lines]))
 
     def read(path: Path) -> None:
@@ -181,8 +214,13 @@ def tables(folder: Path) -> tuple[list[Path], Read]:
 
 
 def submissions(folder: Path) -> tuple[list[Path], Read]:
-    ids, classes = [f"abcdefghij{number}" for number in range(9)], [f"class {label}" for label in range(8)]
-    write_submission(Scores(ids, classes, np.random.default_rng(0).normal(size=(9, 8))), folder / "s.json")
+    ids, classes = (
+        [f"abcdefghij{number}" for number in range(9)],
+        [f"class {label}" for label in range(8)],
+    )
+    write_submission(
+        Scores(ids, classes, np.random.default_rng(0).normal(size=(9, 8))), folder / "s.json"
+    )
     truth = {name: {"annotations": {"label": "class 1"}, "subset": "val"} for name in ids}
     (folder / "truth.json").write_text(json.dumps(truth))
 
@@ -192,7 +230,11 @@ def submissions(folder: Path) -> tuple[list[Path], Read]:
             assert read_ids(path)
             return
         assert check_submission(path, classes, ids).videos >= 9
-        assert 0 <= grade_submission(path, {name: {"class 1"} for name in ids}).average_error.value <= 1
+        assert (
+            0
+            <= grade_submission(path, {name: {"class 1"} for name in ids}).average_error.value
+            <= 1
+        )
 
     return [folder / "s.json", folder / "truth.json"], read
 
@@ -204,7 +246,13 @@ def nothing_runs(monkeypatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file was made to run something")
 
-    for module, name in ((os, "system"), (os, "popen"), (os, "execv"), (pickle, "load"), (pickle, "loads")):
+    for module, name in (
+        (os, "system"),
+        (os, "popen"),
+        (os, "execv"),
+        (pickle, "load"),
+        (pickle, "loads"),
+    ):
         monkeypatch.setattr(module, name, refuse)
 
 
@@ -245,6 +293,8 @@ def test_a_checkpoint_that_would_run_something_does_not(tmp_path):
         with zipfile.ZipFile(tmp_path / "evil.pt", "w") as archive:
             for other, record in records.items():
                 archive.writestr(other, pickle.dumps(content, 2) if other == name else record)
-        with pytest.raises(InputError, match=r"evil\.pt is no checkpoint that can be read safely \(UnpicklingError"):
+        with pytest.raises(
+            InputError, match=r"evil\.pt is no checkpoint that can be read safely \(UnpicklingError"
+        ):
             Checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()

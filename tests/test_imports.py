@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROOMS = ("extract", "aggregate", "ensemble", "pipelines")  # data flows down: a room imports itself and those before it
+ROOMS = (
+    "extract",
+    "aggregate",
+    "ensemble",
+    "pipelines",
+)  # data flows down: a room imports itself and those before it
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in MODULES]
 
@@ -21,7 +26,13 @@ HOMES = {
 }
 # Decoding subprocesses, score files and the ensemble must start without torch's five seconds.
 TORCH_FREE = (
-    *("extract/cli.py", "extract/sampling.py", "extract/listing/", "extract/decode/", "extract/store/"),
+    *(
+        "extract/cli.py",
+        "extract/sampling.py",
+        "extract/listing/",
+        "extract/decode/",
+        "extract/store/",
+    ),
     *("aggregate/metrics.py", "aggregate/scores.py", "ensemble/"),
 )
 # Its functions import torch, and no decoding subprocess calls one (test_a_child_never_imports_torch).
@@ -44,14 +55,21 @@ def test_imports_point_up_and_stay_in_their_room(name: str):
     for other in imported(ROOT / name):
         top = other.split(".")[0]
         assert top not in ROOMS or top in allowed, f"{name} imports {other}, which lies below it"
-        assert top not in HOMES or name.startswith(HOMES[top]), f"{name} imports {top}, whose home is {HOMES[top]}"
+        assert top not in HOMES or name.startswith(HOMES[top]), (
+            f"{name} imports {top}, whose home is {HOMES[top]}"
+        )
         if name.startswith(TORCH_FREE) and name != ON_GPU:
-            assert top not in ("torch", "torchvision", "timm"), f"{name} imports {other} and must start without torch"
+            assert top not in ("torch", "torchvision", "timm"), (
+                f"{name} imports {other} and must start without torch"
+            )
 
 
 def module_graph() -> dict[str, set[str]]:
     """Modules of the house by dotted name, and those of the house that each imports."""
-    known = {name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ROOT / name for name in NAMES}
+    known = {
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ROOT / name
+        for name in NAMES
+    }
     graph: dict[str, set[str]] = {name: set() for name in known}
     for name, path in known.items():
         for other in imported(path):
@@ -63,10 +81,17 @@ def module_graph() -> dict[str, set[str]]:
 
 def rooms_of(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
     """The same between rooms: folders with the modules in them. A module beside rooms is a room of its own."""
-    packages = {name for name in graph if any(other.startswith(f"{name}.") for other in graph) and "." in name}
+    packages = {
+        name
+        for name in graph
+        if any(other.startswith(f"{name}.") for other in graph) and "." in name
+    }
 
     def room(name: str) -> str:
-        return next((package for package in packages if name == package or name.startswith(f"{package}.")), name)
+        return next(
+            (package for package in packages if name == package or name.startswith(f"{package}.")),
+            name,
+        )
 
     rooms: dict[str, set[str]] = {room(name): set() for name in graph}
     for name, others in graph.items():
@@ -108,11 +133,14 @@ def test_commands_import_no_commands():
     commands = {
         path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".")
         for path in MODULES
-        if "sys.exit(run_command(" in path.read_text(encoding="utf-8") and ROOT / "aggregate" in path.parents
+        if "sys.exit(run_command(" in path.read_text(encoding="utf-8")
+        and ROOT / "aggregate" in path.parents
     }
     assert len(commands) > 5
     for name in commands:
-        assert not graph[name] & commands, f"{name} imports the command {(graph[name] & commands).pop()}"
+        assert not graph[name] & commands, (
+            f"{name} imports the command {(graph[name] & commands).pop()}"
+        )
 
 
 def test_no_circles_between_modules():
@@ -128,7 +156,9 @@ def test_the_rules_can_fail(tmp_path):
     (tmp_path / "m.py").write_text("def f():\n    import zarr.core\n    from torch import nn\n")
     assert list(imported(tmp_path / "m.py")) == ["zarr.core", "torch.nn"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]
-    assert rooms_of({"x.a": set(), "x.b": {"x.r.m"}, "x.r": set(), "x.r.m": {"x.a"}})["x.r"] == {"x.a"}
+    assert rooms_of({"x.a": set(), "x.b": {"x.r.m"}, "x.r": set(), "x.r.m": {"x.a"}})["x.r"] == {
+        "x.a"
+    }
     assert len(MODULES) > 4
 
 
@@ -140,6 +170,9 @@ def test_the_house_stays_readable():
         if text.count("\n") > 450:
             long.append(f"{name}: {text.count(chr(10))} lines")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno - node.lineno >= 60:
+            if (
+                isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+                and node.end_lineno - node.lineno >= 60
+            ):
                 long.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
     assert not long

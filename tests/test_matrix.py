@@ -82,7 +82,9 @@ def remade(path: Path, **changes: Any) -> None:
     old = FeatureStore.open(path)
     rows = changes.pop("rows", np.arange(len(old)))
     features = changes.pop("features", old.read(slice(0, len(old))))[rows]
-    columns = {name: getattr(old, name)[rows].tolist() for name in ("ids", "splits", "groups", "labels")}
+    columns = {
+        name: getattr(old, name)[rows].tolist() for name in ("ids", "splits", "groups", "labels")
+    }
     columns |= {"classes": old.classes, "lengths": old.num_frames[rows]} | changes
     shutil.rmtree(path)
     FeatureStore.from_arrays(path, features, **columns)
@@ -162,14 +164,24 @@ CELLS["extract, continued"] = {
     "file replaced": said(
         r"replaced  files are not those that were extracted: 1 \(a\.mp4\)\n +--retry-changed extracts"
     ),
-    "video removed or renamed": said(r"unlisted  1 videos of the store are no longer listed \(a\.mp4\)"),
-    "label, split, group or span corrected": said(r"corrected 1 labels \(a\.mp4: push -> pull\); nothing was decoded"),
+    "video removed or renamed": said(
+        r"unlisted  1 videos of the store are no longer listed \(a\.mp4\)"
+    ),
+    "label, split, group or span corrected": said(
+        r"corrected 1 labels \(a\.mp4: push -> pull\); nothing was decoded"
+    ),
     "class added": said(r"classes   3 now: 1 new \(juggling\)"),
     "class order": said("the same names in the order of the listing; labels are renumbered"),
     "store grown": said("to do     1 videos"),
-    "store re-made": refused("holds features that were made elsewhere .* cannot continue it, give another --out"),
-    "checkpoint replaced": refused(r"was made with other settings:\n  weights(.|\n)*use those, or another --out"),
-    "option": refused(r"was made with other settings:\n  frames: 2 in the store, 3 now\nuse those, or another --out"),
+    "store re-made": refused(
+        "holds features that were made elsewhere .* cannot continue it, give another --out"
+    ),
+    "checkpoint replaced": refused(
+        r"was made with other settings:\n  weights(.|\n)*use those, or another --out"
+    ),
+    "option": refused(
+        r"was made with other settings:\n  frames: 2 in the store, 3 now\nuse those, or another --out"
+    ),
     "package version": harmless("settings and the format are recorded, not the version"),
     "path only": harmless("a link is followed"),
 }
@@ -190,7 +202,12 @@ def extracted(tmp_path_factory) -> Path:
 
 
 EXTRACT = ExtractOptions(
-    videos=Path("clips/v.csv"), out="f.zarr", backbone="test_resnet", weights="random", precision="fp32", frames=2
+    videos=Path("clips/v.csv"),
+    out="f.zarr",
+    backbone="test_resnet",
+    weights="random",
+    precision="fp32",
+    frames=2,
 )
 
 
@@ -261,25 +278,43 @@ def here(begun, tmp_path, monkeypatch) -> Path:
     return tmp_path / "here"
 
 
-TRAIN = train.Options(agg="max", features="f.zarr", out=Path("run"), init=Path("tsn/best.pt"), **QUICK)
+TRAIN = train.Options(
+    agg="max", features="f.zarr", out=Path("run"), init=Path("tsn/best.pt"), **QUICK
+)
 LISTS: dict[str, Any] = {"epochs": (1,), "batch_size": (16,), "seeds": (0,)}
-ABLATE = ablate.Options(agg=("tsn",), features="f.zarr", out=Path("grid"), init=Path("tsn/best.pt"), **LISTS)
+ABLATE = ablate.Options(
+    agg=("tsn",), features="f.zarr", out=Path("grid"), init=Path("tsn/best.pt"), **LISTS
+)
 CROSSVAL = crossval.Options(agg=("tsn",), features="f.zarr", out=Path("cv"), folds="2", **LISTS)
 EVALUATE = evaluate.Options(Path("tsn/best.pt"), "f.zarr", segments=(3,), out=Path("s.h5"))
 
 CHANGED = f"{OTHER_DATA}:(.|\n)*{{}}(.|\n)*{REMEDY}"
 TRAIN_CELLS = {
-    "file replaced": refused(CHANGED.format("contents: [0-9a-f]+ when it was trained, [0-9a-f]+ now")),
-    "video removed or renamed": refused(CHANGED.format(r"1 of its videos are no longer there: v/0053\.mp4")),
+    "file replaced": refused(
+        CHANGED.format("contents: [0-9a-f]+ when it was trained, [0-9a-f]+ now")
+    ),
+    "video removed or renamed": refused(
+        CHANGED.format(r"1 of its videos are no longer there: v/0053\.mp4")
+    ),
     "label, split, group or span corrected": refused(
         CHANGED.format(r"v/0053\.mp4: label 'class 2' when it was trained, 'class 0' now")
     ),
-    "class added": refused(CHANGED.format(r"3 classes when it was trained, 4 now \(new: juggling; gone: \)")),
-    "class order": refused(CHANGED.format("3 classes when it was trained, 3 now .the same names in another order.")),
-    "store grown": said("12 videos that f.zarr has besides are left out: give another --out to train on them too"),
+    "class added": refused(
+        CHANGED.format(r"3 classes when it was trained, 4 now \(new: juggling; gone: \)")
+    ),
+    "class order": refused(
+        CHANGED.format("3 classes when it was trained, 3 now .the same names in another order.")
+    ),
+    "store grown": said(
+        "12 videos that f.zarr has besides are left out: give another --out to train on them too"
+    ),
     "store re-made": refused(CHANGED.format("contents: ")),
-    "checkpoint replaced": refused(CHANGED.format("the checkpoint of --init: [0-9a-f]+ when it was trained")),
-    "option": refused(r"holds a run with other options or data:\n  lr: None in the folder, 0\.5 now\nuse those"),
+    "checkpoint replaced": refused(
+        CHANGED.format("the checkpoint of --init: [0-9a-f]+ when it was trained")
+    ),
+    "option": refused(
+        r"holds a run with other options or data:\n  lr: None in the folder, 0\.5 now\nuse those"
+    ),
     "package version": said(VERSION),
     "path only": harmless(""),
 }
@@ -329,7 +364,9 @@ def test_a_run_on_a_store_goes_on(row, column, here, capsys):
     before = {path: path.read_bytes() for path in (here / options.out).rglob("*") if path.is_file()}
     check(cells[column], lambda: command.main(options), capsys)
     if cells[column].outcome == "refused":
-        assert before == {path: path.read_bytes() for path in (here / options.out).rglob("*") if path.is_file()}
+        assert before == {
+            path: path.read_bytes() for path in (here / options.out).rglob("*") if path.is_file()
+        }
 
 
 def test_a_store_that_grew_leaves_the_run_as_it_would_have_been(here):
@@ -354,7 +391,9 @@ def test_a_split_or_group_that_was_corrected_is_named(column, here):
     values = getattr(store, column).tolist()
     old, values[0] = values[0], "test"
     remade(here / "f.zarr", **{column: values})
-    with pytest.raises(InputError, match=rf"v/0000\.mp4: {column[:-1]} '{old}' when it was trained, 'test' now"):
+    with pytest.raises(
+        InputError, match=rf"v/0000\.mp4: {column[:-1]} '{old}' when it was trained, 'test' now"
+    ):
         train.main(TRAIN)
 
 
@@ -362,10 +401,16 @@ def test_files_of_another_run_in_the_folder_are_named(here):
     shutil.copy("other/best.pt", "run/best.pt")
     other = Checkpoint.load("run/best.pt")
     replace(other, data={**other.data, "videos": "0"}).save("run/best.pt")
-    with pytest.raises(InputError, match=r"run/best\.pt is not of the run in run; restore it, or give another --out"):
+    with pytest.raises(
+        InputError,
+        match=r"run/best\.pt is not of the run in run; restore it, or give another --out",
+    ):
         train.main(TRAIN)
     Path("run/videos.csv").write_text("id,label\n")
-    with pytest.raises(InputError, match=r"run/videos\.csv is not the list of videos that run was trained on; restore"):
+    with pytest.raises(
+        InputError,
+        match=r"run/videos\.csv is not the list of videos that run was trained on; restore",
+    ):
         train.main(TRAIN)
 
 
@@ -376,7 +421,9 @@ def test_files_of_another_run_in_the_folder_are_named(here):
 def tuning(tmp_path_factory) -> Path:
     """Clips of two classes, and a fine-tuning on them that was stopped after an epoch."""
     here = tmp_path_factory.mktemp("tuning")
-    for number, (label, clip) in enumerate((n, c) for n in ("barbell", "kettlebells") for c in sorted_clips(n)[:5]):
+    for number, (label, clip) in enumerate(
+        (n, c) for n in ("barbell", "kettlebells") for c in sorted_clips(n)[:5]
+    ):
         target = here / "clips" / ("val" if number % 5 == 4 else "train") / label / clip.name
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, target)
@@ -394,10 +441,16 @@ FINETUNE = finetune.Options(
 )  # fmt: skip
 CELLS["finetune, resumed"] = {
     "file replaced": refused(
-        CHANGED.format(r"\.mp4: file '\d+ bytes, [-0-9a-f]+' when it was trained, '\d+ bytes, [-0-9a-f]+' now")
+        CHANGED.format(
+            r"\.mp4: file '\d+ bytes, [-0-9a-f]+' when it was trained, '\d+ bytes, [-0-9a-f]+' now"
+        )
     ),
-    "video removed or renamed": refused(CHANGED.format("1 of its videos are no longer there: train/barbell/")),
-    "label, split, group or span corrected": refused(CHANGED.format("1 of its videos are no longer there|: label ")),
+    "video removed or renamed": refused(
+        CHANGED.format("1 of its videos are no longer there: train/barbell/")
+    ),
+    "label, split, group or span corrected": refused(
+        CHANGED.format("1 of its videos are no longer there|: label ")
+    ),
     "class added": refused(CHANGED.format(r"2 classes when it was trained, 3 now \(new: juggling")),
     "class order": refused(CHANGED.format("the same names in another order")),
     "store grown": said("1 videos that clips has besides are left out"),
@@ -445,11 +498,11 @@ def test_a_fine_tuning_goes_on(column, tuning, tmp_path, monkeypatch, capsys):
 
 # -- scores --------------------------------------------------------------------------------------------------------
 
-NOTE = (
-    r"note: the label, split or group of 1 of these videos is another than when the model was trained \(v/0053\.mp4\)"
-)
+NOTE = r"note: the label, split or group of 1 of these videos is another than when the model was trained \(v/0053\.mp4\)"
 CELLS["evaluate"] = {
-    "file replaced": harmless("features are scored as they are stored; the scores record their digest"),
+    "file replaced": harmless(
+        "features are scored as they are stored; the scores record their digest"
+    ),
     "video removed or renamed": said("17 videos of split 'val'"),
     "label, split, group or span corrected": said(NOTE),
     "class added": harmless("labels are matched by name; refused if a video has the class"),
@@ -494,7 +547,9 @@ def test_a_video_of_a_class_that_the_checkpoint_does_not_know_is_refused(here):
     labels = store.labels.tolist()
     labels[TOUCHED] = 3
     remade(here / "f.zarr", classes=[*store.classes, "juggling"], labels=labels)
-    with pytest.raises(InputError, match="has class 'juggling', which the checkpoint's 3 classes do not hold"):
+    with pytest.raises(
+        InputError, match="has class 'juggling', which the checkpoint's 3 classes do not hold"
+    ):
         evaluate.main(EVALUATE)
 
 
@@ -503,9 +558,14 @@ def test_held_out_videos_are_the_very_ones_that_validated(here, capsys):
     remade(here / "f.zarr", splits=[""] * 60)
     train.main(train.Options(agg="tsn", features="f.zarr", out=Path("held"), **QUICK))
     line = capsys.readouterr().out.splitlines()[-1]
-    assert line == "Next: hgnl evaluate --checkpoint held/best.pt --features f.zarr --split held-out --out held.h5"
+    assert (
+        line
+        == "Next: hgnl evaluate --checkpoint held/best.pt --features f.zarr --split held-out --out held.h5"
+    )
     validated = [
-        row.split(",")[0] for row in Path("held/videos.csv").read_text().splitlines() if row.endswith("validate")
+        row.split(",")[0]
+        for row in Path("held/videos.csv").read_text().splitlines()
+        if row.endswith("validate")
     ]
     held_out = replace(EVALUATE, checkpoint=Path("held/best.pt"), split="held-out")
     for change in (lambda: None, lambda: grown(here / "f.zarr")):
@@ -518,7 +578,8 @@ def test_held_out_videos_are_the_very_ones_that_validated(here, capsys):
     remade(here / "f.zarr", rows=np.array(rows))
     count = len(validated)
     with pytest.raises(
-        InputError, match=rf"holds {count - 1} of the {count} videos that held/best\.pt was validated on"
+        InputError,
+        match=rf"holds {count - 1} of the {count} videos that held/best\.pt was validated on",
     ):
         evaluate.main(held_out)
 
@@ -526,20 +587,32 @@ def test_held_out_videos_are_the_very_ones_that_validated(here, capsys):
 def test_scores_of_training_videos_are_no_result(here, capsys):
     evaluate.main(replace(EVALUATE, split="all"))
     printed = capsys.readouterr().out
-    assert "NOT A RESULT: the model was trained on 42 of these 60 videos; --split held-out scores those" in printed
+    assert (
+        "NOT A RESULT: the model was trained on 42 of these 60 videos; --split held-out scores those"
+        in printed
+    )
     assert "Next:" not in printed
     assert Scores.load("s.h5").source["trained_on"] == 42
-    with pytest.raises(InputError, match="s holds scores of 42 videos that the model was trained on, which is not a"):
+    with pytest.raises(
+        InputError,
+        match="s holds scores of 42 videos that the model was trained on, which is not a",
+    ):
         fusing.main(fusing.Options((Path("s.h5"),), Path("fused.h5")))
     problems = find(here).problems
-    assert [line for line in problems if "s.h5: s.h5 holds scores of 42 videos that the model was trained on" in line]
+    assert [
+        line
+        for line in problems
+        if "s.h5: s.h5 holds scores of 42 videos that the model was trained on" in line
+    ]
 
 
 # -- the ensemble --------------------------------------------------------------------------------------------------
 
 CELLS["ensemble"] = {
     "file replaced": harmless("each scores file records what it was made of"),
-    "video removed or renamed": refused(r"'v/0053\.mp4' is in one and not in two.*--missing drop leaves them out"),
+    "video removed or renamed": refused(
+        r"'v/0053\.mp4' is in one and not in two.*--missing drop leaves them out"
+    ),
     "label, split, group or span corrected": refused("the scores were made with different labels"),
     "class added": refused("two has other classes than one .*'juggling' is in two and not in one"),
     "class order": harmless("joined by name"),
@@ -577,7 +650,9 @@ def test_the_ensemble_joins_what_belongs_together(column, here, capsys):
         twice = fusing.Options((Path("moved.h5"), Path("again.h5")), Path("fused.h5"))
         with pytest.raises(InputError, match="is given twice"):
             fusing.main(twice)
-    wanted = fusing.Options((Path("one.h5"), Path("two.h5")), Path("fused.h5"), seed=int(column == "option"))
+    wanted = fusing.Options(
+        (Path("one.h5"), Path("two.h5")), Path("fused.h5"), seed=int(column == "option")
+    )
     check(cell, lambda: fusing.main(wanted), capsys)
     if column == "class order":
         one = Scores.load("one.h5")
@@ -586,7 +661,9 @@ def test_the_ensemble_joins_what_belongs_together(column, here, capsys):
 
 # -- steps that are skipped ----------------------------------------------------------------------------------------
 
-AGAIN = said("scores/tsn_val.h5 was made of another checkpoint, or of other videos or labels, than there are now")
+AGAIN = said(
+    "scores/tsn_val.h5 was made of another checkpoint, or of other videos or labels, than there are now"
+)
 CELLS["kinetics700, skipped steps"] = dict.fromkeys(COLUMNS, AGAIN) | {
     "option": AGAIN,
     "package version": harmless("the same checkpoint and features give the same scores"),
@@ -597,7 +674,11 @@ CELLS["kinetics700, skipped steps"] = dict.fromkeys(COLUMNS, AGAIN) | {
 @pytest.mark.parametrize("column", COLUMNS)
 def test_scores_are_made_again_if_what_they_are_made_of_changed(column, here, capsys):
     """Extraction, training and the report are not skipped: they run, and go on by their own rows of the table."""
-    common: dict[str, Any] = {"models": {"tsn": {"features": "f.zarr"}}, "split": "val", "weights": "equal"}
+    common: dict[str, Any] = {
+        "models": {"tsn": {"features": "f.zarr"}},
+        "split": "val",
+        "weights": "equal",
+    }
     steps.fuse(Path(), **common, segments=(3,))
     changed_store(here / "f.zarr", column)
     if column == "checkpoint replaced":
@@ -625,7 +706,9 @@ def test_scores_are_made_again_if_what_they_are_made_of_changed(column, here, ca
 
 _NOT_READ = harmless("it reads a checkpoint and a video, no store or list")
 CELLS["predict"] = dict.fromkeys(COLUMNS, _NOT_READ) | {
-    "checkpoint replaced": refused("holds its own backbone; drop it|are not those .* was trained on"),
+    "checkpoint replaced": refused(
+        "holds its own backbone; drop it|are not those .* was trained on"
+    ),
     "package version": refused("has version 99; this program reads 1 to 2"),
 }
 CELLS["export"] = CELLS["predict"]
@@ -640,7 +723,9 @@ def outputs(command: str, checkpoint: Path, folder: Path) -> Any:
     """What predict or export makes of a checkpoint; whether it opens a store or a listing is seen by its failing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureStore, "open", lambda *_: pytest.fail("a store was opened"))
-        patch.setattr("extract.listing.videos.list_videos", lambda *_, **__: pytest.fail("videos were listed"))
+        patch.setattr(
+            "extract.listing.videos.list_videos", lambda *_, **__: pytest.fail("videos were listed")
+        )
         if command == "predict":
             clip = sorted_clips("barbell")[0]
             file = folder / "answer.json"
@@ -666,7 +751,11 @@ def test_predict_and_export_depend_on_the_checkpoint_alone(command, checkpoint, 
 def test_a_checkpoint_that_does_not_fit_is_refused(command, checkpoint, tmp_path):
     def run(path: Path, **more: Any) -> None:
         given = {"checkpoint": path, **more}
-        given |= {"videos": (sorted_clips("barbell")[0],)} if command is predict else {"out": tmp_path / "m.onnx"}
+        given |= (
+            {"videos": (sorted_clips("barbell")[0],)}
+            if command is predict
+            else {"out": tmp_path / "m.onnx"}
+        )
         command.main(command.Options(**given))
 
     with pytest.raises(InputError, match="holds its own backbone; drop it"):
@@ -740,13 +829,23 @@ def change_videos_or_store(column: str) -> None:
     elif column == "path only":
         Path("f.zarr").rename("g.zarr")
         Path("f.zarr").symlink_to("g.zarr")
-    elif column in ("label, split, group or span corrected", "class added", "class order", "store grown"):
+    elif column in (
+        "label, split, group or span corrected",
+        "class added",
+        "class order",
+        "store grown",
+    ):
         table = Path("clips/v.csv")
-        rows = {"class added": "a.mp4,juggling", "store grown": "d.mp4,pull\na.mp4,push"}.get(column, "a.mp4,pull")
+        rows = {"class added": "a.mp4,juggling", "store grown": "d.mp4,pull\na.mp4,push"}.get(
+            column, "a.mp4,pull"
+        )
         shutil.copy(sorted_clips("barbell")[8], "clips/d.mp4")
         table.write_text(table.read_text().replace("a.mp4,push", rows))
         Path("classes.txt").write_text("pull\npush\n")
-        assert extract(replace(EXTRACT, labels="classes.txt" if column == "class order" else "auto")) == 0
+        assert (
+            extract(replace(EXTRACT, labels="classes.txt" if column == "class order" else "auto"))
+            == 0
+        )
 
 
 def other_schema() -> None:
@@ -779,9 +878,9 @@ def test_a_store_is_exported(column, a_store, capsys):
     check(CELLS["extract.export"][column], command, capsys)
     if CELLS["extract.export"][column].outcome == "harmless":
         store = FeatureStore.open("f.zarr")
-        assert sorted(path.relative_to("out").as_posix() for path in Path("out").rglob("*.npy")) == sorted(
-            f"{name}.npy" for name in store.ids[store.usable]
-        )
+        assert sorted(
+            path.relative_to("out").as_posix() for path in Path("out").rglob("*.npy")
+        ) == sorted(f"{name}.npy" for name in store.ids[store.usable])
 
 
 # -- the table -----------------------------------------------------------------------------------------------------
@@ -791,10 +890,17 @@ def test_the_table_in_contributing_says_the_same():
     """One line per row, one cell per column; the first word of each is its outcome."""
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = text[text.index("## What happens when something changes between two commands") :]
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line[:1] == "|"
+    ]
     assert lines[0][1:] == [*COLUMNS]
     table = {line[0]: dict(zip(COLUMNS, line[1:], strict=True)) for line in lines[2:]}
     outcome = {"refused": "refused", "said": "applied", "harmless": "harmless"}
     for row, cells in CELLS.items():
         for column, cell in cells.items():
-            assert table[row][column].split(",")[0].split(":")[0] == outcome[cell.outcome], (row, column)
+            assert table[row][column].split(",")[0].split(":")[0] == outcome[cell.outcome], (
+                row,
+                column,
+            )

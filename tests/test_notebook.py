@@ -12,10 +12,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_the_quickstart_runs(tmp_path, monkeypatch):
     # The kernel finds this checkout and this Python.
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    )
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     notebook = nbformat.read(ROOT / "docs" / "quickstart.ipynb", as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "it is stored without what it printed"
+    assert not any(cell.get("outputs") for cell in notebook.cells), (
+        "it is stored without what it printed"
+    )
     client = NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
     results = [

@@ -70,7 +70,9 @@ class FakeWorker:
 
 
 def features_of(rows: np.ndarray) -> np.ndarray:
-    return np.broadcast_to((rows + 1)[:, None, None, None], (len(rows), 1, FRAMES, DIM)).astype("<f2")
+    return np.broadcast_to((rows + 1)[:, None, None, None], (len(rows), 1, FRAMES, DIM)).astype(
+        "<f2"
+    )
 
 
 @pytest.fixture
@@ -103,7 +105,9 @@ def done_rows(path: Path) -> list[int]:
 # -- the power goes ------------------------------------------------------------------------------------------------
 
 
-def test_what_a_store_calls_done_is_there_whenever_the_power_goes(extraction, tmp_path, monkeypatch):
+def test_what_a_store_calls_done_is_there_whenever_the_power_goes(
+    extraction, tmp_path, monkeypatch
+):
     promised: list[int] = []
     real = FeatureStore.commit
 
@@ -123,7 +127,9 @@ def test_what_a_store_calls_done_is_there_whenever_the_power_goes(extraction, tm
     (tmp_path / "after").mkdir()
     with cuts.recording():
         assert extract(extraction) == 0
-        (tmp_path / "videos" / "train" / "walking" / "5.mp4").touch()  # its row is appended, its shard written again
+        (
+            tmp_path / "videos" / "train" / "walking" / "5.mp4"
+        ).touch()  # its row is appended, its shard written again
         assert extract(extraction) == 0
     assert seen == {0, 2, 4, 5, 6}
     assert cuts.moments > 60
@@ -139,7 +145,10 @@ def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
     from extract import files
 
     sync = files.sync
-    for broken, lost in (((lambda path: None), "no file"), ((lambda path: path.is_dir() and sync(path)), "")):
+    for broken, lost in (
+        ((lambda path: None), "no file"),
+        ((lambda path: path.is_dir() and sync(path)), ""),
+    ):
         (tmp_path / "disk").mkdir()
         (tmp_path / "after").mkdir()
         cuts = PowerCuts(tmp_path / "disk", tmp_path / "after", check)
@@ -154,7 +163,10 @@ def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
 
 def test_strace_sees_every_file_synced_before_it_has_its_name(tmp_path):
     """The kernel's own record: each rename comes after the fsync of that file and before one of its folder."""
-    if not shutil.which("strace") or subprocess.run(["strace", "-o", "/dev/null", "true"], check=False).returncode:
+    if (
+        not shutil.which("strace")
+        or subprocess.run(["strace", "-o", "/dev/null", "true"], check=False).returncode
+    ):
         pytest.skip("strace is not installed, or may not trace here")
     program = (
         "import sys, numpy as np\n"
@@ -165,8 +177,20 @@ def test_strace_sees_every_file_synced_before_it_has_its_name(tmp_path):
         "Scores(['x'], ['a'], np.zeros((1, 1))).save(sys.argv[1] + '/s.h5')\n"
     )
     trace = tmp_path / "trace"
-    command = ["strace", "-f", "-y", "-e", "trace=fsync,rename,renameat,renameat2", "-o", str(trace)]
-    subprocess.run([*command, str(ROOT / ".venv/bin/python"), "-c", program, str(tmp_path)], cwd=ROOT, check=True)
+    command = [
+        "strace",
+        "-f",
+        "-y",
+        "-e",
+        "trace=fsync,rename,renameat,renameat2",
+        "-o",
+        str(trace),
+    ]
+    subprocess.run(
+        [*command, str(ROOT / ".venv/bin/python"), "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+    )
     synced: list[str] = []
     inside: set[str] = set()
     renamed = 0
@@ -180,7 +204,9 @@ def test_strace_sees_every_file_synced_before_it_has_its_name(tmp_path):
         elif "rename" in line and str(tmp_path) in line:
             old, new = (text for text in line.split('"')[1::2])
             assert not waiting
-            if ".partial/" in new:  # in a folder that has no name yet: synced as a whole before it gets one
+            if (
+                ".partial/" in new
+            ):  # in a folder that has no name yet: synced as a whole before it gets one
                 inside.add(new)
                 continue
             assert old in synced
@@ -206,9 +232,14 @@ def test_run_folders_ablations_and_cross_validations_go_on_whenever_the_power_go
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()
         grid, cv = ablating(tmp_path, disk / "grid"), crossing(tmp_path, disk / "cv")
-        for wanted, by, seen in (grid, ("name", "seed"), results), (cv, ("seed", "fold", "agg"), folds):
+        for wanted, by, seen in (
+            (grid, ("name", "seed"), results),
+            (cv, ("seed", "fold", "agg"), folds),
+        ):
             if wanted.out.exists():
-                with Records(wanted, FeatureStore.open(wanted.features), by=by, kind="result") as records:
+                with Records(
+                    wanted, FeatureStore.open(wanted.features), by=by, kind="result"
+                ) as records:
                     assert all(records.array(key) is not None for key in records.rows)
                     seen.add(len(records.rows))
         for file in (*disk.glob("*.h5"), *disk.glob("cv/*.h5")):
@@ -238,11 +269,15 @@ def training(here: Path, out: Path) -> train.Options:
 
 
 def evaluating(here: Path, disk: Path) -> evaluate.Options:
-    return evaluate.Options(disk / "run" / "best.pt", str(here / "feats.zarr"), out=disk / "s.h5", segments=(3, 6))
+    return evaluate.Options(
+        disk / "run" / "best.pt", str(here / "feats.zarr"), out=disk / "s.h5", segments=(3, 6)
+    )
 
 
 def fused(disk: Path) -> fusing.Options:
-    return fusing.Options((disk / "s.h5",), disk / "out" / "fused.h5", submission=disk / "out" / "sub" / "a.json")
+    return fusing.Options(
+        (disk / "s.h5",), disk / "out" / "fused.h5", submission=disk / "out" / "sub" / "a.json"
+    )
 
 
 def ablating(here: Path, out: Path) -> ablate.Options:
@@ -259,7 +294,9 @@ def ablating(here: Path, out: Path) -> ablate.Options:
 
 def crossing(here: Path, out: Path) -> crossval.Options:
     lists = {"epochs": (1,), "batch_size": (4,), "seeds": (0,)}
-    return crossval.Options(agg=("tsn",), features=str(here / "many.zarr"), out=out, folds="2", **lists)
+    return crossval.Options(
+        agg=("tsn",), features=str(here / "many.zarr"), out=out, folds="2", **lists
+    )
 
 
 def timed_store(path: Path) -> None:
@@ -269,11 +306,24 @@ def timed_store(path: Path) -> None:
     shape = (4, 1, store.frames_per_video)
     indices = np.broadcast_to(np.arange(shape[2], dtype="<i4"), shape)
     ok = np.full(4, OK, "i1")
-    store.commit(Rows(np.arange(4), ok, [""] * 4, np.full(4, shape[2], "<i4"), indices, indices.astype("<f4") / 2))
+    store.commit(
+        Rows(
+            np.arange(4),
+            ok,
+            [""] * 4,
+            np.full(4, shape[2], "<i4"),
+            indices,
+            indices.astype("<f4") / 2,
+        )
+    )
 
 
 def every_step(
-    run: Callable[[], object], disk: Path, before: Callable[[], object], code: int = errno.ENOSPC, stride: int = 1
+    run: Callable[[], object],
+    disk: Path,
+    before: Callable[[], object],
+    code: int = errno.ENOSPC,
+    stride: int = 1,
 ) -> int:
     """Run with a disk that is full from the k-th step on, for every k, then again with room; the number of steps."""
     steps = 0
@@ -328,20 +378,39 @@ def test_extract_on_a_disk_that_is_full(code, stride, extraction, tmp_path):
     assert every_step(run, disk, emptied(disk), code, stride) > 60
 
 
-def test_train_evaluate_fuse_report_ablate_and_crossval_on_a_disk_that_is_full(tmp_path, monkeypatch):
+def test_train_evaluate_fuse_report_ablate_and_crossval_on_a_disk_that_is_full(
+    tmp_path, monkeypatch
+):
     # How a figure is drawn takes most of the time, and has nothing to do with the disk.
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg></svg>"))
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg></svg>")
+    )
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
     classes_store(tmp_path / "many.zarr")
     disk = tmp_path / "disk"
-    assert every_step(lambda: train.main(training(tmp_path, disk / "run")), disk, emptied(disk)) > 15
+    assert (
+        every_step(lambda: train.main(training(tmp_path, disk / "run")), disk, emptied(disk)) > 15
+    )
     assert every_step(lambda: evaluate.main(evaluating(tmp_path, disk)), disk, lambda: None) >= 4
     again = emptied(disk / "out")
     assert every_step(lambda: fusing.main(fused(disk)), disk, again) > 10
     page = report.Options(disk, out=disk / "report.html")
     assert every_step(lambda: report.main(page), disk, lambda: None) >= 4
-    assert every_step(lambda: ablate.main(ablating(tmp_path, disk / "grid")), disk, emptied(disk / "grid")) > 20
-    assert every_step(lambda: crossval.main(crossing(tmp_path, disk / "cv")), disk, emptied(disk / "cv"), stride=3) > 20
+    assert (
+        every_step(
+            lambda: ablate.main(ablating(tmp_path, disk / "grid")), disk, emptied(disk / "grid")
+        )
+        > 20
+    )
+    assert (
+        every_step(
+            lambda: crossval.main(crossing(tmp_path, disk / "cv")),
+            disk,
+            emptied(disk / "cv"),
+            stride=3,
+        )
+        > 20
+    )
 
 
 def test_exports_on_a_disk_that_is_full(tmp_path):
@@ -376,7 +445,9 @@ def test_what_libraries_write_themselves_says_the_file_too(tmp_path):
                 with pytest.raises(RunError, match=rf"{name}: File too large; raise the limit"):
                     write(path)
             finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
+                )
             assert not path.exists()
             assert not list(tmp_path.glob("*.partial"))
 
@@ -394,10 +465,16 @@ def test_a_small_disk_that_is_really_full(extraction, tmp_path):
     mounted = tmp_path / "disk" / "new"
     mounted.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True, check=False).returncode:
+    if (
+        not shutil.which("mount")
+        or subprocess.run(mount, capture_output=True, check=False).returncode
+    ):
         pytest.skip("this machine lets nobody mount a tmpfs")
     try:
-        with pytest.raises(RunError, match=r"No space left on device; make room on its disk and run the same command"):
+        with pytest.raises(
+            RunError,
+            match=r"No space left on device; make room on its disk and run the same command",
+        ):
             extract(extraction)
         subprocess.run(["mount", "-o", "remount,size=4m", str(mounted)], check=True)
         assert extract(extraction) == 0
@@ -409,17 +486,29 @@ def test_a_small_disk_that_is_really_full(extraction, tmp_path):
 def test_finetune_on_a_disk_that_is_full(tmp_path, demo_clips):
     clips = sorted((demo_clips / "exercise_mini" / "clips" / "barbell").glob("*.mp4"))
     for number, clip in enumerate(clips[:4]):
-        target = tmp_path / "videos" / ("val" if number == 3 else "train") / "barbell" / f"{number}.mp4"
+        target = (
+            tmp_path / "videos" / ("val" if number == 3 else "train") / "barbell" / f"{number}.mp4"
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(clip)
     disk = tmp_path / "disk"
     disk.mkdir()
     chosen = finetune.Options(
-        "tsn", tmp_path / "videos", disk / "run", "test_resnet", "random", epochs=1, frames=1, decode_workers=1
+        "tsn",
+        tmp_path / "videos",
+        disk / "run",
+        "test_resnet",
+        "random",
+        epochs=1,
+        frames=1,
+        decode_workers=1,
     )
     for steps in (0, 5, 9):  # the run folder is train's, where every step is tried
         full = FullDisk(disk, steps)
-        with full.refusing(), pytest.raises(RunError, match=r"disk.*: No space left on device; make room"):
+        with (
+            full.refusing(),
+            pytest.raises(RunError, match=r"disk.*: No space left on device; make room"),
+        ):
             finetune.main(chosen)
     assert finetune.main(chosen) == 0
     assert Checkpoint.load(disk / "run" / "best.pt").metrics["epoch"] == 0

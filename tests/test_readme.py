@@ -16,17 +16,28 @@ from extract.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("extract", "aggregate", "ensemble", "pipelines")
-PAGES = {path: path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-ELSEWHERE = ROOT / "docs" / "features-from-elsewhere.md"  # whose Python runs between its commands: test_elsewhere.py
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+ELSEWHERE = (
+    ROOT / "docs" / "features-from-elsewhere.md"
+)  # whose Python runs between its commands: test_elsewhere.py
 # Every command is run with these flags behind its own, so that minutes become seconds; none changes what it does.
-SMALL = {"--backbone": "test_resnet", "--weights": "random", "--frames": "4", "--decode-workers": "1"}
+SMALL = {
+    "--backbone": "test_resnet",
+    "--weights": "random",
+    "--frames": "4",
+    "--decode-workers": "1",
+}
 QUICK = {
     "extract": SMALL,
     "aggregate.train": {"--epochs": "1", "--g1": "4", "--g2": "2"},
     "aggregate.ablate": {"--epochs": "1"},
     "aggregate.crossval": {"--epochs": "1", "--g1": "4", "--g2": "2"},
     "aggregate.finetune": SMALL | {"--epochs": "1", "--batch-size": "8", "--frames": "3"},
-    "pipelines.kinetics700": SMALL | {"--epochs": "1", "--batch-size": "8", "--g1": "4", "--g2": "2"},
+    "pipelines.kinetics700": SMALL
+    | {"--epochs": "1", "--batch-size": "8", "--g1": "4", "--g2": "2"},
 }
 
 
@@ -50,7 +61,10 @@ def test_every_link_leads_to_a_file_and_a_heading():
             assert path.exists(), f"{page.name}: {target}"
             if anchor:
                 headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-                anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                anchors = {
+                    re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+                    for heading in headings
+                }
                 assert anchor in anchors, f"{page.name}: {target}"
 
 
@@ -66,7 +80,9 @@ def test_the_tree_names_every_module_and_nothing_else():
             folders.append(name)
         else:
             named.add("".join([*folders, name]))
-    modules = {path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")}
+    modules = {
+        path.relative_to(ROOT).as_posix() for room in ROOMS for path in (ROOT / room).rglob("*.py")
+    }
     assert named == {name for name in modules if not name.endswith("__init__.py")}
 
 
@@ -76,14 +92,24 @@ def folder(tmp_path_factory) -> Path:
     here = tmp_path_factory.mktemp("readme")
     source = sorted((ROOT / "pipelines" / "clips" / "exercise_mini" / "clips").rglob("*.mp4"))
     for number in range(40):
-        target = here / "k700" / ("val" if number % 4 == 3 else "train") / f"exercise {number // 8}" / f"{number}.mp4"
+        target = (
+            here
+            / "k700"
+            / ("val" if number % 4 == 3 else "train")
+            / f"exercise {number // 8}"
+            / f"{number}.mp4"
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(source[number * 3])
     (here / "clip.mp4").symlink_to(source[3])
     (here / "matches").mkdir()
     for number in range(2):
         (here / "matches" / f"{number}.mp4").symlink_to(source[number])
-    spans = [f"{number}.mp4,exercise {number},{start},{start + 0.3},test" for number in range(2) for start in (0, 0.2)]
+    spans = [
+        f"{number}.mp4,exercise {number},{start},{start + 0.3},test"
+        for number in range(2)
+        for start in (0, 0.2)
+    ]
     (here / "spans.csv").write_text("\n".join(["path,label,start,end,split", *spans]) + "\n")
     return here
 
@@ -91,12 +117,18 @@ def folder(tmp_path_factory) -> Path:
 def run(line: str, capsys) -> str:
     """Run a command line of the documentation, made small; what it prints."""
     program, *words = shlex.split(line)
-    module, arguments = (COMMANDS[words[0]], words[1:]) if program == "hgnl" else (words[1], words[2:])
+    module, arguments = (
+        (COMMANDS[words[0]], words[1:]) if program == "hgnl" else (words[1], words[2:])
+    )
     flags = {flag: value for flag, value in QUICK.get(module, {}).items() if flag not in arguments}
     if module in ("aggregate.train", "aggregate.crossval") and "hgnl" not in arguments:
         flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
     more = [word for pair in flags.items() for word in pair]
-    name = f"{module}.__main__" if (ROOT / module.replace(".", "/") / "__main__.py").exists() else module
+    name = (
+        f"{module}.__main__"
+        if (ROOT / module.replace(".", "/") / "__main__.py").exists()
+        else module
+    )
     command = importlib.import_module(name)
     capsys.readouterr()
     status = run_command(command.main, command.Options, prog=line, args=[*arguments, *more])
@@ -107,7 +139,9 @@ def run(line: str, capsys) -> str:
 
 def test_every_command_runs_and_the_commands_that_they_print_run_too(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    printed: dict[tuple[str, str], str] = {}  # the first of each kind: what follows `hgnl train`, `hgnl crossval` ...
+    printed: dict[
+        tuple[str, str], str
+    ] = {}  # the first of each kind: what follows `hgnl train`, `hgnl crossval` ...
     lines = commands()
     for line in lines:
         name = shlex.split(line)[1]
@@ -116,7 +150,13 @@ def test_every_command_runs_and_the_commands_that_they_print_run_too(folder, mon
         ):
             printed.setdefault((name, shlex.split(following)[1]), following)
     assert len(lines) > 15
-    for name in ("runs/fused.h5", "runs/sub.json", "runs/report.html", "model.onnx", "runs/k700/submission.json"):
+    for name in (
+        "runs/fused.h5",
+        "runs/sub.json",
+        "runs/report.html",
+        "model.onnx",
+        "runs/k700/submission.json",
+    ):
         assert (folder / name).exists(), name
     assert {name for name, _ in printed} >= {
         "extract",

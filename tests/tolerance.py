@@ -24,7 +24,11 @@ def assert_close(
     `precision` is the lowest one that took part, by default that of `actual`. `magnitude` is that of the numbers which
     were summed, where `expected` is what cancellation left of them. NaN is close to nothing.
     """
-    assert actual.shape == expected.shape, f"got {list(actual.shape)}, expected {list(expected.shape)}"
-    largest = max(magnitude, expected.detach().double().abs().amax().item() if expected.numel() else 0.0)
+    assert actual.shape == expected.shape, (
+        f"got {list(actual.shape)}, expected {list(expected.shape)}"
+    )
+    largest = max(
+        magnitude, expected.detach().double().abs().amax().item() if expected.numel() else 0.0
+    )
     allowed = TOLERANCE[precision or actual.dtype] * largest
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=allowed)

@@ -9,7 +9,9 @@ import av
 FPS = 25
 
 
-def join_clips(path: Path, clips: Sequence[Path], *, size: tuple[int, int] = (214, 144)) -> list[tuple[float, float]]:
+def join_clips(
+    path: Path, clips: Sequence[Path], *, size: tuple[int, int] = (214, 144)
+) -> list[tuple[float, float]]:
     """One video of all clips, one after the other, each beginning with a key frame: where each starts and ends (s).
 
     Clips keep their own time stamps, so rates differ inside the video as they do between the clips.
@@ -26,11 +28,16 @@ def join_clips(path: Path, clips: Sequence[Path], *, size: tuple[int, int] = (21
                 video = source.streams.video[0]
                 for number, frame in enumerate(source.decode(video)):
                     picture = frame.reformat(*size, format="yuv420p")
-                    picture.pts = round(1000 * begin) + round(1000 * Fraction(number) / video.average_rate)
+                    picture.pts = round(1000 * begin) + round(
+                        1000 * Fraction(number) / video.average_rate
+                    )
                     picture.time_base = Fraction(1, 1000)
                     picture.pict_type = av.video.frame.PictureType.I if number == 0 else 0
                     output.mux(stream.encode(picture))
-                end = Fraction(round(1000 * begin) + round(1000 * Fraction(number + 1) / video.average_rate), 1000)
+                end = Fraction(
+                    round(1000 * begin) + round(1000 * Fraction(number + 1) / video.average_rate),
+                    1000,
+                )
             spans.append((float(begin), float(end)))
             begin = end
         output.mux(stream.encode(None))

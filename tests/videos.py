@@ -20,7 +20,10 @@ def moving_pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]
     """`count` pictures uint8 [H, W, 3], no two alike: a gradient that drifts under a bright square that wanders."""
     y, x = np.mgrid[:height, :width]
     for number in range(count):
-        picture = np.stack([x * 4 + number * 9, y * 5 + number * 3, (x + y) * 3 - number * 11], axis=-1) % 256
+        picture = (
+            np.stack([x * 4 + number * 9, y * 5 + number * 3, (x + y) * 3 - number * 11], axis=-1)
+            % 256
+        )
         left = number * 4 % max(1, width - 10)
         picture[height // 4 : height // 2, left : left + 10] = (255, 0, number * 15 % 256)
         yield picture.astype(np.uint8)
@@ -29,8 +32,12 @@ def moving_pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]
 def _frame(picture: np.ndarray, pix_fmt: str) -> av.VideoFrame:
     if pix_fmt != "pal8":
         return av.VideoFrame.from_ndarray(picture, format="rgb24").reformat(format=pix_fmt)
-    shades = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 4, axis=1)  # swscale makes no palettes
-    return av.VideoFrame.from_ndarray((np.ascontiguousarray(picture[..., 0]), shades), format="pal8")
+    shades = np.repeat(
+        np.arange(256, dtype=np.uint8)[:, None], 4, axis=1
+    )  # swscale makes no palettes
+    return av.VideoFrame.from_ndarray(
+        (np.ascontiguousarray(picture[..., 0]), shades), format="pal8"
+    )
 
 
 def write_video(
@@ -168,7 +175,9 @@ def cut_by_edit_list(path: Path, *, start: float, seconds: float) -> Path:
     edits = _box(content, b"elst")
     count, _, first = struct.unpack_from(">IIi", content, edits + 4)
     assert count == 1, f"{path} has {count} edits, expected one to change"
-    struct.pack_into(">Ii", content, edits + 8, round(seconds * movie_scale), first + round(start * media_scale))
+    struct.pack_into(
+        ">Ii", content, edits + 8, round(seconds * movie_scale), first + round(start * media_scale)
+    )
     path.write_bytes(content)
     return path
 
@@ -221,7 +230,10 @@ TRUSTED = {
     "one-key.mp4": {"options": {"x264-params": "keyint=infinite"}},
     "open-gop.mp4": _B | {"options": {"x264-params": "open-gop=1:keyint=6:b-pyramid=strict"}},
     "open-gop.ts": _B | {"options": {"x264-params": "open-gop=1:keyint=6"}},
-    "many-references.mkv": {"frames": 30, "options": {"x264-params": "ref=8:bframes=8:b-adapt=2:weightp=2"}},
+    "many-references.mkv": {
+        "frames": 30,
+        "options": {"x264-params": "ref=8:bframes=8:b-adapt=2:weightp=2"},
+    },
     "slices.mp4": _B | {"options": {"x264-params": "slices=4:aud=1:pic-struct=1"}},
     "fragments.mp4": _B | {"container_options": {"movflags": "frag_keyframe+empty_moov"}},
     "faststart.mp4": _B | {"container_options": {"movflags": "faststart"}},
@@ -267,14 +279,27 @@ DOUBTED = {
     "b-frames.wmv": _B,
     "b-frames.mxf": _B,
     "mpeg1.wmv": _B | {"codec": "mpeg1video"},
-    "bare.m1v": {"codec": "mpeg1video", "gop": 6, "bframes": 3, "frames": 30, "options": {"flags": "-cgop"}},
+    "bare.m1v": {
+        "codec": "mpeg1video",
+        "gop": 6,
+        "bframes": 3,
+        "frames": 30,
+        "options": {"flags": "-cgop"},
+    },
     "bare.h264": _B,
     "bare.hevc": _B | {"codec": "libx265"},
     # Every packet is called a key frame: these were decoded from the middle of a group.
     "h263.avi": {"codec": "h263p"},
     "h263.mov": {"codec": "h263", "size": (176, 144)},
     # Decoding can start at no frame but the first, though others are called key frames.
-    "intra-refresh.mp4": {"frames": 40, "options": {"x264-params": "intra-refresh=1:keyint=8:bframes=0"}},
+    "intra-refresh.mp4": {
+        "frames": 40,
+        "options": {"x264-params": "intra-refresh=1:keyint=8:bframes=0"},
+    },
     # Packets hold pictures that are never shown.
-    "vp8.webm": {"codec": "libvpx", "frames": 40, "options": {"auto-alt-ref": "1", "lag-in-frames": "16"}},
+    "vp8.webm": {
+        "codec": "libvpx",
+        "frames": 40,
+        "options": {"auto-alt-ref": "1", "lag-in-frames": "16"},
+    },
 }

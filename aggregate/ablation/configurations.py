@@ -1,4 +1,5 @@
-"""The grid of configurations that lists of options make: combined, named, and grouped by the batches they share."""
+"""The grid of configurations that lists of options make: combined, named, and grouped by the
+batches they share."""
 
 import itertools
 from collections.abc import Hashable, Iterable, Sequence
@@ -35,11 +36,13 @@ class GridOptions(Lists, PlaceOptions):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each combination is trained once a seed."""
     features: str | tuple[str, ...] = "feats.zarr"
-    """The feature store of `python -m extract`; several are joined by id, their channels side by side."""
+    """The feature store of `python -m extract`; several are joined by id, their channels side by
+    side."""
     recipe: Literal["cached", "paper"] = "cached"
     """cached: what works best on a frozen backbone; paper: iQIYI's schedule."""
     at_once: int = 32
-    """At most N models are trained at the same time: their memory, and what is lost when the process is killed."""
+    """At most N models are trained at the same time: their memory, and what is lost when the
+    process is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,8 @@ class FoldOptions:
     """Which videos test, and which train."""
 
     folds: str = "5"
-    """How many (classes evenly, groups never split, drawn anew by each seed), or `group`: leave one group out."""
+    """How many (classes evenly, groups never split, drawn anew by each seed), or `group`: leave one
+    group out."""
     splits: tuple[str, ...] = ()
     """Only videos of these splits (default: of all)."""
     val_fraction: float = 0.2
@@ -55,7 +59,8 @@ class FoldOptions:
     allow_missing_classes: bool = False
     """Train although some classes have no example in a fold."""
     shots: int | None = None
-    """Instead of folds: train on N videos per class, drawn anew each time, and test on all others."""
+    """Instead of folds: train on N videos per class, drawn anew each time, and test on all
+    others."""
     repeats: int = 10
     """With --shots: how many draws. A draw takes the place of a seed."""
 
@@ -65,7 +70,8 @@ class ProbeOptions:
     """Options of logreg and knn; several values are chosen inside the training part."""
 
     C: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardise false takes raw vectors."""
+    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardise false
+    takes raw vectors."""
     k: tuple[int, ...] = (1, 5, 10, 20, 50)
     """knn: how many neighbors vote."""
     vector: Literal["mean", "mean-std"] = "mean"
@@ -83,7 +89,9 @@ class Plan(NamedTuple):
             print(f"skipped   {name}: {reason}")
 
 
-def in_passes(configurations: Iterable[Configuration], *, at_once: int) -> list[list[Configuration]]:
+def in_passes(
+    configurations: Iterable[Configuration], *, at_once: int
+) -> list[list[Configuration]]:
     """Configurations by the pass that they share: at most `at_once` in each."""
     groups: dict[Hashable, list[Configuration]] = {}
     for one in configurations:
@@ -92,7 +100,9 @@ def in_passes(configurations: Iterable[Configuration], *, at_once: int) -> list[
     return [group[start::count] for group, count in parts for start in range(count)]
 
 
-def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | None" = None) -> Plan:
+def candidates(
+    options: GridOptions, store: "FeatureStore", init: "Checkpoint | None" = None
+) -> Plan:
     """All combinations of the listed options, of one seed and with all videos."""
     import torch
 
@@ -101,12 +111,16 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
         if one.name in ("seeds", *LISTS) and one.default and not given:
             raise InputError(f"{flag} needs at least one value")
         if given != one.default and all(one.name in foreign_flags(agg) for agg in options.agg):
-            raise InputError(f"{flag} {' '.join(map(str, given))} means nothing to --agg {' '.join(options.agg)}")
+            raise InputError(
+                f"{flag} {' '.join(map(str, given))} means nothing to --agg {' '.join(options.agg)}"
+            )
     if options.at_once < 1:
         raise InputError(f"--at-once is {options.at_once}; at least 1 model shares a pass")
     for frames in options.frames:
         if not 1 <= frames <= store.frames_per_video:
-            raise InputError(f"--frames {frames}: {store.path} holds {store.frames_per_video} frames a video")
+            raise InputError(
+                f"--frames {frames}: {store.path} holds {store.frames_per_video} frames a video"
+            )
     singles = _combinations(options)
     varied = [name for name in LISTS if len({getattr(one, name) for one in singles}) > 1]
     found = Plan([], {})
@@ -128,11 +142,15 @@ def candidates(options: GridOptions, store: "FeatureStore", init: "Checkpoint | 
 
 
 def _combinations(options: GridOptions) -> list[TrainOptions]:
-    """One `TrainOptions` a combination, each once, what an aggregator does not have at its default."""
+    """One `TrainOptions` a combination, each once, what an aggregator does not have at its
+    default."""
     defaults = {one.name: one.default for one in fields(TrainOptions)}
     given = {name: getattr(options, name) for name in defaults if hasattr(options, name)}
     kept = {name: value for name, value in given.items() if name not in LISTS} | {"out": None}
-    lists = {name: tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,) for name in LISTS}
+    lists = {
+        name: tuple({"true": True, "false": False}.get(v, v) for v in given[name]) or (None,)
+        for name in LISTS
+    }
     found: dict[TrainOptions, None] = {}
     for values in itertools.product(*lists.values()):
         chosen: dict[str, Any] = dict(zip(lists, values, strict=True))
@@ -143,6 +161,10 @@ def _combinations(options: GridOptions) -> list[TrainOptions]:
 
 def name_of(options: TrainOptions, varied: Sequence[str]) -> str:
     """`hgnl g1=4 g2=2`: the aggregator and those of the `varied` options that it has."""
-    values = {name: getattr(options, name) for name in varied if name not in {"agg"} | foreign_flags(options.agg)}
+    values = {
+        name: getattr(options, name)
+        for name in varied
+        if name not in {"agg"} | foreign_flags(options.agg)
+    }
     words = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in values.items()]
     return " ".join([options.agg, *words])

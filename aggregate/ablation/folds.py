@@ -31,10 +31,13 @@ class Fold:
 
 
 def rows_of(store: FeatureStore, options: FoldOptions) -> np.ndarray:
-    """All videos that count: labelled, of the splits asked for; failed ones too, which are tested as errors."""
+    """All videos that count: labelled, of the splits asked for; failed ones too, which are tested
+    as errors."""
     known = sorted(set(store.splits.tolist()))
     if unknown := [name for name in options.splits if name not in known]:
-        raise InputError(f"--splits {unknown[0]}: {store.path} has no such split; it has {', '.join(map(repr, known))}")
+        raise InputError(
+            f"--splits {unknown[0]}: {store.path} has no such split; it has {', '.join(map(repr, known))}"
+        )
     chosen = np.isin(store.splits, options.splits) if options.splits else np.ones(len(store), bool)
     rows = np.flatnonzero(chosen & (store.labels >= 0) & store.listed)
     if not len(rows):
@@ -42,10 +45,15 @@ def rows_of(store: FeatureStore, options: FoldOptions) -> np.ndarray:
     return rows
 
 
-def all_folds(store: FeatureStore, options: FoldOptions, seeds: Sequence[int], *, choosing: bool = True) -> list[Fold]:
-    """The folds of all seeds; with --shots one per draw. If not `choosing`, nothing has to be held out."""
+def all_folds(
+    store: FeatureStore, options: FoldOptions, seeds: Sequence[int], *, choosing: bool = True
+) -> list[Fold]:
+    """The folds of all seeds; with --shots one per draw. If not `choosing`, nothing has to be held
+    out."""
     if options.shots is None:
-        return [fold for seed in seeds for fold in folds_of(store, options, seed, choosing=choosing)]
+        return [
+            fold for seed in seeds for fold in folds_of(store, options, seed, choosing=choosing)
+        ]
     for name in ("shots", "repeats"):
         if getattr(options, name) < 1:
             raise InputError(f"--{name} is {getattr(options, name)}; expected a number from 1 on")
@@ -53,9 +61,11 @@ def all_folds(store: FeatureStore, options: FoldOptions, seeds: Sequence[int], *
 
 
 def _draw(store: FeatureStore, options: FoldOptions, number: int, *, choosing: bool) -> Fold:
-    """`shots` videos per class to train on, and all others to test, but for those of the same groups.
+    """`shots` videos per class to train on, and all others to test, but for those of the same
+    groups.
 
-    Groups come in random order, and give videos until each class has enough, so that few groups are used up.
+    Groups come in random order, and give videos until each class has enough, so that few groups are
+    used up.
     """
     rows = rows_of(store, options)
     units = independent_units(group_keys(store.ids, store.groups)[rows])
@@ -80,11 +90,16 @@ def _draw(store: FeatureStore, options: FoldOptions, number: int, *, choosing: b
             f"--shots {options.shots}, draw {number}: nothing is left to test on, since no group may both train and "
             f"test, and {len(set(units[taken].tolist()))} of {units.max() + 1} groups train; give fewer --shots"
         )
-    return _with_held_out(store, options, DRAW, number, rows[tested], rows[taken], choosing=choosing)
+    return _with_held_out(
+        store, options, DRAW, number, rows[tested], rows[taken], choosing=choosing
+    )
 
 
-def folds_of(store: FeatureStore, options: FoldOptions, seed: int, *, choosing: bool = True) -> list[Fold]:
-    """The folds of a seed. InputError for what cannot be divided so, naming the class, the group or the fold."""
+def folds_of(
+    store: FeatureStore, options: FoldOptions, seed: int, *, choosing: bool = True
+) -> list[Fold]:
+    """The folds of a seed. InputError for what cannot be divided so, naming the class, the group or
+    the fold."""
     rows = rows_of(store, options)
     folds = []
     for name, test in _tests(store, options, rows, seed):
@@ -107,7 +122,9 @@ def _with_held_out(
     """The fold with the part of its training rows `others` that chooses; none if not `choosing`."""
     keys, missing = group_keys(store.ids, store.groups), options.allow_missing_classes
     if choosing:
-        held_out = hold_out(store, others, options.val_fraction, seed, allow_missing=missing)[others]
+        held_out = hold_out(store, others, options.val_fraction, seed, allow_missing=missing)[
+            others
+        ]
         if has_groups(keys[np.concatenate([test, others])]) and len(set(keys[others])) < 2:
             raise InputError(
                 f"fold {name}: all it has to train on is one group, and groups are not split to choose the epoch; "
@@ -127,7 +144,9 @@ def _with_held_out(
     return Fold(name, seed, test, others, held_out)
 
 
-def _tests(store: FeatureStore, options: FoldOptions, rows: np.ndarray, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+def _tests(
+    store: FeatureStore, options: FoldOptions, rows: np.ndarray, seed: int
+) -> Iterator[tuple[str, np.ndarray]]:
     """Names of the folds, and the rows that each tests."""
     labels, keys = store.labels[rows], group_keys(store.ids, store.groups)[rows]
     names, groups = np.unique(keys, return_inverse=True)
@@ -151,16 +170,24 @@ def _tests(store: FeatureStore, options: FoldOptions, rows: np.ndarray, seed: in
             f"{max(sizes.min(), 2)}, or more videos of it"
         )
     if has_groups(keys) and len(names) < count:
-        raise InputError(f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group")
+        raise InputError(
+            f"--folds {count}: there are {len(names)} groups, which are not split; give --folds group"
+        )
     kind, units = (StratifiedGroupKFold, groups) if has_groups(keys) else (StratifiedKFold, None)
-    for number, (_, test) in enumerate(kind(count, shuffle=True, random_state=seed).split(rows, labels, units)):
+    for number, (_, test) in enumerate(
+        kind(count, shuffle=True, random_state=seed).split(rows, labels, units)
+    ):
         yield str(number), rows[test]
 
 
 def describe_folds(store: FeatureStore, folds: list[Fold]) -> str:
     """What is divided how; and the folds that do not test every class, which is no error."""
     every = {label for fold in folds for label in store.labels[fold.test].tolist()}
-    lacking = [f"{fold.name} of seed {fold.seed}" for fold in folds if len(set(store.labels[fold.test])) < len(every)]
+    lacking = [
+        f"{fold.name} of seed {fold.seed}"
+        for fold in folds
+        if len(set(store.labels[fold.test])) < len(every)
+    ]
     words = f"; {len(lacking)} test not every class: {', '.join(lacking[:3])}" if lacking else ""
     if folds[0].name == DRAW:
         (shots,) = set(np.bincount(store.labels[folds[0].train]).tolist()) - {0}

@@ -1,9 +1,11 @@
-"""Several configurations trained in one pass over the features: each batch is gathered once and feeds all models.
+"""Several configurations trained in one pass over the features: each batch is gathered once and
+feeds all models.
 
     batch -> model 1, model 2, ... model k        the same videos, seed, frames, batch size and epochs
 
-A configuration is an `Options` of `aggregate.train` and gives what that command gives for it, bit for bit (on one
-machine, with one number of threads): the same start, batches, dropout and choice of the best epoch.
+A configuration is an `Options` of `aggregate.train` and gives what that command gives for it, bit
+for bit (on one machine, with one number of threads): the same start, batches, dropout and choice of
+the best epoch.
 """
 
 import functools
@@ -36,15 +38,17 @@ from extract.store import FeatureStore
 
 @dataclass(frozen=True)
 class Result:
-    """A finished configuration. `places` int32 [3, N]: of each validation video its row of the store and the rank of
-    its true label with the segments of training and with all; None for a model that diverged."""
+    """A finished configuration. `places` int32 [3, N]: of each validation video its row of the
+    store and the rank of its true label with the segments of training and with all; None for a
+    model that diverged."""
 
     row: dict[str, Any]
     places: np.ndarray | None
 
 
 class GridTrainer:
-    """Trains configurations that share a pass. Features it has read once it keeps for the next pass.
+    """Trains configurations that share a pass. Features it has read once it keeps for the next
+    pass.
 
     `log` gets what `init` carried over, each text once.
     """
@@ -68,20 +72,23 @@ class GridTrainer:
         """Those of `rows`, from what is held where they are among it."""
         held = self._held.get(training)
         if held is None or not np.isin(rows, held.rows).all():
-            held = StoredFeatures(self.store, rows, device=self.device, placement=self.placement, training=training)
+            held = StoredFeatures(
+                self.store, rows, device=self.device, placement=self.placement, training=training
+            )
             self._held[training] = held
         return held.subset(rows)
 
     def hold(self, rows: np.ndarray) -> None:
-        """Read all of `rows` once, to train and to test on; where both see the same views, into one place."""
+        """Read all of `rows` once, to train and to test on; where both see the same views, into one
+        place."""
         testing = self._features(rows, training=False)
         if np.array_equal(training_views(self.store), testing.views):
             self._held[True] = testing
         self._features(rows, training=True)
 
     def vectors(self, rows: np.ndarray, segments: int, vector: str) -> np.ndarray:
-        """A vector per video of `rows`, which `hold` has read (`probes.video_vectors`). RunError if one is not finite,
-        though its video did not fail."""
+        """A vector per video of `rows`, which `hold` has read (`probes.video_vectors`). RunError if
+        one is not finite, though its video did not fail."""
         held = self._held[False]
         if (segments, vector) not in self._vectors:
             every = video_vectors(held, segments, vector)
@@ -92,18 +99,29 @@ class GridTrainer:
     def log_init(self, configurations: Sequence[Configuration]) -> None:
         """Log what each kind of model takes over from `init`, if other processes train them."""
         for one in {one.options.agg: one for one in configurations}.values():
-            one.learner(self.store, self.device, init=self.init, log=self._log_once, labels=np.empty(0, int))
+            one.learner(
+                self.store, self.device, init=self.init, log=self._log_once, labels=np.empty(0, int)
+            )
 
     def begin(
         self, share: Sequence[Configuration], rows: np.ndarray, val_rows: np.ndarray
     ) -> tuple[list[Learner], CachedFeatures]:
-        """Learners of `share` and the batches that they share: to train on `rows`, and those that validate."""
-        training, testing = self._features(rows, training=True), self._features(val_rows, training=False)
+        """Learners of `share` and the batches that they share: to train on `rows`, and those that
+        validate."""
+        training, testing = (
+            self._features(rows, training=True),
+            self._features(val_rows, training=False),
+        )
         how: dict[str, Any] = {"init": self.init, "log": self._log_once, "labels": training.labels}
-        return [one.learner(self.store, self.device, **how) for one in share], share[0].source(training, testing)
+        return [one.learner(self.store, self.device, **how) for one in share], share[0].source(
+            training, testing
+        )
 
-    def run(self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None) -> list[Result]:
-        """Train `share` in one pass and test each at its best epoch, with the segments of training and with all."""
+    def run(
+        self, share: Sequence[Configuration], on_step: Callable[[], object] = lambda: None
+    ) -> list[Result]:
+        """Train `share` in one pass and test each at its best epoch, with the segments of training
+        and with all."""
         started = time.perf_counter()
         rows, val_rows, _ = choose_rows(self.store, share[0].options, share[0].options.seed)
         learners, source = self.begin(share, rows, val_rows)
@@ -112,15 +130,29 @@ class GridTrainer:
         alive = [learner for learner in learners if not learner.lost]
         for learner in alive:
             learner.load_best()
-        models, segments = [learner.model for learner in alive], (source.frames, self.store.frames_per_video)
+        models, segments = (
+            [learner.model for learner in alive],
+            (source.frames, self.store.frames_per_video),
+        )
         tested = [source.validate(models, count) if alive else [] for count in segments]
-        ranked = [[ranks(scores, source.labels) for scores in two] for two in zip(*tested, strict=True)]
-        measured = {one: _measured(one, two, source) for one, two in zip(alive, ranked, strict=True)}
-        places = {one: np.stack([val_rows, *two]).astype(np.int32) for one, two in zip(alive, ranked, strict=True)}
+        ranked = [
+            [ranks(scores, source.labels) for scores in two] for two in zip(*tested, strict=True)
+        ]
+        measured = {
+            one: _measured(one, two, source) for one, two in zip(alive, ranked, strict=True)
+        }
+        places = {
+            one: np.stack([val_rows, *two]).astype(np.int32)
+            for one, two in zip(alive, ranked, strict=True)
+        }
         wall, stepping = time.perf_counter() - started, sum(learner.seconds for learner in learners)
         results = []
         for one, learner in zip(share, learners, strict=True):
-            row = describe(one, self.store) | {"status": learner.lost or "done"} | measured.get(learner, {})
+            row = (
+                describe(one, self.store)
+                | {"status": learner.lost or "done"}
+                | measured.get(learner, {})
+            )
             # A pass is timed as a whole; a model's part of it is as its steps' of all steps.
             row["seconds"] = round(wall * learner.seconds / max(stepping, 1e-9), 3)
             row |= {"pass_seconds": round(wall, 3), "pass_models": len(share)}
@@ -137,7 +169,8 @@ def open_trainer(
     init: Path | None = None,
     rows: np.ndarray | None = None,
 ) -> GridTrainer:
-    """The trainer of one of `processes`: several of them map the store, and the page cache holds it once.
+    """The trainer of one of `processes`: several of them map the store, and the page cache holds it
+    once.
 
     `rows` are read at once, for all that is trained.
     """
@@ -159,32 +192,38 @@ def _discard(text: str) -> None:
 
 
 def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
-    """Proportional to the time that small batches take: parameters times epochs. A probe is fast."""
+    """Proportional to the time that small batches take: parameters times epochs. A probe is
+    fast."""
     with torch.device("meta"):
         return sum(
-            one.recipe.epochs * sum(parameter.numel() for parameter in one.model(store).parameters())
+            one.recipe.epochs
+            * sum(parameter.numel() for parameter in one.model(store).parameters())
             for one in configurations
             if isinstance(one, Configuration)
         )
 
 
 def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures) -> dict[str, Any]:
-    """The measured columns of a learner at its best epoch: `ranked` are the places of the true labels with few segments
-    and with all."""
+    """The measured columns of a learner at its best epoch: `ranked` are the places of the true
+    labels with few segments and with all."""
     row: dict[str, Any] = {"best_epoch": learner.best_epoch}
     for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
-        summary = summarise_places(places, source.labels, len(source.testing.store.classes), source.groups)
+        summary = summarise_places(
+            places, source.labels, len(source.testing.store.classes), source.groups
+        )
         for name in ("top1", "top5", "average_error"):
             row |= getattr(summary, name).columns(f"{name}_{suffix}")
     return row | dict.fromkeys(ATTENTION) | source.attention(learner.model)
 
 
 def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
-    """The columns that say what a configuration is: its options as they came out, its size and its cost.
+    """The columns that say what a configuration is: its options as they came out, its size and its
+    cost.
 
-    `parameters` are all that are trained, `aggregator_parameters` those before the classifier. `madds` are the
-    aggregator's multiplications and additions of one video with all stored segments, counted on what runs;
-    `madds_table2` by the paper's formulas, for those that have one. None where an option means nothing.
+    `parameters` are all that are trained, `aggregator_parameters` those before the classifier.
+    `madds` are the aggregator's multiplications and additions of one video with all stored
+    segments, counted on what runs; `madds_table2` by the paper's formulas, for those that have one.
+    None where an option means nothing.
     """
     with torch.device("meta"):
         model = one.model(store)
@@ -193,7 +232,9 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     flags = {flag: model.options.get(flag) if flag in own else None for flag in HEAD_FLAGS}
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
-        flags["m1"] = len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8  # type: ignore
+        flags["m1"] = (
+            len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8
+        )  # type: ignore
         table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
     recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardise")

@@ -3,8 +3,8 @@
     inner run    train on `train` without `held_out`, validate on `held_out`: chooses the epoch and the options
     outer run    train on `train` as far as that epoch, test on `test`
 
-With the same batches and options, a model is the one that `aggregate.train` alone makes of them, bit for bit (on one
-machine, with one number of threads).
+With the same batches and options, a model is the one that `aggregate.train` alone makes of them,
+bit for bit (on one machine, with one number of threads).
 """
 
 import math
@@ -38,15 +38,20 @@ class FoldTask:
 
     @property
     def row(self) -> dict[str, Any]:
-        return {"seed": self.fold.seed, "fold": self.fold.name, "agg": self.agg, "videos": len(self.fold.test)}
+        return {
+            "seed": self.fold.seed,
+            "fold": self.fold.name,
+            "agg": self.agg,
+            "videos": len(self.fold.test),
+        }
 
 
 def score_fold(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], np.ndarray]:
     """The row that is recorded, and logits float32 [segments, N, C] of the fold's `test`.
 
-    If several candidates of a head are tried, the row has `as_reported` too: of each the number of test videos that
-    are right after its last epoch, which is what papers choose by. RunError if every candidate diverges in the inner
-    run, or the chosen one in the outer run.
+    If several candidates of a head are tried, the row has `as_reported` too: of each the number of
+    test videos that are right after its last epoch, which is what papers choose by. RunError if
+    every candidate diverges in the inner run, or the chosen one in the outer run.
     """
     if task.agg in PROBES:
         return _score_probe(trainer, task)
@@ -69,7 +74,9 @@ def score_fold(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], np
                 (logits,) = source.validate([learner.model], segments[-1])
                 as_reported[one.name] = int((ranks(logits, source.labels) == 0).sum())
     if not tested or np.isnan(tested[0]).all():
-        raise RunError(f"fold {fold.name}, seed {fold.seed}: {chosen.name} diverged; a smaller --lr may help")
+        raise RunError(
+            f"fold {fold.name}, seed {fold.seed}: {chosen.name} diverged; a smaller --lr may help"
+        )
     row = task.row | {"options": chosen.name, "epoch": epoch, "inner_error": error}
     return row | ({"as_reported": as_reported} if as_reported else {}), np.stack(tested)
 
@@ -89,8 +96,16 @@ def _score_probe(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], 
         chosen = probes[min(range(len(probes)), key=measured.__getitem__)]
         error = min(measured)[0]
     model = chosen.fit(trainer.vectors(fold.train, stored, task.vector), labels[fold.train])
-    tested = [model.logits(trainer.vectors(fold.test, count, task.vector), classes) for count in task.segments]
-    row = {"options": chosen.name, "epoch": None, "inner_error": error, "converged": model.converged}
+    tested = [
+        model.logits(trainer.vectors(fold.test, count, task.vector), classes)
+        for count in task.segments
+    ]
+    row = {
+        "options": chosen.name,
+        "epoch": None,
+        "inner_error": error,
+        "converged": model.converged,
+    }
     return task.row | row, np.stack(tested)
 
 
@@ -100,11 +115,14 @@ def _in_fold(one: Any, fold: Fold, videos: int) -> Configuration:
 
 
 def _choose(trainer: GridTrainer, task: FoldTask) -> tuple[Configuration, int, float]:
-    """The candidate and the epoch with the least error on `held_out` (of equals the least cross-entropy), and it."""
+    """The candidate and the epoch with the least error on `held_out` (of equals the least
+    cross-entropy), and it."""
     fold = task.fold
     inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
     candidates = [_in_fold(one, fold, len(inner)) for one in task.candidates]
-    order = {one: place for place, one in enumerate(candidates)}  # decides last, so that --at-once changes nothing
+    order = {
+        one: place for place, one in enumerate(candidates)
+    }  # decides last, so that --at-once changes nothing
     best = ((math.inf, math.inf), 0, 0)
     for share in in_passes(candidates, at_once=task.at_once):
         learners, source = trainer.begin(share, inner, held_out)
@@ -114,7 +132,9 @@ def _choose(trainer: GridTrainer, task: FoldTask) -> tuple[Configuration, int, f
                     best = min(best, (_measure(learner.scores, source.labels), epoch, order[one]))
     (error, _), epoch, place = best
     if math.isinf(error):
-        raise RunError(f"fold {fold.name}, seed {fold.seed}: every {task.agg} diverged; a smaller --lr may help")
+        raise RunError(
+            f"fold {fold.name}, seed {fold.seed}: every {task.agg} diverged; a smaller --lr may help"
+        )
     return candidates[place], epoch, error
 
 

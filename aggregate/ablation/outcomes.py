@@ -31,7 +31,8 @@ SCHEMA = "hgnl-crossval/1"
 
 
 class Outcomes(NamedTuple):
-    """What one aggregator predicted for N videos with some number of segments, by each of S seeds or draws."""
+    """What one aggregator predicted for N videos with some number of segments, by each of S seeds
+    or draws."""
 
     places: np.ndarray  # int [S, N]: the rank of the true label, C for a video that failed
     predicted: np.ndarray  # int [S, N]: the class that ranks first, C for a video that failed
@@ -46,12 +47,15 @@ def report(
     folds: Sequence[Fold],
     records: "Records",
 ) -> None:
-    """Write AGG.h5 and results.json; print the tables. `options` are those of aggregate.crossval."""
+    """Write AGG.h5 and results.json; print the tables. `options` are those of
+    aggregate.crossval."""
     labels, classes = store.labels[rows], len(store.classes)
     seeds, aggs = list(dict.fromkeys(fold.seed for fold in folds)), list(dict.fromkeys(options.agg))
     groups = group_keys(store.ids, store.groups)[rows]
     baseline = "tsn" if "tsn" in aggs else aggs[0]
-    how = {"seeds": seeds} if options.shots is None else {"shots": options.shots, "draws": len(seeds)}
+    how = (
+        {"seeds": seeds} if options.shots is None else {"shots": options.shots, "draws": len(seeds)}
+    )
     outcomes: dict[str, list[Outcomes]] = {}  # for each of `segments`
     for agg in aggs:
         source = {"model": agg, "folds": options.folds, "features": store.provenance} | how
@@ -61,7 +65,9 @@ def report(
         save_scores(
             options.out / f"{agg}.h5",
             [
-                Scores(ids, store.classes, mean[seen], labels[seen], source, count, groups=groups[seen])
+                Scores(
+                    ids, store.classes, mean[seen], labels[seen], source, count, groups=groups[seen]
+                )
                 for count, mean in zip(segments, means, strict=True)
             ],
         )
@@ -81,7 +87,9 @@ def report(
         "features": options.features,
         "videos": int(tested.sum()),
         "classes": classes,
-        "resampled": describe_units(int(independent_units(groups[tested]).max()) + 1, int(tested.sum())),
+        "resampled": describe_units(
+            int(independent_units(groups[tested]).max()) + 1, int(tested.sum())
+        ),
         "by": options.folds,
         "shots": options.shots,
         "folds": list(dict.fromkeys(fold.name for fold in folds)),
@@ -91,7 +99,9 @@ def report(
     }
     replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
     files = ", ".join(str(options.out / one["scores"]) for one in heads)
-    print(f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean): {files}")
+    print(
+        f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean): {files}"
+    )
 
 
 def _collect(
@@ -102,8 +112,8 @@ def _collect(
     records: "Records",
     agg: str,
 ) -> tuple[list[Outcomes], np.ndarray]:
-    """The outcomes for each of `segments`, and the mean logits float32 [segments, N, C] of the seeds that tested a
-    video."""
+    """The outcomes for each of `segments`, and the mean logits float32 [segments, N, C] of the
+    seeds that tested a video."""
     labels, classes = store.labels[rows], len(store.classes)
     sums = np.zeros((len(segments), len(rows), classes), np.float32)
     places, predicted, tested = [], [], []
@@ -133,20 +143,28 @@ def _collect(
 def measures(
     ours: Outcomes, baseline: Outcomes | None, labels: np.ndarray, classes: int, groups: np.ndarray
 ) -> dict[str, Any]:
-    """Means over seeds (or draws) with bootstrap intervals over `groups` [N]; of top-1 and macro F1 also Student's
-    interval over seeds, and of top-1 the difference to the `baseline`'s, paired over videos."""
+    """Means over seeds (or draws) with bootstrap intervals over `groups` [N]; of top-1 and macro F1
+    also Student's interval over seeds, and of top-1 the difference to the `baseline`'s, paired over
+    videos."""
     first = ours.places == 0
     outcomes = {
         "top1": first,
         "top5": ours.places < min(5, classes),
         "average_error": challenge_errors(ours.places, classes),
     }
-    measured = {name: asdict(_over_videos(values, ours.tested, groups)) for name, values in outcomes.items()}
+    measured = {
+        name: asdict(_over_videos(values, ours.tested, groups)) for name, values in outcomes.items()
+    }
     by_class = bootstrap_by_class(ours.predicted, labels, classes, ours.tested, groups)
     measured |= {name: asdict(interval) for name, (interval, _) in by_class.items()}
-    by_seed = {"top1": [float(right[seen].mean()) for right, seen in zip(first, ours.tested, strict=True)]}
+    by_seed = {
+        "top1": [float(right[seen].mean()) for right, seen in zip(first, ours.tested, strict=True)]
+    }
     by_seed["macro_f1"] = by_class["macro_f1"][1]
-    over = {name: asdict(over_seeds(values)) if len(values) > 1 else None for name, values in by_seed.items()}
+    over = {
+        name: asdict(over_seeds(values)) if len(values) > 1 else None
+        for name, values in by_seed.items()
+    }
     gained = None if baseline is None else first.astype(float) - (baseline.places == 0)
     difference = None if gained is None else asdict(_over_videos(gained, ours.tested, groups))
     return measured | {
@@ -158,7 +176,8 @@ def measures(
 
 
 def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> Interval:
-    """The mean of `values` [S, N] over what was tested, with the bootstrap interval over groups of videos."""
+    """The mean of `values` [S, N] over what was tested, with the bootstrap interval over groups of
+    videos."""
     if tested.all():
         return bootstrap(values.mean(axis=0), groups)
     units = np.broadcast_to(independent_units(groups), tested.shape)
@@ -166,7 +185,8 @@ def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> 
 
 
 def as_reported(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best candidate by its top-1 on the tested videos themselves, as papers report grids; nothing without a grid.
+    """The best candidate by its top-1 on the tested videos themselves, as papers report grids;
+    nothing without a grid.
 
     A candidate that diverged in a fold does not count.
     """
@@ -187,7 +207,13 @@ def table(results: dict[str, Any]) -> str:
         return "" if interval is None else format(Interval(**interval), sign)
 
     unit = "seeds" if results["shots"] is None else "draws"
-    columns = ("top-1 %", f"over {unit}", "top-5 %", "average error %", f"top-1 - {results['baseline']}'s")
+    columns = (
+        "top-1 %",
+        f"over {unit}",
+        "top-5 %",
+        "average error %",
+        f"top-1 - {results['baseline']}'s",
+    )
     lines = [["", "segments", *columns]]
     by_class = [["", "segments", "mean class %", "macro F1 %", f"over {unit}"]]
     for head, count in itertools.product(results["heads"], results["heads"][0]["segments"]):

@@ -2,8 +2,8 @@
 
     parent    tasks, longest first -> [ process 1 | process 2 | ... ] -> results, as they end -> the folder's records
 
-Steps on small batches gain nothing from a second thread. Only the parent writes. Processes ignore Ctrl-C, which is the
-parent's to decide, and die with it, also after a kill -9.
+Steps on small batches gain nothing from a second thread. Only the parent writes. Processes ignore
+Ctrl-C, which is the parent's to decide, and die with it, also after a kill -9.
 """
 
 import os
@@ -25,19 +25,23 @@ _process: dict[str, Any] = {}  # in a child: `prepare`, and once it was called i
 
 
 def prepare_environment() -> None:
-    """Settings that PyTorch reads when it is loaded; call this before. Child processes inherit them.
+    """Settings that PyTorch reads when it is loaded; call this before. Child processes inherit
+    them.
 
-    Threads that wait for each other must not spin: on a busy machine that took 14 times the CPU time. Large tensors in
-    huge pages: a step of a large head otherwise spends a third of its time on page faults.
+    Threads that wait for each other must not spin: on a busy machine that took 14 times the CPU
+    time. Large tensors in huge pages: a step of a large head otherwise spends a third of its time
+    on page faults.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def plan_processes(tasks: int, device: str) -> tuple[int, int]:
-    """How many processes for so many tasks, and threads of each. A GPU is used by this process alone.
+    """How many processes for so many tasks, and threads of each. A GPU is used by this process
+    alone.
 
-    Both are functions of all tasks of a command, not of those that are left: a resumed run has the same bits.
+    Both are functions of all tasks of a command, not of those that are left: a resumed run has the
+    same bits.
     """
     from extract.device import choose_device
 
@@ -56,10 +60,11 @@ def run_side_by_side(
     processes: int,
     threads: int,
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with `work(prepare(), task)`, as they end; `prepare` is called once in each process.
+    """Each task with `work(prepare(), task)`, as they end; `prepare` is called once in each
+    process.
 
-    With one process everything happens in this one. An error of a task is raised here and ends the others; RunError if
-    a process dies.
+    With one process everything happens in this one. An error of a task is raised here and ends the
+    others; RunError if a process dies.
     """
     if processes == 1 or not tasks:
         state = prepare() if tasks else None

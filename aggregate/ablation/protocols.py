@@ -17,7 +17,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "standardise": ("false",),
         "epochs": (100,),
     },
-    # facebookresearch/vjepa2: the attentive probe of 4 blocks and 16 heads over a grid of rates and decays.
+    # facebookresearch/vjepa2: the attentive probe of 4 blocks and 16 heads over a grid of rates and
+    # decays.
     "vjepa2": {
         "agg": ("attentive",),
         "depth": (4,),
@@ -36,7 +37,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def protocol_in(args: Sequence[str]) -> str | None:
-    """The value of --protocol on a command line, which sets the defaults that the others are parsed against."""
+    """The value of --protocol on a command line, which sets the defaults that the others are parsed
+    against."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--protocol")
     return parser.parse_known_args([one for one in args if one != "--"])[0].protocol
@@ -48,7 +50,9 @@ def describe_protocol(name: str, options: Any) -> str:
     kept = {key: value for key, value in values.items() if getattr(options, key) == value}
     lines = [f"{name}: {', '.join(f'{_flag(key)} {_text(value)}' for key, value in kept.items())}"]
     for key in values.keys() - kept.keys():
-        lines.append(f"NOT {name}'s: {_flag(key)} {_text(getattr(options, key))} ({name}: {_text(values[key])})")
+        lines.append(
+            f"NOT {name}'s: {_flag(key)} {_text(getattr(options, key))} ({name}: {_text(values[key])})"
+        )
     return "\n          ".join([lines[0], *sorted(lines[1:])])
 
 

@@ -1,4 +1,5 @@
-"""Finished results in a folder that belongs to one set of options and one feature store, one process at a time."""
+"""Finished results in a folder that belongs to one set of options and one feature store, one
+process at a time."""
 
 import contextlib
 import hashlib
@@ -24,20 +25,26 @@ Key = tuple[Any, ...]
 
 
 class Records:
-    """Of each result a row, a line of JSON appended whole to results.jsonl, and an array in a file of its own.
+    """Of each result a row, a line of JSON appended whole to results.jsonl, and an array in a file
+    of its own.
 
-    `rows` are the rows by what stands in their columns `by`. `options` are those of the command with the folder as
-    `out`; `kind` names its results. InputError for a folder of other options or contents, or of anything else.
+    `rows` are the rows by what stands in their columns `by`. `options` are those of the command
+    with the folder as `out`; `kind` names its results. InputError for a folder of other options or
+    contents, or of anything else.
     """
 
-    def __init__(self, options: Any, store: FeatureStore, *, by: tuple[str, ...], kind: str) -> None:
+    def __init__(
+        self, options: Any, store: FeatureStore, *, by: tuple[str, ...], kind: str
+    ) -> None:
         self.out, self._by = options.out, by
         self.rows: dict[Key, dict[str, Any]] = {}
         self._written_as: dict[Key, str] = {}
         self._name = self.out / "results.jsonl"
         others = {path.name for path in self.out.glob("*") if not is_leftover(path.name)}
         if others - {"options.json", "places", LOCK} and not self._name.exists():
-            raise InputError(f"--out {self.out} is not empty and holds no {kind}; give another name")
+            raise InputError(
+                f"--out {self.out} is not empty and holds no {kind}; give another name"
+            )
         contents = {
             "contents_of_features": contents_of(store),
             "contents_of_init": sha256_of(getattr(options, "init", None)),
@@ -55,11 +62,15 @@ class Records:
     def _open(self, wanted: dict[str, Any]) -> None:
         """Read what is done, write the options."""
         content = self._name.read_bytes()
-        whole = content[: content.rfind(b"\n") + 1]  # the end of a line that a kill cut off is no result
+        whole = content[
+            : content.rfind(b"\n") + 1
+        ]  # the end of a line that a kill cut off is no result
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self.out, wanted)
-            say_other_version(json.loads((self.out / "options.json").read_text(encoding="utf-8"))["version"])
+            say_other_version(
+                json.loads((self.out / "options.json").read_text(encoding="utf-8"))["version"]
+            )
         replace_file(self.out / "options.json", json.dumps(wanted, indent=1) + "\n")
         for line in map(json.loads, whole.splitlines()):
             self._keep(line["row"], line["key"])
@@ -91,4 +102,7 @@ class Records:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._held.close()
         if kind is KeyboardInterrupt:
-            print(f"\nstopped; {self.out} holds {len(self.rows)} results, the same command goes on", flush=True)
+            print(
+                f"\nstopped; {self.out} holds {len(self.rows)} results, the same command goes on",
+                flush=True,
+            )

@@ -1,4 +1,5 @@
-"""Batches from a feature store: random segments to train on, fixed ones to test on, built ahead of the step.
+"""Batches from a feature store: random segments to train on, fixed ones to test on, built ahead of
+the step.
 
     cached frames   0 1 2 3 4 5 6 7 | 8 9 ... 15 | 16 ... 24      T = 25 (fewer where a short video repeats frames)
     training, n=3         5                11           20          a random one of each segment, from a random view
@@ -28,7 +29,8 @@ Placement = Literal["auto", "device", "memory", "mmap"]
 Item = TypeVar("Item")
 
 BATCHES_PREFETCHED = 3
-# `auto` copies into memory what is smaller; a larger store stays on disk, mapped, and the page cache decides.
+# `auto` copies into memory what is smaller; a larger store stays on disk, mapped, and the page
+# cache decides.
 _MEMORY_LIMIT = 1 << 30
 # Of a GPU's free memory `auto` gives this to features: all of Kinetics-700's (56 GB) fit into 80.
 _GPU_SHARE = 0.8
@@ -36,7 +38,8 @@ _GPU_SHARE = 0.8
 
 @dataclass(frozen=True)
 class Batch:
-    """x [B, n, D] half precision, mask bool [B, n] or None where all count, labels int64 [B]; rows of the store [B]."""
+    """x [B, n, D] half precision, mask bool [B, n] or None where all count, labels int64 [B]; rows
+    of the store [B]."""
 
     x: Tensor
     mask: Tensor | None
@@ -47,9 +50,10 @@ class Batch:
 class StoredFeatures:
     """The videos `rows` of a store, with their features on the device, in memory, or memory-mapped.
 
-    `placement` is what was taken, `words` says it with its reason. Videos that failed in extraction are left out of
-    tests and may not be trained on. Raises InputError where there is no row, where more frames are asked for than are
-    stored, and RunError for a video that is not extracted yet, naming it.
+    `placement` is what was taken, `words` says it with its reason. Videos that failed in extraction
+    are left out of tests and may not be trained on. Raises InputError where there is no row, where
+    more frames are asked for than are stored, and RunError for a video that is not extracted yet,
+    naming it.
     """
 
     def __init__(
@@ -92,7 +96,8 @@ class StoredFeatures:
         self.rows, self._at = rows, at  # of the store, and in what is held
         self.labels = self.store.labels[rows].astype(np.int64)
         self.good = self.store.usable[rows]
-        # A video shorter than its slots repeats frames; all others are spared the search for repeats.
+        # A video shorter than its slots repeats frames; all others are spared the search for
+        # repeats.
         self._short = self.store.num_frames[rows] < self.store.frames_per_video
 
     def subset(self, rows: np.ndarray) -> "StoredFeatures":
@@ -108,25 +113,37 @@ class StoredFeatures:
     def train_batches(
         self, *, epoch: int, frames: int, batch_size: int, seed: int, balanced: bool = False
     ) -> Iterator[Batch]:
-        """One epoch in random order, `frames` random segments of each video, ready before they are needed.
+        """One epoch in random order, `frames` random segments of each video, ready before they are
+        needed.
 
-        If `balanced`, an epoch is as long and has as many videos of each class: of large classes a random part, those
-        of small ones several times.
+        If `balanced`, an epoch is as long and has as many videos of each class: of large classes a
+        random part, those of small ones several times.
         """
         self._check_frames(frames)
         rng = np.random.default_rng((seed, epoch, 0))
         order = balanced_order(self.labels, rng) if balanced else rng.permutation(len(self))
         # Row i belongs to video i, whatever the number of videos.
-        draws = np.random.default_rng((seed, epoch, 1)).random((len(self), frames + 1), dtype=np.float32)
+        draws = np.random.default_rng((seed, epoch, 1)).random(
+            (len(self), frames + 1), dtype=np.float32
+        )
         view = (draws[:, -1] * len(self.views)).astype(np.int64)
         batches = in_batches(order, batch_size)
-        return prefetched(self._batch(places, frames, view[places], draws[places, :-1]) for places in batches)
+        return prefetched(
+            self._batch(places, frames, view[places], draws[places, :-1]) for places in batches
+        )
 
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
-        """Videos that did not fail, in order; of each batch one `Batch` a view, of the middles of `frames` segments."""
+        """Videos that did not fail, in order; of each batch one `Batch` a view, of the middles of
+        `frames` segments."""
         self._check_frames(frames)
-        batches, views = in_batches(np.flatnonzero(self.good), batch_size), np.arange(len(self.views))
-        return prefetched([self._batch(rows, frames, view.repeat(len(rows))) for view in views] for rows in batches)
+        batches, views = (
+            in_batches(np.flatnonzero(self.good), batch_size),
+            np.arange(len(self.views)),
+        )
+        return prefetched(
+            [self._batch(rows, frames, view.repeat(len(rows))) for view in views]
+            for rows in batches
+        )
 
     def _check_frames(self, frames: int) -> None:
         stored = self.store.frames_per_video
@@ -135,7 +152,9 @@ class StoredFeatures:
                 f"{frames} segments asked for; {self.store.path} holds {stored} frames a video (extract --frames)"
             )
 
-    def _batch(self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None = None) -> Batch:
+    def _batch(
+        self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None = None
+    ) -> Batch:
         """`draws` float32 [B, n] below 1 choose within the segments; None takes the middles."""
         rows, stored = self.rows[places], self.store.frames_per_video
         stored_view = self.views[view]
@@ -143,10 +162,13 @@ class StoredFeatures:
         mask = None
         short = np.flatnonzero(self._short[places])
         if len(short):
-            # Segments are laid over the distinct frames only, so that a repeat stands in no frame's place.
+            # Segments are laid over the distinct frames only, so that a repeat stands in no frame's
+            # place.
             new = self.store.mask(rows[short], np.arange(stored), stored_view[short])
             distinct = np.argsort(~new, axis=1, kind="stable")
-            chosen = _slots(np.maximum(new.sum(axis=1), 1), frames, None if draws is None else draws[short])
+            chosen = _slots(
+                np.maximum(new.sum(axis=1), 1), frames, None if draws is None else draws[short]
+            )
             slots[short] = np.take_along_axis(distinct, chosen, axis=1)
             mask = self.store.mask(rows, slots, stored_view)
             if mask.all():
@@ -162,7 +184,9 @@ class StoredFeatures:
         if self._held is None:
             return self._there(self.store.gather(self.rows[places], slots, self.views[view]))
         index = (self._at[places][:, None], view[:, None], slots)
-        if self._held.device.type == "cpu":  # numpy copies in one thread, which beside training is the faster way
+        if (
+            self._held.device.type == "cpu"
+        ):  # numpy copies in one thread, which beside training is the faster way
             return self._there(self._held.numpy()[index])
         at, seen, frames = self._there(np.stack(np.broadcast_arrays(*index))).unbind()
         return self._held[at, seen, frames]
@@ -172,14 +196,16 @@ class StoredFeatures:
 
 
 def there(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`. A GPU copies from pinned memory when it comes to it, so that nobody waits for the steps before."""
+    """On `device`. A GPU copies from pinned memory when it comes to it, so that nobody waits for
+    the steps before."""
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many places as there are labels [N], in random order, with the same number of each class (or one more)."""
+    """As many places as there are labels [N], in random order, with the same number of each class
+    (or one more)."""
     present = rng.permutation(np.unique(labels))
     shares = np.diff(np.arange(len(present) + 1) * len(labels) // len(present))
     places = []
@@ -203,11 +229,14 @@ def training_views(store: FeatureStore) -> np.ndarray:
 
 def evaluation_views(store: FeatureStore) -> np.ndarray:
     """The crops whose logits a test averages: all views but the augmented passes."""
-    return np.array([place for place, name in enumerate(store.views) if not name.startswith("augment_")])
+    return np.array(
+        [place for place, name in enumerate(store.views) if not name.startswith("augment_")]
+    )
 
 
 def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndarray:
-    """Places among `counts` [B] frames: int64 [B, n], the middle of each of n segments, or where `draws` falls."""
+    """Places among `counts` [B] frames: int64 [B, n], the middle of each of n segments, or where
+    `draws` falls."""
     if draws is None:
         middles = {int(count): segment_centres(int(count), frames) for count in np.unique(counts)}
         return np.stack([middles[int(count)] for count in counts])
@@ -227,13 +256,17 @@ def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str,
         elif size <= _MEMORY_LIMIT:
             chosen, reason = "memory", f"less than {human_bytes(_MEMORY_LIMIT)}"
         else:
-            chosen, reason = "mmap", f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache"
+            chosen, reason = (
+                "mmap",
+                f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache",
+            )
     where = {"device": f"on {device}", "memory": "in memory", "mmap": "memory-mapped"}[chosen]
     return chosen, f"{human_bytes(size)} {where} ({reason})"
 
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:
-    """The same items, made by a thread up to `depth` before they are asked for; its error is raised here."""
+    """The same items, made by a thread up to `depth` before they are asked for; its error is raised
+    here."""
     iterator, done = iter(items), object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches-ahead")
     try:

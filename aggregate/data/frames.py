@@ -1,4 +1,5 @@
-"""Batches from videos, for end-to-end training and its test: decoded by extraction's own children and deadlines."""
+"""Batches from videos, for end-to-end training and its test: decoded by extraction's own children
+and deadlines."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,22 +17,26 @@ from extract.listing.videos import Video
 
 
 def new_segments(clips: np.ndarray) -> np.ndarray:
-    """bool [T] of clips [T, L]: False for one that repeats an earlier one's frames (a video shorter than T)."""
+    """bool [T] of clips [T, L]: False for one that repeats an earlier one's frames (a video shorter
+    than T)."""
     same = (clips[:, None] == clips[None]).all(axis=2)
     return ~np.tril(same, k=-1).any(axis=1)
 
 
 def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
     """Processes that decode the clips of `plan`; use it in `with`."""
-    return SubprocessPool(decode_job, slot_bytes=plan.row_bytes, workers=workers, timeout=timeout, nice=nice)
+    return SubprocessPool(
+        decode_job, slot_bytes=plan.row_bytes, workers=workers, timeout=timeout, nice=nice
+    )
 
 
 @dataclass
 class VideoFrames:
     """The videos of a split, decoded by `pool`, which several splits may share.
 
-    Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and as `rows` the places in `videos`. A video
-    that could not be decoded is left out; `failed` maps its place to the reason, as found so far.
+    Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and as `rows` the places in
+    `videos`. A video that could not be decoded is left out; `failed` maps its place to the reason,
+    as found so far.
     """
 
     videos: Sequence[Video]
@@ -42,10 +47,12 @@ class VideoFrames:
     def train_batches(
         self, *, epoch: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """One epoch in random order: batches of `batch_size` videos, of which this process takes every `world`-th.
+        """One epoch in random order: batches of `batch_size` videos, of which this process takes
+        every `world`-th.
 
-        Every process gets the same number of batches; its part of one may be empty. The order is a function of (seed,
-        epoch), a video's frames and view of (seed, epoch, id). Raises RunError where not one video can be decoded.
+        Every process gets the same number of batches; its part of one may be empty. The order is a
+        function of (seed, epoch), a video's frames and view of (seed, epoch, id). Raises RunError
+        where not one video can be decoded.
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = (places[rank::world] for places in in_batches(order, batch_size))
@@ -53,19 +60,26 @@ class VideoFrames:
             yield views[0]
             if len(places) and len(self.failed) == len(self.videos):
                 name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
-                raise RunError(f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}")
+                raise RunError(
+                    f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}"
+                )
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
         """All videos in order, middle frames; of each batch one `Batch` a crop."""
         batches = in_batches(np.arange(len(self.videos)), batch_size)
         return (views for _, views in self._batches(batches, self.plan) if len(views[0].rows))
 
-    def _batches(self, batches: Iterable[np.ndarray], plan: Plan) -> Iterator[tuple[np.ndarray, list[Batch]]]:
+    def _batches(
+        self, batches: Iterable[np.ndarray], plan: Plan
+    ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
         def queued(places: np.ndarray) -> tuple[np.ndarray, list]:
             videos = [self.videos[place] for place in places]
-            return places, [self.pool.submit((video.path, [(video.id, video.span)], plan)) for video in videos]
+            return places, [
+                self.pool.submit((video.path, [(video.id, video.span)], plan)) for video in videos
+            ]
 
-        # The next batch is queued before one is handed out; the slots of the children's memory hold both back.
+        # The next batch is queued before one is handed out; the slots of the children's memory hold
+        # both back.
         for (places, futures), _ in pairwise(chain(map(queued, batches), [(np.empty(0, int), [])])):
             yield places, self._collect(places, futures, plan)
 
@@ -75,7 +89,9 @@ class VideoFrames:
         good: list[int] = []
         for place, future in zip(places.tolist(), futures, strict=True):
             with future.result() as finished:
-                [prepared] = finished.result or [VideoError(self.videos[place].path, finished.failure)]
+                [prepared] = finished.result or [
+                    VideoError(self.videos[place].path, finished.failure)
+                ]
                 if isinstance(prepared, VideoError):
                     self.failed[place] = prepared.reason
                     continue
@@ -86,4 +102,6 @@ class VideoFrames:
         x = torch.from_numpy(frames[: len(good)])
         mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.frames))
         labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
-        return [Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.num_views)]
+        return [
+            Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.num_views)
+        ]

@@ -34,9 +34,11 @@ class TrainOptions(HeadOptions, ScheduleOptions, CachedOptions, SplitOptions, Pl
     """Train an aggregator and its classifier on cached features; run again to resume."""
 
     agg: Aggregator
-    """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive V-JEPA's probe."""
+    """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive
+    V-JEPA's probe."""
     features: str | tuple[str, ...] = "feats.zarr"
-    """The feature store of `python -m extract`; several are joined by id, their channels side by side."""
+    """The feature store of `python -m extract`; several are joined by id, their channels side by
+    side."""
     out: Path | None = None
     """The run folder (default: runs/AGG)."""
     init: Path | None = None
@@ -67,12 +69,20 @@ class Configuration:
 
     @property
     def batch_key(self) -> Hashable:
-        """What its batches are a function of: configurations where this is equal can share a pass."""
+        """What its batches are a function of: configurations where this is equal can share a
+        pass."""
         sampled = self.recipe.balance == "sampler"
-        return self.options.seed, self.options.frames, self.recipe.batch_size, self.recipe.epochs, sampled
+        return (
+            self.options.seed,
+            self.options.frames,
+            self.recipe.batch_size,
+            self.recipe.epochs,
+            sampled,
+        )
 
     def model(self, store: "FeatureStore", init: "Checkpoint | None" = None) -> "VideoClassifier":
-        """Untrained, with those options of `init` that give its weights their meaning. InputError as `build`."""
+        """Untrained, with those options of `init` that give its weights their meaning. InputError
+        as `build`."""
         from aggregate.models import build
 
         own = aggregator_options(self.options.agg, self.options, init.options if init else None)
@@ -89,7 +99,8 @@ class Configuration:
         file: str = "best.pt",
         log: Callable[[str], object] = print,
     ) -> "Learner":
-        """The model with its optimizer, started from `init` if there is one; `log`s what that carried over.
+        """The model with its optimizer, started from `init` if there is one; `log`s what that
+        carried over.
 
         `labels` int [N] are those of the videos it is trained on.
         """
@@ -104,7 +115,9 @@ class Configuration:
         )  # a model's start is a function of the seed, not of what is trained next to it
         model = self.model(store, init)
         if init is not None:
-            carried = carry_over(model, init.state_dict, classes=store.classes, source_classes=init.classes)
+            carried = carry_over(
+                model, init.state_dict, classes=store.classes, source_classes=init.classes
+            )
             log(f"{self.options.agg}: from {self.options.init}: {carried}")
         steps, seed = self.steps_per_epoch, self.options.seed
         counts = np.bincount(labels, minlength=len(store.classes)).tolist()
@@ -126,7 +139,9 @@ class Configuration:
 
         recipe, options = self.recipe, self.options
         balanced = recipe.balance == "sampler"
-        return CachedFeatures(training, testing, options.frames, recipe.batch_size, options.seed, balanced)
+        return CachedFeatures(
+            training, testing, options.frames, recipe.batch_size, options.seed, balanced
+        )
 
 
 def configured(name: str, options: TrainOptions, *, videos: int) -> Configuration:

@@ -1,4 +1,5 @@
-"""The one training loop: learners, one or many, on one stream of batches; validated after every epoch."""
+"""The one training loop: learners, one or many, on one stream of batches; validated after every
+epoch."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,12 +22,13 @@ def fit(
     on_step: Callable[[], object] = lambda: None,
     strict: bool = True,
 ) -> Iterator[tuple[int, float, float]]:
-    """Train epoch by epoch, from `start`: the number of each that is done, its seconds, and of these those of waiting
-    for batches. Learners then know their `loss` and `scores`, and keep their best state by the challenge's error.
+    """Train epoch by epoch, from `start`: the number of each that is done, its seconds, and of
+    these those of waiting for batches. Learners then know their `loss` and `scores`, and keep their
+    best state by the challenge's error.
 
-    `until` so many epochs each learner is trained instead of its recipe's, and none is validated. A learner that
-    diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why) and the others go on. Features
-    that are not finite raise RunError naming their video.
+    `until` so many epochs each learner is trained instead of its recipe's, and none is validated. A
+    learner that diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why)
+    and the others go on. Features that are not finite raise RunError naming their video.
     """
 
     def on_lost(learner: Learner) -> None:
@@ -37,7 +39,9 @@ def fit(
     ends = until or [learner.recipe.epochs for learner in learners]
     for number in range(start, max(ends)):
         started = time.perf_counter()
-        running = [one for one, end in zip(learners, ends, strict=True) if number < end and not one.lost]
+        running = [
+            one for one, end in zip(learners, ends, strict=True) if number < end and not one.lost
+        ]
         if not running:
             return
         waited = train_epoch(running, source.train_batches(number), number, on_step, on_lost)
@@ -56,7 +60,9 @@ def fit(
 
 def refuse(learner: Learner) -> None:
     """RunError for a learner that diverged."""
-    raise RunError(f"{learner.name}: {learner.lost}; a smaller --lr than {learner.recipe.lr:g} may help")
+    raise RunError(
+        f"{learner.name}: {learner.lost}; a smaller --lr than {learner.recipe.lr:g} may help"
+    )
 
 
 def train_epoch(

@@ -1,12 +1,13 @@
-"""What a run was trained on: recorded in its folder and in its checkpoints, and compared when the run goes on.
+"""What a run was trained on: recorded in its folder and in its checkpoints, and compared when the
+run goes on.
 
     videos.csv          a row per video of the run: id, label, split, group, role (train or validate); of files, their
                         size and a digest
     Checkpoint.data     videos: SHA-256 of that file; train, validate: int64 [n, 2], a hash of each id, and one of id,
                         label, split and group; features, init, recipe: digests of what else decides; version
 
-The ids in a checkpoint are hashes of 64 bits, so that `evaluate` knows which videos it was trained on wherever the
-checkpoint is moved to; 540,000 videos take 9 MB.
+The ids in a checkpoint are hashes of 64 bits, so that `evaluate` knows which videos it was trained
+on wherever the checkpoint is moved to; 540,000 videos take 9 MB.
 """
 
 import csv
@@ -50,7 +51,12 @@ def columns_of(videos: FeatureStore | ListedVideos, rows: np.ndarray) -> list[tu
     """`COLUMNS` of each of these videos."""
     names = [*videos.classes, ""]  # the last: label -1
     labels = [names[label] for label in videos.labels[rows].tolist()]
-    columns = [videos.ids[rows].tolist(), labels, videos.splits[rows].tolist(), videos.groups[rows].tolist()]
+    columns = [
+        videos.ids[rows].tolist(),
+        labels,
+        videos.splits[rows].tolist(),
+        videos.groups[rows].tolist(),
+    ]
     return list(zip(*columns, strict=True))
 
 
@@ -100,7 +106,9 @@ def record(
         "videos": hashlib.sha256(videos_csv(videos, chosen)).hexdigest(),
         "train": hashes(columns_of(videos, chosen.train)),
         "validate": hashes(columns_of(videos, chosen.validate)),
-        "features": features_digest(videos, chosen.train) if isinstance(videos, FeatureStore) else "",
+        "features": features_digest(videos, chosen.train)
+        if isinstance(videos, FeatureStore)
+        else "",
         "init": sha256_of(init),
         "recipe": json.loads(json.dumps(asdict(recipe))),
         "version": importlib.metadata.version("hgnl-video"),
@@ -114,11 +122,17 @@ def features_digest(store: FeatureStore, rows: np.ndarray) -> str:
 
 
 def choose_or_continue(
-    videos: FeatureStore | ListedVideos, options: "SplitOptions", seed: int, out: Path, last: "Checkpoint | None"
+    videos: FeatureStore | ListedVideos,
+    options: "SplitOptions",
+    seed: int,
+    out: Path,
+    last: "Checkpoint | None",
 ) -> Chosen:
-    """The rows of a new run; or, for a run that goes on from `last`, exactly those that it was begun with, by id.
+    """The rows of a new run; or, for a run that goes on from `last`, exactly those that it was
+    begun with, by id.
 
-    InputError if a video of the run is no longer there, or if its label, split or group is another now.
+    InputError if a video of the run is no longer there, or if its label, split or group is another
+    now.
     """
     if last is None:
         return Chosen(*choose_rows(videos, options, seed))
@@ -126,13 +140,20 @@ def choose_or_continue(
     path = out / VIDEOS
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != last.data["videos"]:
-        raise InputError(f"{path} is not the list of videos that {out} was trained on; restore it, or {_REMEDY}")
-    recorded = list(csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")))[1:]
+        raise InputError(
+            f"{path} is not the list of videos that {out} was trained on; restore it, or {_REMEDY}"
+        )
+    recorded = list(
+        csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
+    )[1:]
     row_of = {name: row for row, name in enumerate(videos.ids.tolist())}
     lines = _changes(videos, recorded, row_of)
     if lines:
         raise other_data(out, videos.path, lines)
-    rows = {role: np.array([row_of[row[0]] for row in recorded if row[-1] == role]) for role in ("train", "validate")}
+    rows = {
+        role: np.array([row_of[row[0]] for row in recorded if row[-1] == role])
+        for role in ("train", "validate")
+    }
     description = f"{len(rows['train']):,} to train, {len(rows['validate']):,} to validate, as recorded in {path}"
     try:
         now = choose_rows(videos, options, seed)
@@ -141,7 +162,8 @@ def choose_or_continue(
         added = 0
     if added:
         description += (
-            f"; {added:,} videos that {videos.path} has besides are left out: give another --out to train on them too"
+            f"; {added:,} videos that {videos.path} has besides are left out: "
+            "give another --out to train on them too"
         )
     return Chosen(rows["train"], rows["validate"], description)
 
@@ -166,10 +188,22 @@ def _changes(
     lines = [f"{len(gone):,} of its videos are no longer there: {examples(gone)}"] if gone else []
     present = [row for row in recorded if row[0] in row_of]
     rows = np.array([row_of[row[0]] for row in present], int)
-    failed = [row[0] for row in np.array(present, object)[videos.status[rows] == FAILED] if row[-1] == "train"]
-    lines += [f"{len(failed):,} videos it was trained on have failed since: {examples(failed)}"] if failed else []
+    failed = [
+        row[0]
+        for row in np.array(present, object)[videos.status[rows] == FAILED]
+        if row[-1] == "train"
+    ]
+    lines += (
+        [f"{len(failed):,} videos it was trained on have failed since: {examples(failed)}"]
+        if failed
+        else []
+    )
     dropped = [row[0] for row in np.array(present, object)[~videos.listed[rows]]]
-    lines += [f"{len(dropped):,} of its videos are no longer listed: {examples(dropped)}"] if dropped else []
+    lines += (
+        [f"{len(dropped):,} of its videos are no longer listed: {examples(dropped)}"]
+        if dropped
+        else []
+    )
     for before, now in zip(present, _recorded(videos, rows), strict=True):
         lines += [
             f"{before[0]}: {name} {old!r} when it was trained, {new!r} now"
@@ -180,11 +214,17 @@ def _changes(
 
 
 def refuse_other_data(
-    out: Path, last: "Checkpoint", videos: FeatureStore | ListedVideos, features: dict[str, Any], data: dict[str, Any]
+    out: Path,
+    last: "Checkpoint",
+    videos: FeatureStore | ListedVideos,
+    features: dict[str, Any],
+    data: dict[str, Any],
 ) -> None:
-    """InputError naming what differs between the record of the last checkpoint and that of the same run now.
+    """InputError naming what differs between the record of the last checkpoint and that of the same
+    run now.
 
-    `features` is the provenance and `data` the `record` of now. Another version of the program is said.
+    `features` is the provenance and `data` the `record` of now. Another version of the program is
+    said.
     """
     assert last.data is not None
     lines = []
@@ -192,13 +232,19 @@ def refuse_other_data(
         ours, theirs = set(last.classes), set(videos.classes)
         what = f"new: {examples(sorted(theirs - ours))}; gone: {examples(sorted(ours - theirs))}"
         what = "the same names in another order" if ours == theirs else what
-        lines.append(f"{len(last.classes)} classes when it was trained, {len(videos.classes)} now ({what})")
+        lines.append(
+            f"{len(last.classes)} classes when it was trained, {len(videos.classes)} now ({what})"
+        )
     lines += difference({"made by": last.features}, {"made by": features})
     words = {"features": "contents", "init": "the checkpoint of --init", "recipe": "recipe"}
     for name, meaning in words.items():
         lines += difference({meaning: last.data[name]}, {meaning: data[name]})
     if lines:
-        raise other_data(out, videos.path, [line.replace(" in the store", " when it was trained") for line in lines])
+        raise other_data(
+            out,
+            videos.path,
+            [line.replace(" in the store", " when it was trained") for line in lines],
+        )
     say_other_version(last.data["version"])
 
 
@@ -211,8 +257,11 @@ def say_other_version(recorded: str) -> None:
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
-def rows_of_role(checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, role: str) -> np.ndarray:
-    """Rows of `videos` that the checkpoint's run trained on ("train") or validated on ("validate"), by id.
+def rows_of_role(
+    checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, role: str
+) -> np.ndarray:
+    """Rows of `videos` that the checkpoint's run trained on ("train") or validated on ("validate"),
+    by id.
 
     InputError if the checkpoint does not record them, or if some are not there.
     """
@@ -235,8 +284,8 @@ def rows_of_role(checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, 
 def trained_on(
     checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, rows: np.ndarray
 ) -> tuple[int | None, list[str]]:
-    """How many of these rows the checkpoint was trained on (None: it does not say), and the ids of those of its videos
-    whose label, split or group is another now."""
+    """How many of these rows the checkpoint was trained on (None: it does not say), and the ids of
+    those of its videos whose label, split or group is another now."""
     if checkpoint.data is None:
         return None, []
     now = hashes(columns_of(videos, rows)).numpy()
@@ -247,8 +296,8 @@ def trained_on(
 
 
 def contents_of(store: FeatureStore | ListedVideos) -> dict[str, str]:
-    """Digests of what a store lists and of how it was made, one for each part, and of some of its features; of a
-    listing, of its files."""
+    """Digests of what a store lists and of how it was made, one for each part, and of some of its
+    features; of a listing, of its files."""
     parts: dict[str, bytes] = {}
     for name in ("ids", "splits", "groups", "classes"):
         parts[name] = "\0".join(getattr(store, name)).encode("utf-8", "surrogateescape")

@@ -1,4 +1,5 @@
-"""Groups of options that commands share, so that a flag means the same everywhere (tyro makes the flags)."""
+"""Groups of options that commands share, so that a flag means the same everywhere (tyro makes the
+flags)."""
 
 import json
 from collections.abc import Mapping
@@ -9,17 +10,34 @@ from typing import Any, Literal, get_args, get_type_hints
 from aggregate.training.recipes import head_options
 from extract.cli import InputError
 
-Aggregator = Literal["tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"]
+Aggregator = Literal[
+    "tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"
+]
 # The flags that are an aggregator's own; to all others they mean nothing.
 AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
-    "hgnl": ("g1", "g2", "m1", "shared", "norm", "attention", "normalise", "start", "scale_init", "scale_scores"),
+    "hgnl": (
+        "g1",
+        "g2",
+        "m1",
+        "shared",
+        "norm",
+        "attention",
+        "normalise",
+        "start",
+        "scale_init",
+        "scale_scores",
+    ),
     "nl": ("m1", "normalise", "start", "scale_init", "scale_scores"),
     "gru": ("m1",),
     "attentive": ("depth", "heads", "frame_time"),
     "attentive-time": ("depth", "heads"),
     "nextvlad": ("clusters", "groups", "expansion"),
 }
-WEIGHT_SEMANTICS = ("norm", "attention", "normalise")  # the same weights under another of these are another model
+WEIGHT_SEMANTICS = (
+    "norm",
+    "attention",
+    "normalise",
+)  # the same weights under another of these are another model
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
 
@@ -37,7 +55,8 @@ class SplitOptions:
     val_groups: tuple[str, ...] = ()
     """Validate on these groups (subjects, sources), train on all others."""
     val_fraction: float = 0.2
-    """How much to hold out, by the seed, where there is no validation split; whole groups where they are known."""
+    """How much to hold out, by the seed, where there is no validation split; whole groups where
+    they are known."""
     allow_missing_classes: bool = False
     """Train although some classes have no example."""
 
@@ -51,7 +70,8 @@ class HeadOptions:
     g2: int = 8
     """hgnl: groups of W_v, and attention maps."""
     m1: int | None = None
-    """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl); gru: width of its state (256)."""
+    """hgnl, nl: width of Q and K (default: m/8 for hgnl, m/2 for nl); gru: width of its state
+    (256)."""
     shared: bool = False
     """hgnl: one set of weights for all groups."""
     norm: Literal["none", "n", "n_over_train"] | None = None
@@ -67,7 +87,8 @@ class HeadOptions:
     scale_scores: bool = False
     """hgnl, nl: divide scores by the root of their length."""
     depth: int = 1
-    """attentive, attentive-time: layers of attention; those before the query's are self-attention of the frames."""
+    """attentive, attentive-time: layers of attention; those before the query's are self-attention
+    of the frames."""
     heads: int | None = None
     """attentive, attentive-time: heads of attention (default: about m/64)."""
     frame_time: bool = False
@@ -108,9 +129,11 @@ class CachedOptions:
     """What can be changed of training on cached features."""
 
     balance: Literal["none", "sampler", "loss"] = "none"
-    """sampler: batches hold all classes equally often; loss: rare classes weigh more, by their effective number."""
+    """sampler: batches hold all classes equally often; loss: rare classes weigh more, by their
+    effective number."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in training; auto: bf16 if the device is fast at it and batches are large."""
+    """Of matrix products in training; auto: bf16 if the device is fast at it and batches are
+    large."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +161,8 @@ class VideoOptions:
 
 
 def listed(*groups: type) -> Any:
-    """A dataclass with a list of values for each option of `groups`; an empty one is the option's default None."""
+    """A dataclass with a list of values for each option of `groups`; an empty one is the option's
+    default None."""
     made: list[tuple[str, Any, Any]] = []
     for group in groups:
         for one in fields(group):
@@ -146,7 +170,10 @@ def listed(*groups: type) -> Any:
             kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
             default: tuple = () if one.default is None else (one.default,)
             if kind is bool:  # `--shared false true`
-                kind, default = Literal["false", "true"], tuple(str(value).lower() for value in default)
+                kind, default = (
+                    Literal["false", "true"],
+                    tuple(str(value).lower() for value in default),
+                )
             made.append((one.name, tuple[kind, ...], default))  # type: ignore[valid-type]
     return make_dataclass("Lists", made, bases=groups, frozen=True, kw_only=True)
 
@@ -157,24 +184,34 @@ def changes_of(options: ScheduleOptions) -> dict[str, Any]:
     return {one.name: getattr(options, one.name) for group in groups for one in fields(group)}
 
 
-def aggregator_options(name: str, options: HeadOptions, init: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def aggregator_options(
+    name: str, options: HeadOptions, init: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Those of the flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
 
-    Of what is not given, that of the model it starts from (`init`, its options) stays where it is of the same kind, for
-    its weights mean nothing otherwise; the rest is the recipe's.
-    InputError for a flag given to an aggregator that does not have it.
+    Of what is not given, that of the model it starts from (`init`, its options) stays where it is
+    of the same kind, for its weights mean nothing otherwise; the rest is the recipe's. InputError
+    for a flag given to an aggregator that does not have it.
     """
     foreign = foreign_flags(name)
     for one in fields(HeadOptions):
         value = getattr(options, one.name)
         if one.name in foreign and value != one.default:
-            raise InputError(f"--{one.name.replace('_', '-')} {value} means nothing to --agg {name}")
+            raise InputError(
+                f"--{one.name.replace('_', '-')} {value} means nothing to --agg {name}"
+            )
     own = AGGREGATOR_FLAGS.get(name, ())
     asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
     recipe: Any = getattr(options, "recipe", "paper")  # end-to-end training has no other
-    theirs = {flag: init.get(flag) for flag in WEIGHT_SEMANTICS} if init is not None and init["name"] == name else {}
+    theirs = (
+        {flag: init.get(flag) for flag in WEIGHT_SEMANTICS}
+        if init is not None and init["name"] == name
+        else {}
+    )
     asked = {flag: theirs.get(flag) if value is None else value for flag, value in asked.items()}
-    chosen = head_options(recipe, name, {flag: value for flag, value in asked.items() if value is not None})
+    chosen = head_options(
+        recipe, name, {flag: value for flag, value in asked.items() if value is not None}
+    )
     if name == "hgnl":
         chosen["train_frames"] = options.frames
     return chosen

@@ -1,4 +1,5 @@
-"""Recipes: optimizer, learning rate over epochs, which parameters decay, and how heads of attention begin."""
+"""Recipes: optimizer, learning rate over epochs, which parameters decay, and how heads of attention
+begin."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. `lr` falls by 10 at each of `milestones` (0-based epochs), or along a cosine to 0."""
+    """How a model is trained. `lr` falls by 10 at each of `milestones` (0-based epochs), or along a
+    cosine to 0."""
 
     optimizer: Literal["sgd", "adamw"]
     lr: float
@@ -30,21 +32,31 @@ class Recipe:
     standardise: bool = False  # batch norm without parameters before the classifier
     label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
     balance: Literal["none", "sampler", "loss"] = "none"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 on a GPU, else fp32
+    precision: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # of matrix products; auto: bf16 on a GPU, else fp32
+    )
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch_size"):
             if getattr(self, name) <= 0:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0")
+                raise InputError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0"
+                )
         if self.weight_decay < 0:
             raise InputError(f"--weight-decay is {self.weight_decay}; it must not be below 0")
         if self.warmup < 0:
             raise InputError(f"--warmup is {self.warmup:g}; it is a number of epochs, from 0 on")
         if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"--label-smoothing is {self.label_smoothing:g}; it is a fraction, from 0 to below 1")
+            raise InputError(
+                f"--label-smoothing is {self.label_smoothing:g}; it is a fraction, from 0 to below 1"
+            )
 
     def __str__(self) -> str:
-        falls = f"/10 at epochs {', '.join(map(str, self.milestones))}" if self.milestones else self.decay
+        falls = (
+            f"/10 at epochs {', '.join(map(str, self.milestones))}"
+            if self.milestones
+            else self.decay
+        )
         warm = f", {self.warmup:g} epochs of warm-up" if self.warmup else ""
         return (
             f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
@@ -65,14 +77,27 @@ class Recipe:
         return 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-# iQIYI's schedule (section 2 of the paper) with tsn-pytorch's values for what it leaves out (FACTS 3).
+# iQIYI's schedule (section 2 of the paper) with tsn-pytorch's values for what it leaves out (FACTS
+# 3).
 _PAPER = Recipe(
-    optimizer="sgd", lr=1e-3, weight_decay=5e-4, epochs=40, batch_size=256, dropout=0.5, milestones=(20, 30)
+    optimizer="sgd",
+    lr=1e-3,
+    weight_decay=5e-4,
+    epochs=40,
+    batch_size=256,
+    dropout=0.5,
+    milestones=(20, 30),
 )
 _PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
 # 20 epochs (section 2 of the paper) with the released code's values.
 _PAPER_STNET = Recipe(
-    optimizer="sgd", lr=1e-2, weight_decay=1e-4, epochs=20, batch_size=256, dropout=0.5, milestones=(7, 13)
+    optimizer="sgd",
+    lr=1e-2,
+    weight_decay=1e-4,
+    epochs=20,
+    batch_size=256,
+    dropout=0.5,
+    milestones=(7, 13),
 )
 # For a frozen backbone; chosen on real features: EVIDENCE.md.
 _CACHED = Recipe(
@@ -93,8 +118,11 @@ _BETA = 0.999
 _CACHED_NON_LOCAL = {"normalise": True, "start": "average", "scale_init": 1.0}
 
 
-def head_options(name: Literal["cached", "paper"], aggregator: str, asked: dict[str, Any]) -> dict[str, Any]:
-    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for the others."""
+def head_options(
+    name: Literal["cached", "paper"], aggregator: str, asked: dict[str, Any]
+) -> dict[str, Any]:
+    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for
+    the others."""
     own: dict[str, Any] = {}
     if name == "cached" and aggregator in ("nl", "hgnl"):
         own |= _CACHED_NON_LOCAL
@@ -103,11 +131,14 @@ def head_options(name: Literal["cached", "paper"], aggregator: str, asked: dict[
     return own | asked
 
 
-def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any) -> Recipe:
-    """The recipe `name` for an aggregator, with what is not None in `changes` in the place of its own.
+def recipe(
+    name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any
+) -> Recipe:
+    """The recipe `name` for an aggregator, with what is not None in `changes` in the place of its
+    own.
 
-    A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are few `videos`, so
-    that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
+    A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are
+    few `videos`, so that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
     """
     cached = dict.fromkeys(
         ("attentive", "attentive-time"), replace(_CACHED, lr=3e-2)
@@ -127,9 +158,11 @@ def recipe(name: Literal["cached", "paper"], aggregator: str, *, videos: int, **
 
 
 def choose_precision(name: str, device: "torch.device", batch_size: int) -> str:
-    """The precision of products that "auto" stands for, a function of the device and of nothing that changes with load.
+    """The precision of products that "auto" stands for, a function of the device and of nothing
+    that changes with load.
 
-    bf16 on a GPU, and for large batches on a CPU that multiplies bf16: small ones spend more time on casting weights.
+    bf16 on a GPU, and for large batches on a CPU that multiplies bf16: small ones spend more time
+    on casting weights.
     """
     import torch
 
@@ -142,9 +175,11 @@ def choose_precision(name: str, device: "torch.device", batch_size: int) -> str:
 
 
 def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
-    """Weights of the classes in the loss, of mean 1 over those that have videos; None if they are not balanced so.
+    """Weights of the classes in the loss, of mean 1 over those that have videos; None if they are
+    not balanced so.
 
-    The inverse of the effective number (1 - b^n) / (1 - b) of n videos, b = 0.999 (Cui et al. 2019, eq. 2).
+    The inverse of the effective number (1 - b^n) / (1 - b) of n videos, b = 0.999 (Cui et al. 2019,
+    eq. 2).
     """
     if balance != "loss":
         return None
@@ -156,7 +191,8 @@ def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
 def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim.Optimizer":
     """The optimizer over parameter groups of `parameter_groups`.
 
-    Fused: one pass over weights, gradients and momentum, which on a CPU is most of a small batch's step.
+    Fused: one pass over weights, gradients and momentum, which on a CPU is most of a small batch's
+    step.
     """
     import torch
 
@@ -167,20 +203,28 @@ def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim
     return torch.optim.AdamW(groups, lr=chosen.lr, fused=fused)
 
 
-def parameter_groups(module: "nn.Module", chosen: Recipe, *, lr_scale: float = 1.0) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and the scale s of NL and HG-NL (FACTS 1, no. 3) do not.
+def parameter_groups(
+    module: "nn.Module", chosen: Recipe, *, lr_scale: float = 1.0
+) -> list[dict[str, Any]]:
+    """Matrices and kernels decay; biases, norms and the scale s of NL and HG-NL (FACTS 1, no. 3) do
+    not.
 
     `lr_scale` is kept in each group: `set_lr` multiplies by it (layer-wise learning rates).
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": chosen.weight_decay, "lr_scale": lr_scale},
+        {
+            "params": [p for p in trained if p.ndim >= 2],
+            "weight_decay": chosen.weight_decay,
+            "lr_scale": lr_scale,
+        },
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     return [group for group in groups if group["params"]]
 
 
 def set_lr(optimizer: "torch.optim.Optimizer", chosen: Recipe, epoch: float) -> None:
-    """Set every group's learning rate for `epoch` (with its fraction): a function of it, so that resuming is exact."""
+    """Set every group's learning rate for `epoch` (with its fraction): a function of it, so that
+    resuming is exact."""
     for group in optimizer.param_groups:
         group["lr"] = chosen.lr * chosen.factor(epoch) * group["lr_scale"]

@@ -1,4 +1,5 @@
-"""A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt, results.json."""
+"""A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt,
+results.json."""
 
 import json
 from collections.abc import Sequence
@@ -25,7 +26,16 @@ from extract.store import difference
 
 
 # Where a command may go on with another value: they say where and how fast, not what.
-_FREE_ON_RESUME = {"out", "device", "placement", "at_once", "workers", "address", "decode_workers", "micro_batch"}
+_FREE_ON_RESUME = {
+    "out",
+    "device",
+    "placement",
+    "at_once",
+    "workers",
+    "address",
+    "decode_workers",
+    "micro_batch",
+}
 # Where things lie: what they hold is compared instead (aggregate/training/manifest.py).
 _FREE_ON_RESUME |= {"features", "init", "videos", "root", "labels", "version"}
 
@@ -39,13 +49,18 @@ ANOTHER_VERSION = (
 def open_folder(out: Path, options: Any) -> Checkpoint | None:
     """The last checkpoint of the run in `out`, None if it has none yet.
 
-    InputError for a folder of anything else, of a run with other options, or of a run of another version.
+    InputError for a folder of anything else, of a run with other options, or of a run of another
+    version.
     """
-    # A run that ended before its first epoch leaves nothing that others could not overwrite; one that ended while it
-    # wrote that epoch leaves checkpoints, which the same command writes again.
+    # A run that ended before its first epoch leaves nothing that others could not overwrite; one
+    # that ended while it wrote that epoch leaves checkpoints, which the same command writes again.
     last, begun = out / "last.pt", (out / "options.json").exists()
     ours = ("options.json", VIDEOS, "ray", "events.out", LOCK)
-    names = [path.name for path in out.glob("*") if not (path.name.startswith(ours) or is_leftover(path.name))]
+    names = [
+        path.name
+        for path in out.glob("*")
+        if not (path.name.startswith(ours) or is_leftover(path.name))
+    ]
     foreign = [name for name in names if not name.endswith(".pt")]
     if not last.exists() and names and (foreign or not begun):
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
@@ -65,7 +80,9 @@ def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
     recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
     if recorded.keys() != now.keys():
         raise InputError(ANOTHER_VERSION.format(out=out))
-    recorded, now = ({k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, now))
+    recorded, now = (
+        {k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, now)
+    )
     lines = []
     if "contents_of_features" in now:
         before, after = recorded.pop("contents_of_features"), now.pop("contents_of_features")
@@ -84,10 +101,12 @@ def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
 
 @dataclass
 class Run:
-    """Learners trained on one source in one folder. The first is what was asked for, the others it is compared with.
+    """Learners trained on one source in one folder. The first is what was asked for, the others it
+    is compared with.
 
-    `common` are the fields of `Checkpoint` that all share, `segments` the numbers of frames of the final table, and
-    `references` are finished models, by name, that are in that table too. Only the process of rank 0 writes.
+    `common` are the fields of `Checkpoint` that all share, `segments` the numbers of frames of the
+    final table, and `references` are finished models, by name, that are in that table too. Only the
+    process of rank 0 writes.
     """
 
     out: Path
@@ -119,7 +138,9 @@ class Run:
         for learner, kept in zip(self.learners, state["learners"], strict=True):
             best = Checkpoint.load(self.out / learner.file)
             if best.data is None or best.data["videos"] != self.common["data"]["videos"]:
-                raise InputError(f"{best.path} is not of the run in {self.out}; restore it, or give another --out")
+                raise InputError(
+                    f"{best.path} is not of the run in {self.out}; restore it, or give another --out"
+                )
             # Defaults of a head may have changed since: its weights would mean something else.
             built = getattr(learner.net, "options", best.options)
             if lines := difference({learner.name: best.options}, {learner.name: built}):
@@ -130,14 +151,19 @@ class Run:
                 )
             learner.load_state_dict(kept, best.state_dict)
         if self.writes:
-            print(f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done", flush=True)
+            print(
+                f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done",
+                flush=True,
+            )
 
     def train(self) -> None:
         """All epochs that are left; each is on the disk before the next begins."""
         if self.writes:
             if not self.epoch:
                 replace_file(self.out / VIDEOS, self.videos_csv)
-            replace_file(self.out / "options.json", json.dumps(plain(self.options), indent=1) + "\n")
+            replace_file(
+                self.out / "options.json", json.dumps(plain(self.options), indent=1) + "\n"
+            )
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
@@ -148,11 +174,14 @@ class Run:
                 for epoch in fit(self.learners, self.source, start=self.epoch, on_step=bar.update):
                     row = self.end_epoch(*epoch)
                     bar.set_postfix_str(
-                        f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %", refresh=False
+                        f"loss {row['loss']:.3f}, val top-1 {100 * row['val_top1']:.2f} %",
+                        refresh=False,
                     )
         except KeyboardInterrupt:
             if self.writes:
-                words = f"{self.out / 'last.pt'} holds {self.epoch} epochs, the same command resumes"
+                words = (
+                    f"{self.out / 'last.pt'} holds {self.epoch} epochs, the same command resumes"
+                )
                 print(f"\nstopped; {words}", flush=True)
             raise
         finally:
@@ -194,17 +223,24 @@ class Run:
                     self._board.add_scalar(name, value, self.epoch - 1)
             self._board.flush()
 
-    def _checkpoint(self, learner: Learner, state: dict[str, Any], training: dict | None = None) -> Checkpoint:
+    def _checkpoint(
+        self, learner: Learner, state: dict[str, Any], training: dict | None = None
+    ) -> Checkpoint:
         row = self.history[learner.best_epoch]
         names = ("val_top1", "val_top5", "val_average_error")
-        metrics = {name: row[f"{self._prefix(learner)}{name}"] for name in names} | {"epoch": learner.best_epoch}
+        metrics = {name: row[f"{self._prefix(learner)}{name}"] for name in names} | {
+            "epoch": learner.best_epoch
+        }
         net: Any = learner.net
-        return Checkpoint(**self.common, options=net.options, metrics=metrics, state_dict=state, training=training)
+        return Checkpoint(
+            **self.common, options=net.options, metrics=metrics, state_dict=state, training=training
+        )
 
     # -- after -----------------------------------------------------------------------------------------------------
 
     def report(self) -> None:
-        """The final table: every model at its best epoch, with few and with all segments, and the differences."""
+        """The final table: every model at its best epoch, with few and with all segments, and the
+        differences."""
         for learner in self.learners:
             learner.load_best()
         contestants = {one.name: one.model for one in self.learners} | self.references
@@ -222,7 +258,9 @@ class Run:
                 summary = summarise(scores, labels, self.source.groups)
                 lines.append(f"{name:<{width}} {segments:>8} {summary}")
                 results.setdefault(name, {})[segments] = asdict(summary)
-            lines += _differences(names, logits, labels, self.source.groups, f"{'':<{width}} {segments:>8}")
+            lines += _differences(
+                names, logits, labels, self.source.groups, f"{'':<{width}} {segments:>8}"
+            )
         lines.append(f"intervals: 95 %, bootstrap over {summary.resampled()}")
         found = self.source.attention(models[0])
         if "changed" in found:
@@ -230,7 +268,10 @@ class Run:
         if self.writes:
             print("\n".join(lines))
             replace_file(self.out / "results.json", json.dumps(results, indent=1) + "\n")
-            print(f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}", flush=True)
+            print(
+                f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}",
+                flush=True,
+            )
 
 
 def _differences(
@@ -238,7 +279,10 @@ def _differences(
 ) -> list[str]:
     """The first model minus each other, in points, paired over the same videos."""
     places, classes = [ranks(scores, labels) for scores in logits], logits[0].shape[1]
-    correct, errors = [one == 0 for one in places], [challenge_errors(one, classes) for one in places]
+    correct, errors = (
+        [one == 0 for one in places],
+        [challenge_errors(one, classes) for one in places],
+    )
     return [
         f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other], groups)}, "
         f"average error {paired_bootstrap(errors[0], errors[other], groups)} (points)"

@@ -1,4 +1,5 @@
-"""Where batches come from, features of a store or frames decoded from videos, and the scores of models over them."""
+"""Where batches come from, features of a store or frames decoded from videos, and the scores of
+models over them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -47,7 +48,8 @@ class CachedFeatures:
         return self.training.train_batches(epoch=epoch, **how, balanced=self.balanced)
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
-        """Logits of each model, float32 [N, C], the mean over crops; rows of NaN for videos that cannot be read."""
+        """Logits of each model, float32 [N, C], the mean over crops; rows of NaN for videos that
+        cannot be read."""
         crops = logits_of(models, self.testing, segments=segments, batch_size=self.batch_size)
         return [one.mean(axis=1) for one in crops]
 
@@ -64,10 +66,13 @@ class CachedFeatures:
 
 @dataclass
 class DecodedVideos:
-    """The same of videos decoded as they are needed: this process's share of them where several train together."""
+    """The same of videos decoded as they are needed: this process's share of them where several
+    train together."""
 
     training: VideoFrames
-    testing: VideoFrames  # every `learner.world`-th of the validation videos, from `learner.rank` on
+    testing: (
+        VideoFrames  # every `learner.world`-th of the validation videos, from `learner.rank` on
+    )
     labels: np.ndarray
     groups: np.ndarray  # what each validation video depends on: keys of `group_keys`
     classes: int
@@ -77,12 +82,17 @@ class DecodedVideos:
     def train_batches(self, epoch: int) -> Iterator[Batch]:
         by = self.learner
         size = by.recipe.batch_size
-        return self.training.train_batches(epoch=epoch, batch_size=size, seed=by.seed, rank=by.rank, world=by.world)
+        return self.training.train_batches(
+            epoch=epoch, batch_size=size, seed=by.seed, rank=by.rank, world=by.world
+        )
 
     def validate(self, models: Sequence[nn.Module], segments: int) -> list[np.ndarray]:
         batches = self.testing.test_batches(batch_size=self.learner.micro_batch)
         rows, predicted = predict(models, batches, precision=self.learner.precision)
-        mine = rows * self.learner.world + self.learner.rank, [scores.mean(axis=1) for scores in predicted]
+        mine = (
+            rows * self.learner.world + self.learner.rank,
+            [scores.mean(axis=1) for scores in predicted],
+        )
         shares: list[Any] = [mine]
         if self.learner.world > 1:
             shares = [None] * self.learner.world
@@ -91,7 +101,9 @@ class DecodedVideos:
             raise RunError(f"not one of {len(self.labels)} videos to test on can be decoded")
         several = [np.full((len(self.labels), self.classes), np.nan, np.float32) for _ in models]
         for places, scored in shares:
-            for whole, scores in zip(several, scored, strict=False):  # a share without a video has no scores
+            for whole, scores in zip(
+                several, scored, strict=False
+            ):  # a share without a video has no scores
                 whole[places] = scores
         return several
 
@@ -110,7 +122,8 @@ Source = CachedFeatures | DecodedVideos
 def predict(
     models: Sequence[nn.Module], batches: Iterable[Sequence[Batch]], *, precision: str = "auto"
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Rows int64 [N] that the batches hold, and logits of each model for them, float32 [N, views, C].
+    """Rows int64 [N] that the batches hold, and logits of each model for them, float32 [N, views,
+    C].
 
     `batches` hold one `Batch` a view, each read once for all models.
     """
@@ -124,16 +137,20 @@ def predict(
             with autocast(next(model.parameters()).device, precision):
                 logits = [model(batch.x, batch.mask) for batch in views]
             part.append(torch.stack(logits, dim=1).float().cpu().numpy())
-    return np.concatenate(rows or [np.empty(0, int)]), [np.concatenate(part) for part in parts if part]
+    return np.concatenate(rows or [np.empty(0, int)]), [
+        np.concatenate(part) for part in parts if part
+    ]
 
 
 def logits_of(
     models: Sequence[nn.Module], features: StoredFeatures, *, segments: int, batch_size: int
 ) -> list[np.ndarray]:
-    """Logits of each model over all videos of `features`: float32 [N, crops, C], NaN where extraction failed.
+    """Logits of each model over all videos of `features`: float32 [N, crops, C], NaN where
+    extraction failed.
 
-    A model that makes of finite features what is not finite has no logits but NaN. Raises InputError where extraction
-    failed for all videos, RunError naming a video whose features are not finite.
+    A model that makes of finite features what is not finite has no logits but NaN. Raises
+    InputError where extraction failed for all videos, RunError naming a video whose features are
+    not finite.
     """
     store = features.store
     if not features.good.any():
@@ -165,7 +182,9 @@ def check_finite(store: FeatureStore, rows: np.ndarray) -> None:
 
 
 @torch.inference_mode()
-def attention(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]) -> dict[str, float]:
+def attention(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]]
+) -> dict[str, float]:
     """How much `model` uses its attention, over batches of features and masks; {} if it has none.
 
     unevenness: how far frame weights are from even, the mean over videos and groups of
@@ -183,14 +202,22 @@ def attention(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor | None]])
         unevenness.append(_unevenness(aggregator.frame_weights(x, mask), mask))
         even: Any = model.classify(aggregator.with_even_weights(x, mask))  # type: ignore[operator]
         changed.append(even.argmax(1) != model(x, mask).argmax(1))
-    measured = {"unevenness": float(torch.cat(unevenness).mean()), "changed": float(torch.cat(changed).float().mean())}
+    measured = {
+        "unevenness": float(torch.cat(unevenness).mean()),
+        "changed": float(torch.cat(changed).float().mean()),
+    }
     return {"s": float(aggregator.scale)} | measured if hasattr(aggregator, "scale") else measured
 
 
 def _unevenness(weights: Tensor, mask: Tensor | None) -> Tensor:
-    """KL(weights || even) / log n of [batch, groups, time], the mean over groups: [batch]. A silent group is even."""
+    """KL(weights || even) / log n of [batch, groups, time], the mean over groups: [batch]. A silent
+    group is even."""
     total = weights.sum(-1, keepdim=True)
-    count = torch.full_like(total[:, 0], weights.shape[-1]) if mask is None else mask.sum(1, keepdim=True)
+    count = (
+        torch.full_like(total[:, 0], weights.shape[-1])
+        if mask is None
+        else mask.sum(1, keepdim=True)
+    )
     entropy = torch.special.entr(weights / total.clamp(min=1e-12)).sum(-1)
     log_n = count.clamp(min=2).to(weights.dtype).log()
     return (((log_n - entropy) / log_n) * (total[..., 0] > 0) * (count > 1)).mean(1)
@@ -201,16 +228,23 @@ def attention_text(measured: dict[str, float]) -> str:
     return (
         f"frame weights are {measured['unevenness']:.1%} of the way from even to a single frame; made even, "
         f"{measured['changed']:.1%} of the predictions change"
-        + ("" if measured["changed"] else ": attention is not used, this model is its average of frames")
+        + (
+            ""
+            if measured["changed"]
+            else ": attention is not used, this model is its average of frames"
+        )
     )
 
 
 def with_possible_frames(options: Any, store: FeatureStore) -> Any:
-    """`options`, with --frames at what is stored if that is less than the default; a number given by a person stays."""
+    """`options`, with --frames at what is stored if that is less than the default; a number given
+    by a person stays."""
     default, stored = HeadOptions.frames, store.frames_per_video
     if stored >= default or options.frames not in (default, (default,)):
         return options
-    print(f"frames    {store.path} holds {stored} per video, so models train with {stored} instead of {default}")
+    print(
+        f"frames    {store.path} holds {stored} per video, so models train with {stored} instead of {default}"
+    )
     return replace(options, frames=stored if options.frames == default else (stored,))
 
 
@@ -220,5 +254,7 @@ def possible_segments(wanted: Sequence[int], store: FeatureStore) -> list[int]:
     if min(wanted, default=0) < 1:
         raise InputError(f"--segments {' '.join(map(str, wanted))}: each must be at least 1")
     if max(wanted) > stored:
-        print(f"{store.path} holds {stored} frames per video, so {max(wanted)} segments become {stored}")
+        print(
+            f"{store.path} holds {stored} frames per video, so {max(wanted)} segments become {stored}"
+        )
     return sorted({min(segments, stored) for segments in wanted})

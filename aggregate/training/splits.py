@@ -32,14 +32,18 @@ class ListedVideos:
         new = list(dict.fromkeys(path for path in paths if path not in self._digests))
         with ThreadPoolExecutor(16) as pool:
             sources = pool.map(read_source, new)
-            self._digests |= {path: f"{of.size} bytes, {of.digest:x}" for path, of in zip(new, sources, strict=True)}
+            self._digests |= {
+                path: f"{of.size} bytes, {of.digest:x}"
+                for path, of in zip(new, sources, strict=True)
+            }
         return [self._digests[path] for path in paths]
 
 
 def choose_rows(
     store: FeatureStore | ListedVideos, options: SplitOptions, seed: int
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Rows to train on (with features and label) and to validate on (with a label), and that in words.
+    """Rows to train on (with features and label) and to validate on (with a label), and that in
+    words.
 
     InputError where one or the other are none, or a class has none to train on.
     """
@@ -50,15 +54,20 @@ def choose_rows(
     if not train.any():
         if options.train_split != "train":
             known = ", ".join(repr(name) for name in sorted(set(splits.tolist())))
-            raise InputError(f"--train-split {options.train_split}: {store.path} has no such split; it has {known}")
+            raise InputError(
+                f"--train-split {options.train_split}: {store.path} has no such split; it has {known}"
+            )
         train = ~val & (splits != "test")
         words = f"no split named 'train': all but {options.val_split!r} and 'test' to train"
     if options.val_groups:
         unknown = sorted(set(options.val_groups) - set(keys.tolist()))
         if unknown:
             known = ", ".join(sorted({*store.groups.tolist()} - {""} or {*keys.tolist()})[:20])
-            raise InputError(f"--val-groups {unknown[0]}: {store.path} has no such group; it has {known}")
-        # Splits are respected: a test video never chooses an epoch, a validation video is never trained on.
+            raise InputError(
+                f"--val-groups {unknown[0]}: {store.path} has no such group; it has {known}"
+            )
+        # Splits are respected: a test video never chooses an epoch, a validation video is never
+        # trained on.
         held_out = np.isin(keys, options.val_groups)
         train, val = train & ~held_out, (train | val) & held_out
         words = f"validation on group {', '.join(options.val_groups)}, among the videos to train or validate on"
@@ -76,16 +85,26 @@ def choose_rows(
     failed = int((train & labelled).sum()) - len(rows)
     unlabelled = int(((train | val) & ~labelled).sum())
     counts = f"{len(rows):,} to train, {len(val_rows):,} to validate"
-    return rows, val_rows, f"{counts} ({words}); left out: {failed:,} failed, {unlabelled:,} without a label"
+    return (
+        rows,
+        val_rows,
+        f"{counts} ({words}); left out: {failed:,} failed, {unlabelled:,} without a label",
+    )
 
 
 def hold_out(
-    store: FeatureStore | ListedVideos, rows: np.ndarray, fraction: float, seed: int, *, allow_missing: bool = False
+    store: FeatureStore | ListedVideos,
+    rows: np.ndarray,
+    fraction: float,
+    seed: int,
+    *,
+    allow_missing: bool = False,
 ) -> np.ndarray:
     """Choose about `fraction` of each class of `rows` for validation: bool [N].
 
-    Whole groups (`group_keys`: a video without a group is one of its own) are added in random order while they bring
-    the classes nearer to `fraction`. A class keeps at least one video to train on, unless `allow_missing`.
+    Whole groups (`group_keys`: a video without a group is one of its own) are added in random order
+    while they bring the classes nearer to `fraction`. A class keeps at least one video to train on,
+    unless `allow_missing`.
     """
     if not 0 < fraction < 1:
         raise InputError(f"--val-fraction {fraction:g}: expected a fraction between 0 and 1")
@@ -114,7 +133,9 @@ def has_groups(keys: np.ndarray) -> bool:
     return 1 < len(set(keys.tolist())) < len(keys)
 
 
-def check_classes(store: FeatureStore | ListedVideos, rows: np.ndarray, *, allow_missing: bool) -> None:
+def check_classes(
+    store: FeatureStore | ListedVideos, rows: np.ndarray, *, allow_missing: bool
+) -> None:
     """InputError for a class that has no video among `rows`, unless that is allowed."""
     counts = np.bincount(store.labels[rows], minlength=len(store.classes))
     empty = [store.classes[place] for place in np.flatnonzero(counts == 0)]

@@ -1,9 +1,10 @@
-"""Frames in, features out, in batches of a constant size, several of them under way on a device at once.
+"""Frames in, features out, in batches of a constant size, several of them under way on a device at
+once.
 
     frames -> [ being filled | copied to the device | computed, copied back ] -> features
 
-A slot is the memory of one batch. While one is filled the others are under way, so a device never waits for the host
-where there are three; a device that computes at once (the CPU) has one.
+A slot is the memory of one batch. While one is filled the others are under way, so a device never
+waits for the host where there are three; a device that computes at once (the CPU) has one.
 """
 
 from collections import deque
@@ -22,11 +23,12 @@ def inputs_per_batch(frames: int, clips: Clips | None) -> int:
 
 
 class Batches:
-    """Frames of any number of videos, collected into whole batches; features go where `add` was told, in its order.
+    """Frames of any number of videos, collected into whole batches; features go where `add` was
+    told, in its order.
 
-    Of the frames that were `added` the first `returned` have their features, or were dropped. `check` sees the features
-    of each batch, without padding, and raises where they are bad. After any error what was under way is waited for and
-    dropped, and the slots can be used again.
+    Of the frames that were `added` the first `returned` have their features, or were dropped.
+    `check` sees the features of each batch, without padding, and raises where they are bad. After
+    any error what was under way is waited for and dropped, and the slots can be used again.
     """
 
     def __init__(self, slots: Sequence[Any], *, check: Callable[[np.ndarray], None]):
@@ -37,8 +39,8 @@ class Batches:
         self._filled, self._targets = 0, list[np.ndarray]()
 
     def add(self, frames: Any, into: np.ndarray) -> None:
-        """Frames uint8 [n, size, size, 3], whose features will be `into` float16 [n, dim], when `finish` returns at
-        the latest."""
+        """Frames uint8 [n, size, size, 3], whose features will be `into` float16 [n, dim], when
+        `finish` returns at the latest."""
         self.added += len(frames)
         while len(frames):
             slot = self._free[0]

@@ -26,7 +26,8 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 
 
 class Engine(Protocol):
-    """What runs a network: slots (see batches.py) of `batch_size` inputs, uint8 [batch, ..., H, W, 3]."""
+    """What runs a network: slots (see batches.py) of `batch_size` inputs, uint8 [batch, ..., H, W,
+    3]."""
 
     name: str
     precision: str
@@ -56,17 +57,16 @@ def load_backbone(
 ) -> "Backbone":
     """A network with its weights, ready to run frozen.
 
-    name, weights, seed, options: see `load_trunk`.
-    device: "auto" (a CUDA GPU if there is one, else the CPU), or what torch calls it: cpu, cuda, cuda:1.
-    precision: fp32, bf16, fp16, or "auto": fp16 on a GPU; on a CPU bf16 if the CPU computes in it, else fp32.
-    form: how a GPU runs it, eager, graphs or compiled; "auto" times one batch of the first two, which give the same
-    bytes (torch.compile, which takes minutes, rounds otherwise and is recorded: make gpu compares it).
-    engine: "auto" (on a CPU OpenVINO, if it is installed and can run the network, else PyTorch), openvino, or torch.
-    frames: how many come together, if that is known: a GPU then gets batches of even sizes.
-    threads: CPU cores to use (default: `available_cores()`).
-    calibration: gives the frames that int8 is calibrated on.
-    Raises InputError for a device or an engine that is not there and for fp16 or a form on a CPU, RunError if a GPU's
-    memory is full.
+    name, weights, seed, options: see `load_trunk`. device: "auto" (a CUDA GPU if there is one, else
+    the CPU), or what torch calls it: cpu, cuda, cuda:1. precision: fp32, bf16, fp16, or "auto":
+    fp16 on a GPU; on a CPU bf16 if the CPU computes in it, else fp32. form: how a GPU runs it,
+    eager, graphs or compiled; "auto" times one batch of the first two, which give the same bytes
+    (torch.compile, which takes minutes, rounds otherwise and is recorded: make gpu compares it).
+    engine: "auto" (on a CPU OpenVINO, if it is installed and can run the network, else PyTorch),
+    openvino, or torch. frames: how many come together, if that is known: a GPU then gets batches of
+    even sizes. threads: CPU cores to use (default: `available_cores()`). calibration: gives the
+    frames that int8 is calibrated on. Raises InputError for a device or an engine that is not there
+    and for fp16 or a form on a CPU, RunError if a GPU's memory is full.
     """
     on_cpu = runs_on_cpu(device)
     _check(device, precision, form, engine, on_cpu=on_cpu)
@@ -80,19 +80,23 @@ def load_backbone(
 
     trunk, target = load_trunk(**source), choose_device(device)
     chosen = "fp16" if precision == "auto" else precision
-    on_device, note = torch_engine.on_gpu(trunk, device=target, precision=chosen, form=form, frames=frames)
+    on_device, note = torch_engine.on_gpu(
+        trunk, device=target, precision=chosen, form=form, frames=frames
+    )
     return Backbone(trunk, on_device, device=str(target), note=note)
 
 
 class Backbone:
     """A frozen image model: `backbone(frames)` turns uint8 frames into float16 features.
 
-    A frame's features depend on that frame only, to the bit, on one machine in one precision: every batch has
-    `batch_size` frames, the last one padded. Calls with multiples of `batch_size` waste nothing.
+    A frame's features depend on that frame only, to the bit, on one machine in one precision: every
+    batch has `batch_size` frames, the last one padded. Calls with multiples of `batch_size` waste
+    nothing.
     """
 
     def __init__(self, network: Any, engine: Engine, *, device: str, note: str = ""):
-        """network: a Trunk, or the NetworkRecord of a converted one; note: how the engine was chosen, to be shown."""
+        """network: a Trunk, or the NetworkRecord of a converted one; note: how the engine was
+        chosen, to be shown."""
         self.name, self.weights, self.dim = network.name, network.weights, network.dim
         self.preprocessing: Preprocessing = network.preprocessing
         self.input_shape: tuple[int, ...] = network.input_shape
@@ -107,11 +111,14 @@ class Backbone:
     def __call__(self, frames: np.ndarray) -> np.ndarray:
         """frames: uint8 [n, size, size, 3], RGB, resized and cropped -> features float16 [n, dim].
 
-        Raises ValueError for another shape or type, and NotFiniteError if a feature is not finite in float16.
+        Raises ValueError for another shape or type, and NotFiniteError if a feature is not finite
+        in float16.
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
-            raise ValueError(f"got frames {frames.dtype} {list(frames.shape)}, expected uint8 [n, {expected}]")
+            raise ValueError(
+                f"got frames {frames.dtype} {list(frames.shape)}, expected uint8 [n, {expected}]"
+            )
         features = np.empty((len(frames), self.dim), np.float16)
         batches = self.batches(check=self._refuse_not_finite)
         batches.add(frames, features)
@@ -119,7 +126,8 @@ class Backbone:
         return features
 
     def batches(self, *, check: Callable[[np.ndarray], None] = lambda features: None) -> Batches:
-        """For frames that come bit by bit: several batches may be under way while more come. One at a time.
+        """For frames that come bit by bit: several batches may be under way while more come. One at
+        a time.
 
         `check` sees the features float16 [n, dim] of each batch, and may raise.
         """
@@ -179,35 +187,57 @@ def _check(device: str, precision: str, form: str, engine: str, *, on_cpu: bool)
     if engine not in ("auto", "openvino", "torch"):
         raise InputError(f"--engine {engine}: unknown; known are auto, openvino and torch")
     if precision == "fp16" and on_cpu:
-        raise InputError("--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16")
+        raise InputError(
+            "--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16"
+        )
     if form != "auto" and on_cpu:
-        raise InputError(f"--form {form} is how a GPU runs a backbone; on a CPU there is one form only, auto")
+        raise InputError(
+            f"--form {form} is how a GPU runs a backbone; on a CPU there is one form only, auto"
+        )
     if precision == "int8" and (engine == "torch" or not on_cpu):
-        raise InputError("--precision int8 is OpenVINO's, on a CPU; leave out --engine, and give --device cpu")
+        raise InputError(
+            "--precision int8 is OpenVINO's, on a CPU; leave out --engine, and give --device cpu"
+        )
     if engine == "openvino" and not on_cpu:
-        raise InputError(f"--engine openvino runs on a CPU, and --device {device} is a GPU; add --device cpu")
+        raise InputError(
+            f"--engine openvino runs on a CPU, and --device {device} is a GPU; add --device cpu"
+        )
 
 
 def _in_int8(
-    source: dict[str, Any], calibration: "Callable[[Preprocessing], Calibration] | None", threads: int
+    source: dict[str, Any],
+    calibration: "Callable[[Preprocessing], Calibration] | None",
+    threads: int,
 ) -> Backbone:
     from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine, converted_network
     from extract.backbone.quantized import quantized_network
 
     if is_clip_wise(source["name"]):
-        raise InputError(f"--precision int8: {source['name']} is clip-wise; only timm's image models are quantized")
+        raise InputError(
+            f"--precision int8: {source['name']} is clip-wise; only timm's image models are quantized"
+        )
     if calibration is None:
-        raise InputError("--precision int8 is calibrated on the videos of an extraction; here use --precision auto")
+        raise InputError(
+            "--precision int8 is calibrated on the videos of an extraction; here use --precision auto"
+        )
     try:
         plain, _ = converted_network(**source)
         if plain.clips is not None:
-            raise InputError(f"--precision int8 is for backbones of frames, and {plain.name} sees clips; use bf16")
-        record, network = quantized_network(calibration(plain.preprocessing), threads=threads, **source)
+            raise InputError(
+                f"--precision int8 is for backbones of frames, and {plain.name} sees clips; use bf16"
+            )
+        record, network = quantized_network(
+            calibration(plain.preprocessing), threads=threads, **source
+        )
     except ConversionError as error:
-        raise InputError(f"--precision int8: OpenVINO cannot run {source['name']} ({error})") from None
+        raise InputError(
+            f"--precision int8: OpenVINO cannot run {source['name']} ({error})"
+        ) from None
     numbers = record.extra["quantization"]
     note = f", relative error {numbers['relative_error']:.2g} against fp32 on {numbers['held_out']} held-out frames"
-    return Backbone(record, OpenVinoEngine(network, precision="int8", threads=threads), device="cpu", note=note)
+    return Backbone(
+        record, OpenVinoEngine(network, precision="int8", threads=threads), device="cpu", note=note
+    )
 
 
 def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -> Backbone:
@@ -218,17 +248,32 @@ def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -
         if importlib.util.find_spec("openvino") is None:
             note = " (OpenVINO, which is faster, is not installed)"
         else:
-            from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine, converted_network
+            from extract.backbone.openvino_engine import (
+                ConversionError,
+                OpenVinoEngine,
+                converted_network,
+            )
 
             try:
                 record, network = converted_network(**source)
-                return Backbone(record, OpenVinoEngine(network, precision=precision, threads=threads), device="cpu")
+                return Backbone(
+                    record,
+                    OpenVinoEngine(network, precision=precision, threads=threads),
+                    device="cpu",
+                )
             except ConversionError as error:
                 note = f" (OpenVINO cannot run it: {error})"
         if engine == "openvino":
-            raise InputError(f"--engine openvino: {source['name']}{note}; use --engine torch and another --out")
+            raise InputError(
+                f"--engine openvino: {source['name']}{note}; use --engine torch and another --out"
+            )
     from extract.backbone import torch_engine
     from extract.backbone.model import load_trunk
 
     trunk = load_trunk(**source)
-    return Backbone(trunk, torch_engine.on_cpu(trunk, precision=precision, threads=threads), device="cpu", note=note)
+    return Backbone(
+        trunk,
+        torch_engine.on_cpu(trunk, precision=precision, threads=threads),
+        device="cpu",
+        note=note,
+    )

@@ -1,4 +1,5 @@
-"""A backbone without its classifier: the module, what it must be shown, and where its weights come from.
+"""A backbone without its classifier: the module, what it must be shown, and where its weights come
+from.
 
 NAME, timm/NAME, hf-hub:OWNER/NAME   timm's image models (image_models.py)
 torchvision/NAME, hf/FOLDER_OR_ID    clip-wise video models (video_models.py)
@@ -25,10 +26,12 @@ from extract.decode.transform import Clips, PerClip, Preprocessing, is_clip_wise
 
 @dataclass(frozen=True)
 class Trunk:
-    """A module without classifier (fp32, on the CPU, in evaluation mode), and where its weights come from.
+    """A module without classifier (fp32, on the CPU, in evaluation mode), and where its weights
+    come from.
 
-    The module maps float [n, 3, height, width] to [n, dim]. With `clips`, it is a clip-wise backbone, and maps
-    [n, 3, L, height, width] to [n, dim], which are `clips.rows` rows of features, one after the other.
+    The module maps float [n, 3, height, width] to [n, dim]. With `clips`, it is a clip-wise
+    backbone, and maps [n, 3, L, height, width] to [n, dim], which are `clips.rows` rows of
+    features, one after the other.
     """
 
     name: str
@@ -45,8 +48,11 @@ class Trunk:
         return (*length, *self.preprocessing.frame_shape)
 
     def example(self) -> Tensor:
-        """A normalized input, always the same, to try a network on: float32 [1, 3, ...], stored channels-last."""
-        noise = torch.randn(1, 3, *self.input_shape[:-1], generator=torch.Generator().manual_seed(0))
+        """A normalized input, always the same, to try a network on: float32 [1, 3, ...], stored
+        channels-last."""
+        noise = torch.randn(
+            1, 3, *self.input_shape[:-1], generator=torch.Generator().manual_seed(0)
+        )
         return noise.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -62,12 +68,12 @@ def load_trunk(
 ) -> Trunk:
     """Build the model `name` without its classifier and load `weights` into it.
 
-    weights: "pretrained" (the published weights; for tf_efficientnet_lite0/1/2 those of an installed pip package),
-    "random" (a function of `seed` only), or a file (see extract/backbone/weights.py).
-    image_size: pixels per side, if not those that the weights were trained at.
-    clip_frames, clip_fps: of clip-wise backbones, if not the model's own. per_clip: "mean", one row of features per
-    clip, or "time", one per temporal position.
-    Raises InputError for an unknown name, weights that cannot be had or do not fit, options that the model does not
+    weights: "pretrained" (the published weights; for tf_efficientnet_lite0/1/2 those of an
+    installed pip package), "random" (a function of `seed` only), or a file (see
+    extract/backbone/weights.py). image_size: pixels per side, if not those that the weights were
+    trained at. clip_frames, clip_fps: of clip-wise backbones, if not the model's own. per_clip:
+    "mean", one row of features per clip, or "time", one per temporal position. Raises InputError
+    for an unknown name, weights that cannot be had or do not fit, options that the model does not
     take, and preprocessing we do not do.
     """
     if is_clip_wise(name):
@@ -90,7 +96,9 @@ def _image_trunk(name: str, source: str, seed: int, image_size: int | None) -> T
         source = package_file(name) or source
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        module = image_models.pretrained(name) if source == "pretrained" else image_models.create(name)
+        module = (
+            image_models.pretrained(name) if source == "pretrained" else image_models.create(name)
+        )
     if source == "random":
         record = {"name": f"random weights, seed {seed}"}
     elif source == "pretrained":
@@ -104,14 +112,25 @@ def _image_trunk(name: str, source: str, seed: int, image_size: int | None) -> T
     preprocessing = image_models.preprocessing_of(
         cast(dict[str, Any], module.pretrained_cfg), name, image_size=image_size
     )
-    shape = _probe(module, torch.zeros(1, 3, *preprocessing.frame_shape[:2]), "--image-size", name=name)
+    shape = _probe(
+        module, torch.zeros(1, 3, *preprocessing.frame_shape[:2]), "--image-size", name=name
+    )
     if len(shape) != 1:
-        raise InputError(f"--backbone {name}: its output per frame is {shape}, expected one vector [dim]")
-    return Trunk(name=name, module=module, dim=shape[0], preprocessing=preprocessing, weights=record)
+        raise InputError(
+            f"--backbone {name}: its output per frame is {shape}, expected one vector [dim]"
+        )
+    return Trunk(
+        name=name, module=module, dim=shape[0], preprocessing=preprocessing, weights=record
+    )
 
 
 def _video_trunk(
-    name: str, source: str, seed: int, clip_frames: int | None, clip_fps: float | None, per_clip: PerClip
+    name: str,
+    source: str,
+    seed: int,
+    clip_frames: int | None,
+    clip_fps: float | None,
+    per_clip: PerClip,
 ) -> Trunk:
     if clip_frames is not None and clip_frames < 1:
         raise InputError(f"--clip-frames {clip_frames}: expected at least 1")
@@ -120,7 +139,12 @@ def _video_trunk(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = load_video_model(
-            name, weights=source, seed=seed, clip_frames=clip_frames, clip_fps=clip_fps, per_clip=per_clip
+            name,
+            weights=source,
+            seed=seed,
+            clip_frames=clip_frames,
+            clip_fps=clip_fps,
+            per_clip=per_clip,
         )
     module = model.module.eval()
     _check_finite(module, source)
@@ -131,7 +155,9 @@ def _video_trunk(
     clip = torch.zeros(1, 3, model.clip_frames, height, width, device="meta")
     shape = _probe(on_meta, clip, "--clip-frames", name=name)
     if len(shape) != 2:
-        raise InputError(f"--backbone {name}: its output per clip is {shape}, expected vectors [positions, dim]")
+        raise InputError(
+            f"--backbone {name}: its output per clip is {shape}, expected vectors [positions, dim]"
+        )
     clips = Clips(model.clip_frames, model.clip_fps, per_clip, rows=shape[0])
     module = nn.Sequential(module, nn.Flatten())
     return Trunk(name, module, shape[0] * shape[1], model.preprocessing, model.weights, clips)
@@ -159,5 +185,7 @@ def _probe(module: Callable[[Tensor], Any], pixels: Tensor, option: str, *, name
             f"--backbone {name}: does not take {size} ({reason}); change {option}, or leave it out"
         ) from None
     if not isinstance(features, Tensor):
-        raise InputError(f"--backbone {name}: its output is a {type(features).__name__}, expected vectors")
+        raise InputError(
+            f"--backbone {name}: its output is a {type(features).__name__}, expected vectors"
+        )
     return list(features.shape[1:])

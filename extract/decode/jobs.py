@@ -1,17 +1,18 @@
 """A decode job: a file and rows of it in; the pictures that a backbone sees of every row out.
 
-The one job of extraction, fine-tuning, evaluation on videos and prediction. It runs in a decode child (numpy and
-Pillow, no torch), which hands back two things:
+The one job of extraction, fine-tuning, evaluation on videos and prediction. It runs in a decode
+child (numpy and Pillow, no torch), which hands back two things:
 
 - pictures: every distinct picture of a row once, uint8 [P, size, size, 3], at the row's place in the child's buffer;
 - `Prepared`: which frames they are, and `clips` [V, T, L], which of them form each clip.
 
-A view is one crop, or one random pass, of T clips. A clip is L frames; frame-wise backbones have L = 1. To take clips
-in another way (at a model's own rate, say), change `_RowSampler`: it gets the time of every frame, and may choose a
-frame for any number of clips.
+A view is one crop, or one random pass, of T clips. A clip is L frames; frame-wise backbones have L
+= 1. To take clips in another way (at a model's own rate, say), change `_RowSampler`: it gets the
+time of every frame, and may choose a frame for any number of clips.
 
-The clips of a clip-wise backbone are taken at its own rate: around a sampled frame, the frames shown at instants
-1 / clip_fps apart. Their rows are packed into the buffer one after the other. What does not fit is left to another job.
+The clips of a clip-wise backbone are taken at its own rate: around a sampled frame, the frames
+shown at instants 1 / clip_fps apart. Their rows are packed into the buffer one after the other.
+What does not fit is left to another job.
 
 T = 3, L = 2:   |....ab....|.ab.......|......ab..|      a random pass: a random place in each segment
                 |....ab....|....ab....|....ab....|      evaluation: the middle of each
@@ -51,7 +52,8 @@ _INSTANT_TOLERANCE = 1e-6
 class Plan:
     """Which pictures to prepare of each row.
 
-    With an `epoch` (training) one random pass, which is a function of (seed, id of the row, epoch), and nothing else.
+    With an `epoch` (training) one random pass, which is a function of (seed, id of the row, epoch),
+    and nothing else.
     """
 
     frames: int  # T, clips per view
@@ -74,8 +76,11 @@ class Plan:
 
     @property
     def passes(self) -> list[int | str | None]:
-        """Of each choice of frames, None for the middle ones, else what its random numbers are named after."""
-        return [None, *range(self.augment_passes)] if self.epoch is None else [f"epoch {self.epoch}"]
+        """Of each choice of frames, None for the middle ones, else what its random numbers are
+        named after."""
+        return (
+            [None, *range(self.augment_passes)] if self.epoch is None else [f"epoch {self.epoch}"]
+        )
 
     @property
     def num_views(self) -> int:
@@ -93,26 +98,32 @@ class Plan:
 
     @property
     def rows_per_job(self) -> int:
-        """Spans of one file that a decode child does in one pass; what is decoded twice between passes is little."""
+        """Spans of one file that a decode child does in one pass; what is decoded twice between
+        passes is little."""
         if self.clip_fps is not None:
             return _MAX_ROWS_PER_JOB
         return max(1, min(_MAX_ROWS_PER_JOB, _MAX_SLOT_BYTES // self.row_bytes))
 
     @property
     def slot_bytes(self) -> int:
-        """Of a job's buffer. Clips share frames, so theirs may hold less than all rows: one clip of each view fits."""
+        """Of a job's buffer. Clips share frames, so theirs may hold less than all rows: one clip of
+        each view fits."""
         if self.clip_fps is None:
             return self.rows_per_job * self.row_bytes
-        return max(self.row_bytes // self.frames, min(_MAX_ROWS_PER_JOB * self.row_bytes, _MAX_CLIP_SLOT_BYTES))
+        return max(
+            self.row_bytes // self.frames,
+            min(_MAX_ROWS_PER_JOB * self.row_bytes, _MAX_CLIP_SLOT_BYTES),
+        )
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What was decoded of a row: P pictures, and the clips that they form.
 
-    frame_indices int32 [P] and frame_times float32 [P] (s), of the frame that each picture shows; clips int32
-    [V, T, L], positions in the pictures; num_frames that can be shown; problem, why the row is partial, if it is;
-    end, when the last frame of the file goes (s); note, what else is to be recorded of it.
+    frame_indices int32 [P] and frame_times float32 [P] (s), of the frame that each picture shows;
+    clips int32 [V, T, L], positions in the pictures; num_frames that can be shown; problem, why the
+    row is partial, if it is; end, when the last frame of the file goes (s); note, what else is to
+    be recorded of it.
     """
 
     frame_indices: np.ndarray = field(repr=False)
@@ -130,7 +141,8 @@ class Prepared:
         return self.middles_of(1)
 
     def middles_of(self, parts: int) -> np.ndarray:
-        """int32 [V, T * parts]: the picture in the middle of each of the equal parts of each clip."""
+        """int32 [V, T * parts]: the picture in the middle of each of the equal parts of each
+        clip."""
         edges = np.arange(parts + 1) * self.clips.shape[2] // parts
         return self.clips[:, :, (edges[:-1] + edges[1:] - 1) // 2].reshape(len(self.clips), -1)
 
@@ -151,16 +163,19 @@ class Prepared:
         return row.reshape(-1, *plan.preprocessing.frame_shape)
 
 
-Job = tuple[str, list[tuple[str, Span | None]], Plan]  # a path, rows (id, span) of that file, what to prepare of each
+Job = tuple[
+    str, list[tuple[str, Span | None]], Plan
+]  # a path, rows (id, span) of that file, what to prepare of each
 
 
 def decode_job(job: Job, out: Any) -> Any:
-    """Decode n rows of one file in one pass over it, as a decode child does: n of Prepared, VideoError, or None.
+    """Decode n rows of one file in one pass over it, as a decode child does: n of Prepared,
+    VideoError, or None.
 
-    Without rows, seconds: how long the file lasts (raises VideoError).
-    out: flat uint8, on a GPU if the decoder is there; the pictures of row k begin at k * plan.row_bytes, those of
-    clips with a rate where the row before ends. None: `out` had no room for that row; the first row of a job may hold
-    fewer clips than its plan for the same reason. `remaining_jobs` do the rest.
+    Without rows, seconds: how long the file lasts (raises VideoError). out: flat uint8, on a GPU if
+    the decoder is there; the pictures of row k begin at k * plan.row_bytes, those of clips with a
+    rate where the row before ends. None: `out` had no room for that row; the first row of a job may
+    hold fewer clips than its plan for the same reason. `remaining_jobs` do the rest.
     """
     path, rows, plan = job
     if not rows:
@@ -168,7 +183,9 @@ def decode_job(job: Job, out: Any) -> Any:
     size = math.prod(plan.preprocessing.frame_shape)
     pictures = out[: len(out) // size * size].reshape(-1, *plan.preprocessing.frame_shape)
     used = [0] * len(rows)
-    samplers = [_RowSampler(plan, row_id, row, used, len(pictures)) for row, (row_id, _) in enumerate(rows)]
+    samplers = [
+        _RowSampler(plan, row_id, row, used, len(pictures)) for row, (row_id, _) in enumerate(rows)
+    ]
     packed = 0
     results: dict[int, Prepared | VideoError] = {}
     try:
@@ -182,7 +199,9 @@ def decode_job(job: Job, out: Any) -> Any:
                 results[row] = decoded
                 continue
             first = row * plan.row_bytes // size if plan.clip_fps is None else packed
-            results[row] = prepared = _write_pictures(decoded, plan, samplers[row].rngs, pictures, first)
+            results[row] = prepared = _write_pictures(
+                decoded, plan, samplers[row].rngs, pictures, first
+            )
             packed += len(prepared.frame_indices)
     except VideoError as error:  # of the whole file
         for row in range(len(rows)):
@@ -192,16 +211,24 @@ def decode_job(job: Job, out: Any) -> Any:
 
 def used_bytes(plan: Plan, results: list[Prepared | VideoError | None]) -> int:
     """Of a job's buffer, those up to the end of the last row."""
-    ends = [result.first_picture + len(result.frame_indices) for result in results if isinstance(result, Prepared)]
+    ends = [
+        result.first_picture + len(result.frame_indices)
+        for result in results
+        if isinstance(result, Prepared)
+    ]
     return max(ends, default=0) * math.prod(plan.preprocessing.frame_shape)
 
 
 def remaining_jobs(job: Job, results: list[Prepared | VideoError | None]) -> list[Job]:
-    """Jobs for what the buffer of `job` had no room for: the other clips of its first row, and the rows after it."""
+    """Jobs for what the buffer of `job` had no room for: the other clips of its first row, and the
+    rows after it."""
     path, rows, plan = job
     jobs: list[Job] = []
     first = results[0]
-    if isinstance(first, Prepared) and (done := plan.first_clip + first.clips.shape[1]) < plan.frames:
+    if (
+        isinstance(first, Prepared)
+        and (done := plan.first_clip + first.clips.shape[1]) < plan.frames
+    ):
         jobs.append((path, rows[:1], replace(plan, first_clip=done)))
     left = [row for row, result in zip(rows, results, strict=True) if result is None]
     return [*jobs, (path, left, plan)] if left else jobs
@@ -210,10 +237,12 @@ def remaining_jobs(job: Job, results: list[Prepared | VideoError | None]) -> lis
 class _RowSampler:
     """Chooses the frames of one row: int64 [passes, T, L].
 
-    used: pictures of each row of the job, of at most `room` together. A row that has no room gets no frames.
+    used: pictures of each row of the job, of at most `room` together. A row that has no room gets
+    no frames.
 
-    Random generators are made at each call, so a row's frames do not depend on what was decoded before. `rngs` keeps
-    them, as they are after choosing frames, for the random crop of each pass; None for evaluation.
+    Random generators are made at each call, so a row's frames do not depend on what was decoded
+    before. `rngs` keeps them, as they are after choosing frames, for the random crop of each pass;
+    None for evaluation.
     """
 
     def __init__(self, plan: Plan, row_id: str, row: int, used: list[int], room: int):
@@ -223,26 +252,40 @@ class _RowSampler:
 
     def __call__(self, times: FrameTimes) -> np.ndarray:
         plan, num_frames = self._plan, times.num_frames
-        self.rngs = [None if name is None else augmentation_rng(plan.seed, self._row_id, name) for name in plan.passes]
+        self.rngs = [
+            None if name is None else augmentation_rng(plan.seed, self._row_id, name)
+            for name in plan.passes
+        ]
         middles = [
-            segment_centres(num_frames, plan.frames) if rng is None else segment_random(num_frames, plan.frames, rng)
+            segment_centres(num_frames, plan.frames)
+            if rng is None
+            else segment_random(num_frames, plan.frames, rng)
             for rng in self.rngs
         ]
         length = plan.clip_length
         if plan.clip_fps is not None:
             instants = (np.arange(length) - (length - 1) // 2) / plan.clip_fps + _INSTANT_TOLERANCE
-            shown = np.searchsorted(times.seconds, times.seconds[np.stack(middles)][..., None] + instants, "right") - 1
+            shown = (
+                np.searchsorted(
+                    times.seconds, times.seconds[np.stack(middles)][..., None] + instants, "right"
+                )
+                - 1
+            )
             return self._that_fit(np.clip(shown, 0, num_frames - 1)[:, plan.first_clip :])
         # Neighbors around the chosen frame, moved inside where the video begins or ends.
         start = np.clip(np.stack(middles) - (length - 1) // 2, 0, max(num_frames - length, 0))
         return np.minimum(start[..., None] + np.arange(length), num_frames - 1)
 
     def _that_fit(self, clips: np.ndarray) -> np.ndarray:
-        """The first of the clips [passes, T, L] whose pictures there is room for: all, or of the first row some."""
+        """The first of the clips [passes, T, L] whose pictures there is room for: all, or of the
+        first row some."""
         views = [self._plan.num_views - self._plan.augment_passes] + [1] * self._plan.augment_passes
 
         def pictures(count: int) -> int:
-            return sum(len(np.unique(clip[:count])) * number for clip, number in zip(clips, views, strict=True))
+            return sum(
+                len(np.unique(clip[:count])) * number
+                for clip, number in zip(clips, views, strict=True)
+            )
 
         self._used[self._row] = 0
         room, count = self._room - sum(self._used), clips.shape[1]
@@ -253,9 +296,14 @@ class _RowSampler:
 
 
 def _write_pictures(
-    decoded: Decoded, plan: Plan, rngs: list[np.random.Generator | None], buffer: Any, first_picture: int
+    decoded: Decoded,
+    plan: Plan,
+    rngs: list[np.random.Generator | None],
+    buffer: Any,
+    first_picture: int,
 ) -> Prepared:
-    """Write each view's distinct pictures into the buffer, uint8 [pictures, height, width, 3], view after view."""
+    """Write each view's distinct pictures into the buffer, uint8 [pictures, height, width, 3], view
+    after view."""
     height, width = decoded.frames.shape[1:3]
     out = buffer[first_picture:]
     count, shown, clips = 0, [], []
@@ -284,7 +332,8 @@ def _write_pictures(
 def _views(
     height: int, width: int, plan: Plan, rng: np.random.Generator | None
 ) -> Iterator[Callable[[Any, Any], None]]:
-    """Of a pass, functions that write frames [n, H, W, 3] as a view shows them: [n, size, size, 3]."""
+    """Of a pass, functions that write frames [n, H, W, 3] as a view shows them: [n, size, size,
+    3]."""
 
     def write_crop(frames: Any, out: Any, *, box: tuple[int, int, int, int], flip: bool) -> None:
         crops = cut(frames, box, plan.preprocessing)

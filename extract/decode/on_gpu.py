@@ -1,8 +1,9 @@
-"""Videos decoded on a GPU: torchcodec's NVDEC, resized and cropped there, straight into the backbone's batches.
+"""Videos decoded on a GPU: torchcodec's NVDEC, resized and cropped there, straight into the
+backbone's batches.
 
-Which frames there are, and when they are shown, is learned as for PyAV (`PacketDecoder`), so the same frames are seen;
-only their colours differ, since NVDEC converts them in its own way. What it cannot decode, PyAV's children do, and the
-record of the video says so.
+Which frames there are, and when they are shown, is learned as for PyAV (`PacketDecoder`), so the
+same frames are seen; only their colours differ, since NVDEC converts them in its own way. What it
+cannot decode, PyAV's children do, and the record of the video says so.
 """
 
 import os
@@ -24,8 +25,9 @@ if TYPE_CHECKING:
 
     from extract.decode.subprocess_pool import Finished, SubprocessPool
 
-# Levels of 255: the mean difference of a prepared frame from PyAV's, at most. torchcodec's own tests hold every value
-# of NVDEC's pictures to 2 levels of FFmpeg's; tests/gpu/test_extract.py asserts ours.
+# Levels of 255: the mean difference of a prepared frame from PyAV's, at most. torchcodec's own
+# tests hold every value of NVDEC's pictures to 2 levels of FFmpeg's; tests/gpu/test_extract.py
+# asserts ours.
 TOLERANCE = 2
 _AT_ONCE = 32  # frames in their own size on the GPU
 
@@ -48,7 +50,9 @@ class TorchcodecFile(VideoFile):
                 f"NVDEC does not decode {about.codec} of {about.width} x {about.height} ({why})"
             )
         if len(self._decoder) != len(self.times):
-            raise UnreliablePacketsError(f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}")
+            raise UnreliablePacketsError(
+                f"torchcodec finds {len(self._decoder)} frames of {len(self.times)}"
+            )
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         first = self._decoder.metadata.begin_stream_seconds
@@ -66,19 +70,35 @@ def _runtime_errors_as_unreliable() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torchcodec's for everything: `function, file:line, words`
-        raise UnreliablePacketsError(f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}") from None
+        raise UnreliablePacketsError(
+            f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}"
+        ) from None
 
 
 class GpuDecoder:
-    """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do what it cannot.
+    """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do
+    what it cannot.
 
-    A job is (path, rows, plan), its results are VideoErrors or have a `note` (see jobs.py). After the time that a
-    child would have (`time_limit`) no answer is waited for; its thread is left to itself. A plan that asks for pyav
-    goes to the children at once: workers died over it, and a crash on a GPU is one of its process.
+    A job is (path, rows, plan), its results are VideoErrors or have a `note` (see jobs.py). After
+    the time that a child would have (`time_limit`) no answer is waited for; its thread is left to
+    itself. A plan that asks for pyav goes to the children at once: workers died over it, and a
+    crash on a GPU is one of its process.
     """
 
-    def __init__(self, children: "SubprocessPool", function: Callable[..., list[Any]], device: str, *, timeout: float):
-        self._children, self._function, self._device, self._timeout = children, function, device, timeout
+    def __init__(
+        self,
+        children: "SubprocessPool",
+        function: Callable[..., list[Any]],
+        device: str,
+        *,
+        timeout: float,
+    ):
+        self._children, self._function, self._device, self._timeout = (
+            children,
+            function,
+            device,
+            timeout,
+        )
 
     def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
         if job[2].decoder == "pyav":
@@ -92,7 +112,9 @@ class GpuDecoder:
         except TimeoutError:
             why = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
         except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
-            why = getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+            why = (
+                getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
+            )
         return self._fall_back(job, why)
 
     def _fall_back(self, job: tuple[str, Any, Any], why: str) -> "Finished":
@@ -100,7 +122,9 @@ class GpuDecoder:
         note = f"decoded by PyAV: {why}"
         finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
         done = [
-            one if isinstance(one, VideoError) else replace(one, note="; ".join(filter(None, (note, one.note))))
+            one
+            if isinstance(one, VideoError)
+            else replace(one, note="; ".join(filter(None, (note, one.note))))
             for one in finished.result or ()
         ]
         return replace(finished.taken(), result=done)
@@ -108,13 +132,17 @@ class GpuDecoder:
     def _decode(self, job: tuple[str, Any, Any], answer: Future) -> None:
         import torch
 
-        from extract.decode.subprocess_pool import Finished  # which its own process runs as a program
+        from extract.decode.subprocess_pool import (
+            Finished,
+        )  # which its own process runs as a program
 
         path, rows, plan = job
         source = read_source(path)
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
-            done = self._function((path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out)
+            done = self._function(
+                (path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out
+            )
             for one in done:
                 if isinstance(one, VideoError):
                     raise one
@@ -126,11 +154,14 @@ class GpuDecoder:
 
 
 def torchcodec_version(device: str) -> str:
-    """For the store's record. Raises InputError where there is no CUDA device or no torchcodec that loads."""
+    """For the store's record. Raises InputError where there is no CUDA device or no torchcodec that
+    loads."""
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError("--decoder torchcodec-cuda: PyTorch sees no CUDA device here; use --decoder pyav")
+        raise InputError(
+            "--decoder torchcodec-cuda: PyTorch sees no CUDA device here; use --decoder pyav"
+        )
     try:
         import torchcodec
     except (ImportError, RuntimeError) as error:  # RuntimeError: there is no FFmpeg it can load
@@ -138,7 +169,9 @@ def torchcodec_version(device: str) -> str:
             f"--decoder torchcodec-cuda: torchcodec cannot be used ({str(error).strip().partition(chr(10))[0]}); "
             f"{install_command('gpu')}, and FFmpeg's shared libraries; or use --decoder pyav"
         ) from None
-    return f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
+    return (
+        f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
+    )
 
 
 def stacked(pictures: "list[Tensor]") -> "Tensor":
@@ -147,10 +180,14 @@ def stacked(pictures: "list[Tensor]") -> "Tensor":
     return torch.stack(pictures)
 
 
-def resized(frames: "Tensor", size: tuple[int, int], interpolation: str, *, antialias: bool = True) -> "Tensor":
+def resized(
+    frames: "Tensor", size: tuple[int, int], interpolation: str, *, antialias: bool = True
+) -> "Tensor":
     """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], as Pillow does within a level."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 
     mode = InterpolationMode(interpolation)
-    return resize(frames.movedim(-1, -3), [size[1], size[0]], interpolation=mode, antialias=antialias).movedim(-3, -1)
+    return resize(
+        frames.movedim(-1, -3), [size[1], size[0]], interpolation=mode, antialias=antialias
+    ).movedim(-3, -1)

@@ -12,22 +12,40 @@ import av
 from av.format import ContainerFormat
 
 # A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
-LENIENT_METADATA: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+LENIENT_METADATA: dict[str, Any] = (
+    {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 
-av.logging.set_level(av.logging.PANIC)  # what is wrong with a video stands in its VideoError, not on the terminal
+av.logging.set_level(
+    av.logging.PANIC
+)  # what is wrong with a video stands in its VideoError, not on the terminal
 
 
 BYTES_PER_SECOND = 2_000_000  # of a file, beyond --video-timeout
 LONGEST_SECONDS = 3600.0
-# Pictures beyond any use: 8192 x 8192 pixels hold 8K video twice, and a strip is no picture of anything.
+# Pictures beyond any use: 8192 x 8192 pixels hold 8K video twice, and a strip is no picture of
+# anything.
 MAX_PIXELS, MAX_ASPECT = 8192 * 8192, 32
-# Lengths beyond belief: 11 days in a file; of more than an hour, one frame of a still picture takes more than this.
+# Lengths beyond belief: 11 days in a file; of more than an hour, one frame of a still picture takes
+# more than this.
 MAX_SECONDS, MIN_BYTES_PER_SECOND = 1e6, 1
-# Playlists, lists and scripts that name other files, and pictures that are found by a pattern in a name. What reads
-# from devices or from the network (FFmpeg says which) is refused too. tests/extract/test_opening.py lists all others.
+# Playlists, lists and scripts that name other files, and pictures that are found by a pattern in a
+# name. What reads from devices or from the network (FFmpeg says which) is refused too.
+# tests/extract/test_opening.py lists all others.
 REFUSED_FORMATS = frozenset(
     (
-        *("applehttp", "avisynth", "concat", "dash", "dvdvideo", "hls", "image2", "imf", "libcdio", "sdp"),
+        *(
+            "applehttp",
+            "avisynth",
+            "concat",
+            "dash",
+            "dvdvideo",
+            "hls",
+            "image2",
+            "imf",
+            "libcdio",
+            "sdp",
+        ),
         *("vapoursynth", "vobsub", "webm_dash_manifest"),
     )
 )
@@ -45,9 +63,11 @@ class VideoError(Exception):
 
 
 def time_limit(timeout: float, path: Any) -> float:
-    """Seconds that reading a file may take: `timeout`, and one more per 2 MB of it; an hour at most.
+    """Seconds that reading a file may take: `timeout`, and one more per 2 MB of it; an hour at
+    most.
 
-    A `timeout` above an hour is the limit itself. A file's size is a fact, a duration is what its header claims.
+    A `timeout` above an hour is the limit itself. A file's size is a fact, a duration is what its
+    header claims.
     """
     try:
         size = os.stat(path).st_size
@@ -57,7 +77,8 @@ def time_limit(timeout: float, path: Any) -> float:
 
 
 def check_file(path) -> None:
-    """Raise VideoError for what is not a regular file with something in it. Never waits, as opening a FIFO would."""
+    """Raise VideoError for what is not a regular file with something in it. Never waits, as opening
+    a FIFO would."""
     try:
         # Opened before it is looked at: a name may come to mean another file between the two.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -91,7 +112,8 @@ def _why_absent(path: str) -> str:
 
 
 def check_length(path, seconds: float) -> None:
-    """Raise VideoError for a length that a header or a time stamp claims and the file cannot have."""
+    """Raise VideoError for a length that a header or a time stamp claims and the file cannot
+    have."""
     size = os.stat(path).st_size
     if seconds > MAX_SECONDS or seconds > max(3600.0, size / MIN_BYTES_PER_SECOND):
         raise VideoError(
@@ -124,11 +146,16 @@ def opened(path):
 
 
 def open_video(path):
-    """The container and its best video stream, to be decoded in one thread; VideoError says why there is none.
+    """The container and its best video stream, to be decoded in one thread; VideoError says why
+    there is none.
 
     Nothing but this file is read, whatever is in it.
     """
-    options = {"protocol_whitelist": "file", "format_whitelist": _format_whitelist(), "max_pixels": str(MAX_PIXELS)}
+    options = {
+        "protocol_whitelist": "file",
+        "format_whitelist": _format_whitelist(),
+        "max_pixels": str(MAX_PIXELS),
+    }
     try:
         # FFmpeg takes what stands before a colon in a relative path for a protocol.
         container = av.open(os.path.abspath(path), options=options, **LENIENT_METADATA)
@@ -148,7 +175,9 @@ def open_video(path):
     except VideoError:
         container.close()
         raise
-    codec.options = {"max_pixels": str(MAX_PIXELS)}  # of every picture: the size may change on the way
+    codec.options = {
+        "max_pixels": str(MAX_PIXELS)
+    }  # of every picture: the size may change on the way
     codec.thread_count = 1  # clips are decoded side by side, each in a process of its own
     return container, stream
 
@@ -169,7 +198,8 @@ def _format_whitelist() -> str:
 
 
 def is_refused(format: ContainerFormat) -> bool:
-    """Whether a format refers to other files, to devices or to the network, rather than holding a video."""
+    """Whether a format refers to other files, to devices or to the network, rather than holding a
+    video."""
     return format.no_file or not REFUSED_FORMATS.isdisjoint(format.name.split(","))
 
 

@@ -1,6 +1,7 @@
 """A video by its packets: which frames there are, and the wanted ones decoded without the others.
 
-What packets say is believed only where it is what decoding everything would say; `UnreliablePacketsError` says why not.
+What packets say is believed only where it is what decoding everything would say;
+`UnreliablePacketsError` says why not.
 """
 
 import contextlib
@@ -32,15 +33,19 @@ Span = tuple[float, float]  # seconds after the first frame of a file: start <= 
 _SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
 # A packet of these may hold a picture that is never shown, so packets are not frames.
 _HIDDEN_PICTURES = frozenset(("vp8",))
-# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare streams) FFmpeg numbers
-# packets as they come, which is wrong where frames are reordered; only of MPEG-4 it looks up which they are.
+# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare
+# streams) FFmpeg numbers packets as they come, which is wrong where frames are reordered; only of
+# MPEG-4 it looks up which they are.
 _TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
-# Containers with an index of their packets, so that the last ones are found without reading the others.
+# Containers with an index of their packets, so that the last ones are found without reading the
+# others.
 _INDEXED = frozenset(("mov", "matroska"))
 _REORDERING = frozenset(("h264", "hevc"))
-# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this many bytes follow.
+# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this
+# many bytes follow.
 _PLACEHOLDER_BYTES = 19
-# What H.264 says where decoding starts at a key frame, of references from before it that are to be forgotten.
+# What H.264 says where decoding starts at a key frame, of references from before it that are to be
+# forgotten.
 _BENIGN_WARNING = "mmco: unref short failure"
 # How much later than a container's own start the first frame may come, unmentioned (s).
 _NOTED_OFFSET = 0.1
@@ -53,21 +58,28 @@ class UnreliablePacketsError(Exception):
 
 
 class VideoFile:
-    """What each way of reading a file offers, once it has been looked through: when frames are shown, and the frames.
+    """What each way of reading a file offers, once it has been looked through: when frames are
+    shown, and the frames.
 
-    times float64 [num_frames]: when every frame is shown, ascending, seconds after the first; end: when the last goes.
+    times float64 [num_frames]: when every frame is shown, ascending, seconds after the first; end:
+    when the last goes.
     """
 
     times: np.ndarray
     end: float
     slack = 0.0  # by how much times may be too small
-    numbers: np.ndarray | None = None  # int [num_frames], of each in the file, if some frames of it are missing
+    numbers: np.ndarray | None = (
+        None  # int [num_frames], of each in the file, if some frames of it are missing
+    )
     offset = 0.0  # of the first frame, after the container's own start (s)
     clock_note = ""  # what else is to be known of the times
 
     def problem(self, span: Span | None) -> str:
-        """What is wrong with the file, as far as a span is concerned: that it ends before the span does."""
-        last_frame = self.end - float(self.times[-1])  # a span may end while another frame would have been shown
+        """What is wrong with the file, as far as a span is concerned: that it ends before the span
+        does."""
+        last_frame = self.end - float(
+            self.times[-1]
+        )  # a span may end while another frame would have been shown
         if span is None or span[1] <= self.end + max(last_frame, 0.0) + 1e-3:
             return ""
         return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s"
@@ -76,23 +88,32 @@ class VideoFile:
         """What is to be recorded of a span, or of the whole file, that is no damage."""
         notes = [self.clock_note] if self.clock_note else []
         if span is not None and self.offset > _NOTED_OFFSET:
-            notes.append(f"times count from the first frame, {self.offset:.2f} s after the start of a player's clock")
+            notes.append(
+                f"times count from the first frame, {self.offset:.2f} s after the start of a player's clock"
+            )
         return "; ".join(notes)
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames (ascending indices) as RGB, turned as they are displayed; UnreliablePacketsError if one is doubted."""
+        """Frames (ascending indices) as RGB, turned as they are displayed; UnreliablePacketsError
+        if one is doubted."""
         raise NotImplementedError
 
 
 class PacketDecoder(VideoFile):
-    """A video by its packets, which go by their numbers in the file's order; those of a small file stay in memory.
+    """A video by its packets, which go by their numbers in the file's order; those of a small file
+    stay in memory.
 
     Raises UnreliablePacketsError.
     """
 
     def __init__(self, path):
         self._path = path
-        self.pts, self._sizes, self._key, self._order = array("q"), array("l"), bytearray(), array("l")
+        self.pts, self._sizes, self._key, self._order = (
+            array("q"),
+            array("l"),
+            bytearray(),
+            array("l"),
+        )
         self._kept: list[av.Packet] = []
         container, stream = open_video(path)
         self._opened: Any = container, stream  # until frames are asked for
@@ -121,13 +142,16 @@ class PacketDecoder(VideoFile):
                     yield index, upright(frame, to_rgb)
 
     def _leave_out_undecodable_start(self) -> None:
-        """The file begins in the middle of a group of pictures: its first frame is the first one that decodes."""
+        """The file begins in the middle of a group of pictures: its first frame is the first one
+        that decodes."""
         with opened(self._path) as (container, stream):
             try:
                 frames = (frame for packet in container.demux(stream) for frame in packet.decode())
                 first = next((frame.pts for frame in frames if not frame.is_corrupt), None)
             except DECODE_ERRORS as error:
-                raise UnreliablePacketsError(f"decoding its start ends with: {error_text(error)}") from None
+                raise UnreliablePacketsError(
+                    f"decoding its start ends with: {error_text(error)}"
+                ) from None
         left_out = [number for number in self._order if first is None or self.pts[number] < first]
         if first is None or first not in self.pts:
             raise UnreliablePacketsError("its first frame that decodes is not one of its packets")
@@ -136,7 +160,8 @@ class PacketDecoder(VideoFile):
             self.clock_note = undecodable_start(len(left_out))
 
     def _read(self, container, stream) -> int:
-        """Look at every packet, without decoding; returns the time stamp at which the last frame goes."""
+        """Look at every packet, without decoding; returns the time stamp at which the last frame
+        goes."""
         if stream.codec_context.name in _HIDDEN_PICTURES:
             raise UnreliablePacketsError("its packets may hold pictures that are never shown")
         total, stop, latest = 0, -math.inf, -math.inf
@@ -150,7 +175,9 @@ class PacketDecoder(VideoFile):
                     raise UnreliablePacketsError("a packet is damaged")
                 if packet.dts is not None:
                     if packet.dts < latest:
-                        raise UnreliablePacketsError("its packets do not come in the order in which they are decoded")
+                        raise UnreliablePacketsError(
+                            "its packets do not come in the order in which they are decoded"
+                        )
                     latest = packet.dts
                 if not packet.is_discard:  # an edit list hides the others
                     self._order.append(len(self.pts))
@@ -176,13 +203,15 @@ class PacketDecoder(VideoFile):
         return int(stop)
 
     def numbers_of(self, stamps: Sequence[int]) -> np.ndarray | None:
-        """int [n]: the numbers of frames with these time stamps, None if they are not ascending or not all in it."""
+        """int [n]: the numbers of frames with these time stamps, None if they are not ascending or
+        not all in it."""
         number = {self.pts[packet]: index for index, packet in enumerate(self._order)}
         numbers = np.array([number.get(stamp, -1) for stamp in stamps])
         return numbers if (numbers >= 0).all() and (np.diff(numbers) > 0).all() else None
 
     def _frames(self, context, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to are decoded."""
+        """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to
+        are decoded."""
         skips, chosen = context.name in _SKIPPING, set(wanted)
         keys = np.flatnonzero(np.frombuffer(self._key, bool)).tolist()
         again = None if self._kept else _Redemuxer(self._path, self.pts, self._sizes)
@@ -193,7 +222,8 @@ class PacketDecoder(VideoFile):
 
         def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
             nonlocal latest
-            # Frames shown before a key frame that was sought are damaged: what they refer to was not decoded.
+            # Frames shown before a key frame that was sought are damaged: what they refer to was
+            # not decoded.
             before = max(sought) if sought else None
             complaints = av.logging.get_last_error()[0]
             frames = context.decode(packet)
@@ -205,9 +235,15 @@ class PacketDecoder(VideoFile):
                 if frame.pts in sought and not frame.key_frame:
                     raise UnreliablePacketsError("a packet is called a key frame and is none")
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
-                    raise UnreliablePacketsError("frames do not come in the order of their time stamps")
-                if frame.is_corrupt and (before is None or frame.pts >= before or frame.pts in wanted_times):
-                    raise UnreliablePacketsError(f"the frame with time stamp {frame.pts} is corrupt")
+                    raise UnreliablePacketsError(
+                        "frames do not come in the order of their time stamps"
+                    )
+                if frame.is_corrupt and (
+                    before is None or frame.pts >= before or frame.pts in wanted_times
+                ):
+                    raise UnreliablePacketsError(
+                        f"the frame with time stamp {frame.pts} is corrupt"
+                    )
                 latest = frame.pts
                 yield frame
 
@@ -250,7 +286,8 @@ def _order_is_guessed(container, stream, pts: Sequence[int], sizes: Sequence[int
 
 
 class _Redemuxer:
-    """Packets of a file too large to keep, read once more; forward only, a gap ends at a key frame that is sought."""
+    """Packets of a file too large to keep, read once more; forward only, a gap ends at a key frame
+    that is sought."""
 
     def __init__(self, path, pts: Sequence[int], sizes: Sequence[int]):
         self._container, self._stream = open_video(path)
@@ -263,7 +300,8 @@ class _Redemuxer:
             self._read = self._container.demux(self._stream)
         self._next = number + 1
         for packet in self._read:
-            # The size too: after seeking in a program stream, FFmpeg may give time stamps to other packets than before.
+            # The size too: after seeking in a program stream, FFmpeg may give time stamps to other
+            # packets than before.
             if packet.size == self._sizes[number] and packet.pts == self._pts[number]:
                 return packet
         raise UnreliablePacketsError(f"packet {number} is not found again")
@@ -273,25 +311,33 @@ class _Redemuxer:
 
 
 def truncation(container, stream, packets: int) -> str:
-    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit list never needs."""
+    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit
+    list never needs."""
     if "mp4" not in container.format.name:
         return ""
     named = sum(1 for entry in stream.index_entries if entry.size)
-    return f"the file ends early: it names {named} frames and holds {packets}" if packets < named else ""
+    return (
+        f"the file ends early: it names {named} frames and holds {packets}"
+        if packets < named
+        else ""
+    )
 
 
 def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
     """A frame as RGB, turned as it is to be displayed."""
     picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
-    turns = round(frame.rotation / 90) % 4  # the display matrix turns counter-clockwise, as np.rot90 does
+    turns = (
+        round(frame.rotation / 90) % 4
+    )  # the display matrix turns counter-clockwise, as np.rot90 does
     return np.rot90(picture, turns) if turns else picture
 
 
 def duration_of(path: str) -> float:
     """Seconds from a video's first frame to the end of its last, by packets that exist.
 
-    MP4 and Matroska files have an index: only their last packets are read. Others are read as a whole. Raises
-    VideoError for a file that is not a video, has no packet that can be read, or claims an impossible length.
+    MP4 and Matroska files have an index: only their last packets are read. Others are read as a
+    whole. Raises VideoError for a file that is not a video, has no packet that can be read, or
+    claims an impossible length.
     """
     check_file(path)
     with opened(path) as (container, stream):
@@ -310,7 +356,8 @@ def duration_of(path: str) -> float:
 
 
 def _length_by_packets(container, stream, *, seek: bool) -> float | None:
-    """None if there is no packet with a time stamp. Where time stamps jump back, times go on (see `carry_on`)."""
+    """None if there is no packet with a time stamp. Where time stamps jump back, times go on (see
+    `carry_on`)."""
     usual = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 1
     parts: list[list[int]] = []  # [first time stamp, end] between jumps back
     latest = -math.inf
@@ -338,7 +385,8 @@ def _length_by_packets(container, stream, *, seek: bool) -> float | None:
 
 
 def carry_on(times: np.ndarray, usual: float) -> tuple[np.ndarray, list[float]]:
-    """Times that jump back (s), with each part after a jump moved behind the one before; and when they jumped.
+    """Times that jump back (s), with each part after a jump moved behind the one before; and when
+    they jumped.
 
     `usual` is how long a frame is shown, if the times do not say it.
     """
@@ -350,7 +398,8 @@ def carry_on(times: np.ndarray, usual: float) -> tuple[np.ndarray, list[float]]:
 
 
 def offset_of(container, stream, first: int) -> float:
-    """By how much the first frame (its time stamp) comes after the container's own start, in seconds."""
+    """By how much the first frame (its time stamp) comes after the container's own start, in
+    seconds."""
     return float(seconds(first, stream.time_base)) - (container.start_time or 0) / av.time_base
 
 
@@ -359,10 +408,14 @@ def undecodable_start(count: int) -> str:
 
 
 def seconds(ticks, base: Fraction):
-    """Time stamps in seconds. One rounding: a frame at 2 s is at 2.0 whatever the time base, and spans begin there."""
+    """Time stamps in seconds. One rounding: a frame at 2 s is at 2.0 whatever the time base, and
+    spans begin there."""
     return ticks * base.numerator / base.denominator
 
 
 def last_frame_end(times: np.ndarray, known: float = 0.0) -> float:
-    """When the last of frames at `times` goes: when its packet says, at least after as long as is usual."""
-    return max(known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0))
+    """When the last of frames at `times` goes: when its packet says, at least after as long as is
+    usual."""
+    return max(
+        known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
+    )

@@ -1,18 +1,18 @@
 """A video and frame indices in, frames out: the only place that knows a decoder.
 
-What PyAV (FFmpeg) is asked to do, so that few frames of a video cost little and every one is the frame that decoding
-everything would give:
+What PyAV (FFmpeg) is asked to do, so that few frames of a video cost little and every one is the
+frame that decoding everything would give:
 
-1. A pass over the packets, without decoding, counts the frames that can be presented and finds their time stamps.
-2. Packets of wanted frames are decoded, and those that wanted frames refer to; others are skipped (`NONREF`).
-3. Where a key frame lies before the next wanted frame, decoding starts there.
-4. Only wanted frames become RGB.
+1. A pass over the packets, without decoding, counts the frames that can be presented and finds
+their time stamps. 2. Packets of wanted frames are decoded, and those that wanted frames refer to;
+others are skipped (`NONREF`). 3. Where a key frame lies before the next wanted frame, decoding
+starts there. 4. Only wanted frames become RGB.
 
-Where a wanted frame does not come out, is corrupt, or time stamps cannot be trusted, everything is decoded, frames are
-chosen among what decodes, and `problem` says so if anything was wrong.
+Where a wanted frame does not come out, is corrupt, or time stamps cannot be trusted, everything is
+decoded, frames are chosen among what decodes, and `problem` says so if anything was wrong.
 
-Several spans of one file are read in one pass. What was learned of a file stays until another one is read by spans, so
-that those who come for its next spans pay for their own frames and a seek.
+Several spans of one file are read in one pass. What was learned of a file stays until another one
+is read by spans, so that those who come for its next spans pay for their own frames and a seek.
 """
 
 import math
@@ -30,7 +30,15 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 
 from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
-from extract.decode.opening import DECODE_ERRORS, VideoError, check_file, check_length, check_size, error_text, opened
+from extract.decode.opening import (
+    DECODE_ERRORS,
+    VideoError,
+    check_file,
+    check_length,
+    check_size,
+    error_text,
+    opened,
+)
 from extract.decode.packets import (
     PacketDecoder,
     Span,
@@ -51,8 +59,9 @@ Resize = Callable[[np.ndarray], np.ndarray]
 class FrameTimes:
     """The frames of a video, or of a span of it, as a sampler sees them before anything is decoded.
 
-    seconds: float64 [num_frames], when each is shown, ascending, in seconds after the file's first frame; a frame is
-    shown until the next one is. Of a span the first may come later than the span begins.
+    seconds: float64 [num_frames], when each is shown, ascending, in seconds after the file's first
+    frame; a frame is shown until the next one is. Of a span the first may come later than the span
+    begins.
     """
 
     seconds: np.ndarray
@@ -62,9 +71,9 @@ class FrameTimes:
         return len(self.seconds)
 
 
-# Chooses frames: integers of any shape, from 0 to num_frames - 1, in any order, repeats allowed; without any, nothing
-# of the span is decoded or returned. It may be called twice for one video (after damage was met), and must then choose
-# by what it gets and by nothing that it kept.
+# Chooses frames: integers of any shape, from 0 to num_frames - 1, in any order, repeats allowed;
+# without any, nothing of the span is decoded or returned. It may be called twice for one video
+# (after damage was met), and must then choose by what it gets and by nothing that it kept.
 Sampler = Callable[[FrameTimes], np.ndarray]
 
 
@@ -72,10 +81,11 @@ Sampler = Callable[[FrameTimes], np.ndarray]
 class Decoded:
     """Frames of a video; unpacks as `frames, indices, timestamps`.
 
-    frames uint8 [D, H, W, 3] RGB; indices int32 [D], positions in presentation order; timestamps float32 [D], seconds
-    after the first frame; num_frames, what can be presented; problem, empty or why the video is only partly readable;
-    note, what else is to be recorded; end, when the last frame of the file goes (s); choice, int32 in the shape of the
-    sampler's answer: the positions in `frames` of the frames that it chose.
+    frames uint8 [D, H, W, 3] RGB; indices int32 [D], positions in presentation order; timestamps
+    float32 [D], seconds after the first frame; num_frames, what can be presented; problem, empty or
+    why the video is only partly readable; note, what else is to be recorded; end, when the last
+    frame of the file goes (s); choice, int32 in the shape of the sampler's answer: the positions in
+    `frames` of the frames that it chose.
     """
 
     frames: np.ndarray = field(repr=False)
@@ -89,7 +99,11 @@ class Decoded:
 
     def __post_init__(self) -> None:
         count = len(self.frames)
-        if self.frames.ndim != 4 or self.indices.shape != (count,) or self.timestamps.shape != (count,):
+        if (
+            self.frames.ndim != 4
+            or self.indices.shape != (count,)
+            or self.timestamps.shape != (count,)
+        ):
             raise ValueError(
                 f"got frames {self.frames.shape}, indices {self.indices.shape}, timestamps {self.timestamps.shape}; "
                 "expected [D, H, W, 3], [D] and [D]"
@@ -98,22 +112,35 @@ class Decoded:
     def as_chosen(self) -> "Decoded":
         """The same with the frames in the sampler's order, repeats repeated."""
         frames, indices, timestamps = (values[self.choice.ravel()] for values in self)
-        return replace(self, frames=frames, indices=indices, timestamps=timestamps, choice=np.arange(len(frames)))
+        return replace(
+            self,
+            frames=frames,
+            indices=indices,
+            timestamps=timestamps,
+            choice=np.arange(len(frames)),
+        )
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.frames, self.indices, self.timestamps))
 
 
 def decode(
-    path: str | os.PathLike[str], sample: Callable[[int], np.ndarray], *, span: Span | None = None, **options: Any
+    path: str | os.PathLike[str],
+    sample: Callable[[int], np.ndarray],
+    *,
+    span: Span | None = None,
+    **options: Any,
 ) -> Decoded:
-    """Decode the frames of `path` that `sample(num_frames)` asks for (any order; repeats are repeated in `frames`).
+    """Decode the frames of `path` that `sample(num_frames)` asks for (any order; repeats are
+    repeated in `frames`).
 
-    With a `span`, `sample` gets the number of frames that are shown in it and chooses among those. `options` are those
-    of `decode_spans`. Raises VideoError if not one frame can be read, IndexError if `sample` asks for a frame that
-    does not exist.
+    With a `span`, `sample` gets the number of frames that are shown in it and chooses among those.
+    `options` are those of `decode_spans`. Raises VideoError if not one frame can be read,
+    IndexError if `sample` asks for a frame that does not exist.
     """
-    [(_, decoded)] = decode_spans(path, [(span, lambda times: np.asarray(sample(times.num_frames)))], **options)
+    [(_, decoded)] = decode_spans(
+        path, [(span, lambda times: np.asarray(sample(times.num_frames)))], **options
+    )
     if isinstance(decoded, VideoError):
         raise decoded
     return decoded.as_chosen()
@@ -126,13 +153,15 @@ def decode_spans(
     resize: Resize | None = None,
     decoder: str = "pyav",
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
-    """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its frames or its failure.
+    """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its
+    frames or its failure.
 
-    They come as they are complete, so spans that follow each other are not all in memory. `resize` is applied to each
-    wanted frame as it comes, so memory does not grow with a video's length or its picture size. However often a sampler
-    chooses a frame, it is decoded, resized and returned once.
-    decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open AV1), or on_gpu.py's
-    "torchcodec-cuda", whose frames are tensors on that device (VideoError also where only PyAV could read it).
+    They come as they are complete, so spans that follow each other are not all in memory. `resize`
+    is applied to each wanted frame as it comes, so memory does not grow with a video's length or
+    its picture size. However often a sampler chooses a frame, it is decoded, resized and returned
+    once. decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open
+    AV1), or on_gpu.py's "torchcodec-cuda", whose frames are tensors on that device (VideoError also
+    where only PyAV could read it).
     """
     check_file(path)
     left = list(range(len(wanted)))
@@ -163,7 +192,8 @@ def decode_spans(
 
 
 class _Source:
-    """What was learned of a file: its packets, or `doubt` why they are not to be trusted; all of it, if need be."""
+    """What was learned of a file: its packets, or `doubt` why they are not to be trusted; all of
+    it, if need be."""
 
     def __init__(self, path, decoder: str):
         self.path, self.doubt = path, ""
@@ -188,7 +218,9 @@ def _opener(decoder: str) -> Callable[..., VideoFile]:
     if decoder.startswith("torchcodec-"):
         return partial(TorchcodecFile, device=decoder.removeprefix("torchcodec-"))
     if decoder not in ("pyav", "decord"):
-        raise ValueError(f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'")
+        raise ValueError(
+            f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'"
+        )
     return PacketDecoder if decoder == "pyav" else _Decord
 
 
@@ -196,7 +228,8 @@ _recent: dict[tuple, _Source] = {}  # the file whose spans were read last, if th
 
 
 def decoder_version(decoder: str) -> str:
-    """The version of a decoder, for the store's record. Raises VideoError where it is not installed."""
+    """The version of a decoder, for the store's record. Raises VideoError where it is not
+    installed."""
     if decoder == "pyav":
         return f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
     if decoder.startswith("torchcodec-"):
@@ -231,7 +264,9 @@ def _decode(
             left.remove(place)
             yield place, VideoError(path, nothing + (f" ({why})" if why else ""))
     order = sorted(chosen, key=lambda place: chosen[place].max())
-    distinct = np.unique(np.concatenate([*map(np.ravel, chosen.values())])) if chosen else np.empty(0, int)
+    distinct = (
+        np.unique(np.concatenate([*map(np.ravel, chosen.values())])) if chosen else np.empty(0, int)
+    )
     pictures = file.pictures(distinct.tolist()) if chosen else iter(())
     found: dict[int, np.ndarray] = {}
     for position, place in enumerate(order):
@@ -254,7 +289,9 @@ def _decode(
         numbers = indices if file.numbers is None else file.numbers[indices].astype(np.int32)
         problem, note = file.problem(span), file.note(span)
         yield place, Decoded(frames, numbers, times, counts[place], problem, file.end, choice, note)
-        needed = min((int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1)
+        needed = min(
+            (int(chosen[later].min()) for later in order[position + 1 :]), default=last + 1
+        )
         found = {index: picture for index, picture in found.items() if index >= needed}
 
 
@@ -265,7 +302,9 @@ def _checked(indices: Iterable[int], count: int, path) -> np.ndarray:
         raise ValueError(f"sample({count}) gave {checked!r}, expected integer frame indices")
     wrong = checked[(checked < 0) | (checked >= count)]
     if len(wrong):
-        raise IndexError(f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}")
+        raise IndexError(
+            f"{os.fspath(path)} has {count} frames, sample({count}) asks for frame {wrong[0]}"
+        )
     return checked.astype(np.int32)
 
 
@@ -275,7 +314,9 @@ def _resized_like(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         return picture
     from PIL import Image
 
-    return np.asarray(Image.fromarray(picture).resize((shape[1], shape[0]), Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(picture).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+    )
 
 
 # -- everything ----------------------------------------------------------------------------------------------------
@@ -284,8 +325,8 @@ def _resized_like(picture: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 class _FullDecode(VideoFile):
     """A video of which all is decoded, twice: to find the good frames, and to take the wanted ones.
 
-    If its packets could be trusted as far as they tell which frames there are (`table`), numbers and times of frames
-    are theirs, so that both are the same whichever way a span is decoded.
+    If its packets could be trusted as far as they tell which frames there are (`table`), numbers
+    and times of frames are theirs, so that both are the same whichever way a span is decoded.
     """
 
     def __init__(self, path, doubt: str, table: PacketDecoder | None):
@@ -298,7 +339,9 @@ class _FullDecode(VideoFile):
             stamps.append(frame.pts or 0)
             corrupt.append(frame.is_corrupt)
         if not stamps:
-            raise VideoError(path, f"no frame of it decodes ({self._damage[0] if self._damage else doubt})")
+            raise VideoError(
+                path, f"no frame of it decodes ({self._damage[0] if self._damage else doubt})"
+            )
         self._corrupt = np.frombuffer(corrupt, bool)
         # Frames that the decoder had to patch up are left out, unless there are no others.
         self._take_corrupt = bool(self._corrupt.all())
@@ -315,7 +358,8 @@ class _FullDecode(VideoFile):
         self._frames: Iterator[av.VideoFrame] = iter(())
 
     def _own_times(self, stamps: np.ndarray, timed: bool) -> np.ndarray:
-        """float64 [num_frames]: seconds after the first frame, by the frames' own time stamps, if they have any."""
+        """float64 [num_frames]: seconds after the first frame, by the frames' own time stamps, if
+        they have any."""
         with opened(self._path) as (container, stream):
             rate, base = stream.average_rate or stream.guessed_rate or 25, stream.time_base
             if not timed:
@@ -334,14 +378,20 @@ class _FullDecode(VideoFile):
         planned = slice(None) if span is None else slice(*np.searchsorted(self._planned, span))
         corrupt, cut = self._corrupt[inside], super().problem(span)
         missing = len(self._planned[planned]) - len(corrupt)
-        reasons = [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"] if corrupt.any() else []
+        reasons = (
+            [f"{corrupt.sum()} of {len(corrupt)} readable frames are corrupt"]
+            if corrupt.any()
+            else []
+        )
         damage = self._damage if cut or span is None else []
         if missing > 0 and not damage:
             reasons.append(f"{missing} of {len(corrupt) + missing} frames do not decode")
         return "; ".join([*reasons, *([cut] if cut else []), *damage])
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        if not self._next or indices[0] < self._next:  # else it goes on where the spans before ended
+        if (
+            not self._next or indices[0] < self._next
+        ):  # else it goes on where the spans before ended
             self._frames, self._next = _all_frames(self._path, [], []), 0
         wanted, to_rgb = set(indices), VideoReformatter()
         for frame in self._frames:
@@ -357,8 +407,8 @@ class _FullDecode(VideoFile):
 def _all_frames(path, problems: list[str], jumps: list[int]) -> Iterator[av.VideoFrame]:
     """All frames in presentation order, up to the first error.
 
-    `problems` says what was wrong; `jumps` gets the packets before which time begins anew, as it does in two streams
-    that were joined byte by byte.
+    `problems` says what was wrong; `jumps` gets the packets before which time begins anew, as it
+    does in two streams that were joined byte by byte.
     """
     with opened(path) as (container, stream):
         packets = good = 0
@@ -393,7 +443,9 @@ class _Decord(VideoFile):
         self._path, self._errors = path, (decord.DECORDError, RuntimeError)
         with self._translated_errors():
             self._reader = decord.VideoReader(os.fspath(path), num_threads=1)
-            shown = np.asarray(self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64)
+            shown = np.asarray(
+                self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64
+            )
         if not len(shown):
             raise VideoError(path, "decord finds no frame in it")
         self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
@@ -408,7 +460,9 @@ class _Decord(VideoFile):
         try:
             yield
         except self._errors as error:
-            lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Stack")]
+            lines = [
+                line.strip() for line in str(error).splitlines() if not line.startswith("Stack")
+            ]
             words = next(filter(None, lines), type(error).__name__)
             raise VideoError(self._path, f"decord cannot read it: {words}") from None
 
@@ -417,6 +471,8 @@ def _import_decord():
     try:
         import decord
     except ImportError:
-        raise VideoError("decord", "is not installed; it has wheels for x86-64 only, use --decoder pyav") from None
+        raise VideoError(
+            "decord", "is not installed; it has wheels for x86-64 only, use --decoder pyav"
+        ) from None
     decord.logging.set_level(decord.logging.QUIET)
     return decord

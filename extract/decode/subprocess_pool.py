@@ -1,13 +1,13 @@
 """Decoding in child processes that can be killed, with frames handed back through shared memory.
 
-A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process helps against that.
-So each child is a process of its own with one thread here that talks to it:
+A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process
+helps against that. So each child is a process of its own with one thread here that talks to it:
 
     submit(job) -> queue -> thread: job -> child ... result -> Future
                             deadline passed, or child dead -> SIGKILL, a fresh child, the job's failure in words
 
-A child starts in under half a second (it never imports torch), ends with its parent even on kill -9, and writes into
-slots of memory that both see, so frames are not copied through a pipe.
+A child starts in under half a second (it never imports torch), ends with its parent even on kill
+-9, and writes into slots of memory that both see, so frames are not copied through a pipe.
 """
 
 import contextlib
@@ -34,24 +34,30 @@ from extract.decode.opening import MAX_PIXELS, time_limit
 from extract.portable import end_with_parent, shared_memory
 from extract.sources import UNKNOWN, Source, read_source
 
-# function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write into
+# function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write
+# into
 Function = Callable[[Any, np.ndarray], Any]
 
 SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
-ATTEMPTS = 3  # at a job whose child dies: someone may have killed it for other reasons than this video
+ATTEMPTS = (
+    3  # at a job whose child dies: someone may have killed it for other reasons than this video
+)
 SECONDS_TO_START = 60.0
 _PROGRAM_BYTES = 1 << 29
 
 
 @dataclass
 class Finished:
-    """The end of a job: `result` and `buffer` (uint8, valid until `release`, perhaps on a GPU), or `failure`."""
+    """The end of a job: `result` and `buffer` (uint8, valid until `release`, perhaps on a GPU), or
+    `failure`."""
 
     result: Any = None
     buffer: Any = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
     failure: str = ""
     cpu_seconds: float = 0.0
-    source: Source = UNKNOWN  # the file that the job's first value names, as it was before it was read
+    source: Source = (
+        UNKNOWN  # the file that the job's first value names, as it was before it was read
+    )
     _free: Callable[[], None] | None = field(default=None, repr=False)
 
     def release(self) -> None:
@@ -62,7 +68,8 @@ class Finished:
             free()
 
     def taken(self, count: int | None = None) -> "Finished":
-        """The same with a copy of (the first `count` bytes of) the buffer; the slot is given back."""
+        """The same with a copy of (the first `count` bytes of) the buffer; the slot is given
+        back."""
         kept = replace(self, buffer=self.buffer[:count].copy(), _free=None)
         self.release()
         return kept
@@ -74,33 +81,43 @@ class Finished:
         self.release()
 
 
-_Do = Callable[[Any, int], Finished | None]  # job, slot -> its end, or None where no more can be done
+_Do = Callable[
+    [Any, int], Finished | None
+]  # job, slot -> its end, or None where no more can be done
 _Slots = queue.SimpleQueue[int | None]  # those that hold no result; None ends their thread
 
 
 class SubprocessPool:
-    """Child processes that run `function` over jobs, in the order of `submit`, each under a deadline.
+    """Child processes that run `function` over jobs, in the order of `submit`, each under a
+    deadline.
 
-    A job is a tuple that begins with the path of its file, which says how long it may take (`time_limit`); then its
-    child is killed and the job fails. A job whose child dies is tried again. `nice` lowers the children's priority.
+    A job is a tuple that begins with the path of its file, which says how long it may take
+    (`time_limit`); then its child is killed and the job fails. A job whose child dies is tried
+    again. `nice` lowers the children's priority.
     """
 
-    def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0):
+    def __init__(
+        self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0
+    ):
         self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
         same: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
         self._one_more = partial(SubprocessPool, function, workers=1, **same)
         self._slots: list[_Slots] = []  # of each thread
         self._children = [_Child(function, **same) for _ in range(workers)]
-        self._threads = [self._start(child.do, SLOTS_A_CHILD, child.begin) for child in self._children]
+        self._threads = [
+            self._start(child.do, SLOTS_A_CHILD, child.begin) for child in self._children
+        ]
 
     def submit(self, job: Any) -> "Future[Finished]":
-        """Queue a job; its future never raises for what is wrong with a video, see `Finished.failure`."""
+        """Queue a job; its future never raises for what is wrong with a video, see
+        `Finished.failure`."""
         future: Future[Finished] = Future()
         self._jobs.put((job, future))
         return future
 
     def help(self, elsewhere: Callable[[Any], Finished], *, at_once: int) -> None:
-        """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the help is over."""
+        """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the
+        help is over."""
 
         def helped(job: Any, _: int) -> Finished | None:
             with contextlib.suppress(Exception):
@@ -111,7 +128,8 @@ class SubprocessPool:
             self._start(helped, SLOTS_A_CHILD // 2)
 
     def alone(self, job: Any) -> Finished:
-        """Do a job now, in a child of its own: behind others in the queue it might wait for slots that those fill."""
+        """Do a job now, in a child of its own: behind others in the queue it might wait for slots
+        that those fill."""
         try:
             with self._one_more() as pool:
                 return pool.submit(job).result().taken()
@@ -128,18 +146,24 @@ class SubprocessPool:
         for slots in self._slots:
             slots.put(None)
             self._jobs.put(None)
-        for thread, child in zip(self._threads, self._children, strict=True):  # help on its way is not waited for
+        for thread, child in zip(
+            self._threads, self._children, strict=True
+        ):  # help on its way is not waited for
             thread.join()
             child.end()
         self._threads, self._children = [], []
 
-    def _start(self, do: _Do, count: int, begin: Callable[[], None] = lambda: None) -> threading.Thread:
+    def _start(
+        self, do: _Do, count: int, begin: Callable[[], None] = lambda: None
+    ) -> threading.Thread:
         """Have a thread do jobs, of which it holds at most so many results."""
         slots: _Slots = queue.SimpleQueue()
         for slot in range(count):
             slots.put(slot)
         self._slots.append(slots)
-        thread = threading.Thread(target=self._work, args=(begin, do, slots), name="decode", daemon=True)
+        thread = threading.Thread(
+            target=self._work, args=(begin, do, slots), name="decode", daemon=True
+        )
         thread.start()
         return thread
 
@@ -147,7 +171,9 @@ class SubprocessPool:
         begin()
         done: Finished | None = Finished()
         # The slot first: a job must not wait here while another thread could do it.
-        while done and (slot := slots.get()) is not None and (waiting := self._jobs.get()) is not None:
+        while (
+            done and (slot := slots.get()) is not None and (waiting := self._jobs.get()) is not None
+        ):
             job, future = waiting
             if not future.set_running_or_notify_cancel():
                 slots.put(slot)
@@ -161,7 +187,9 @@ class SubprocessPool:
                 continue
             if finished.failure:
                 slots.put(slot)
-            future.set_result(replace(finished, _free=None if finished.failure else partial(slots.put, slot)))
+            future.set_result(
+                replace(finished, _free=None if finished.failure else partial(slots.put, slot))
+            )
 
     def __enter__(self) -> "SubprocessPool":
         return self
@@ -187,7 +215,9 @@ class _Child:
 
     def begin(self) -> None:
         """Start before there is a job: the caller may be loading its backbone."""
-        with contextlib.suppress(_ChildDiedError, RunError):  # what stays wrong, the first job meets again and says
+        with contextlib.suppress(
+            _ChildDiedError, RunError
+        ):  # what stays wrong, the first job meets again and says
             self._start()
 
     def do(self, job: Any, slot: int) -> Finished:
@@ -222,13 +252,22 @@ class _Child:
         except (EOFError, OSError):
             raise _ChildDiedError(self._how_it_ended()) from None
         self._stop()
-        return Finished(failure=f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow")
+        return Finished(
+            failure=f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow"
+        )
 
     def _start(self) -> Connection:
         pipe, theirs = Pipe()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "extract.decode.subprocess_pool", str(theirs.fileno()), str(self._memory)],
+                [
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "extract.decode.subprocess_pool",
+                    str(theirs.fileno()),
+                    str(self._memory),
+                ],
                 pass_fds=(theirs.fileno(), self._memory),
                 stdin=subprocess.DEVNULL,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
@@ -247,7 +286,9 @@ class _Child:
             self._stop()
             if not broken:
                 raise _ChildDiedError(how) from None
-            raise RunError(f"a decode process does not start ({how}); its error stands above") from None
+            raise RunError(
+                f"a decode process does not start ({how}); its error stands above"
+            ) from None
         self._pipe = pipe
         return pipe
 
@@ -257,7 +298,9 @@ class _Child:
             code = self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
             return "it does not answer"
-        return f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        return (
+            f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
+        )
 
     def _stop(self) -> None:
         if self._pipe is not None:
@@ -270,14 +313,17 @@ class _Child:
 
 def _mapped(memory: int, slot_bytes: int) -> np.ndarray:
     """Memory that parent and child share: uint8 [slots, slot_bytes]."""
-    return np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(SLOTS_A_CHILD, slot_bytes)
+    return np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(
+        SLOTS_A_CHILD, slot_bytes
+    )
 
 
 # -- in the child --------------------------------------------------------------------------------------------------
 
 
 def memory_limit(slot_bytes: int) -> int:
-    """Bytes of its own that a child may take: Python and FFmpeg, a picture before and after resizing, and decoders'.
+    """Bytes of its own that a child may take: Python and FFmpeg, a picture before and after
+    resizing, and decoders'.
 
     A decoder holds 16 pictures that others refer to and some on their way, of 1.5 bytes per pixel.
     """
@@ -285,8 +331,11 @@ def memory_limit(slot_bytes: int) -> int:
 
 
 def _limit_memory(slot_bytes: int) -> None:
-    """So that a file that takes more fails alone, and not whatever the kernel chooses to kill for it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):  # a platform without, or a lower limit of the user's
+    """So that a file that takes more fails alone, and not whatever the kernel chooses to kill for
+    it."""
+    with contextlib.suppress(
+        ImportError, ValueError, OSError
+    ):  # a platform without, or a lower limit of the user's
         import resource
 
         _, most = resource.getrlimit(resource.RLIMIT_DATA)

@@ -1,4 +1,5 @@
-"""Frames in, a video file out: the counterpart of `decode`, for videos that the house makes itself."""
+"""Frames in, a video file out: the counterpart of `decode`, for videos that the house makes
+itself."""
 
 import os
 from collections.abc import Iterable
@@ -13,7 +14,8 @@ from extract.files import replacing
 def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], *, rate: float) -> None:
     """Write uint8 [H, W, 3] RGB frames, H and W even, as H.264 in MP4 at `rate` frames a second.
 
-    The file appears whole or not at all. Raises ValueError for no frame, and for sizes that differ or are odd.
+    The file appears whole or not at all. Raises ValueError for no frame, and for sizes that differ
+    or are odd.
     """
     with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
@@ -24,7 +26,9 @@ def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], *, r
                 size = frame.shape
                 stream.height, stream.width, stream.pix_fmt = size[0], size[1], "yuv420p"
             if frame.shape != size or size[0] % 2 or size[1] % 2:
-                raise ValueError(f"got a frame {frame.shape} after {size}; all must be alike, of even height and width")
+                raise ValueError(
+                    f"got a frame {frame.shape} after {size}; all must be alike, of even height and width"
+                )
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame))))
         if not size:
             raise ValueError(f"got no frame to write to {path}")

@@ -1,7 +1,7 @@
 """A walk over folders of videos, and what the names of the folders say: split and class.
 
-No file is opened and none is asked for its size or kind: that comes with the folder's entry, so that a listing costs
-little more than reading the folders.
+No file is opened and none is asked for its size or kind: that comes with the folder's entry, so
+that a listing costs little more than reading the folders.
 """
 
 import os
@@ -13,15 +13,65 @@ from typing import NamedTuple
 from extract.cli import InputError, examples
 
 VIDEO_EXTENSIONS = frozenset(
-    {"264", "265", "3g2", "3gp", "amv", "asf", "avi", "divx", "dv", "f4v", "flv", "gif", "h264", "h265", "hevc", "ivf"}
-    | {"m1v", "m2t", "m2ts", "m2v", "m4v", "mjpeg", "mjpg", "mkv", "mov", "mp4", "mpe", "mpeg", "mpg", "mpv", "mts"}
-    | {"mxf", "nut", "obu", "ogg", "ogm", "ogv", "qt", "rm", "rmvb", "ts", "vob", "webm", "wmv", "y4m"}
+    {
+        "264",
+        "265",
+        "3g2",
+        "3gp",
+        "amv",
+        "asf",
+        "avi",
+        "divx",
+        "dv",
+        "f4v",
+        "flv",
+        "gif",
+        "h264",
+        "h265",
+        "hevc",
+        "ivf",
+    }
+    | {
+        "m1v",
+        "m2t",
+        "m2ts",
+        "m2v",
+        "m4v",
+        "mjpeg",
+        "mjpg",
+        "mkv",
+        "mov",
+        "mp4",
+        "mpe",
+        "mpeg",
+        "mpg",
+        "mpv",
+        "mts",
+    }
+    | {
+        "mxf",
+        "nut",
+        "obu",
+        "ogg",
+        "ogm",
+        "ogv",
+        "qt",
+        "rm",
+        "rmvb",
+        "ts",
+        "vob",
+        "webm",
+        "wmv",
+        "y4m",
+    }
 )
 SPLITS = dict.fromkeys(("train", "training"), "train")
 SPLITS |= dict.fromkeys(("val", "validate", "validation"), "val")
 SPLITS |= dict.fromkeys(("test", "testing"), "test")
 
-_VOLUME = re.compile(r"vol_\d+")  # a folder that holds clips of any class, as in videos/vol_00/<clip>
+_VOLUME = re.compile(
+    r"vol_\d+"
+)  # a folder that holds clips of any class, as in videos/vol_00/<clip>
 
 Ignored = dict[str, tuple[str, ...]]  # reason -> POSIX paths
 HIDDEN, NOT_A_VIDEO = "hidden", "not a video by its extension"
@@ -40,7 +90,8 @@ def folder(path: str) -> str:
 
 
 class Scan(NamedTuple):
-    """The videos below a folder, sorted POSIX paths; what was ignored, by reason; inodes of the videos' files.
+    """The videos below a folder, sorted POSIX paths; what was ignored, by reason; inodes of the
+    videos' files.
 
     A link has the inode of the file that it leads to; a dangling one has none.
     """
@@ -53,8 +104,8 @@ class Scan(NamedTuple):
 def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
     """Find the videos below `root`.
 
-    `only` names the folders directly in `root` to walk. Linked folders are followed; a dangling link counts as the
-    video that its name says it is: it fails with a reason instead of being gone.
+    `only` names the folders directly in `root` to walk. Linked folders are followed; a dangling
+    link counts as the video that its name says it is: it fails with a reason instead of being gone.
     """
     inodes: dict[str, int] = {}
     videos: list[str] = []
@@ -82,7 +133,11 @@ def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
                 if inode := _inode(entry):
                     inodes[path] = inode
             else:
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(parents[-1], name)
+                real = (
+                    os.path.realpath(entry.path)
+                    if entry.is_symlink()
+                    else os.path.join(parents[-1], name)
+                )
                 if real in parents:
                     ignored[UNREADABLE].append(f"{path} (link to a folder around it)")
                 else:
@@ -104,12 +159,16 @@ def _reason_to_ignore(entry: os.DirEntry[str], is_folder: bool) -> tuple[str, st
     if not named_as_video:
         return NOT_A_VIDEO, ""
     if not _false_on_error(entry.is_file) and os.path.exists(entry.path):
-        return UNREADABLE, " (neither a file nor a folder)"  # a pipe would keep its reader waiting for ever
+        return (
+            UNREADABLE,
+            " (neither a file nor a folder)",
+        )  # a pipe would keep its reader waiting for ever
     return "", ""
 
 
 def _inode(entry: os.DirEntry[str]) -> int:
-    """Of the file itself. It comes with the folder's entry, or for a link from the stat that told its kind."""
+    """Of the file itself. It comes with the folder's entry, or for a link from the stat that told
+    its kind."""
     if not entry.is_symlink():
         return entry.inode()
     try:
@@ -121,12 +180,15 @@ def _inode(entry: os.DirEntry[str]) -> int:
 def _false_on_error(question: Callable[[], bool]) -> bool:
     try:
         return question()
-    except OSError:  # a link to itself, or through a folder that may not be entered: as good as dangling
+    except (
+        OSError
+    ):  # a link to itself, or through a folder that may not be entered: as good as dangling
         return False
 
 
 def escape_non_utf8(path: str) -> str:
-    """The path itself, or with escapes where it is not UTF-8, which neither a store nor a terminal could take."""
+    """The path itself, or with escapes where it is not UTF-8, which neither a store nor a terminal
+    could take."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

@@ -1,4 +1,5 @@
-"""Class names: the Kinetics-700 list, lists in files, and the spellings under which folders write them."""
+"""Class names: the Kinetics-700 list, lists in files, and the spellings under which folders write
+them."""
 
 import difflib
 import os
@@ -19,23 +20,29 @@ def kinetics700_labels() -> tuple[str, ...]:
 
 
 def read_labels(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """The classes of a text file, one a line; `InputError` for an empty line, a repeated one, or no text."""
+    """The classes of a text file, one a line; `InputError` for an empty line, a repeated one, or no
+    text."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except UnicodeDecodeError as error:
-        raise InputError(f"{os.fspath(path)} is not UTF-8 text ({error}); expected one class a line") from None
+        raise InputError(
+            f"{os.fspath(path)} is not UTF-8 text ({error}); expected one class a line"
+        ) from None
     first: dict[str, int] = {}
     for number, name in enumerate(map(str.strip, lines), start=1):
         if not name:
             raise InputError(f"{os.fspath(path)} line {number} is empty; expected one class a line")
         if first.setdefault(name, number) != number:
-            raise InputError(f"{os.fspath(path)} names {name!r} twice, in lines {first[name]} and {number}")
+            raise InputError(
+                f"{os.fspath(path)} names {name!r} twice, in lines {first[name]} and {number}"
+            )
     return tuple(first)
 
 
 @cache
 def spellings(name: str) -> frozenset[str]:
-    """How copies of Kinetics write a label: as it is, `_` for spaces, and `'`, `(`, `)` removed as well."""
+    """How copies of Kinetics write a label: as it is, `_` for spaces, and `'`, `(`, `)` removed as
+    well."""
     underscored = name.replace(" ", "_")
     return frozenset((name, underscored, underscored.translate(_REMOVED)))
 
@@ -43,12 +50,14 @@ def spellings(name: str) -> frozenset[str]:
 def choose_labels(
     names: Collection[str], labels: str | os.PathLike[str], *, kinetics_names: bool = False
 ) -> tuple[tuple[str, ...], dict[str, int], str]:
-    """The classes, the index of every name that may be written for one, and a description of where they come from.
+    """The classes, the index of every name that may be written for one, and a description of where
+    they come from.
 
-    `labels` is "kinetics700", a file (one class per line, or `index name` per line), or "auto": the Kinetics-700 list
-    if all `names` are in it and the listing looks like Kinetics (`kinetics_names`: its files are named by youtube ids;
-    or most of the 700 are there), else the names, integers in their order. Integers index the classes of a list.
-    `InputError` for names outside the list, with the nearest that are in it.
+    `labels` is "kinetics700", a file (one class per line, or `index name` per line), or "auto": the
+    Kinetics-700 list if all `names` are in it and the listing looks like Kinetics
+    (`kinetics_names`: its files are named by youtube ids; or most of the 700 are there), else the
+    names, integers in their order. Integers index the classes of a list. `InputError` for names
+    outside the list, with the nearest that are in it.
     """
     if labels == "auto":
         return _choose_automatically(names, kinetics_names=kinetics_names)
@@ -57,7 +66,9 @@ def choose_labels(
     elif os.path.isfile(labels):
         numbered, source = _numbered(labels), f"the labels of {os.fspath(labels)}"
     else:
-        raise InputError(f"--labels {os.fspath(labels)}: there is no such file; known are auto, kinetics700 or a FILE")
+        raise InputError(
+            f"--labels {os.fspath(labels)}: there is no such file; known are auto, kinetics700 or a FILE"
+        )
     classes = tuple(numbered.values())
     index = _spelling_index(classes)
     if names and _are_integers(names) and not _are_integers(classes):
@@ -65,7 +76,9 @@ def choose_labels(
         index |= {name: index[str(int(name))] for name in names if str(int(name)) in index}
         source += f", by number ({min(numbered)} to {max(numbered)})"
     if unknown := sorted(name for name in names if name not in index):
-        raise InputError(f"{len(unknown):,} of {len(names):,} names are not in {source}: {_nearest(unknown, index)}")
+        raise InputError(
+            f"{len(unknown):,} of {len(names):,} names are not in {source}: {_nearest(unknown, index)}"
+        )
     return classes, index, source
 
 
@@ -90,7 +103,9 @@ def _choose_automatically(
         if not unknown:
             source += " (they are classes of Kinetics-700 too: --labels kinetics700 takes all 700)"
         elif 2 * len(unknown) <= len(names):  # the listing may well be meant for Kinetics
-            source += f" ({len(unknown):,} are not in the Kinetics-700 list: {_nearest(unknown, index)})"
+            source += (
+                f" ({len(unknown):,} are not in the Kinetics-700 list: {_nearest(unknown, index)})"
+            )
     return classes, _spelling_index(classes), source
 
 
@@ -99,9 +114,11 @@ def _are_integers(names: Iterable[str]) -> bool:
 
 
 def _numbered(path: str | os.PathLike[str]) -> dict[int, str]:
-    """The classes of a label map by their number: `index name` per line, or a name per line, numbered from 0.
+    """The classes of a label map by their number: `index name` per line, or a name per line,
+    numbered from 0.
 
-    Lines that all begin with the numbers 0 to N-1 or 1 to N are the first kind, so that `3 point shot` may be a name.
+    Lines that all begin with the numbers 0 to N-1 or 1 to N are the first kind, so that `3 point
+    shot` may be a name.
     """
     lines = read_labels(path)
     pairs = [re.fullmatch(r"(\d+)(?:\s*[,;]\s*|\s+)(\S.*)", line) for line in lines]
@@ -129,5 +146,8 @@ def _spelling_index(classes: Sequence[str]) -> dict[str, int]:
 
 def _nearest(strange: Sequence[str], known: Iterable[str]) -> str:
     near = {name: difflib.get_close_matches(name, known, n=1) for name in strange[:5]}
-    named = [f"{name!r} (nearest: {close[0]!r})" if close else f"{name!r}" for name, close in near.items()]
+    named = [
+        f"{name!r} (nearest: {close[0]!r})" if close else f"{name!r}"
+        for name, close in near.items()
+    ]
     return examples([*named, *strange[5:]], 5)

@@ -1,7 +1,7 @@
 """Lists of videos in the layouts that people hold them in: which one a file has, and its rows.
 
-Tables with a header are read by `tables`. A layout is recognized by signs that no other has; a file that fits two is
-refused with the question that decides.
+Tables with a header are read by `tables`. A layout is recognized by signs that no other has; a file
+that fits two is refused with the question that decides.
 """
 
 import json
@@ -33,7 +33,8 @@ FRAMES_HINT = "folders of pictures are not read; make videos of them: ffmpeg -fr
 
 
 def read_list(path: str, root: str) -> Table:
-    """The rows of a list whose videos lie below `root`. `InputError` for an unknown or ambiguous layout."""
+    """The rows of a list whose videos lie below `root`. `InputError` for an unknown or ambiguous
+    layout."""
     name = os.path.basename(path)
     if extension(name) == "json":
         return _read_json(path)
@@ -59,18 +60,22 @@ def is_table(path: str) -> bool:
 
 
 def lists_of(path: str) -> list[str]:
-    """All files of the protocol that one file belongs to: both of UCF101's split, all classes of HMDB51's."""
+    """All files of the protocol that one file belongs to: both of UCF101's split, all classes of
+    HMDB51's."""
     directory, name = os.path.split(path)
     for pattern in (_UCF, _HMDB):
         if match := pattern.fullmatch(name):
-            names = [(pattern.fullmatch(other), other) for other in sorted(os.listdir(directory or "."))]
+            names = [
+                (pattern.fullmatch(other), other) for other in sorted(os.listdir(directory or "."))
+            ]
             same = [other for found, other in names if found and found["number"] == match["number"]]
             return [os.path.join(directory, other) for other in same]
     return [path]
 
 
 def lists_in(directory: str) -> list[str]:
-    """The lists that lie directly in a folder; `InputError` if it holds several protocols of UCF101 or HMDB51."""
+    """The lists that lie directly in a folder; `InputError` if it holds several protocols of UCF101
+    or HMDB51."""
     names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
     names = [name for name in names if extension(name) in LIST_EXTENSIONS]
     for pattern in (_UCF, _HMDB):
@@ -91,8 +96,8 @@ def lists_in(directory: str) -> list[str]:
 def _separator_of_pairs(path: str, root: str) -> str:
     """What separates path and label in the first line of a text list, "" if it is not one.
 
-    mmaction2's lists of frame folders have three fields, `folder frames label`, as a video with two labels would: a
-    folder on the disk is the sign of the former.
+    mmaction2's lists of frame folders have three fields, `folder frames label`, as a video with two
+    labels would: a folder on the disk is the sign of the former.
     """
     line = next((line for _, line in text_lines(path)), "").strip()
     for separator in _SEPARATORS:
@@ -112,7 +117,8 @@ def _separator_of_pairs(path: str, root: str) -> str:
 
 
 def _read_pairs(path: str, root: str, separator: str) -> Table:
-    """`path label` per line, of mmaction2, SlowFast and V-JEPA; or a path alone, of a video without a label.
+    """`path label` per line, of mmaction2, SlowFast and V-JEPA; or a path alone, of a video without
+    a label.
 
         abseiling/x.mp4 0
 
@@ -138,15 +144,17 @@ def _read_pairs(path: str, root: str, separator: str) -> Table:
 
 
 def _split_in_name(path: str) -> str:
-    """The split that a list's name names: `kinetics400_train_list_videos.txt` -> train; "" for none, or several."""
+    """The split that a list's name names: `kinetics400_train_list_videos.txt` -> train; "" for
+    none, or several."""
     parts = re.split(r"[^a-z]+", os.path.basename(path).lower())
     splits = {SPLITS[part] for part in parts if part in SPLITS}
     return splits.pop() if len(splits) == 1 else ""
 
 
 def _read_ucf(path: str, root: str) -> Table:
-    """UCF101's trainlist01.txt and testlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`, without the
-    number in the latter. The class is the folder; the group, of clips cut from one video, the name before `_c01`.
+    """UCF101's trainlist01.txt and testlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`,
+    without the number in the latter. The class is the folder; the group, of clips cut from one
+    video, the name before `_c01`.
     """
     split, rows = "train" if os.path.basename(path).startswith("train") else "test", []
     for line, text in text_lines(path):
@@ -174,7 +182,11 @@ def _read_hmdb(path: str, label: str) -> Table:
             continue
         stem = name.strip().rpartition(".")[0]
         rows.append(Row(path, line, stem, label, "train" if number == "1" else "test"))
-    notes = (f"{os.path.basename(path)}: {left_out:,} rows of neither train nor test",) if left_out else ()
+    notes = (
+        (f"{os.path.basename(path)}: {left_out:,} rows of neither train nor test",)
+        if left_out
+        else ()
+    )
     return Table("stem", rows, notes)
 
 
@@ -188,7 +200,12 @@ def _read_json(path: str) -> Table:
             content = json.load(file)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    if isinstance(content, list) and content and isinstance(content[0], dict) and "id" in content[0]:
+    if (
+        isinstance(content, list)
+        and content
+        and isinstance(content[0], dict)
+        and "id" in content[0]
+    ):
         return Table("stem", list(_something_rows(path, content)))
     if isinstance(content, dict) and isinstance(content.get("database"), dict):
         return Table("stem", list(_activitynet_rows(path, content["database"])))
@@ -201,22 +218,27 @@ def _read_json(path: str) -> Table:
 def _something_rows(path: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """Something-Something's lists, in which the class is the template without its brackets:
 
-    [{"id": "78687", "label": "holding potato ...", "template": "Holding [something] next to [something]"}, ...]
+    [{"id": "78687", "label": "holding potato ...", "template": "Holding [something] next to
+    [something]"}, ...]
 
     The split is the one in the list's name; the test list has ids alone.
     """
     split = _split_in_name(path)
     for number, entry in enumerate(entries, start=1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
-            raise InputError(f"{path} entry {number} is {entry!r:.80}, expected an object with an id")
+            raise InputError(
+                f"{path} entry {number} is {entry!r:.80}, expected an object with an id"
+            )
         label = str(entry.get("template", "")).replace("[", "").replace("]", "")
         yield Row(path, number, str(entry["id"]), label, split)
 
 
 def _activitynet_rows(path: str, database: Mapping[str, Any]) -> Iterator[Row]:
-    """ActivityNet's JSON, also of THUMOS, HACS segments, FineAction: a row for each annotation, a span of its video.
+    """ActivityNet's JSON, also of THUMOS, HACS segments, FineAction: a row for each annotation, a
+    span of its video.
 
-    {"database": {"<id>": {"subset": "training", "annotations": [{"segment": [0.5, 9.1], "label": "Fencing"}]}}}
+    {"database": {"<id>": {"subset": "training", "annotations": [{"segment": [0.5, 9.1], "label":
+    "Fencing"}]}}}
 
     A video without annotations is listed as a whole, without a label.
     """
@@ -230,5 +252,9 @@ def _activitynet_rows(path: str, database: Mapping[str, Any]) -> Iterator[Row]:
             if not annotations:
                 yield Row(path, number, name, "", split, untrimmed=name)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            why = error if type(error) is ValueError else f"{entry!r:.120} has no subset and annotations as expected"
+            why = (
+                error
+                if type(error) is ValueError
+                else f"{entry!r:.120} has no subset and annotations as expected"
+            )
             raise InputError(f"{path} entry {number} ({name}): {why}") from None

@@ -5,8 +5,8 @@
     classname,youtube_id,subset,start,end,label       HACS clips; rows with label -1 are not of the class: left out
     video_id,start_timestamp,stop_timestamp,label     EPIC-KITCHENS, after the column to learn was renamed to label
 
-Columns go by the header's names, never by position; commas, semicolons or tabs separate them. Seconds may be written
-`01:02:03.450`. Every error names file and line.
+Columns go by the header's names, never by position; commas, semicolons or tabs separate them.
+Seconds may be written `01:02:03.450`. Every error names file and line.
 """
 
 import csv
@@ -46,7 +46,8 @@ class Row(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The rows of one list. Its videos are named by `path`, or by `stem`: a file's name without its extension.
+    """The rows of one list. Its videos are named by `path`, or by `stem`: a file's name without its
+    extension.
 
     `clip` is the latter of Kinetics, in which a missing video may be listed under two classes.
     """
@@ -64,7 +65,8 @@ class Header(NamedTuple):
 
 
 Values = Mapping[str, str]
-# Of one line: its values, the root, the list's path and the line's number; None for a row to leave out.
+# Of one line: its values, the root, the list's path and the line's number; None for a row to leave
+# out.
 ParseRow = Callable[[Values, str, str, int], Row | None]
 
 
@@ -106,14 +108,28 @@ def _parse_hacs_row(values: Values, root: str, table: str, line: int) -> Row | N
 
 def _parse_epic_row(values: Values, root: str, table: str, line: int) -> Row:
     if "label" not in values:
-        columns = ", ".join(name for name in ("verb", "noun", "verb_class", "noun_class") if name in values)
-        raise InputError(f"a list of EPIC-KITCHENS has several labels ({columns}); rename the one to learn to `label`")
+        columns = ", ".join(
+            name for name in ("verb", "noun", "verb_class", "noun_class") if name in values
+        )
+        raise InputError(
+            f"a list of EPIC-KITCHENS has several labels ({columns}); rename the one to learn to `label`"
+        )
     name, span = values["video_id"], parse_span(values["start_timestamp"], values["stop_timestamp"])
-    return Row(table, line, name, values["label"], "", values.get("participant_id", ""), span, untrimmed=name)
+    return Row(
+        table,
+        line,
+        name,
+        values["label"],
+        "",
+        values.get("participant_id", ""),
+        span,
+        untrimmed=name,
+    )
 
 
 class Layout(NamedTuple):
-    """How the rows of a table are read; `needed` columns tell it from others, `used` may be missing."""
+    """How the rows of a table are read; `needed` columns tell it from others, `used` may be
+    missing."""
 
     name: str
     kind: Literal["path", "stem", "clip"]
@@ -155,7 +171,8 @@ LAYOUTS = (
 
 
 def layout_of(header: Header) -> Layout | None:
-    """The layout whose columns a header has; `InputError` if several have them and none names a path."""
+    """The layout whose columns a header has; `InputError` if several have them and none names a
+    path."""
     columns = set(header.columns)
     fitting = [layout for layout in LAYOUTS if layout.needed <= columns]
     if {"path", "label"} <= columns:
@@ -182,7 +199,8 @@ def read_header(path: str) -> Header:
 
 
 def read_table(path: str, root: str, header: Header, layout: Layout) -> Table:
-    """The rows of a table whose videos lie below the folder `root`; `InputError` names the line that is wrong."""
+    """The rows of a table whose videos lie below the folder `root`; `InputError` names the line
+    that is wrong."""
     rows, left_out = [], 0
     for line, values in _values(path, header):
         try:
@@ -201,9 +219,13 @@ def _notes(path: str, header: Header, layout: Layout, left_out: int) -> Iterator
     if header.separator != ",":
         yield f"{name}: columns are separated by {_SEPARATORS[header.separator]}"
     present = layout.used & set(header.columns)
-    if group := next((name for name in ("group", "subject", "participant_id") if name in present), ""):
+    if group := next(
+        (name for name in ("group", "subject", "participant_id") if name in present), ""
+    ):
         yield f"groups: the column `{group}`"
-    if unused := [column for column in header.columns if column and column not in layout.needed | layout.used]:
+    if unused := [
+        column for column in header.columns if column and column not in layout.needed | layout.used
+    ]:
         yield f"{name}: columns that are not used: {', '.join(unused)}"
     if left_out:
         yield f"{name}: {left_out:,} rows with label -1 left out (they are not of the class)"
@@ -234,7 +256,9 @@ def _values(path: str, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
                     continue
                 if len(fields) < width or any(fields[width:]):
                     counts = f"{len(fields)} values and the header {width}"
-                    raise InputError(f"{path} line {line} has {counts}; a value that holds a comma must be quoted")
+                    raise InputError(
+                        f"{path} line {line} has {counts}; a value that holds a comma must be quoted"
+                    )
                 yield line, dict(zip(header.columns, map(str.strip, fields), strict=False))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
@@ -243,19 +267,24 @@ def _values(path: str, header: Header) -> Iterator[tuple[int, dict[str, str]]]:
 
 
 def span_id(path: str, span: tuple[float, float] | None) -> str:
-    """The id of a span of a file: `match.mp4#2000-5000`, in milliseconds; the path itself for the whole."""
+    """The id of a span of a file: `match.mp4#2000-5000`, in milliseconds; the path itself for the
+    whole."""
     return path if span is None else f"{path}#{span[0] * 1000:.0f}-{span[1] * 1000:.0f}"
 
 
 def path_below(name: str, root: str) -> str:
-    """A path of a list as a POSIX path below `root`. ValueError for none, or one that leads out of it."""
+    """A path of a list as a POSIX path below `root`. ValueError for none, or one that leads out of
+    it."""
     if not name:
         raise ValueError("its path is empty")
     if "\\" in name and not os.path.lexists(os.path.join(root, name)):
         raise ValueError(f"{name} is written with backslashes; write it with /")
     below = os.path.relpath(name, os.path.abspath(root)) if os.path.isabs(name) else name
     below = posixpath.normpath(below.replace(os.sep, "/"))
-    if below.split("/")[0] in ("..", "."):  # an id is also a place below the folder that an export fills
+    if below.split("/")[0] in (
+        "..",
+        ".",
+    ):  # an id is also a place below the folder that an export fills
         raise ValueError(f"{name} is not below {root}; give --root DIR, a folder around all videos")
     return below
 
@@ -267,7 +296,9 @@ def parse_span(start: str, end: str) -> tuple[float, float]:
     except (ValueError, OverflowError):
         raise ValueError(f"{start!r} to {end!r} are not times in seconds") from None
     if not 0 <= span[0] < span[1]:
-        raise ValueError(f"{start} to {end} s is not a span; it begins at 0 or later, and ends after it begins")
+        raise ValueError(
+            f"{start} to {end} s is not a span; it begins at 0 or later, and ends after it begins"
+        )
     return span[0] / 1000, span[1] / 1000
 
 

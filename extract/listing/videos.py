@@ -1,7 +1,8 @@
-"""What there is to extract: a folder, a CSV or one file becomes a `Listing` of videos with label, split and group.
+"""What there is to extract: a folder, a CSV or one file becomes a `Listing` of videos with label,
+split and group.
 
-Nothing is guessed in silence: what is not listed is counted and named with the reason, and a class index comes from a
-list of labels, never from the order of folders.
+Nothing is guessed in silence: what is not listed is counted and named with the reason, and a class
+index comes from a list of labels, never from the order of folders.
 """
 
 import contextlib
@@ -15,24 +16,50 @@ from statistics import median
 from typing import Any
 
 from extract.cli import InputError, examples
-from extract.listing.folders import VIDEO_EXTENSIONS, Scan, escape_non_utf8, extension, folder, scan, split_and_class
+from extract.listing.folders import (
+    VIDEO_EXTENSIONS,
+    Scan,
+    escape_non_utf8,
+    extension,
+    folder,
+    scan,
+    split_and_class,
+)
 from extract.listing.labels import choose_labels, kinetics700_labels
 from extract.listing.leaks import describe_leaks
-from extract.listing.lists import FRAMES_HINT, LIST_EXTENSIONS, is_table, lists_in, lists_of, read_list
+from extract.listing.lists import (
+    FRAMES_HINT,
+    LIST_EXTENSIONS,
+    is_table,
+    lists_in,
+    lists_of,
+    read_list,
+)
 from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
 from extract.listing.tables import Row, span_id
 
-__all__ = ["Listing", "Video", "kinetics700_labels", "list_videos", "shared_youtube_ids", "youtube_id"]
+__all__ = [
+    "Listing",
+    "Video",
+    "kinetics700_labels",
+    "list_videos",
+    "shared_youtube_ids",
+    "youtube_id",
+]
 
 # Of a clip, or of a span of an untrimmed video.
-_CLIP = re.compile(r"(?:.*/)?([A-Za-z0-9_-]{11})(?:_\d{6,}_\d{6,}(?:\.[^.]*)?|\.[^.#]+#\d+-\d+)", re.DOTALL)
+_CLIP = re.compile(
+    r"(?:.*/)?([A-Za-z0-9_-]{11})(?:_\d{6,}_\d{6,}(?:\.[^.]*)?|\.[^.#]+#\d+-\d+)", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes or -1.
+    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes
+    or -1.
 
-    With a `span` it is a part of its file, in seconds, and its id ends with the milliseconds: `a.mp4#2000-5000`.
+    With a `span` it is a part of its file, in seconds, and its id ends with the milliseconds:
+    `a.mp4#2000-5000`.
     """
 
     id: str
@@ -45,11 +72,13 @@ class Video:
 
 @dataclass(frozen=True)
 class Listing:
-    """The videos of a source and what was left out of them; `report()` says it all in a short table.
+    """The videos of a source and what was left out of them; `report()` says it all in a short
+    table.
 
-    `videos` are sorted by id, those of a CSV stand in its order, spans of one file side by side. `missing` are rows of
-    a CSV without a file (their id is the name that was looked for), `unlisted` are videos beside them that no row
-    names, `ignored` holds, by reason, the names of what is no video.
+    `videos` are sorted by id, those of a CSV stand in its order, spans of one file side by side.
+    `missing` are rows of a CSV without a file (their id is the name that was looked for),
+    `unlisted` are videos beside them that no row names, `ignored` holds, by reason, the names of
+    what is no video.
     """
 
     source: str
@@ -74,14 +103,16 @@ class Listing:
         return tuple(counts[label] for label in range(len(self.classes)))
 
     def youtube_ids_in_two_splits(self) -> dict[str, tuple[str, ...]]:
-        """Youtube ids that are listed in more than one split, with the splits; other names are not looked at."""
+        """Youtube ids that are listed in more than one split, with the splits; other names are not
+        looked at."""
         splits: dict[str, set[str]] = defaultdict(set)
         for name, video in _youtube_ids((*self.videos, *self.missing)):
             splits[name].add(video.split)
         return {name: tuple(sorted(where)) for name, where in splits.items() if len(where) > 1}
 
     def report(self) -> str:
-        """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two splits."""
+        """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two
+        splits."""
         found, missing = len(self.videos), len(self.missing)
         lines = [
             f"{self.source}: {self.layout}",
@@ -90,13 +121,23 @@ class Listing:
             f"{_count(len(self.classes), 'class', 'classes')}: {self.labels_from}",
             *self.notes,
             *self._split_table(),
-            *(f"ignored, {why}: {len(names):,}{_named(names)}" for why, names in sorted(self.ignored.items())),
+            *(
+                f"ignored, {why}: {len(names):,}{_named(names)}"
+                for why, names in sorted(self.ignored.items())
+            ),
         ]
         if self.unlisted:
-            lines.append(f"left out, in no row of the CSV: {len(self.unlisted):,}{_named(self.unlisted)}")
+            lines.append(
+                f"left out, in no row of the CSV: {len(self.unlisted):,}{_named(self.unlisted)}"
+            )
         if twice := self.youtube_ids_in_two_splits():
-            named = [f"{name}: {', '.join(split or '-' for split in where)}" for name, where in sorted(twice.items())]
-            lines.append(f"youtube ids that stand in two splits: {len(twice):,} ({'; '.join(named[:10])})")
+            named = [
+                f"{name}: {', '.join(split or '-' for split in where)}"
+                for name, where in sorted(twice.items())
+            ]
+            lines.append(
+                f"youtube ids that stand in two splits: {len(twice):,} ({'; '.join(named[:10])})"
+            )
         return "\n".join(lines)
 
     def _split_table(self) -> Iterator[str]:
@@ -110,10 +151,16 @@ class Listing:
             some = [count for count in counts if count]
             spread = f"{min(some):,}, {median(some):,.6g}, {max(some):,}" if some else "-"
             listed = found[split] + missing[split]
-            yield (f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabelled[split]:>12,}{len(some):>9,}   {spread}")
+            yield (
+                f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabelled[split]:>12,}{len(some):>9,}   {spread}"
+            )
             if some and len(some) < len(counts):
-                names = [name for name, count in zip(self.classes, counts, strict=True) if not count]
-                empty.append(f"classes without a video{f' in {split}' if split else ''}: {len(names):,}{_named(names)}")
+                names = [
+                    name for name, count in zip(self.classes, counts, strict=True) if not count
+                ]
+                empty.append(
+                    f"classes without a video{f' in {split}' if split else ''}: {len(names):,}{_named(names)}"
+                )
         yield from empty
 
 
@@ -134,19 +181,25 @@ def list_videos(
       column `subject` is the group,
     - one video.
 
-    `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where every name is in it,
-    else the sorted names), "kinetics700", or a file with one class a line; names match it as they are, with `_` for
-    spaces, and with `'`, `(`, `)` removed as well. Raises `InputError`, which says what is wrong and where.
+    `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where
+    every name is in it, else the sorted names), "kinetics700", or a file with one class a line;
+    names match it as they are, with `_` for spaces, and with `'`, `(`, `)` removed as well. Raises
+    `InputError`, which says what is wrong and where.
     """
     source, root = os.fspath(source), None if root is None else os.fspath(root)
     with _gc_paused():
         rows, fields = _rows(source, root)
-        base = source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
+        base = (
+            source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
+        )
         return _listing(source, rows, labels, base, fields)
 
 
-def read_listing(path: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "auto") -> Listing:
-    """What a list says of its videos, whose files need not exist: `videos` in its order, each path is the id.
+def read_listing(
+    path: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "auto"
+) -> Listing:
+    """What a list says of its videos, whose files need not exist: `videos` in its order, each path
+    is the id.
 
     Raises `InputError` as `list_videos`.
     """
@@ -170,9 +223,14 @@ def read_listing(path: str | os.PathLike[str], *, labels: str | os.PathLike[str]
 
 
 def _listing(
-    source: str, rows: Sequence[Row], labels: str | os.PathLike[str], base: str, fields: dict[str, Any]
+    source: str,
+    rows: Sequence[Row],
+    labels: str | os.PathLike[str],
+    base: str,
+    fields: dict[str, Any],
 ) -> Listing:
-    # Missing videos count: a class index must not depend on how much of a data set has been downloaded.
+    # Missing videos count: a class index must not depend on how much of a data set has been
+    # downloaded.
     names = {row.label for row in rows} - {""}
     classes, index, labels_from = choose_labels(names, labels, kinetics_names=_kinetics_names(rows))
     index[""] = -1
@@ -182,25 +240,32 @@ def _listing(
             os.path.join(base, row.file) if row.file else "",
             index[row.label],
             row.split,
-            row.group or (row.file if row.span else ""),  # the spans of a file must not be torn apart
+            row.group
+            or (row.file if row.span else ""),  # the spans of a file must not be torn apart
             row.span,
         )
         for row in rows
     ]
     found = tuple(video for video in videos if video.path)
     missing = tuple(video for video in videos if not video.path)
-    return Listing(source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields)
+    return Listing(
+        source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields
+    )
 
 
 def youtube_id(video_id: str) -> str:
-    """The 11 characters before `_{start:06d}_{end:06d}`, or before `.mp4#{start}-{end}`; `InputError` for others."""
+    """The 11 characters before `_{start:06d}_{end:06d}`, or before `.mp4#{start}-{end}`;
+    `InputError` for others."""
     if not (clip := _CLIP.fullmatch(video_id)):
-        raise InputError(f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension")
+        raise InputError(
+            f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension"
+        )
     return clip[1]
 
 
 def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple[str, ...]:
-    """Youtube ids on both sides, sorted: what leaks from, say, Kinetics-600's train into Kinetics-700's val."""
+    """Youtube ids on both sides, sorted: what leaks from, say, Kinetics-600's train into
+    Kinetics-700's val."""
     ids = {name for name, _ in _youtube_ids(first)}
     return tuple(sorted(ids & {name for name, _ in _youtube_ids(second)}))
 
@@ -220,7 +285,8 @@ def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
 
 @contextlib.contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Without the cycle collector, which walks over all the tuples made so far again and again: half of the time."""
+    """Without the cycle collector, which walks over all the tuples made so far again and again:
+    half of the time."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -231,22 +297,29 @@ def _gc_paused() -> Iterator[None]:
 
 
 def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
-    """The videos of a source before its classes have an index, and the fields of its listing that are known."""
+    """The videos of a source before its classes have an index, and the fields of its listing that
+    are known."""
     if not os.path.exists(source):
         link = f" (it is a link to {os.readlink(source)})" if os.path.islink(source) else ""
         raise InputError(f"there is no {source}{link}; give a folder, a CSV or a video")
     name, is_folder = os.path.basename(source), os.path.isdir(source)
     if not is_folder and extension(name) in LIST_EXTENSIONS:
-        return _from_lists(lists_of(source), os.path.dirname(source) or "." if root is None else root)
+        return _from_lists(
+            lists_of(source), os.path.dirname(source) or "." if root is None else root
+        )
     if is_folder and root is not None and (lists := lists_in(source)):
         return _from_lists(lists, root)
     if root is not None:
-        raise InputError(f"--root {root} says where the videos of a list are, and {source} holds no list")
+        raise InputError(
+            f"--root {root} says where the videos of a list are, and {source} holds no list"
+        )
     if is_folder:
         return _from_folder(source)
     if extension(name) not in VIDEO_EXTENSIONS:
         known = " ".join(sorted(VIDEO_EXTENSIONS))
-        raise InputError(f"{source} is not a folder, a list or, by its extension, a video; known are {known}")
+        raise InputError(
+            f"{source} is not a folder, a list or, by its extension, a video; known are {known}"
+        )
     if escape_non_utf8(name) != name:
         raise InputError(
             f"the name {escape_non_utf8(name)} is not UTF-8, so that no store can hold it; rename the video"
@@ -257,10 +330,18 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
 def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     files, ignored, inodes = scanned = scan(source)
     if not files:
-        why = "; ".join(f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items())
-        pictures = any(extension(name) in ("jpg", "jpeg", "png") for names in ignored.values() for name in names)
+        why = "; ".join(
+            f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items()
+        )
+        pictures = any(
+            extension(name) in ("jpg", "jpeg", "png")
+            for names in ignored.values()
+            for name in names
+        )
         hint = f". {FRAMES_HINT.capitalize()}" if pictures else ""
-        raise InputError(f"there is no video in {source}; " + (f"ignored: {why}{hint}" if why else "it is empty"))
+        raise InputError(
+            f"there is no video in {source}; " + (f"ignored: {why}{hint}" if why else "it is empty")
+        )
     by_folder = split_and_class({folder(file) for file in files})
     splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
     if not classes and (tables := _tables_in(source)):
@@ -273,16 +354,29 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _tables_in(source: str) -> list[str]:
-    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of videos."""
-    folders = [path for path in (source, os.path.join(source, "annotations")) if os.path.isdir(path)]
-    paths = [os.path.join(path, name) for path in folders for name in sorted(os.listdir(path)) if name[0] != "."]
+    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of
+    videos."""
+    folders = [
+        path for path in (source, os.path.join(source, "annotations")) if os.path.isdir(path)
+    ]
+    paths = [
+        os.path.join(path, name)
+        for path in folders
+        for name in sorted(os.listdir(path))
+        if name[0] != "."
+    ]
     return [path for path in paths if is_table(path)]
 
 
-def _from_lists(paths: Sequence[str], root: str, *, scanned: Scan | None = None) -> tuple[list[Row], dict[str, Any]]:
-    """Videos of one or several lists below `root`; `scanned` is `scan(root)` if it has been made already."""
+def _from_lists(
+    paths: Sequence[str], root: str, *, scanned: Scan | None = None
+) -> tuple[list[Row], dict[str, Any]]:
+    """Videos of one or several lists below `root`; `scanned` is `scan(root)` if it has been made
+    already."""
     if not os.path.isdir(root):
-        raise InputError(f"--root {root} is not a folder; it says where the videos of {paths[0]} are")
+        raise InputError(
+            f"--root {root} is not a folder; it says where the videos of {paths[0]} are"
+        )
     tables = [read_list(path, root) for path in paths]
     by_path = [row for table in tables if table.kind == "path" for row in table.rows]
     by_stem = [row for table in tables if table.kind != "path" for row in table.rows]
@@ -303,14 +397,18 @@ def _from_lists(paths: Sequence[str], root: str, *, scanned: Scan | None = None)
     notes = list(dict.fromkeys(note for table in tables for note in table.notes))
     if spans := sum(row.span is not None for row in found):
         whole = len(found) - spans
-        notes.append(f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files")
+        notes.append(
+            f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files"
+        )
         # Spans of one file next to each other, by when they begin, so that it is read in one pass.
         first = {row.file: place for place, row in reversed([*enumerate(rows)])}
         rows.sort(key=lambda row: (first[row.file], row.span or ()))
     notes += describe_leaks(found, root, inodes)
     used = {row.file for row in found}
     read = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
-    left = {why: tuple(name for name in names if name not in read) for why, names in ignored.items()}
+    left = {
+        why: tuple(name for name in names if name not in read) for why, names in ignored.items()
+    }
     return rows, {
         "layout": f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
         "unlisted": tuple(file for file in files if file not in used),

@@ -25,9 +25,11 @@ _ASKED_AHEAD = 256  # files
 
 
 def settle(options: Options) -> Options:
-    """Options with `window` and `frames` that say what `fps` said, and a `stride`; `InputError` for what cannot be.
+    """Options with `window` and `frames` that say what `fps` said, and a `stride`; `InputError` for
+    what cannot be.
 
-    `fps` and `window` together give the frames a window, `fps` alone a window in which as many as `frames` are shown.
+    `fps` and `window` together give the frames a window, `fps` alone a window in which as many as
+    `frames` are shown.
     """
     window, stride, fps, frames = options.window, options.stride, options.fps, options.frames
     for name, value, what in (
@@ -46,7 +48,9 @@ def settle(options: Options) -> Options:
             )
         window, frames = shown / fps if window is None else window, shown
     if stride is not None and (window is None or stride > window):
-        raise InputError(f"--stride {stride:g} is that of windows, and at most their length; give --window too")
+        raise InputError(
+            f"--stride {stride:g} is that of windows, and at most their length; give --window too"
+        )
     return replace(options, window=window, stride=stride or window, fps=None, frames=frames)
 
 
@@ -71,15 +75,23 @@ def window_spans(seconds: float, window: float, stride: float) -> list[tuple[flo
 
 
 def cut_windows(
-    videos: Iterable[Video], window: float, stride: float, *, timeout: float = 60.0, cache: Path | None = None
+    videos: Iterable[Video],
+    window: float,
+    stride: float,
+    *,
+    timeout: float = 60.0,
+    cache: Path | None = None,
 ) -> list[Video]:
-    """Windows of videos, or of spans of them; a group each, where none is known, so that no split tears one apart.
+    """Windows of videos, or of spans of them; a group each, where none is known, so that no split
+    tears one apart.
 
-    A file whose length cannot be had stays whole, and fails when it is read. `timeout` and `cache`: see `file_lengths`.
-    Raises InputError for a file that would be millions of windows.
+    A file whose length cannot be had stays whole, and fails when it is read. `timeout` and `cache`:
+    see `file_lengths`. Raises InputError for a file that would be millions of windows.
     """
     videos, cut = list(videos), []
-    lengths = file_lengths((video.path for video in videos if video.span is None), timeout=timeout, cache=cache)
+    lengths = file_lengths(
+        (video.path for video in videos if video.span is None), timeout=timeout, cache=cache
+    )
     for video in videos:
         seconds = lengths.get(video.path) if video.span is None else video.span[1] - video.span[0]
         if seconds is None:
@@ -90,19 +102,23 @@ def cut_windows(
                 f"{video.id} lasts {seconds:,.0f} s, which is {seconds / stride:,.0f} windows; expected at most "
                 f"{MAX_WINDOWS:,} per file, give a longer --window or --stride"
             )
-        begin, file = (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
+        begin, file = (
+            (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
+        )
         for start, end in window_spans(seconds, window, stride):
             span = round(begin + start, 3), round(begin + end, 3)
             cut.append(replace(video, id=span_id(file, span), group=video.group or file, span=span))
     return cut
 
 
-def file_lengths(paths: Iterable[str], *, timeout: float, cache: Path | None = None) -> dict[str, float | None]:
+def file_lengths(
+    paths: Iterable[str], *, timeout: float, cache: Path | None = None
+) -> dict[str, float | None]:
     """Seconds that each file lasts, None for one that cannot be read or does not answer in time.
 
-    Files are opened in child processes, each under the deadline of decoding (`timeout`, see `time_limit`). What is
-    learned is kept in `cache` (JSON lines: path, size, modification time, seconds), so that a restart opens nothing
-    that has not changed.
+    Files are opened in child processes, each under the deadline of decoding (`timeout`, see
+    `time_limit`). What is learned is kept in `cache` (JSON lines: path, size, modification time,
+    seconds), so that a restart opens nothing that has not changed.
     """
     from extract.decode.jobs import decode_job
     from extract.decode.subprocess_pool import SubprocessPool
@@ -127,7 +143,9 @@ def file_lengths(paths: Iterable[str], *, timeout: float, cache: Path | None = N
     asked: deque[tuple[str, Future[Finished]]] = deque()
     with (
         SubprocessPool(decode_job, slot_bytes=1, workers=children, timeout=timeout) as pool,
-        contextlib.nullcontext() if cache is None else cache.open("a", encoding="utf-8", buffering=1) as file,
+        contextlib.nullcontext()
+        if cache is None
+        else cache.open("a", encoding="utf-8", buffering=1) as file,
         progress(total=len(unknown), desc="lengths", unit="file", leave=False) as bar,
     ):
         for number, path in enumerate(unknown, 1):

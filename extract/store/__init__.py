@@ -1,9 +1,28 @@
 """The feature store: a Zarr v3 group on disk, read as one strided array."""
 
 from extract.store.feature_store import FeatureStore, NoStoreError
-from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES, Rows, is_remote
+from extract.store.layout import (
+    DROPPED,
+    FAILED,
+    OK,
+    PARTIAL,
+    PENDING,
+    STATUS_NAMES,
+    Rows,
+    is_remote,
+)
 from extract.store.locks import StoreLock, lock_store
 from extract.store.runs import RunLog, difference, real_path
 
-__all__ = ["DROPPED", "FAILED", "OK", "PARTIAL", "PENDING", "STATUS_NAMES", "FeatureStore", "NoStoreError", "Rows"]
+__all__ = [
+    "DROPPED",
+    "FAILED",
+    "OK",
+    "PARTIAL",
+    "PENDING",
+    "STATUS_NAMES",
+    "FeatureStore",
+    "NoStoreError",
+    "Rows",
+]
 __all__ += ["RunLog", "StoreLock", "difference", "is_remote", "lock_store", "real_path"]

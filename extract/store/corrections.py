@@ -1,12 +1,13 @@
-"""Corrections of what a listing says of videos: labels, classes, splits and groups of rows that are there already.
+"""Corrections of what a listing says of videos: labels, classes, splits and groups of rows that are
+there already.
 
-They do not depend on pixels, so nothing is decoded. A correction changes several files and must be seen whole or not
-at all, also after kill -9 and a power cut:
+They do not depend on pixels, so nothing is decoded. A correction changes several files and must be
+seen whole or not at all, also after kill -9 and a power cut:
 
     write `correction.json` -> rewrite the arrays -> rewrite the classes -> remove `correction.json`
 
-From the moment that `correction.json` has its name, every reader takes the columns and classes in it instead of those
-in the arrays. The next extraction completes what was interrupted.
+From the moment that `correction.json` has its name, every reader takes the columns and classes in
+it instead of those in the arrays. The next extraction completes what was interrupted.
 """
 
 import json
@@ -46,7 +47,8 @@ def read_correction(store: str) -> dict[str, Any]:
 
 
 def correct(store: Any, classes: Sequence[str], columns: Mapping[str, np.ndarray]) -> None:
-    """Replace the classes and whole columns (`labels`, `splits`, `groups`): seen whole or not at all.
+    """Replace the classes and whole columns (`labels`, `splits`, `groups`): seen whole or not at
+    all.
 
     For a driver that holds the store's lock.
     """
@@ -74,7 +76,8 @@ def complete_correction(store: Any) -> None:
 
 
 def upgrade(store: Any) -> None:
-    """Bring a store of an older version to this one's schema: the arrays and chunks that it lacks, then its name."""
+    """Bring a store of an older version to this one's schema: the arrays and chunks that it lacks,
+    then its name."""
     if not store.missing_columns:
         return
     for name in store.missing_columns:

@@ -1,7 +1,8 @@
 """Lost and damaged chunks of a store's per-video arrays.
 
-Zarr reads a chunk that is missing as fill values. So a copy that was cut short would be a store without splits, whose
-test videos are trained on. Every chunk is written, and one that is missing is damage.
+Zarr reads a chunk that is missing as fill values. So a copy that was cut short would be a store
+without splits, whose test videos are trained on. Every chunk is written, and one that is missing is
+damage.
 """
 
 from pathlib import Path
@@ -17,13 +18,16 @@ from extract.store.shards import shard_name
 
 def missing_chunks(store: Any, name: str) -> list[str]:
     """Files of a per-video array that a copy has lost."""
-    if name == "status":  # rows without a status are pending, which nothing reads; `damaged_columns` looks for shards
+    if (
+        name == "status"
+    ):  # rows without a status are pending, which nothing reads; `damaged_columns` looks for shards
         return []
     present = names_in(f"{store.path.rstrip('/')}/{name}")
     missing = [chunk for chunk in chunk_names(name, len(store)) if chunk not in present]
     if not missing or not store.missing_columns or name == "ids":
         return missing
-    # Older versions wrote no chunk of fill values only; these two hold others for each video with features.
+    # Older versions wrote no chunk of fill values only; these two hold others for each video with
+    # features.
     if name not in ("num_frames", "frame_indices"):
         return []
     with_features = set((np.flatnonzero(store.usable) // ROWS_PER_CHUNK).tolist())

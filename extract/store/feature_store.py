@@ -1,9 +1,11 @@
-"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos. Layout: docs/store-format.md.
+"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos. Layout:
+docs/store-format.md.
 
-Who writes what: workers write whole shards of `features`; the driver alone writes the per-video arrays and commits a
-block once its shard is there, `status` last. Every file is written under another name, synced and renamed, and its
-folder synced, before the next one. So no two writers share a file, and what a killed run or a power cut leaves is a
-store in which some rows still have status 0.
+Who writes what: workers write whole shards of `features`; the driver alone writes the per-video
+arrays and commits a block once its shard is there, `status` last. Every file is written under
+another name, synced and renamed, and its folder synced, before the next one. So no two writers
+share a file, and what a killed run or a power cut leaves is a store in which some rows still have
+status 0.
 """
 
 import math
@@ -55,13 +57,15 @@ def _cached_column(name: str) -> "cached_property[np.ndarray]":
 
 
 class FeatureStore:
-    """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make one `from_arrays`.
+    """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make
+    one `from_arrays`.
 
-    `ids` `splits` `groups` `errors` are str [N] (objects); `labels` int32 [N], an index in `classes` or -1; `starts`
-    and `ends` float64 [N] (seconds), NaN for whole files; `status` int8 [N] (0 pending, 1 ok, 2 partial, 3 failed;
-    4 more for a row that was taken out because it is no longer listed, see `listed`); `num_frames` int32 [N];
-    `frame_indices` int32 and `timestamps` float32 (seconds) [N, V, T]: in the file, also those of a span; `sources`
-    int64 [N, 2], size (bytes) and digest of the file, -1 unknown. Per-video arrays are read once, on first use.
+    `ids` `splits` `groups` `errors` are str [N] (objects); `labels` int32 [N], an index in
+    `classes` or -1; `starts` and `ends` float64 [N] (seconds), NaN for whole files; `status` int8
+    [N] (0 pending, 1 ok, 2 partial, 3 failed; 4 more for a row that was taken out because it is no
+    longer listed, see `listed`); `num_frames` int32 [N]; `frame_indices` int32 and `timestamps`
+    float32 (seconds) [N, V, T]: in the file, also those of a span; `sources` int64 [N, 2], size
+    (bytes) and digest of the file, -1 unknown. Per-video arrays are read once, on first use.
     """
 
     def __init__(self, path: str | Path, group: zarr.Group):
@@ -93,8 +97,8 @@ class FeatureStore:
     def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
         """Open a store (a folder, or a URL that fsspec knows).
 
-        Raises `NoStoreError` if there is none, `InputError` for something else or a damaged one, and `RunError` if
-        object storage cannot be reached.
+        Raises `NoStoreError` if there is none, `InputError` for something else or a damaged one,
+        and `RunError` if object storage cannot be reached.
         """
         with network_errors_named(path):
             try:
@@ -113,7 +117,11 @@ class FeatureStore:
                 ) from None
             except InputError:
                 raise
-            except (ValueError, TypeError, KeyError) as error:  # Zarr checks little of what it reads
+            except (
+                ValueError,
+                TypeError,
+                KeyError,
+            ) as error:  # Zarr checks little of what it reads
                 why = f"{type(error).__name__}: {error!s:.80}"
                 raise InputError(f"{path}/zarr.json is damaged ({why})") from None
 
@@ -132,7 +140,8 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Make a store with every row pending, `columns` as for `append`.
 
-        A local one appears whole or not at all. Raises `InputError` for ids that are not paths below a folder.
+        A local one appears whole or not at all. Raises `InputError` for ids that are not paths
+        below a folder.
         """
         check_ids(columns["ids"])
         if not is_remote(path) and Path(path).exists():
@@ -157,12 +166,14 @@ class FeatureStore:
     ) -> "FeatureStore":
         """Make a finished store of features made elsewhere.
 
-        `features` is [N, T, D], or [N, V, T, D] with several views, of any float type (stored as float16);
-        `lengths` [N] says how many of its T frames each video really has, the rest is padding and masked; `columns` are
-        those of `append`, each optional. Raises `InputError` naming the first video with a wrong length, label, a NaN,
-        or a value float16 cannot hold.
+        `features` is [N, T, D], or [N, V, T, D] with several views, of any float type (stored as
+        float16); `lengths` [N] says how many of its T frames each video really has, the rest is
+        padding and masked; `columns` are those of `append`, each optional. Raises `InputError`
+        naming the first video with a wrong length, label, a NaN, or a value float16 cannot hold.
         """
-        write_arrays(cls, path, features, lengths=lengths, labels=labels, classes=classes, **columns)
+        write_arrays(
+            cls, path, features, lengths=lengths, labels=labels, classes=classes, **columns
+        )
         return cls.open(path)
 
     # -- what is in it -----------------------------------------------------------------------------------------
@@ -183,7 +194,9 @@ class FeatureStore:
             dtype = ROW_ARRAYS[name][0]
             return np.array(self.correction["columns"][name], object if dtype is str else dtype)
         if name in self.missing_columns:
-            return np.full((self._length, 2) if ROW_ARRAYS[name][1] else self._length, ROW_ARRAYS[name][2])
+            return np.full(
+                (self._length, 2) if ROW_ARRAYS[name][1] else self._length, ROW_ARRAYS[name][2]
+            )
         with self._damage_named(name):
             # A run killed while it appended may have left other arrays longer than `status`.
             column = self.array(name)[: self._length]
@@ -195,7 +208,9 @@ class FeatureStore:
                 "copy the store again, or extract into another folder"
             )
         if name == "labels" and FeatureStore.open(self.path).classes != self.classes:
-            raise RunError(f"{self.path}: its classes were corrected meanwhile; run the same command again")
+            raise RunError(
+                f"{self.path}: its classes were corrected meanwhile; run the same command again"
+            )
         return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore
 
     @contextmanager
@@ -207,10 +222,14 @@ class FeatureStore:
         except (InputError, RunError, OSError):
             raise
         except KeyError:
-            raise InputError(f"{self.path} is not complete: its array {name!r} is missing") from None
+            raise InputError(
+                f"{self.path} is not complete: its array {name!r} is missing"
+            ) from None
         except Exception as error:
             why = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
-            raise InputError(f"{self.path}: {why}; copy the store again, or extract into another folder") from None
+            raise InputError(
+                f"{self.path}: {why}; copy the store again, or extract into another folder"
+            ) from None
 
     ids = _cached_column("ids")
     splits = _cached_column("splits")
@@ -240,7 +259,8 @@ class FeatureStore:
 
     @property
     def listed(self) -> np.ndarray:
-        """False for rows that `extract --drop-unlisted` took out: bool [N]. No reader counts or scores them."""
+        """False for rows that `extract --drop-unlisted` took out: bool [N]. No reader counts or
+        scores them."""
         return self.status < DROPPED
 
     @property
@@ -266,7 +286,8 @@ class FeatureStore:
             names = [shard_name(block) for block in blocks]
             return copy.fetch(names) if copy else [folder / name for name in names]
 
-        # The videos that a shard holds at least: up to the last row of its block that is not pending.
+        # The videos that a shard holds at least: up to the last row of its block that is not
+        # pending.
         finished = np.flatnonzero(self.status != PENDING)
         videos = np.zeros(self.num_blocks, int)
         np.maximum.at(videos, finished // self.block_size, finished % self.block_size + 1)
@@ -279,18 +300,23 @@ class FeatureStore:
         )
 
     def read_sparsely(self) -> None:
-        """From now on `gather` reads what it is asked for and nothing around it: for a store larger than memory.
+        """From now on `gather` reads what it is asked for and nothing around it: for a store larger
+        than memory.
 
-        By default the kernel reads ahead, often megabytes a frame, which fills the page cache of one that fits.
+        By default the kernel reads ahead, often megabytes a frame, which fills the page cache of
+        one that fits.
         """
         self._sparse = True
         self.__dict__.pop("_shards", None)
 
-    def gather(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
-        """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int [B]): float16 [B, n, D].
+    def gather(
+        self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0
+    ) -> np.ndarray:
+        """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int
+        [B]): float16 [B, n, D].
 
-        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed videos give zeros
-        (`mask` is False for them); a pending one is a `RunError`.
+        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed
+        videos give zeros (`mask` is False for them); a pending one is a `RunError`.
         """
         rows, frames = np.asarray(rows), np.atleast_2d(frames)
         pending = self.status[rows] == PENDING
@@ -305,15 +331,22 @@ class FeatureStore:
             raise RunError(
                 f"{error}; `{command_line('extract.verify', self.path, repair=True)}` marks what is damaged"
             ) from None
-        index = blocks[:, None], (rows % self.block_size)[:, None], np.asarray(view)[..., None], frames
+        index = (
+            blocks[:, None],
+            (rows % self.block_size)[:, None],
+            np.asarray(view)[..., None],
+            frames,
+        )
         if self._sparse:
             self._shards.ask_for(*index)
         return self._shards.array[index]
 
     def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
-        """Which of these frames are new: bool [B, n], False where an earlier one of the row is the same frame.
+        """Which of these frames are new: bool [B, n], False where an earlier one of the row is the
+        same frame.
 
-        A video with fewer frames than asked for has repeats; they must not count twice. Failed videos: all False.
+        A video with fewer frames than asked for has repeats; they must not count twice. Failed
+        videos: all False.
         """
         rows, frames = np.asarray(rows), np.atleast_2d(frames)
         indices = self.frame_indices[rows[:, None], np.asarray(view)[..., None], frames]
@@ -360,21 +393,27 @@ class FeatureStore:
         return Path(self.path) / "features" / shard_name(block)
 
     def write_block(self, block: int, features: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Write a block's shard whole: `features` float16 [n, V, T, D] of `rows`, by default all that it has.
+        """Write a block's shard whole: `features` float16 [n, V, T, D] of `rows`, by default all
+        that it has.
 
-        Its other rows, finished before, stay as they are byte for byte; RunError where they are damaged.
+        Its other rows, finished before, stay as they are byte for byte; RunError where they are
+        damaged.
         """
         every = self.block_rows(block)
         rows = every if rows is None else rows
         expected = (len(rows), *self.video_shape)
         if features.shape != expected or features.dtype != np.dtype("<f2"):
-            raise ValueError(f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}")
+            raise ValueError(
+                f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}"
+            )
         if len(rows) < len(every):
             others, new = np.setdiff1d(every, rows), features
             features = np.empty((len(every), *new.shape[1:]), "<f2")
             features[rows - every[0]], features[others - every[0]] = new, self.read(others)
         # A dropped all-zero chunk would break the stride that `gather` lives on.
-        self.array("features").with_config({"write_empty_chunks": True})[every[0] : every[-1] + 1] = features
+        self.array("features").with_config({"write_empty_chunks": True})[
+            every[0] : every[-1] + 1
+        ] = features
 
     def commit(self, *done: Rows) -> None:
         """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
@@ -399,22 +438,32 @@ class FeatureStore:
         self.__dict__.pop(name, None)  # what was read before is out of date
 
     def set_status(self, rows: np.ndarray, status: int | np.ndarray) -> None:
-        """Give rows another status: pending, so that they are done again; dropped; or listed again."""
+        """Give rows another status: pending, so that they are done again; dropped; or listed
+        again."""
         if len(rows):
             order = np.argsort(rows)
             values = np.broadcast_to(np.asarray(status, "i1"), len(rows))
             self._set("status", rows[order], values[order])
 
     def append(self, **columns: Sequence[Any] | np.ndarray) -> None:
-        """Add pending rows behind the others: `ids`; `labels` `splits` `groups` `starts` `ends` if known."""
+        """Add pending rows behind the others: `ids`; `labels` `splits` `groups` `starts` `ends` if
+        known."""
         check_ids(columns["ids"])
         start, stop = self._length, self._length + len(columns["ids"])
         self.array("features").resize((stop, *self.video_shape))
-        for name, (dtype, _, fill) in ROW_ARRAYS.items():  # `status` last: it tells how many rows there are
+        for name, (
+            dtype,
+            _,
+            fill,
+        ) in ROW_ARRAYS.items():  # `status` last: it tells how many rows there are
             array = every_chunk(self.array(name))
             array.resize((stop, *array.shape[1:]))
             if start < stop:
-                values = np.array(columns[name], object if dtype is str else dtype) if name in columns else fill
+                values = (
+                    np.array(columns[name], object if dtype is str else dtype)
+                    if name in columns
+                    else fill
+                )
                 array[start:stop] = values
         self._length = stop
         for name in (*ROW_ARRAYS, "_shards"):
@@ -423,7 +472,8 @@ class FeatureStore:
     # -- damage ----------------------------------------------------------------------------------------------------
 
     def damaged_rows(self, block: int) -> dict[int, str]:
-        """Rows of a committed block whose features cannot be trusted, with the reason (reads the whole shard)."""
+        """Rows of a committed block whose features cannot be trusted, with the reason (reads the
+        whole shard)."""
         rows = self.block_rows(block)
         committed = rows[self.status[rows] != PENDING]
         if not len(committed):
@@ -437,7 +487,8 @@ class FeatureStore:
         return {int(row): f"the checksum in {path.name} does not match" for row in damaged}
 
     def clean_up(self) -> None:
-        """Remove what a killed writer left half-written (files that were never renamed). For the holder of the lock."""
+        """Remove what a killed writer left half-written (files that were never renamed). For the
+        holder of the lock."""
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)

@@ -26,7 +26,10 @@ def write_arrays(
     if features.ndim != 4:
         raise InputError(f"features must be [N, T, D] or [N, V, T, D], got shape {features.shape}")
     count, views, frames, dim = features.shape
-    made: dict[str, Any] = {"ids": [f"{row:08d}" for row in range(count)], "labels": np.asarray(labels)}
+    made: dict[str, Any] = {
+        "ids": [f"{row:08d}" for row in range(count)],
+        "labels": np.asarray(labels),
+    }
     made |= {name: values for name, values in columns.items() if values is not None}
     lengths = np.asarray(lengths)
     check_arrays(features, {**made, "lengths": lengths}, num_classes=len(classes))
@@ -57,20 +60,27 @@ def write_arrays(
 
 
 def check_arrays(features: np.ndarray, columns: dict[str, Any], *, num_classes: int) -> None:
-    """InputError naming the first video with a wrong length or label, or a value that float16 cannot hold."""
+    """InputError naming the first video with a wrong length or label, or a value that float16
+    cannot hold."""
     count, _, frames, _ = features.shape
     for name, values in columns.items():
         if len(values) != count:
             raise InputError(f"features hold {count} videos, {name} {len(values)}")
     ids, lengths, labels = columns["ids"], columns["lengths"], columns["labels"]
-    _check_each(ids, lengths, (lengths < 1) | (lengths > frames), f"a length of 1 to {frames} frames")
-    _check_each(ids, labels, (labels < -1) | (labels >= num_classes), f"a label below {num_classes}, or -1")
+    _check_each(
+        ids, lengths, (lengths < 1) | (lengths > frames), f"a length of 1 to {frames} frames"
+    )
+    _check_each(
+        ids, labels, (labels < -1) | (labels >= num_classes), f"a label below {num_classes}, or -1"
+    )
     real = np.arange(frames) < lengths[:, None]
     for row in range(count):  # one at a time: a copy of everything may not fit
         wrong = ~(np.abs(features[row][:, real[row]]) <= np.finfo("f2").max)
         if wrong.any():
             value = features[row][:, real[row]][wrong][0]
-            raise InputError(f"{ids[row]} (row {row}): expected features that float16 can hold, got {value}")
+            raise InputError(
+                f"{ids[row]} (row {row}): expected features that float16 can hold, got {value}"
+            )
 
 
 def _check_each(ids: Sequence[str], values: Any, wrong: np.ndarray, expected: str) -> None:

@@ -1,4 +1,5 @@
-"""On-disk layout of a store: its per-video arrays, their checksums, and a folder that syncs every change."""
+"""On-disk layout of a store: its per-video arrays, their checksums, and a folder that syncs every
+change."""
 
 import asyncio
 import json
@@ -34,7 +35,11 @@ ROW_ARRAYS: dict[str, tuple[Any, str, Any]] = {
     "frame_indices": ("<i4", "VT", -1),
     "timestamps": ("<f4", "VT", float("nan")),
     "num_frames": ("<i4", "", 0),
-    "sources": ("<i8", "2", -1),  # size in bytes and digest of the file, -1 unknown: extract/sources.py
+    "sources": (
+        "<i8",
+        "2",
+        -1,
+    ),  # size in bytes and digest of the file, -1 unknown: extract/sources.py
     "errors": (str, "", ""),
     "status": ("i1", "", PENDING),  # last: the number of its rows is the number of videos
 }
@@ -50,7 +55,9 @@ _CHECKED = (ZstdCodec(level=0, checksum=True),)
 _UNSAFE_ID = re.compile(r"(?:^|[/\\])\.\.?(?:[/\\]|$)|^[/\\]|^$|^[A-Za-z]:[/\\]|//|/$|\0")
 
 
-def create_arrays(group: zarr.Group, views: Sequence[str], *, frames: int, dim: int, block_size: int) -> None:
+def create_arrays(
+    group: zarr.Group, views: Sequence[str], *, frames: int, dim: int, block_size: int
+) -> None:
     """The arrays of a store that has no videos yet."""
     group.create_array(
         "features",
@@ -65,7 +72,12 @@ def create_arrays(group: zarr.Group, views: Sequence[str], *, frames: int, dim: 
         chunk_key_encoding={"name": "default", "separator": "."},
     )
     names = group.create_array(
-        "views", shape=(len(views),), dtype=str, chunks=(len(views),), fill_value="", compressors=_CHECKED
+        "views",
+        shape=(len(views),),
+        dtype=str,
+        chunks=(len(views),),
+        fill_value="",
+        compressors=_CHECKED,
     )
     names[:] = np.array(views, dtype=object)
     for name in ROW_ARRAYS:
@@ -91,7 +103,8 @@ def create_row_array(group: zarr.Group, name: str, rows: int, *, views: int, fra
 
 
 def every_chunk(array: zarr.Array) -> zarr.Array:
-    """The array, to be written with chunks of fill values too: a chunk that is missing is then a damaged copy."""
+    """The array, to be written with chunks of fill values too: a chunk that is missing is then a
+    damaged copy."""
     return array.with_config({"write_empty_chunks": True})
 
 
@@ -102,7 +115,8 @@ def chunk_names(name: str, rows: int) -> list[str]:
 
 
 def as_objects(strings: np.ndarray) -> np.ndarray:
-    """NumPy's strings of variable length (which scikit-learn and pandas refuse) as str objects, equal ones shared."""
+    """NumPy's strings of variable length (which scikit-learn and pandas refuse) as str objects,
+    equal ones shared."""
     shared: dict[str, str] = {}
     objects = np.empty(len(strings), object)
     objects[:] = [shared.setdefault(text, text) for text in strings.tolist()]
@@ -110,7 +124,8 @@ def as_objects(strings: np.ndarray) -> np.ndarray:
 
 
 def check_ids(ids: Iterable[str]) -> None:
-    """InputError for an id that names a file outside of the folder of an export, or two ids that are the same."""
+    """InputError for an id that names a file outside of the folder of an export, or two ids that
+    are the same."""
     ids = list(ids)
     unsafe = [name for name in ids if _UNSAFE_ID.search(name)]
     if unsafe:
@@ -175,7 +190,9 @@ class Rows:
     num_frames: np.ndarray  # int32 [n]
     frame_indices: np.ndarray  # int32 [n, V, T]
     timestamps: np.ndarray = field(repr=False)  # float32 [n, V, T], seconds
-    sources: list[Source] = field(default_factory=list)  # of the files that were read, [] for features without a file
+    sources: list[Source] = field(
+        default_factory=list
+    )  # of the files that were read, [] for features without a file
 
     @classmethod
     def failed(cls, rows: np.ndarray, reason: str, views: int, frames: int) -> "Rows":

@@ -1,4 +1,5 @@
-"""One writer per store: a lock of the kernel for a folder, a lease for object storage (`remote.Lease`)."""
+"""One writer per store: a lock of the kernel for a folder, a lease for object storage
+(`remote.Lease`)."""
 
 import contextlib
 from collections.abc import Iterator
@@ -20,9 +21,11 @@ class StoreLock(Protocol):
 
 
 class FolderLock:
-    """A lock on the log beside a store, which the kernel releases when the process ends, however it ends.
+    """A lock on the log beside a store, which the kernel releases when the process ends, however it
+    ends.
 
-    The log lies beside the folder itself, not beside a link to it: two names of one store are one lock.
+    The log lies beside the folder itself, not beside a link to it: two names of one store are one
+    lock.
     """
 
     def __init__(self, path: str | Path):
@@ -35,9 +38,13 @@ class FolderLock:
             holder = "another process"
             if starts:
                 holder = f"process {starts[-1].get('process')} on {starts[-1].get('host')}"
-            raise RunError(f"{path} is being written by {holder}; wait for it or stop it first") from None
+            raise RunError(
+                f"{path} is being written by {holder}; wait for it or stop it first"
+            ) from None
         store = log_path.with_suffix("")  # its name is the store's and .log
-        remove_leftovers(store.parent, of=store.name)  # of a run that was killed while it made the store
+        remove_leftovers(
+            store.parent, of=store.name
+        )  # of a run that was killed while it made the store
 
     def ensure_held(self) -> None:
         """The kernel keeps it."""

@@ -1,16 +1,18 @@
-"""A store on object storage, which has no rename and no lock: who may write it, and a local copy to train from.
+"""A store on object storage, which has no rename and no lock: who may write it, and a local copy to
+train from.
 
-Written whole objects appear whole, so shards and chunks need no rename. What a lock does for a folder, a lease does
-here, made of the one promise that such storage gives, a conditional put (`If-None-Match: *`): of several who create an
-object, one succeeds.
+Written whole objects appear whole, so shards and chunks need no rename. What a lock does for a
+folder, a lease does here, made of the one promise that such storage gives, a conditional put
+(`If-None-Match: *`): of several who create an object, one succeeds.
 
     feats.zarr.lease/000007    created by the driver that holds the store, and written by it alone, every few seconds
 
-The highest number holds the store. A driver that wants it watches that object: if it changes, its holder lives; if it
-does not for LEASE_TIMEOUT, the next number is created. A driver commits only within 3/4 of LEASE_TIMEOUT after it last
-renewed its lease and saw no higher one. No clocks are compared. What remains possible is a commit that began in time
-and hangs in the network for longer than the rest of LEASE_TIMEOUT: it writes what its successor would write, and may
-put rows of its chunk back to pending; they are done again, with the same bytes.
+The highest number holds the store. A driver that wants it watches that object: if it changes, its
+holder lives; if it does not for LEASE_TIMEOUT, the next number is created. A driver commits only
+within 3/4 of LEASE_TIMEOUT after it last renewed its lease and saw no higher one. No clocks are
+compared. What remains possible is a commit that began in time and hangs in the network for longer
+than the rest of LEASE_TIMEOUT: it writes what its successor would write, and may put rows of its
+chunk back to pending; they are done again, with the same bytes.
 """
 
 import contextlib
@@ -40,13 +42,18 @@ TAG = 12  # characters
 
 
 class Lease:
-    """The right to write a store at `url`, held from the start until `close`. RunError where another holds it."""
+    """The right to write a store at `url`, held from the start until `close`. RunError where
+    another holds it."""
 
     def __init__(self, url: str):
         self._fs, self._folder = file_system(f"{url.rstrip('/')}.lease")
         self._url, self._lost, self._released = url, False, threading.Event()
         self._error: Exception | None = None  # of the last attempt to renew
-        self._record: dict[str, Any] = {"process": os.getpid(), "host": socket.gethostname(), "beat": 0}
+        self._record: dict[str, Any] = {
+            "process": os.getpid(),
+            "host": socket.gethostname(),
+            "beat": 0,
+        }
         self._record["write_id"] = uuid.uuid4().hex
         with network_errors_named(url):
             self._number = self._acquire()
@@ -82,7 +89,9 @@ class Lease:
                 raise RunError(self._held_message(record))
         try:
             self._put(number + 1, self._record, mode="create")
-        except Exception:  # FileExistsError of most storage, of some another; or the answer was lost
+        except (
+            Exception
+        ):  # FileExistsError of most storage, of some another; or the answer was lost
             highest, record = self._highest()
             if highest <= number:
                 raise
@@ -102,7 +111,9 @@ class Lease:
             try:
                 self._renew()
                 self._error = None
-            except Exception as error:  # of any library: the network comes back, or `ensure_held` tells
+            except (
+                Exception
+            ) as error:  # of any library: the network comes back, or `ensure_held` tells
                 self._error = error
 
     def _renew(self) -> None:
@@ -132,9 +143,11 @@ def _holder(record: dict[str, Any]) -> str:
 
 
 class LocalCopy:
-    """Shards of a remote store as local files: fetched when they are asked for, checked, and used again.
+    """Shards of a remote store as local files: fetched when they are asked for, checked, and used
+    again.
 
-    They lie in $HGNL_CACHE, or ~/.cache/hgnl-video, under the tag that the storage gives each version of an object.
+    They lie in $HGNL_CACHE, or ~/.cache/hgnl-video, under the tag that the storage gives each
+    version of an object.
     """
 
     def __init__(self, url: str, *, block_size: int, video_bytes: int):
@@ -145,7 +158,8 @@ class LocalCopy:
         self.folder = cache / f"{Path(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
-        """Local paths of the shards of these names (`c.7.0.0.0`). RunError names one that is missing or damaged."""
+        """Local paths of the shards of these names (`c.7.0.0.0`). RunError names one that is
+        missing or damaged."""
         with network_errors_named(self._url), ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
             return list(pool.map(self._fetch, names))
 
@@ -153,12 +167,18 @@ class LocalCopy:
     def _tags(self) -> dict[str, str]:
         """Of every shard there, from one listing."""
         self._fs.invalidate_cache()
-        entries = {Path(entry["name"]).name: entry for entry in self._fs.ls(self._remote, detail=True)}
-        return {name: hashlib.sha256(str(entry).encode()).hexdigest()[:TAG] for name, entry in entries.items()}
+        entries = {
+            Path(entry["name"]).name: entry for entry in self._fs.ls(self._remote, detail=True)
+        }
+        return {
+            name: hashlib.sha256(str(entry).encode()).hexdigest()[:TAG]
+            for name, entry in entries.items()
+        }
 
     @cached_property
     def _copies(self) -> dict[str, list[str]]:
-        """The files of the cache by shard, from one listing: a listing per shard takes minutes for thousands."""
+        """The files of the cache by shard, from one listing: a listing per shard takes minutes for
+        thousands."""
         copies: dict[str, list[str]] = defaultdict(list)
         for file in os.listdir(self.folder) if self.folder.is_dir() else ():
             copies[file[: -TAG - 1]].append(file)
@@ -166,7 +186,9 @@ class LocalCopy:
 
     def _fetch(self, name: str) -> Path:
         if name not in self._tags:
-            raise RunError(f"{self._remote}/{name} is missing; run the extraction again, or copy the store again")
+            raise RunError(
+                f"{self._remote}/{name} is missing; run the extraction again, or copy the store again"
+            )
         path = self.folder / f"{name}.{self._tags[name]}"
         if not path.exists():
             with replacing(path) as partial:
@@ -183,4 +205,6 @@ class LocalCopy:
         except ShardError as error:
             raise RunError(f"{self._remote}/{name} came damaged: {error}") from None
         if damaged:
-            raise RunError(f"{self._remote}/{name} came damaged: the checksum of its video {damaged[0]} does not match")
+            raise RunError(
+                f"{self._remote}/{name} came damaged: the checksum of its video {damaged[0]} does not match"
+            )

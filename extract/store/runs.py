@@ -12,9 +12,11 @@ from extract.store.layout import is_remote
 
 
 class RunLog:
-    """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong into the store.
+    """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong
+    into the store.
 
-    Only the holder of the store's lock writes it. On object storage, which cannot append, there is none.
+    Only the holder of the store's lock writes it. On object storage, which cannot append, there is
+    none.
     """
 
     def __init__(self, store: str | Path):
@@ -57,7 +59,8 @@ def real_path(store: str | Path) -> str:
 
 
 def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two provenance records, one line each: `weights.sha256: 12ab in the store, 34cd now`."""
+    """What differs between two provenance records, one line each: `weights.sha256: 12ab in the
+    store, 34cd now`."""
     lines = []
     for key in sorted(recorded.keys() | wanted.keys()):
         old, new = recorded.get(key), wanted.get(key)

@@ -1,13 +1,14 @@
 """Shard files of a feature store, seen as memory: one strided array over thousands of files.
 
-A shard of `features` holds its videos' chunks one after the other, uncompressed, and an index behind them (Zarr v3's
-`sharding_indexed`):
+A shard of `features` holds its videos' chunks one after the other, uncompressed, and an index
+behind them (Zarr v3's `sharding_indexed`):
 
     | video 0: V*T*D float16 | crc32c | video 1 ... | crc32c | ... | index: (offset, nbytes) uint64 * B | crc32c |
 
-So video r of block b lies at a fixed stride, and shard b can be mapped at `base + b * room`: one reserved stretch of
-address space in which every shard has its place. Reading any frames of any videos is then one numpy indexing
-expression on a five-dimensional strided array, as fast as a plain memory-mapped array of the same bytes.
+So video r of block b lies at a fixed stride, and shard b can be mapped at `base + b * room`: one
+reserved stretch of address space in which every shard has its place. Reading any frames of any
+videos is then one numpy indexing expression on a five-dimensional strided array, as fast as a plain
+memory-mapped array of the same bytes.
 """
 
 import ctypes
@@ -38,7 +39,8 @@ def shard_bytes(videos: int, block_size: int, video_bytes: int) -> int:
 
 
 def read_index(path: Path, *, block_size: int, video_bytes: int) -> int:
-    """Number of videos in a shard, size and index checked (checksum; video i lies at i strides), or `ShardError`."""
+    """Number of videos in a shard, size and index checked (checksum; video i lies at i strides), or
+    `ShardError`."""
     index_bytes = block_size * 16
     try:
         with path.open("rb") as file:
@@ -48,18 +50,27 @@ def read_index(path: Path, *, block_size: int, video_bytes: int) -> int:
     except FileNotFoundError:
         raise ShardError(f"{path} is missing") from None
     if google_crc32c.value(tail[:index_bytes]) != int.from_bytes(tail[index_bytes:], "little"):
-        raise ShardError(f"{path} is cut short or overwritten: the checksum of its index does not match")
+        raise ShardError(
+            f"{path} is cut short or overwritten: the checksum of its index does not match"
+        )
     index = np.frombuffer(tail[:index_bytes], dtype="<u8").reshape(block_size, 2)
     videos = int((index[:, 0] != _ABSENT).sum())
     stride = np.uint64(video_bytes + CRC_BYTES)
     in_order = (index[:videos, 0] == np.arange(videos, dtype=np.uint64) * stride).all()
-    if not in_order or (index[:videos, 1] != stride).any() or size != shard_bytes(videos, block_size, video_bytes):
-        raise ShardError(f"{path} is laid out otherwise than this package writes it ({videos} videos, {size:,} bytes)")
+    if (
+        not in_order
+        or (index[:videos, 1] != stride).any()
+        or size != shard_bytes(videos, block_size, video_bytes)
+    ):
+        raise ShardError(
+            f"{path} is laid out otherwise than this package writes it ({videos} videos, {size:,} bytes)"
+        )
     return videos
 
 
 def damaged_videos(path: Path, *, block_size: int, video_bytes: int) -> list[int]:
-    """Read a whole shard; places (0-based, within the block) of the videos whose bytes do not match their checksum.
+    """Read a whole shard; places (0-based, within the block) of the videos whose bytes do not match
+    their checksum.
 
     Places behind the shard's last video count as damaged: nothing was written there.
     """
@@ -69,7 +80,9 @@ def damaged_videos(path: Path, *, block_size: int, video_bytes: int) -> list[int
     with path.open("rb") as file:
         for place in range(videos):
             chunk = file.read(stride)
-            if google_crc32c.value(chunk[:video_bytes]) != int.from_bytes(chunk[video_bytes:], "little"):
+            if google_crc32c.value(chunk[:video_bytes]) != int.from_bytes(
+                chunk[video_bytes:], "little"
+            ):
                 damaged.append(place)
     return damaged + list(range(videos, block_size))
 
@@ -80,12 +93,14 @@ def shard_name(block: int) -> str:
 
 
 class ShardMap:
-    """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16, mapped on first use.
+    """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16,
+    mapped on first use.
 
-    Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards are no trouble.
-    `paths` gives the files of some blocks, `videos` (int [blocks]) says how many each holds at least.
-    Slots of shards that were never mapped read as zeros. `sparse` is for files that memory does not hold: a page that
-    is not there is read alone, where the kernel would read megabytes around it, and `ask_for` has many read at once.
+    Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards
+    are no trouble. `paths` gives the files of some blocks, `videos` (int [blocks]) says how many
+    each holds at least. Slots of shards that were never mapped read as zeros. `sparse` is for files
+    that memory does not hold: a page that is not there is read alone, where the kernel would read
+    megabytes around it, and `ask_for` has many read at once.
     """
 
     def __init__(
@@ -111,20 +126,31 @@ class ShardMap:
         self._base = self._map(None, size, anonymous, -1)
         weakref.finalize(self, self._libc.munmap, self._base, size)
         views, frames, dim = video_shape
-        raw = np.frombuffer(memoryview((ctypes.c_uint8 * size).from_address(self._base)), dtype="<f2")
+        raw = np.frombuffer(
+            memoryview((ctypes.c_uint8 * size).from_address(self._base)), dtype="<f2"
+        )
         strides = (self._room, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2)
         shape = (blocks, block_size, views, frames, dim)
-        self.array = np.lib.stride_tricks.as_strided(raw, shape=shape, strides=strides, writeable=False)
+        self.array = np.lib.stride_tricks.as_strided(
+            raw, shape=shape, strides=strides, writeable=False
+        )
 
     def require(self, blocks: np.ndarray) -> None:
-        """Map the shards of `blocks` (int array) that are not mapped yet; `ShardError` names one that cannot be."""
+        """Map the shards of `blocks` (int array) that are not mapped yet; `ShardError` names one
+        that cannot be."""
         if not self._mapped[blocks].all():
             self._map_shards(np.unique(blocks[~self._mapped[blocks]]).tolist())
 
-    def ask_for(self, blocks: np.ndarray, places: np.ndarray, views: np.ndarray, frames: np.ndarray) -> None:
-        """Have the kernel begin to read single frames (index arrays that broadcast), all at once."""
+    def ask_for(
+        self, blocks: np.ndarray, places: np.ndarray, views: np.ndarray, frames: np.ndarray
+    ) -> None:
+        """Have the kernel begin to read single frames (index arrays that broadcast), all at
+        once."""
         index = np.broadcast_arrays(blocks, places, views, frames)
-        offsets = sum(part.astype(np.int64) * stride for part, stride in zip(index, self.array.strides, strict=False))
+        offsets = sum(
+            part.astype(np.int64) * stride
+            for part, stride in zip(index, self.array.strides, strict=False)
+        )
         first = (self._base + np.ravel(offsets)) // mmap.PAGESIZE * mmap.PAGESIZE
         length = self.array.strides[3] + mmap.PAGESIZE  # a frame may begin in the middle of a page
         for address in first.tolist():
@@ -132,14 +158,19 @@ class ShardMap:
 
     def _map_shards(self, blocks: list[int]) -> None:
         for block, path in zip(blocks, self._paths(blocks), strict=True):
-            # Checked before it is mapped: touching a mapping beyond the end of its file would kill the process.
+            # Checked before it is mapped: touching a mapping beyond the end of its file would kill
+            # the process.
             videos = read_index(path, block_size=self._block_size, video_bytes=self._video_bytes)
             if videos < self._videos[block]:
-                raise ShardError(f"{path} holds {videos} videos, {self._videos[block]} are finished")
+                raise ShardError(
+                    f"{path} holds {videos} videos, {self._videos[block]} are finished"
+                )
             size = shard_bytes(videos, self._block_size, self._video_bytes)
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                address = self._map(self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
+                address = self._map(
+                    self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor
+                )
                 if self.sparse:
                     advise(self._libc, address, size, mmap.MADV_RANDOM)
             finally:
@@ -150,14 +181,23 @@ class ShardMap:
         mapped = self._libc.mmap(address, size, mmap.PROT_READ, flags, descriptor, 0)
         if mapped == _MAP_FAILED:
             code = ctypes.get_errno()
-            raise OSError(code, f"cannot map {size:,} bytes of a feature store: {os.strerror(code)}")
+            raise OSError(
+                code, f"cannot map {size:,} bytes of a feature store: {os.strerror(code)}"
+            )
         return mapped
 
 
 def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_longlong]
+    libc.mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_longlong,
+    ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc

@@ -14,7 +14,8 @@ REASONS_SHOWN = 12
 
 
 def status_table(store: FeatureStore) -> str:
-    """Counts by split and status, reasons of failures, size, provenance, and the speed that the log records."""
+    """Counts by split and status, reasons of failures, size, provenance, and the speed that the log
+    records."""
     lines = [repr(store), _counts(store)]
     for status in (FAILED, PARTIAL, OK):
         if known := reasons(store, status):
@@ -26,7 +27,9 @@ def status_table(store: FeatureStore) -> str:
     weights = record.get("weights", {})
     if weights:
         digest = f" (SHA-256 {weights['sha256'][:12]}...)" if "sha256" in weights else ""
-        lines.append(f"backbone {record['backbone']}, weights {weights['name']}{digest}, {record['precision']}")
+        lines.append(
+            f"backbone {record['backbone']}, weights {weights['name']}{digest}, {record['precision']}"
+        )
     done = int((store.status != PENDING).sum())
     lines.append(f"size {human_bytes(done * store.video_bytes)} of features")
     speed = _speed(store.path)
@@ -43,7 +46,8 @@ def human_bytes(count: float) -> str:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """RunError where `path` is to hold so many bytes more than its disk has: before it is full, and not then."""
+    """RunError where `path` is to hold so many bytes more than its disk has: before it is full, and
+    not then."""
     free = shutil.disk_usage(path if path.exists() else path.parent).free
     if needed > free:
         needs = f"needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free"
@@ -61,11 +65,15 @@ def _counts(store: FeatureStore) -> str:
         name = "all" if split is None else split or "(none)"
         rows.append((name, f"{len(chosen):,}", *(f"{count:,}" for count in counts)))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
 
 
 def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
-    """Why rows have a status: how many for like reasons (numbers are left out), and one with its id; frequent first."""
+    """Why rows have a status: how many for like reasons (numbers are left out), and one with its
+    id; frequent first."""
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for row in ((store.status == status) & (store.errors != "")).nonzero()[0]:
@@ -80,7 +88,10 @@ def _speed(path: str) -> str:
     blocks = [block for block in blocks if {"frames", "videos", "seconds"} <= block.keys()]
     if not any(block["frames"] for block in blocks):  # none, or all videos failed
         return ""
-    frames, videos = sum(block["frames"] for block in blocks), sum(block["videos"] for block in blocks)
+    frames, videos = (
+        sum(block["frames"] for block in blocks),
+        sum(block["videos"] for block in blocks),
+    )
     device = sum(block["seconds"]["device"] for block in blocks)
     decode = sum(block["seconds"]["decode"] for block in blocks)
     return (

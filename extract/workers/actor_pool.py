@@ -1,11 +1,13 @@
-"""Workers as Ray actors on one machine or many, and children on nodes without a GPU that decode for them.
+"""Workers as Ray actors on one machine or many, and children on nodes without a GPU that decode for
+them.
 
     GPU node:   Worker: own children --+-> batches -> backbone -> shard      driver: blocks out, commits in
     CPU nodes:  Decoder: children  ----+  (frames, through Ray's object store)
 
-A worker's queue of videos is emptied by its own children and by the decoders lent to it, whoever is free. Each decoding
-core, near or far, holds the frames of at most four videos that the backbone has not taken: that bounds the memory.
-Nodes may come and go: blocks of a lost worker are given to another; videos of a lost decoder are decoded by the worker.
+A worker's queue of videos is emptied by its own children and by the decoders lent to it, whoever is
+free. Each decoding core, near or far, holds the frames of at most four videos that the backbone has
+not taken: that bounds the memory. Nodes may come and go: blocks of a lost worker are given to
+another; videos of a lost decoder are decoded by the worker.
 """
 
 import contextlib
@@ -35,12 +37,15 @@ DEATHS_A_BLOCK = 3  # a block that was in hand when so many workers died is take
 SECONDS_WITHOUT_WORKERS = 600.0
 SECONDS_BETWEEN_LOOKS = 2.0  # at which nodes there are
 SECONDS_TOGETHER = 0.05
-SECONDS_A_COMMIT = 0.5  # blocks that are handed in within this time are committed together: one takes 30 ms
+SECONDS_A_COMMIT = (
+    0.5  # blocks that are handed in within this time are committed together: one takes 30 ms
+)
 CORES_A_DECODER = 4  # a large node becomes several, so that they can be shared out among workers
 
 
 def connect(address: str | None) -> bool:
-    """Join the Ray cluster at `address`, or start one here; True where this call did, so that the caller shuts it down.
+    """Join the Ray cluster at `address`, or start one here; True where this call did, so that the
+    caller shuts it down.
 
     Raises RunError where nobody answers at `host:port`, at once: Ray itself would try for minutes.
     """
@@ -52,7 +57,11 @@ def connect(address: str | None) -> bool:
         if address not in (None, "auto", "local"):
             host, _, port = address.removeprefix("ray://").rpartition(":")
             socket.create_connection((host, int(port)), timeout=10).close()
-        quiet: Any = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+        quiet: Any = {
+            "include_dashboard": False,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
         with _sigterm_kept():
             ray.init(address=address or "local", job_config=job_config(), **quiet)
     except (OSError, ValueError, RuntimeError) as error:  # ConnectionError is an OSError
@@ -65,14 +74,16 @@ def connect(address: str | None) -> bool:
 def job_config() -> "ray.job_config.JobConfig":
     """Ray's settings for this package: workers find it as this process does.
 
-    By itself Ray puts the working folder first on the path of its workers, and a user's own extract.py there would be
-    imported instead of this package.
+    By itself Ray puts the working folder first on the path of its workers, and a user's own
+    extract.py there would be imported instead of this package.
     """
     import ray
 
     root = Path(__file__).parents[2]
     paths = [] if root.name == "site-packages" else [str(root)]
-    return ray.job_config.JobConfig(_client_job=True, _py_driver_sys_path=paths)  # Ray skips the folder for clients
+    return ray.job_config.JobConfig(
+        _client_job=True, _py_driver_sys_path=paths
+    )  # Ray skips the folder for clients
 
 
 @contextlib.contextmanager
@@ -84,15 +95,21 @@ def _sigterm_kept() -> Iterator[None]:
         signal.signal(signal.SIGTERM, handler)
 
 
-def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bool) -> tuple[int, dict[str, float]]:
+def places(
+    nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bool
+) -> tuple[int, dict[str, float]]:
     """How many workers, and what each asks of its node, from the nodes' resources (`CPU`, `GPU`).
 
-    With `gpu` one a GPU, with its share of its node's cores; else one a node, with its cores. The smallest node counts.
+    With `gpu` one a GPU, with its share of its node's cores; else one a node, with its cores. The
+    smallest node counts.
     """
     if gpu:
         hosts = [node for node in nodes if node.get("GPU", 0) >= 1] or [{"GPU": 1, "CPU": 1}]
         size = workers or int(sum(node["GPU"] for node in hosts))
-        return size, {"num_gpus": 1, "num_cpus": min(node.get("CPU", 0) // node["GPU"] for node in hosts)}
+        return size, {
+            "num_gpus": 1,
+            "num_cpus": min(node.get("CPU", 0) // node["GPU"] for node in hosts),
+        }
     hosts = [node for node in nodes if node.get("CPU", 0) >= 1] or [{"CPU": 1}]
     size = workers or len(hosts)
     cores = min(node["CPU"] for node in hosts) / -(-size // len(hosts))
@@ -101,7 +118,8 @@ def places(nodes: Sequence[Mapping[str, float]], workers: int | None, *, gpu: bo
 
 @dataclass(eq=False)
 class _Member:
-    """A worker of the pool: an actor, its calls in flight, and the blocks it has been given and not handed in."""
+    """A worker of the pool: an actor, its calls in flight, and the blocks it has been given and not
+    handed in."""
 
     actor: Any
     calls: "list[ray.ObjectRef]" = field(default_factory=list)  # first its check, then it is ready
@@ -128,18 +146,28 @@ class _Helper:
 class RayActorPool:
     """Hands blocks to workers and keeps the pool as large as the cluster allows."""
 
-    def __init__(self, options: Options, sample: CalibrationSample | None = None, worker: type[Worker] = Worker):
+    def __init__(
+        self,
+        options: Options,
+        sample: CalibrationSample | None = None,
+        worker: type[Worker] = Worker,
+    ):
         import ray
 
         self._ray = ray
         self._started = connect(options.address)
         self._options, self._worker, self._sample = options, worker, sample
-        # Decided once: where the last GPU goes, the run waits for another and does not fall back to CPUs.
-        self._gpu = options.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= 1
+        # Decided once: where the last GPU goes, the run waits for another and does not fall back to
+        # CPUs.
+        self._gpu = (
+            options.device in ("auto", "cuda") and ray.cluster_resources().get("GPU", 0) >= 1
+        )
         self._members: list[_Member] = []
         self._helpers: list[_Helper] = []
         self._looked = 0.0
-        self._deaths: Counter[Any] = Counter()  # of workers by the block in hand (or None), of decoders by node
+        self._deaths: Counter[Any] = (
+            Counter()
+        )  # of workers by the block in hand (or None), of decoders by node
         self._check: tuple[str, str, str] = ("", "", "")  # nonce, video, version
         self._slot_bytes = 0
         self._handed_in_by_lost = 0  # frames
@@ -147,7 +175,8 @@ class RayActorPool:
         self._first = self._actor()
 
     def _actor(self) -> Any:
-        # A lost actor is replaced by us: Ray's own retries leave calls failing with ActorUnavailableError.
+        # A lost actor is replaced by us: Ray's own retries leave calls failing with
+        # ActorUnavailableError.
         cores = self._options.threads or max(1, int(self._request["num_cpus"]))
         remote: Any = self._ray.remote  # Ray's own types know no concurrency groups
         actor = remote(concurrency_groups={"help": 1})(self._worker)
@@ -159,7 +188,9 @@ class RayActorPool:
         made = self._get(self._first.describe.remote())
         # The others compute as the first one does, or fail.
         engine: Any = "openvino" if "engine" in made["provenance"] else "torch"
-        self._options = replace(self._options, precision=made["provenance"]["precision"], engine=engine)
+        self._options = replace(
+            self._options, precision=made["provenance"]["precision"], engine=engine
+        )
         self._slot_bytes, self._frames_per_video = made["slot_bytes"], made["frames_per_video"]
         return made
 
@@ -189,7 +220,9 @@ class RayActorPool:
 
     def _complain(self, waited: float) -> None:
         have = {name: self._ray.cluster_resources().get(name, 0) for name in ("CPU", "GPU")}
-        text = f"no worker for {waited:.0f} s: each asks for {self._request}, the cluster has {have}"
+        text = (
+            f"no worker for {waited:.0f} s: each asks for {self._request}, the cluster has {have}"
+        )
         if waited >= SECONDS_WITHOUT_WORKERS:
             raise RunError(f"{text}; add nodes, or ask for fewer --workers or --decode-workers")
         print(f"waiting: {text}", file=sys.stderr)
@@ -197,7 +230,8 @@ class RayActorPool:
     # -- the run ---------------------------------------------------------------------------------------------------
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
-        """All blocks, in any order; those that are handed in soon after each other come together."""
+        """All blocks, in any order; those that are handed in soon after each other come
+        together."""
         queue, held = deque(blocks), list[Done]()
         left = {block.number for block in blocks}
         heard = yielded = time.monotonic()
@@ -206,10 +240,13 @@ class RayActorPool:
             parts: list[_Member | _Helper] = [*self._members, *self._helpers]
             calls = {call: part for part in parts for call in part.calls}
             self._ray.wait(list(calls), timeout=SECONDS_A_COMMIT if held else SECONDS_BETWEEN_LOOKS)
-            # Many workers are heard together: each has another block, and asking after them all is not free.
+            # Many workers are heard together: each has another block, and asking after them all is
+            # not free.
             ready = self._ray.wait(list(calls), num_returns=len(calls), timeout=SECONDS_TOGETHER)[0]
             for done in (done for call in ready for done in self._hear(calls[call], call, queue)):
-                if done.number in left:  # else another worker was given it meanwhile, and wrote the same bytes
+                if (
+                    done.number in left
+                ):  # else another worker was given it meanwhile, and wrote the same bytes
                     left.remove(done.number)
                     held.append(done)
             if held and (not left or time.monotonic() - yielded > SECONDS_A_COMMIT):
@@ -221,12 +258,17 @@ class RayActorPool:
             elif silent > 30:
                 self._complain(silent)
 
-    def _hear(self, part: "_Member | _Helper", call: "ray.ObjectRef", queue: deque[Block]) -> list[Done]:
+    def _hear(
+        self, part: "_Member | _Helper", call: "ray.ObjectRef", queue: deque[Block]
+    ) -> list[Done]:
         if part not in self._members and part not in self._helpers:
             return []  # lost a moment ago
         try:
             result = self._get(call)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ActorUnavailableError) as error:
+        except (
+            self._ray.exceptions.RayActorError,
+            self._ray.exceptions.ActorUnavailableError,
+        ) as error:
             self._lose(part, queue, error)
             return []
         part.calls.remove(call)
@@ -247,7 +289,9 @@ class RayActorPool:
         """See which nodes there are: how many workers fit, and who decodes for them."""
         self._looked = time.monotonic()
         nodes = {node["NodeID"]: node["Resources"] for node in self._ray.nodes() if node["Alive"]}
-        self._size, self._request = places(list(nodes.values()), self._options.workers, gpu=self._gpu)
+        self._size, self._request = places(
+            list(nodes.values()), self._options.workers, gpu=self._gpu
+        )
         if not self._slot_bytes or not self._gpu:
             return
         for name, resources in nodes.items():
@@ -259,14 +303,21 @@ class RayActorPool:
 
     def _helper(self, node: str, cores: int) -> _Helper:
         here = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-        # Besides its endless call, two videos a core are on their way, so that no child waits for the next.
-        limits = {"num_cpus": cores, "max_concurrency": 2 * cores + 1, "max_restarts": 0, "max_task_retries": 0}
+        # Besides its endless call, two videos a core are on their way, so that no child waits for
+        # the next.
+        limits = {
+            "num_cpus": cores,
+            "max_concurrency": 2 * cores + 1,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+        }
         remote = self._ray.remote(Decoder).options(scheduling_strategy=here, **limits)
         actor: Any = remote.remote(self._options, self._worker.decode_job, self._slot_bytes, cores)
         return _Helper(actor, [actor.check.remote(*self._check[1:])], node, cores)
 
     def _fill(self, queue: deque[Block], left: set[int]) -> None:
-        """Keep the pool complete, and two calls in flight with each worker so that it never waits for the driver."""
+        """Keep the pool complete, and two calls in flight with each worker so that it never waits
+        for the driver."""
         if time.monotonic() - self._looked > SECONDS_BETWEEN_LOOKS:
             self._look()
             self._ask_how_far()
@@ -278,7 +329,9 @@ class RayActorPool:
             if helper.ready and helper.member not in self._members and ready:
                 lent = Counter(id(other.member) for other in self._helpers)
                 helper.member = min(ready, key=lambda member: lent[id(member)])
-                lend = helper.member.actor.help.options(concurrency_group="help")  # beside the block in hand
+                lend = helper.member.actor.help.options(
+                    concurrency_group="help"
+                )  # beside the block in hand
                 lend.remote(partial(decode_elsewhere, helper.actor), at_once=2 * helper.cores)
         for member in ready:
             while len(member.calls) < 2 and self._give(member, queue):
@@ -288,11 +341,15 @@ class RayActorPool:
         """Without waiting: an answer is taken the next time."""
         for member in self._members:
             if member.settled_call and self._ray.wait([member.settled_call], timeout=0)[0]:
-                with contextlib.suppress(self._ray.exceptions.RayError):  # a lost worker is noticed by its other calls
+                with contextlib.suppress(
+                    self._ray.exceptions.RayError
+                ):  # a lost worker is noticed by its other calls
                     member.settled = self._ray.get(member.settled_call)
                 member.settled_call = None
             if member.ready and member.settled_call is None:
-                member.settled_call = member.actor.settled.options(concurrency_group="help").remote()
+                member.settled_call = member.actor.settled.options(
+                    concurrency_group="help"
+                ).remote()
 
     def settled(self) -> int:
         """Frames that all workers have settled (see Worker.settled), as of some seconds ago."""
@@ -318,14 +375,28 @@ class RayActorPool:
             return
         self._members.remove(part)
         self._handed_in_by_lost += part.handed_in * self._frames_per_video
-        self._ray.kill(part.actor)  # if it was only unreachable, it must not go on beside its successor
-        again = [replace(block, deaths=block.deaths + 1) for block in sorted(part.given, key=lambda one: one.number)]
-        print(f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another", file=sys.stderr)
+        self._ray.kill(
+            part.actor
+        )  # if it was only unreachable, it must not go on beside its successor
+        again = [
+            replace(block, deaths=block.deaths + 1)
+            for block in sorted(part.given, key=lambda one: one.number)
+        ]
+        print(
+            f"a worker was lost ({type(error).__name__}); {len(again)} blocks go to another",
+            file=sys.stderr,
+        )
         cause = again[0] if again else None
         number = cause.number if cause else None
         self._deaths[number] += 1
         if self._deaths[number] >= DEATHS_A_BLOCK:
-            what = f"block {cause.number} (from {cause.videos[0].id} on) was" if cause else "no block was"
+            what = (
+                f"block {cause.number} (from {cause.videos[0].id} on) was"
+                if cause
+                else "no block was"
+            )
             words = str(error).splitlines()[0]
-            raise RunError(f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}")
+            raise RunError(
+                f"{what} in hand when {DEATHS_A_BLOCK} workers died; the last said: {words}"
+            )
         queue.extendleft(reversed(again))

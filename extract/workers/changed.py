@@ -1,8 +1,9 @@
 """Files that were replaced by others of the same name since their features were made.
 
-The store keeps size and digest of each file. Reading digests again takes a moment per file; so the times of change of
-files that were found to be the same lie beside the store, and a file with that size and time is not read. They are not
-in the store, which is to have the same bytes after a copy of the videos.
+The store keeps size and digest of each file. Reading digests again takes a moment per file; so the
+times of change of files that were found to be the same lie beside the store, and a file with that
+size and time is not read. They are not in the store, which is to have the same bytes after a copy
+of the videos.
 """
 
 import io
@@ -23,7 +24,8 @@ _READ_AT_ONCE = 8
 
 
 class SeenTimes:
-    """Beside a store: the time of change (ns) of each row's file, and the digest it was seen with, int64 [N, 2]."""
+    """Beside a store: the time of change (ns) of each row's file, and the digest it was seen with,
+    int64 [N, 2]."""
 
     def __init__(self, store: FeatureStore) -> None:
         self._path = f"{store.path.rstrip('/')}.sources"
@@ -34,7 +36,13 @@ class SeenTimes:
             values = np.load(io.BytesIO(content), allow_pickle=False)
             count = min(len(values), len(store))
             self._values[:count] = values[:count]
-        except (ValueError, EOFError, OSError, TypeError, IndexError):  # cut, or none: files are read again
+        except (
+            ValueError,
+            EOFError,
+            OSError,
+            TypeError,
+            IndexError,
+        ):  # cut, or none: files are read again
             pass
 
     def holds(self, rows: np.ndarray, digests: np.ndarray, times: np.ndarray) -> np.ndarray:
@@ -62,8 +70,9 @@ def look_for_changed_files(
 ) -> np.ndarray:
     """Rows whose file is not the one that their features were made from: int [n].
 
-    Rows that are pending, and those whose file was not recorded, are left out; so are files that cannot be read.
-    read_all: read also the files whose size and time of change are those seen before.
+    Rows that are pending, and those whose file was not recorded, are left out; so are files that
+    cannot be read. read_all: read also the files whose size and time of change are those seen
+    before.
     """
     recorded = store.sources
     wanted = (recorded[:, 0] >= 0) & (store.status != PENDING) & (store.status <= FAILED)
@@ -89,7 +98,8 @@ def look_for_changed_files(
 
 
 def _sizes_and_times(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [n] each: size in bytes and time of change; -1 for a file that cannot be reached, 0 for no file."""
+    """int64 [n] each: size in bytes and time of change; -1 for a file that cannot be reached, 0 for
+    no file."""
     values = np.full((len(paths), 2), -1, "<i8")
     last_path, last = None, (-1, -1)
     for place, path in enumerate(paths):

@@ -1,10 +1,13 @@
 """What an extraction costs on machines that are not at hand."""
 
-H100_FRAMES_A_SECOND = 5_000.0  # SE-ResNeXt101 32x4d, fp16, 224 pixels: 80 TFLOP/s; assumed, not measured
+H100_FRAMES_A_SECOND = (
+    5_000.0  # SE-ResNeXt101 32x4d, fp16, 224 pixels: 80 TFLOP/s; assumed, not measured
+)
 
 
 def cost(videos: int, *, views: int, frames: int, dim: int, decode_seconds: float) -> str:
-    """Of `videos`, each of V views x T frames, D channels, decoded in `decode_seconds` of a core (measure some).
+    """Of `videos`, each of V views x T frames, D channels, decoded in `decode_seconds` of a core
+    (measure some).
 
     In words: H100 hours of the backbone, core hours of decoding, size of the features.
     """

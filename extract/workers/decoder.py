@@ -16,14 +16,16 @@ from extract.options import Options
 
 @cache
 def code_version() -> str:
-    """`0.1.0 (sources 3f2a90c1)`: nodes of one run must not differ in the version, nor in a line."""
+    """`0.1.0 (sources 3f2a90c1)`: nodes of one run must not differ in the version, nor in a
+    line."""
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     return f"{importlib.metadata.version('hgnl-video')} (sources {digest})"
 
 
 def check_node(version: str, video: str) -> str:
-    """This node's name, if it has the same code and can read the videos; else RunError naming it."""
+    """This node's name, if it has the same code and can read the videos; else RunError naming
+    it."""
     node = socket.gethostname()
     if code_version() != version:
         raise RunError(
@@ -33,7 +35,9 @@ def check_node(version: str, video: str) -> str:
         with open(video, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise RunError(f"the worker on {node} cannot read the videos: {error}; mount them at the same path") from None
+        raise RunError(
+            f"the worker on {node} cannot read the videos: {error}; mount them at the same path"
+        ) from None
     return node
 
 
@@ -41,7 +45,9 @@ class Decoder:
     """Decode children on a node of the cluster, for a worker on another."""
 
     def __init__(self, options: Options, decode_job: Any, slot_bytes: int, cores: int):
-        self._pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=cores, timeout=options.video_timeout)
+        self._pool = SubprocessPool(
+            decode_job, slot_bytes=slot_bytes, workers=cores, timeout=options.video_timeout
+        )
 
     def check(self, video: str, version: str) -> None:
         check_node(version, video)
@@ -59,4 +65,6 @@ class Decoder:
 def decode_elsewhere(decoder: Any, job: Job) -> Finished:
     import ray
 
-    return ray.get(decoder.decode.remote(job))  # its frames are seen in the object store, not copied
+    return ray.get(
+        decoder.decode.remote(job)
+    )  # its frames are seen in the object store, not copied

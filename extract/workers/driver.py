@@ -1,7 +1,7 @@
 """The driver of an extraction: which blocks are missing -> workers -> commits -> report.
 
-The driver alone writes the per-video arrays. A restart is the list of blocks with a pending row; a lost worker's
-blocks go back to that list.
+The driver alone writes the per-video arrays. A restart is the list of blocks with a pending row; a
+lost worker's blocks go back to that list.
 """
 
 import contextlib
@@ -79,7 +79,13 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
     settings = continue_options(options, store) if store else settle(options).with_defaults()
     videos = _choose_videos(settings, listing)
     log, nonce = RunLog(settings.out), uuid.uuid4().hex
-    log.write("start", process=os.getpid(), host=socket.gethostname(), nonce=nonce, options=_as_recorded(settings))
+    log.write(
+        "start",
+        process=os.getpid(),
+        host=socket.gethostname(),
+        nonce=nonce,
+        options=_as_recorded(settings),
+    )
     pool = _worker_pool(settings, store, videos)
     try:
         made = pool.describe()
@@ -103,12 +109,18 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
             append_new(store, videos, listing.classes)
         if settings.retry_failed:
             ids = {video.id for video in videos}  # a row without a video would wait for ever
-            failed = [row for row in np.flatnonzero(store.status == FAILED).tolist() if store.ids[row] in ids]
+            failed = [
+                row
+                for row in np.flatnonzero(store.status == FAILED).tolist()
+                if store.ids[row] in ids
+            ]
             store.set_status(np.array(failed, int), PENDING)
         blocks = _blocks(store, videos)
         _announce(settings, store, blocks, made)
         if not is_remote(settings.out):
-            check_space(Path(settings.out), sum(len(block.rows) for block in blocks) * store.video_bytes)
+            check_space(
+                Path(settings.out), sum(len(block.rows) for block in blocks) * store.video_bytes
+            )
         if blocks:
             pool.check(nonce, _readable(blocks), code_version())
             _run(pool, store, blocks, lock, log)
@@ -122,8 +134,12 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
 def _exit_status(options: Options, store: FeatureStore) -> int:
     failed, listed = int((store.status == FAILED).sum()), int(store.listed.sum())
     if failed > options.max_failed * listed:
-        print(f"{failed} of {listed} videos failed, more than --max-failed {options.max_failed:g} allows")
-        print(f"Next: {command_line('extract.status', options.out)}\n--retry-failed tries them again")
+        print(
+            f"{failed} of {listed} videos failed, more than --max-failed {options.max_failed:g} allows"
+        )
+        print(
+            f"Next: {command_line('extract.status', options.out)}\n--retry-failed tries them again"
+        )
         return 3
     print(f"Next: {_next_command(store, options.out)}")
     return 0
@@ -141,7 +157,8 @@ def _next_command(store: FeatureStore, path: str) -> str:
 
 
 def _refuse_foreign_folder(out: str) -> None:
-    """Before a log is written beside it. A store is not opened yet: another driver may be making it."""
+    """Before a log is written beside it. A store is not opened yet: another driver may be making
+    it."""
     path = Path(out)
     if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
         kind = "a file" if path.is_file() else "a folder"
@@ -159,8 +176,14 @@ def _open_if_exists(out: str) -> FeatureStore | None:
 
 def _as_recorded(settings: Any) -> dict[str, Any]:
     """Options for the log, which a later command in another folder may read."""
-    paths = {name: value for name, value in vars(settings).items() if value and name in ("videos", "root", "weights")}
-    return vars(settings) | {name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)}
+    paths = {
+        name: value
+        for name, value in vars(settings).items()
+        if value and name in ("videos", "root", "weights")
+    }
+    return vars(settings) | {
+        name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)
+    }
 
 
 def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
@@ -169,24 +192,33 @@ def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
     if options.window is None or options.stride is None:
         return videos
     cache = None if is_remote(options.out) else lengths_path(options.out)
-    windows = cut_windows(videos, options.window, options.stride, timeout=options.video_timeout, cache=cache)
-    print(f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos")
+    windows = cut_windows(
+        videos, options.window, options.stride, timeout=options.video_timeout, cache=cache
+    )
+    print(
+        f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos"
+    )
     return windows
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
-    """The blocks with pending rows, and in them those rows; rows that lie beyond --limit stay pending."""
+    """The blocks with pending rows, and in them those rows; rows that lie beyond --limit stay
+    pending."""
     by_id = {video.id: video for video in videos}
     blocks = []
     for number in store.missing_blocks():
         own = store.block_rows(number)
-        rows = [row for row in own[store.status[own] == PENDING].tolist() if store.ids[row] in by_id]
+        rows = [
+            row for row in own[store.status[own] == PENDING].tolist() if store.ids[row] in by_id
+        ]
         if rows:
             blocks.append(Block(number, tuple(rows), tuple(by_id[store.ids[row]] for row in rows)))
     return blocks
 
 
-def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: dict[str, Any]) -> None:
+def _announce(
+    options: Options, store: FeatureStore, blocks: list[Block], made: dict[str, Any]
+) -> None:
     to_do = sum(len(block.rows) for block in blocks)
     frames = store.num_views * store.frames_per_video
     beyond = int((store.status == PENDING).sum()) - to_do
@@ -195,7 +227,8 @@ def _announce(options: Options, store: FeatureStore, blocks: list[Block], made: 
         f"store     {store.path}: {len(store):,} videos x {store.num_views} views x {store.frames_per_video} frames x "
         f"{store.dim} float16 = {human_bytes(len(store) * store.video_bytes)}\n"
         f"to do     {to_do:,} videos ({to_do * frames:,} frames) in {len(blocks):,} blocks, "
-        f"{len(store) - to_do - beyond:,} done before" + (f", {beyond:,} beyond --limit" if beyond else "")
+        f"{len(store) - to_do - beyond:,} done before"
+        + (f", {beyond:,} beyond --limit" if beyond else "")
     )
 
 
@@ -208,7 +241,9 @@ def _readable(blocks: list[Block]) -> str:
     return os.devnull  # not one video can be opened: each will fail with its own reason
 
 
-def _worker_pool(options: Any, store: FeatureStore | None, videos: Sequence[Video]) -> Worker | RayActorPool:
+def _worker_pool(
+    options: Any, store: FeatureStore | None, videos: Sequence[Video]
+) -> Worker | RayActorPool:
     """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
     weights = Path(options.weights)
     options = replace(
@@ -216,12 +251,16 @@ def _worker_pool(options: Any, store: FeatureStore | None, videos: Sequence[Vide
         out=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
     )
-    sample = choose_sample(videos, store, seed=options.seed) if options.precision == "int8" else None
+    sample = (
+        choose_sample(videos, store, seed=options.seed) if options.precision == "int8" else None
+    )
     gpus = count_gpus() if options.device in ("auto", "cuda") else 1
     workers = options.workers or max(1, gpus)
     if options.address is None and workers == 1:
         return Worker(options, available_cores(options.threads), sample)
-    return RayActorPool(options if options.address is not None else replace(options, workers=workers), sample)
+    return RayActorPool(
+        options if options.address is not None else replace(options, workers=workers), sample
+    )
 
 
 # -- the run -------------------------------------------------------------------------------------------------------
@@ -262,7 +301,8 @@ def _run(
 def _shown_progress(
     pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
 ) -> Iterator[None]:
-    """A bar over the frames of all videos to do, moved each second, and not only when a block is done."""
+    """A bar over the frames of all videos to do, moved each second, and not only when a block is
+    done."""
     # With several clips per video a row of the store is more than what is sampled.
     sampled = store.provenance.get("sampling", {}).get("frames", store.frames_per_video)
     frames = store.num_views * sampled

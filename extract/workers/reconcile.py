@@ -1,8 +1,10 @@
-"""A listing beside a store that exists already: what was corrected, replaced, or is no longer listed.
+"""A listing beside a store that exists already: what was corrected, replaced, or is no longer
+listed.
 
-An id is the path of a file below --videos, and of a span its milliseconds too. So a video that moved to another folder,
-or a span that was corrected, is another row: the old one is no longer listed, the new one is appended and extracted.
-Labels, splits and groups are not in the id and do not depend on pixels: they are corrected in place.
+An id is the path of a file below --videos, and of a span its milliseconds too. So a video that
+moved to another folder, or a span that was corrected, is another row: the old one is no longer
+listed, the new one is appended and extracted. Labels, splits and groups are not in the id and do
+not depend on pixels: they are corrected in place.
 """
 
 import math
@@ -24,7 +26,9 @@ NO_FILE = "listed, but its file is missing"
 Pairs = Sequence[tuple[int, Video]]  # rows of the store that are listed
 
 
-def reconcile(options: Options, store: FeatureStore, listing: Listing, videos: Sequence[Video]) -> None:
+def reconcile(
+    options: Options, store: FeatureStore, listing: Listing, videos: Sequence[Video]
+) -> None:
     """Bring the rows of a store up to its listing and print what was done; nothing is decoded.
 
     videos: those to extract, after --limit and --window. What lies beyond --limit is not touched.
@@ -32,14 +36,20 @@ def reconcile(options: Options, store: FeatureStore, listing: Listing, videos: S
     every: Sequence[Video] = listing.videos
     beyond: set[str] = set()
     if options.window is not None:  # what lies beyond --limit was not cut
-        beyond = {file_of(video.id) for video in listing.videos[len(listing.videos[: options.limit]) :]}
+        beyond = {
+            file_of(video.id) for video in listing.videos[len(listing.videos[: options.limit]) :]
+        }
         every = videos
     rows = {row_id: row for row, row_id in enumerate(store.ids.tolist())}
     pairs = [(rows[video.id], video) for video in every if video.id in rows]
     correct_rows(store, pairs, listing.classes)
     _list_again(store, np.array([row for row, _ in pairs], int))
     listed = {video.id for video in every}
-    unlisted = [row for row_id, row in rows.items() if row_id not in listed and file_of(row_id) not in beyond]
+    unlisted = [
+        row
+        for row_id, row in rows.items()
+        if row_id not in listed and file_of(row_id) not in beyond
+    ]
     _leave_out(options, store, np.array(unlisted, int), {video.id for video in listing.missing})
     changed = look_for_changed_files(store, pairs)
     if len(changed):
@@ -102,8 +112,9 @@ def merge_classes(
 ) -> tuple[str, ...]:
     """The classes of a store that is continued with a listing.
 
-    A class that all its videos have left is dropped, unless it is listed. If the listing has all that remain, its
-    order is taken; else what it adds comes last. before, after: the names that rows have, "" for none.
+    A class that all its videos have left is dropped, unless it is listed. If the listing has all
+    that remain, its order is taken; else what it adds comes last. before, after: the names that
+    rows have, "" for none.
     """
     remaining = [name for name in stored if name in after or name in listed or name not in before]
     if set(remaining) <= set(listed):
@@ -115,7 +126,9 @@ def _print_classes(stored: Sequence[str], merged: Sequence[str]) -> None:
     added = [name for name in merged if name not in stored]
     dropped = [name for name in stored if name not in merged]
     changes = [f"{len(added):,} new ({examples(added)})"] if added else []
-    changes += [f"{len(dropped):,} without a video dropped ({examples(dropped)})"] if dropped else []
+    changes += (
+        [f"{len(dropped):,} without a video dropped ({examples(dropped)})"] if dropped else []
+    )
     if not changes:
         changes = ["the same names in the order of the listing; labels are renumbered"]
     print(f"classes   {len(merged):,} now: {', '.join(changes)}")
@@ -132,11 +145,16 @@ def _list_again(store: FeatureStore, rows: np.ndarray) -> None:
     given_up = given_up[np.isin(store.errors[given_up], (NOT_LISTED, NO_FILE))]
     store.set_status(given_up, PENDING)
     if again := np.union1d(dropped, given_up).tolist():
-        print(f"again     {len(again):,} videos are listed again ({examples(store.ids[again].tolist())})")
+        print(
+            f"again     {len(again):,} videos are listed again ({examples(store.ids[again].tolist())})"
+        )
 
 
-def _leave_out(options: Options, store: FeatureStore, rows: np.ndarray, missing: Collection[str]) -> None:
-    """Rows that are not among the videos: pending ones fail by name; with --drop-unlisted they are taken out."""
+def _leave_out(
+    options: Options, store: FeatureStore, rows: np.ndarray, missing: Collection[str]
+) -> None:
+    """Rows that are not among the videos: pending ones fail by name; with --drop-unlisted they are
+    taken out."""
     names = store.ids[rows]
     without_file = np.array([_is_missing(name, missing) for name in names], bool)
     pending = store.status[rows] == PENDING
@@ -145,7 +163,9 @@ def _leave_out(options: Options, store: FeatureStore, rows: np.ndarray, missing:
     gone = rows[~without_file]
     if not len(gone):
         return
-    print(f"unlisted  {len(gone):,} videos of the store are {NOT_LISTED} ({examples(store.ids[gone].tolist())})")
+    print(
+        f"unlisted  {len(gone):,} videos of the store are {NOT_LISTED} ({examples(store.ids[gone].tolist())})"
+    )
     if options.drop_unlisted:
         store.set_status(gone, store.status[gone] % DROPPED + DROPPED)
         print("          they are taken out of training and scores until they are listed again")
@@ -155,12 +175,15 @@ def _leave_out(options: Options, store: FeatureStore, rows: np.ndarray, missing:
 
 def _is_missing(row_id: str, missing: Collection[str]) -> bool:
     file = file_of(row_id)
-    stem = file.rpartition("/")[2].rpartition(".")[0]  # the missing clips of a Kinetics CSV have no extension
+    stem = file.rpartition("/")[2].rpartition(".")[
+        0
+    ]  # the missing clips of a Kinetics CSV have no extension
     return file in missing or stem in missing
 
 
 def _give_up(store: FeatureStore, rows: np.ndarray, reason: str) -> None:
-    """Fail pending rows without reading a video. Their shards are written first, with zeros for them."""
+    """Fail pending rows without reading a video. Their shards are written first, with zeros for
+    them."""
     for block in np.unique(rows // store.block_size).tolist():
         own = rows[rows // store.block_size == block]
         store.write_block(block, np.zeros((len(own), *store.video_shape), "<f2"), own)
@@ -172,11 +195,13 @@ def _give_up(store: FeatureStore, rows: np.ndarray, reason: str) -> None:
 
 
 def append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[str]) -> None:
-    """Append pending rows for the videos that a store does not have, after `reconcile` with the same listing."""
+    """Append pending rows for the videos that a store does not have, after `reconcile` with the
+    same listing."""
     known = set(store.ids.tolist())
     new = [video for video in videos if video.id not in known]
     if new:
-        # The listing numbers its classes in its own order; `reconcile` has brought their names into the store.
+        # The listing numbers its classes in its own order; `reconcile` has brought their names into
+        # the store.
         label = {name: number for number, name in enumerate(store.classes)}
         labels = np.array([*(label[name] for name in classes), -1])
         columns = columns_of(new)
@@ -185,6 +210,9 @@ def append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[s
 
 def columns_of(videos: Sequence[Video]) -> dict[str, list[Any]]:
     """What a store holds of its rows from the start."""
-    columns = {f"{name}s": [getattr(video, name) for video in videos] for name in ("id", "label", "split", "group")}
+    columns = {
+        f"{name}s": [getattr(video, name) for video in videos]
+        for name in ("id", "label", "split", "group")
+    }
     spans = [video.span or (math.nan, math.nan) for video in videos]
     return columns | {"starts": [start for start, _ in spans], "ends": [end for _, end in spans]}

@@ -1,7 +1,7 @@
 """The settings that a store was begun with, and the options of the command that continues it.
 
-A store is continued with the settings that it was begun with, or not at all. Options that were not given are taken from
-it. One that was given and differs is refused before weights are loaded.
+A store is continued with the settings that it was begun with, or not at all. Options that were not
+given are taken from it. One that was given and differs is refused before weights are loaded.
 """
 
 import hashlib
@@ -17,7 +17,8 @@ from extract.store import FeatureStore, RunLog, difference
 
 
 def continue_options(options: Options, store: FeatureStore) -> Any:
-    """`options`, completed by the settings of `store`. InputError names what was given and differs."""
+    """`options`, completed by the settings of `store`. InputError names what was given and
+    differs."""
     recorded = recorded_options(store)
     given = {name: getattr(options, name) for name in recorded}
     missing = {name: recorded[name] for name, value in given.items() if value is None}
@@ -50,11 +51,14 @@ def _refuse_others(
 ) -> None:
     if lines := [*difference(recorded, now), *lines]:
         text = "\n  ".join(lines)
-        raise InputError(f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out")
+        raise InputError(
+            f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out"
+        )
 
 
 def recorded_options(store: FeatureStore) -> dict[str, Any]:
-    """The options that a store records, but for its weights. InputError for features that no extraction made."""
+    """The options that a store records, but for its weights. InputError for features that no
+    extraction made."""
     record = store.provenance
     if "precision" not in record:
         raise InputError(
@@ -69,7 +73,9 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
         "clip_frames": clips.get("frames"),
         "clip_fps": clips.get("fps"),
         "per_clip": clips.get("per_clip"),
-        "image_size": next((run["image_size"] for run in logged_options(store) if "image_size" in run), None),
+        "image_size": next(
+            (run["image_size"] for run in logged_options(store) if "image_size" in run), None
+        ),
         "backbone": record.get("backbone"),
         "decoder": record.get("decoder", {}).get("name"),
         "seed": record.get("seed"),
@@ -89,13 +95,15 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
 
 
 def logged_options(store: FeatureStore) -> list[dict[str, Any]]:
-    """The options of earlier extractions, the last one first, as the log beside the store has them."""
+    """The options of earlier extractions, the last one first, as the log beside the store has
+    them."""
     runs = [run.get("options") for run in RunLog.records(store.path) if run["event"] == "start"]
     return [options for options in reversed(runs) if isinstance(options, dict)]
 
 
 def _recorded_weights(store: FeatureStore) -> str:
-    """The option --weights that a store was begun with. InputError if its file is not there any more."""
+    """The option --weights that a store was begun with. InputError if its file is not there any
+    more."""
     record = store.provenance.get("weights", {"name": "random"})
     if "sha256" not in record:
         return "random" if record["name"].startswith("random") else "pretrained"
@@ -110,14 +118,17 @@ def _recorded_weights(store: FeatureStore) -> str:
 
 
 def _other_weights(weights: str | None, store: FeatureStore) -> list[str]:
-    """The line that says that these weights are not those of a store, as far as their name or their bytes tell."""
+    """The line that says that these weights are not those of a store, as far as their name or their
+    bytes tell."""
     record = store.provenance.get("weights")
     if weights is None or record is None:
         return []
     if Path(weights).is_file():
         with Path(weights).open("rb") as file:
             now = hashlib.file_digest(file, "sha256").hexdigest()
-        return difference({"weights": {"sha256": record.get("sha256")}}, {"weights": {"sha256": now}})
+        return difference(
+            {"weights": {"sha256": record.get("sha256")}}, {"weights": {"sha256": now}}
+        )
     random = record["name"].startswith("random")
     if (weights == "random") == random and weights in ("random", "pretrained"):
         return []

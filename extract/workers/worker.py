@@ -1,8 +1,8 @@
 """One block of videos -> one block of features: the same code in this process and in a Ray actor.
 
-Three things run beside each other in a worker: child processes decode ahead (`subprocess_pool.py`), this thread feeds
-the device with batches of a constant size, whose frames may be of two blocks, and one thread writes the shard of the
-block before.
+Three things run beside each other in a worker: child processes decode ahead (`subprocess_pool.py`),
+this thread feeds the device with batches of a constant size, whose frames may be of two blocks, and
+one thread writes the shard of the block before.
 """
 
 import os
@@ -57,11 +57,15 @@ class Block:
 _PLAIN = attrgetter(*(field.name for field in fields(Video)))
 
 
-def _block(number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...], deaths: int) -> Block:
+def _block(
+    number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...], deaths: int
+) -> Block:
     return Block(number, rows, tuple(Video(*video) for video in videos), deaths)
 
 
-Submitted = tuple[list[int], Job, "Future[Finished]"]  # rows of a block (their places), and who decodes them
+Submitted = tuple[
+    list[int], Job, "Future[Finished]"
+]  # rows of a block (their places), and who decodes them
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,16 @@ class Done:
     outcome: Rows
     node: str
     frames: int  # that went through the backbone
-    seconds: dict[str, float]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
+    seconds: dict[
+        str, float
+    ]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
 
 
 def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
     """What decode children are to do for n videos, and which of them (places) each job is for.
 
-    A whole file is a job of its own. Spans of one file that stand side by side go together, as many as a slot holds.
+    A whole file is a job of its own. Spans of one file that stand side by side go together, as many
+    as a slot holds.
     """
     together: list[list[int]] = []
     for place, video in enumerate(videos):
@@ -88,22 +95,30 @@ def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
             together[-1].append(place)
         else:
             together.append([place])
-    return [(some, (videos[some[0]].path, [(videos[k].id, videos[k].span) for k in some], plan)) for some in together]
+    return [
+        (some, (videos[some[0]].path, [(videos[k].id, videos[k].span) for k in some], plan))
+        for some in together
+    ]
 
 
 class Worker:
-    """Holds a backbone and decode children; `extract` blocks, or `run` one after the other, `drain`; then `close`."""
+    """Holds a backbone and decode children; `extract` blocks, or `run` one after the other,
+    `drain`; then `close`."""
 
     decode_job = staticmethod(decode_job)
 
-    # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's constructor.
+    # Everything heavy is made on first use and not here: Ray hides what goes wrong in an actor's
+    # constructor.
     def __init__(self, options: Options, cores: int, sample: CalibrationSample | None = None):
-        self.options, self.cores = options.with_defaults(), cores  # of `options`, each setting has a value
+        self.options, self.cores = (
+            options.with_defaults(),
+            cores,
+        )  # of `options`, each setting has a value
         self._sample = sample
         self._views = view_names(self.options.crops, self.options.augment_passes)
         self._ahead: dict[int, list[Submitted]] = {}
-        # Blocks that are computed: how many frames were added when their last one was, features of pictures, and
-        # which of them (positions) each row's views show.
+        # Blocks that are computed: how many frames were added when their last one was, features of
+        # pictures, and which of them (positions) each row's views show.
         self._computing: deque[tuple[int, np.ndarray, np.ndarray, Done]] = deque()
         self._computed = 0.0  # seconds of the device, of blocks before those
         self._skipped = 0  # frames that need not be computed: of failed videos, and repeats
@@ -114,7 +129,8 @@ class Worker:
     @cached_property
     def _backbone(self) -> Backbone:
         options = self.options
-        # On a GPU batches are large, and a block ends with what is left over: all of its batches are one size.
+        # On a GPU batches are large, and a block ends with what is left over: all of its batches
+        # are one size.
         together = None
         if not runs_on_cpu(options.device):
             together = options.block_size * options.frames * len(self._views)
@@ -149,7 +165,8 @@ class Worker:
         return self._backbone.batches(check=self._check_batch)
 
     def _check_batch(self, features: np.ndarray) -> None:
-        """One video's features may overflow; those of several in a row mean that something is wrong with all."""
+        """One video's features may overflow; those of several in a row mean that something is wrong
+        with all."""
         bad = int((~np.isfinite(features)).any(axis=1).sum())
         self._bad_frames = self._bad_frames + len(features) if bad > len(features) / 2 else 0
         if self._bad_frames > 2 * self.frames_per_video + self._backbone.batch_size:
@@ -174,12 +191,18 @@ class Worker:
         if name != "torchcodec":
             return self._children
         if self._backbone.clips is not None:
-            raise InputError(f"--decoder {self.options.decoder}: clip-wise backbones are decoded by pyav; leave it out")
+            raise InputError(
+                f"--decoder {self.options.decoder}: clip-wise backbones are decoded by pyav; leave it out"
+            )
         if self._backbone.device.partition(":")[0] != device:
-            raise InputError(f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}")
+            raise InputError(
+                f"--decoder torchcodec-{device} needs --device {device}; this is {self._backbone.device}"
+            )
         pool = self._subprocesses(0, self._plan)
         device, timeout = self._backbone.device, self.options.video_timeout
-        pool.help(GpuDecoder(self._children, self.decode_job, device, timeout=timeout), at_once=self.cores)
+        pool.help(
+            GpuDecoder(self._children, self.decode_job, device, timeout=timeout), at_once=self.cores
+        )
         return pool
 
     @cached_property
@@ -188,7 +211,8 @@ class Worker:
 
     @cached_property
     def _leftovers(self) -> SubprocessPool:
-        """For what had no room in a buffer. Behind the next block's jobs it might wait for slots that those fill."""
+        """For what had no room in a buffer. Behind the next block's jobs it might wait for slots
+        that those fill."""
         return self._subprocesses(self.options.decode_workers or self.cores, self._plan)
 
     def _subprocesses(self, workers: int, plan: Plan) -> SubprocessPool:
@@ -197,8 +221,8 @@ class Worker:
             slot_bytes=plan.slot_bytes,
             workers=workers,
             timeout=self.options.video_timeout,
-            # On a CPU the backbone computes on the same cores, and its threads wait for each other at every layer:
-            # a decoder that takes one of them away for a moment stops both.
+            # On a CPU the backbone computes on the same cores, and its threads wait for each other
+            # at every layer: a decoder that takes one of them away for a moment stops both.
             nice=10 if runs_on_cpu(self.options.device) else 0,
         )
 
@@ -207,10 +231,18 @@ class Worker:
         return FeatureStore.open(self.options.out, writable=True)
 
     def describe(self) -> dict[str, Any]:
-        """What the store records of how its features were made, their width, and the device in words."""
+        """What the store records of how its features were made, their width, and the device in
+        words."""
         options = self.options
-        sampling = {"frames": options.frames, "method": "segment centres (TSN); augment: random in each segment"}
-        windows = {"window": options.window, "stride": options.stride} if options.window is not None else {}
+        sampling = {
+            "frames": options.frames,
+            "method": "segment centres (TSN); augment: random in each segment",
+        }
+        windows = (
+            {"window": options.window, "stride": options.stride}
+            if options.window is not None
+            else {}
+        )
         provenance = {
             **self._backbone.provenance(),
             "sampling": sampling | windows,
@@ -228,15 +260,19 @@ class Worker:
         }
 
     def check(self, nonce: str, video: str, version: str) -> None:
-        """Make sure that this worker has the driver's code and sees the store and videos, or fail naming its node."""
+        """Make sure that this worker has the driver's code and sees the store and videos, or fail
+        naming its node."""
         node = check_node(version, video)
         store = self.options.out
         local, who = not is_remote(store), f"the worker on {node}"  # a URL is the same everywhere
         if local and not Path(store).is_dir():
-            raise RunError(f"{who} does not see the store {store}; put it on storage all nodes share")
+            raise RunError(
+                f"{who} does not see the store {store}; put it on storage all nodes share"
+            )
         if local and nonce not in [run.get("nonce") for run in RunLog.records(store)]:
             raise RunError(f"{who} sees another {store} than this run's; put it on shared storage")
-        # Made here: PyTorch's number of threads holds for the thread that sets it, and `help` comes on another one.
+        # Made here: PyTorch's number of threads holds for the thread that sets it, and `help` comes
+        # on another one.
         assert self._backbone
         assert self._pool
 
@@ -245,12 +281,14 @@ class Worker:
         return len(self._views) * self.options.frames
 
     def settled(self) -> int:
-        """Frames of videos whose features are there, or will never be, since the start; from any thread."""
+        """Frames of videos whose features are there, or will never be, since the start; from any
+        thread."""
         batches = self.__dict__.get("_batches")
         return self._skipped + (batches.returned if batches else 0)
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
-        """Have another node decode too, until `decode` raises. May be called while a block is in hand."""
+        """Have another node decode too, until `decode` raises. May be called while a block is in
+        hand."""
         self._children.help(decode, at_once=at_once)
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
@@ -262,8 +300,8 @@ class Worker:
     def run(self, block: Block, upcoming: Block | None = None) -> list[Done]:
         """Extract a block, decode ahead for `upcoming`. Returns blocks written meanwhile.
 
-        Its last frames may still be computed when this returns, with the first of the next block, so that a GPU does
-        not run dry between blocks.
+        Its last frames may still be computed when this returns, with the first of the next block,
+        so that a GPU does not run dry between blocks.
         """
         submitted = self._ahead.pop(block.number, None) or self._submit(block)
         if upcoming is not None:
@@ -284,7 +322,8 @@ class Worker:
 
     @contextmanager
     def _dropped_after_an_error(self) -> Iterator[None]:
-        """Of blocks that are being computed: their frames were under way, and `Batches` dropped them."""
+        """Of blocks that are being computed: their frames were under way, and `Batches` dropped
+        them."""
         try:
             yield
         except BaseException:
@@ -300,7 +339,9 @@ class Worker:
         while self._computing and self._computing[0][0] <= self._batches.returned:
             _, features, shown, done = self._computing.popleft()
             features = np.take_along_axis(features, shown[..., None], axis=1)
-            features[done.outcome.status == FAILED] = 0  # of a row that failed after its first clips
+            features[done.outcome.status == FAILED] = (
+                0  # of a row that failed after its first clips
+            )
             width = features.shape[-1] // self._rows_per_clip
             features = features.reshape(len(features), len(self._views), -1, width)
             self._fail_not_finite(features, done.outcome)
@@ -329,10 +370,13 @@ class Worker:
 
     def _submit(self, block: Block) -> "list[Submitted]":
         plan = self._plan
-        # Two workers died over it: what decodes in a worker's own process is not tried a third time (see GpuDecoder).
+        # Two workers died over it: what decodes in a worker's own process is not tried a third time
+        # (see GpuDecoder).
         if block.deaths >= 2 and self._pool is not self._children:
             plan = replace(plan, decoder="pyav")
-        return [(places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, plan)]
+        return [
+            (places, job, self._pool.submit(job)) for places, job in jobs_of(block.videos, plan)
+        ]
 
     def _extract(self, block: Block, submitted: "list[Submitted]") -> None:
         views, frames, parts = len(self._views), self.options.frames, self._rows_per_clip
@@ -372,11 +416,14 @@ class Worker:
             else:
                 computed += self._add_clips(pictures, prepared.clips, features[place], first)
             self._write_computed()
-        done = Done(block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds)
+        done = Done(
+            block.number, outcome, f"{socket.gethostname()}/{os.getpid()}", computed, seconds
+        )
         self._computing.append((self._batches.added, features, shown, done))
 
     def _add_clips(self, pictures: Any, clips: np.ndarray, features: np.ndarray, first: int) -> int:
-        """Clips int [V, T, L] of pictures, from number `first` of each view on; returns how many there are."""
+        """Clips int [V, T, L] of pictures, from number `first` of each view on; returns how many
+        there are."""
         by_view = features.reshape(len(clips), -1, features.shape[-1])
         for view, of_view in enumerate(clips):
             for number, clip in enumerate(of_view, first):  # one copy of a clip at a time
@@ -386,9 +433,11 @@ class Worker:
     def _prepared(
         self, submitted: "list[Submitted]", seconds: dict[str, float]
     ) -> Iterator[tuple[int, Any, Source, Any, int]]:
-        """Each row's place, what was decoded of which file, its pictures, and its first clip among them.
+        """Each row's place, what was decoded of which file, its pictures, and its first clip among
+        them.
 
-        The pictures are valid until the next ones are asked for. A row that does not fit into a buffer comes in parts.
+        The pictures are valid until the next ones are asked for. A row that does not fit into a
+        buffer comes in parts.
         """
         waiting = deque(submitted)
         while waiting:
@@ -400,18 +449,25 @@ class Worker:
             seconds["wait"] += time.perf_counter() - started
             seconds["decode"] += finished.cpu_seconds
             if finished.failure and len(rows) > 1:  # each alone, so that one fails and not all
-                ended = [((path, [row], plan), self._pool.alone((path, [row], plan))) for row in rows]
+                ended = [
+                    ((path, [row], plan), self._pool.alone((path, [row], plan))) for row in rows
+                ]
             else:
                 ended = [(job, finished)]
             for part, end in ended:
                 results = [VideoError(path, end.failure)] if end.failure else end.result
                 more = [] if end.failure else remaining_jobs(part, results)
                 waiting.extendleft(
-                    ([place_of[row] for row in left[1]], left, self._leftovers.submit(left)) for left in reversed(more)
+                    ([place_of[row] for row in left[1]], left, self._leftovers.submit(left))
+                    for left in reversed(more)
                 )
                 for row, prepared in zip(part[1], results, strict=True):
                     if prepared is not None:
-                        pictures = None if isinstance(prepared, VideoError) else prepared.pictures(end.buffer, plan)
+                        pictures = (
+                            None
+                            if isinstance(prepared, VideoError)
+                            else prepared.pictures(end.buffer, plan)
+                        )
                         yield place_of[row], prepared, end.source, pictures, plan.first_clip
             finished.release()  # its slot of shared memory is free for another job
 

@@ -1,8 +1,9 @@
-"""python -m pipelines.report: one page that shows what a folder of runs holds, for people who would rather look.
+"""python -m pipelines.report: one page that shows what a folder of runs holds, for people who would
+rather look.
 
-Stores, run folders, scores, ensembles and ablations are taken wherever they lie in the folder. The page shows what
-there is, and names what is not there with the command that makes it. No clock gets into it: the same results give the
-same bytes.
+Stores, run folders, scores, ensembles and ablations are taken wherever they lie in the folder. The
+page shows what there is, and names what is not there with the command that makes it. No clock gets
+into it: the same results give the same bytes.
 """
 
 import sys
@@ -19,14 +20,16 @@ from pipelines.report.find import find
 
 @dataclass(frozen=True)
 class Options:
-    """Make one self-contained HTML page of what a folder holds: features, training, results, ablations, ensembles."""
+    """Make one self-contained HTML page of what a folder holds: features, training, results,
+    ablations, ensembles."""
 
     rundir: Annotated[Path, tyro.conf.Positional]
     """The folder, e.g. runs/demo; everything below it is looked at."""
     out: Path = Path("report.html")
     """The page; it opens from disk and needs neither a network nor another file."""
     videos: tuple[Path, ...] = ()
-    """Folders that the ids of the videos are relative to; without them the page has no thumbnails."""
+    """Folders that the ids of the videos are relative to; without them the page has no
+    thumbnails."""
 
 
 def main(options: Options) -> int:

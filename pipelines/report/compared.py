@@ -1,4 +1,5 @@
-"""The models of a folder by the split they were tested on, which of them is best, and what to do next."""
+"""The models of a folder by the split they were tested on, which of them is best, and what to do
+next."""
 
 from dataclasses import asdict, dataclass
 from pathlib import PurePosixPath
@@ -15,14 +16,17 @@ from pipelines.report.find import Found, read_json
 if TYPE_CHECKING:
     from aggregate.scores import Scores
 
-Summaries = dict[str, dict[str, Any]]  # `aggregate.metrics.Summary` as a record, by number of segments ("": fused)
+Summaries = dict[
+    str, dict[str, Any]
+]  # `aggregate.metrics.Summary` as a record, by number of segments ("": fused)
 UNNAMED = "not named"
 ORDER = {"test": 0, "val": 1}  # of the splits on the page
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model on a split: its measures by number of segments, and its scores if a file holds them."""
+    """A model on a split: its measures by number of segments, and its scores if a file holds
+    them."""
 
     summaries: Summaries
     scores: "Scores | None" = None
@@ -43,7 +47,8 @@ class Model:
 
 
 def models_by_split(found: Found) -> dict[str, dict[str, Model]]:
-    """The models by split and name, test before val: from scores files with labels, and what training measured."""
+    """The models by split and name, test before val: from scores files with labels, and what
+    training measured."""
     splits: dict[str, dict[str, Model]] = {}
     for (split, name), file in _names_of_files(found).items():
         with_labels = [scores for scores in found.scores[file] if scores.labels is not None]
@@ -62,7 +67,8 @@ def models_by_split(found: Found) -> dict[str, dict[str, Model]]:
 
 
 def _names_of_files(found: Found) -> dict[tuple[str, str], str]:
-    """The scores files that hold labels, by split and the name of their model; equal names get their file's."""
+    """The scores files that hold labels, by split and the name of their model; equal names get
+    their file's."""
     files: dict[tuple[str, str], list[str]] = {}
     for file, several in found.scores.items():
         if any(scores.labels is not None and (scores.labels >= 0).any() for scores in several):
@@ -79,8 +85,11 @@ def _names_of_files(found: Found) -> dict[tuple[str, str], str]:
     return named
 
 
-def _add_run(splits: dict[str, dict[str, Model]], run: str, results: dict[str, Any], options: dict[str, Any]) -> None:
-    """What a run measured when it ended, unless a scores file says it already; equal baselines once."""
+def _add_run(
+    splits: dict[str, dict[str, Model]], run: str, results: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """What a run measured when it ended, unless a scores file says it already; equal baselines
+    once."""
     split = options.get("val_split", "val")
     if options.get("val_groups"):
         split = f"groups {', '.join(options['val_groups'])}"
@@ -90,7 +99,8 @@ def _add_run(splits: dict[str, dict[str, Model]], run: str, results: dict[str, A
         same = [
             model
             for model in models.values()
-            if model.summaries.get(list(summaries)[-1], {}).get("top1") == list(summaries.values())[-1]["top1"]
+            if model.summaries.get(list(summaries)[-1], {}).get("top1")
+            == list(summaries.values())[-1]["top1"]
         ]
         if (main and name in models) or (not main and same):
             continue
@@ -98,20 +108,27 @@ def _add_run(splits: dict[str, dict[str, Model]], run: str, results: dict[str, A
 
 
 def choose(splits: dict[str, dict[str, Model]], split: str) -> tuple[str, str]:
-    """The best model of a split and how it was chosen: by its top-1 on val, wherever that can be had."""
+    """The best model of a split and how it was chosen: by its top-1 on val, wherever that can be
+    had."""
     models, validation = splits[split], splits.get("val", {})
     both = [name for name in models if name in validation]
     if split != "val" and both:
         name = max(both, key=lambda name: validation[name].top1)
-        return name, f"chosen on val, among {len(both)}" if len(both) > 1 else "the only model that was validated"
+        return name, f"chosen on val, among {len(both)}" if len(
+            both
+        ) > 1 else "the only model that was validated"
     name = max(models, key=lambda name: models[name].top1)
     if len(models) == 1:
         return name, "the only model"
-    return name, f"the best of {len(models)} on these videos themselves, so its figure is a little optimistic"
+    return (
+        name,
+        f"the best of {len(models)} on these videos themselves, so its figure is a little optimistic",
+    )
 
 
 def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:
-    """Top-1 of a model minus that of TSN, paired over the videos that both files list; None without both."""
+    """Top-1 of a model minus that of TSN, paired over the videos that both files list; None without
+    both."""
     ours, tsn = models[name].scores, models["tsn"].scores if "tsn" in models else None
     if ours is None or tsn is None or name == "tsn":
         return None
@@ -135,15 +152,26 @@ def verdict(gain: Interval) -> str:
 
 
 def summary(found: Found, attention: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page says first: the best model of each split, whether attention is used, what to do next."""
+    """What the page says first: the best model of each split, whether attention is used, what to do
+    next."""
     splits = models_by_split(found)
     best = []
     for split, models in splits.items():
         name, chosen = choose(splits, split)
         gain = gain_over_tsn(models, name)
-        line = {"split": split, "model": name, "chosen": chosen, "top1": models[name].measures["top1"]}
+        line = {
+            "split": split,
+            "model": name,
+            "chosen": chosen,
+            "top1": models[name].measures["top1"],
+        }
         best.append(line | {"gain": gain and asdict(gain), "verdict": gain and verdict(gain)})
-    shown = {"best": best, "attention": attention, "crossvals": _crossvals(found), "next": next_commands(found, splits)}
+    shown = {
+        "best": best,
+        "attention": attention,
+        "crossvals": _crossvals(found),
+        "next": next_commands(found, splits),
+    }
     return shown if any(shown.values()) else {}
 
 
@@ -151,16 +179,28 @@ def _crossvals(found: Found) -> list[dict[str, Any]]:
     """The best head of each cross-validation, and its gain over the baseline."""
     lines = []
     for name, record in found.crossvals.items():
-        heads = {head["name"]: head["segments"][segments_that_count(head)] for head in record["heads"]}
+        heads = {
+            head["name"]: head["segments"][segments_that_count(head)] for head in record["heads"]
+        }
         best = max(heads, key=lambda head: heads[head]["top1"]["value"])
         gain = heads[best].get("difference")
-        line = {"name": name, "head": best, "top1": heads[best]["top1"], "baseline": record["baseline"], "gain": gain}
-        lines.append(line | {"verdict": gain and verdict(Interval(**gain)).replace("TSN", record["baseline"])})
+        line = {
+            "name": name,
+            "head": best,
+            "top1": heads[best]["top1"],
+            "baseline": record["baseline"],
+            "gain": gain,
+        }
+        lines.append(
+            line
+            | {"verdict": gain and verdict(Interval(**gain)).replace("TSN", record["baseline"])}
+        )
     return lines
 
 
 def segments_that_count(head: dict[str, Any]) -> str:
-    """Of a head's results by number of segments: all, or as in training if it sees the order of frames."""
+    """Of a head's results by number of segments: all, or as in training if it sees the order of
+    frames."""
     sees_order = getattr(AGGREGATORS.get(head["name"]), "sees_order", False)
     return (min if sees_order else max)(head["segments"], key=int)
 
@@ -169,7 +209,12 @@ def next_commands(found: Found, splits: dict[str, dict[str, Model]]) -> list[tup
     """Up to three commands that answer what this folder leaves open, and why."""
     commands: list[tuple[str, str]] = []
     store = next(
-        (store for store in found.stores.values() if len(np.unique(store.labels[store.labels >= 0])) > 1), None
+        (
+            store
+            for store in found.stores.values()
+            if len(np.unique(store.labels[store.labels >= 0])) > 1
+        ),
+        None,
     )
     runs, groups = {}, {}
     for _, file in found.files("best.pt"):
@@ -177,27 +222,46 @@ def next_commands(found: Found, splits: dict[str, dict[str, Model]]) -> list[tup
         runs[options.get("agg")] = file
         if options.get("agg") == "hgnl":
             groups = {flag: options.get(flag) for flag in ("g1", "g2", "m1")}
-    files = [model.file for model in splits.get("val", {}).values() if model.file and model.segments]
+    files = [
+        model.file for model in splits.get("val", {}).values() if model.file and model.segments
+    ]
     if store is not None and not splits:
         out = found.root / "tsn"
         commands.append(
-            ("train a first model", command_line("aggregate.train", agg="tsn", features=store.path, out=out))
+            (
+                "train a first model",
+                command_line("aggregate.train", agg="tsn", features=store.path, out=out),
+            )
         )
     if store is not None and splits:
         labelled = set(store.splits[store.labels >= 0].tolist())
         name = choose(splits, "val")[0] if "val" in splits else ""
-        if "test" in labelled and not any(model.file for model in splits.get("test", {}).values()) and name in runs:
+        if (
+            "test" in labelled
+            and not any(model.file for model in splits.get("test", {}).values())
+            and name in runs
+        ):
             test = {"checkpoint": runs[name], "features": store.path, "split": "test"}
             out = found.root / f"{name}_test.h5"
-            commands.append(("test the best model", command_line("aggregate.evaluate", **test, out=out)))
+            commands.append(
+                ("test the best model", command_line("aggregate.evaluate", **test, out=out))
+            )
         if not found.crossvals and runs:
             heads = tuple(dict.fromkeys(["tsn", *(str(agg) for agg in runs if agg)]))
             line = command_line(
-                "aggregate.crossval", agg=heads, features=store.path, out=found.root / "crossval", **groups
+                "aggregate.crossval",
+                agg=heads,
+                features=store.path,
+                out=found.root / "crossval",
+                **groups,
             )
-            commands.append(("compare these heads on all videos, each scored by models that never saw it", line))
+            commands.append(
+                ("compare these heads on all videos, each scored by models that never saw it", line)
+            )
     if len(files) > 1 and not found.ensembles:
         scores = tuple(found.root / file for file in files)
-        line = command_line("ensemble", scores=scores, weights="search", out=found.root / "fused.h5")
+        line = command_line(
+            "ensemble", scores=scores, weights="search", out=found.root / "fused.h5"
+        )
         commands.append(("fuse the models", line))
     return commands[:3]

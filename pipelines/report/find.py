@@ -1,4 +1,5 @@
-"""What a folder of runs holds: stores, runs, scores, ablations, ensembles, cross-validations, wherever they lie."""
+"""What a folder of runs holds: stores, runs, scores, ablations, ensembles, cross-validations,
+wherever they lie."""
 
 import json
 from collections.abc import Iterator, Sized
@@ -13,12 +14,19 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 RUN_FILES = ("options.json", "metrics.csv", "results.json", "best.pt")
-UNREADABLE = (InputError, RunError, OSError, ValueError, KeyError)  # what damage comes out as; the rest is still shown
+UNREADABLE = (
+    InputError,
+    RunError,
+    OSError,
+    ValueError,
+    KeyError,
+)  # what damage comes out as; the rest is still shown
 
 
 @dataclass
 class Found:
-    """What lies in a folder, by its name below it; `problems` says what could not be read and why."""
+    """What lies in a folder, by its name below it; `problems` says what could not be read and
+    why."""
 
     root: Path = Path()
     stores: "dict[str, FeatureStore]" = field(default_factory=dict)
@@ -39,15 +47,25 @@ class Found:
     def counts(self) -> dict[str, int]:
         """How many there are of each kind."""
         kinds = ("feature store", "run", "scores file", "ablation", "ensemble", "cross-validation")
-        there: list[Sized] = [self.stores, self.runs, self.scores, self.ablations, self.ensembles, self.crossvals]
+        there: list[Sized] = [
+            self.stores,
+            self.runs,
+            self.scores,
+            self.ablations,
+            self.ensembles,
+            self.crossvals,
+        ]
         return dict(zip(kinds, map(len, there), strict=True))
 
     def __str__(self) -> str:
-        return ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in self.counts().items())
+        return ", ".join(
+            f"{count} {kind}{'s' * (count != 1)}" for kind, count in self.counts().items()
+        )
 
 
 def find(root: Path, videos: tuple[Path, ...] = ()) -> Found:
-    """Open all there is below `root`. What cannot be read becomes a problem; InputError where there is nothing."""
+    """Open all there is below `root`. What cannot be read becomes a problem; InputError where there
+    is nothing."""
     found = Found(root, videos=videos)
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
@@ -78,7 +96,9 @@ def _take(found: Found, path: Path, name: str) -> None:
         from extract.store import FeatureStore
 
         found.stores[name] = FeatureStore.open(path)
-    elif path.name in RUN_FILES[:2] and not (path.parent / "results.jsonl").exists():  # which is an ablation's
+    elif (
+        path.name in RUN_FILES[:2] and not (path.parent / "results.jsonl").exists()
+    ):  # which is an ablation's
         found.runs[name.rpartition("/")[0] or path.parent.resolve().name] = path.parent
     elif path.name == "ablation.csv":
         found.ablations[name] = path
@@ -87,13 +107,17 @@ def _take(found: Found, path: Path, name: str) -> None:
     elif path.suffix == ".json":
         record = read_json(path)
         schema = str(record.get("schema", "")) if isinstance(record, dict) else ""
-        for kind, there in (("hgnl-ensemble/", found.ensembles), ("hgnl-crossval/", found.crossvals)):
+        for kind, there in (
+            ("hgnl-ensemble/", found.ensembles),
+            ("hgnl-crossval/", found.crossvals),
+        ):
             if schema.startswith(kind):
                 there[name] = record
 
 
 def _scores(path: Path) -> "list[Scores]":
-    """The scores of a file, one for each number of segments; none where it holds features (`extract.export`)."""
+    """The scores of a file, one for each number of segments; none where it holds features
+    (`extract.export`)."""
     import h5py
 
     from aggregate.scores import Scores, refuse_training_scores

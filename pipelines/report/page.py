@@ -44,13 +44,21 @@ def render(found: Found, title: str) -> str:
     missing = []
     for name, folder in found.runs.items():
         if absent := [file for file in RUN_FILES if not (folder / file).is_file()]:
-            missing.append(f"run {name}: no {', '.join(absent)}; the command that began it, run again, goes on")
+            missing.append(
+                f"run {name}: no {', '.join(absent)}; the command that began it, run again, goes on"
+            )
     if found.stores and not found.videos:
         missing.append("no frames of the videos: --videos DIR says where they lie")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    pages = jinja2.Environment(loader=loader, autoescape=True, finalize=_printable, trim_blocks=True)
-    pages.filters.update(data_uri=_data_uri, interval=_interval, percent=percent, thousands="{:,}".format)
-    return pages.get_template("page.html.j2").render(title=title, found=found, sections=sections, missing=missing)
+    pages = jinja2.Environment(
+        loader=loader, autoescape=True, finalize=_printable, trim_blocks=True
+    )
+    pages.filters.update(
+        data_uri=_data_uri, interval=_interval, percent=percent, thousands="{:,}".format
+    )
+    return pages.get_template("page.html.j2").render(
+        title=title, found=found, sections=sections, missing=missing
+    )
 
 
 def _interval(interval: Mapping[str, float] | None, sign: str = "") -> str:
@@ -59,13 +67,18 @@ def _interval(interval: Mapping[str, float] | None, sign: str = "") -> str:
 
 
 def _printable(value: Any) -> Any:
-    """Control characters and halves of surrogates become U+FFFD; the page's own markup stays as it is."""
+    """Control characters and halves of surrogates become U+FFFD; the page's own markup stays as it
+    is."""
     if hasattr(value, "__html__"):
         return value
-    return "".join(c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return "".join(
+        c if c.isprintable() or c in " \n\t" else "\N{REPLACEMENT CHARACTER}" for c in str(value)
+    )
 
 
 def _data_uri(picture: figures.Figure | bytes) -> Markup:
     """A figure (as SVG) or a JPEG as a part of the page."""
-    kind, content = ("jpeg", picture) if isinstance(picture, bytes) else ("svg+xml", figures.svg(picture))
+    kind, content = (
+        ("jpeg", picture) if isinstance(picture, bytes) else ("svg+xml", figures.svg(picture))
+    )
     return Markup(f"data:image/{kind};base64,{base64.b64encode(content).decode()}")

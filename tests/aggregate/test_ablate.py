@@ -57,7 +57,9 @@ def results_of(out: Path) -> dict[tuple[str, str], dict[str, str]]:
     """Rows of ablation.csv by name and seed, without what differs from run to run."""
     with open(out / "ablation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    return {(row["name"], row["seed"]): {k: v for k, v in row.items() if k not in TIMES} for row in rows}
+    return {
+        (row["name"], row["seed"]): {k: v for k, v in row.items() if k not in TIMES} for row in rows
+    }
 
 
 # -- equal to aggregate.train --------------------------------------------------------------------------------------
@@ -112,20 +114,28 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
     """Without a validation split the seed chooses the videos, here as in aggregate.train."""
     store = classes_store(tmp_path / "f.zarr", splits=False, noise=4.0)
     path = str(tmp_path / "f.zarr")
-    share = planned(options(path, tmp_path / "a", agg=("tsn",), g1=(16,), g2=(8,), m1=(), seeds=(0, 1)))
+    share = planned(
+        options(path, tmp_path / "a", agg=("tsn",), g1=(16,), g2=(8,), m1=(), seeds=(0, 1))
+    )
     trainer = GridTrainer(store, device="cpu")
     for one in share:
         (result,) = trainer.run([one])
         train.main(replace(one.options, out=tmp_path / str(one.options.seed)))
         reported = json.loads((tmp_path / str(one.options.seed) / "results.json").read_text())
         assert result.row["top1_at_all"] == reported["tsn"]["6"]["top1"]["value"]
-        np.testing.assert_array_equal(result.places[0], choose_rows(store, one.options, one.options.seed)[1])
+        np.testing.assert_array_equal(
+            result.places[0], choose_rows(store, one.options, one.options.seed)[1]
+        )
     assert choose_rows(store, share[0].options, 0)[1].tolist() != result.places[0].tolist()
 
 
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
     # Without batch norm, whose statistics move whatever the learning rate.
-    train.main(train.Options(agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardise=False))
+    train.main(
+        train.Options(
+            agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardise=False
+        )
+    )
     tsn = tmp_path / "tsn" / "best.pt"
     still = {"lr": (1e-12,), "epochs": (1,), "standardise": ("false",)}
     frozen = options(features, tmp_path / "a", agg=("tsn", "hgnl", "txb"), init=tsn, **still)
@@ -145,7 +155,9 @@ def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
 
 def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(features, tmp_path):
     store = FeatureStore.open(features)
-    wanted = options(features, tmp_path, agg=("tsn", "nl", "hgnl"), g1=(2, 4, 32), g2=(2, 4), seeds=(0, 1), m1=())
+    wanted = options(
+        features, tmp_path, agg=("tsn", "nl", "hgnl"), g1=(2, 4, 32), g2=(2, 4), seeds=(0, 1), m1=()
+    )
     chosen = ablate.plan(replace(wanted, attention=("relu", "softmax"), norm=("none", "n")), store)
     names = [one.name for one in chosen.configurations if one.options.seed == 0]
     assert names[:2] == ["tsn", "nl"]
@@ -155,8 +167,12 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
     ]
     assert len(names) == 2 + 3 * 1  # dim/8 = 2: g1 = 4 does not divide it
     reasons = chosen.skipped
-    assert reasons["hgnl g1=2 g2=4 norm=none attention=relu"].startswith("g2 4 does not divide g1 2")
-    assert reasons["hgnl g1=32 g2=2 norm=none attention=relu"].startswith("g1 32 does not divide dim 16")
+    assert reasons["hgnl g1=2 g2=4 norm=none attention=relu"].startswith(
+        "g2 4 does not divide g1 2"
+    )
+    assert reasons["hgnl g1=32 g2=2 norm=none attention=relu"].startswith(
+        "g1 32 does not divide dim 16"
+    )
     assert "norm 'n' is for the ReLU map" in reasons["hgnl g1=2 g2=2 norm=n attention=softmax"]
     assert len(names) + len(reasons) == 2 + 3 * 2 * 4
 
@@ -229,7 +245,9 @@ def test_tables_and_figures_of_a_grid(features, tmp_path, capsys):
                 low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
                 assert float(line[f"{measure}_low"]) == pytest.approx(low)
                 assert float(line[f"{measure}_high"]) == pytest.approx(high)
-    assert len({line["top1_at_all"] for line in summary.values()}) > 1, "all are equal: the test shows nothing"
+    assert len({line["top1_at_all"] for line in summary.values()}) > 1, (
+        "all are equal: the test shows nothing"
+    )
     text = (out / "summary.txt").read_text()
     assert text in printed
     (heat,) = [part for part in text.split("\n\n") if "g2=1" in part.splitlines()[0]]
@@ -242,7 +260,9 @@ def test_tables_and_figures_of_a_grid(features, tmp_path, capsys):
     assert f"--g1 {best['g1']}" in printed.splitlines()[-1]
 
 
-def test_without_matplotlib_the_figures_are_left_out_and_that_is_said(features, tmp_path, capsys, monkeypatch):
+def test_without_matplotlib_the_figures_are_left_out_and_that_is_said(
+    features, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert ablate.main(options(features, tmp_path / "a", epochs=(1,))) == 0
     assert "no figures: matplotlib is not installed" in capsys.readouterr().out
@@ -251,7 +271,9 @@ def test_without_matplotlib_the_figures_are_left_out_and_that_is_said(features, 
 
 def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
     """Killed in the third of four passes, its last line torn; what was done is not done again, the rest is the same."""
-    wanted = options(features, tmp_path / "whole", lr=(0.003, 0.01), seeds=(0, 1, 2, 3), epochs=(40,))
+    wanted = options(
+        features, tmp_path / "whole", lr=(0.003, 0.01), seeds=(0, 1, 2, 3), epochs=(40,)
+    )
     ablate.main(wanted)
     cut = tmp_path / "cut"
     flags = "--agg hgnl --g1 4 --g2 2 --m1 8 --seeds 0 1 2 3 --epochs 40 --batch-size 16 --lr 0.003 0.01 --dropout 0.3"
@@ -288,7 +310,9 @@ def test_other_options_and_other_contents_are_refused(features, tmp_path):
     kept = Path(features).rename(tmp_path / "kept.zarr")
     try:
         classes_store(Path(features), videos=63)
-        with pytest.raises(InputError, match=r"the store's videos, ids, .*labels, .* \(60 videos then, 63 now\)"):
+        with pytest.raises(
+            InputError, match=r"the store's videos, ids, .*labels, .* \(60 videos then, 63 now\)"
+        ):
             ablate.main(wanted)
     finally:
         Path(features).rename(tmp_path / "other.zarr")
@@ -303,7 +327,9 @@ def test_two_processes_do_not_share_a_folder(features, tmp_path):
     wanted = options(features, tmp_path / "a", epochs=(1,))
     with (
         Records(wanted, FeatureStore.open(features), by=("name", "seed"), kind="ablation"),
-        pytest.raises(RunError, match=rf"{tmp_path / 'a'} is being written by process {os.getpid()} on "),
+        pytest.raises(
+            RunError, match=rf"{tmp_path / 'a'} is being written by process {os.getpid()} on "
+        ),
     ):
         ablate.main(wanted)
 
@@ -313,7 +339,14 @@ def test_two_processes_do_not_share_a_folder(features, tmp_path):
 
 def test_a_model_that_diverges_leaves_the_others_alone(features, tmp_path, capsys):
     """Too large a learning rate beside a good one: it is reported, the good one is what it is alone."""
-    wild = {"agg": ("nl",), "g1": (16,), "g2": (8,), "m1": (4,), "recipe": "paper", "scale_init": (1.0,)}
+    wild = {
+        "agg": ("nl",),
+        "g1": (16,),
+        "g2": (8,),
+        "m1": (4,),
+        "recipe": "paper",
+        "scale_init": (1.0,),
+    }
     ablate.main(options(features, tmp_path / "both", lr=(0.01, 1e30), **wild))
     printed = capsys.readouterr().out
     assert "1 DIVERGED" in printed
@@ -363,8 +396,14 @@ def test_nan_in_features_is_traced_to_its_video(tmp_path):
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 6)), min_size=1, max_size=12))
 def test_pareto_front_by_comparing_all_with_all(points):
-    lines = [{"name": str(i), "parameters": x, "top1_at_all": y / 6} for i, (x, y) in enumerate(points)]
-    front = {(x, y) for x, y in points if not any((a <= x and b > y) or (a < x and b >= y) for a, b in points)}
+    lines = [
+        {"name": str(i), "parameters": x, "top1_at_all": y / 6} for i, (x, y) in enumerate(points)
+    ]
+    front = {
+        (x, y)
+        for x, y in points
+        if not any((a <= x and b > y) or (a < x and b >= y) for a, b in points)
+    }
     named = [points[int(name)] for name in compare.pareto(lines)]
     assert len(named) == len(front)
     assert set(named) == front
@@ -403,7 +442,10 @@ def test_an_interval_over_seeds_stays_among_fractions():
         "seconds": 1.0,
         "parameters": 1,
     }
-    rows = [row | {"seed": seed} | dict.fromkeys(compare.MEASURES, value) for seed, value in enumerate((1.0, 0.8))]
+    rows = [
+        row | {"seed": seed} | dict.fromkeys(compare.MEASURES, value)
+        for seed, value in enumerate((1.0, 0.8))
+    ]
     (line,) = compare.summarise(rows, {})
     assert {line[f"{measure}_high"] for measure in compare.MEASURES} == {1.0}
     assert all(0 <= line[f"{measure}_low"] < 0.9 for measure in compare.MEASURES)

@@ -57,7 +57,9 @@ def by_loops(made, video):
         for i, x in enumerate(frames):
             t = (i + 0.5) / n
             f = [SLOWEST * (FASTEST / SLOWEST) ** (k / (half - 1)) for k in range(half)]
-            e = [math.sin(2 * math.pi * one * t) for one in f] + [math.cos(2 * math.pi * one * t) for one in f]
+            e = [math.sin(2 * math.pi * one * t) for one in f] + [
+                math.cos(2 * math.pi * one * t) for one in f
+            ]
             frames[i] = normed(made.norm_in, x) + torch.tensor(e[:dim], dtype=video.dtype)
     *before, last = made.layers
     for layer in before:
@@ -110,7 +112,10 @@ def test_it_starts_as_v_jepa_s_smaller_with_depth():
     torch.manual_seed(0)
     for number, layer in enumerate(AttentiveProbe(256, depth=3).layers, 1):
         assert not layer.project.bias.any()
-        for weight, std in ((layer.to_query.weight, 0.02), (layer.mlp[2].weight, 0.02 / math.sqrt(2 * number))):
+        for weight, std in (
+            (layer.to_query.weight, 0.02),
+            (layer.mlp[2].weight, 0.02 / math.sqrt(2 * number)),
+        ):
             assert weight.std().item() == pytest.approx(std, rel=0.02)
 
 

@@ -34,7 +34,9 @@ def with_copies(count: int, copies: int, noise: float) -> tuple[np.ndarray, set[
 
 def pairs_of(features: np.ndarray, **options) -> list[tuple[int, int]]:
     units = options.pop("units", np.arange(len(features)))
-    return [tuple(sorted(pair)) for pair in near_duplicates(features, units, **options).rows.tolist()]
+    return [
+        tuple(sorted(pair)) for pair in near_duplicates(features, units, **options).rows.tolist()
+    ]
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.1, 0.2])
@@ -63,7 +65,9 @@ def test_pairs_of_one_unit_are_none_and_queries_limit_the_search():
     pairs = set(pairs_of(features, units=units)) & planted
     assert pairs == {pair for pair in planted if pair[0] >= 5}
     queries = np.arange(405, 410)
-    assert set(pairs_of(features, queries=queries)) & planted == {pair for pair in planted if pair[0] >= 5}
+    assert set(pairs_of(features, queries=queries)) & planted == {
+        pair for pair in planted if pair[0] >= 5
+    }
     assert all(max(pair) in queries for pair in pairs_of(features, queries=queries))
 
 
@@ -191,7 +195,9 @@ def test_scores_that_cannot_contradict_a_label_are_refused(tmp_path, capsys):
     scores, _ = scores_with_wrong_labels()
     Scores(scores.ids, scores.classes, scores.logits).save(tmp_path / "none.h5")
     source = {"trained_on": True}
-    Scores(scores.ids, scores.classes, scores.logits, scores.labels, source).save(tmp_path / "own.h5")
+    Scores(scores.ids, scores.classes, scores.logits, scores.labels, source).save(
+        tmp_path / "own.h5"
+    )
     for name, message in (("none", "has no labels"), ("own", "out-of-fold scores")):
         flags = ("--features", tmp_path / "s.zarr", "--scores", tmp_path / f"{name}.h5")
         assert run(*flags, "--out", tmp_path / "audit") == 2

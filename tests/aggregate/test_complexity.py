@@ -25,8 +25,15 @@ from extract.cli import InputError, run_command
 def test_table_1_comes_out_exactly():
     models = columns(1024, g1=16, g2=8)
     for title, paper in PAPER_TABLE_1.items():
-        assert [number(text) for text in paper] == [parameters(module)[title] for module in models.values()]
-    assert [parameters(module)["All"] for module in models.values()] == [2_099_200, 1_312_000, 148_736, 17_552]
+        assert [number(text) for text in paper] == [
+            parameters(module)[title] for module in models.values()
+        ]
+    assert [parameters(module)["All"] for module in models.values()] == [
+        2_099_200,
+        1_312_000,
+        148_736,
+        17_552,
+    ]
 
 
 def test_parameters_at_the_real_width():
@@ -35,7 +42,8 @@ def test_parameters_at_the_real_width():
 
 
 @pytest.mark.parametrize(
-    ("dim", "g1", "g2", "frames"), [(1024, 16, 8, 25), (2048, 16, 8, 3), (96, 12, 4, 1), (64, 4, 4, 7)]
+    ("dim", "g1", "g2", "frames"),
+    [(1024, 16, 8, 25), (2048, 16, 8, 3), (96, 12, 4, 1), (64, 4, 4, 7)],
 )
 def test_the_literal_form_counts_what_table_2_says(dim, g1, g2, frames):
     for module in columns(dim, g1=g1, g2=g2).values():
@@ -65,7 +73,9 @@ def test_the_counter_on_known_products():
     a, b = torch.zeros(3, 4), torch.zeros(4, 5)
     assert count(lambda: a @ b).products == (3 * 5 * (4 + 3),)
     assert count(lambda: torch.addmm(torch.zeros(5), a, b)).products == (3 * 5 * (4 + 3 + 1),)
-    assert count(lambda: torch.bmm(a.expand(2, 3, 4), b.expand(2, 4, 5))).products == (2 * 3 * 5 * 7,)
+    assert count(lambda: torch.bmm(a.expand(2, 3, 4), b.expand(2, 4, 5))).products == (
+        2 * 3 * 5 * 7,
+    )
     x, weight = torch.zeros(2, 6, 10), torch.zeros(4, 3, 1)
     assert count(lambda: conv1d(x, weight, torch.zeros(4), groups=2)).products == (2 * 4 * 10 * 6,)
     assert count(lambda: conv1d(x, weight, groups=2)).products == (2 * 4 * 10 * 5,)
@@ -78,8 +88,14 @@ def test_the_papers_words_about_its_tables():
     """What of them holds, and under which reading (FACTS 1): M is 2^20; about 70 times fewer than NL with m1 = m/8."""
     models = list(columns(1024, g1=16, g2=8).values())
     full, eighth, grouped, shared = (parameters(module)["All"] for module in models)
-    assert [round(eighth / grouped, 1), round(full / grouped, 1)] == [8.8, 14.1]  # "about 8 - 14 times fewer"
-    assert [round(eighth / shared, 1), round(full / shared, 1)] == [74.7, 119.6]  # "roughly 70 times fewer"
+    assert [round(eighth / grouped, 1), round(full / grouped, 1)] == [
+        8.8,
+        14.1,
+    ]  # "about 8 - 14 times fewer"
+    assert [round(eighth / shared, 1), round(full / shared, 1)] == [
+        74.7,
+        119.6,
+    ]  # "roughly 70 times fewer"
     convolutions = [sum(madds_by_formula(module, frames=1)[:3]) / 2**20 for module in models[:3]]
     assert convolutions == [4, 2.5, 0.5 / 16 + 2 / 8]
 
@@ -106,14 +122,27 @@ def test_the_command_prints_both_tables(capsys):
         assert text in out
     # K = 128 and m = 2048, by aggregate/nextvlad.py; the query's layer, by aggregate/attentive.py.
     D, K, L, R = 2048, 128, 512, 256
-    vlad = 2 * D**2 + 2 * D + (8 + 8 * K) * (2 * D + 1) + K * L + D * (K * L + 1) + R * (D + 1) + D * (R + 1)
+    vlad = (
+        2 * D**2
+        + 2 * D
+        + (8 + 8 * K) * (2 * D + 1)
+        + K * L
+        + D * (K * L + 1)
+        + R * (D + 1)
+        + D * (R + 1)
+    )
     vlad += 2 * (D + K * L + R)
     for figure in (vlad, 12 * D**2 + 14 * D, 4 * (12 * D**2 + 13 * D) + D):
         assert f"{figure:,}" in out
 
 
 def test_the_command_takes_one_width_and_other_groups(capsys):
-    assert run_command(complexity.main, Options, prog="complexity", args=["--dim", "1024", "--g1", "8"]) == 0
+    assert (
+        run_command(
+            complexity.main, Options, prog="complexity", args=["--dim", "1024", "--g1", "8"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "g1 = 8" in out
     assert "paper" not in out.split("Table 2")[0]  # no figure of the paper beside another setting

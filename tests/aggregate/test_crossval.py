@@ -40,7 +40,9 @@ def results_of(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def relabelled(source: str, path: Path, *, splits: np.ndarray | None = None, labels: np.ndarray | None = None) -> str:
+def relabelled(
+    source: str, path: Path, *, splits: np.ndarray | None = None, labels: np.ndarray | None = None
+) -> str:
     """The same videos in other splits, or with other labels."""
     store = FeatureStore.open(source)
     FeatureStore.from_arrays(
@@ -61,7 +63,9 @@ def relabelled(source: str, path: Path, *, splits: np.ndarray | None = None, lab
 
 def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_path, monkeypatch):
     """The inner run chooses the epoch; a run on all but the fold, ended there, scores the fold."""
-    wanted = options(features, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03))
+    wanted = options(
+        features, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03)
+    )
     crossval.main(wanted)
     store = FeatureStore.open(features)
     folds = {fold.name: fold for fold in folds_of(store, wanted, 0)}
@@ -96,10 +100,15 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_pa
         with pytest.raises(KeyboardInterrupt):
             run.train()
         scores = tmp_path / f"{head['name']}.h5"
-        asked = evaluate.Options(tmp_path / head["name"] / "last.pt", outer, out=scores, segments=(3, 6), batch_size=16)
+        asked = evaluate.Options(
+            tmp_path / head["name"] / "last.pt", outer, out=scores, segments=(3, 6), batch_size=16
+        )
         evaluate.main(asked)
         for segments in (3, 6):
-            alone, together = Scores.load(scores, segments), Scores.load(tmp_path / "cv" / head["scores"], segments)
+            alone, together = (
+                Scores.load(scores, segments),
+                Scores.load(tmp_path / "cv" / head["scores"], segments),
+            )
             places = [together.ids.index(name) for name in alone.ids]
             assert len(places) == 5
             np.testing.assert_array_equal(together.logits[places], alone.logits)
@@ -122,11 +131,20 @@ def test_the_reported_videos_have_no_say(features, tmp_path):
 
 def test_table_scores_and_results_say_the_same(features, tmp_path, capsys):
     out = tmp_path / "cv"
-    assert crossval.main(options(features, out, agg=("weighted", "tsn"), seeds=(0, 1), epochs=(2,), folds="3")) == 0
+    assert (
+        crossval.main(
+            options(features, out, agg=("weighted", "tsn"), seeds=(0, 1), epochs=(2,), folds="3")
+        )
+        == 0
+    )
     printed = capsys.readouterr().out
     assert "60 videos, 3 folds x 2 seeds, no group split" in printed
     results = results_of(out)
-    assert (results["schema"], results["baseline"], results["videos"]) == ("hgnl-crossval/1", "tsn", 60)
+    assert (results["schema"], results["baseline"], results["videos"]) == (
+        "hgnl-crossval/1",
+        "tsn",
+        60,
+    )
     weighted, tsn = results["heads"]
     assert tsn["segments"]["6"]["difference"] is None
     assert {"seed", "fold", "options", "epoch", "inner_error"} <= tsn["chosen"][0].keys()
@@ -134,13 +152,22 @@ def test_table_scores_and_results_say_the_same(features, tmp_path, capsys):
     store, first = FeatureStore.open(features), {}
     for seed in (0, 1):
         crossval.main(
-            options(features, tmp_path / str(seed), agg=("weighted", "tsn"), seeds=(seed,), epochs=(2,), folds="3")
+            options(
+                features,
+                tmp_path / str(seed),
+                agg=("weighted", "tsn"),
+                seeds=(seed,),
+                epochs=(2,),
+                folds="3",
+            )
         )
         for name in ("weighted", "tsn"):
             scores = Scores.load(tmp_path / str(seed) / f"{name}.h5")
             assert scores.ids == store.ids.tolist()
             first[name, seed] = ranks(scores.logits, scores.labels) == 0
-    mean = {name: (first[name, 0] + first[name, 1].astype(float)) / 2 for name in ("weighted", "tsn")}
+    mean = {
+        name: (first[name, 0] + first[name, 1].astype(float)) / 2 for name in ("weighted", "tsn")
+    }
     measured = weighted["segments"]["6"]
     assert measured["by_seed"] == [first["weighted", seed].mean() for seed in (0, 1)]
     assert measured["top1"] == vars(bootstrap(mean["weighted"], store.groups))
@@ -176,7 +203,11 @@ def test_folds_hold_every_video_once_and_split_no_group(features, seed, folds, g
 def test_failed_videos_are_errors_and_chosen_splits_alone_count(tmp_path, capsys):
     classes_store(tmp_path / "f.zarr")
     fail_rows(tmp_path / "f.zarr", [3])
-    crossval.main(options(str(tmp_path / "f.zarr"), tmp_path / "cv", agg=("tsn",), splits=("train",), epochs=(12,)))
+    crossval.main(
+        options(
+            str(tmp_path / "f.zarr"), tmp_path / "cv", agg=("tsn",), splits=("train",), epochs=(12,)
+        )
+    )
     scores = Scores.load(tmp_path / "cv" / "tsn.h5")
     store = FeatureStore.open(tmp_path / "f.zarr")
     assert scores.ids == store.ids[store.splits == "train"].tolist()
@@ -199,7 +230,9 @@ def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert results_of(cut) == results_of(tmp_path / "whole")
     for name in ("tsn.h5", "hgnl.h5"):
-        np.testing.assert_array_equal(Scores.load(cut / name).logits, Scores.load(tmp_path / "whole" / name).logits)
+        np.testing.assert_array_equal(
+            Scores.load(cut / name).logits, Scores.load(tmp_path / "whole" / name).logits
+        )
     with pytest.raises(InputError, match=r"folds: '?5'? in the folder, '?3'? now"):
         crossval.main(replace(wanted, out=cut, folds="3"))
 
@@ -224,11 +257,31 @@ def small(path: Path, labels: str, groups: str = "") -> str:
 @pytest.mark.parametrize(
     ("labels", "groups", "changes", "message"),
     [
-        ("aaaaaabbb", "", {}, "--folds 5: class 'b' has 3 videos, so a fold would be without it; give --folds 3"),
+        (
+            "aaaaaabbb",
+            "",
+            {},
+            "--folds 5: class 'b' has 3 videos, so a fold would be without it; give --folds 3",
+        ),
         ("aabbaabb", "", {"folds": "group"}, "--folds group: the 8 videos of .* have no group"),
-        ("aabbaabb", "xxxxxxxx", {"folds": "group"}, r"--folds group: the 8 videos of .* are of one group \('x'\)"),
-        ("aabbaabb", "xxxxyyyy", {"folds": "group"}, "fold x: all it has to train on is one group.* at least 3"),
-        ("aaabbb" * 2, "xxyyzz" * 2, {}, "--folds 5: there are 3 groups, which are not split; give --folds group"),
+        (
+            "aabbaabb",
+            "xxxxxxxx",
+            {"folds": "group"},
+            r"--folds group: the 8 videos of .* are of one group \('x'\)",
+        ),
+        (
+            "aabbaabb",
+            "xxxxyyyy",
+            {"folds": "group"},
+            "fold x: all it has to train on is one group.* at least 3",
+        ),
+        (
+            "aaabbb" * 2,
+            "xxyyzz" * 2,
+            {},
+            "--folds 5: there are 3 groups, which are not split; give --folds group",
+        ),
         (
             "aabb" * 3 + "cc",
             "wwwwxxxxyyyyzz",
@@ -239,11 +292,18 @@ def small(path: Path, labels: str, groups: str = "") -> str:
         ("aabb", "", {"folds": "1"}, "--folds 1: give a number from 2 on, or group"),
         ("aabb", "", {"folds": "groups"}, "--folds groups: give a number from 2 on, or group"),
         ("aabb", "", {"splits": ("val",)}, "--splits val: .* has no such split; it has ''"),
-        ("aabb", "", {"val_fraction": 1.0, "folds": "2"}, "--val-fraction 1: expected a fraction between 0 and 1"),
+        (
+            "aabb",
+            "",
+            {"val_fraction": 1.0, "folds": "2"},
+            "--val-fraction 1: expected a fraction between 0 and 1",
+        ),
         ("aabb", "", {"agg": ("max",), "g1": (4,)}, "--g1 4 means nothing to --agg max"),
     ],
 )
-def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, changes, message, tmp_path):
+def test_what_cannot_be_divided_is_named_and_leaves_no_folder(
+    labels, groups, changes, message, tmp_path
+):
     features = small(tmp_path / "f.zarr", labels, groups)
     with pytest.raises(InputError, match=message):
         crossval.main(options(features, tmp_path / "cv", **changes))
@@ -252,7 +312,9 @@ def test_what_cannot_be_divided_is_named_and_leaves_no_folder(labels, groups, ch
 
 def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are_one(tmp_path):
     """100 whole files beside 20 spans of 5 files: even folds, and no file in two parts of one."""
-    ids = [f"{row}.mp4" for row in range(100)] + [f"s{row // 4}.mp4#{row % 4}000-{row % 4 + 1}000" for row in range(20)]
+    ids = [f"{row}.mp4" for row in range(100)] + [
+        f"s{row // 4}.mp4#{row % 4}000-{row % 4 + 1}000" for row in range(20)
+    ]
     groups = [""] * 120
     groups[0] = groups[1] = groups[100] = "anna"  # spans of s0.mp4: the other three are Anna's too
     store = FeatureStore.from_arrays(
@@ -269,7 +331,10 @@ def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are
     belongs = np.array([name.split("#")[0] for name in ids], object)
     belongs[[0, 1, *range(100, 104)]] = "anna"
     for fold in folds:
-        parts = [set(belongs[rows]) for rows in (fold.test, fold.train[~fold.held_out], fold.train[fold.held_out])]
+        parts = [
+            set(belongs[rows])
+            for rows in (fold.test, fold.train[~fold.held_out], fold.train[fold.held_out])
+        ]
         assert sum(map(len, parts)) == len(set.union(*parts)) == 103
     left_out = folds_of(store, options(store.path, Path(), folds="group"), 0)
     assert [len(fold.test) for fold in left_out if fold.name == "anna"] == [6]
@@ -299,7 +364,9 @@ def test_nan_in_features_is_traced_to_its_video(tmp_path):
 
 
 def test_an_aggregator_that_diverges_whatever_is_tried_is_named(features, tmp_path):
-    with pytest.raises(RunError, match="fold 0, seed 0: every tsn diverged; a smaller --lr may help"):
+    with pytest.raises(
+        RunError, match="fold 0, seed 0: every tsn diverged; a smaller --lr may help"
+    ):
         crossval.main(options(features, tmp_path / "cv", agg=("tsn",), lr=(1e38,)))
 
 

@@ -19,7 +19,9 @@ FRAMES = 6
 def store(tmp_path_factory) -> FeatureStore:
     """Features say where they come from: video, view, frame, in three channels. Every fifth video has 2 frames."""
     videos, views = 40, 3
-    at = np.stack(np.meshgrid(np.arange(videos), np.arange(views), np.arange(FRAMES), indexing="ij"), axis=-1)
+    at = np.stack(
+        np.meshgrid(np.arange(videos), np.arange(views), np.arange(FRAMES), indexing="ij"), axis=-1
+    )
     return FeatureStore.from_arrays(
         tmp_path_factory.mktemp("features") / "f.zarr",
         at.astype(np.float32),
@@ -58,7 +60,12 @@ def test_every_frame_and_view_is_drawn(features):
     for epoch in range(100):
         for batch in features.train_batches(epoch=epoch, frames=3, batch_size=37, seed=0):
             drawn |= {tuple(at) for at in batch.x.reshape(-1, 3).int().tolist()}
-    expected = {(v, w, t) for v in range(3, 40) for w in range(3) for t in range(2 if v % 5 == 0 else FRAMES)}
+    expected = {
+        (v, w, t)
+        for v in range(3, 40)
+        for w in range(3)
+        for t in range(2 if v % 5 == 0 else FRAMES)
+    }
     assert drawn == expected
 
 
@@ -66,7 +73,11 @@ def test_a_draw_is_a_function_of_seed_epoch_and_place(store):
     def drawn(rows, epoch, seed, batch_size=5):
         features = StoredFeatures(store, np.arange(rows), training=True)
         batches = features.train_batches(epoch=epoch, frames=3, batch_size=batch_size, seed=seed)
-        return {int(row): x.tolist() for batch in batches for row, x in zip(batch.rows, batch.x, strict=True)}
+        return {
+            int(row): x.tolist()
+            for batch in batches
+            for row, x in zip(batch.rows, batch.x, strict=True)
+        }
 
     same = drawn(20, 1, 0)
     assert drawn(20, 1, 0, batch_size=7) == same
@@ -90,7 +101,9 @@ def test_a_test_sees_the_middles_in_order_and_every_view(features):
 def test_all_frames_mask_the_padding(features):
     for views in features.test_batches(frames=FRAMES, batch_size=40):
         for batch in views:
-            assert batch.mask.sum(1).tolist() == [2 if row % 5 == 0 else FRAMES for row in batch.rows]
+            assert batch.mask.sum(1).tolist() == [
+                2 if row % 5 == 0 else FRAMES for row in batch.rows
+            ]
 
 
 def test_a_store_without_short_videos_needs_no_mask(tmp_path):
@@ -112,7 +125,9 @@ def test_a_store_larger_than_memory_is_read_without_reading_ahead(store, monkeyp
     features = StoredFeatures(fresh, np.arange(40), placement="mmap")
     assert "larger than memory" in features.words
     plain = StoredFeatures(store, np.arange(40), placement="memory")
-    (views,), (expected,) = (one.test_batches(frames=FRAMES, batch_size=40) for one in (features, plain))
+    (views,), (expected,) = (
+        one.test_batches(frames=FRAMES, batch_size=40) for one in (features, plain)
+    )
     assert all(torch.equal(view.x, same.x) for view, same in zip(views, expected, strict=True))
 
 

@@ -44,7 +44,11 @@ def videos(tmp_path_factory, request) -> Path:
     source = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini"
     with (source / "labels.csv").open() as file:
         rows = [row for row in csv.DictReader(file) if row["label"] in ("barbell", "kettlebells")]
-    chosen = [row for name in ("barbell", "kettlebells") for row in [r for r in rows if r["label"] == name][:6]]
+    chosen = [
+        row
+        for name in ("barbell", "kettlebells")
+        for row in [r for r in rows if r["label"] == name][:6]
+    ]
     for number, row in enumerate(chosen):
         split = "val" if number % 3 == 2 else "train"
         target = folder / split / row["label"] / Path(row["path"]).name
@@ -55,7 +59,14 @@ def videos(tmp_path_factory, request) -> Path:
 
 
 def options(videos: Path, out: Path, model: str = "tsn", **changes) -> Options:
-    quick = {"epochs": 2, "batch_size": 4, "lr": 0.01, "decode_workers": 1, "weights": "random", "backbone": BACKBONE}
+    quick = {
+        "epochs": 2,
+        "batch_size": 4,
+        "lr": 0.01,
+        "decode_workers": 1,
+        "weights": "random",
+        "backbone": BACKBONE,
+    }
     if model == "hgnl":
         quick |= {"g1": 4, "g2": 2, "m1": 16}
     return Options(model=model, videos=videos, out=out, **(quick | changes))
@@ -75,8 +86,14 @@ def test_a_clip_is_a_function_of_seed_epoch_and_id(videos):
     assert not np.array_equal(seen(0), seen(1))
     assert not np.array_equal(seen(0), seen(0, seed=1))
     test = seen(None)
-    whole = decode(video.path, lambda count: np.clip(segment_centres(count, 3)[:, None] + [0, 1], 0, count - 1).ravel())
-    assert whole.indices.reshape(3, 2)[:, 1].tolist() == (segment_centres(whole.num_frames, 3) + 1).tolist()
+    whole = decode(
+        video.path,
+        lambda count: np.clip(segment_centres(count, 3)[:, None] + [0, 1], 0, count - 1).ravel(),
+    )
+    assert (
+        whole.indices.reshape(3, 2)[:, 1].tolist()
+        == (segment_centres(whole.num_frames, 3) + 1).tolist()
+    )
     assert test.any()
 
 
@@ -108,11 +125,17 @@ def test_every_model_trains_and_is_tested_from_its_checkpoint(model, videos, tmp
 def test_a_broken_video_counts_as_an_error_in_a_test(videos, tmp_path):
     finetune.main(options(videos, tmp_path / "run", epochs=1))
     asked = evaluate.Options(
-        tmp_path / "run" / "best.pt", videos=videos, split="train", segments=(1,), out=tmp_path / "s.h5"
+        tmp_path / "run" / "best.pt",
+        videos=videos,
+        split="train",
+        segments=(1,),
+        out=tmp_path / "s.h5",
     )
     evaluate.main(asked)
     scores = Scores.load(tmp_path / "s.h5")
-    assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == ["train/barbell/broken.mp4"]
+    assert [scores.ids[row] for row in np.flatnonzero(scores.failed)] == [
+        "train/barbell/broken.mp4"
+    ]
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
@@ -142,14 +165,18 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(videos, tmp_path):
     one, other = states(tmp_path / "whole"), states(tmp_path / "cut")
     assert all(torch.equal(one[name], other[name]) for name in one)
     for key in ("state_dict",):
-        best, again = (getattr(Checkpoint.load(tmp_path / run / "best.pt"), key) for run in ("whole", "cut"))
+        best, again = (
+            getattr(Checkpoint.load(tmp_path / run / "best.pt"), key) for run in ("whole", "cut")
+        )
         assert all(torch.equal(best[name], again[name]) for name in best)
 
 
 def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_path):
     wanted = options(videos, tmp_path / "run", epochs=500)
     flags = f"--model tsn --videos {videos} --out {tmp_path / 'run'} --epochs 500 --batch-size 4 --lr 0.01"
-    command = f"aggregate.finetune {flags} --decode-workers 1 --weights random --backbone {BACKBONE}"
+    command = (
+        f"aggregate.finetune {flags} --decode-workers 1 --weights random --backbone {BACKBONE}"
+    )
     with running(command, until=(tmp_path / "run" / "last.pt").exists) as process:
         children = psutil.Process(process.pid).children(recursive=True)
     _gone, alive = psutil.wait_procs(children, timeout=10)
@@ -163,7 +190,9 @@ def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_pat
 def test_batches_in_micro_batches_are_the_same_update(videos, tmp_path):
     frozen = {"epochs": 1, "dropout": 0.0, "batch_size": 8}
     finetune.main(options(videos, tmp_path / "whole", micro_batch=8, **frozen))
-    finetune.main(options(videos, tmp_path / "parts", micro_batch=2, train_batch_norm=False, **frozen))
+    finetune.main(
+        options(videos, tmp_path / "parts", micro_batch=2, train_batch_norm=False, **frozen)
+    )
     one, other = states(tmp_path / "whole"), states(tmp_path / "parts")
     # The first batch norm is trained and sees another batch; everything behind it moves with that.
     for name in ("classifier.weight", "classifier.bias"):
@@ -176,9 +205,15 @@ def test_partial_batch_norm_keeps_all_but_the_first(videos, tmp_path):
         before = {name: value.clone() for name, value in net.state_dict().items()}
         run.train()
     after = net.state_dict()
-    moved = {name for name in before if name.endswith("running_mean") and not torch.equal(before[name], after[name])}
+    moved = {
+        name
+        for name in before
+        if name.endswith("running_mean") and not torch.equal(before[name], after[name])
+    }
     assert moved == {"backbone.conv1.1.running_mean"}  # of a deep stem
-    assert not torch.equal(before["backbone.layer1.0.conv1.weight"], after["backbone.layer1.0.conv1.weight"])
+    assert not torch.equal(
+        before["backbone.layer1.0.conv1.weight"], after["backbone.layer1.0.conv1.weight"]
+    )
 
 
 def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
@@ -188,7 +223,10 @@ def test_a_frozen_backbone_and_a_slower_one(videos, tmp_path):
         run.train()
     assert torch.equal(before, net.state_dict()["backbone.layer1.0.conv1.weight"])
     with prepare(options(videos, tmp_path / "slow", backbone_lr=0.1, epochs=1)) as slow:
-        assert sorted({group["lr_scale"] for group in slow.learners[0].optimizer.param_groups}) == [0.1, 1.0]
+        assert sorted({group["lr_scale"] for group in slow.learners[0].optimizer.param_groups}) == [
+            0.1,
+            1.0,
+        ]
 
 
 def test_activations_computed_again_change_no_step(videos, tmp_path):
@@ -196,9 +234,17 @@ def test_activations_computed_again_change_no_step(videos, tmp_path):
     finetune.main(options(videos, tmp_path / "kept", **common))
     finetune.main(options(videos, tmp_path / "again", checkpoint_activations=True, **common))
     one, other = states(tmp_path / "kept"), states(tmp_path / "again")
-    torch.testing.assert_close(one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5)
-    with pytest.raises(InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"):
-        finetune.main(options(videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True))
+    torch.testing.assert_close(
+        one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5
+    )
+    with pytest.raises(
+        InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"
+    ):
+        finetune.main(
+            options(
+                videos, tmp_path / "run", backbone="legacy_seresnet18", checkpoint_activations=True
+            )
+        )
 
 
 def test_a_run_with_an_option_that_is_no_more_is_not_resumed_in_silence(videos, tmp_path):
@@ -234,7 +280,13 @@ def cached(videos, tmp_path_factory) -> Path:
             max_failed=1.0,
         )
     )
-    common = {"features": str(folder / "f.zarr"), "epochs": 10, "batch_size": 4, "lr": 0.05, "optimizer": "adamw"}
+    common = {
+        "features": str(folder / "f.zarr"),
+        "epochs": 10,
+        "batch_size": 4,
+        "lr": 0.05,
+        "optimizer": "adamw",
+    }
     train.main(train.Options(agg="tsn", out=folder / "tsn", **common))
     groups = {"g1": 4, "g2": 2, "m1": 16, "scale_init": 0.5}
     train.main(train.Options(agg="hgnl", out=folder / "hgnl", **common, **groups))
@@ -247,7 +299,9 @@ def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, c
     assert checkpoint.options["standardise"]  # with what its batch norm has learned
     model = checkpoint.model()
     rows = np.flatnonzero(store.splits == "val")
-    with prepare(options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt")) as run:
+    with prepare(
+        options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt")
+    ) as run:
         (logits,) = run.source.validate([run.learners[0].model], 3)
         assert [video.id for video in run.source.testing.videos] == store.ids[rows].tolist()
     with torch.inference_mode():
@@ -257,7 +311,10 @@ def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, c
 
 
 def test_features_of_other_weights_do_not_start_a_fine_tuning(videos, cached, tmp_path):
-    with pytest.raises(InputError, match=r"not those .*tsn/best.pt was trained on: .*seed 1 in the place of .*seed 0"):
+    with pytest.raises(
+        InputError,
+        match=r"not those .*tsn/best.pt was trained on: .*seed 1 in the place of .*seed 0",
+    ):
         finetune.main(options(videos, tmp_path / "run", init=cached / "tsn" / "best.pt", seed=1))
 
 
@@ -265,25 +322,43 @@ def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
     """How the paper's HG-NL follows its TSN: on the cache of the fine-tuned backbone, from its classifier."""
     finetune.main(options(videos, tmp_path / "tsn", epochs=1))
     tuned = tmp_path / "tsn" / "best.pt"
-    settings = {"backbone": BACKBONE, "weights": str(tuned), "frames": 3, "precision": "fp32", "max_failed": 1.0}
+    settings = {
+        "backbone": BACKBONE,
+        "weights": str(tuned),
+        "frames": 3,
+        "precision": "fp32",
+        "max_failed": 1.0,
+    }
     extract(ExtractOptions(videos=videos, out=str(tmp_path / "f.zarr"), **settings))
     store = FeatureStore.open(tmp_path / "f.zarr")
     rows = np.flatnonzero(store.splits == "val")
     net = model_from_record(Checkpoint.load(tuned))
-    common = {"features": str(tmp_path / "f.zarr"), "epochs": 1, "lr": 1e-12, "recipe": "paper", "batch_size": 4}
-    train.main(train.Options(agg="hgnl", out=tmp_path / "hgnl", init=tuned, g1=4, g2=2, m1=16, **common))
+    common = {
+        "features": str(tmp_path / "f.zarr"),
+        "epochs": 1,
+        "lr": 1e-12,
+        "recipe": "paper",
+        "batch_size": 4,
+    }
+    train.main(
+        train.Options(agg="hgnl", out=tmp_path / "hgnl", init=tuned, g1=4, g2=2, m1=16, **common)
+    )
     assert "2 carried over by class name" in capsys.readouterr().out
     hgnl = Checkpoint.load(tmp_path / "hgnl" / "best.pt").model()
     plan = Plan(frames=3, crops=1, augment_passes=0, preprocessing=net.preprocessing)
     with clip_pool(plan, workers=1) as pool:
-        frames = VideoFrames([v for v in list_videos(videos).videos if v.split == "val"], plan, pool)
+        frames = VideoFrames(
+            [v for v in list_videos(videos).videos if v.split == "val"], plan, pool
+        )
         _, (whole,) = predict([net], frames.test_batches(batch_size=4))
     with torch.inference_mode():
         logits = hgnl(torch.from_numpy(store.gather(rows, np.arange(3))))
     np.testing.assert_allclose(logits.numpy(), whole[:, 0], rtol=5e-3, atol=5e-3)
 
 
-def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(videos, tmp_path, capsys):
+def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(
+    videos, tmp_path, capsys
+):
     finetune.main(options(videos, tmp_path / "tsn", epochs=1))
     old = Checkpoint.load(tmp_path / "tsn" / "best.pt")
     k600 = replace(old, classes=["kettlebells", "snowboarding"])
@@ -305,9 +380,13 @@ def test_a_stnet_of_several_frames_starts_from_its_own_checkpoint(videos, tmp_pa
     for name, value in Checkpoint.load(best).state_dict.items():
         assert torch.equal(state[name], value), name
     other = options(videos, tmp_path / "three", "stnet", init=best)
-    with pytest.raises(InputError, match="sees 2 frames per segment at once, this model 1; pass --model stnet"):
+    with pytest.raises(
+        InputError, match="sees 2 frames per segment at once, this model 1; pass --model stnet"
+    ):
         finetune.main(other)
-    with pytest.raises(InputError, match="holds the backbone test_resnet; pass --backbone test_resnet"):
+    with pytest.raises(
+        InputError, match="holds the backbone test_resnet; pass --backbone test_resnet"
+    ):
         finetune.main(replace(other, backbone="resnet10t"))
 
 
@@ -328,18 +407,32 @@ def test_the_next_commands_run_as_they_are_printed(videos, tmp_path, capsys, mon
         name, *words = shlex.split(line)[1:]
         module = COMMANDS[name]
         command = importlib.import_module("extract.__main__" if module == "extract" else module)
-        more = ["--decode-workers", "1", *(["--frames", "3", "--max-failed", "0.5"] if module == "extract" else [])]
+        more = [
+            "--decode-workers",
+            "1",
+            *(["--frames", "3", "--max-failed", "0.5"] if module == "extract" else []),
+        ]
         assert run_command(command.main, command.Options, prog=module, args=[*words, *more]) == 0
-    scores, recorded = Scores.load("run.h5"), list(csv.DictReader(Path("run/videos.csv").read_text().splitlines()))
+    scores, recorded = (
+        Scores.load("run.h5"),
+        list(csv.DictReader(Path("run/videos.csv").read_text().splitlines())),
+    )
     assert sorted(scores.ids) == sorted(row["id"] for row in recorded if row["role"] == "validate")
     assert scores.source["trained_on"] == 0
     assert len(FeatureStore.open("run.zarr")) == 13
 
 
 def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path):
-    common = {"features": str(cached / "f.zarr"), "epochs": 1, "batch_size": 4, "standardise": False}
+    common = {
+        "features": str(cached / "f.zarr"),
+        "epochs": 1,
+        "batch_size": 4,
+        "standardise": False,
+    }
     train.main(train.Options(agg="txb", out=tmp_path / "txb", **common))
-    with prepare(options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt")) as run:
+    with prepare(
+        options(videos, tmp_path / "run", "stnet", init=tmp_path / "txb" / "best.pt")
+    ) as run:
         ours = run.learners[0].net.state_dict()
     theirs = Checkpoint.load(tmp_path / "txb" / "best.pt").state_dict
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())

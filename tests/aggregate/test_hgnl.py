@@ -57,7 +57,9 @@ def test_pooled_equals_literal_in_values_and_gradients(case):
     assert_close(pooled, literal)
     cotangent = torch.randn_like(pooled)
     references = gradients(module, x, literal, cotangent)
-    magnitude = max(gradient.abs().max().item() for gradient in references)  # some are 0 in truth: a sum that cancels
+    magnitude = max(
+        gradient.abs().max().item() for gradient in references
+    )  # some are 0 in truth: a sum that cancels
     for ours, reference in zip(gradients(module, x, pooled, cotangent), references, strict=True):
         assert_close(ours, reference, magnitude=magnitude)
 
@@ -149,7 +151,9 @@ def test_started_as_the_average_it_is_the_average_and_learns(shared):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("norm", ["none", "n", "n_over_train"])
 @pytest.mark.parametrize(("m1", "g1", "g2"), [(128, 16, 8), (32, 8, 4), (40, 8, 8), (8, 8, 8)])
-def test_relu_started_as_the_average_is_nearly_the_average_and_learns_pairs(shared, norm, m1, g1, g2):
+def test_relu_started_as_the_average_is_nearly_the_average_and_learns_pairs(
+    shared, norm, m1, g1, g2
+):
     """At W_k = 0 it is the average exactly; W_k is small, so that every frame has nearly the same
     weight. The gradients of W_q and W_k are not 0."""
     torch.manual_seed(0)
@@ -176,7 +180,11 @@ def test_gradient_reaches_the_scale_at_its_start():
 def test_attention_grows_with_n_for_identical_frames_unless_normalised():
     frame = torch.randn(32, 1, 16, dtype=torch.float64)  # of few, the ReLU may leave nothing
     by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in NORMS}
-    at = {(norm, n): module.terms(frame.expand(-1, n, -1))[1] for norm, module in by_norm.items() for n in (1, 3, 25)}
+    at = {
+        (norm, n): module.terms(frame.expand(-1, n, -1))[1]
+        for norm, module in by_norm.items()
+        for n in (1, 3, 25)
+    }
     assert at["none", 1].abs().max() > 1e-3
     assert_close(at["none", 25], 25 * at["none", 1])
     assert_close(at["n", 25], at["n", 1])
@@ -195,7 +203,9 @@ def test_dividing_the_map_by_n_is_scaling_the_query():
 
 def test_normalised_products_do_not_know_the_size_of_features():
     module, x = hgnl(16, 8, 4, 2, normalise=True), torch.randn(2, 5, 16, dtype=torch.float64)
-    assert_close(module.frame_weights(1000 * x + 7), module.frame_weights(x), precision=torch.float32)  # LN's 1e-5
+    assert_close(
+        module.frame_weights(1000 * x + 7), module.frame_weights(x), precision=torch.float32
+    )  # LN's 1e-5
     assert (module.frame_weights(x) - hgnl(16, 8, 4, 2).frame_weights(x)).abs().max() > 1e-3
 
 
@@ -238,7 +248,9 @@ def test_even_weights_are_those_of_identical_frames(masked):
     weights = module.frame_weights(x, mask).sum(-1)
     mean = valid.mean(1)
     w_v, b_v = module.value.blocks()
-    parts = [weights[:, h, None] * (mean[:, 8 * h : 8 * h + 8] @ w_v[h].T + b_v[h]) for h in range(2)]
+    parts = [
+        weights[:, h, None] * (mean[:, 8 * h : 8 * h + 8] @ w_v[h].T + b_v[h]) for h in range(2)
+    ]
     expected = mean + module.scale * torch.cat(parts, 1)
     assert_close(module.with_even_weights(x, mask), expected)
     assert (module(x, mask) - expected).abs().max() > 1e-3

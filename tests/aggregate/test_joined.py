@@ -19,17 +19,31 @@ IDS = [f"v{i:02d}.mp4" for i in range(12)]
 
 
 def make_store(
-    path: Path, ids=tuple(IDS), *, frames: int = 6, dim: int = 4, views: int = 1, offset: float = 0.0, **columns
+    path: Path,
+    ids=tuple(IDS),
+    *,
+    frames: int = 6,
+    dim: int = 4,
+    views: int = 1,
+    offset: float = 0.0,
+    **columns,
 ) -> FeatureStore:
     """A store whose numbers say the video, view, frame and channel; every third video has two frames only."""
     videos = np.array([int(video_id[1:3]) for video_id in ids])
     values = np.add.outer(
-        np.add.outer(np.add.outer(videos * 16, np.arange(views) * 8), np.arange(frames)), np.arange(dim) / 8
+        np.add.outer(np.add.outer(videos * 16, np.arange(views) * 8), np.arange(frames)),
+        np.arange(dim) / 8,
     )
     lengths = np.where(videos % 3 == 0, min(2, frames), frames)
     columns = {"splits": ["val" if video % 4 == 3 else "train" for video in videos]} | columns
-    columns = {"labels": videos % 2, "classes": ["even", "odd"], "groups": [f"g{v // 2}" for v in videos]} | columns
-    return FeatureStore.from_arrays(path, values + offset, lengths=lengths, ids=list(ids), **columns)
+    columns = {
+        "labels": videos % 2,
+        "classes": ["even", "odd"],
+        "groups": [f"g{v // 2}" for v in videos],
+    } | columns
+    return FeatureStore.from_arrays(
+        path, values + offset, lengths=lengths, ids=list(ids), **columns
+    )
 
 
 @pytest.fixture
@@ -39,7 +53,13 @@ def pair(tmp_path) -> tuple[FeatureStore, FeatureStore]:
     ids = IDS[:0:-1]
     labels = [1 - int(video_id[1:3]) % 2 for video_id in ids]
     return first, make_store(
-        tmp_path / "b.zarr", ids, frames=1, dim=3, offset=0.5, labels=labels, classes=["odd", "even"]
+        tmp_path / "b.zarr",
+        ids,
+        frames=1,
+        dim=3,
+        offset=0.5,
+        labels=labels,
+        classes=["odd", "even"],
     )
 
 
@@ -64,13 +84,25 @@ def test_rows_are_joined_by_id_and_channels_stand_side_by_side(pair):
 
 
 def test_frames_are_laid_over_frames(tmp_path):
-    joined = JoinedStores([make_store(tmp_path / "a.zarr", frames=6), make_store(tmp_path / "b.zarr", frames=4, dim=3)])
-    slots = joined.gather([1], np.arange(6))[0, :, 4] - 16  # the frame of the second store, counted from 0
+    joined = JoinedStores(
+        [
+            make_store(tmp_path / "a.zarr", frames=6),
+            make_store(tmp_path / "b.zarr", frames=4, dim=3),
+        ]
+    )
+    slots = (
+        joined.gather([1], np.arange(6))[0, :, 4] - 16
+    )  # the frame of the second store, counted from 0
     assert slots.tolist() == [0, 1, 1, 2, 3, 3]
 
 
 def test_a_repeat_in_one_store_only_is_no_repeat(tmp_path):
-    joined = JoinedStores([make_store(tmp_path / "a.zarr", frames=6), make_store(tmp_path / "b.zarr", frames=1, dim=3)])
+    joined = JoinedStores(
+        [
+            make_store(tmp_path / "a.zarr", frames=6),
+            make_store(tmp_path / "b.zarr", frames=1, dim=3),
+        ]
+    )
     masks = joined.mask(np.arange(12), np.arange(6))
     assert masks[3].sum() == 2  # two frames in the first store, one in the second
     assert masks[1].all()
@@ -90,23 +122,32 @@ def test_views_go_together(tmp_path):
     assert JoinedStores([three, two]).views == ("center", "view_1")
     other = make_store(tmp_path / "d.zarr", views=2)
     other.views = ("left", "right")
-    with pytest.raises(InputError, match=r"no view is in all of these stores: .*a\.zarr has center, view_1, view_2; "):
+    with pytest.raises(
+        InputError,
+        match=r"no view is in all of these stores: .*a\.zarr has center, view_1, view_2; ",
+    ):
         JoinedStores([three, other])
 
 
 def test_what_failed_in_one_store_failed(pair, tmp_path):
     fail_rows(tmp_path / "b.zarr", [2])  # v09
     joined = open_features([str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr")])
-    assert joined.status.tolist() == [FAILED if video_id == "v09.mp4" else OK for video_id in joined.ids]
+    assert joined.status.tolist() == [
+        FAILED if video_id == "v09.mp4" else OK for video_id in joined.ids
+    ]
     assert not joined.gather([8], np.arange(6)).any()
     assert not joined.mask([8], np.arange(6)).any()
     assert joined.errors[8] == "a test made it fail"
-    FeatureStore.open(tmp_path / "b.zarr", writable=True).set_status(np.array([4]), DROPPED + OK)  # v07
+    FeatureStore.open(tmp_path / "b.zarr", writable=True).set_status(
+        np.array([4]), DROPPED + OK
+    )  # v07
     joined = JoinedStores([FeatureStore.open(store.path) for store in pair])
     assert joined.ids[~joined.listed].tolist() == ["v07.mp4"]
     FeatureStore.open(tmp_path / "b.zarr", writable=True).set_status(np.array([3]), PENDING)
     with pytest.raises(RunError, match=r"v08\.mp4 and 0 more are not extracted yet"):
-        StoredFeatures(JoinedStores([FeatureStore.open(store.path) for store in pair]), np.arange(10))
+        StoredFeatures(
+            JoinedStores([FeatureStore.open(store.path) for store in pair]), np.arange(10)
+        )
 
 
 @pytest.mark.parametrize(
@@ -116,8 +157,14 @@ def test_what_failed_in_one_store_failed(pair, tmp_path):
             {"labels": [1, *(i % 2 for i in range(1, 12))]},
             r"1 videos have another label in .*; the first, v00.mp4, is 'even' and 'odd'",
         ),
-        ({"splits": ["test"] * 12}, r"12 videos have another split in .* the first, v00.mp4, is 'train' and 'test'"),
-        ({"groups": ["x"] * 12}, r"12 videos have another group in .* correct one list and continue its store"),
+        (
+            {"splits": ["test"] * 12},
+            r"12 videos have another split in .* the first, v00.mp4, is 'train' and 'test'",
+        ),
+        (
+            {"groups": ["x"] * 12},
+            r"12 videos have another group in .* correct one list and continue its store",
+        ),
         (
             {"ids": [f"{i:02d}x" for i in range(12)]},
             r"no video is in all of these stores \(v00\.mp4, .* in .* and 00x, .* in",
@@ -129,7 +176,12 @@ def test_contradictions_are_refused(tmp_path, changed, message):
     if ids:
         values = np.zeros((12, 6, 4))
         second = FeatureStore.from_arrays(
-            tmp_path / "b.zarr", values, lengths=[6] * 12, labels=[0] * 12, classes=["even"], ids=ids
+            tmp_path / "b.zarr",
+            values,
+            lengths=[6] * 12,
+            labels=[0] * 12,
+            classes=["even"],
+            ids=ids,
         )
     else:
         second = make_store(tmp_path / "b.zarr", **changed)
@@ -166,21 +218,33 @@ def test_every_command_takes_two_stores(tmp_path, monkeypatch, capsys):
     make_store(tmp_path / "b.zarr", ids[::-1], frames=1, dim=3)
     both = ("--features", "a.zarr", "b.zarr")
     run(train, "--agg", "nl", *both, "--epochs", "1", "--out", "runs/nl")
-    assert "--checkpoint runs/nl/best.pt --features a.zarr b.zarr --split val" in capsys.readouterr().out
+    assert (
+        "--checkpoint runs/nl/best.pt --features a.zarr b.zarr --split val"
+        in capsys.readouterr().out
+    )
     checkpoint = Checkpoint.load(tmp_path / "runs/nl/best.pt")
     assert checkpoint.options["dim"] == 7
     assert len(checkpoint.features["joined"]) == 2
     run(evaluate, "--checkpoint", "runs/nl/best.pt", *both, "--out", "nl.h5")
     run(crossval, "--agg", "tsn", *both, "--folds", "3", "--epochs", "1", "--out", "runs/cv")
     run(ablate, "--agg", "tsn", "max", *both, "--epochs", "1", "--out", "runs/ablation")
-    assert "--features a.zarr b.zarr" in capsys.readouterr().out  # the command that trains the best again
-    assert json.loads((tmp_path / "runs/cv/results.json").read_text())["features"] == ["a.zarr", "b.zarr"]
-    with pytest.raises(InputError, match=r"a\.zarr holds features of width 4; the checkpoint takes 7"):
+    assert (
+        "--features a.zarr b.zarr" in capsys.readouterr().out
+    )  # the command that trains the best again
+    assert json.loads((tmp_path / "runs/cv/results.json").read_text())["features"] == [
+        "a.zarr",
+        "b.zarr",
+    ]
+    with pytest.raises(
+        InputError, match=r"a\.zarr holds features of width 4; the checkpoint takes 7"
+    ):
         evaluate.main(evaluate.Options(checkpoint=Path("runs/nl/best.pt"), features="a.zarr"))
     make_store(tmp_path / "wide.zarr", ids, dim=7)
     with pytest.raises(InputError, match="the checkpoint was trained on 2 joined stores, not 1"):
         evaluate.main(evaluate.Options(checkpoint=Path("runs/nl/best.pt"), features="wide.zarr"))
-    with pytest.raises(InputError, match="was trained on features made elsewhere: it records no backbone"):
+    with pytest.raises(
+        InputError, match="was trained on features made elsewhere: it records no backbone"
+    ):
         evaluate.main(evaluate.Options(checkpoint=Path("runs/nl/best.pt"), videos=tmp_path))
 
 
@@ -192,8 +256,18 @@ def test_resuming_with_one_store_changed_is_refused(tmp_path, command, message, 
     ids = [f"v{i:02d}.mp4" for i in range(24)]
     make_store(tmp_path / "a.zarr", ids)
     make_store(tmp_path / "b.zarr", ids, frames=1, dim=3)
-    arguments = ["--agg", "tsn", "--features", str(tmp_path / "a.zarr"), str(tmp_path / "b.zarr"), "--epochs", "2"]
-    arguments += ["--out", str(tmp_path / "run")] + (["--folds", "3"] if command is crossval else [])
+    arguments = [
+        "--agg",
+        "tsn",
+        "--features",
+        str(tmp_path / "a.zarr"),
+        str(tmp_path / "b.zarr"),
+        "--epochs",
+        "2",
+    ]
+    arguments += ["--out", str(tmp_path / "run")] + (
+        ["--folds", "3"] if command is crossval else []
+    )
     run(command, *arguments)
     run(command, *arguments)
     shutil.rmtree(tmp_path / "b.zarr")

@@ -13,7 +13,13 @@ from aggregate import train
 from aggregate.data.features import balanced_order
 from aggregate.models import Dropout
 from aggregate.training.learner import clip_gradients
-from aggregate.training.recipes import choose_precision, class_weights, make_optimizer, parameter_groups, recipe
+from aggregate.training.recipes import (
+    choose_precision,
+    class_weights,
+    make_optimizer,
+    parameter_groups,
+    recipe,
+)
 from extract.cli import InputError
 from extract.store import FeatureStore
 from stores import classes_store
@@ -73,7 +79,11 @@ def test_a_balanced_order_has_every_class_equally_often():
     order = balanced_order(labels, np.random.default_rng(0))
     assert len(order) == 100
     assert sorted(np.bincount(labels[order]).tolist()) == [33, 33, 34]
-    for label, times in ((0, 1), (1, 2), (2, 4)):  # no video again before all others of its class had their turn
+    for label, times in (
+        (0, 1),
+        (1, 2),
+        (2, 4),
+    ):  # no video again before all others of its class had their turn
         counts = np.bincount(order[labels[order] == label], minlength=100)[labels == label]
         assert counts.max() == times
         assert counts.max() - counts.min() <= 1
@@ -105,8 +115,14 @@ def test_balance_helps_rare_classes(balance, tmp_path):
     found = {}
     for name in ("none", balance):
         out = tmp_path / name
-        train.main(train.Options(agg="tsn", features=str(tmp_path / "f.zarr"), out=out, balance=name, epochs=20))
-        found[name] = json.loads((out / "results.json").read_text())["tsn"]["4"]["mean_class"]["value"]
+        train.main(
+            train.Options(
+                agg="tsn", features=str(tmp_path / "f.zarr"), out=out, balance=name, epochs=20
+            )
+        )
+        found[name] = json.loads((out / "results.json").read_text())["tsn"]["4"]["mean_class"][
+            "value"
+        ]
     assert found[balance] > found["none"] + 0.02
 
 
@@ -121,7 +137,9 @@ def test_the_precision_that_auto_is_does_not_depend_on_load():
 
 def test_precision_is_part_of_the_run(tmp_path):
     classes_store(tmp_path / "f.zarr")
-    wanted = train.Options(agg="tsn", features=str(tmp_path / "f.zarr"), out=tmp_path / "a", epochs=1, precision="bf16")
+    wanted = train.Options(
+        agg="tsn", features=str(tmp_path / "f.zarr"), out=tmp_path / "a", epochs=1, precision="bf16"
+    )
     train.main(wanted)
     with pytest.raises(InputError, match="precision"):
         train.main(replace(wanted, precision="fp32"))
@@ -129,7 +147,10 @@ def test_precision_is_part_of_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"warmup": -1.0}, "--warmup is -1"), ({"label_smoothing": 1.0}, "--label-smoothing is 1; it is a fraction")],
+    [
+        ({"warmup": -1.0}, "--warmup is -1"),
+        ({"label_smoothing": 1.0}, "--label-smoothing is 1; it is a fraction"),
+    ],
 )
 def test_values_of_a_recipe_are_checked(changes, message):
     with pytest.raises(InputError, match=message):

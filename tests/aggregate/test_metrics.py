@@ -15,7 +15,9 @@ def scored(draw, min_rows=1):
     rows, classes = draw(st.integers(min_rows, 12)), draw(st.integers(1, 9))
     values = st.sampled_from([-1.0, 0.0, 0.5, 2.0, float("nan")])
     scores = draw(arrays.arrays(np.float32, (rows, classes), elements=values.map(np.float32)))
-    return scores, np.array(draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows)))
+    return scores, np.array(
+        draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows))
+    )
 
 
 def in_top(row, label, k) -> bool:
@@ -58,7 +60,9 @@ def test_one_tie_the_lower_index_first():
 def test_many_rows_are_ranked_as_few():
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(0, 4, (9000, 7)).astype(float), rng.integers(0, 7, 9000)
-    few = np.concatenate([metrics.ranks(scores[i : i + 100], labels[i : i + 100]) for i in range(0, 9000, 100)])
+    few = np.concatenate(
+        [metrics.ranks(scores[i : i + 100], labels[i : i + 100]) for i in range(0, 9000, 100)]
+    )
     assert np.array_equal(metrics.ranks(scores, labels), few)
 
 
@@ -88,7 +92,10 @@ def drawn_one_by_one(values: np.ndarray, groups: np.ndarray, resamples: int = 20
     """The cluster bootstrap as it is written down: groups are drawn, with all of their videos."""
     rng, names = np.random.default_rng(5), np.unique(groups)
     members = [np.flatnonzero(groups == name) for name in names]
-    picks = [np.concatenate([members[g] for g in rng.integers(len(names), size=len(names))]) for _ in range(resamples)]
+    picks = [
+        np.concatenate([members[g] for g in rng.integers(len(names), size=len(names))])
+        for _ in range(resamples)
+    ]
     return np.array([[values[rows].mean() for rows in picks]])[0]
 
 
@@ -102,7 +109,10 @@ def test_videos_of_a_group_are_drawn_together():
     np.testing.assert_allclose((by_file.low, by_file.high), expected, atol=0.02)
     assert by_file.value == by_window.value == values.mean()
     assert by_file.high - by_file.low > 3 * (by_window.high - by_window.low)
-    assert metrics.paired_bootstrap(values, ~values, groups).low < metrics.paired_bootstrap(values, ~values).low
+    assert (
+        metrics.paired_bootstrap(values, ~values, groups).low
+        < metrics.paired_bootstrap(values, ~values).low
+    )
 
 
 def test_groups_of_one_video_and_a_single_group_are_videos():
@@ -118,15 +128,22 @@ def test_a_summary_resamples_groups_in_every_interval():
     groups = np.repeat(np.arange(30), 10)
     right = np.repeat(rng.random(30) < 0.6, 10)
     scores = np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
-    by_group, by_video = metrics.summarise(scores, labels, groups), metrics.summarise(scores, labels)
+    by_group, by_video = (
+        metrics.summarise(scores, labels, groups),
+        metrics.summarise(scores, labels),
+    )
     for name in ("top1", "mean_class", "average_error"):
         one, other = getattr(by_group, name), getattr(by_video, name)
         assert one.value == other.value
         assert one.high - one.low > 2 * (other.high - other.low), name
     drawn = []
     for _ in range(2000):
-        rows = np.concatenate([np.flatnonzero(groups == group) for group in rng.integers(30, size=30)])
-        drawn.append(np.mean([right[rows][labels[rows] == label].mean() for label in set(labels[rows])]))
+        rows = np.concatenate(
+            [np.flatnonzero(groups == group) for group in rng.integers(30, size=30)]
+        )
+        drawn.append(
+            np.mean([right[rows][labels[rows] == label].mean() for label in set(labels[rows])])
+        )
     ends = by_group.mean_class.low, by_group.mean_class.high
     np.testing.assert_allclose(ends, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
     assert by_group.resampled() == "30 groups of 300 videos"
@@ -167,6 +184,10 @@ def test_intervals_are_those_of_drawing_videos_one_by_one():
     for _ in range(2000):
         rows = rng.integers(0, 300, 300)
         top1.append(first[rows].mean())
-        mean_class.append(np.mean([first[rows][labels[rows] == label].mean() for label in range(4)]))
+        mean_class.append(
+            np.mean([first[rows][labels[rows] == label].mean() for label in range(4)])
+        )
     for got, drawn in ((summary.top1, top1), (summary.mean_class, mean_class)):
-        np.testing.assert_allclose((got.low, got.high), np.percentile(drawn, [2.5, 97.5]), atol=0.01)
+        np.testing.assert_allclose(
+            (got.low, got.high), np.percentile(drawn, [2.5, 97.5]), atol=0.01
+        )

@@ -42,7 +42,9 @@ def test_a_mask_leaves_what_the_valid_frames_alone_give(name):
     model = small(name).double().eval()
     torch.nn.init.normal_(model.classifier.weight)
     x = torch.randn(3, 6, 16, dtype=torch.float64)
-    mask = torch.tensor([[1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]], dtype=torch.bool)
+    mask = torch.tensor(
+        [[1, 0, 1, 0, 0, 1], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]], dtype=torch.bool
+    )
     alone = torch.cat([model(video[valid][None]) for video, valid in zip(x, mask, strict=True)])
     assert_close(model(x.masked_fill(~mask[..., None], torch.nan), mask), alone)
 
@@ -72,11 +74,13 @@ def test_classifier_starts_as_tsn_s_and_dropout_is_before_it():
 
 def test_unknown_names_are_answered_with_the_known_ones():
     with pytest.raises(
-        InputError, match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, gru, attentive"
+        InputError,
+        match="'mean' is not known; known are tsn, max, weighted, nl, hgnl, txb, gru, attentive",
     ):
         build("mean", dim=16, num_classes=5)
     with pytest.raises(
-        InputError, match="nl has no option 'g1'; it has inner_dim, normalise, start, scale_init, scale_scores"
+        InputError,
+        match="nl has no option 'g1'; it has inner_dim, normalise, start, scale_init, scale_scores",
     ):
         build("nl", dim=16, num_classes=5, g1=4)
     with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout, standardise"):
@@ -98,7 +102,9 @@ def test_numbers_without_meaning_are_refused(arguments, message):
 
 @pytest.mark.parametrize("shape", [(4, 3, 12), (4, 16), (4, 3, 2, 16)])
 def test_features_of_another_width_are_refused(shape):
-    with pytest.raises(ValueError, match=rf"got features \[{', '.join(map(str, shape))}\].*\[batch, time, 16\]"):
+    with pytest.raises(
+        ValueError, match=rf"got features \[{', '.join(map(str, shape))}\].*\[batch, time, 16\]"
+    ):
         small("tsn")(torch.zeros(shape))
 
 
@@ -150,7 +156,11 @@ def test_what_starts_from_a_standardised_classifier_gives_its_logits():
 
 
 def test_a_plain_classifier_stays_one():
-    tsn, model, names = small("tsn").eval(), small("hgnl", scale_init=0.0, standardise=True), list("abcde")
+    tsn, model, names = (
+        small("tsn").eval(),
+        small("hgnl", scale_init=0.0, standardise=True),
+        list("abcde"),
+    )
     torch.nn.init.normal_(tsn.classifier.weight)
     carry_over(model, tsn.state_dict(), classes=names, source_classes=names)
     assert model.norm is None
@@ -166,11 +176,16 @@ def test_rows_are_carried_over_by_exact_name_whatever_their_place():
     source, model = build("max", dim=8, num_classes=4), build("max", dim=8, num_classes=5)
     source.classifier.bias.data.copy_(torch.arange(4.0) + 1)
     before = model.classifier.weight.clone()
-    theirs, ours = ["zumba", "abseiling", "Yoga", "chess"], ["abseiling", "archery", "chess", "yoga", "zumba"]
+    theirs, ours = (
+        ["zumba", "abseiling", "Yoga", "chess"],
+        ["abseiling", "archery", "chess", "yoga", "zumba"],
+    )
     report = carry_over(model, source.state_dict(), classes=ours, source_classes=theirs)
     for row, name in enumerate(ours):
         if name in theirs:
-            assert torch.equal(model.classifier.weight[row], source.classifier.weight[theirs.index(name)])
+            assert torch.equal(
+                model.classifier.weight[row], source.classifier.weight[theirs.index(name)]
+            )
             assert model.classifier.bias[row] == theirs.index(name) + 1
         else:
             assert torch.equal(model.classifier.weight[row], before[row])
@@ -188,7 +203,9 @@ def test_an_aggregator_is_carried_over_whole_or_not_at_all():
     same, other = small("hgnl"), small("hgnl", g1=8, g2=2, scale_init=0.0)
     report = carry_over(same, source.state_dict(), classes=names, source_classes=names)
     assert report.endswith("aggregator weights: carried over")
-    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(same.parameters(), source.parameters(), strict=True)
+    )
     before = other.aggregator.value.weight.clone()  # of the same shape in both
     report = carry_over(other, source.state_dict(), classes=names, source_classes=names)
     assert report.endswith("aggregator weights: start fresh")
@@ -199,7 +216,12 @@ def test_an_aggregator_is_carried_over_whole_or_not_at_all():
 def test_carry_over_refuses_what_does_not_fit():
     model, names = small("tsn"), list("abcde")
     with pytest.raises(InputError, match="the source classifies 8 features, this model 16"):
-        carry_over(model, build("tsn", dim=8, num_classes=5).state_dict(), classes=names, source_classes=names)
+        carry_over(
+            model,
+            build("tsn", dim=8, num_classes=5).state_dict(),
+            classes=names,
+            source_classes=names,
+        )
     with pytest.raises(InputError, match="the source has 5 classifier rows but 2 class names"):
         carry_over(model, model.state_dict(), classes=names, source_classes=["a", "b"])
     with pytest.raises(InputError, match="the model has 5 classifier rows but 3 class names"):

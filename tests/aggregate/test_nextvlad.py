@@ -22,7 +22,9 @@ def vlad(dim=12, **options) -> NeXtVLAD:
 
 
 def normed(norm, row):
-    return (row - norm.running_mean) / (norm.running_var + norm.eps).sqrt() * norm.weight + norm.bias
+    return (row - norm.running_mean) / (
+        norm.running_var + norm.eps
+    ).sqrt() * norm.weight + norm.bias
 
 
 def by_loops(made, video):
@@ -39,8 +41,12 @@ def by_loops(made, video):
             exps = (made.assign.weight[rows] @ x + made.assign.bias[rows]).exp()
             attention[g, i] = a
             for k in range(made.clusters):
-                v[k] += a * exps[k] / exps.sum() * (x[g * width : (g + 1) * width] - made.centres[k])
-    descriptor = normed(made.norm_descriptor, torch.cat([row / row.square().sum().sqrt() for row in v]))
+                v[k] += (
+                    a * exps[k] / exps.sum() * (x[g * width : (g + 1) * width] - made.centres[k])
+                )
+    descriptor = normed(
+        made.norm_descriptor, torch.cat([row / row.square().sum().sqrt() for row in v])
+    )
     y = made.reduce.weight @ descriptor + made.reduce.bias
     inner = normed(made.norm_gate, made.squeeze.weight @ y + made.squeeze.bias).clamp(min=0)
     return y * torch.sigmoid(made.gate.weight @ inner + made.gate.bias), attention
@@ -62,7 +68,10 @@ def test_the_module_is_its_equations_number_by_number(groups, expansion, out_dim
 
 def test_in_training_masked_frames_and_dropout_stay_apart_from_the_rest():
     """Batch statistics over valid frames only: what masked frames hold changes nothing, gradients included."""
-    made, x = vlad(clusters=3, groups=4, descriptor_dropout=0.0).train(), torch.randn(4, 5, 12, dtype=torch.float64)
+    made, x = (
+        vlad(clusters=3, groups=4, descriptor_dropout=0.0).train(),
+        torch.randn(4, 5, 12, dtype=torch.float64),
+    )
     mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[:, 0] = True
     gradients = []

@@ -12,9 +12,13 @@ from extract.cli import InputError
 from tolerance import assert_close
 
 
-def case(batch: int, time: int, dim: int, inner: int, *, seed: int, **options) -> tuple[NonLocal, torch.Tensor]:
+def case(
+    batch: int, time: int, dim: int, inner: int, *, seed: int, **options
+) -> tuple[NonLocal, torch.Tensor]:
     torch.manual_seed(seed)
-    return NonLocal(dim, inner, scale_init=0.7, **options).double(), torch.randn(batch, time, dim, dtype=torch.float64)
+    return NonLocal(dim, inner, scale_init=0.7, **options).double(), torch.randn(
+        batch, time, dim, dtype=torch.float64
+    )
 
 
 def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
@@ -46,7 +50,9 @@ def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, 
     assert_close(pooled, literal)
     cotangent = torch.randn_like(pooled)
     references = gradients(module, x, literal, cotangent)
-    magnitude = max(gradient.abs().max().item() for gradient in references)  # some are 0 in truth: a sum that cancels
+    magnitude = max(
+        gradient.abs().max().item() for gradient in references
+    )  # some are 0 in truth: a sum that cancels
     for ours, reference in zip(gradients(module, x, pooled, cotangent), references, strict=True):
         assert_close(ours, reference, magnitude=magnitude)
 
@@ -61,7 +67,9 @@ def test_literal_equals_loops(batch, time, dim, inner, scale_scores, seed):
 
 @given(*SIZES)
 @settings(max_examples=30)
-def test_a_mask_leaves_what_the_valid_frames_alone_give(batch, time, dim, inner, scale_scores, seed):
+def test_a_mask_leaves_what_the_valid_frames_alone_give(
+    batch, time, dim, inner, scale_scores, seed
+):
     module, x = case(batch, time, dim, inner, seed=seed, scale_scores=scale_scores)
     mask = some_mask(batch, time)
     alone = torch.cat([module(video[valid][None]) for video, valid in zip(x, mask, strict=True)])
@@ -116,5 +124,7 @@ def test_default_inner_dim_and_a_state_dict_round_trip():
 
 
 def test_inner_dim_below_one_is_refused():
-    with pytest.raises(InputError, match="dim 16, inner_dim 0, g1 1 and g2 1 must all be at least 1"):
+    with pytest.raises(
+        InputError, match="dim 16, inner_dim 0, g1 1 and g2 1 must all be at least 1"
+    ):
         NonLocal(16, 0)

@@ -33,7 +33,9 @@ HEADS = [
 def _no_autocast(monkeypatch) -> None:
     """`meta` knows no half precision."""
     real = torch.autocast
-    without = lambda kind, *rest, **how: nullcontext() if kind == "meta" else real(kind, *rest, **how)  # noqa: E731
+    without = lambda kind, *rest, **how: (
+        nullcontext() if kind == "meta" else real(kind, *rest, **how)
+    )  # noqa: E731
     monkeypatch.setattr(torch, "autocast", without)
 
 
@@ -48,7 +50,10 @@ def test_an_epoch_of_every_head_waits_for_the_device_at_its_end_only(placement, 
     store = classes_store(tmp_path / "f.zarr", dim=64)
     features = StoredFeatures(store, np.arange(40), device=META, placement=placement, training=True)
     heads = [
-        learner(name, build(name, dim=store.dim, num_classes=len(store.classes), standardise=True, **options))
+        learner(
+            name,
+            build(name, dim=store.dim, num_classes=len(store.classes), standardise=True, **options),
+        )
         for name, options in HEADS
     ]
     ended = []
@@ -58,7 +63,11 @@ def test_an_epoch_of_every_head_waits_for_the_device_at_its_end_only(placement, 
     assert {batch.x.device.type for batch in batches} == {"meta"}
     assert any(batch.mask is not None for batch in batches)
     train_epoch([head for head in heads if head.name not in COUNTING], batches, 0)
-    train_epoch([head for head in heads if head.name in COUNTING], [replace(one, mask=None) for one in batches], 0)
+    train_epoch(
+        [head for head in heads if head.name in COUNTING],
+        [replace(one, mask=None) for one in batches],
+        0,
+    )
     assert ended == [0] * len(HEADS)
 
 
@@ -80,7 +89,9 @@ def test_a_step_from_frames_looks_at_nothing_either(model) -> None:
 def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch) -> None:
     done = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: done.append("pinned") or tensor)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *where, **how: done.append((*where, how)) or tensor)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda tensor, *where, **how: done.append((*where, how)) or tensor
+    )
     gpu = torch.device("cuda", 0)
     there(torch.zeros(3), gpu)
     assert done == ["pinned", (gpu, {"non_blocking": True})]

@@ -11,7 +11,9 @@ from tolerance import assert_close
 
 
 def features(batch: int, time: int, dim: int, *, seed: int) -> torch.Tensor:
-    return torch.randn(batch, time, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(
+        batch, time, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def some_mask(batch: int, time: int, *, seed: int) -> torch.Tensor:
@@ -39,19 +41,29 @@ def by_loop(module: torch.nn.Module, frames: list[torch.Tensor]) -> torch.Tensor
             for channel, value in enumerate(frame):
                 best[channel] = max(best[channel], value)
         return best
-    powers = [torch.exp(sum(w * f for w, f in zip(module.score.weight[0], frame, strict=True))) for frame in frames]
+    powers = [
+        torch.exp(sum(w * f for w, f in zip(module.score.weight[0], frame, strict=True)))
+        for frame in frames
+    ]
     return sum(power * frame for power, frame in zip(powers, frames, strict=True)) / sum(powers)
 
 
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.booleans(), st.integers(0, 2**31))
+@given(
+    st.integers(1, 4), st.integers(1, 6), st.integers(1, 7), st.booleans(), st.integers(0, 2**31)
+)
 @settings(max_examples=40)
 def test_against_a_loop(batch, time, dim, masked, seed):
     x = features(batch, time, dim, seed=seed)
     mask = some_mask(batch, time, seed=seed) if masked else None
     for module in (Average(dim), Max(dim), trained_weighted(dim, seed=seed)):
-        valid = [[f for t, f in enumerate(video) if mask is None or mask[v, t]] for v, video in enumerate(x)]
+        valid = [
+            [f for t, f in enumerate(video) if mask is None or mask[v, t]]
+            for v, video in enumerate(x)
+        ]
         with torch.no_grad():
-            assert_close(module(x, mask), torch.stack([by_loop(module, frames) for frames in valid]))
+            assert_close(
+                module(x, mask), torch.stack([by_loop(module, frames) for frames in valid])
+            )
         assert module.out_dim == dim
 
 
@@ -87,11 +99,15 @@ def test_weighted_average_learns_from_its_uniform_start():
 @pytest.mark.parametrize("build", [Average, Max, WeightedAverage])
 def test_a_bad_mask_is_refused(build):
     x = torch.randn(3, 4, 5)
-    with pytest.raises(ValueError, match=r"the mask is \[3, 5\]; for features \[3, 4, 5\] it must be \[3, 4\]"):
+    with pytest.raises(
+        ValueError, match=r"the mask is \[3, 5\]; for features \[3, 4, 5\] it must be \[3, 4\]"
+    ):
         build(5)(x, torch.ones(3, 5, dtype=torch.bool))
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[1:] = False
-    with pytest.raises(ValueError, match=r"no frame is valid in row 1 of the mask \(2 such rows of 3\)"):
+    with pytest.raises(
+        ValueError, match=r"no frame is valid in row 1 of the mask \(2 such rows of 3\)"
+    ):
         build(5)(x, mask)
 
 

@@ -19,7 +19,15 @@ from processes import running
 from stores import classes_store, poison_row
 
 FLAGS = "--epochs 4 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8"
-QUICK = {"epochs": (4,), "batch_size": (16,), "lr": (0.01,), "seeds": (0,), "g1": (4,), "g2": (2,), "m1": (8,)}
+QUICK = {
+    "epochs": (4,),
+    "batch_size": (16,),
+    "lr": (0.01,),
+    "seeds": (0,),
+    "g1": (4,),
+    "g2": (2,),
+    "m1": (8,),
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +70,28 @@ def test_tasks_are_done_by_processes_of_their_own(two_cores):
 @pytest.mark.parametrize("kind", [InputError, RunError, ValueError])
 def test_an_error_keeps_its_kind_and_its_sentence(kind):
     with pytest.raises(kind, match=r"^task 1 is wrong$"):
-        list(run_side_by_side(functools.partial(fail, kind), [1], prepare=ten, processes=2, threads=1))
+        list(
+            run_side_by_side(
+                functools.partial(fail, kind), [1], prepare=ten, processes=2, threads=1
+            )
+        )
 
 
 def test_a_process_that_dies_is_an_error_that_says_how():
-    with pytest.raises(RunError, match=r"a training process died .*--at-once takes less.*same command again"):
+    with pytest.raises(
+        RunError, match=r"a training process died .*--at-once takes less.*same command again"
+    ):
         list(run_side_by_side(die, [1, 2], prepare=ten, processes=2, threads=1))
 
 
 def test_the_plan_follows_the_cores_and_all_tasks(monkeypatch):
     monkeypatch.setattr(processes, "available_cores", lambda: 8)
-    assert [plan_processes(tasks, "cpu") for tasks in (1, 3, 8, 100)] == [(1, 8), (3, 2), (8, 1), (8, 1)]
+    assert [plan_processes(tasks, "cpu") for tasks in (1, 3, 8, 100)] == [
+        (1, 8),
+        (3, 2),
+        (8, 1),
+        (8, 1),
+    ]
 
 
 def test_crossval_is_the_same_in_two_processes(features, tmp_path, monkeypatch):
@@ -88,15 +107,23 @@ def test_crossval_is_the_same_in_two_processes(features, tmp_path, monkeypatch):
 
 
 def test_ablate_is_the_same_in_two_processes(features, tmp_path, monkeypatch, capsys):
-    wanted = ablate.Options(features=features, out=tmp_path / "one", agg=("tsn", "hgnl"), **QUICK | {"g2": (1, 2)})
+    wanted = ablate.Options(
+        features=features, out=tmp_path / "one", agg=("tsn", "hgnl"), **QUICK | {"g2": (1, 2)}
+    )
     ablate.main(wanted)
     monkeypatch.setattr(processes, "available_cores", lambda: 2)
     ablate.main(replace(wanted, out=tmp_path / "two"))
     assert "in 2 passes, 0 skipped; 2 passes at a time, 1 threads each" in capsys.readouterr().out
 
     def measured(out: str) -> list[list[str]]:
-        lines = [line.split(",") for line in (tmp_path / out / "ablation.csv").read_text().splitlines()]
-        kept = [number for number, name in enumerate(lines[0]) if not name.startswith(("seconds", "pass_"))]
+        lines = [
+            line.split(",") for line in (tmp_path / out / "ablation.csv").read_text().splitlines()
+        ]
+        kept = [
+            number
+            for number, name in enumerate(lines[0])
+            if not name.startswith(("seconds", "pass_"))
+        ]
         return [[line[number] for number in kept] for line in lines]
 
     assert measured("one") == measured("two")
@@ -105,7 +132,9 @@ def test_ablate_is_the_same_in_two_processes(features, tmp_path, monkeypatch, ca
 def test_an_error_in_a_process_is_the_commands_error(tmp_path, two_cores):
     classes_store(tmp_path / "f.zarr")
     poison_row(tmp_path / "f.zarr", 4)
-    wanted = crossval.Options(features=str(tmp_path / "f.zarr"), out=tmp_path / "cv", agg=("tsn",), **QUICK)
+    wanted = crossval.Options(
+        features=str(tmp_path / "f.zarr"), out=tmp_path / "cv", agg=("tsn",), **QUICK
+    )
     with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
         crossval.main(replace(wanted, g1=(16,), g2=(8,), m1=()))
 
@@ -114,7 +143,9 @@ def test_an_error_in_a_process_is_the_commands_error(tmp_path, two_cores):
 def test_no_process_outlives_the_command(how, features, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     out = tmp_path / "cv"
-    command = f"aggregate.crossval --agg tsn hgnl {FLAGS} --epochs 400 --features {features} --out {out}"
+    command = (
+        f"aggregate.crossval --agg tsn hgnl {FLAGS} --epochs 400 --features {features} --out {out}"
+    )
     started: list[psutil.Process] = []
 
     def two_children_train() -> bool:

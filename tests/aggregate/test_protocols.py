@@ -48,12 +48,16 @@ def options(features: str, out: Path, **changes) -> crossval.Options:
 @pytest.mark.parametrize("vector", ["mean", "mean-std"])
 def test_the_vector_of_a_video_is_over_its_distinct_frames(vector, features):
     store = FeatureStore.open(features)
-    vectors = video_vectors(StoredFeatures(store, np.arange(len(store))), store.frames_per_video, vector)
+    vectors = video_vectors(
+        StoredFeatures(store, np.arange(len(store))), store.frames_per_video, vector
+    )
     for row in (0, 1):  # a short video, and one of full length
         slots = np.arange(store.frames_per_video)
         frames = store.gather(np.array([row]), slots)[0].astype(np.float32)
         frames = frames[store.mask(np.array([row]), slots)[0]]
-        expected = np.concatenate([frames.mean(axis=0), frames.std(axis=0)][: 1 + (vector == "mean-std")])
+        expected = np.concatenate(
+            [frames.mean(axis=0), frames.std(axis=0)][: 1 + (vector == "mean-std")]
+        )
         np.testing.assert_allclose(vectors[row], expected, rtol=1e-5, atol=1e-6)
 
 
@@ -61,7 +65,9 @@ def test_logistic_regression_is_scikit_learns_on_the_same_folds(features, tmp_pa
     wanted = options(features, tmp_path / "cv", agg=("logreg",), C=(0.1,))
     assert crossval.main(wanted) == 0
     store = FeatureStore.open(features)
-    vectors = video_vectors(StoredFeatures(store, np.arange(len(store))), store.frames_per_video, "mean")
+    vectors = video_vectors(
+        StoredFeatures(store, np.arange(len(store))), store.frames_per_video, "mean"
+    )
     scores = Scores.load(tmp_path / "cv" / "logreg.h5")
     np.testing.assert_allclose(np.exp(scores.logits).sum(axis=1), 1, rtol=1e-4)
     for fold in folds_of(store, wanted, 0):
@@ -77,7 +83,9 @@ def test_nearest_neighbors_vote_by_cosine_similarity(features, tmp_path):
     wanted = options(features, tmp_path / "cv", agg=("knn",), k=(5,))
     assert crossval.main(wanted) == 0
     store = FeatureStore.open(features)
-    vectors = video_vectors(StoredFeatures(store, np.arange(len(store))), store.frames_per_video, "mean")
+    vectors = video_vectors(
+        StoredFeatures(store, np.arange(len(store))), store.frames_per_video, "mean"
+    )
     scores = Scores.load(tmp_path / "cv" / "knn.h5")
     for fold in folds_of(store, wanted, 0):
         weights = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
@@ -109,14 +117,21 @@ def test_c_and_k_are_chosen_inside_the_training_part(features, tmp_path):
     for name in ("logreg.h5", "knn.h5"):
         one, two = (Scores.load(tmp_path / out / name) for out in "ab")
         np.testing.assert_array_equal(one.logits[own], two.logits[own])
-    chosen = {row["options"] for head in results_of(tmp_path / "a")["heads"] for row in head["chosen"]}
+    chosen = {
+        row["options"] for head in results_of(tmp_path / "a")["heads"] for row in head["chosen"]
+    }
     assert len({name for name in chosen if name.startswith("logreg")}) > 1
 
 
 def test_probes_stand_beside_heads_and_fail_as_they_do(tmp_path, capsys):
     classes_store(tmp_path / "f.zarr")
     fail_rows(tmp_path / "f.zarr", [3])
-    wanted = options(str(tmp_path / "f.zarr"), tmp_path / "cv", agg=("tsn", "logreg"), **QUICK | {"epochs": (20,)})
+    wanted = options(
+        str(tmp_path / "f.zarr"),
+        tmp_path / "cv",
+        agg=("tsn", "logreg"),
+        **QUICK | {"epochs": (20,)},
+    )
     assert crossval.main(wanted) == 0
     for name in ("tsn.h5", "logreg.h5"):
         scores = Scores.load(tmp_path / "cv" / name)
@@ -150,7 +165,10 @@ def test_a_class_without_an_example_gets_the_lowest_score():
             {"agg": ("logreg",), "shots": 21},
             "--shots 21: 3 classes have fewer videos that can be used: class 0, class 1",
         ),
-        ({"agg": ("logreg",), "shots": 20}, "--shots 20, draw 0: nothing is left to test on.* 12 of 12 groups train"),
+        (
+            {"agg": ("logreg",), "shots": 20},
+            "--shots 20, draw 0: nothing is left to test on.* 12 of 12 groups train",
+        ),
         (
             {"agg": ("tsn",), "shots": 1, "seeds": (5,)},
             "--seeds 5 means nothing to --shots: a draw takes the place of a",
@@ -182,7 +200,9 @@ def test_a_draw_has_that_many_of_each_class_and_splits_no_group(shots, features,
 
 
 def test_few_shots_report_the_mean_over_draws(features, tmp_path, capsys):
-    wanted = crossval.Options(features=features, out=tmp_path / "cv", agg=("logreg",), C=(1.0,), shots=3, repeats=4)
+    wanted = crossval.Options(
+        features=features, out=tmp_path / "cv", agg=("logreg",), C=(1.0,), shots=3, repeats=4
+    )
     assert crossval.main(wanted) == 0
     printed = capsys.readouterr().out
     assert "60 videos" in printed
@@ -226,11 +246,14 @@ def test_macro_f1_of_failed_and_untested_videos():
 
 
 def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp_path):
-    command = (
-        f"-m aggregate.crossval --protocol mveb --shots 2 --repeats 3 --features {features} --out {tmp_path / 'cv'}"
+    command = f"-m aggregate.crossval --protocol mveb --shots 2 --repeats 3 --features {features} --out {tmp_path / 'cv'}"
+    done = subprocess.run(
+        [sys.executable, *command.split()], capture_output=True, text=True, check=True
     )
-    done = subprocess.run([sys.executable, *command.split()], capture_output=True, text=True, check=True)
-    assert "mveb: --agg logreg, --C 1.0, --vector mean, --standardise false, --epochs 100" in done.stdout
+    assert (
+        "mveb: --agg logreg, --C 1.0, --vector mean, --standardise false, --epochs 100"
+        in done.stdout
+    )
     assert "NOT mveb's: --repeats 3 (mveb: 10)" in done.stdout
     assert "NOT mveb's: --shots 2 (mveb: 8)" in done.stdout
     assert "3 draws of 2 videos per class" in done.stdout
@@ -242,7 +265,11 @@ def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp
 def test_every_protocol_is_made_of_options_that_exist(name):
     chosen = crossval.Options(protocol=name, **PROTOCOLS[name])
     assert "NOT" not in describe_protocol(name, chosen)
-    assert protocol_in(["--agg", "tsn", "--protocol", name]) == protocol_in([f"--protocol={name}"]) == name
+    assert (
+        protocol_in(["--agg", "tsn", "--protocol", name])
+        == protocol_in([f"--protocol={name}"])
+        == name
+    )
     assert protocol_in(["--features", "x"]) is None
 
 
@@ -258,9 +285,13 @@ def test_a_grid_is_reported_as_papers_do_and_as_chosen_inside(features, tmp_path
         for lr in grid["lr"]:
             for decay in grid["weight_decay"]:
                 single = replace(wanted, agg=(head["name"],), lr=(lr,), weight_decay=(decay,))
-                own[lr, decay] = _top1_after_the_last_epoch(single, tmp_path / f"{head['name']} {lr} {decay}")
+                own[lr, decay] = _top1_after_the_last_epoch(
+                    single, tmp_path / f"{head['name']} {lr} {decay}"
+                )
         assert best["top1"] == pytest.approx(max(own.values()))
-        assert f"{head['name']}, as papers report a grid: {100 * best['top1']:.2f} % top-1" in printed
+        assert (
+            f"{head['name']}, as papers report a grid: {100 * best['top1']:.2f} % top-1" in printed
+        )
     # What is chosen inside is the same with fewer models at a time.
     crossval.main(replace(wanted, at_once=1, out=tmp_path / "few"))
     assert results_of(tmp_path / "few")["heads"] == results_of(tmp_path / "cv")["heads"]

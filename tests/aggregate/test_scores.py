@@ -28,7 +28,11 @@ def test_what_goes_in_comes_out(tmp_path):
     save_scores(tmp_path / "s.h5", [some(3), some(25)])
     for segments, expected in ((None, some(25)), (3, some(3)), (25, some(25))):
         got = Scores.load(tmp_path / "s.h5", segments)
-        assert (got.ids, got.classes, got.source) == (expected.ids, expected.classes, expected.source)
+        assert (got.ids, got.classes, got.source) == (
+            expected.ids,
+            expected.classes,
+            expected.source,
+        )
         assert got.segments == expected.segments
         np.testing.assert_array_equal(got.logits, expected.logits)
         np.testing.assert_array_equal(got.labels, expected.labels)
@@ -62,8 +66,14 @@ def test_the_file_is_plain_hdf5(tmp_path):
         ({"labels": np.array([0, 3, 0, 0])}, "has label 3"),
         ({"labels": np.array([0])}, "labels are"),
         ({"crops": np.zeros((4, 3, 2))}, "crops are"),
-        ({"logits": np.array([[0, 1, 2], [0, np.nan, 1], [0, 0, 0], [0, 0, 0]])}, r"row 1\) has nan for class 'c'"),
-        ({"logits": np.array([[0, 1, 2], [0, 1, 1], [np.inf, 0, 0], [0, 0, 0]])}, r"row 2\) has inf for class 'a b'"),
+        (
+            {"logits": np.array([[0, 1, 2], [0, np.nan, 1], [0, 0, 0], [0, 0, 0]])},
+            r"row 1\) has nan for class 'c'",
+        ),
+        (
+            {"logits": np.array([[0, 1, 2], [0, 1, 1], [np.inf, 0, 0], [0, 0, 0]])},
+            r"row 2\) has inf for class 'a b'",
+        ),
     ],
 )
 def test_scores_that_do_not_fit_are_refused_with_the_first_offender(changes, message):
@@ -88,7 +98,9 @@ def test_files_that_are_no_scores_are_named(tmp_path):
         file["logits/3"][1, 1] = np.inf
     with pytest.raises(InputError, match=r"s\.h5 was damaged, or changed by another program"):
         Scores.load(tmp_path / "s.h5")
-    (tmp_path / "s.h5").write_bytes((tmp_path / "s.h5").read_bytes()[512:])  # as the first version wrote it
+    (tmp_path / "s.h5").write_bytes(
+        (tmp_path / "s.h5").read_bytes()[512:]
+    )  # as the first version wrote it
     with pytest.raises(InputError, match=r"s\.h5: val/a b/ü\.mp4 \(row 1\) has inf"):
         Scores.load(tmp_path / "s.h5")
 
@@ -99,7 +111,9 @@ def test_windows_of_a_video_are_averaged_into_one_score(tmp_path):
     scores = Scores(ids, ["x", "y"], logits, np.array([1, 1, 0, -1, 1]), {"model": "tsn"}, 25)
     by_video = scores.by_video()
     assert by_video.ids == ["a.mp4", "b.mp4", "c#1.mp4"]
-    np.testing.assert_allclose(by_video.logits, [[5, 6], [2, 3], [7, 8]])  # what failed is left out of the mean
+    np.testing.assert_allclose(
+        by_video.logits, [[5, 6], [2, 3], [7, 8]]
+    )  # what failed is left out of the mean
     assert by_video.labels is not None
     assert by_video.labels.tolist() == [0, 1, -1]
     assert (by_video.segments, by_video.source) == (25, {"model": "tsn", "by": "video"})
@@ -111,7 +125,12 @@ def test_windows_of_a_video_are_averaged_into_one_score(tmp_path):
 
 def test_groups_travel_with_scores_and_are_derived_from_ids_where_a_file_has_none(tmp_path):
     ids = ["a.mp4#0-1000", "a.mp4#1000-2000", "b.mp4", "c.mp4"]
-    assert Scores(ids, ["x"], np.zeros((4, 1))).groups.tolist() == ["a.mp4", "a.mp4", "b.mp4", "c.mp4"]
+    assert Scores(ids, ["x"], np.zeros((4, 1))).groups.tolist() == [
+        "a.mp4",
+        "a.mp4",
+        "b.mp4",
+        "c.mp4",
+    ]
     grouped = Scores(ids, ["x"], np.zeros((4, 1)), groups=group_keys(ids, ["", "anna", "anna", ""]))
     assert grouped.groups.tolist() == ["anna", "anna", "anna", "c.mp4"]
     grouped.save(tmp_path / "s.h5")

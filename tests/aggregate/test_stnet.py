@@ -19,10 +19,20 @@ from tolerance import assert_close
 # The four stages of each family of timm in little; zero_init_last would hide half of the trunk from the gradients.
 TRUNKS = {
     "resnet": lambda **options: ResNet(
-        BasicBlock, (1, 1, 1, 1), channels=(4, 6, 8, 10), stem_width=4, zero_init_last=False, **options
+        BasicBlock,
+        (1, 1, 1, 1),
+        channels=(4, 6, 8, 10),
+        stem_width=4,
+        zero_init_last=False,
+        **options,
     ),
     "seresnext": lambda **options: ResNet(
-        Bottleneck, (1, 1, 1, 1), cardinality=4, base_width=4, block_args={"attn_layer": "se"}, **options
+        Bottleneck,
+        (1, 1, 1, 1),
+        cardinality=4,
+        base_width=4,
+        block_args={"attn_layer": "se"},
+        **options,
     ),
     "legacy_seresnext": lambda **options: SENet(
         SEResNeXtBottleneck, (1, 1, 1, 1), groups=32, reduction=16, drop_rate=0.2, **options
@@ -67,7 +77,8 @@ def over_time(x: Tensor, at) -> Tensor:
     """out[:, t] = the sum over k = -1, 0, 1 of at(k, x[:, t + k]), with zeros before and after the video."""
     time = x.shape[1]
     return torch.stack(
-        [sum(at(k + 1, x[:, t + k]) for k in (-1, 0, 1) if 0 <= t + k < time) for t in range(time)], dim=1
+        [sum(at(k + 1, x[:, t + k]) for k in (-1, 0, 1) if 0 <= t + k < time) for t in range(time)],
+        dim=1,
     )
 
 
@@ -98,7 +109,11 @@ def literal_txb(txb: TemporalXception, x: Tensor) -> Tensor:
 def literal_stnet(model: StNet, frames: Tensor) -> Tensor:
     batch, time, N = frames.shape[:3]
     images = torch.stack(
-        [torch.cat([frames[b, t, i] for i in range(N)], dim=0) for b in range(batch) for t in range(time)]
+        [
+            torch.cat([frames[b, t, i] for i in range(N)], dim=0)
+            for b in range(batch)
+            for t in range(time)
+        ]
     )
     trunk = model.backbone
     if isinstance(trunk, SENet):
@@ -182,8 +197,13 @@ def test_it_is_the_literal_form(trunk, batch, time, frames_per_segment, training
     logits, expected = model(frames), literal_stnet(model, frames)
     assert_close(logits, expected)
     cotangent = noise(*logits.shape)
-    found, wanted = (torch.autograd.grad((out * cotangent).sum(), model.parameters()) for out in (logits, expected))
-    largest = max(gradient.abs().max().item() for gradient in wanted)  # of a sum that cancels, rounding is left
+    found, wanted = (
+        torch.autograd.grad((out * cotangent).sum(), model.parameters())
+        for out in (logits, expected)
+    )
+    largest = max(
+        gradient.abs().max().item() for gradient in wanted
+    )  # of a sum that cancels, rounding is left
     for ours, theirs in zip(found, wanted, strict=True):
         assert_close(ours, theirs, magnitude=largest)
 
@@ -230,10 +250,18 @@ def test_gradients_reach_everything_from_the_second_step_on():
     for _ in range(2):
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(frames), labels).backward()
-        still.append({name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0})
+        still.append(
+            {
+                name
+                for name, p in model.named_parameters()
+                if p.grad is None or not p.grad.abs().sum() > 0
+            }
+        )
         optimizer.step()
     # gamma is 0 at first and shuts the convolutions off; it moves at the first step itself
-    assert still[0] == {f"after_res{stage}.conv.{part}" for stage in (3, 4) for part in ("weight", "bias")}
+    assert still[0] == {
+        f"after_res{stage}.conv.{part}" for stage in (3, 4) for part in ("weight", "bias")
+    }
     assert still[1] == set()
 
 
@@ -267,7 +295,9 @@ def test_a_few_steps_learn_the_direction_of_a_movement():
     """Pan left or right over the same picture: each class holds the frames of the other, in reverse."""
     model = stnet(num_classes=2).train()
     picture = torch.randn(8, 3, 32, 48)
-    right = torch.stack([picture[..., start : start + 32] for start in (0, 5, 10, 15)], dim=1)[:, :, None]
+    right = torch.stack([picture[..., start : start + 32] for start in (0, 5, 10, 15)], dim=1)[
+        :, :, None
+    ]
     frames, labels = torch.cat([right, right.flip(1)]), torch.tensor([0] * 8 + [1] * 8)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(40):
@@ -281,10 +311,16 @@ def test_a_few_steps_learn_the_direction_of_a_movement():
 @pytest.mark.parametrize("trunk", TRUNKS)
 def test_super_images_of_equal_frames_are_seen_as_one_frame_was(trunk):
     one, three = trained(stnet(trunk)).eval(), stnet(trunk, frames_per_segment=3).double().eval()
-    first = "backbone.layer0.conv1.weight" if trunk.startswith("legacy") else "backbone.conv1.weight"
+    first = (
+        "backbone.layer0.conv1.weight" if trunk.startswith("legacy") else "backbone.conv1.weight"
+    )
     fresh = stnet(trunk).get_parameter(first)  # of the same seed
-    assert torch.equal(stnet(trunk, frames_per_segment=3).get_parameter(first), fresh.repeat(1, 3, 1, 1) / 3)
-    three.load_state_dict(one.state_dict() | {first: one.get_parameter(first).repeat(1, 3, 1, 1) / 3})
+    assert torch.equal(
+        stnet(trunk, frames_per_segment=3).get_parameter(first), fresh.repeat(1, 3, 1, 1) / 3
+    )
+    three.load_state_dict(
+        one.state_dict() | {first: one.get_parameter(first).repeat(1, 3, 1, 1) / 3}
+    )
     frames = noise(2, 3, 1, 3, 64, 64)
     assert_close(three(frames.expand(-1, -1, 3, -1, -1, -1)), one(frames))
 
@@ -296,7 +332,10 @@ def test_frames_of_a_super_image_keep_their_order():
 
 
 def test_a_state_dict_round_trip_over_a_fresh_trunk():
-    model, other = trained(stnet(frames_per_segment=2)).eval(), stnet(frames_per_segment=2, seed=5).double().eval()
+    model, other = (
+        trained(stnet(frames_per_segment=2)).eval(),
+        stnet(frames_per_segment=2, seed=5).double().eval(),
+    )
     other.load_state_dict(model.state_dict())
     frames = noise(2, 3, 2, 3, 32, 32)
     assert torch.equal(other(frames), model(frames))
@@ -369,14 +408,20 @@ def test_numbers_and_options_without_meaning_are_refused(arguments, options, mes
 
 def test_a_trunk_that_is_not_for_rgb_is_refused_and_left_as_it_was():
     trunk = TRUNKS["resnet"](in_chans=15, num_classes=7)
-    with pytest.raises(InputError, match=r"takes 15 channels; give a trunk for RGB .* for 5 frames"):
+    with pytest.raises(
+        InputError, match=r"takes 15 channels; give a trunk for RGB .* for 5 frames"
+    ):
         StNet(trunk, 5, 5)
     assert trunk.fc.out_features == 7
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 3, 32, 32), (2, 3, 1, 3, 32, 32), (2, 3, 2, 1, 32, 32), (2, 0, 2, 3, 32, 32)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 3, 32, 32), (2, 3, 1, 3, 32, 32), (2, 3, 2, 1, 32, 32), (2, 0, 2, 3, 32, 32)]
+)
 def test_frames_of_another_shape_are_refused(shape):
-    with pytest.raises(ValueError, match=r"got frames \[2, .*takes \[batch, time, 2, 3, height, width\]"):
+    with pytest.raises(
+        ValueError, match=r"got frames \[2, .*takes \[batch, time, 2, 3, height, width\]"
+    ):
         stnet(frames_per_segment=2)(torch.zeros(shape))
 
 

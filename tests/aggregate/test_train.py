@@ -44,7 +44,9 @@ def options(features: str, out: Path, agg: str = "tsn", **changes) -> train.Opti
 def test_every_aggregator_learns_and_is_compared(agg, features, tmp_path, capsys):
     assert train.main(options(features, tmp_path / "run", agg, epochs=12)) == 0
     printed = capsys.readouterr().out
-    assert {"best.pt", "last.pt", "metrics.csv", "options.json", "results.json"} <= set(os.listdir(tmp_path / "run"))
+    assert {"best.pt", "last.pt", "metrics.csv", "options.json", "results.json"} <= set(
+        os.listdir(tmp_path / "run")
+    )
     assert any(name.startswith("events.out.tfevents") for name in os.listdir(tmp_path / "run"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results[agg]["6"]["top1"]["value"] >= 0.9
@@ -81,7 +83,10 @@ def test_a_resumed_run_is_the_undisturbed_run_bit_for_bit(features, tmp_path):
     for name, tensor in one.state_dict.items():
         assert torch.equal(tensor, other.state_dict[name]), name
     assert one.training["learners"][1]["best_epoch"] == other.training["learners"][1]["best_epoch"]
-    rows = [list(csv.DictReader((folder / "metrics.csv").read_text().splitlines())) for folder in (whole, cut)]
+    rows = [
+        list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        for folder in (whole, cut)
+    ]
     times = {"seconds": 0, "waited": 0}
     assert [row | times for row in rows[0]] == [row | times for row in rows[1]]
     assert len(rows[0]) == 5
@@ -101,7 +106,16 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(features, tmp_path):
 def test_hgnl_starts_as_the_tsn_it_is_initialised_from(features, tmp_path, capsys):
     train.main(options(features, tmp_path / "tsn", epochs=8))
     tsn = tmp_path / "tsn" / "best.pt"
-    start = options(features, tmp_path / "hgnl", "hgnl", init=tsn, recipe="paper", lr=1e-12, epochs=1, control=True)
+    start = options(
+        features,
+        tmp_path / "hgnl",
+        "hgnl",
+        init=tsn,
+        recipe="paper",
+        lr=1e-12,
+        epochs=1,
+        control=True,
+    )
     train.main(start)
     printed = capsys.readouterr().out
     assert "3 carried over by class name, 0 start fresh" in printed
@@ -154,7 +168,10 @@ def test_a_group_can_be_held_out_by_name(features, tmp_path):
 def test_a_hold_out_takes_whole_files_and_videos_without_a_group_one_by_one(tmp_path):
     """Half the rows are windows of few files, the others whole files without a group: both are held out."""
     store = classes_store(tmp_path / "f.zarr", splits=False)
-    ids = [f"w{row // 6}.mp4#{row % 6}000-{row % 6 + 1}000" if row < 30 else f"{row}.mp4" for row in range(60)]
+    ids = [
+        f"w{row // 6}.mp4#{row % 6}000-{row % 6 + 1}000" if row < 30 else f"{row}.mp4"
+        for row in range(60)
+    ]
     store.__dict__ |= {"ids": np.array(ids, object), "groups": np.full(60, "", object)}
     rows, val, words = choose_rows(store, options("", Path()), 0)
     assert not {ids[row].split("#")[0] for row in rows} & {ids[row].split("#")[0] for row in val}
@@ -210,7 +227,9 @@ def test_wrong_options_are_named(changes, message, features, tmp_path):
 def test_hgnl_says_which_group_does_not_divide(features, tmp_path):
     with pytest.raises(InputError, match="g2 3 does not divide g1 4"):
         train.main(options(features, tmp_path / "run", "hgnl", g2=3))
-    train.main(options(features, tmp_path / "run", "hgnl", epochs=1))  # the same folder, once that is put right
+    train.main(
+        options(features, tmp_path / "run", "hgnl", epochs=1)
+    )  # the same folder, once that is put right
 
 
 def test_a_class_without_an_example_is_named(tmp_path):
@@ -219,7 +238,14 @@ def test_a_class_without_an_example_is_named(tmp_path):
     FeatureStore.from_arrays(tmp_path / "f.zarr", np.ones((4, 2, 8)), lengths=lengths, **arrays)
     with pytest.raises(InputError, match="1 of 3 classes have no video to train on: b"):
         train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run", frames=2))
-    assert train.main(options(str(tmp_path / "f.zarr"), tmp_path / "run", frames=2, allow_missing_classes=True)) == 0
+    assert (
+        train.main(
+            options(
+                str(tmp_path / "f.zarr"), tmp_path / "run", frames=2, allow_missing_classes=True
+            )
+        )
+        == 0
+    )
 
 
 def test_nan_in_features_is_traced_to_its_video(features, tmp_path):
@@ -238,7 +264,9 @@ def test_nan_in_features_is_traced_to_its_video(features, tmp_path):
 
 def test_a_loss_that_diverges_says_so(features, tmp_path):
     with pytest.raises(RunError, match="a smaller --lr than 1e\\+30 may help"):
-        train.main(options(features, tmp_path / "run", "nl", m1=4, lr=1e30, recipe="paper", scale_init=1.0))
+        train.main(
+            options(features, tmp_path / "run", "nl", m1=4, lr=1e30, recipe="paper", scale_init=1.0)
+        )
 
 
 # -- evaluate ------------------------------------------------------------------------------------------------------
@@ -261,18 +289,24 @@ def test_windows_are_averaged_into_one_score_a_video(trained, tmp_path, capsys):
         lengths=[6] * 20,
         labels=labels,
         classes=[f"class {number}" for number in range(3)],
-        ids=[f"{row // 5}.mp4#{start:.0f}000-{start + 10:.0f}000" for row, start in enumerate(starts)],
+        ids=[
+            f"{row // 5}.mp4#{start:.0f}000-{start + 10:.0f}000" for row, start in enumerate(starts)
+        ],
         splits=["val"] * 20,
         starts=starts,
         ends=starts + 10,
     )
     assert store.ends[-1] == 50
     for by, ids in (("row", store.ids.tolist()), ("video", ["0.mp4", "1.mp4", "2.mp4", "3.mp4"])):
-        asked = evaluate.Options(trained, store.path, by=by, segments=(6,), out=tmp_path / f"{by}.h5")
+        asked = evaluate.Options(
+            trained, store.path, by=by, segments=(6,), out=tmp_path / f"{by}.h5"
+        )
         assert evaluate.main(asked) == 0
         assert Scores.load(tmp_path / f"{by}.h5").ids == ids
     by_row, by_video = (Scores.load(tmp_path / f"{by}.h5") for by in ("row", "video"))
-    np.testing.assert_allclose(by_video.logits, by_row.logits.reshape(4, 5, 3).mean(axis=1), rtol=1e-5)
+    np.testing.assert_allclose(
+        by_video.logits, by_row.logits.reshape(4, 5, 3).mean(axis=1), rtol=1e-5
+    )
     assert "0 of 4 videos failed" in capsys.readouterr().out
 
 
@@ -295,14 +329,22 @@ def test_evaluate_writes_what_training_reported(trained, features, tmp_path, cap
 def test_crops_are_averaged_before_softmax_and_kept(trained, features, tmp_path):
     store = FeatureStore.open(features)
     two = np.concatenate([store.read(slice(0, 60)), -store.read(slice(0, 60))], axis=1)
-    provenance = {"lengths": store.num_frames, "labels": store.labels, "splits": store.splits.tolist()}
+    provenance = {
+        "lengths": store.num_frames,
+        "labels": store.labels,
+        "splits": store.splits.tolist(),
+    }
     FeatureStore.from_arrays(tmp_path / "two.zarr", two, classes=store.classes, **provenance)
-    evaluate.main(evaluate.Options(trained, str(tmp_path / "two.zarr"), segments=(6,), out=tmp_path / "s.h5"))
+    evaluate.main(
+        evaluate.Options(trained, str(tmp_path / "two.zarr"), segments=(6,), out=tmp_path / "s.h5")
+    )
     scores = Scores.load(tmp_path / "s.h5")
     assert scores.crops.shape == (18, 2, 3)
     np.testing.assert_allclose(scores.logits, scores.crops.mean(1), rtol=1e-5)
     evaluate.main(evaluate.Options(trained, features, segments=(6,), out=tmp_path / "one.h5"))
-    np.testing.assert_allclose(scores.crops[:, 0], Scores.load(tmp_path / "one.h5").logits, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        scores.crops[:, 0], Scores.load(tmp_path / "one.h5").logits, rtol=1e-4, atol=1e-5
+    )
 
 
 def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
@@ -318,9 +360,13 @@ def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
 
 def test_weights_that_give_no_scores_are_said_to_be_damaged(trained, features, tmp_path):
     damaged = Checkpoint.load(trained)
-    state = damaged.state_dict | {"classifier.bias": torch.full_like(damaged.state_dict["classifier.bias"], torch.nan)}
+    state = damaged.state_dict | {
+        "classifier.bias": torch.full_like(damaged.state_dict["classifier.bias"], torch.nan)
+    }
     replace(damaged, state_dict=state).save(tmp_path / "damaged.pt")
-    with pytest.raises(RunError, match=r"damaged\.pt has no scores that are finite; its weights are damaged"):
+    with pytest.raises(
+        RunError, match=r"damaged\.pt has no scores that are finite; its weights are damaged"
+    ):
         evaluate.main(evaluate.Options(tmp_path / "damaged.pt", features))
 
 
@@ -330,7 +376,10 @@ def test_labels_are_matched_by_class_name(trained, features, tmp_path):
     renamed = {"classes": list(store.classes)[::-1], "labels": 2 - store.labels}
     FeatureStore.from_arrays(tmp_path / "r.zarr", store.read(slice(0, 60)), **arrays, **renamed)
     evaluate.main(evaluate.Options(trained, str(tmp_path / "r.zarr"), out=tmp_path / "r.h5"))
-    assert Scores.load(tmp_path / "r.h5").labels.tolist() == store.labels[store.splits == "val"].tolist()
+    assert (
+        Scores.load(tmp_path / "r.h5").labels.tolist()
+        == store.labels[store.splits == "val"].tolist()
+    )
     alien = {"classes": ["class 0", "class 1", "juggling"], "labels": store.labels}
     FeatureStore.from_arrays(tmp_path / "a.zarr", store.read(slice(0, 60)), **arrays, **alien)
     with pytest.raises(InputError, match="has class 'juggling'"):
@@ -374,7 +423,9 @@ def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
 
 
 def test_the_attentive_probe_has_a_rate_of_its_own_in_the_cached_recipe():
-    assert {agg: recipe("cached", agg, videos=96).lr for agg in ("tsn", "hgnl", "nextvlad", "attentive")} == {
+    assert {
+        agg: recipe("cached", agg, videos=96).lr for agg in ("tsn", "hgnl", "nextvlad", "attentive")
+    } == {
         **dict.fromkeys(("tsn", "hgnl", "nextvlad"), 0.01),
         "attentive": 0.03,
     }
@@ -399,11 +450,17 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
     cached["standardise"] = True
     assert used("a") == cached
     printed = capsys.readouterr().out
-    assert "head      hgnl as in the paper; A multiplied by n_train/n; W_q and W_k see frames" in printed
+    assert (
+        "head      hgnl as in the paper; A multiplied by n_train/n; W_q and W_k see frames"
+        in printed
+    )
     assert "; s starts at 1, not 0" in printed
     assert used("b", recipe="paper") == paper
     assert "head      hgnl as in the paper\n" in capsys.readouterr().out
-    assert used("c", normalise=False, scale_init=0.5) == cached | {"normalise": False, "scale_init": 0.5}
+    assert used("c", normalise=False, scale_init=0.5) == cached | {
+        "normalise": False,
+        "scale_init": 0.5,
+    }
     assert used("d", norm="n") == cached | {"norm": "n"}
     assert used("f", attention="softmax") == cached | {"attention": "softmax", "norm": "none"}
     assert used("e", recipe="paper", standardise=True, attention="softmax") == paper | {
@@ -415,29 +472,52 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
 @pytest.mark.parametrize("command", ["train", "ablate", "crossval"])
 def test_a_store_of_two_frames_trains_with_two(command, tmp_path, capsys):
     classes_store(tmp_path / "two.zarr", videos=30, frames=2)
-    arguments = {"train": ["--agg", "gru"], "ablate": ["--agg", "tsn"], "crossval": ["--agg", "tsn", "--folds", "2"]}
-    out = ["--features", str(tmp_path / "two.zarr"), "--out", str(tmp_path / "run"), "--epochs", "1"]
+    arguments = {
+        "train": ["--agg", "gru"],
+        "ablate": ["--agg", "tsn"],
+        "crossval": ["--agg", "tsn", "--folds", "2"],
+    }
+    out = [
+        "--features",
+        str(tmp_path / "two.zarr"),
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "1",
+    ]
     assert hgnl([command, *arguments[command], *out]) == 0
     assert "holds 2 per video, so models train with 2 instead of 3" in capsys.readouterr().out
     if command == "train":
         assert Checkpoint.load(tmp_path / "run" / "best.pt").frames == 2
-    assert hgnl([command, *arguments[command], *out, "--frames", "5"]) == 2, "a number that was given stays"
+    assert hgnl([command, *arguments[command], *out, "--frames", "5"]) == 2, (
+        "a number that was given stays"
+    )
 
 
 def test_a_head_that_sees_order_is_tested_as_it_was_trained(features, tmp_path, capsys):
     for agg, expected in (("gru", [3]), ("max", [3, 6])):
         train.main(options(features, tmp_path / agg, agg=agg))
         scores = tmp_path / f"{agg}.h5"
-        assert evaluate.main(evaluate.Options(tmp_path / agg / "best.pt", features, out=scores)) == 0
+        assert (
+            evaluate.main(evaluate.Options(tmp_path / agg / "best.pt", features, out=scores)) == 0
+        )
         printed = capsys.readouterr().out
-        assert ("gru sees the order of frames, so it is tested with 3, as it was trained" in printed) == (agg == "gru")
+        assert (
+            "gru sees the order of frames, so it is tested with 3, as it was trained" in printed
+        ) == (agg == "gru")
         with h5py.File(scores) as file:
             assert sorted(map(int, file["logits"])) == expected
-    evaluate.main(evaluate.Options(tmp_path / "gru" / "best.pt", features, segments=(6,), out=tmp_path / "six.h5"))
+    evaluate.main(
+        evaluate.Options(
+            tmp_path / "gru" / "best.pt", features, segments=(6,), out=tmp_path / "six.h5"
+        )
+    )
     assert Scores.load(tmp_path / "six.h5").segments == 6
 
 
-def test_a_run_begun_with_other_defaults_of_its_head_is_not_continued(features, tmp_path, monkeypatch):
+def test_a_run_begun_with_other_defaults_of_its_head_is_not_continued(
+    features, tmp_path, monkeypatch
+):
     from aggregate.training import recipes
 
     small = options(features, tmp_path / "run", "hgnl", g1=4, g2=2, m1=8, epochs=1)

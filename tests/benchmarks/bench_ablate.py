@@ -52,12 +52,24 @@ def test_one_pass_against_sixteen_processes(tmp_path):
     features = str(tmp_path / "feats.zarr")
     classes_store(Path(features), noise=4.0)
     rates = tuple(1e-3 * 2 ** (step / 4) for step in range(16))
-    options = ablate.Options(agg=("tsn",), features=features, out=tmp_path / "one", seeds=(0,), lr=rates, epochs=(30,))
+    options = ablate.Options(
+        agg=("tsn",), features=features, out=tmp_path / "one", seeds=(0,), lr=rates, epochs=(30,)
+    )
     sixteen = ablate.plan(options, FeatureStore.open(features)).configurations
     assert len(sixteen) == 16
     shared = ["--agg", "tsn", "--features", features, "--seeds", "0", "--epochs", "30"]
     one = seconds(
-        lambda: quiet(["-m", "aggregate.ablate", *shared, "--out", str(options.out), "--lr", *map(repr, rates)])
+        lambda: quiet(
+            [
+                "-m",
+                "aggregate.ablate",
+                *shared,
+                "--out",
+                str(options.out),
+                "--lr",
+                *map(repr, rates),
+            ]
+        )
     )
 
     def processes() -> None:
@@ -66,7 +78,9 @@ def test_one_pass_against_sixteen_processes(tmp_path):
             quiet([*words, "--out", str(tmp_path / str(number))])
 
     many = seconds(processes)
-    print(f"\ndemo size, 16 TSNs: one pass {one:.1f} s, 16 processes {many:.1f} s: {one / many:.3f}")
+    print(
+        f"\ndemo size, 16 TSNs: one pass {one:.1f} s, 16 processes {many:.1f} s: {one / many:.3f}"
+    )
     assert one <= 0.5 * many
 
 
@@ -83,7 +97,12 @@ def test_one_pass_against_sixteen_runs_in_one_process(tmp_path):
         splits=["train"] * 2_048 + ["val"] * 256,
     )
     options = ablate.Options(
-        features=store.path, seeds=(0,), epochs=(1,), batch_size=(256,), optimizer=("adamw",), **GRID
+        features=store.path,
+        seeds=(0,),
+        epochs=(1,),
+        batch_size=(256,),
+        optimizer=("adamw",),
+        **GRID,
     )
     share = ablate.plan(options, store).configurations
     assert len(share) == 16

@@ -20,7 +20,9 @@ NAME = "legacy_seresnext101_32x4d"
 ROUNDS = 6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH = 8
-FRAMES = np.random.default_rng(0).integers(0, 256, (8 * BATCH, 224, 224, 3), dtype=np.uint8)  # several for each stream
+FRAMES = np.random.default_rng(0).integers(
+    0, 256, (8 * BATCH, 224, 224, 3), dtype=np.uint8
+)  # several for each stream
 
 
 def product(dtype: torch.dtype, *, size: int = 4096) -> Callable[[], object]:
@@ -28,7 +30,9 @@ def product(dtype: torch.dtype, *, size: int = 4096) -> Callable[[], object]:
     return lambda: left @ right
 
 
-def as_timm_built_it(module: torch.nn.Module, dtype: torch.dtype, batch: int) -> Callable[[], object]:
+def as_timm_built_it(
+    module: torch.nn.Module, dtype: torch.dtype, batch: int
+) -> Callable[[], object]:
     plain = copy.deepcopy(module).to(dtype).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, 224, 224).to(dtype).to(memory_format=torch.channels_last)
     return torch.inference_mode()(lambda: plain(x))
@@ -41,7 +45,9 @@ def test_share_of_the_matrix_peak() -> None:
         work[f"product {precision}"] = product(dtype)
         work[f"timm {precision}"] = as_timm_built_it(trunk.module, dtype, BATCH)
         for engine in ("openvino", "torch"):
-            backbone = load_backbone(NAME, weights="random", device="cpu", precision=precision, engine=engine)
+            backbone = load_backbone(
+                NAME, weights="random", device="cpu", precision=precision, engine=engine
+            )
             work[f"{engine} {precision}"] = lambda backbone=backbone: backbone(FRAMES)
     seconds = best_seconds(work, rounds=ROUNDS)
 
@@ -52,7 +58,10 @@ def test_share_of_the_matrix_peak() -> None:
     print(
         f"{'':5} {'product GFLOP/s':>16} {'allows':>7} {'timm, frames/s':>15} {'torch':>7} {'openvino':>9} {'share':>6}"
     )
-    speed = {name: (BATCH if name.startswith("timm") else len(FRAMES)) / took for name, took in seconds.items()}
+    speed = {
+        name: (BATCH if name.startswith("timm") else len(FRAMES)) / took
+        for name, took in seconds.items()
+    }
     for precision in DTYPES:
         own = peak[precision] / flops
         print(

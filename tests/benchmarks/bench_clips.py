@@ -86,13 +86,17 @@ def test_clips_cost_one_pass_and_the_backbone(tmp_path: Path) -> None:
     wanted = shown_frames(path, spans, plan)
     jobs, counts = cpu_seconds(in_jobs, path, spans, plan)
     alone, _ = cpu_seconds(one_pass, path, wanted, plan)
-    noise = np.random.default_rng(0).integers(0, 256, (CLIPS_MEASURED, *backbone.input_shape), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(
+        0, 256, (CLIPS_MEASURED, *backbone.input_shape), dtype=np.uint8
+    )
     backbone(noise)
     few, _ = cpu_seconds(backbone, noise)
     computing = few / CLIPS_MEASURED * counts["clips"]
     ratio = (jobs + computing) / (alone + computing)
     print(f"\n{counts}, {len(wanted)} frames are shown in clips")
-    print(f"CPU s: jobs {jobs:.1f}, one pass {alone:.1f} ({jobs / alone:.2f}), backbone {computing:.0f}: {ratio:.3f}")
+    print(
+        f"CPU s: jobs {jobs:.1f}, one pass {alone:.1f} ({jobs / alone:.2f}), backbone {computing:.0f}: {ratio:.3f}"
+    )
     assert counts["clips"] == FRAMES * len(spans)
     assert counts["pictures"] == counts["distinct"] == len(wanted)
     assert ratio < 1.15

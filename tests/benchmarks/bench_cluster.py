@@ -35,7 +35,12 @@ from simulated import SimulatedWorker
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 ROOT = Path(__file__).parents[2]
-TINY: dict[str, Any] = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "device": "auto"}
+TINY: dict[str, Any] = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "device": "auto",
+}
 
 
 class DecodeStage:
@@ -66,7 +71,9 @@ class BackboneStage:
         jobs = jobs_of(block.videos, worker._plan)
         worker._ahead[block.number] = [
             (places, job, Ready(Finished(result, buffer, failure, seconds)))  # type: ignore[misc]
-            for (places, job), buffer, (result, failure, seconds) in zip(jobs, frames, ends, strict=True)
+            for (places, job), buffer, (result, failure, seconds) in zip(
+                jobs, frames, ends, strict=True
+            )
         ]
         return {"done": objects(worker.run(block) + worker.drain())}
 
@@ -89,10 +96,22 @@ def objects(values: list) -> np.ndarray:
 class RayData:
     """The contender: map_batches with an actor pool for each stage, `concurrency` from one to what the nodes hold."""
 
-    def __init__(self, options: Options, worker: type[Worker], *, decoders: int, workers: int, cpus: float, gpu: bool):
+    def __init__(
+        self,
+        options: Options,
+        worker: type[Worker],
+        *,
+        decoders: int,
+        workers: int,
+        cpus: float,
+        gpu: bool,
+    ):
         self._arguments = worker, options, max(1, int(cpus))
         self._decode = {"num_cpus": cpus, "concurrency": (decoders, decoders)}
-        self._backbone = {"concurrency": (workers, workers), **({"num_gpus": 1} if gpu else {"num_cpus": cpus})}
+        self._backbone = {
+            "concurrency": (workers, workers),
+            **({"num_gpus": 1} if gpu else {"num_cpus": cpus}),
+        }
 
     def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
         import ray
@@ -100,9 +119,15 @@ class RayData:
         context = ray.data.DataContext.get_current()
         context.target_max_block_size = 1 << 40  # a block's frames stay together
         context.enable_progress_bars = False
-        data = ray.data.from_items([{"block": block} for block in blocks], override_num_blocks=len(blocks))
-        data = data.map_batches(DecodeStage, fn_constructor_args=self._arguments, batch_size=1, **self._decode)
-        data = data.map_batches(BackboneStage, fn_constructor_args=self._arguments, batch_size=1, **self._backbone)
+        data = ray.data.from_items(
+            [{"block": block} for block in blocks], override_num_blocks=len(blocks)
+        )
+        data = data.map_batches(
+            DecodeStage, fn_constructor_args=self._arguments, batch_size=1, **self._decode
+        )
+        data = data.map_batches(
+            BackboneStage, fn_constructor_args=self._arguments, batch_size=1, **self._backbone
+        )
         for batch in data.iter_batches(batch_size=None, prefetch_batches=0):
             yield [done for cell in batch["done"] for done in cell]
 
@@ -127,9 +152,13 @@ def cluster_of(nodes: list[dict[str, Any]]) -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import this file
+    ray.cloudpickle.register_pickle_by_value(
+        sys.modules[__name__]
+    )  # workers cannot import this file
     os.environ["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for node in nodes:
             cluster.add_node(object_store_memory=800 << 20, **node)
@@ -170,7 +199,9 @@ def contest(
     for name in contenders:
         out = tmp_path / f"{name.replace(' ', '_')}.zarr"
         shutil.rmtree(out, ignore_errors=True)
-        options = Options(Path(), str(out), block_size=block_size, decode_workers=max(1, int(cores)), **TINY)
+        options = Options(
+            Path(), str(out), block_size=block_size, decode_workers=max(1, int(cores)), **TINY
+        )
         with cluster_of(nodes) as address:
             options = Options(**(vars(options) | {"address": address}))
             made = worker(options, 1).describe()
@@ -190,7 +221,9 @@ def contest(
                 # One decoder a node; without GPUs, each stage has half of its node.
                 share = cores if gpu else cores / 2
                 workers = 1 if gpu else len(nodes)
-                pool: Any = RayData(options, worker, decoders=len(nodes), workers=workers, cpus=share, gpu=gpu)
+                pool: Any = RayData(
+                    options, worker, decoders=len(nodes), workers=workers, cpus=share, gpu=gpu
+                )
             else:
                 pool = (Alone if name == "alone" else RayActorPool)(options, worker)
                 pool.describe()
@@ -200,7 +233,9 @@ def contest(
                 speeds[name], start = measure(pool, store, blocks)
             finally:
                 pool.close()
-        print(f"{name:>8}: {speeds[name]:6.1f} videos/s over {len(nodes)} nodes; {start:.0f} s to the first block")
+        print(
+            f"{name:>8}: {speeds[name]:6.1f} videos/s over {len(nodes)} nodes; {start:.0f} s to the first block"
+        )
     ratios = [f"{name} {speed / speeds[contenders[0]]:.2f}" for name, speed in speeds.items()]
     print(f"of the first: {', '.join(ratios)}")
     return speeds
@@ -211,14 +246,26 @@ def real_videos() -> list[Video]:
     """Real clips, decoded for real: Kinetics' of ../shared where they are, else the ones the package ships."""
     source = sorted((ROOT.parent / "shared" / "clips" / "kinetics_like").glob("mmaction2*.mp4"))
     source = source or sorted((ROOT / "pipelines" / "clips" / "daily_actions").rglob("*.mp4"))[:8]
-    return [Video(f"{copy}/{clip.name}", str(clip), 0, "train") for copy in range(48 // len(source)) for clip in source]
+    return [
+        Video(f"{copy}/{clip.name}", str(clip), 0, "train")
+        for copy in range(48 // len(source))
+        for clip in source
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
     """Nodes of one core with a real decoder and a small real backbone. More than two of them share the two cores."""
     nodes = [{"num_cpus": 1}] * count
-    speeds = contest(tmp_path, real_videos, nodes, ["alone", "pool", "Ray Data"], worker=Worker, block_size=4, cores=1)
+    speeds = contest(
+        tmp_path,
+        real_videos,
+        nodes,
+        ["alone", "pool", "Ray Data"],
+        worker=Worker,
+        block_size=4,
+        cores=1,
+    )
     assert speeds["pool"] >= 0.9 * speeds["alone"]
 
 
@@ -227,7 +274,13 @@ def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
     videos = [Video(f"{number:04d}.mp4", __file__, 0, "train") for number in range(256)]
     nodes: list[dict[str, Any]] = [{"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2}, {"num_cpus": 2}]
     speeds = contest(
-        tmp_path, videos, nodes, ["alone", "pool", "Ray Data"], worker=SimulatedWorker, block_size=16, cores=2
+        tmp_path,
+        videos,
+        nodes,
+        ["alone", "pool", "Ray Data"],
+        worker=SimulatedWorker,
+        block_size=16,
+        cores=2,
     )
     assert speeds["pool"] >= 1.8 * speeds["alone"]
 
@@ -235,7 +288,13 @@ def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
 # -- as many workers as a large cluster has ------------------------------------------------------------------------
 
 WORKERS, PROCESSES, CORES = 64, 4, 16
-VIDEOS, FRAMES, DIM, BLOCK, DECODE_SECONDS = 650_000, 25, 2048, 64, 0.105  # Kinetics-700: 10,157 blocks
+VIDEOS, FRAMES, DIM, BLOCK, DECODE_SECONDS = (
+    650_000,
+    25,
+    2048,
+    64,
+    0.105,
+)  # Kinetics-700: 10,157 blocks
 PART = int(os.environ.get("HGNL_PART", "1"))  # of it, on a machine that is busy with other things
 
 
@@ -257,7 +316,15 @@ class Sleeper:
             np.full(shape, 3, "<i4"),
             np.zeros(shape, "<f4"),
         )
-        return [Done(block.number, outcome, "here", shape[0] * shape[2], dict.fromkeys(("decode", "wait"), 0.0))]
+        return [
+            Done(
+                block.number,
+                outcome,
+                "here",
+                shape[0] * shape[2],
+                dict.fromkeys(("decode", "wait"), 0.0),
+            )
+        ]
 
     def drain(self) -> list[Done]:
         return []
@@ -271,7 +338,9 @@ class Crowd(RayActorPool):
 
         # Two calls are in flight with each member; a worker does one at a time.
         self._sleepers = [
-            ray.remote(Sleeper).options(max_concurrency=WORKERS // PROCESSES, num_cpus=0).remote(seconds)
+            ray.remote(Sleeper)
+            .options(max_concurrency=WORKERS // PROCESSES, num_cpus=0)
+            .remote(seconds)
             for _ in range(PROCESSES)
         ]
         super().__init__(options)
@@ -293,7 +362,12 @@ def test_the_driver_of_64_workers(tmp_path):
     out = tmp_path / "feats.zarr"
     store = FeatureStore.create(
         out,
-        **_columns([Video(f"train/class/{number:06d}.mp4", __file__, 0, "train") for number in range(VIDEOS // PART)]),
+        **_columns(
+            [
+                Video(f"train/class/{number:06d}.mp4", __file__, 0, "train")
+                for number in range(VIDEOS // PART)
+            ]
+        ),
         classes=["a"],
         views=["center"],
         frames=FRAMES,
@@ -310,7 +384,13 @@ def test_the_driver_of_64_workers(tmp_path):
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     seconds = max(BLOCK * DECODE_SECONDS / CORES, BLOCK * FRAMES / H100_FRAMES_A_SECOND)
     ideal = len(blocks) * seconds / WORKERS
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
     try:
         pool = Crowd(Options(Path(), str(out), workers=WORKERS), seconds)
         ray.get([sleeper.drain.remote() for sleeper in pool._sleepers])
@@ -328,5 +408,7 @@ def test_the_driver_of_64_workers(tmp_path):
         f"the {ideal:.1f} s that they sleep; the driver used {cpu / wall:.0%} of a core ({1e3 * cpu / len(blocks):.2f} "
         f"ms a block) and {memory:.2f} GB"
     )
-    print(f"the model: {cost(VIDEOS, views=1, frames=FRAMES, dim=DIM, decode_seconds=DECODE_SECONDS)}")
+    print(
+        f"the model: {cost(VIDEOS, views=1, frames=FRAMES, dim=DIM, decode_seconds=DECODE_SECONDS)}"
+    )
     assert memory < 2

@@ -83,7 +83,9 @@ def measure(paths: list[str]) -> None:
                     run(path, frames)
                     times[name].append(time.process_time() - started)
             for name, each in times.items():
-                seconds.setdefault(str(frames), {}).setdefault(name, {})[Path(path).name] = median(each)
+                seconds.setdefault(str(frames), {}).setdefault(name, {})[Path(path).name] = median(
+                    each
+                )
     print(json.dumps(seconds))
 
 
@@ -96,7 +98,11 @@ def test_decoding_against_decord_and_torchcodec(shared_clips, tmp_path):
     done = subprocess.run(
         [sys.executable, __file__, *map(str, clips)],
         env=os.environ
-        | {"LD_LIBRARY_PATH": str(libraries), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        | {
+            "LD_LIBRARY_PATH": str(libraries),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        },
         stdout=subprocess.PIPE,
         check=True,
     )

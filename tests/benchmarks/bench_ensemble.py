@@ -84,9 +84,20 @@ def measured(*args: object) -> tuple[float, float, float, str]:
 def test_fusing_70000_videos(files, tmp_path, weights, limit):
     out = tmp_path / "fused.h5"
     seconds, cpu, peak, said = measured(
-        *("--scores", *files, "--out", out, "--weights", weights, "--submission", tmp_path / "sub.json")
+        *(
+            "--scores",
+            *files,
+            "--out",
+            out,
+            "--weights",
+            weights,
+            "--submission",
+            tmp_path / "sub.json",
+        )
     )
-    print(f"\n{said}\n{weights}: {cpu:.1f} CPU s ({seconds:.1f} s of wall time), peak {peak:.2f} GB")
+    print(
+        f"\n{said}\n{weights}: {cpu:.1f} CPU s ({seconds:.1f} s of wall time), peak {peak:.2f} GB"
+    )
     assert len(json.loads(out.with_suffix(".json").read_text())["table"]) == 8
     assert cpu < limit
     assert peak < LIMIT_GB

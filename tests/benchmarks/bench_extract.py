@@ -32,7 +32,10 @@ def clips(tmp_path_factory) -> Path:
     """32 clips, four copies of each of eight: two blocks of 400 frames, 25 whole batches each (64 videos are 100)."""
     root = Path(__file__).parents[2]
     kinetics = root.parent / "shared" / "clips" / "kinetics_like"
-    source = sorted(kinetics.glob("*.mp4"))[:8] or sorted((root / "pipelines/clips/daily_actions").rglob("*.mp4"))[:8]
+    source = (
+        sorted(kinetics.glob("*.mp4"))[:8]
+        or sorted((root / "pipelines/clips/daily_actions").rglob("*.mp4"))[:8]
+    )
     folder = tmp_path_factory.mktemp("clips")
     for clip in source:
         for copy in range(4):
@@ -42,12 +45,23 @@ def clips(tmp_path_factory) -> Path:
 
 def run(clips: Path, out: Path, **changed) -> dict[str, float]:
     """One extraction; wall seconds without start-up, frames, CPU seconds of decoding."""
-    settings = {"backbone": BACKBONE, "weights": "random", "block_size": 16, "max_failed": 0.0, "frames": FRAMES}
+    settings = {
+        "backbone": BACKBONE,
+        "weights": "random",
+        "block_size": 16,
+        "max_failed": 0.0,
+        "frames": FRAMES,
+    }
     assert main(Options(videos=clips, out=str(out), **(settings | changed))) == 0
     records = RunLog.records(out)
     decode = sum(record["seconds"]["decode"] for record in records if record["event"] == "block")
     device = sum(record["seconds"]["device"] for record in records if record["event"] == "block")
-    return {"wall": records[-1]["wall"], "frames": records[-1]["frames"], "decode": decode, "device": device}
+    return {
+        "wall": records[-1]["wall"],
+        "frames": records[-1]["frames"],
+        "decode": decode,
+        "device": device,
+    }
 
 
 def bf16_gflops() -> float:
@@ -66,7 +80,9 @@ def frames_a_second_of_the_backbone() -> float:
     from extract.backbone.frozen import load_backbone
 
     backbone = load_backbone(BACKBONE, weights="random")
-    frames = np.random.default_rng(0).integers(0, 256, (backbone.batch_size, 224, 224, 3), dtype=np.uint8)
+    frames = np.random.default_rng(0).integers(
+        0, 256, (backbone.batch_size, 224, 224, 3), dtype=np.uint8
+    )
     backbone(frames)
     seconds = []
     for _ in range(10):
@@ -95,7 +111,9 @@ def the_loop_most_people_write(clips: Path, out: Path) -> float:
     done, started = 0, time.perf_counter()
     for clip in sorted(clips.iterdir())[:4]:
         reader = decord.VideoReader(str(clip))
-        indices = [int(i * len(reader) / FRAMES + len(reader) / (2 * FRAMES)) for i in range(FRAMES)]
+        indices = [
+            int(i * len(reader) / FRAMES + len(reader) / (2 * FRAMES)) for i in range(FRAMES)
+        ]
         frames = torch.from_numpy(reader.get_batch(indices).asnumpy()).permute(0, 3, 1, 2)
         with torch.no_grad():
             np.save(out / f"{clip.stem}.npy", model(transform(frames)).numpy())
@@ -112,11 +130,15 @@ def test_the_whole_run_against_its_limits(clips, tmp_path):
     backbone = (backbone + again) / 2
     speed = here["frames"] / here["wall"]
     both = 1 / (1 / backbone + here["decode"] / here["frames"] / cores)
-    print(f"\nbf16 matrix product {product:,.0f} GFLOP/s: {product / GFLOP_A_FRAME:.1f} frames/s would be its limit")
+    print(
+        f"\nbf16 matrix product {product:,.0f} GFLOP/s: {product / GFLOP_A_FRAME:.1f} frames/s would be its limit"
+    )
     print(
         f"backbone alone {backbone:.1f} frames/s; decoding {1e3 * here['decode'] / here['frames']:.1f} CPU ms a frame"
     )
-    print(f"decoding and backbone together allow {both:.1f} frames/s; the loop most people write {naive:.1f}")
+    print(
+        f"decoding and backbone together allow {both:.1f} frames/s; the loop most people write {naive:.1f}"
+    )
     print(
         f"whole extraction {speed:.1f} frames/s: {speed * GFLOP_A_FRAME / product:.2f} of the matrix product, "
         f"{speed / both:.2f} of the two costs, {speed / naive:.2f} times the loop"
@@ -156,11 +178,17 @@ def test_beside_others(name, clips, tmp_path):
                 turns.append(numbers["frames"] / numbers["wall"])
             speeds[way, neighbors] = max(turns)
     before = speeds["torch", 0]
-    print(f"\n{name}, {cores} cores, whole extraction, frames/s; load of the machine {os.getloadavg()[0]:.1f}")
-    print(f"{'':10} {'quiet':>8} {'beside':>8} {'beside / quiet':>15} {'quiet / torch':>14} {'beside / torch':>15}")
+    print(
+        f"\n{name}, {cores} cores, whole extraction, frames/s; load of the machine {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        f"{'':10} {'quiet':>8} {'beside':>8} {'beside / quiet':>15} {'quiet / torch':>14} {'beside / torch':>15}"
+    )
     for way in ways:
         quiet, beside = speeds[way, 0], speeds[way, cores]
-        ratios = f"{beside / quiet:15.2f} {quiet / before:14.2f} {beside / speeds['torch', cores]:15.2f}"
+        ratios = (
+            f"{beside / quiet:15.2f} {quiet / before:14.2f} {beside / speeds['torch', cores]:15.2f}"
+        )
         print(f"{way:10} {quiet:8.1f} {beside:8.1f} {ratios}")
     assert speeds["openvino", cores] >= BESIDE_LOAD * speeds["openvino", 0]
     assert speeds["openvino", 0] >= goal * before

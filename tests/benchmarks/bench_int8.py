@@ -23,7 +23,9 @@ AGGREGATORS = ("tsn", "hgnl", "logreg")
 
 def right_by_crossval(store: Path, out: Path) -> dict[str, np.ndarray]:
     """Of each aggregator, for each video whether its out-of-fold scores are largest for its class."""
-    assert crossval.main(crossval.Options(features=str(store), out=out, agg=AGGREGATORS, seeds=SEEDS)) in (0, None)
+    assert crossval.main(
+        crossval.Options(features=str(store), out=out, agg=AGGREGATORS, seeds=SEEDS)
+    ) in (0, None)
     right = {}
     for name in AGGREGATORS:
         scores = Scores.load(out / f"{name}.h5")
@@ -38,8 +40,20 @@ def test_accuracy_beside_fp32(tmp_path: Path) -> None:
     right: dict[str, dict[str, np.ndarray]] = {}
     for precision in PRECISIONS:
         store = tmp_path / f"{precision}.zarr"
-        chosen = {"backbone": "tf_efficientnet_lite0", "device": "cpu", "frames": 8, "precision": precision}
-        assert main(Options(videos=videos / "labels.csv", root=videos / "clips", out=str(store), **chosen)) == 0
+        chosen = {
+            "backbone": "tf_efficientnet_lite0",
+            "device": "cpu",
+            "frames": 8,
+            "precision": precision,
+        }
+        assert (
+            main(
+                Options(
+                    videos=videos / "labels.csv", root=videos / "clips", out=str(store), **chosen
+                )
+            )
+            == 0
+        )
         right[precision] = right_by_crossval(store, tmp_path / precision)
     error = FeatureStore.open(tmp_path / "int8.zarr").provenance["quantization"]["relative_error"]
     print(
@@ -51,6 +65,8 @@ def test_accuracy_beside_fp32(tmp_path: Path) -> None:
             line += f"  {precision} {100 * right[precision][name].mean():5.1f}"
             if precision != "fp32":
                 gain = bootstrap(right[precision][name] - right["fp32"][name])
-                line += f" ({100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}])"
+                line += (
+                    f" ({100 * gain.value:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}])"
+                )
                 assert gain.high > -0.05, "an interval that lies wholly below -5 points"
         print(line)

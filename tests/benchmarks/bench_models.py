@@ -73,7 +73,9 @@ def batch_of(frames: int, dtype: torch.dtype, *, channels_first: bool = False) -
     return Batch(x, None, torch.randint(CLASSES, (BATCH,), generator=generator), np.arange(BATCH))
 
 
-def take_turns(contenders: dict[str, tuple[Learner, Batch]], *, turns: int) -> dict[str, list[float]]:
+def take_turns(
+    contenders: dict[str, tuple[Learner, Batch]], *, turns: int
+) -> dict[str, list[float]]:
     """Seconds of a step, one for each turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
@@ -101,11 +103,16 @@ def operations(trained: Learner, batch: Batch) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["features as stored", "features in fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float32], ids=["features as stored", "features in fp32"]
+)
 @pytest.mark.parametrize("recipe_name", ["paper", "cached"])
 def test_a_step_with_3_frames_against_tsn(recipe_name, dtype):
     batch = batch_of(3, dtype)
-    contenders = {name: (learner(name.split()[0], recipe_name), batch) for name in ("tsn", "hgnl", "tsn again")}
+    contenders = {
+        name: (learner(name.split()[0], recipe_name), batch)
+        for name in ("tsn", "hgnl", "tsn again")
+    }
     seconds = take_turns(contenders, turns=41)
     counted = {name: operations(*contenders[name]) for name in ("tsn", "hgnl")}
     times, by_operations = ratio(seconds, "hgnl", "tsn"), counted["hgnl"] / counted["tsn"]
@@ -118,7 +125,9 @@ def test_a_step_with_3_frames_against_tsn(recipe_name, dtype):
     assert times <= 2.8
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["features as stored", "features in fp32"])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.float32], ids=["features as stored", "features in fp32"]
+)
 @pytest.mark.parametrize(("frames", "turns"), [(3, 15), (25, 9)])
 def test_a_step_against_the_literal_form(frames, turns, dtype):
     batch, turned = batch_of(frames, dtype), batch_of(frames, dtype, channels_first=True)

@@ -35,14 +35,23 @@ def test_seconds_a_clip(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        [sys.executable, __file__, str(tmp_path)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     *words, measured = done.stdout.splitlines()
     print("", *words, sep="\n")
     seconds = np.array(json.loads(measured))  # [rounds, clips]
     best, usual = seconds.min(0), np.median(seconds, 0)
-    for what, some in (("12 shipped clips, mean", slice(0, -1)), ("10 s at 340 x 256", slice(-1, None))):
-        print(f"{what:22}: best {best[some].mean():.3f} s, median {usual[some].mean():.3f} s a clip")
+    for what, some in (
+        ("12 shipped clips, mean", slice(0, -1)),
+        ("10 s at 340 x 256", slice(-1, None)),
+    ):
+        print(
+            f"{what:22}: best {best[some].mean():.3f} s, median {usual[some].mean():.3f} s a clip"
+        )
     print(f"load of the machine: {os.getloadavg()[0]:.1f} on {available_cores()} cores")
     assert best.max() < ALLOWED
 
@@ -51,7 +60,9 @@ def checkpoint() -> Checkpoint:
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     model = build("hgnl", dim=trunk.dim, num_classes=700, scale_init=0.5)
     features = backbone_record(trunk)
-    return Checkpoint(model.options, [f"class {n}" for n in range(700)], model.state_dict(), features, 3)
+    return Checkpoint(
+        model.options, [f"class {n}" for n in range(700)], model.state_dict(), features, 3
+    )
 
 
 def ten_seconds(path: Path) -> None:
@@ -69,7 +80,10 @@ def ten_seconds(path: Path) -> None:
 
 
 def measure(folder: Path) -> None:
-    clips = [*sorted(CLIPS.glob("*/*.mp4"), key=lambda path: path.stat().st_size)[-12:], folder / "long.mp4"]
+    clips = [
+        *sorted(CLIPS.glob("*/*.mp4"), key=lambda path: path.stat().st_size)[-12:],
+        folder / "long.mp4",
+    ]
     started = time.perf_counter()
     predictor = Predictor(Checkpoint.load(folder / "best.pt"), segments=25, device="cpu")
     predictor(clips[0])

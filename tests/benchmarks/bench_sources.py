@@ -34,9 +34,13 @@ def test_digests_against_decoding():
     ratios = []
     for _ in range(3):
         reading = cpu_seconds(lambda: [read_source(path) for path in paths])
-        decoding = cpu_seconds(lambda: [decode_job((path, [("id", None)], PLAN), out) for path in paths])
+        decoding = cpu_seconds(
+            lambda: [decode_job((path, [("id", None)], PLAN), out) for path in paths]
+        )
         ratios.append(reading / decoding)
-    print(f"\nsize and digest of a clip take {np.median(ratios):.2%} of the CPU time of decoding its 25 frames")
+    print(
+        f"\nsize and digest of a clip take {np.median(ratios):.2%} of the CPU time of decoding its 25 frames"
+    )
     assert np.median(ratios) < 0.01
 
 
@@ -72,4 +76,6 @@ def test_a_start_over_many_files_against_listing_them(tmp_path):
     started = time.process_time()
     assert not len(look_for_changed_files(store, pairs))
     looked = time.process_time() - started
-    print(f"\nlisting {count:,} files {listed:.2f} s; looking for changed ones {looked / listed:.0%} of that")
+    print(
+        f"\nlisting {count:,} files {listed:.2f} s; looking for changed ones {looked / listed:.0%} of that"
+    )

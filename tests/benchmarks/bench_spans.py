@@ -59,7 +59,9 @@ def one_pass(path: str, spans: list[tuple[float, float]]) -> int:
     def sample(count: int) -> np.ndarray:
         times = np.arange(count) * (SECONDS / count)  # at a constant rate
         places = (np.searchsorted(times, span) for span in spans)
-        return np.concatenate([first + segment_centres(stop - first, FRAMES) for first, stop in places])
+        return np.concatenate(
+            [first + segment_centres(stop - first, FRAMES) for first, stop in places]
+        )
 
     def shrink(frame: np.ndarray) -> np.ndarray:
         return resize_frame(frame, SEE)[16:240, 16:240][:1, :1].copy()
@@ -82,14 +84,21 @@ def everything(path: str, spans: list[tuple[float, float]]) -> int:
 
 def test_windows_of_an_hour_cost_what_one_pass_costs(hour):
     spans = window_spans(SECONDS, WINDOW, WINDOW)
-    contenders = {"one pass": (one_pass, 360), "in jobs": (in_jobs, 360), "one by one": (one_by_one, 36)}
+    contenders = {
+        "one pass": (one_pass, 360),
+        "in jobs": (in_jobs, 360),
+        "one by one": (one_by_one, 36),
+    }
     seconds = {}
     print(f"\n{len(spans)} windows of {hour.stat().st_size / 1e6:.0f} MB, CPU ms a window:")
     for name, (run, count) in (contenders | {"all decoded": (everything, 36)}).items():
         started = time.process_time()
         assert run(str(hour), spans[:count]) == count
         seconds[name] = (time.process_time() - started) / count
-        print(f"  {name:<12}{1000 * seconds[name]:8.1f}  {seconds[name] / seconds['one pass']:.2f}", flush=True)
+        print(
+            f"  {name:<12}{1000 * seconds[name]:8.1f}  {seconds[name] / seconds['one pass']:.2f}",
+            flush=True,
+        )
     assert seconds["in jobs"] <= 1.3 * seconds["one pass"]
 
 
@@ -102,7 +111,9 @@ def peak(path: Path, spans: int) -> float:
         "in_jobs(sys.argv[1], window_spans(float(sys.argv[2]) * WINDOW, WINDOW, WINDOW))\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(path), str(spans)], capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path), str(spans)], capture_output=True, text=True
+    )
     assert not run.returncode, run.stderr
     return int(run.stdout.split()[-1]) / 1024
 
@@ -110,5 +121,7 @@ def peak(path: Path, spans: int) -> float:
 def test_memory_does_not_grow_with_the_hour(hour, tmp_path):
     short = write_repeated(tmp_path / "short.mp4", hour.parent / "clip.mp4", 18)
     few, many = peak(short, 16), peak(hour, 64)
-    print(f"\npeak of a decode child: {few:.0f} MB for windows of 3 minutes, {many:.0f} MB for those of an hour")
+    print(
+        f"\npeak of a decode child: {few:.0f} MB for windows of 3 minutes, {many:.0f} MB for those of an hour"
+    )
     assert many < few + 100

@@ -27,7 +27,15 @@ from extract.store import FeatureStore
 from timing import busy_neighbors
 
 ROOT = Path(__file__).parents[2]
-CLIP = ROOT / "pipelines" / "clips" / "exercise_mini" / "clips" / "barbell" / "Barbell_Rear_Delt_Row.mp4"
+CLIP = (
+    ROOT
+    / "pipelines"
+    / "clips"
+    / "exercise_mini"
+    / "clips"
+    / "barbell"
+    / "Barbell_Rear_Delt_Row.mp4"
+)
 TURNS = 3
 ALLOWED = {"train": 3.0, "extract": 1.6, "predict": 2.2}  # times `import torch`
 
@@ -38,8 +46,26 @@ def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
     checkpoint(tmp_path / "best.pt")
     commands = {
         "import torch": ["-c", "import torch"],
-        "train": ["-m", "aggregate.train", "--agg", "tsn", "--features", "small.zarr", "--out", "out"],
-        "extract": ["-m", "extract", "--videos", str(CLIP), "--out", "out", "--backbone", "tf_efficientnet_lite0"],
+        "train": [
+            "-m",
+            "aggregate.train",
+            "--agg",
+            "tsn",
+            "--features",
+            "small.zarr",
+            "--out",
+            "out",
+        ],
+        "extract": [
+            "-m",
+            "extract",
+            "--videos",
+            str(CLIP),
+            "--out",
+            "out",
+            "--backbone",
+            "tf_efficientnet_lite0",
+        ],
         "predict": ["-m", "pipelines.predict", str(CLIP), "--checkpoint", "best.pt"],
     }
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HGNL_CACHE": str(tmp_path / "cache")}
@@ -56,13 +82,20 @@ def test_start_up_beside_importing_torch(tmp_path: Path) -> None:
                     seconds[name].append(wall)
                     cpu[name].append(used)
         usual[neighbors] = {name: float(np.median(turns)) for name, turns in seconds.items()}
-        print(f"\nbeside {neighbors} busy processes, {available_cores()} cores, load {os.getloadavg()[0]:.1f}")
+        print(
+            f"\nbeside {neighbors} busy processes, {available_cores()} cores, load {os.getloadavg()[0]:.1f}"
+        )
         for name, took in usual[neighbors].items():
             ratio = took / usual[neighbors]["import torch"]
-            print(f"{name:12} {took:5.1f} s, {ratio:.2f} times import torch, {np.median(cpu[name]):.1f} CPU s", end="")
+            print(
+                f"{name:12} {took:5.1f} s, {ratio:.2f} times import torch, {np.median(cpu[name]):.1f} CPU s",
+                end="",
+            )
             print(f", {took / usual[0][name]:.2f} times quiet")
     for name in ("extract", "predict"):
-        print(f"{name} imports {sorted(imported(commands[name], tmp_path, environment)) or 'neither torch nor timm'}")
+        print(
+            f"{name} imports {sorted(imported(commands[name], tmp_path, environment)) or 'neither torch nor timm'}"
+        )
     for name, allowed in ALLOWED.items():
         assert usual[0][name] < allowed * usual[0]["import torch"], name
 
@@ -71,7 +104,9 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[
     """Wall and CPU seconds of a process."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, check=False
+    )
     wall = time.perf_counter() - started
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr.decode()
@@ -82,7 +117,9 @@ def imported(command: list[str], folder: Path, environment: dict[str, str]) -> s
     """Which of the heavy libraries a command imports."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     times = ["-X", "importtime", *command]
-    done = subprocess.run([sys.executable, *times], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *times], cwd=folder, env=environment, capture_output=True, text=True
+    )
     names = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
     return names & {"torch", "timm", "torchvision", "openvino"}
 
@@ -93,7 +130,12 @@ def small_store(path: Path) -> None:
     features = rng.normal(size=(72, 16, 1280)) + rng.normal(size=(6, 1, 1280))[labels]
     splits = ["val" if number % 4 == 0 else "train" for number in range(72)]
     FeatureStore.from_arrays(
-        path, features.astype("f2"), lengths=np.full(72, 16), labels=labels, classes=list("abcdef"), splits=splits
+        path,
+        features.astype("f2"),
+        lengths=np.full(72, 16),
+        labels=labels,
+        classes=list("abcdef"),
+        splits=splits,
     )
 
 

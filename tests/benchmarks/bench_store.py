@@ -49,13 +49,20 @@ def outcome(rows: np.ndarray) -> Rows:
     shape = (len(rows), 1, FRAMES)
     indices = np.random.default_rng(rows[0]).integers(0, 300, shape).astype("<i4")
     return Rows(
-        rows, np.full(len(rows), OK, "i1"), [""] * len(rows), np.full(len(rows), 300), indices, indices / np.float32(30)
+        rows,
+        np.full(len(rows), OK, "i1"),
+        [""] * len(rows),
+        np.full(len(rows), 300),
+        indices,
+        indices / np.float32(30),
     )
 
 
 def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     store = empty_store(tmp_path / "k700.zarr", KINETICS)
-    for block in range(0, store.num_blocks, 16):  # neighbours of what is committed next are there already
+    for block in range(
+        0, store.num_blocks, 16
+    ):  # neighbours of what is committed next are there already
         store.commit(outcome(store.block_rows(block)))
     seconds = []
     for block in range(1, store.num_blocks, 400):
@@ -70,7 +77,9 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     opening = time.perf_counter() - started
     median, worst = 1e3 * np.median(seconds), 1e3 * max(seconds)
     print(f"\ncommit of a block at {KINETICS:,} rows: median {median:.1f} ms, worst {worst:.1f} ms")
-    print(f"opening and reading ids, splits, labels, status, frame counts, frame indices: {opening:.2f} s")
+    print(
+        f"opening and reading ids, splits, labels, status, frame counts, frame indices: {opening:.2f} s"
+    )
     assert np.median(seconds) < 0.040  # every file of it synced
     assert opening < 2
 
@@ -78,7 +87,11 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
 def test_what_syncing_costs(tmp_path, monkeypatch):
     """A block written and committed with every file on the disk, beside the same without; a share of an extraction."""
     store = FeatureStore.open(empty_store(tmp_path / "a.zarr", 64 * BLOCK).path, writable=True)
-    features = np.random.default_rng(0).standard_normal((BLOCK, 1, FRAMES, DIM), dtype=np.float32).astype("<f2")
+    features = (
+        np.random.default_rng(0)
+        .standard_normal((BLOCK, 1, FRAMES, DIM), dtype=np.float32)
+        .astype("<f2")
+    )
     blocks = iter(range(store.num_blocks))
 
     def write():
@@ -94,7 +107,9 @@ def test_what_syncing_costs(tmp_path, monkeypatch):
     seconds = medians({"synced": write, "not": unsynced}, rounds=30)
     cost = seconds["synced"] - seconds["not"]
     share = cost / (BLOCK * FRAMES / FASTEST)
-    print(f"\na block: {1e3 * seconds['synced']:.1f} ms synced, {1e3 * seconds['not']:.1f} ms not: {1e3 * cost:.1f} ms")
+    print(
+        f"\na block: {1e3 * seconds['synced']:.1f} ms synced, {1e3 * seconds['not']:.1f} ms not: {1e3 * cost:.1f} ms"
+    )
     print(f"that is {share:.2%} of an extraction at {FASTEST} frames/s")
     assert share < 0.02
 
@@ -103,7 +118,9 @@ def test_gather_against_memmap_and_zarr(tmp_path):
     count = 8192
     store = empty_store(tmp_path / "a.zarr", count)
     rng = np.random.default_rng(0)
-    plain = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype="<f2", shape=(count, FRAMES, DIM))
+    plain = np.lib.format.open_memmap(
+        tmp_path / "a.npy", mode="w+", dtype="<f2", shape=(count, FRAMES, DIM)
+    )
     for block in range(store.num_blocks):
         rows = store.block_rows(block)
         features = rng.standard_normal((len(rows), 1, FRAMES, DIM), dtype=np.float32).astype("<f2")
@@ -128,8 +145,12 @@ def test_gather_against_memmap_and_zarr(tmp_path):
     slow = medians({"zarr oindex": by_oindex}, rounds=3)
     print()
     for name, seconds in (fast | slow).items():
-        print(f"{name:12} {1e3 * seconds:9.2f} ms for 3 frames of 256 random videos, {256 / seconds:12,.0f} videos/s")
+        print(
+            f"{name:12} {1e3 * seconds:9.2f} ms for 3 frames of 256 random videos, {256 / seconds:12,.0f} videos/s"
+        )
     ratio, times = fast["memmap"] / fast["gather"], slow["zarr oindex"] / fast["gather"]
-    print(f"gather: {ratio:.2f} of numpy memmap on the same bytes, {times:,.0f} times zarr's oindex")
+    print(
+        f"gather: {ratio:.2f} of numpy memmap on the same bytes, {times:,.0f} times zarr's oindex"
+    )
     assert ratio >= 0.5
     assert times >= 100

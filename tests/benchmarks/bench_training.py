@@ -74,7 +74,9 @@ def learner(name: str, videos: int, precision: str = "auto", **options) -> Learn
     return Learner(
         name=name,
         precision=choose_precision(precision, device, chosen.batch_size),
-        model=build(name, dim=DIM, num_classes=CLASSES, **(head_options("cached", name, {}) | options)),
+        model=build(
+            name, dim=DIM, num_classes=CLASSES, **(head_options("cached", name, {}) | options)
+        ),
         recipe=chosen,
         steps_per_epoch=-(-videos // BATCH),
         seed=0,
@@ -144,13 +146,17 @@ def test_the_loop_from_a_mapped_store_keeps_up_with_tensors_in_memory(store, nam
     ours, theirs = learner(name, len(rows)), learner(name, len(rows))
     ratios = []
     for turn in range(6):
-        ready = list(resident(rows, x, labels, turn))  # even the gather is done before its clock starts
+        ready = list(
+            resident(rows, x, labels, turn)
+        )  # even the gather is done before its clock starts
         batches = mapped.train_batches(epoch=turn, frames=SEGMENTS, batch_size=BATCH, seed=0)
         one = seconds(lambda batches=batches: train_epoch([ours], batches, 0))
         other = seconds(lambda ready=ready: train_epoch([theirs], ready, 0))
         ratios.append(other / one)
     share = median(ratios[1:])
-    print(f"\n{name}: training from the mapped store at {share:.2f} of the loop over finished batches in memory")
+    print(
+        f"\n{name}: training from the mapped store at {share:.2f} of the loop over finished batches in memory"
+    )
     assert share >= 0.9
 
 
@@ -180,13 +186,17 @@ def test_against_a_dataloader_over_zarr(store):
         return VIDEOS / seconds(lambda: train_epoch([ours], batches, 0) if train else list(batches))
 
     def with_loader(train: bool, workers: int) -> float:
-        loader = DataLoader(VideosInZarr(store.path, rows), batch_size=BATCH, shuffle=True, num_workers=workers)
+        loader = DataLoader(
+            VideosInZarr(store.path, rows), batch_size=BATCH, shuffle=True, num_workers=workers
+        )
         batches = (Batch(x, None, labels, np.zeros(len(labels), int)) for x, labels in loader)
         return rows / seconds(lambda: train_epoch([theirs], batches, 0) if train else list(batches))
 
     with_store(False)
     for train in (False, True):
-        turns = [(with_store(train), max(with_loader(train, 0), with_loader(train, 2))) for _ in range(3)]
+        turns = [
+            (with_store(train), max(with_loader(train, 0), with_loader(train, 2))) for _ in range(3)
+        ]
         ratio = median(one / other for one, other in turns)
         print(
             f"\n{'TSN training' if train else 'batches'}, videos/s: store {median(t[0] for t in turns):,.0f}, "
@@ -198,7 +208,9 @@ def test_against_a_dataloader_over_zarr(store):
 @pytest.mark.parametrize("name", ["tsn", "hgnl"])
 def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
     """As before: fp32 products, SGD and clipping in passes of their own, dropout by `bernoulli_`; in turns."""
-    ours, theirs = (learner(name, VIDEOS, precision, standardise=True) for precision in ("auto", "fp32"))
+    ours, theirs = (
+        learner(name, VIDEOS, precision, standardise=True) for precision in ("auto", "fp32")
+    )
     groups = parameter_groups(theirs.model, theirs.recipe)
     theirs.optimizer = torch.optim.SGD(groups, lr=theirs.recipe.lr, momentum=0.9, foreach=False)
     theirs.model.dropout = torch.nn.Dropout(theirs.recipe.dropout)
@@ -208,7 +220,10 @@ def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
         one.train_mode()
         one.step(batch, 0, 0)
     for turn in range(10):
-        walls = [seconds(lambda one=one, turn=turn: one.step(batch, 0, turn + 1)) for one in (ours, theirs)]
+        walls = [
+            seconds(lambda one=one, turn=turn: one.step(batch, 0, turn + 1))
+            for one in (ours, theirs)
+        ]
         ratios.append(walls[0] / walls[1])
         steps.append(walls[0])
     print(

@@ -31,7 +31,9 @@ def table(path: Path, rows: list[list]) -> Path:
 
 
 def scores_of(head: Path, store: Path, out: Path) -> Scores:
-    evaluate.main(evaluate.Options(head / "best.pt", str(store), split="test", segments=(8,), out=out))
+    evaluate.main(
+        evaluate.Options(head / "best.pt", str(store), split="test", segments=(8,), out=out)
+    )
     return Scores.load(out)
 
 
@@ -47,20 +49,38 @@ def test_the_windows_of_untrimmed_videos(tmp_path):
         joined = [clips[place + half] for place in range(0, 24, 2) for clips in by_class]
         spans = join_clips(folder / "untrimmed.mp4", joined)
         others = [clip for clips in by_class for clip in clips[1 - half :: 2]]
-        rows = [[clip, clip.parent.name, "", "", "val" if n % 6 == 0 else "train"] for n, clip in enumerate(others)]
+        rows = [
+            [clip, clip.parent.name, "", "", "val" if n % 6 == 0 else "train"]
+            for n, clip in enumerate(others)
+        ]
         rows += [[clip, clip.parent.name, "", "", "test"] for clip in joined]
         clips = table(folder / "clips.csv", rows)
         assert main(Options(clips, str(folder / "clips.zarr"), root=CLIPS, **same)) == 0
-        assert train.main(train.Options(agg="tsn", features=str(folder / "clips.zarr"), out=folder / "tsn")) == 0
+        assert (
+            train.main(
+                train.Options(agg="tsn", features=str(folder / "clips.zarr"), out=folder / "tsn")
+            )
+            == 0
+        )
         names = [clip.parent.name for clip in joined]
-        cut = [["untrimmed.mp4", name, *span, "test"] for name, span in zip(names, spans, strict=True)]
+        cut = [
+            ["untrimmed.mp4", name, *span, "test"] for name, span in zip(names, spans, strict=True)
+        ]
         middles = [(a + (b - a) / 2, b + (b - a) / 2) for a, b in spans[:-1]]
-        shift = [["untrimmed.mp4", name, *span, "test"] for name, span in zip(names[:-1], middles, strict=True)]
+        shift = [
+            ["untrimmed.mp4", name, *span, "test"]
+            for name, span in zip(names[:-1], middles, strict=True)
+        ]
         for name, rows in (("windows", cut), ("shifted", shift)):
             source = table(folder / f"{name}.csv", rows)
             assert main(Options(source, str(folder / f"{name}.zarr"), **same)) == 0
-        assert main(Options(folder / "untrimmed.mp4", str(folder / "grid.zarr"), window=2.0, **same)) == 0
-        by_span, by_window = (FeatureStore.open(folder / name) for name in ("windows.zarr", "grid.zarr"))
+        assert (
+            main(Options(folder / "untrimmed.mp4", str(folder / "grid.zarr"), window=2.0, **same))
+            == 0
+        )
+        by_span, by_window = (
+            FeatureStore.open(folder / name) for name in ("windows.zarr", "grid.zarr")
+        )
         np.testing.assert_array_equal(by_window.read(slice(0, 72)), by_span.read(slice(0, 72)))
         for name in found:
             scores = scores_of(folder / "tsn", folder / f"{name}.zarr", folder / f"{name}.h5")

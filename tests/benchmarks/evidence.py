@@ -101,12 +101,16 @@ CHOICE = [
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def trained(task: Task, rows: np.ndarray, models: list[Model], seed: int, started: dict) -> dict[str, torch.nn.Module]:
+def trained(
+    task: Task, rows: np.ndarray, models: list[Model], seed: int, started: dict
+) -> dict[str, torch.nn.Module]:
     """All `models` on the same batches of videos `rows`; `started` are finished ones that others start from."""
     features, learners = StoredFeatures(task.store, rows, training=True), []
     for model in models:
         how = recipe("cached", model.agg, videos=len(rows), standardise=model.standardise)
-        options = head_options(model.recipe, model.agg, small(task.store.dim, model.agg) | model.options)
+        options = head_options(
+            model.recipe, model.agg, small(task.store.dim, model.agg) | model.options
+        )
         if model.agg == "hgnl":
             options["train_frames"] = task.frames
         torch.manual_seed(seed)
@@ -120,12 +124,16 @@ def trained(task: Task, rows: np.ndarray, models: list[Model], seed: int, starte
             **options,
         )
         if model.init:
-            carry_over(net, started[model.init].state_dict(), classes=classes, source_classes=classes)
+            carry_over(
+                net, started[model.init].state_dict(), classes=classes, source_classes=classes
+            )
         steps = -(-len(features) // how.batch_size)
         learners.append(Learner(model.name, net, how, steps, seed, torch.device("cpu")))
     how = learners[0].recipe
     for epoch in range(how.epochs):
-        batches = features.train_batches(epoch=epoch, frames=task.frames, batch_size=how.batch_size, seed=seed)
+        batches = features.train_batches(
+            epoch=epoch, frames=task.frames, batch_size=how.batch_size, seed=seed
+        )
         train_epoch(learners, batches, epoch)
     return {learner.name: learner.model for learner in learners}
 
@@ -134,7 +142,11 @@ def small(dim: int, agg: str) -> dict:
     """Options that divide the 12 channels of the vowels."""
     if dim > 16:
         return {}
-    return {"nl": {"inner_dim": 4}, "hgnl": {"inner_dim": 4, "g1": 4, "g2": 2}, "nextvlad": {"groups": 4}}.get(agg, {})
+    return {
+        "nl": {"inner_dim": 4},
+        "hgnl": {"inner_dim": 4, "g1": 4, "g2": 2},
+        "nextvlad": {"groups": 4},
+    }.get(agg, {})
 
 
 def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
@@ -146,7 +158,9 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
     folder = work / "results" / task.name
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(max(model.seeds for model in models)):
-        wanted = [m for m in models if seed < m.seeds and not (folder / f"{m.name}_{seed}.npz").exists()]
+        wanted = [
+            m for m in models if seed < m.seeds and not (folder / f"{m.name}_{seed}.npz").exists()
+        ]
         if not wanted:
             continue
         if time.perf_counter() > until:
@@ -160,15 +174,24 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
             if later := [m for m in wanted if m.init]:
                 nets |= trained(task, train, later, seed, nets)
             held = StoredFeatures(task.store, test)
-            several = {n: logits_of([nets[m.name] for m in wanted], held, segments=n, batch_size=64) for n in segments}
+            several = {
+                n: logits_of([nets[m.name] for m in wanted], held, segments=n, batch_size=64)
+                for n in segments
+            }
             for place, model in enumerate(wanted):
                 batches = held.test_batches(frames=segments[0], batch_size=64)
-                found = attention(nets[model.name], ((views[0].x, views[0].mask) for views in batches))
+                found = attention(
+                    nets[model.name], ((views[0].x, views[0].mask) for views in batches)
+                )
                 scores = [several[n][place].mean(1) for n in segments]
-                parts[model.name].append((test, task.store.labels[test], *scores, found.get("changed", np.nan)))
+                parts[model.name].append(
+                    (test, task.store.labels[test], *scores, found.get("changed", np.nan))
+                )
         for name, folds in parts.items():
             rows, labels, *scores, used = (list(column) for column in zip(*folds, strict=True))
-            joined = {f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)}
+            joined = {
+                f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)
+            }
             np.savez(
                 folder / f"{name}_{seed}.npz",
                 rows=np.concatenate(rows),
@@ -176,7 +199,10 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
                 attention=np.mean(used),
                 **joined,
             )
-        print(f"{task.name}, seed {seed}: {len(wanted)} models in {time.perf_counter() - began:.0f} s", flush=True)
+        print(
+            f"{task.name}, seed {seed}: {len(wanted)} models in {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
     return True
 
 
@@ -186,7 +212,10 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
 def subjects(store: FeatureStore) -> Folds:
     """Leave one subject out."""
     good, groups = store.usable, sorted(set(store.groups.tolist()))
-    return [(np.flatnonzero(good & (store.groups != one)), np.flatnonzero(store.groups == one)) for one in groups]
+    return [
+        (np.flatnonzero(good & (store.groups != one)), np.flatnonzero(store.groups == one))
+        for one in groups
+    ]
 
 
 def split(store: FeatureStore) -> Folds:
@@ -201,7 +230,9 @@ def inside(store: FeatureStore, folds: int, used: int) -> Folds:
 
     rows = np.flatnonzero((store.splits == "train") & store.usable)
     groups = store.groups[rows] if len(set(store.groups[rows].tolist())) > 1 else rows
-    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=1).split(rows, store.labels[rows], groups)
+    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=1).split(
+        rows, store.labels[rows], groups
+    )
     return [(rows[train], rows[test]) for train, test in itertools.islice(cut, used)]
 
 
@@ -246,7 +277,9 @@ def planted(work: Path, source: FeatureStore, others: FeatureStore, *, carry: in
     features = np.empty((len(rows), 25, source.dim), "<f2")
     for place, row in enumerate(rows):
         features[place] = pool[rng.choice(len(pool), 25, replace=False)]
-        shown = source.gather(np.array([row]), rng.choice(source.frames_per_video, carry, replace=False))[0]
+        shown = source.gather(
+            np.array([row]), rng.choice(source.frames_per_video, carry, replace=False)
+        )[0]
         features[place, rng.choice(25, carry, replace=False)] = shown
     return FeatureStore.from_arrays(
         path,
@@ -286,21 +319,40 @@ def tasks(work: Path) -> Iterator[Task]:
     for frames in (3, 16):
         title = f"untrimmed: 1 s of action in 8 s, trained on {frames}"
         yield Task(f"untrimmed_{frames}", title, joined, split(joined), frames)
-    daily, exercise = extracted(work, CLIPS / "daily_actions", 25, 4), extracted(work, CLIPS / "exercise_mini", 16, 3)
+    daily, exercise = (
+        extracted(work, CLIPS / "daily_actions", 25, 4),
+        extracted(work, CLIPS / "exercise_mini", 16, 3),
+    )
     for carry, frames in itertools.product((3, 8), (3, 25)):
         store = planted(work, exercise, daily, carry=carry)
         title = f"{carry} of 25 frames carry the class, trained on {frames}"
         yield Task(f"planted{carry}_{frames}", title, store, split(store), frames)
         if carry == 3:
             yield Task(
-                f"choice_planted3_{frames}", f"{title}: inside the training part", store, inside(store, 3, 1), frames
+                f"choice_planted3_{frames}",
+                f"{title}: inside the training part",
+                store,
+                inside(store, 3, 1),
+                frames,
             )
     yield Task("exercise", "exercise_mini, its split", exercise, split(exercise), 3)
-    yield Task("choice_exercise", "exercise_mini: inside the training part", exercise, inside(exercise, 3, 3), 3)
+    yield Task(
+        "choice_exercise",
+        "exercise_mini: inside the training part",
+        exercise,
+        inside(exercise, 3, 3),
+        3,
+    )
     yield Task("daily", "daily_actions, leave one subject out", daily, subjects(daily), 3)
     if (store := vowels(work)) is not None:
         yield Task("vowels", "JapaneseVowels, its split", store, split(store), 3)
-        yield Task("choice_vowels", "JapaneseVowels: inside the training part", store, inside(store, 2, 2), 3)
+        yield Task(
+            "choice_vowels",
+            "JapaneseVowels: inside the training part",
+            store,
+            inside(store, 2, 2),
+            3,
+        )
 
 
 def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
@@ -320,19 +372,32 @@ def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--sets", nargs="*", default=[], help="only these tasks, e.g. untrimmed_3 vowels")
-    parser.add_argument("--page-only", action="store_true", help="train nothing, write the page of what there is")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop after so many, with exit status 75")
+    parser.add_argument(
+        "--sets", nargs="*", default=[], help="only these tasks, e.g. untrimmed_3 vowels"
+    )
+    parser.add_argument(
+        "--page-only", action="store_true", help="train nothing, write the page of what there is"
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="stop after so many, with exit status 75"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "EVIDENCE.md")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     known, until = list(tasks(chosen.work)), time.perf_counter() + 60 * chosen.minutes
     for task, models in [] if chosen.page_only else plan(known):
-        if (task.name in chosen.sets or not chosen.sets) and not run(chosen.work, task, models, until):
+        if (task.name in chosen.sets or not chosen.sets) and not run(
+            chosen.work, task, models, until
+        ):
             sys.exit(75)
-    facts = [Facts(t.name, t.title, t.store.frames_per_video, len(t.folds), t.store.groups) for t in known]
+    facts = [
+        Facts(t.name, t.title, t.store.frames_per_video, len(t.folds), t.store.groups)
+        for t in known
+    ]
     write_page(chosen.work / "results", facts, chosen.out)
     print(json.dumps({"written": str(chosen.out)}))
 

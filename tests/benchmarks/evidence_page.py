@@ -10,7 +10,13 @@ from scipy.special import softmax
 from aggregate.metrics import Interval, bootstrap, paired_bootstrap, ranks
 
 PARTS = (
-    *("hgnl as the paper's", "hgnl, ReLU", "hgnl, frames not normalised", "hgnl, random start", "hgnl, s from 0"),
+    *(
+        "hgnl as the paper's",
+        "hgnl, ReLU",
+        "hgnl, frames not normalised",
+        "hgnl, random start",
+        "hgnl, s from 0",
+    ),
     "hgnl, not standardised",
 )
 FIGURE = "pipelines/evidence.png"
@@ -41,7 +47,9 @@ class Results:
         """How often a video's class comes first over `seeds`: float [videos], or a mean for each clip where several
         videos show the same one."""
         several = [self.files[name][seed] for seed in seeds]
-        values = np.mean([ranks(one[f"at{segments}"], one["labels"]) == 0 for one in several], axis=0)
+        values = np.mean(
+            [ranks(one[f"at{segments}"], one["labels"]) == 0 for one in several], axis=0
+        )
         if not self.facts.name.startswith(("planted", "choice_planted")):
             return values
         _, which = np.unique(self.facts.groups[several[0]["rows"]], return_inverse=True)
@@ -55,7 +63,9 @@ class Results:
         seeds = sorted(self.files.get(name, {}).keys() & self.files.get(other, {}).keys())
         if not seeds:
             return None
-        return paired_bootstrap(self.right(name, segments, seeds), self.right(other, segments, seeds))
+        return paired_bootstrap(
+            self.right(name, segments, seeds), self.right(other, segments, seeds)
+        )
 
     def used(self, name: str) -> str:
         values = [float(one["attention"]) for one in self.files[name].values()]
@@ -76,11 +86,19 @@ class Results:
 
 def said(found: Interval) -> str:
     """A difference in points with what may be said of it."""
-    verdict = "better" if found.low > 0 else "worse" if found.high < 0 else "no difference beyond the interval"
+    verdict = (
+        "better"
+        if found.low > 0
+        else "worse"
+        if found.high < 0
+        else "no difference beyond the interval"
+    )
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]: {verdict}"
 
 
-def question(results: dict[str, Results], asked: Sequence[tuple[str, str]], tasks: Sequence[str]) -> str:
+def question(
+    results: dict[str, Results], asked: Sequence[tuple[str, str]], tasks: Sequence[str]
+) -> str:
     """A line a comparison and task: `name` minus `other` with all segments."""
     lines = ["| | task | points of top-1, all segments |", "|---|---|---|"]
     for name, other in asked:
@@ -125,18 +143,25 @@ def draw(results: Sequence[Results], out: Path) -> None:
     axes = figure.subplots()
     heads = [name for name in heads if any(name in one.files for one in results)]
     for place, name in enumerate(heads):
-        found = [(row, one.difference(name, "tsn", one.facts.segments)) for row, one in enumerate(results)]
+        found = [
+            (row, one.difference(name, "tsn", one.facts.segments))
+            for row, one in enumerate(results)
+        ]
         drawn = [(row, value) for row, value in found if value is not None]
         middle = np.array([100 * value.value for _, value in drawn])
         ends = np.abs([[100 * v.low for _, v in drawn], [100 * v.high for _, v in drawn]] - middle)
         where = [row + 0.1 * (place - (len(heads) - 1) / 2) for row, _ in drawn]
         axes.errorbar(middle, where, xerr=ends, fmt="o", ms=4, lw=1.2, label=name)
     axes.axvline(0, color="0.6", lw=1, zorder=0)
-    axes.set_yticks(range(len(results)), [f"{one.facts.title}\n{videos(one)}" for one in results], fontsize=8)
+    axes.set_yticks(
+        range(len(results)), [f"{one.facts.title}\n{videos(one)}" for one in results], fontsize=8
+    )
     axes.invert_yaxis()
     axes.set_xlabel("top-1 minus TSN's, points, all segments; 95 % intervals over videos")
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=len(heads), loc="upper center", bbox_to_anchor=(0.4, 1.1))
+    axes.legend(
+        frameon=False, fontsize=8, ncols=len(heads), loc="upper center", bbox_to_anchor=(0.4, 1.1)
+    )
     figure.savefig(out, dpi=110)
 
 
@@ -211,15 +236,27 @@ un-normalised ReLU, s from 0 and no batch norm before the classifier, with the s
 
 
 def write_page(folder: Path, known: Sequence[Facts], out: Path) -> None:
-    results = {one.name: Results(folder / one.name, one) for one in known if (folder / one.name).exists()}
+    results = {
+        one.name: Results(folder / one.name, one) for one in known if (folder / one.name).exists()
+    }
     results = {name: one for name, one in results.items() if "tsn" in one.files}
     reported = [one for name, one in results.items() if not name.startswith("choice_")]
     draw(reported, out.parent / FIGURE)
-    seen = [name for name in ("untrimmed_3", "untrimmed_16", "planted3_3", "planted3_25") if name in results]
+    seen = [
+        name
+        for name in ("untrimmed_3", "untrimmed_16", "planted3_3", "planted3_25")
+        if name in results
+    ]
     every = [one.facts.name for one in reported]
     ensembles = [left_out(results[name], ("tsn", "hgnl", "txb")) for name in every]
-    harm = [(o.facts.title, n, o.difference("hgnl", "tsn", n)) for o in reported for n in (o.few, o.facts.segments)]
-    worst = min((one for one in harm if one[2] is not None), key=lambda one: one[2].value, default=None)
+    harm = [
+        (o.facts.title, n, o.difference("hgnl", "tsn", n))
+        for o in reported
+        for n in (o.few, o.facts.segments)
+    ]
+    worst = min(
+        (one for one in harm if one[2] is not None), key=lambda one: one[2].value, default=None
+    )
     missing = [one.title for one in known if one.name not in results]
     parts = [
         INTRODUCTION,
@@ -232,22 +269,33 @@ def write_page(folder: Path, known: Sequence[Facts], out: Path) -> None:
         if worst and worst[2]
         else "",
         DEPARTS,
-        question(results, [("hgnl", one) for one in PARTS] + [("tsn", "tsn, not standardised")], seen),
+        question(
+            results, [("hgnl", one) for one in PARTS] + [("tsn", "tsn, not standardised")], seen
+        ),
         "\n## Seven questions that the paper leaves open\n",
         "**1. How good is NL, of which the paper gives no accuracy?**\n",
         question(results, [("nl", "tsn"), ("hgnl", "nl")], every),
         "\n**2. Is it attention, or the epochs that go on?** The control starts from the same TSN and has as many more "
         "epochs on the same batches.\n",
-        question(results, [("hgnl from that TSN", "tsn, as many epochs more"), ("hgnl from that TSN", "tsn")], seen),
+        question(
+            results,
+            [("hgnl from that TSN", "tsn, as many epochs more"), ("hgnl from that TSN", "tsn")],
+            seen,
+        ),
         "\n**3. What does g2 do?** At g1 = 16, against the default of 8.\n",
         question(results, [(f"hgnl, g2={g2}", "hgnl") for g2 in (1, 2, 4, 16)], seen),
         "\n**4. ReLU or softmax?** All else as in the default recipe; the ReLU map is multiplied by n_train / n.\n",
-        question(results, [("hgnl", "hgnl, ReLU"), ("hgnl as the paper's, n_over_train", "hgnl as the paper's")], seen),
+        question(
+            results,
+            [("hgnl", "hgnl, ReLU"), ("hgnl as the paper's, n_over_train", "hgnl as the paper's")],
+            seen,
+        ),
         "\n**5. What do shared weights cost?**\n",
         question(results, [("hgnl, shared", "hgnl")], seen),
         "\n**6. Which member of the ensemble carries it?** The paper's three kinds (txb for StNet, its block on cached "
         "features), equal weights.\n",
-        "| | task | top-1 %, points |\n|---|---|---|\n" + "\n".join(one for one in ensembles if one),
+        "| | task | top-1 %, points |\n|---|---|---|\n"
+        + "\n".join(one for one in ensembles if one),
         "\n**7. What of the result is Kinetics-600 and the backbone?** Nothing here can tell: one backbone with "
         "ImageNet's weights was at hand. `pipelines.kinetics700 --pretrain k600/` trains both.\n",
         "## Every head on every task\n",

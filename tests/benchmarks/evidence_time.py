@@ -104,8 +104,14 @@ def order(work: Path) -> None:
         for agg in ("tsn", "hgnl", "txb"):
             out = work / f"{task}_{agg}"
             train.main(train.Options(agg=agg, features=store, out=out, frames=4, epochs=30))
-            evaluate.main(evaluate.Options(out / "best.pt", store, segments=(4,), out=work / f"{task}_{agg}.h5"))
-            rows.append((task, f"{agg}, cached EfficientNet-Lite0", top1(work / f"{task}_{agg}.h5")))
+            evaluate.main(
+                evaluate.Options(
+                    out / "best.pt", store, segments=(4,), out=work / f"{task}_{agg}.h5"
+                )
+            )
+            rows.append(
+                (task, f"{agg}, cached EfficientNet-Lite0", top1(work / f"{task}_{agg}.h5"))
+            )
         for model in ("tsn", "stnet"):
             out = work / f"{task}_e2e_{model}"
             finetune.main(
@@ -127,11 +133,22 @@ def order(work: Path) -> None:
                 )
             )
             asked = evaluate.Options(
-                out / "best.pt", videos=work / task, segments=(4,), out=work / f"{task}_e2e_{model}.h5"
+                out / "best.pt",
+                videos=work / task,
+                segments=(4,),
+                out=work / f"{task}_e2e_{model}.h5",
             )
             evaluate.main(asked)
-            rows.append((task, f"{model}, end to end, small ResNet from random", top1(work / f"{task}_e2e_{model}.h5")))
-    print("\n### Who sees the order of frames\n\n| task | model | top-1 % of held-out pictures |\n|---|---|---|")
+            rows.append(
+                (
+                    task,
+                    f"{model}, end to end, small ResNet from random",
+                    top1(work / f"{task}_e2e_{model}.h5"),
+                )
+            )
+    print(
+        "\n### Who sees the order of frames\n\n| task | model | top-1 % of held-out pictures |\n|---|---|---|"
+    )
     for row in rows:
         print(f"| {' | '.join(row)} |")
 
@@ -141,7 +158,9 @@ def tuned(work: Path) -> None:
         "\n### Fine-tuning against the frozen cache\n\n| set | model | top-1 % at 3 segments |\n|---|---|---|",
         flush=True,
     )
-    folds = [("exercise_mini", ())] + [("daily_actions", (subject,)) for subject in ("1", "2", "3", "4")]
+    folds = [("exercise_mini", ())] + [
+        ("daily_actions", (subject,)) for subject in ("1", "2", "3", "4")
+    ]
     parts: dict[tuple[str, str], list[Scores]] = {}
     for name, groups in folds:
         source = {"videos": CLIPS / name / "labels.csv", "root": CLIPS / name / "clips"}
@@ -168,9 +187,13 @@ def tuned(work: Path) -> None:
                 **splits,
             )
         )
-        parts.setdefault((name, "fine-tuned from it"), []).append(_scores(out / "best.pt", source, groups, work))
+        parts.setdefault((name, "fine-tuned from it"), []).append(
+            _scores(out / "best.pt", source, groups, work)
+        )
         parts.setdefault((name, "frozen, cached"), []).append(_cached(init, store, groups, work))
-    print("\n### Fine-tuning against the frozen cache\n\n| set | model | top-1 % at 3 segments |\n|---|---|---|")
+    print(
+        "\n### Fine-tuning against the frozen cache\n\n| set | model | top-1 % at 3 segments |\n|---|---|---|"
+    )
     for (name, model), several in sorted(parts.items()):
         logits = np.concatenate([scores.logits for scores in several])
         labels = np.concatenate([scores.labels for scores in several])
@@ -181,27 +204,39 @@ def _only(scores: Scores, source: dict, groups: tuple[str, ...]) -> Scores:
     """The rows of the held-out subjects, or all of them."""
     from extract.listing.videos import list_videos
 
-    held = {video.id for video in list_videos(source["videos"], root=source["root"]).videos if video.group in groups}
+    held = {
+        video.id
+        for video in list_videos(source["videos"], root=source["root"]).videos
+        if video.group in groups
+    }
     rows = [row for row, name in enumerate(scores.ids) if name in held or not groups]
-    return Scores([scores.ids[row] for row in rows], scores.classes, scores.logits[rows], scores.labels[rows])
+    return Scores(
+        [scores.ids[row] for row in rows], scores.classes, scores.logits[rows], scores.labels[rows]
+    )
 
 
 def _scores(checkpoint: Path, source: dict, groups: tuple[str, ...], work: Path) -> Scores:
     split = "all" if groups else "val"
-    evaluate.main(evaluate.Options(checkpoint, **source, split=split, segments=(3,), out=work / "one.h5"))
+    evaluate.main(
+        evaluate.Options(checkpoint, **source, split=split, segments=(3,), out=work / "one.h5")
+    )
     return _only(Scores.load(work / "one.h5"), source, groups)
 
 
 def _cached(checkpoint: Path, store: str, groups: tuple[str, ...], work: Path) -> Scores:
     split = "all" if groups else "val"
-    evaluate.main(evaluate.Options(checkpoint, store, split=split, segments=(3,), out=work / "one.h5"))
+    evaluate.main(
+        evaluate.Options(checkpoint, store, split=split, segments=(3,), out=work / "one.h5")
+    )
     name = Path(store).stem
     source = {"videos": CLIPS / name / "labels.csv", "root": CLIPS / name / "clips"}
     return _only(Scores.load(work / "one.h5"), source, groups)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--work", type=Path, default=Path("runs/evidence_time"))
     parser.add_argument("--only", nargs="*", default=["order", "finetune"])
     chosen = parser.parse_args()

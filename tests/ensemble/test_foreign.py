@@ -30,7 +30,10 @@ def as_npy(folder: Path) -> Path:
 
 
 def as_csv(folder: Path) -> Path:
-    rows = [f"{name},{label},{a},{b}" for name, label, (a, b) in zip(IDS, ("run", "", "walk"), LOGITS, strict=True)]
+    rows = [
+        f"{name},{label},{a},{b}"
+        for name, label, (a, b) in zip(IDS, ("run", "", "walk"), LOGITS, strict=True)
+    ]
     return write(folder / "s.csv", "\n".join(["id,label,run,walk", *rows]) + "\n")
 
 
@@ -46,7 +49,9 @@ def as_dicts(folder: Path) -> Path:
 
 
 def as_nested_dicts(folder: Path) -> Path:
-    return as_pickle(folder, [{"pred_scores": {"item": row.tolist()}, "gt_label": 0} for row in LOGITS])
+    return as_pickle(
+        folder, [{"pred_scores": {"item": row.tolist()}, "gt_label": 0} for row in LOGITS]
+    )
 
 
 @pytest.fixture
@@ -55,7 +60,9 @@ def classes(tmp_path) -> str:
 
 
 @pytest.mark.parametrize(
-    "save", [as_npz, as_npy, as_csv, as_pickle, as_dicts, as_nested_dicts], ids=lambda save: save.__name__
+    "save",
+    [as_npz, as_npy, as_csv, as_pickle, as_dicts, as_nested_dicts],
+    ids=lambda save: save.__name__,
 )
 def test_every_format_holds_the_same(tmp_path, classes, save):
     scores = load_scores(save(tmp_path), classes=classes)
@@ -91,8 +98,14 @@ class Attack:
 def test_a_pickle_runs_no_code(tmp_path, classes):
     attacked = tmp_path / "attacked"
     hidden = [{"pred_score": np.array([Attack(attacked)], object)}]
-    for content, name in (([Attack(attacked)], "getattr"), (hidden, "getattr"), ([torch.ones(2)], "torch")):
-        with pytest.raises(InputError, match=rf"it holds \S*{name}\S*, which only running its code could read"):
+    for content, name in (
+        ([Attack(attacked)], "getattr"),
+        (hidden, "getattr"),
+        ([torch.ones(2)], "torch"),
+    ):
+        with pytest.raises(
+            InputError, match=rf"it holds \S*{name}\S*, which only running its code could read"
+        ):
             load_scores(as_pickle(tmp_path, content), classes=classes)
     assert not attacked.exists()
 
@@ -106,11 +119,26 @@ def test_a_pickle_runs_no_code(tmp_path, classes):
         (lambda d: write(d / "s.pkl", b"\x80\x04no"), r"s\.pkl cannot be read \("),
         (lambda d: write(d / "s.npz", b"no"), r"s\.npz cannot be read \("),
         (lambda d: d / "gone.csv", r"there is no scores file \S*gone\.csv"),
-        (lambda d: write(d / "s.csv", "name,run\nx,1\n"), r"its first column is \['name'\], expected id"),
-        (lambda d: write(d / "s.csv", "id,run,walk\nx,1\n"), "line 2 has 2 values and the header 3"),
-        (lambda d: write(d / "s.csv", "id,run,walk\nx,1,2\nx,1,2\n"), "the id 'x' is given for two rows"),
-        (lambda d: write(d / "s.csv", "id,run,label\nx,1,fly\n"), "the label 'fly' is none of its 1 classes"),
-        (lambda d: write(d / "s.csv", "id,run,walk\nx,one,2\n"), r"cannot be read \(ValueError: could not convert"),
+        (
+            lambda d: write(d / "s.csv", "name,run\nx,1\n"),
+            r"its first column is \['name'\], expected id",
+        ),
+        (
+            lambda d: write(d / "s.csv", "id,run,walk\nx,1\n"),
+            "line 2 has 2 values and the header 3",
+        ),
+        (
+            lambda d: write(d / "s.csv", "id,run,walk\nx,1,2\nx,1,2\n"),
+            "the id 'x' is given for two rows",
+        ),
+        (
+            lambda d: write(d / "s.csv", "id,run,label\nx,1,fly\n"),
+            "the label 'fly' is none of its 1 classes",
+        ),
+        (
+            lambda d: write(d / "s.csv", "id,run,walk\nx,one,2\n"),
+            r"cannot be read \(ValueError: could not convert",
+        ),
     ],
 )
 def test_files_that_are_no_scores(tmp_path, classes, save, message):
@@ -119,12 +147,17 @@ def test_files_that_are_no_scores(tmp_path, classes, save, message):
 
 
 def test_arrays_that_are_no_scores(tmp_path, classes):
-    with pytest.raises(InputError, match="its classes are not named; give them in the order of its columns: --classes"):
+    with pytest.raises(
+        InputError,
+        match="its classes are not named; give them in the order of its columns: --classes",
+    ):
         load_scores(as_npy(tmp_path))
     with pytest.raises(InputError, match="2 columns, and 3 classes are named"):
         load_scores(as_npy(tmp_path), classes=str(write(tmp_path / "three.txt", "a\nb\nc\n")))
     np.savez(tmp_path / "n.npz", a=LOGITS, b=LOGITS, ids=IDS)
-    with pytest.raises(InputError, match=r"holds a \[3, 2\], b \[3, 2\], ids \[3\]; needed are one array"):
+    with pytest.raises(
+        InputError, match=r"holds a \[3, 2\], b \[3, 2\], ids \[3\]; needed are one array"
+    ):
         load_scores(tmp_path / "n.npz", classes=classes)
     np.save(tmp_path / "s.npy", np.array([["a", "b"]] * 3))
     with pytest.raises(InputError, match=r"holds <U1 \[3, 2\], expected numbers"):
@@ -136,9 +169,19 @@ def test_arrays_that_are_no_scores(tmp_path, classes):
 
 def test_an_ensemble_of_three_tools(tmp_path, classes, capsys):
     Scores(IDS, CLASSES, LOGITS, np.array([0, 1, 1])).save(tmp_path / "ours.h5")
-    rows = [f"{name},{b},{a}" for name, (a, b) in zip(IDS[::-1], softmax(LOGITS, axis=1)[::-1], strict=True)]
+    rows = [
+        f"{name},{b},{a}"
+        for name, (a, b) in zip(IDS[::-1], softmax(LOGITS, axis=1)[::-1], strict=True)
+    ]
     theirs = write(tmp_path / "theirs.csv", "\n".join(["id,walk,run", *rows]) + "\n")
-    arguments = ["--scores", str(tmp_path / "ours.h5"), str(theirs), str(as_pickle(tmp_path)), "--classes", classes]
+    arguments = [
+        "--scores",
+        str(tmp_path / "ours.h5"),
+        str(theirs),
+        str(as_pickle(tmp_path)),
+        "--classes",
+        classes,
+    ]
     arguments += ["--out", str(tmp_path / "fused.h5")]
     assert run_command(ensemble.main, ensemble.Options, prog="ensemble", args=arguments) == 0
     fused = Scores.load(tmp_path / "fused.h5")

@@ -33,7 +33,9 @@ def several(draw):
         logits = rng.normal(size=(len(names), 3), scale=draw(st.sampled_from([1.0, 30.0, 400.0])))
         logits[rng.random(len(names)) < 0.2] = np.nan
         models.append(Scores(ids=names, classes=draw(st.permutations(CLASSES)), logits=logits))
-    weights = draw(st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5]), min_size=len(models), max_size=len(models)))
+    weights = draw(
+        st.lists(st.sampled_from([0.0, 0.3, 1.0, 2.5]), min_size=len(models), max_size=len(models))
+    )
     return models, weights if any(weights) else [1.0] * len(models)
 
 
@@ -49,18 +51,24 @@ def obvious(models, weights) -> dict[str, dict[str, float] | None]:
     for model in models:
         table = {}
         for name, row in zip(model.ids, model.logits.tolist(), strict=True):
-            table[name] = None if any(map(math.isnan, row)) else dict(zip(model.classes, row, strict=True))
+            table[name] = (
+                None if any(map(math.isnan, row)) else dict(zip(model.classes, row, strict=True))
+            )
         tables.append(table)
     fused: dict[str, dict[str, float] | None] = {}
     for name in {name for table in tables for name in table}:
-        used = [(table, weight) for table, weight in zip(tables, weights, strict=True) if weight > 0]
+        used = [
+            (table, weight) for table, weight in zip(tables, weights, strict=True) if weight > 0
+        ]
         have = [(table[name], weight) for table, weight in used if table.get(name) is not None]
         if any(name not in table for table, _ in used) or not have:
             fused[name] = None
             continue
         rows = [(softmax(row), weight) for row, weight in have]
         total = sum(weight for _, weight in rows)
-        fused[name] = {cls: sum(weight * row[cls] for row, weight in rows) / total for cls in CLASSES}
+        fused[name] = {
+            cls: sum(weight * row[cls] for row, weight in rows) / total for cls in CLASSES
+        }
     return fused
 
 
@@ -77,7 +85,9 @@ def test_fusion_is_the_obvious_loop(case):
             assert all(map(math.isnan, row))
             continue
         got = {cls: math.exp(value) for cls, value in zip(fused.classes, row, strict=True)}
-        assert got == pytest.approx(want, rel=2e-4, abs=1e-30)  # float32 of a logarithm near -100 is good to 4e-6
+        assert got == pytest.approx(
+            want, rel=2e-4, abs=1e-30
+        )  # float32 of a logarithm near -100 is good to 4e-6
 
 
 @given(several())
@@ -97,7 +107,9 @@ def test_dropping_keeps_what_all_models_list():
 
 
 def test_what_a_model_lacks_or_failed_at_is_counted():
-    report = align([scores("uv"), scores("vw", v=np.nan)], missing="worst", names=["tsn", "hgnl"]).report()
+    report = align(
+        [scores("uv"), scores("vw", v=np.nan)], missing="worst", names=["tsn", "hgnl"]
+    ).report()
     assert "3 videos, 0 with a label, 3 classes" in report
     assert [line.split() for line in report.splitlines()[1:4]] == [
         ["listed", "lacking", "failed"],
@@ -136,12 +148,36 @@ def test_improbable_classes_keep_their_order():
     ("models", "options", "message"),
     [
         ([], {}, "no scores to join"),
-        ([scores(), scores(classes=["a", "b c", "f"])], {}, r"\"d'e\" is in model 1 and not in model 2"),
-        ([scores(classes=["a"]), scores(classes=["a", "q"])], {}, r"'q' is in model 2 and not in model 1"),
-        ([scores("uvx"), scores("wvu")], {}, r"'x' is in model 1 and not in model 2; of 4 .*model 1 1, model 2 1"),
-        ([scores("uv"), scores("vuw")], {}, "'w' is in model 2 and not in model 1; .*: model 1 1. --missing drop"),
-        ([scores("uv"), scores("wx")], {"missing": "drop"}, "no video in common; model 1 begins with 'u', model 2 wi"),
-        ([scores()], {"missing": "maybe"}, "--missing maybe is unknown; known are error, drop, worst"),
+        (
+            [scores(), scores(classes=["a", "b c", "f"])],
+            {},
+            r"\"d'e\" is in model 1 and not in model 2",
+        ),
+        (
+            [scores(classes=["a"]), scores(classes=["a", "q"])],
+            {},
+            r"'q' is in model 2 and not in model 1",
+        ),
+        (
+            [scores("uvx"), scores("wvu")],
+            {},
+            r"'x' is in model 1 and not in model 2; of 4 .*model 1 1, model 2 1",
+        ),
+        (
+            [scores("uv"), scores("vuw")],
+            {},
+            "'w' is in model 2 and not in model 1; .*: model 1 1. --missing drop",
+        ),
+        (
+            [scores("uv"), scores("wx")],
+            {"missing": "drop"},
+            "no video in common; model 1 begins with 'u', model 2 wi",
+        ),
+        (
+            [scores()],
+            {"missing": "maybe"},
+            "--missing maybe is unknown; known are error, drop, worst",
+        ),
         ([scores()], {"weights": [1, 2]}, "--weights 1,2: got 2 weights for 1 models"),
         ([scores()], {"weights": [-1]}, "--weights -1: weights are finite and not negative"),
         ([scores()], {"weights": [0]}, "--weights 0: .*not all 0"),

@@ -65,7 +65,11 @@ def test_equal_weights_from_files_to_submission(files, tmp_path, capsys):
     assert (record["weights"], record["weights_from"]) == ([1 / 3] * 3, "equal")
     assert record["submission"] == {"path": str(sub), "videos": 120, "neutral": 1}
     assert record["videos"]["failed"] == [1, 1, 1]
-    assert sorted(path.name for path in out.parent.iterdir()) == ["fused.h5", "fused.json", "sub.json"]
+    assert sorted(path.name for path in out.parent.iterdir()) == [
+        "fused.h5",
+        "fused.json",
+        "sub.json",
+    ]
 
 
 def test_searched_weights_are_used_shown_and_judged(files, tmp_path, capsys):
@@ -85,7 +89,9 @@ def test_searched_weights_are_used_shown_and_judged(files, tmp_path, capsys):
     assert command("--scores", *files, "--weights", "search", "--out", out) == 0
     assert (out.read_bytes(), out.with_suffix(".json").read_bytes()) == files_written
     assert command("--scores", *files, "--weights", weights, "--out", tmp_path / "again.h5") == 0
-    np.testing.assert_array_equal(Scores.load(tmp_path / "again.h5").logits, Scores.load(out).logits)
+    np.testing.assert_array_equal(
+        Scores.load(tmp_path / "again.h5").logits, Scores.load(out).logits
+    )
     assert "all, given weights" in capsys.readouterr().out
 
 
@@ -107,7 +113,9 @@ def test_without_labels_there_is_a_fusion_and_no_search(files, tmp_path, capsys)
 
 def test_missing_videos_are_dropped_only_when_asked_and_it_is_said(files, tmp_path, capsys):
     scores = Scores.load(files[1])
-    Scores(scores.ids[:100], scores.classes, scores.logits[:100], scores.labels[:100]).save(files[1])
+    Scores(scores.ids[:100], scores.classes, scores.logits[:100], scores.labels[:100]).save(
+        files[1]
+    )
     out, sub = tmp_path / "fused.h5", tmp_path / "sub.json"
     assert command("--scores", *files, "--out", out) == 2
     assert "of 120 videos are missing: hgnl 20. --missing drop" in capsys.readouterr().err
@@ -122,7 +130,14 @@ def test_missing_videos_are_dropped_only_when_asked_and_it_is_said(files, tmp_pa
 def test_what_cannot_be_submitted_is_said_before_anything_is_written(tmp_path, capsys):
     ids = ["a/AAAAAAAAAAA_000001_000011.mp4", "b/AAAAAAAAAAA_000021_000031.mp4"]
     Scores(ids, CLASSES, np.zeros((2, 8))).save(tmp_path / "s.h5")
-    args = ("--scores", tmp_path / "s.h5", "--out", tmp_path / "f.h5", "--submission", tmp_path / "sub.json")
+    args = (
+        "--scores",
+        tmp_path / "s.h5",
+        "--out",
+        tmp_path / "f.h5",
+        "--submission",
+        tmp_path / "sub.json",
+    )
     assert command(*args) == 2
     assert f"{ids[0]!r} and {ids[1]!r} are both video 'AAAAAAAAAAA'" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["s.h5"]
@@ -139,7 +154,10 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
         (["--weights", "best"], "--weights best: known are equal, search, or a number a model"),
         (["--weights", "1,2"], "--weights 1,2: got 2 weights for 3 models"),
         (["--segments", "25"], "tsn.h5 has no scores of 25 segments; it has 1"),
-        (["--submission", "fused.json"], "fused.json would be written over another output, fused.json"),
+        (
+            ["--submission", "fused.json"],
+            "fused.json would be written over another output, fused.json",
+        ),
         (["--submission", "tsn.h5"], "tsn.h5 would be written over an input"),
         (["--scores", "tsn.h5", "tsn.h5"], "--scores: tsn.h5 is given twice"),
         (["--scores", "tsn.h5", "link.h5"], "--scores: link.h5 is given twice"),
@@ -168,7 +186,9 @@ def test_help_needs_no_heavy_library(module):
     seconds = []
     for _ in range(3):
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+        )
         seconds.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout

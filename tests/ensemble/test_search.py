@@ -34,7 +34,11 @@ def models(*strengths: float, count=400, classes=8, seed=0, shared=0.0) -> list[
 @st.composite
 def contests(draw):
     """Logits of few values, so that there are ties; failed rows, lacking rows, videos without a label."""
-    count, classes, size = draw(st.integers(1, 12)), draw(st.integers(2, 9)), draw(st.integers(1, 4))
+    count, classes, size = (
+        draw(st.integers(1, 12)),
+        draw(st.integers(2, 9)),
+        draw(st.integers(1, 4)),
+    )
     rng = np.random.default_rng(draw(st.integers(0, 999)))
     labels = rng.integers(-1, classes, count)
     labels[0] = 0
@@ -83,7 +87,9 @@ def test_the_search_ends_nowhere_above_a_neighbour_and_near_the_best_of_a_grid()
         moved[giver] -= amount
         moved[taker] += amount
         assert error(moved) >= error(end)
-    grid = [np.array(weights) / 20 for weights in product(range(21), repeat=3) if sum(weights) == 20]
+    grid = [
+        np.array(weights) / 20 for weights in product(range(21), repeat=3) if sum(weights) == 20
+    ]
     assert error(end) <= min(map(error, grid)) + 0.005
 
 
@@ -105,7 +111,9 @@ def test_a_strong_and_a_useless_model_are_told_apart_and_it_is_said():
     found = search(Ranking.of(align(scores)))
     assert found.weights[0] > 0.8
     assert found.beats_equal
-    assert found.statement().startswith("Searched weights beat equal ones: on held-out folds (5, seed 0)")
+    assert found.statement().startswith(
+        "Searched weights beat equal ones: on held-out folds (5, seed 0)"
+    )
     fresh = fuse_aligned(align(models(3.0, 0.0, count=4000, seed=9)), found.weights)
     error = metrics.challenge_error(fresh.logits, fresh.labels)
     assert found.summary.average_error.low - 0.01 < error < found.summary.average_error.high + 0.01
@@ -123,7 +131,8 @@ def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a
     scores = models(1.0, 1.5, 0.7, count=200, seed=4)
     order = np.random.default_rng(0).permutation(200)
     shuffled = [
-        Scores([one.ids[row] for row in order], one.classes, one.logits[order], one.labels[order]) for one in scores
+        Scores([one.ids[row] for row in order], one.classes, one.logits[order], one.labels[order])
+        for one in scores
     ]
     first = search(Ranking.of(align(scores)), seed=3)
     again = search(Ranking.of(align(shuffled)), seed=3)
@@ -207,9 +216,14 @@ def test_windows_of_a_file_are_in_one_fold_and_are_resampled_together():
     assert len(found.weights_by_fold) == FOLDS
     assert found.summary.units == 12
     independent = Ranking.of(
-        align([Scores([f"v{row}" for row in range(360)], s.classes, s.logits, labels) for s in both])
+        align(
+            [Scores([f"v{row}" for row in range(360)], s.classes, s.logits, labels) for s in both]
+        )
     )
-    width, narrow = (row.summary.top1.high - row.summary.top1.low for row in (table(ranking)[0], table(independent)[0]))
+    width, narrow = (
+        row.summary.top1.high - row.summary.top1.low
+        for row in (table(ranking)[0], table(independent)[0])
+    )
     assert width > 3 * narrow
 
 

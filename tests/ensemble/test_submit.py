@@ -12,7 +12,14 @@ from hypothesis.extra import numpy as arrays
 from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.grade import grade_submission, read_ids, read_truth
-from ensemble.submit import Options, check_submission, main, neutral_entries, submission_ids, write_submission
+from ensemble.submit import (
+    Options,
+    check_submission,
+    main,
+    neutral_entries,
+    submission_ids,
+    write_submission,
+)
 from extract.cli import InputError, run_command
 from extract.listing.labels import kinetics700_labels
 
@@ -30,7 +37,9 @@ def some(logits, **changes) -> Scores:
 
 def submission(tmp_path, results=None, **changes):
     """A good submission of two videos, and what is changed in it."""
-    entries = [{"label": label, "score": 0.5 - place / 10} for place, label in enumerate(CLASSES[:5])]
+    entries = [
+        {"label": label, "score": 0.5 - place / 10} for place, label in enumerate(CLASSES[:5])
+    ]
     whole = {
         "version": "VERSION 1.0",
         "results": {"-_000000000": entries, "-_000000001": entries} | (results or {}),
@@ -58,18 +67,26 @@ def official_hits(path, truth: dict[str, str], k: int) -> list[bool]:
 VALUES = st.sampled_from([-400.0, -1.0, 0.0, 0.5, 2.0, 90.0, 3e38]).map(np.float32)
 
 
-@given(arrays.arrays(np.float32, (4, 7), elements=VALUES), st.lists(st.integers(0, 6), min_size=4, max_size=4))
+@given(
+    arrays.arrays(np.float32, (4, 7), elements=VALUES),
+    st.lists(st.integers(0, 6), min_size=4, max_size=4),
+)
 def test_what_is_written_passes_and_grades_as_the_metrics_say(tmp_path_factory, logits, labels):
     """Ties, probabilities that underflow and all: the file ranks exactly as the scores do."""
     path = tmp_path_factory.mktemp("s") / "sub.json"
     scores = some(logits)
     assert write_submission(scores, path) == 0
     assert check_submission(path, CLASSES, scores.ids).videos == 4
-    truth = {video: {CLASSES[label]} for video, label in zip(submission_ids(scores.ids), labels, strict=True)}
+    truth = {
+        video: {CLASSES[label]}
+        for video, label in zip(submission_ids(scores.ids), labels, strict=True)
+    }
     grade = grade_submission(path, truth)
     assert grade.top1_error.value == pytest.approx(metrics.top_k_error(logits, np.array(labels), 1))
     assert grade.top5_error.value == pytest.approx(metrics.top_k_error(logits, np.array(labels), 5))
-    assert grade.average_error.value == pytest.approx(metrics.challenge_error(logits, np.array(labels)))
+    assert grade.average_error.value == pytest.approx(
+        metrics.challenge_error(logits, np.array(labels))
+    )
     for k, error in ((1, grade.top1_error), (5, grade.top5_error)):
         hits = official_hits(path, {video: next(iter(known)) for video, known in truth.items()}, k)
         assert error.value == pytest.approx(1 - np.mean(hits))
@@ -82,7 +99,9 @@ def test_scores_written_are_the_probabilities(tmp_path):
     row = np.exp(logits[2999]) / np.exp(logits[2999]).sum()
     expected = sorted(zip(row, CLASSES, strict=True), reverse=True)[:5]
     assert [entry["label"] for entry in results["-_000002999"]] == [label for _, label in expected]
-    assert [entry["score"] for entry in results["-_000002999"]] == pytest.approx([score for score, _ in expected])
+    assert [entry["score"] for entry in results["-_000002999"]] == pytest.approx(
+        [score for score, _ in expected]
+    )
 
 
 def test_scores_fall_in_single_precision_too(tmp_path):
@@ -113,7 +132,10 @@ def test_a_failed_video_gets_the_stated_neutral_entry(tmp_path):
 
 def test_nothing_else_seen_is_said_so(tmp_path):
     write_submission(some(np.zeros((1, 7))), tmp_path / "sub.json", external_data="")
-    assert json.loads((tmp_path / "sub.json").read_text())["external_data"] == {"used": False, "details": ""}
+    assert json.loads((tmp_path / "sub.json").read_text())["external_data"] == {
+        "used": False,
+        "details": "",
+    }
 
 
 def test_ids_are_youtube_ids_where_names_are_those_of_clips():
@@ -133,7 +155,10 @@ def test_ids_are_youtube_ids_where_names_are_those_of_clips():
             ["a/AAAAAAAAAAA_000001_000011.mp4", "b/AAAAAAAAAAA_000020_000030.mp4"],
             "'a/AAAAAAAAAAA_000001_000011.mp4' and 'b/AAAAAAAAAAA_000020_000030.mp4' are both video 'AAAAAAAAAAA'",
         ),
-        (["AAAAAAAAAAA_000001_000011.mp4", "odd.mp4"], "'odd.mp4' is not named like a clip of Kinetics"),
+        (
+            ["AAAAAAAAAAA_000001_000011.mp4", "odd.mp4"],
+            "'odd.mp4' is not named like a clip of Kinetics",
+        ),
         (["x", "y", "x"], "'x' and 'x' are both video 'x'"),
     ],
 )
@@ -160,14 +185,29 @@ FIVE = [(label, 0.5 - place / 10) for place, label in enumerate(CLASSES[:5])]
     [
         (entries(*FIVE[:4]), "'-_000000001' has 4 labels; at least 5 are needed"),
         ([], "'-_000000001' has 0 labels"),
-        (entries(*FIVE[:4], ("a", 0.01)), "'-_000000001' has the label 'a' twice, in entries 1 and 5"),
-        (entries(*FIVE, ("h", 0.1)), r"entry 6 \('h'\) has the score 0.1 after 0.0999.*scores fall"),
-        (entries(*FIVE[:4], ("h", FIVE[3][1])), r"entry 5 \('h'\) has the score 0.2 after 0.2; scores fall"),
-        (entries(*FIVE[:4], ("h", math.nan)), r"entry 5 \('h'\) has the score nan; scores are finite"),
+        (
+            entries(*FIVE[:4], ("a", 0.01)),
+            "'-_000000001' has the label 'a' twice, in entries 1 and 5",
+        ),
+        (
+            entries(*FIVE, ("h", 0.1)),
+            r"entry 6 \('h'\) has the score 0.1 after 0.0999.*scores fall",
+        ),
+        (
+            entries(*FIVE[:4], ("h", FIVE[3][1])),
+            r"entry 5 \('h'\) has the score 0.2 after 0.2; scores fall",
+        ),
+        (
+            entries(*FIVE[:4], ("h", math.nan)),
+            r"entry 5 \('h'\) has the score nan; scores are finite",
+        ),
         (entries(("a", math.inf), *FIVE[1:]), r"entry 1 \('a'\) has the score inf"),
         (entries(("a", "0.9"), *FIVE[1:]), r"entry 1 \('a'\) has the score '0.9'"),
         (entries(("a", True), *FIVE[1:]), r"entry 1 \('a'\) has the score True"),
-        (entries(("b_c", 0.9), *FIVE[1:]), "entry 1 has the label 'b_c', which is none of 7 classes"),
+        (
+            entries(("b_c", 0.9), *FIVE[1:]),
+            "entry 1 has the label 'b_c', which is none of 7 classes",
+        ),
         ([{"label": "a"}, *entries(*FIVE[1:])], "entry 1 is {'label': 'a'}, expected"),
         ([{"label": 3, "score": 1}], "entry 1 is {'label': 3, 'score': 1}, expected"),
         ([["a", 0.5]], r"entry 1 is \['a', 0.5\], expected"),
@@ -211,7 +251,9 @@ def test_videos_that_are_missing_or_are_no_youtube_ids_are_named(tmp_path):
 )
 def test_the_frame_around_the_results_is_checked(tmp_path, changes, message):
     path = submission(tmp_path)
-    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
+    path.write_text(
+        json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8"
+    )
     with pytest.raises(InputError, match=message):
         check_submission(path, CLASSES)
 
@@ -234,9 +276,18 @@ def test_files_that_are_no_submission_are_named(tmp_path, text, message):
 
 
 def test_grading_counts_missing_as_wrong_and_says_what_the_script_would_stumble_over(tmp_path):
-    path = submission(tmp_path, {"-_000000002": entries(("a", 0.1), ("b c", 0.9), ("a", 0.8), ("a", 0.7), ("a", 0.6))})
+    path = submission(
+        tmp_path,
+        {"-_000000002": entries(("a", 0.1), ("b c", 0.9), ("a", 0.8), ("a", 0.7), ("a", 0.6))},
+    )
     grade = grade_submission(
-        path, {"-_000000000": {"a"}, "-_000000001": {"zzz", "ü"}, "-_000000003": {"a"}, "-_000000002": {"a"}}
+        path,
+        {
+            "-_000000000": {"a"},
+            "-_000000001": {"zzz", "ü"},
+            "-_000000003": {"a"},
+            "-_000000002": {"a"},
+        },
     )
     assert (grade.found, grade.listed, grade.extra) == (3, 4, 0)
     assert grade.top1_error.value == pytest.approx(3 / 4)
@@ -245,18 +296,24 @@ def test_grading_counts_missing_as_wrong_and_says_what_the_script_would_stumble_
     said = str(grade)
     assert "the challenge's figure: 0.50000" in said
     assert (
-        "3 of 4 videos are in the submission\nmissing ones, the first of which is -_000000003, count as wrong" in said
+        "3 of 4 videos are in the submission\nmissing ones, the first of which is -_000000003, count as wrong"
+        in said
     )
     assert "3 labels are not in the truth, the first is 'b c'" in said
     assert "-_000000002 holds a label twice" in said
-    assert "1 further videos" in str(grade_submission(path, {"-_000000000": {"a"}, "-_000000001": {"ü"}}))
+    assert "1 further videos" in str(
+        grade_submission(path, {"-_000000000": {"a"}, "-_000000001": {"ü"}})
+    )
     bad = submission(tmp_path, {"-_000000001": entries(("a", math.nan))})
     with pytest.raises(InputError, match="has the score nan"):
         grade_submission(bad, {"-_000000000": {"a"}})
 
 
 def test_two_labels_of_one_video_are_a_hit_either_way_and_a_repeated_one_uses_up_a_place(tmp_path):
-    path = submission(tmp_path, {"-_000000000": entries(*[("a", 0.9 - place / 10) for place in range(5)], ("h", 0.01))})
+    path = submission(
+        tmp_path,
+        {"-_000000000": entries(*[("a", 0.9 - place / 10) for place in range(5)], ("h", 0.01))},
+    )
     assert grade_submission(path, {"-_000000000": {"h"}}).top5_error.value == 1
     assert grade_submission(path, {"-_000000000": {"h", "a"}}).top1_error.value == 0
 
@@ -277,7 +334,10 @@ def test_truths_are_read_from_every_form_there_is(tmp_path):
         "version": "1",
         "taxonomy": [],
         "database": {
-            "-_000000000": {"subset": "validation", "annotations": [{"label": "a"}, {"label": "b c"}]},
+            "-_000000000": {
+                "subset": "validation",
+                "annotations": [{"label": "a"}, {"label": "b c"}],
+            },
             "-_000000001": {"subset": "testing", "annotations": []},
         },
     }
@@ -299,11 +359,21 @@ def test_truths_are_read_from_every_form_there_is(tmp_path):
             "",
             r"t\.csv holds the splits 'train', 'val'; choose one",
         ),
-        ("t.csv", "youtube_id,time_start,time_end,split\n-_000000000,1,2,test\n", "", "'-_000000000.*' has no label"),
+        (
+            "t.csv",
+            "youtube_id,time_start,time_end,split\n-_000000000,1,2,test\n",
+            "",
+            "'-_000000000.*' has no label",
+        ),
         ("t.csv", "path,label\nx.mp4,a\n", "test", r"no video of the split 'test'; it has ''"),
         ("t.json", '{"x": {"url": 1}}', "", r"t\.json is no ground truth"),
         ("t.json", "[1]", "", r"t\.json is no ground truth"),
-        ("t.json", '{"x": {"annotations": [{"name": 1}]}}', "", r"'x' has the annotations \[\{'name': 1\}\]"),
+        (
+            "t.json",
+            '{"x": {"annotations": [{"name": 1}]}}',
+            "",
+            r"'x' has the annotations \[\{'name': 1\}\]",
+        ),
     ],
 )
 def test_truths_that_cannot_be_used_are_refused(tmp_path, name, text, split, message):
@@ -328,7 +398,9 @@ def test_ids_are_read_from_scores_text_and_csv(tmp_path):
 
 
 def command(*args: object) -> int:
-    return run_command(main, Options, prog="python -m ensemble.submit", args=[str(arg) for arg in args])
+    return run_command(
+        main, Options, prog="python -m ensemble.submit", args=[str(arg) for arg in args]
+    )
 
 
 def test_the_command_checks_and_grades(tmp_path, capsys):
@@ -339,7 +411,10 @@ def test_the_command_checks_and_grades(tmp_path, capsys):
     path = tmp_path / "sub.json"
     write_submission(scores, path)
     assert command("--check", path) == 0
-    assert "passes: 3 videos\nwhich videos the challenge expects was not checked" in capsys.readouterr().out
+    assert (
+        "passes: 3 videos\nwhich videos the challenge expects was not checked"
+        in capsys.readouterr().out
+    )
     assert command("--check", path, "--labels", tmp_path / "s.h5", "--ids", tmp_path / "s.h5") == 0
     assert capsys.readouterr().out == f"{path} passes: 3 videos\n"
     ids = write(tmp_path / "ids.txt", "-_000000007\n")
@@ -347,7 +422,10 @@ def test_the_command_checks_and_grades(tmp_path, capsys):
     assert "the first is '-_000000007'" in capsys.readouterr().err
     assert command("--check", path, "--labels", write(tmp_path / "few.txt", "a\nb\n")) == 2
     assert "which is none of 2 classes" in capsys.readouterr().err
-    truth = write(tmp_path / "t.csv", f"youtube_id,label,time_start,time_end,split\n-_000000000,{classes[1]},1,2,val\n")
+    truth = write(
+        tmp_path / "t.csv",
+        f"youtube_id,label,time_start,time_end,split\n-_000000000,{classes[1]},1,2,val\n",
+    )
     assert command("--grade", path, "--truth", truth) == 0
     assert "top-1 error %" in capsys.readouterr().out
 
@@ -359,7 +437,10 @@ def test_the_command_checks_and_grades(tmp_path, capsys):
         (["--check", "a", "--grade", "b"], "give either"),
         (["--grade", "a"], "--grade needs --truth"),
         (["--check", "a", "--truth", "b"], "--truth b belongs to --grade"),
-        (["--check", "a", "--labels", "auto"], "--labels auto: a submission is checked against a list"),
+        (
+            ["--check", "a", "--labels", "auto"],
+            "--labels auto: a submission is checked against a list",
+        ),
         (["--check", "a", "--labels", "none.txt"], "none.txt: there is no such file"),
     ],
 )

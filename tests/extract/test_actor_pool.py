@@ -34,7 +34,13 @@ from stores import store_digest
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 3,
+    "block_size": 2,
+}
 TWO_NODES = ({"num_cpus": 1}, {"num_cpus": 1})
 GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 
@@ -72,7 +78,9 @@ def cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     yield cluster
     ray.shutdown()
     cluster.shutdown()
@@ -103,7 +111,11 @@ def add_nodes(cluster):
 
 def decode_children() -> list[psutil.Process]:
     """Decode children anywhere below this process: the local cluster's too."""
-    return [p for p in psutil.Process().children(recursive=True) if "subprocess_pool" in " ".join(command_of(p))]
+    return [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if "subprocess_pool" in " ".join(command_of(p))
+    ]
 
 
 def command_of(process: psutil.Process) -> list[str]:
@@ -158,7 +170,12 @@ def whole(out: Path, undisturbed: dict[str, str]) -> None:
 
 def test_a_killed_node_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
     nodes, out = add_nodes(*TWO_NODES), tmp_path / "ray.zarr"
-    disturbed(clips, cluster, out, lambda: cluster.remove_node(raylet_of(nodes, worker_of(out)), allow_graceful=False))
+    disturbed(
+        clips,
+        cluster,
+        out,
+        lambda: cluster.remove_node(raylet_of(nodes, worker_of(out)), allow_graceful=False),
+    )
     whole(out, undisturbed)
 
 
@@ -200,7 +217,9 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
         (few / f"{number}{'-crash' if number == 1 else ''}.mp4").symlink_to(clip)
     add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(ROOT / "tests")}})
     monkeypatch.setattr(driver, "RayActorPool", partial(RayActorPool, worker=CrashingWorker))
-    asked = options(few, tmp_path / "a.zarr", address=cluster.address, block_size=1, decoder="torchcodec-cpu")
+    asked = options(
+        few, tmp_path / "a.zarr", address=cluster.address, block_size=1, decoder="torchcodec-cpu"
+    )
     assert main(asked) == 0
     store = FeatureStore.open(tmp_path / "a.zarr")
     assert store.status.tolist() == [OK] * 8
@@ -211,7 +230,11 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
 
 def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
     """Actor processes, by the title that Ray gives them."""
-    return [p for p in psutil.Process().children(recursive=True) if " ".join(command_of(p)).startswith(titles)]
+    return [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if " ".join(command_of(p)).startswith(titles)
+    ]
 
 
 def decoders() -> list[psutil.Process]:
@@ -226,7 +249,11 @@ def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
     nodes, out = add_nodes(*GPU_AND_CPU), tmp_path / "ray.zarr"
 
     def disturb() -> None:
-        own = [child for child in psutil.Process(worker_of(out)).children() if child in decode_children()]
+        own = [
+            child
+            for child in psutil.Process(worker_of(out)).children()
+            if child in decode_children()
+        ]
         assert len(own) == 1
         own[0].suspend()
         decoder = wait_for(decoders)[0]
@@ -254,13 +281,19 @@ def wait_for(what: Callable[[], Any]) -> Any:
     return found
 
 
-def test_a_killed_driver_goes_on_upon_the_same_cluster(clips, cluster, add_nodes, undisturbed, tmp_path):
+def test_a_killed_driver_goes_on_upon_the_same_cluster(
+    clips, cluster, add_nodes, undisturbed, tmp_path
+):
     out = tmp_path / "ray.zarr"
     add_nodes(*GPU_AND_CPU)
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log)
+        run = subprocess.Popen(
+            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
+        )
         while run.poll() is None and not blocks_of(out):
             time.sleep(0.005)
         run.kill()
@@ -277,10 +310,14 @@ def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, add_nodes, 
     """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
     out = tmp_path / "ray.zarr"
     add_nodes({"num_cpus": 1})
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
     command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen([*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log)
+        run = subprocess.Popen(
+            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
+        )
         while run.poll() is None and not blocks_of(out):
             time.sleep(0.005)
         run.terminate()
@@ -292,13 +329,19 @@ def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, add_nodes, 
 
 def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__")
+    )
     with (other / "extract" / "sampling.py").open("a") as file:
         file.write("# a line more\n")
-    (other / "sitecustomize.py").write_text("import extract\n")  # before Ray puts the driver's folders first
+    (other / "sitecustomize.py").write_text(
+        "import extract\n"
+    )  # before Ray puts the driver's folders first
     add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(other)}})
     ours = code_version().replace("(", r"\(").replace(")", r"\)")
-    with pytest.raises(RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"):
+    with pytest.raises(
+        RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"
+    ):
         main(options(clips, tmp_path / "a.zarr", address=cluster.address))
 
 
@@ -313,7 +356,9 @@ def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, add_n
     flags += " --backbone test_resnet --weights random --backbone-lr 0 --decode-workers 1 --out"
     command = [sys.executable, "-m", "aggregate.finetune", *flags.split()]
     two = [*command, str(tmp_path / "two"), "--workers", "2", "--address", cluster.address]
-    subprocess.run(two, env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, cwd=ROOT, timeout=200, check=True)
+    subprocess.run(
+        two, env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, cwd=ROOT, timeout=200, check=True
+    )
     subprocess.run([*command, str(tmp_path / "one")], cwd=ROOT, timeout=100, check=True)
 
     def curve(name: str) -> list[float]:
@@ -340,7 +385,9 @@ def test_a_worker_that_cannot_see_the_store_or_the_videos_fails_naming_its_node(
         check(out, "another nonce", clip)
     with pytest.raises(RunError, match=r"the worker on \S+ cannot read the videos: .*gone\.mp4"):
         check(out, nonce, str(tmp_path / "gone.mp4"))
-    with pytest.raises(RunError, match=r"has hgnl-video 0\.1\.0 \(sources \w+\), the driver 0\.0\.9"):
+    with pytest.raises(
+        RunError, match=r"has hgnl-video 0\.1\.0 \(sources \w+\), the driver 0\.0\.9"
+    ):
         check(out, nonce, clip, "0.0.9")
 
 
@@ -360,7 +407,9 @@ def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
             return {"CPU": 2.0}
 
     pool._ray, pool._request = Nobody(), {"num_cpus": 64}
-    with pytest.raises(RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"):
+    with pytest.raises(
+        RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"
+    ):
         pool._complain(2.0)
 
 
@@ -377,7 +426,12 @@ GPUS = {"CPU": 32.0, "GPU": 8.0}
         ([{"CPU": 1.0}], 2, False, (2, {"num_cpus": 0.5})),
         ([HEAD, GPUS, GPUS, LARGE], None, True, (16, {"num_gpus": 1, "num_cpus": 4})),
         ([HEAD, GPUS, LARGE], 2, True, (2, {"num_gpus": 1, "num_cpus": 4})),
-        ([HEAD, LARGE], None, True, (1, {"num_gpus": 1, "num_cpus": 1})),  # the GPU's node is away for a while
+        (
+            [HEAD, LARGE],
+            None,
+            True,
+            (1, {"num_gpus": 1, "num_cpus": 1}),
+        ),  # the GPU's node is away for a while
         ([HEAD], None, False, (1, {"num_cpus": 1})),
     ],
 )

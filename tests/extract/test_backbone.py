@@ -93,7 +93,10 @@ def test_default_backbone_is_the_published_network() -> None:
     whole = timm.create_model(DEFAULT, pretrained=False)
     assert sum(p.numel() for p in whole.parameters()) == 48_955_416
     assert len(whole.state_dict()) == 758
-    assert sum(p.numel() for p in timm.create_model(DEFAULT, num_classes=700).parameters()) == 48_340_716
+    assert (
+        sum(p.numel() for p in timm.create_model(DEFAULT, num_classes=700).parameters())
+        == 48_340_716
+    )
 
 
 def test_default_backbone_in_each_form(tmp_path: Path) -> None:
@@ -117,7 +120,9 @@ def test_default_backbone_in_each_form(tmp_path: Path) -> None:
 
     state = make_state("seresnext101_32x4d")
     torch.save(state, tmp_path / "gluon.pth")
-    with pytest.raises(InputError, match=r"gluon\.pth: these are weights of seresnext101_32x4d, not of legacy_"):
+    with pytest.raises(
+        InputError, match=r"gluon\.pth: these are weights of seresnext101_32x4d, not of legacy_"
+    ):
         load_trunk(DEFAULT, weights=tmp_path / "gluon.pth")
     other = load_trunk("seresnext101_32x4d", weights=tmp_path / "gluon.pth")
     assert_loaded(other.module, state)
@@ -129,17 +134,24 @@ def test_default_backbone_in_each_form(tmp_path: Path) -> None:
 
 WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "plain": lambda state: state,
-    "without num_batches_tracked": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
-    "without classifier": lambda state: {k: v for k, v in state.items() if not k.startswith(("last_linear", "fc."))},
+    "without num_batches_tracked": lambda state: {
+        k: v for k, v in state.items() if "num_batches" not in k
+    },
+    "without classifier": lambda state: {
+        k: v for k, v in state.items() if not k.startswith(("last_linear", "fc."))
+    },
     "DataParallel": lambda state: {f"module.{k}": v for k, v in state.items()},
     "below state_dict": lambda state: {"epoch": 3, "arch": "x", "state_dict": state},
     "timm's own training": lambda state: {"args": argparse.Namespace(lr=0.1), "state_dict": state},
-    "below model, DataParallel": lambda state: {"model": {f"module.{k}": v for k, v in state.items()}},
+    "below model, DataParallel": lambda state: {
+        "model": {f"module.{k}": v for k, v in state.items()}
+    },
     "half": lambda state: {k: v.half() if v.is_floating_point() else v for k, v in state.items()},
     "a whole model of ours": lambda state: {
         "format": "hgnl-checkpoint",
         "backbone": {"name": SMALL},
-        "state_dict": {"head.weight": torch.ones(2)} | {f"backbone.{k}": v for k, v in state.items()},
+        "state_dict": {"head.weight": torch.ones(2)}
+        | {f"backbone.{k}": v for k, v in state.items()},
     },
 }
 
@@ -147,7 +159,9 @@ WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], object]] = {
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_file_layouts(wrapping: str, cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
     torch.save(WRAPPINGS[wrapping](cadene_state), tmp_path / "w.pth")
-    expected = {key: value.half() if wrapping == "half" else value for key, value in cadene_state.items()}
+    expected = {
+        key: value.half() if wrapping == "half" else value for key, value in cadene_state.items()
+    }
     assert_loaded(load_trunk(SMALL, weights=tmp_path / "w.pth").module, expected)
 
 
@@ -161,17 +175,26 @@ def test_safetensors(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "other"), [(SMALL, SIBLING), (SIBLING, SMALL)])
 def test_the_other_family_is_refused_by_name(name: str, other: str, tmp_path: Path) -> None:
     torch.save(make_state(other), tmp_path / "w.pth")
-    with pytest.raises(InputError, match=rf"weights of {other}, not of {name}.*pass --backbone {other}$"):
+    with pytest.raises(
+        InputError, match=rf"weights of {other}, not of {name}.*pass --backbone {other}$"
+    ):
         load_trunk(name, weights=tmp_path / "w.pth")
 
 
-def test_wrong_architecture_names_keys_and_counts(cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_wrong_architecture_names_keys_and_counts(
+    cadene_state: dict[str, Tensor], tmp_path: Path
+) -> None:
     torch.save(make_state("resnet10t"), tmp_path / "w.pth")
-    with pytest.raises(InputError, match=rf"{SMALL}: \d+ missing \(layer0\.conv1\.weight, .*, \.\.\.\); \d+ extra \("):
+    with pytest.raises(
+        InputError,
+        match=rf"{SMALL}: \d+ missing \(layer0\.conv1\.weight, .*, \.\.\.\); \d+ extra \(",
+    ):
         load_trunk(SMALL, weights=tmp_path / "w.pth")
 
 
-def test_missing_extra_and_misshapen_tensors(cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_missing_extra_and_misshapen_tensors(
+    cadene_state: dict[str, Tensor], tmp_path: Path
+) -> None:
     state = dict(cadene_state)
     del state["layer1.0.conv1.weight"]
     torch.save(state, tmp_path / "w.pth")
@@ -182,19 +205,24 @@ def test_missing_extra_and_misshapen_tensors(cadene_state: dict[str, Tensor], tm
         load_trunk(SMALL, weights=tmp_path / "w.pth")
     torch.save({**cadene_state, "layer0.conv1.weight": torch.ones(64, 9, 7, 7)}, tmp_path / "w.pth")
     with pytest.raises(
-        InputError, match=r"1 of another shape \(layer0\.conv1\.weight \(64, 9, 7, 7\) instead of \(64, 3"
+        InputError,
+        match=r"1 of another shape \(layer0\.conv1\.weight \(64, 9, 7, 7\) instead of \(64, 3",
     ):
         load_trunk(SMALL, weights=tmp_path / "w.pth")
 
 
-def test_a_checkpoint_of_another_backbone_and_one_of_none(cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_backbone_and_one_of_none(
+    cadene_state: dict[str, Tensor], tmp_path: Path
+) -> None:
     ours = {"format": "hgnl-checkpoint", "backbone": {"name": "resnet50"}, "state_dict": {}}
     ours["state_dict"] = {f"backbone.{key}": value for key, value in cadene_state.items()}
     torch.save(ours, tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"holds the backbone resnet50; pass --backbone resnet50"):
         load_trunk(SMALL, weights=tmp_path / "w.pt")
     torch.save({**ours, "state_dict": {"classifier.weight": torch.ones(2)}}, tmp_path / "w.pt")
-    with pytest.raises(InputError, match=r"w\.pt: this checkpoint holds no backbone; it was trained on cached"):
+    with pytest.raises(
+        InputError, match=r"w\.pt: this checkpoint holds no backbone; it was trained on cached"
+    ):
         load_trunk(SMALL, weights=tmp_path / "w.pt")
 
 
@@ -211,11 +239,14 @@ def test_files_that_are_no_weights(tmp_path: Path, broken_clips: Path) -> None:
     for name, write in cases.items():
         write(tmp_path / name)
         with pytest.raises(
-            InputError, match=rf"--weights .*{name}: (no readable|holds a list|holds a Python object, torch|no state)"
+            InputError,
+            match=rf"--weights .*{name}: (no readable|holds a list|holds a Python object, torch|no state)",
         ):
             load_trunk(SMALL, weights=tmp_path / name)
     for path in ("nowhere.pth", "pretraned", str(tmp_path)):
-        with pytest.raises(InputError, match=rf"--weights {path}: not a file; give pretrained, random"):
+        with pytest.raises(
+            InputError, match=rf"--weights {path}: not a file; give pretrained, random"
+        ):
             load_trunk(SMALL, weights=path)
 
 
@@ -242,12 +273,15 @@ def test_a_published_name_promises_its_bytes(
     torch.save(cadene_state, tmp_path / file)
     digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()[:8]
     with pytest.raises(
-        InputError, match=rf"corrupted download: .* begins with {digest}, its name promises {file[-12:-4]}"
+        InputError,
+        match=rf"corrupted download: .* begins with {digest}, its name promises {file[-12:-4]}",
     ):
         load_trunk(backbone, weights=tmp_path / file)
 
 
-def test_names_that_only_look_like_a_digest_are_free(cadene_state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_names_that_only_look_like_a_digest_are_free(
+    cadene_state: dict[str, Tensor], tmp_path: Path
+) -> None:
     torch.save(cadene_state, tmp_path / "run-20191231.pth")
     trunk = load_trunk(SMALL, weights=tmp_path / "run-20191231.pth")
     digest = hashlib.sha256((tmp_path / "run-20191231.pth").read_bytes()).hexdigest()
@@ -257,7 +291,9 @@ def test_names_that_only_look_like_a_digest_are_free(cadene_state: dict[str, Ten
 # Pretrained and random
 
 
-def test_pretrained_without_a_network_says_what_to_fetch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_pretrained_without_a_network_says_what_to_fetch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise OSError("there is no network in this test")
 
@@ -265,10 +301,14 @@ def test_pretrained_without_a_network_says_what_to_fetch(monkeypatch: pytest.Mon
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"legacy_se_resnext101_32x4d-37725eac\.pth, and pass it as --weights FILE"):
+    with pytest.raises(
+        InputError, match=r"legacy_se_resnext101_32x4d-37725eac\.pth, and pass it as --weights FILE"
+    ):
         load_trunk(DEFAULT, weights="pretrained")
     monkeypatch.setattr("timm.models._hub.hf_hub_download", no_network)
-    with pytest.raises(InputError, match=r"resnet10t_176_c3-f3215ab1\.pth or model\.safetensors of timm/resnet10t"):
+    with pytest.raises(
+        InputError, match=r"resnet10t_176_c3-f3215ab1\.pth or model\.safetensors of timm/resnet10t"
+    ):
         load_trunk("resnet10t", weights="pretrained")
     with pytest.raises(InputError, match=r"timm knows no published weights of coatnet_0_224"):
         load_trunk("coatnet_0_224", weights="pretrained")
@@ -312,9 +352,16 @@ def test_lite_from_its_package_sees_what_is_there(lite: Backbone, demo_clips: Pa
         image = images[len(images) // 4]
         left, top = (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
         square = image.crop((left, top, left + min(image.size), top + min(image.size)))
-        frames.append(np.asarray(square.resize((256, 256), Image.Resampling.BICUBIC))[16:240, 16:240])
-    logits = torch.from_numpy(lite(np.stack(frames)).astype(np.float32)) @ state["_fc.weight"].T + state["_fc.bias"]
-    named = [index in (422, 543) for index in logits.argmax(1).tolist()]  # ImageNet's barbell and dumbbell
+        frames.append(
+            np.asarray(square.resize((256, 256), Image.Resampling.BICUBIC))[16:240, 16:240]
+        )
+    logits = (
+        torch.from_numpy(lite(np.stack(frames)).astype(np.float32)) @ state["_fc.weight"].T
+        + state["_fc.bias"]
+    )
+    named = [
+        index in (422, 543) for index in logits.argmax(1).tolist()
+    ]  # ImageNet's barbell and dumbbell
     assert len(named) >= 10
     assert np.mean(named) > 0.7
 
@@ -352,7 +399,9 @@ def test_devices_that_are_not_there(device: str) -> None:
 
 
 def test_precisions_that_make_no_sense() -> None:
-    with pytest.raises(InputError, match="--precision fp8: unknown; known are auto, fp32, bf16, fp16"):
+    with pytest.raises(
+        InputError, match="--precision fp8: unknown; known are auto, fp32, bf16, fp16"
+    ):
         load_backbone("resnet10t", weights="random", precision="fp8")
     with pytest.raises(InputError, match="--precision fp16 on a CPU"):
         load_backbone("resnet10t", weights="random", device="cpu", precision="fp16")
@@ -377,8 +426,12 @@ def test_preprocessing_is_timms(name: str) -> None:
 # Features
 
 
-@pytest.mark.parametrize(("precision", "relative"), [("fp32", 1e-3), ("bf16", 3e-2)])  # float16 itself: 5e-4
-@pytest.mark.parametrize("name", ["resnet10t", "legacy_seresnext26_32x4d", "convnext_atto", "test_vit"])
+@pytest.mark.parametrize(
+    ("precision", "relative"), [("fp32", 1e-3), ("bf16", 3e-2)]
+)  # float16 itself: 5e-4
+@pytest.mark.parametrize(
+    "name", ["resnet10t", "legacy_seresnext26_32x4d", "convnext_atto", "test_vit"]
+)
 def test_features_are_timms(name: str, precision: str, relative: float) -> None:
     backbone = load_backbone(name, weights="random", precision=precision)
     frames = frames_of(backbone, 3)
@@ -417,9 +470,14 @@ def test_frames_may_be_a_read_only_view(small: Backbone) -> None:
     assert np.array_equal(small(frames)[::-1], small(frames[::-1]))
 
 
-@pytest.mark.parametrize("bad", [np.zeros((2, 176, 176, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8)])
+@pytest.mark.parametrize(
+    "bad", [np.zeros((2, 176, 176, 3), np.float32), np.zeros((2, 8, 8, 3), np.uint8)]
+)
 def test_other_arrays_are_refused(bad: np.ndarray, small: Backbone) -> None:
-    with pytest.raises(ValueError, match=rf"got frames {bad.dtype} \[2, {bad.shape[1]}, .*, expected uint8 \[n, 176"):
+    with pytest.raises(
+        ValueError,
+        match=rf"got frames {bad.dtype} \[2, {bad.shape[1]}, .*, expected uint8 \[n, 176",
+    ):
         small(bad)
 
 
@@ -431,5 +489,7 @@ def test_provenance_survives_json(lite: Backbone) -> None:
 
 
 def test_repr_says_what_it_is(lite: Backbone) -> None:
-    expected = "Backbone(tf_efficientnet_lite0, efficientnet-lite0-57934424.pth; on cpu in fp32, OpenVINO "
+    expected = (
+        "Backbone(tf_efficientnet_lite0, efficientnet-lite0-57934424.pth; on cpu in fp32, OpenVINO "
+    )
     assert repr(lite).startswith(expected)

@@ -54,7 +54,9 @@ class FakeSlot:
 
     def __init__(self, device: FakeDevice, size: int):
         self.size, self._device = size, device
-        self._frames = np.full((size, PIXELS, PIXELS, 3), 77, np.uint8)  # rubbish that must never be seen
+        self._frames = np.full(
+            (size, PIXELS, PIXELS, 3), 77, np.uint8
+        )  # rubbish that must never be seen
         self._features = np.full((size, DIM), np.nan, np.float16)
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -101,7 +103,9 @@ class FakeSlot:
 
 def features_of(frames: np.ndarray) -> np.ndarray:
     """What the device makes of frames, a frame for itself."""
-    return frames.reshape(len(frames), PIXELS * PIXELS * 3)[:, :DIM].astype(np.float16) * np.float16(0.5)
+    return frames.reshape(len(frames), PIXELS * PIXELS * 3)[:, :DIM].astype(
+        np.float16
+    ) * np.float16(0.5)
 
 
 def noise(count: int, *, seed: int = 0) -> np.ndarray:
@@ -163,7 +167,9 @@ def test_a_host_goes_on_while_a_device_computes() -> None:
     device = FakeDevice(gate=threading.Event())
     frames, features = noise(5), np.zeros((5, DIM), np.float16)
     batches = Batches(device.slots(3, 2), check=accept)
-    batches.add(frames, features)  # two batches and a half: would never return if it waited for the device
+    batches.add(
+        frames, features
+    )  # two batches and a half: would never return if it waited for the device
     assert device.under_way == 2
     assert not device.batches
     device.gate.set()
@@ -308,15 +314,23 @@ class FakeCuda:
 
         empty = torch.empty
         monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, one: self.calls.append("kept"))
-        monkeypatch.setattr("torch.empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest))
+        monkeypatch.setattr(
+            torch.Tensor, "record_stream", lambda tensor, one: self.calls.append("kept")
+        )
+        monkeypatch.setattr(
+            "torch.empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest)
+        )
         for name, fake in (("Stream", Stream), ("Event", Event), ("stream", stream)):
             monkeypatch.setattr(f"torch.cuda.{name}", fake)
-        monkeypatch.setattr("torch.cuda.synchronize", lambda device: self.calls.append("all is there"))
+        monkeypatch.setattr(
+            "torch.cuda.synchronize", lambda device: self.calls.append("all is there")
+        )
         self.current = "default"
 
 
-def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = FakeCuda(monkeypatch)
 
     def run(frames: torch.Tensor) -> torch.Tensor:
@@ -336,7 +350,12 @@ def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(monkeypatc
     batches.finish()
     np.testing.assert_array_equal(features, features_of(frames))
     assert batches.seconds == 6 * 1.5
-    launch = ["record on copying", "wait on computing", "record on computing", "compute on computing"]
+    launch = [
+        "record on copying",
+        "wait on computing",
+        "record on computing",
+        "compute on computing",
+    ]
     told = [call for call in cuda.calls[1:] if call != "kept"]
     assert told[:5] == [*launch, "record on computing"]
     assert told[5:10] == told[:5]  # two are under way before the host waits for one
@@ -344,7 +363,9 @@ def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(monkeypatc
     assert cuda.calls.count("kept") == 1
 
 
-def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda, recorded = FakeCuda(monkeypatch), []
 
     def run(frames: torch.Tensor) -> torch.Tensor:
@@ -359,7 +380,9 @@ def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(monkeypatch: pyt
             features.copy_(torch.from_numpy(features_of(frames.numpy())))
 
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr("torch.cuda.graph", lambda graph, stream, capture_error_mode: cuda_stream(stream))
+    monkeypatch.setattr(
+        "torch.cuda.graph", lambda graph, stream, capture_error_mode: cuda_stream(stream)
+    )
     cuda_stream = torch.cuda.stream
     batch = torch.zeros(4, PIXELS, PIXELS, 3, dtype=torch.uint8)
     slots = gpu_slots(run, batch, DIM, device=torch.device("cpu"), form="graphs")
@@ -375,7 +398,9 @@ def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch
     """Its first half, which reads the Python; the second would make kernels for a minute."""
     FakeCuda(monkeypatch)
     compiler = torch.compile
-    monkeypatch.setattr("torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(
+        "torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager")
+    )
     monkeypatch.setattr("extract.backbone.torch_engine._captured", lambda run, frames, stream: run)
     trunk = load_trunk("test_resnet", weights="random")
     engine = on_cpu(trunk, precision="fp32", threads=1)
@@ -409,12 +434,16 @@ class FakeBackbone:
         return Batches(self.slots, check=accept)
 
 
-def worker_on(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> tuple[Worker, list[Block], dict[int, np.ndarray]]:
+def worker_on(
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Worker, list[Block], dict[int, np.ndarray]]:
     """A worker with three blocks of two videos of three frames, decoded before it asks, and what it wrote so far."""
     worker, blocks, written = Worker(Options(videos=Path(), out="", frames=3), 1), [], {}
     monkeypatch.setattr(Worker, "_backbone", FakeBackbone(device))
     monkeypatch.setattr(
-        worker, "_write", lambda features, done: (written.update({done.number: features[:, 0].copy()}), done)[1]
+        worker,
+        "_write",
+        lambda features, done: (written.update({done.number: features[:, 0].copy()}), done)[1],
     )
     for number in range(3):
         frames = noise(6, seed=number)
@@ -422,7 +451,9 @@ def worker_on(device: FakeDevice, monkeypatch: pytest.MonkeyPatch) -> tuple[Work
         blocks.append(Block(number, (2 * number, 2 * number + 1), videos))
         worker._ahead[number] = []
         for (k,), job in jobs_of(videos, worker._plan):
-            prepared = Prepared(np.zeros(3, "<i4"), np.zeros(3, "<f4"), np.arange(3).reshape(1, 3, 1), 9)
+            prepared = Prepared(
+                np.zeros(3, "<i4"), np.zeros(3, "<f4"), np.arange(3).reshape(1, 3, 1), 9
+            )
             done: Future[Finished] = Future()
             done.set_result(Finished([prepared], frames[3 * k : 3 * k + 3].reshape(-1)))
             worker._ahead[number].append(([k], job, done))
@@ -436,14 +467,18 @@ def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatc
     assert worker.run(blocks[0]) == []
     assert device.under_way == 1  # two frames wait for the next block
     device.gate.set()
-    assert worker.run(blocks[1]) + worker.run(blocks[2])  # the first, at the latest while the third is added
+    assert worker.run(blocks[1]) + worker.run(
+        blocks[2]
+    )  # the first, at the latest while the third is added
     rest = worker.drain()
     assert worker.drain() == []
     assert rest[-1].number == 2
     assert device.launched == 5  # of 18 frames
     assert sorted(written) == [0, 1, 2]
     for number, features in written.items():
-        np.testing.assert_array_equal(features, features_of(noise(6, seed=number)).reshape(2, 3, DIM))
+        np.testing.assert_array_equal(
+            features, features_of(noise(6, seed=number)).reshape(2, 3, DIM)
+        )
     worker.close()
 
 
@@ -459,7 +494,9 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(("decoder", "third"), [("decord", "decord"), ("torchcodec-cpu", "pyav")])
-def test_only_what_decodes_in_the_workers_process_is_given_up(decoder, third, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_decodes_in_the_workers_process_is_given_up(
+    decoder, third, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Children survive what crashes in them, so a block that workers died over keeps its decoder there."""
     worker, blocks, _ = worker_on(FakeDevice(), monkeypatch)
     worker.options = replace(worker.options, decoder=decoder, decode_workers=1)

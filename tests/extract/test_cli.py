@@ -61,7 +61,9 @@ def test_numbers_out_of_range_are_refused_by_name(changes, message):
     ids=lambda command: command[0],
 )
 def test_every_command_refuses_a_negative_seed(command, tmp_path):
-    done = subprocess.run([sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2, done.stderr
     assert "-1: expected at least 0" in done.stderr
 
@@ -108,7 +110,9 @@ def test_extract_and_status_show_such_names(tmp_path):
         ["extract.status", str(tmp_path / "f.zarr")],
     )
     for command in commands:
-        done = subprocess.run([sys.executable, "-m", *command], cwd=Path(__file__).parents[2], capture_output=True)
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=Path(__file__).parents[2], capture_output=True
+        )
         text = (done.stdout + done.stderr).decode()
         assert SHOWN in text
         assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}

@@ -22,11 +22,22 @@ CLIP = ["--clip-frames", "4", "--clip-fps", "10"]
 
 
 def run(module, *arguments: object) -> int:
-    return run_command(module.main, module.Options, prog="command", args=[str(word) for word in arguments])
+    return run_command(
+        module.main, module.Options, prog="command", args=[str(word) for word in arguments]
+    )
 
 
 def extracted(videos: Path, out: Path, *more: object) -> FeatureStore:
-    backbone = ["--backbone", BACKBONE, "--weights", "random", "--decode-workers", "1", "--frames", "3"]
+    backbone = [
+        "--backbone",
+        BACKBONE,
+        "--weights",
+        "random",
+        "--decode-workers",
+        "1",
+        "--frames",
+        "3",
+    ]
     assert run(extract, "--videos", videos, "--out", out, *backbone, *CLIP, *more) == 0
     return FeatureStore.open(out)
 
@@ -65,14 +76,23 @@ def test_features_are_the_backbones_of_each_clip(store: FeatureStore, videos: Pa
     assert (len(store), store.frames_per_video, store.dim) == (8, 3, 512)
     assert store.provenance["clips"] == {"frames": 4, "fps": 10.0, "per_clip": "mean", "rows": 1}
     name = store.ids[0]
-    options = {"device": "cpu", "precision": store.provenance["precision"], "clip_frames": 4, "clip_fps": 10.0}
+    options = {
+        "device": "cpu",
+        "precision": store.provenance["precision"],
+        "clip_frames": 4,
+        "clip_fps": 10.0,
+    }
     backbone = load_backbone(BACKBONE, weights="random", **options)
     expected = backbone(clips_of(videos / name, name, store))
     np.testing.assert_array_equal(store.gather(np.array([0]), np.arange(3))[0], expected)
 
 
-@pytest.mark.parametrize("change", [["--clip-frames", "5"], ["--clip-fps", "9"], ["--per-clip", "time"]])
-def test_a_store_is_not_continued_with_other_clips(store: FeatureStore, videos: Path, change: list, capsys) -> None:
+@pytest.mark.parametrize(
+    "change", [["--clip-frames", "5"], ["--clip-fps", "9"], ["--per-clip", "time"]]
+)
+def test_a_store_is_not_continued_with_other_clips(
+    store: FeatureStore, videos: Path, change: list, capsys
+) -> None:
     backbone = ["--backbone", BACKBONE, "--weights", "random", "--frames", "3"]
     assert run(extract, "--videos", videos, "--out", store.path, *backbone, *CLIP, *change) == 2
     error = capsys.readouterr().err
@@ -81,7 +101,9 @@ def test_a_store_is_not_continued_with_other_clips(store: FeatureStore, videos: 
 
 
 def test_a_row_per_temporal_position(videos: Path, tmp_path: Path) -> None:
-    store = extracted(videos, tmp_path / "s.zarr", "--per-clip", "time", "--clip-frames", "16", "--limit", "1")
+    store = extracted(
+        videos, tmp_path / "s.zarr", "--per-clip", "time", "--clip-frames", "16", "--limit", "1"
+    )
     assert store.provenance["clips"] == {"frames": 16, "fps": 10.0, "per_clip": "time", "rows": 2}
     assert (store.frames_per_video, store.dim) == (6, 512)
     times = store.timestamps[0, 0].reshape(3, 2)
@@ -98,7 +120,9 @@ def test_views_passes_and_windows_of_clips(videos: Path, tmp_path: Path) -> None
     store = extracted(videos, tmp_path / "s.zarr", *more)
     assert list(store.views) == ["center", "crop_left", "crop_right", "augment_0"]
     assert len(store) > 1
-    inside = (store.timestamps[:, 0] >= store.starts[:, None]) & (store.timestamps[:, 0] < store.ends[:, None])
+    inside = (store.timestamps[:, 0] >= store.starts[:, None]) & (
+        store.timestamps[:, 0] < store.ends[:, None]
+    )
     assert inside.all()
     views = store.read(np.array([0]))[0]
     assert len({view.tobytes() for view in views}) == 4
@@ -110,15 +134,28 @@ def test_exported_to_other_tools_with_their_stride(videos: Path, tmp_path: Path)
     [array, *_] = sorted((tmp_path / "npy").rglob("*.npy"))
     record = json.loads(Path(f"{str(array)[:-4]}.json").read_text())
     assert np.load(array).shape[1] == 512
-    seconds = (np.arange(len(record["seconds"])) * record["feat_stride"] + record["num_frames"] / 2) / record[
-        "default_fps"
-    ]
+    seconds = (
+        np.arange(len(record["seconds"])) * record["feat_stride"] + record["num_frames"] / 2
+    ) / record["default_fps"]
     np.testing.assert_allclose(seconds, record["seconds"], atol=0.13)
     assert abs(record["default_fps"] / record["feat_stride"] - 4) < 1e-6
 
 
-def test_a_head_on_clips_is_trained_and_sees_videos(store: FeatureStore, videos: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--agg", "tsn", "--features", store.path, "--out", tmp_path / "run", "--epochs", "1", "--frames", "3"]
+def test_a_head_on_clips_is_trained_and_sees_videos(
+    store: FeatureStore, videos: Path, tmp_path: Path, capsys
+) -> None:
+    arguments = [
+        "--agg",
+        "tsn",
+        "--features",
+        store.path,
+        "--out",
+        tmp_path / "run",
+        "--epochs",
+        "1",
+        "--frames",
+        "3",
+    ]
     assert run(train, *arguments) == 0
     best = tmp_path / "run" / "best.pt"
     common = ["--checkpoint", best, "--split", "val", "--segments", "3"]
@@ -134,12 +171,30 @@ def test_a_head_on_clips_is_trained_and_sees_videos(store: FeatureStore, videos:
     assert run(predict, clip, "--checkpoint", best, "--segments", "3") == 0
     assert "dumbbell" in capsys.readouterr().out
     assert run(export_onnx, "--checkpoint", best, "--out", tmp_path / "model.onnx") == 2
-    assert "sees clips of torchvision/r3d_18; only checkpoints that see single frames" in capsys.readouterr().err
-    assert run(finetune, "--model", "tsn", "--videos", videos, "--backbone", BACKBONE, "--out", tmp_path / "f") == 2
+    assert (
+        "sees clips of torchvision/r3d_18; only checkpoints that see single frames"
+        in capsys.readouterr().err
+    )
+    assert (
+        run(
+            finetune,
+            "--model",
+            "tsn",
+            "--videos",
+            videos,
+            "--backbone",
+            BACKBONE,
+            "--out",
+            tmp_path / "f",
+        )
+        == 2
+    )
     assert "clip-wise backbones stay frozen" in capsys.readouterr().err
 
 
-def test_more_clips_than_a_buffer_holds(videos: Path, tmp_path: Path, monkeypatch, store: FeatureStore) -> None:
+def test_more_clips_than_a_buffer_holds(
+    videos: Path, tmp_path: Path, monkeypatch, store: FeatureStore
+) -> None:
     """Buffers of one clip: every row comes in parts, and the store is the same, byte for byte."""
     monkeypatch.setattr("extract.decode.jobs._MAX_CLIP_SLOT_BYTES", 1)
     small = extracted(videos, tmp_path / "s.zarr")
@@ -161,7 +216,17 @@ def test_videos_that_fail_leave_zeros(videos: Path, tmp_path: Path, broken_clips
 
 
 def test_a_gpu_decoder_is_refused_for_clips(videos: Path, tmp_path: Path, capsys) -> None:
-    arguments = ["--videos", videos, "--out", tmp_path / "s.zarr", "--backbone", BACKBONE, "--weights", "random", *CLIP]
+    arguments = [
+        "--videos",
+        videos,
+        "--out",
+        tmp_path / "s.zarr",
+        "--backbone",
+        BACKBONE,
+        "--weights",
+        "random",
+        *CLIP,
+    ]
     assert run(extract, *arguments, "--decoder", "torchcodec-cuda") == 2
     assert not (tmp_path / "s.zarr" / "zarr.json").exists()
     assert capsys.readouterr().err

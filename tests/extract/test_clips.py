@@ -46,7 +46,10 @@ def expected_clips(times: np.ndarray, span: Span | None, plan: Plan) -> list[lis
     first, stop = inside[0], inside[-1] + 1
     middles = first + segment_centres(len(inside), plan.frames)
     offsets = [(k - (plan.clip_length - 1) // 2) / plan.clip_fps for k in range(plan.clip_length)]
-    return [[shown_at(times, times[middle] + offset, first, stop) for offset in offsets] for middle in middles]
+    return [
+        [shown_at(times, times[middle] + offset, first, stop) for offset in offsets]
+        for middle in middles
+    ]
 
 
 def parts_of(
@@ -61,29 +64,39 @@ def parts_of(
         jobs = remaining_jobs(job, results) + jobs
         for (name, _), prepared in zip(job[1], results, strict=True):
             if prepared is not None:
-                pictures = None if isinstance(prepared, VideoError) else prepared.pictures(out, job[2])
+                pictures = (
+                    None if isinstance(prepared, VideoError) else prepared.pictures(out, job[2])
+                )
                 yield name, job[2].first_clip, prepared, pictures
 
 
 @pytest.mark.parametrize("name", CLIPS)
 @pytest.mark.parametrize("room", [1000, 40, 6])
 @pytest.mark.parametrize(("length", "fps"), [(6, 7.5), (3, 60.0), (1, 10.0), (4, 0.5)])
-def test_clips_are_what_decoding_everything_and_choosing_by_time_gives(name, room, length, fps, codec_clips) -> None:
+def test_clips_are_what_decoding_everything_and_choosing_by_time_gives(
+    name, room, length, fps, codec_clips
+) -> None:
     path, plan = codec_clips / name, plan_of(length=length, fps=fps)
     frames, times = whole_video(path)
-    spans = [span for span in SPANS if span is None or ((times >= span[0]) & (times < span[1])).any()]
+    spans = [
+        span for span in SPANS if span is None or ((times >= span[0]) & (times < span[1])).any()
+    ]
     seen: dict[str, list[int]] = {str(number): [] for number in range(len(spans))}
     for row, first, prepared, pictures in parts_of(path, spans, plan, room):
         expected = expected_clips(times, spans[int(row)], plan)
         assert len(seen[row]) == first
         assert len(pictures) <= room
-        assert len(np.unique(prepared.frame_indices)) == len(prepared.frame_indices)  # each is handed over once
+        assert len(np.unique(prepared.frame_indices)) == len(
+            prepared.frame_indices
+        )  # each is handed over once
         for number, clip in enumerate(prepared.clips[0], first):
             assert prepared.frame_indices[clip].tolist() == expected[number]
             for picture, frame in zip(pictures[clip], expected[number], strict=True):
                 assert np.array_equal(picture, frames[frame])
             seen[row].append(number)
-        middles = [clip[(length - 1) // 2] for clip in expected[first : first + prepared.clips.shape[1]]]
+        middles = [
+            clip[(length - 1) // 2] for clip in expected[first : first + prepared.clips.shape[1]]
+        ]
         assert prepared.indices[0].tolist() == middles
     assert all(numbers == list(range(plan.frames)) for numbers in seen.values())
 
@@ -98,7 +111,9 @@ def test_the_middle_frame_is_the_one_that_is_sampled_without_clips(codec_clips) 
 
 
 def test_parts_of_a_clip_are_equal_and_have_their_own_middles(codec_clips) -> None:
-    [(_, _, prepared, _)] = parts_of(codec_clips / "h264_long_gop.mp4", [None], plan_of(length=6), 1000)
+    [(_, _, prepared, _)] = parts_of(
+        codec_clips / "h264_long_gop.mp4", [None], plan_of(length=6), 1000
+    )
     positions = prepared.clips[0][:, [0, 2, 4]].ravel()  # 0 1 | 2 3 | 4 5
     assert prepared.middles_of(3)[0].tolist() == positions.tolist()
     assert prepared.middles_of(1)[0].tolist() == prepared.clips[0][:, 2].tolist()
@@ -109,7 +124,9 @@ def test_augmented_passes_of_clips_do_not_depend_on_the_buffer(codec_clips) -> N
     clips = {}
     for room in (1000, 15):
         views = [[] for _ in range(plan.num_views)]
-        for _, _, prepared, pictures in parts_of(codec_clips / "h264_long_gop.mp4", [None], plan, room):
+        for _, _, prepared, pictures in parts_of(
+            codec_clips / "h264_long_gop.mp4", [None], plan, room
+        ):
             for view, of_view in enumerate(prepared.clips):
                 views[view] += [pictures[clip] for clip in of_view]
         clips[room] = np.array(views)

@@ -24,7 +24,9 @@ def centres(num_frames: int) -> np.ndarray:
 def without_its_start(path: Path, source: Path) -> int:
     """A transport stream from the first packets on that belong to the second frame; how many frames lost their key."""
     with av.open(str(source)) as container:
-        packets = [(packet.pos, packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+        packets = [
+            (packet.pos, packet.is_keyframe) for packet in container.demux(video=0) if packet.size
+        ]
     content = source.read_bytes()
     tables = content[: 188 * 3]  # SDT, PAT and PMT
     path.write_bytes(tables + content[packets[1][0] :])
@@ -44,8 +46,12 @@ def spans_in_any_order(path: Path) -> list:
     return seen
 
 
-def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_frame_that_decodes(tmp_path):
-    source = write_video(tmp_path / "whole.ts", frames=120, gop=16, bframes=2, options={"sc_threshold": "0"})
+def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_frame_that_decodes(
+    tmp_path,
+):
+    source = write_video(
+        tmp_path / "whole.ts", frames=120, gop=16, bframes=2, options={"sc_threshold": "0"}
+    )
     path = tmp_path / "midgop.ts"
     lost = without_its_start(path, source)
     whole = decode_everything(path)
@@ -58,7 +64,9 @@ def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_fra
     assert frames.num_frames == len(whole.frames)
     assert np.array_equal(frames.frames, whole.frames)
     assert frames.problem == ""
-    note = f"its first {lost} frames cannot be decoded: it begins in the middle of a group of pictures"
+    note = (
+        f"its first {lost} frames cannot be decoded: it begins in the middle of a group of pictures"
+    )
     assert frames.note == note
     assert alone[2].startswith(f"{note}; times count from the first frame, 0.")
     assert duration_of(str(path)) == pytest.approx(frames.end)
@@ -66,7 +74,9 @@ def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_fra
 
 def test_time_that_jumps_back_goes_on(tmp_path):
     """Two streams joined byte by byte: as long as both, every frame once, in the order of the file."""
-    first, second = (write_video(tmp_path / f"{n}.ts", frames=n, gop=16, bframes=2) for n in (60, 50))
+    first, second = (
+        write_video(tmp_path / f"{n}.ts", frames=n, gop=16, bframes=2) for n in (60, 50)
+    )
     path = tmp_path / "joined.ts"
     path.write_bytes(first.read_bytes() + second.read_bytes())
     parts = [*decode_everything(first).frames, *decode_everything(second).frames]
@@ -76,7 +86,10 @@ def test_time_that_jumps_back_goes_on(tmp_path):
     whole = decode(path, np.arange)
     assert np.array_equal(whole.frames, parts)
     np.testing.assert_allclose(whole.timestamps, np.arange(110) / 25, atol=1e-5)
-    assert (whole.problem, whole.note) == ("", "time stamps jump back at 2.400 s; times go on from there")
+    assert (whole.problem, whole.note) == (
+        "",
+        "time stamps jump back at 2.400 s; times go on from there",
+    )
     assert duration_of(str(path)) == pytest.approx(4.4)
 
 
@@ -98,9 +111,14 @@ def test_a_clock_that_starts_before_the_pictures_is_noted_of_spans(tmp_path):
         output.mux([*picture.encode(None), *sound.encode(None)])
     assert decode(path, centres).note == ""
     noted = decode(path, centres, span=(0.0, 1.0))
-    assert noted.note == "times count from the first frame, 5.00 s after the start of a player's clock"
+    assert (
+        noted.note == "times count from the first frame, 5.00 s after the start of a player's clock"
+    )
     plan = Plan(4, 1, 0, SEE)
-    assert prepare_row(str(path), "a", plan, np.zeros(plan.shape, np.uint8), span=(0.0, 1.0)).note == noted.note
+    assert (
+        prepare_row(str(path), "a", plan, np.zeros(plan.shape, np.uint8), span=(0.0, 1.0)).note
+        == noted.note
+    )
 
 
 def damage(path: Path, every: int) -> None:

@@ -35,7 +35,9 @@ def test_the_least_of_what_is_allowed(threads, limit, expected, machine, monkeyp
     assert available_cores(limit) == expected
 
 
-@pytest.mark.parametrize(("quota", "expected"), [("400000 100000", 4), ("150000 100000", 2), ("max 100000", 64)])
+@pytest.mark.parametrize(
+    ("quota", "expected"), [("400000 100000", 4), ("150000 100000", 2), ("max 100000", 64)]
+)
 def test_a_containers_quota(quota, expected, monkeypatch):
     """A fake cgroup of version 2, as joblib reads it."""
     real_open, real_exists = open, os.path.exists
@@ -43,13 +45,18 @@ def test_a_containers_quota(quota, expected, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 64)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: range(64))
     monkeypatch.setattr(
-        "os.path.exists", lambda path: "cpu.max" in str(path) or ("cfs" not in str(path) and real_exists(path))
+        "os.path.exists",
+        lambda path: "cpu.max" in str(path) or ("cfs" not in str(path) and real_exists(path)),
     )
 
     def opened(path, *args, **kwargs):
         import io
 
-        return io.StringIO(quota) if str(path).endswith("cpu.max") else real_open(path, *args, **kwargs)
+        return (
+            io.StringIO(quota)
+            if str(path).endswith("cpu.max")
+            else real_open(path, *args, **kwargs)
+        )
 
     monkeypatch.setattr("builtins.open", opened)
     assert available_cores() == expected
@@ -60,7 +67,10 @@ COUNT = "from extract.cores import available_cores; print(available_cores())"
 
 def test_a_real_quota():
     """A process that sees a cgroup of one core as its root, as in a container (version 1 or 2, as root)."""
-    root = next((path for path in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")) if path.is_dir()), None)
+    root = next(
+        (path for path in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")) if path.is_dir()),
+        None,
+    )
     if root is None:
         pytest.skip("no cgroups here")
     group = root / f"hgnl-{uuid.uuid4().hex[:8]}"
@@ -79,7 +89,9 @@ def test_a_real_quota():
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"no quota can be set, or no mount be made here: {error}")
     else:
-        done = subprocess.run(["unshare", "--mount", "sh", "-c", seen], env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["unshare", "--mount", "sh", "-c", seen], env=env, capture_output=True, text=True
+        )
         assert done.stdout.strip() == "1", done.stderr
     finally:
         group.rmdir()

@@ -11,7 +11,9 @@ def test_kinetics_700_by_hand():
 
 
 def test_more_views_cost_the_backbone_and_the_disk_and_decoding_nothing():
-    one, ten = (cost(100_000, views=views, frames=25, dim=8, decode_seconds=0.1) for views in (1, 10))
+    one, ten = (
+        cost(100_000, views=views, frames=25, dim=8, decode_seconds=0.1) for views in (1, 10)
+    )
     assert "0.139 H100 hours" in one
     assert "1.39 H100 hours" in ten
     assert "2.78 CPU-core hours" in one

@@ -69,7 +69,9 @@ def assert_exact(path: Path, whole: Whole | None = None, *, singly: bool = True)
             assert np.array_equal(frame, whole.frames[index]), f"frame {index} of {wanted.tolist()}"
         if None not in whole.seconds:
             seconds = sorted(time - min(whole.seconds) for time in whole.seconds)
-            np.testing.assert_allclose(decoded.timestamps, [seconds[index] for index in wanted], atol=1e-3)
+            np.testing.assert_allclose(
+                decoded.timestamps, [seconds[index] for index in wanted], atol=1e-3
+            )
         assert decoded.problem == ""
     return decoded
 
@@ -87,8 +89,22 @@ def no_fallback(monkeypatch):
 # -- every encoder ---------------------------------------------------------------------------------------------------
 
 # What the first attempts do not find: encoders that take only some sizes, or need to be told what to make.
-_ENCODERS = {"dnxhd": {"size": (256, 120), "options": {"profile": "dnxhr_lb"}}, "xface": {"size": (48, 48)}}
-_FOR_ANY = ("matroska", "mov", "avi", "flv", "apng", "rm", "roq", "fits", "yuv4mpegpipe", "image2pipe")
+_ENCODERS = {
+    "dnxhd": {"size": (256, 120), "options": {"profile": "dnxhr_lb"}},
+    "xface": {"size": (48, 48)},
+}
+_FOR_ANY = (
+    "matroska",
+    "mov",
+    "avi",
+    "flv",
+    "apng",
+    "rm",
+    "roq",
+    "fits",
+    "yuv4mpegpipe",
+    "image2pipe",
+)
 _HARDWARE = re.compile(r"_(amf|cuvid|mediacodec|mf|nvenc|qsv|v4l2m2m|vaapi|videotoolbox|vulkan)$")
 # Still pictures of which FFmpeg's pipe reader takes the whole file for one.
 _READ_AS_ONE_PICTURE = {"pcx", "sunrast", "wbmp"}
@@ -126,7 +142,9 @@ def _written(name: str) -> Path | str:
     for container in _FOR_ANY:
         for size in ((64, 48), (176, 144), (720, 480)):
             for pix_fmt in formats[:2]:
-                arguments = {"size": size, "pix_fmt": pix_fmt, "frames": 13} | _ENCODERS.get(name, {})
+                arguments = {"size": size, "pix_fmt": pix_fmt, "frames": 13} | _ENCODERS.get(
+                    name, {}
+                )
                 try:
                     write_video(path, codec=name, container=container, **arguments)
                 except (av.FFmpegError, OSError, ValueError) as error:
@@ -156,7 +174,16 @@ def test_every_encoder_that_this_ffmpeg_has(name):
 def test_most_encoders_are_tested():
     written = [name for name in ENCODERS if isinstance(_written(name), Path)]
     assert len(written) >= 80, written
-    assert {"libx264", "libx265", "libsvtav1", "libvpx", "libvpx-vp9", "mpeg4", "mpeg2video", "wmv2"} <= set(written)
+    assert {
+        "libx264",
+        "libx265",
+        "libsvtav1",
+        "libvpx",
+        "libvpx-vp9",
+        "mpeg4",
+        "mpeg2video",
+        "wmv2",
+    } <= set(written)
 
 
 # -- kinds of video --------------------------------------------------------------------------------------------------
@@ -176,7 +203,9 @@ def test_frames_are_exact_where_packets_are_read_again(name, tmp_path, monkeypat
     assert_exact(path)
 
 
-@pytest.mark.parametrize("name", ["b-frames.mp4", "b-frames.mkv", "hevc.mkv", "late.mkv", "streams.mp4"])
+@pytest.mark.parametrize(
+    "name", ["b-frames.mp4", "b-frames.mkv", "hevc.mkv", "late.mkv", "streams.mp4"]
+)
 @pytest.mark.usefixtures("no_fallback")
 def test_packets_are_found_again_in_the_containers_of_kinetics(name, tmp_path, monkeypatch):
     path = write_video(tmp_path / name, **TRUSTED[name])
@@ -194,7 +223,9 @@ def test_frames_are_exact_where_packets_cannot_be_trusted(name, kept, tmp_path, 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
 def test_a_file_that_calls_every_frame_a_key_frame(codec, tmp_path):
-    assert_exact(forget_key_frames(write_video(tmp_path / "a.mp4", codec=codec, gop=8, bframes=3, frames=30)))
+    assert_exact(
+        forget_key_frames(write_video(tmp_path / "a.mp4", codec=codec, gop=8, bframes=3, frames=30))
+    )
 
 
 @pytest.mark.parametrize(("start", "seconds"), [(0.2, 0.4), (0.0, 0.5), (0.3, 10), (0.52, 0.04)])
@@ -213,7 +244,9 @@ def test_the_display_rotation_is_applied(degrees, tmp_path):
     path = turn(write_video(tmp_path / "a.mp4", frames=3), degrees)
     upright = decode_everything(path).frames
     turned = decode(path, every_frame).frames
-    assert np.array_equal(turned, [np.rot90(frame, -degrees // 90) for frame in upright])  # rot90: counter-clockwise
+    assert np.array_equal(
+        turned, [np.rot90(frame, -degrees // 90) for frame in upright]
+    )  # rot90: counter-clockwise
 
 
 def test_the_best_of_several_streams_is_decoded_alone(tmp_path):
@@ -246,9 +279,15 @@ def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", frames=200, gop=20, bframes=2)
     fed, resized = [], []
     packet = packets._Redemuxer.packet
-    monkeypatch.setattr(packets._Redemuxer, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    monkeypatch.setattr(
+        packets._Redemuxer,
+        "packet",
+        lambda self, number: fed.append(number) or packet(self, number),
+    )
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
-    decoded = decode(path, lambda n: np.array([30, 30, 190]), resize=lambda frame: resized.append(1) or frame)
+    decoded = decode(
+        path, lambda n: np.array([30, 30, 190]), resize=lambda frame: resized.append(1) or frame
+    )
     assert decoded.frames.shape[0] == 3
     assert len(resized) == 2
     assert len(fed) <= 2 * 20
@@ -263,15 +302,21 @@ def peak_memory(path: Path) -> float:
         "print(len(frames), seconds[-1] - seconds[0])\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True
+    )
     return int(run.stdout.split()[-1]) / 1024
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/status"), reason="reads the peak from Linux's /proc"
+)
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
 def test_memory_does_not_grow_with_length(name, tmp_path):
     """5 minutes against 10 s; all frames of the long one are 276 MB. The AVI is decoded as a whole."""
-    short = write_video(tmp_path / name, size=(128, 96), frames=250, options={"preset": "ultrafast"})
+    short = write_video(
+        tmp_path / name, size=(128, 96), frames=250, options={"preset": "ultrafast"}
+    )
     long = write_repeated(tmp_path / f"long-{name}", short, 30)
     seen = decode(long, lambda n: np.array([0, n - 1]))
     assert seen.num_frames == 7500
@@ -287,7 +332,11 @@ CODEC_CLIPS = sorted((Path(__file__).parents[1] / "clips" / "codecs").iterdir())
 @pytest.mark.parametrize("path", CODEC_CLIPS, ids=lambda path: path.name)
 def test_codec_clips_are_exact(path):
     whole = decode_everything(path)
-    expected = {"h264_1frame.mp4": 1, "h264_2frames.mp4": 2, "h264 with spaces & ünïcode 动作.mp4": 12}
+    expected = {
+        "h264_1frame.mp4": 1,
+        "h264_2frames.mp4": 2,
+        "h264 with spaces & ünïcode 动作.mp4": 12,
+    }
     assert len(whole.frames) == expected.get(path.name, 48)
     assert_exact(path, whole, singly=len(whole.frames) < 48)
 
@@ -303,7 +352,9 @@ def test_what_can_be_read_of_a_damaged_clip_is_partial(name, frames, problem, br
     whole = decode_everything(broken_clips / name)
     decoded = decode(broken_clips / name, lambda n: segment_centres(n, 5))
     assert decoded.num_frames == len(whole.frames) == frames
-    assert np.array_equal(decoded.frames, [whole.frames[index] for index in segment_centres(frames, 5)])
+    assert np.array_equal(
+        decoded.frames, [whole.frames[index] for index in segment_centres(frames, 5)]
+    )
     assert decoded.problem.startswith(problem)
 
 
@@ -352,7 +403,9 @@ def test_shared_clips_are_read_as_their_manifest_says(name, shared_clips):
     assert bool(decoded.problem) == (known[-1] == "ERR")
     shape = re.search(r"\(\d+, (\d+), (\d+), 3\)", row["decord"])  # turned as it is to be displayed
     width, height = map(int, row["size"].split("x"))
-    assert decoded.frames.shape[1:3] == (tuple(map(int, shape.groups())) if shape else (height, width))
+    assert decoded.frames.shape[1:3] == (
+        tuple(map(int, shape.groups())) if shape else (height, width)
+    )
 
 
 def test_all_shared_clips_are_there(shared_clips):
@@ -361,7 +414,9 @@ def test_all_shared_clips_are_there(shared_clips):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("name", [name for name in shared_files() if name[:3] in ("kin", "odd")] or ["not here"])
+@pytest.mark.parametrize(
+    "name", [name for name in shared_files() if name[:3] in ("kin", "odd")] or ["not here"]
+)
 def test_shared_clips_are_exact(name, shared_clips):
     whole = decode_everything(shared_clips / name)
     if whole.error:
@@ -371,7 +426,9 @@ def test_shared_clips_are_exact(name, shared_clips):
         return
     with av.open(str(shared_clips / name)) as container:
         turns = next(container.decode(video=0)).rotation // 90 % 4
-    upright = Whole([np.rot90(frame, turns) for frame in whole.frames], whole.seconds, whole.corrupt, "")
+    upright = Whole(
+        [np.rot90(frame, turns) for frame in whole.frames], whole.seconds, whole.corrupt, ""
+    )
     assert_exact(shared_clips / name, upright, singly=len(whole.frames) <= 10)
 
 
@@ -380,7 +437,10 @@ def test_shared_clips_are_exact(name, shared_clips):
 def test_rotation_agrees_with_decords(degrees, shared_clips):
     pytest.importorskip("decord")
     path = shared_clips / "odd" / f"decord_video_{degrees}.mov"
-    ours, theirs = (decode(path, every_frame, decoder=decoder).frames.astype(int) for decoder in ("pyav", "decord"))
+    ours, theirs = (
+        decode(path, every_frame, decoder=decoder).frames.astype(int)
+        for decoder in ("pyav", "decord")
+    )
     assert ours.shape == theirs.shape
     assert np.abs(ours - theirs).mean() < 3  # they convert colours in their own way
     assert np.abs(ours - theirs[:, ::-1, ::-1]).mean() > 10
@@ -447,7 +507,9 @@ def test_a_header_without_frames(tmp_path):
         decode(path, every_frame)
 
 
-@pytest.mark.parametrize("options", [{"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}])
+@pytest.mark.parametrize(
+    "options", [{"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}]
+)
 def test_a_file_that_ends_between_two_packets_is_partial(options, tmp_path):
     """No packet is damaged then; only the index tells that some are missing."""
     path = write_video(tmp_path / "a.mp4", bframes=0, gop=30, container_options=options)
@@ -457,10 +519,14 @@ def test_a_file_that_ends_between_two_packets_is_partial(options, tmp_path):
     path.write_bytes(path.read_bytes()[: ends[9]])
     decoded = decode(path, lambda n: segment_centres(n, 3))
     assert decoded.num_frames == 10
-    assert re.search(r"the file ends early: it names (24|16) frames and holds 10", decoded.problem)  # 16 in a fragment
+    assert re.search(
+        r"the file ends early: it names (24|16) frames and holds 10", decoded.problem
+    )  # 16 in a fragment
 
 
-@pytest.mark.parametrize("name", ["a:b.mp4", "pipe:0", "-i.mp4", "a%03d.mp4", "a\nb.mp4", "?x=1#y.mp4"])
+@pytest.mark.parametrize(
+    "name", ["a:b.mp4", "pipe:0", "-i.mp4", "a%03d.mp4", "a\nb.mp4", "?x=1#y.mp4"]
+)
 def test_names_that_mean_something_to_ffmpeg_are_names(name, tmp_path, monkeypatch):
     os.replace(write_video(tmp_path / "a.mp4", frames=2), tmp_path / name)
     monkeypatch.chdir(tmp_path)
@@ -484,7 +550,9 @@ def test_a_title_that_is_no_utf8(tmp_path):
                 output.mux(packet)
     content = (tmp_path / "titled.mp4").read_bytes()
     assert content.count(b"ABCDEFGH") == 1
-    (tmp_path / "titled.mp4").write_bytes(content.replace(b"ABCDEFGH", b"\xff\xfe\x80\xc3\xff\xfe\x80\xc3"))
+    (tmp_path / "titled.mp4").write_bytes(
+        content.replace(b"ABCDEFGH", b"\xff\xfe\x80\xc3\xff\xfe\x80\xc3")
+    )
     if int(av.__version__.split(".")[0]) < 19:
         with pytest.raises(UnicodeDecodeError):
             av.open(str(tmp_path / "titled.mp4"))
@@ -556,7 +624,9 @@ def clip(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
 @pytest.mark.parametrize(
-    ("indices", "wrong"), [([0, 24], 24), ([-1], -1), ([5, 1000, 2], 1000)], ids=["behind", "before", "far"]
+    ("indices", "wrong"),
+    [([0, 24], 24), ([-1], -1), ([5, 1000, 2], 1000)],
+    ids=["behind", "before", "far"],
 )
 def test_a_frame_that_is_not_there_is_named(indices, wrong, decoder, clip):
     if decoder == "decord":
@@ -582,7 +652,9 @@ def test_the_result_unpacks_and_knows_its_types(clip):
 
 
 def test_a_result_checks_its_shapes():
-    with pytest.raises(ValueError, match=r"got frames \(2, 4, 4, 3\), indices \(3,\), timestamps \(2,\)"):
+    with pytest.raises(
+        ValueError, match=r"got frames \(2, 4, 4, 3\), indices \(3,\), timestamps \(2,\)"
+    ):
         Decoded(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int32), np.zeros(2, np.float32), 2)
 
 
@@ -595,7 +667,9 @@ def test_resize_is_applied_to_wanted_frames(clip):
 
     decoded = decode(clip, lambda n: np.array([7, 2, 7]), resize=quarter)
     assert shapes == [(48, 64, 3)] * 2
-    assert np.array_equal(decoded.frames, decode(clip, lambda n: np.array([7, 2, 7])).frames[:, ::2, ::2])
+    assert np.array_equal(
+        decoded.frames, decode(clip, lambda n: np.array([7, 2, 7])).frames[:, ::2, ::2]
+    )
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])
@@ -605,12 +679,17 @@ def test_when_the_last_frame_goes_is_told(decoder, name, codec_clips):
         pytest.importorskip("decord")
     decoded = decode(codec_clips / name, np.arange, decoder=decoder)
     assert decoded.end > decoded.timestamps[-1]
-    assert decode(codec_clips / name, lambda count: np.array([0]), decoder=decoder).end == decoded.end
+    assert (
+        decode(codec_clips / name, lambda count: np.array([0]), decoder=decoder).end == decoded.end
+    )
 
 
 def test_decord_reads_the_same_frames(clip):
     pytest.importorskip("decord")
-    ours, theirs = (decode(clip, lambda n: np.array([0, 9, 23]), decoder=decoder) for decoder in ("pyav", "decord"))
+    ours, theirs = (
+        decode(clip, lambda n: np.array([0, 9, 23]), decoder=decoder)
+        for decoder in ("pyav", "decord")
+    )
     assert np.array_equal(ours.indices, theirs.indices)
     assert theirs.num_frames == 24
     np.testing.assert_allclose(ours.timestamps, theirs.timestamps, atol=1e-4)
@@ -632,7 +711,9 @@ def test_where_decord_is_not_installed_it_says_so(clip, monkeypatch):
 
 
 def test_an_unknown_decoder_is_not_replaced_by_another(clip):
-    with pytest.raises(ValueError, match="got decoder 'opencv', expected 'pyav', 'decord' or 'torchcodec-DEVICE'"):
+    with pytest.raises(
+        ValueError, match="got decoder 'opencv', expected 'pyav', 'decord' or 'torchcodec-DEVICE'"
+    ):
         decode(clip, every_frame, decoder="opencv")
 
 

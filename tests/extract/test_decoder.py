@@ -28,7 +28,9 @@ def test_the_same_frames_as_here_and_no_byte_more(demo_clips, tmp_path):
         np.testing.assert_array_equal(prepared.indices, here.indices)
         gone = decoder.decode((str(tmp_path / "b.mp4"), [("b.mp4", None)], PLAN))
         assert "does not exist" in (gone.failure or gone.result[0].reason)
-        with pytest.raises(RunError, match=r"has hgnl-video \S+ \(sources \w+\), the driver 0\.0\.9"):
+        with pytest.raises(
+            RunError, match=r"has hgnl-video \S+ \(sources \w+\), the driver 0\.0\.9"
+        ):
             decoder.check(clip, "0.0.9")
         with pytest.raises(RunError, match=r"cannot read the videos: .*b\.mp4"):
             decoder.check(str(tmp_path / "b.mp4"), code_version())

@@ -40,12 +40,18 @@ def frames(demo_clips: Path) -> np.ndarray:
 
     paths = sorted((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))[::7][:10]
     return np.concatenate(
-        [decode(path, lambda count: segment_centres(count, 2), resize=square).frames for path in paths]
+        [
+            decode(path, lambda count: segment_centres(count, 2), resize=square).frames
+            for path in paths
+        ]
     )
 
 
 def error(features: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(features.astype(np.float64) - expected) / np.linalg.norm(expected.astype(np.float64)))
+    return float(
+        np.linalg.norm(features.astype(np.float64) - expected)
+        / np.linalg.norm(expected.astype(np.float64))
+    )
 
 
 # OpenVINO
@@ -53,12 +59,16 @@ def error(features: np.ndarray, expected: np.ndarray) -> float:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_features_are_pytorchs_and_the_same_bytes_again(name: str, precision: str, frames: np.ndarray) -> None:
+def test_features_are_pytorchs_and_the_same_bytes_again(
+    name: str, precision: str, frames: np.ndarray
+) -> None:
     """For any number of streams, any place in a batch, any neighbors, and any share of padding."""
     weights, measured = NETWORKS[name]
     backbone = load_backbone(name, weights=weights, device="cpu", precision=precision, threads=2)
     features = backbone(frames)
-    reference = load_backbone(name, weights=weights, device="cpu", precision="fp32", engine="torch", threads=1)
+    reference = load_backbone(
+        name, weights=weights, device="cpu", precision="fp32", engine="torch", threads=1
+    )
     print(f"{name} {precision}: {error(features, reference(frames)):.2e}")
     assert error(features, reference(frames)) < 3 * measured[precision]
 
@@ -66,35 +76,53 @@ def test_features_are_pytorchs_and_the_same_bytes_again(name: str, precision: st
     order = np.random.default_rng(0).permutation(len(frames))
     assert np.array_equal(backbone(frames[order]), features[order])
     for start, count in ((0, 1), (7, 1), (3, 7), (9, 8), (2, 13)):
-        assert np.array_equal(backbone(frames[start : start + count]), features[start : start + count])
+        assert np.array_equal(
+            backbone(frames[start : start + count]), features[start : start + count]
+        )
     for threads in (1, 3):
-        again = load_backbone(name, weights=weights, device="cpu", precision=precision, threads=threads)
+        again = load_backbone(
+            name, weights=weights, device="cpu", precision=precision, threads=threads
+        )
         assert np.array_equal(again(frames), features)
 
 
 def test_what_runs_is_recorded_and_shown() -> None:
-    backbone = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32", threads=2)
+    backbone = load_backbone(
+        "test_resnet", weights="random", device="cpu", precision="fp32", threads=2
+    )
     version = openvino_engine.openvino_version()
     assert backbone.provenance()["engine"] == {"name": "openvino", "version": version}
     assert backbone.describe().endswith(f"on cpu in fp32, OpenVINO {version}, 2 streams")
 
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
-def test_auto_is_what_the_cpu_computes_in(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_what_the_cpu_computes_in(
+    native: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(frozen, "has_native_bf16", lambda: native)
     for engine in ("openvino", "torch"):
-        assert load_backbone("test_resnet", weights="random", device="cpu", engine=engine).precision == expected
+        assert (
+            load_backbone("test_resnet", weights="random", device="cpu", engine=engine).precision
+            == expected
+        )
 
 
 @pytest.mark.parametrize(
-    ("flags", "expected"), [("fpu avx512f avx512_bf16 vnni", True), ("fpu amx_bf16", True), ("fpu avx512f", False)]
+    ("flags", "expected"),
+    [("fpu avx512f avx512_bf16 vnni", True), ("fpu amx_bf16", True), ("fpu avx512f", False)],
 )
-def test_native_bf16_is_read_off_the_cpus_flags(flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Path, "read_text", lambda path, **_: f"model name\t: X\nflags\t\t: {flags}\n")
+def test_native_bf16_is_read_off_the_cpus_flags(
+    flags: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        Path, "read_text", lambda path, **_: f"model name\t: X\nflags\t\t: {flags}\n"
+    )
     assert frozen.has_native_bf16() is expected
 
 
-def test_no_native_bf16_is_known_of_systems_without_cpuinfo(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_native_bf16_is_known_of_systems_without_cpuinfo(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def missing(*_: object, **__: object) -> str:
         raise FileNotFoundError
 
@@ -128,7 +156,9 @@ def trunk_of(module: nn.Module) -> Trunk:
 
 
 def test_a_network_that_openvino_answers_otherwise_is_refused() -> None:
-    with pytest.raises(openvino_engine.ConversionError, match=r"its features differ from PyTorch's by [0-9.]+"):
+    with pytest.raises(
+        openvino_engine.ConversionError, match=r"its features differ from PyTorch's by [0-9.]+"
+    ):
         openvino_engine.convert(trunk_of(Unconvertible()))
 
 
@@ -142,17 +172,29 @@ def test_pytorch_runs_the_rest_and_says_so(reason: str, monkeypatch: pytest.Monk
         expected = " (OpenVINO cannot run it: it is odd), PyTorch, 1 threads, batch norm folded"
     else:
         find = importlib.util.find_spec
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name))
-        expected = " (OpenVINO, which is faster, is not installed), PyTorch, 1 threads, batch norm folded"
-    backbone = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32", threads=1)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name: None if name == "openvino" else find(name)
+        )
+        expected = (
+            " (OpenVINO, which is faster, is not installed), PyTorch, 1 threads, batch norm folded"
+        )
+    backbone = load_backbone(
+        "test_resnet", weights="random", device="cpu", precision="fp32", threads=1
+    )
     assert backbone.describe().endswith(f"on cpu in fp32{expected}")
     assert "engine" not in backbone.provenance()
-    with pytest.raises(InputError, match=r"--engine openvino: test_resnet .*; use --engine torch and another --out"):
-        load_backbone("test_resnet", weights="random", device="cpu", precision="fp32", engine="openvino")
+    with pytest.raises(
+        InputError, match=r"--engine openvino: test_resnet .*; use --engine torch and another --out"
+    ):
+        load_backbone(
+            "test_resnet", weights="random", device="cpu", precision="fp32", engine="openvino"
+        )
 
 
 def test_engines_that_make_no_sense() -> None:
-    with pytest.raises(InputError, match="--engine onnx: unknown; known are auto, openvino and torch"):
+    with pytest.raises(
+        InputError, match="--engine onnx: unknown; known are auto, openvino and torch"
+    ):
         load_backbone("test_resnet", weights="random", device="cpu", engine="onnx")
 
 
@@ -170,7 +212,9 @@ def small(**changes: object) -> Backbone:
     return load_backbone("test_resnet", **(settings | changes))
 
 
-def test_the_second_start_reads_what_the_first_one_saved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_start_reads_what_the_first_one_saved(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (3, 160, 160, 3), dtype=np.uint8)
     first = small()
     monkeypatch.setattr(openvino_engine, "convert", lambda trunk: pytest.fail("converted again"))
@@ -182,7 +226,9 @@ def test_the_second_start_reads_what_the_first_one_saved(cache: Path, monkeypatc
     assert [path.name.partition(".")[2] for path in cache.iterdir()] == [""]
 
 
-def test_a_network_is_of_its_weights_and_of_what_made_it(cache: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_network_is_of_its_weights_and_of_what_made_it(
+    cache: Path, tmp_path: Path, monkeypatch
+) -> None:
     source = {"name": "test_resnet", "weights": "random", "seed": 0}
     keys = {networks.network_key(**source), networks.network_key(**{**source, "seed": 1})}
     for content in (b"one", b"other"):
@@ -215,7 +261,9 @@ def test_a_damaged_network_is_converted_again(damage: str, cache: Path) -> None:
     assert networks.load_network(folder.name) is not None
 
 
-def test_a_network_that_cannot_be_kept_runs_all_the_same(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_network_that_cannot_be_kept_runs_all_the_same(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HGNL_CACHE", str(tmp_path / "file"))
     assert small()(np.zeros((1, 160, 160, 3), np.uint8)).shape == (1, 96)
@@ -232,7 +280,9 @@ print(*sorted({"torch", "timm", "torchvision"} & sys.modules.keys()))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device auto is a GPU")
-def test_the_second_extraction_needs_neither_torch_nor_timm(cache: Path, demo_clips: Path, tmp_path: Path) -> None:
+def test_the_second_extraction_needs_neither_torch_nor_timm(
+    cache: Path, demo_clips: Path, tmp_path: Path
+) -> None:
     clip = next((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))
     for number, expected in enumerate(("timm torch torchvision", "")):
         command = [sys.executable, "-c", LIGHT, str(clip), str(tmp_path / f"{number}.zarr")]
@@ -250,7 +300,11 @@ class SharedNorm(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.norm = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+        self.first, self.second, self.norm = (
+            nn.Conv2d(3, 3, 1),
+            nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3),
+        )
         nn.init.constant_(self.norm.running_var, 4.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -308,16 +362,30 @@ def weights_times(factor: float, path: Path) -> Path:
 
 
 @pytest.mark.parametrize("engine", ["openvino", "torch"])
-@pytest.mark.parametrize(("precision", "hint"), [("bf16", "try --precision fp32, into another"), ("fp32", "damaged")])
-def test_features_that_are_not_finite(precision: str, hint: str, engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "hint"), [("bf16", "try --precision fp32, into another"), ("fp32", "damaged")]
+)
+def test_features_that_are_not_finite(
+    precision: str, hint: str, engine: str, tmp_path: Path
+) -> None:
     weights = weights_times(1e9, tmp_path / "w.pth")
-    settings = {"weights": weights, "device": "cpu", "precision": precision, "engine": engine, "threads": 1}
+    settings = {
+        "weights": weights,
+        "device": "cpu",
+        "precision": precision,
+        "engine": engine,
+        "threads": 1,
+    }
     backbone = load_backbone("test_resnet", **settings)
-    with pytest.raises(NotFiniteError, match=rf"^3 of 3 frames have features that are not finite.*{hint}"):
+    with pytest.raises(
+        NotFiniteError, match=rf"^3 of 3 frames have features that are not finite.*{hint}"
+    ):
         backbone(np.full((3, 160, 160, 3), 99, np.uint8))
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     weights = weights_times(float("nan"), tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"w\.pth: 1 tensors hold values that are not finite \(.*bn2\.weight\)"):
+    with pytest.raises(
+        InputError, match=r"w\.pth: 1 tensors hold values that are not finite \(.*bn2\.weight\)"
+    ):
         load_trunk("test_resnet", weights=weights)

@@ -53,7 +53,12 @@ def test_what_a_killed_run_left_goes_with_the_next_lock(tmp_path):
         assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr.log", "other.zarr.log"]
     (tmp_path / f"last.pt.{'0' * 32}.partial").write_text("half")
     with locked(tmp_path):
-        assert sorted(os.listdir(tmp_path)) == [LOCK, "best.pt.partial", "f.zarr.log", "other.zarr.log"]
+        assert sorted(os.listdir(tmp_path)) == [
+            LOCK,
+            "best.pt.partial",
+            "f.zarr.log",
+            "other.zarr.log",
+        ]
     assert sorted(os.listdir(tmp_path)) == ["best.pt.partial", "f.zarr.log", "other.zarr.log"]
 
 
@@ -77,13 +82,25 @@ def test_two_trainings_in_one_folder_are_kept_apart(tmp_path):
     classes_store(tmp_path / "f.zarr")
     out = tmp_path / "run"
     command = f"aggregate.train --agg tsn --features {tmp_path / 'f.zarr'} --out {out} --epochs 100000 --batch-size 8"
-    wanted = train.Options(agg="tsn", features=str(tmp_path / "f.zarr"), out=out, epochs=100000, batch_size=8)
+    wanted = train.Options(
+        agg="tsn", features=str(tmp_path / "f.zarr"), out=out, epochs=100000, batch_size=8
+    )
     with running(command, until=(out / "last.pt").exists) as process:
-        with pytest.raises(RunError, match=rf"is being written by process {process.pid} on .*; wait for it, stop it"):
+        with pytest.raises(
+            RunError,
+            match=rf"is being written by process {process.pid} on .*; wait for it, stop it",
+        ):
             train.main(wanted)
         process.kill()
         process.wait()
     assert FeatureStore.open(tmp_path / "f.zarr").status.all()
     with locked(out):
         names = {path.name.split(".tfevents")[0] for path in out.iterdir()} - {LOCK}
-    assert names <= {"best.pt", "last.pt", "metrics.csv", "options.json", "videos.csv", "events.out"}
+    assert names <= {
+        "best.pt",
+        "last.pt",
+        "metrics.csv",
+        "options.json",
+        "videos.csv",
+        "events.out",
+    }

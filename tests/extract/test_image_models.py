@@ -37,8 +37,12 @@ def test_a_model_of_each_kind_gives_timms_features(name: str, capfd: pytest.Capt
     frames = np.random.default_rng(0).integers(0, 256, (2, *trunk.input_shape), dtype=np.uint8)
     normalize = partial(tv_normalize, mean=trunk.preprocessing.mean, std=trunk.preprocessing.std)
     with torch.inference_mode():
-        expected = trunk.module(normalize(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255)).numpy()
-    difference = np.linalg.norm(backbone(frames).astype(np.float64) - expected) / np.linalg.norm(expected)
+        expected = trunk.module(
+            normalize(torch.from_numpy(frames).permute(0, 3, 1, 2).float() / 255)
+        ).numpy()
+    difference = np.linalg.norm(backbone(frames).astype(np.float64) - expected) / np.linalg.norm(
+        expected
+    )
     assert difference < 1e-3
     assert "Traceback" not in capfd.readouterr().err
 
@@ -46,7 +50,9 @@ def test_a_model_of_each_kind_gives_timms_features(name: str, capfd: pytest.Capt
 def test_names_as_the_hub_has_them() -> None:
     for name in ("timm/resnet10t.c3_in1k", "hf-hub:timm/resnet10t.c3_in1k", "resnet10t.c3_in1k"):
         assert load_trunk(name, weights="random").name == "resnet10t.c3_in1k"
-    with pytest.raises(InputError, match=r"timm/resnet10x: timm .* has no such model; did you mean resnet10t"):
+    with pytest.raises(
+        InputError, match=r"timm/resnet10x: timm .* has no such model; did you mean resnet10t"
+    ):
         load_trunk("timm/resnet10x", weights="random")
 
 
@@ -62,7 +68,9 @@ def test_the_hub_without_a_network_is_one_sentence_at_once(monkeypatch: pytest.M
     with pytest.raises(InputError, match=r"the weights of resnet10t\.c3_in1k cannot be had"):
         load_trunk("timm/resnet10t.c3_in1k", weights="pretrained")
     assert time.monotonic() - started < 10
-    assert re.fullmatch(r"--backbone hf-hub:someone/resnet10t: cannot be had .*[^.]", str(raised.value))
+    assert re.fullmatch(
+        r"--backbone hf-hub:someone/resnet10t: cannot be had .*[^.]", str(raised.value)
+    )
     assert ". " not in str(raised.value)
 
 
@@ -81,7 +89,9 @@ def test_another_image_size(tmp_path: Path) -> None:
 
 
 def test_image_sizes_are_recorded() -> None:
-    trunks = [load_trunk("test_resnet", weights="random", image_size=size) for size in (None, 160, 96)]
+    trunks = [
+        load_trunk("test_resnet", weights="random", image_size=size) for size in (None, 160, 96)
+    ]
     sizes = [trunk.preprocessing.record() for trunk in trunks]
     assert sizes[0] == sizes[1] != sizes[2]
     assert sizes[2]["size"] == 96
@@ -118,8 +128,12 @@ class Identity(nn.Identity):
 
 def test_an_unknown_output_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("extract.backbone.image_models.create", lambda name: NoVector())
-    with pytest.raises(InputError, match="--backbone test_vit: its output is a dict, expected vectors"):
+    with pytest.raises(
+        InputError, match="--backbone test_vit: its output is a dict, expected vectors"
+    ):
         load_trunk("test_vit", weights="random")
     monkeypatch.setattr("extract.backbone.image_models.create", lambda name: Identity())
-    with pytest.raises(InputError, match=r"--backbone test_vit: its output per frame is \[3, 8, 8\], expected one"):
+    with pytest.raises(
+        InputError, match=r"--backbone test_vit: its output per frame is \[3, 8, 8\], expected one"
+    ):
         load_trunk("test_vit", weights="random")

@@ -28,7 +28,9 @@ def arrays(videos: int = VIDEOS, dim: int = 4) -> dict[str, np.ndarray]:
     """Features [T, D] by name, T from 1 to 6; every number says which video, row and channel it is."""
     lengths = {f"c{i % 3}/v{i}": 1 + i % 6 for i in range(videos)}
     return {
-        name: 100 * i + 10 * np.arange(length, dtype=np.float32)[:, None] + np.arange(dim, dtype=np.float32)
+        name: 100 * i
+        + 10 * np.arange(length, dtype=np.float32)[:, None]
+        + np.arange(dim, dtype=np.float32)
         for i, (name, length) in enumerate(lengths.items())
     }
 
@@ -85,7 +87,11 @@ def as_npz(folder: Path, features) -> Path:
 def as_torch(folder: Path, features) -> Path:
     for i, (name, values) in enumerate(features.items()):
         (folder / "features" / name).parent.mkdir(parents=True, exist_ok=True)
-        tensor = torch.from_numpy(values).bfloat16()[None] if i % 2 else {"feats": torch.from_numpy(values).double()}
+        tensor = (
+            torch.from_numpy(values).bfloat16()[None]
+            if i % 2
+            else {"feats": torch.from_numpy(values).double()}
+        )
         torch.save(tensor, folder / "features" / f"{name}.pt")
     return folder / "features"
 
@@ -125,7 +131,9 @@ def as_parquet(folder: Path, features) -> Path:
 
 
 @pytest.mark.parametrize(
-    "save", [as_npy, as_npz, as_torch, as_pairs, as_hdf5, as_hdf5_groups, as_parquet], ids=lambda save: save.__name__
+    "save",
+    [as_npy, as_npz, as_torch, as_pairs, as_hdf5, as_hdf5_groups, as_parquet],
+    ids=lambda save: save.__name__,
 )
 def test_every_format_makes_the_same_store(tmp_path, save):
     features = arrays(dim=4)
@@ -135,7 +143,13 @@ def test_every_format_makes_the_same_store(tmp_path, save):
     store = ingest(tmp_path, save(tmp_path, features), frames=4)
     check(store, features, 4)
     assert store.classes == ("class 0", "class 1", "class 2")
-    by_id = dict(zip(store.ids.tolist(), zip(store.labels, store.splits, store.groups, strict=True), strict=True))
+    by_id = dict(
+        zip(
+            store.ids.tolist(),
+            zip(store.labels, store.splits, store.groups, strict=True),
+            strict=True,
+        )
+    )
     assert by_id["c1/v7.mp4"] == (1, "val", "g3")
 
 
@@ -150,11 +164,18 @@ def test_tables_of_vectors_and_of_frames(tmp_path):
     vectors = ingest(tmp_path, tmp_path / "vectors.npy", out="v.zarr")
     check(vectors, dict(zip(names, table[:, :1], strict=True)), 1)
     pq.write_table(
-        pa.table({"path": names, "v": pa.array(list(table[:, 0].astype(np.float32)), pa.list_(pa.float32(), 4))}),
+        pa.table(
+            {
+                "path": names,
+                "v": pa.array(list(table[:, 0].astype(np.float32)), pa.list_(pa.float32(), 4)),
+            }
+        ),
         tmp_path / "v.parquet",
     )
     same = ingest(tmp_path, tmp_path / "v.parquet", out="p.zarr")
-    assert np.array_equal(same.gather(np.arange(VIDEOS), [0]), vectors.gather(np.arange(VIDEOS), [0]))
+    assert np.array_equal(
+        same.gather(np.arange(VIDEOS), [0]), vectors.gather(np.arange(VIDEOS), [0])
+    )
 
 
 def test_our_own_export_comes_back(tmp_path):
@@ -185,20 +206,29 @@ def test_names_are_joined_by_what_finds_most_and_it_is_said(tmp_path, capsys):
     check(ingest(tmp_path, save_folder(tmp_path / "ended", ended), out="c.zarr"), features, 2)
     assert "joined by the file name with the ending _resnet" in capsys.readouterr().out
     save_folder(tmp_path / "ended", {f"{name}_flow": values for name, values in flat.items()})
-    with pytest.raises(InputError, match="v0 has the features _flow, _resnet; move all but one kind away"):
+    with pytest.raises(
+        InputError, match="v0 has the features _flow, _resnet; move all but one kind away"
+    ):
         ingest(tmp_path, tmp_path / "ended", out="d.zarr")
 
 
 def test_what_is_on_one_side_only_is_named(tmp_path, capsys):
     features = arrays()
-    save_folder(tmp_path / "f", {**{name: v[:1] for name, v in list(features.items())[1:]}, "extra": np.ones((1, 4))})
+    save_folder(
+        tmp_path / "f",
+        {**{name: v[:1] for name, v in list(features.items())[1:]}, "extra": np.ones((1, 4))},
+    )
     store = ingest(tmp_path, tmp_path / "f")
     out = capsys.readouterr().out
     assert "12 videos listed, 11 found, 1 missing (c0/v0.mp4)" in out
     assert "left out, in no row of the CSV: 1 (extra)" in out
     assert len(store) == 11
-    with pytest.raises(InputError, match=r"of the 1 videos .* has features: it lists nobody.mp4, and there are c0"):
-        ingest(tmp_path, tmp_path / "f", labels=write(tmp_path / "n.csv", "id,label\nnobody.mp4,a\n"))
+    with pytest.raises(
+        InputError, match=r"of the 1 videos .* has features: it lists nobody.mp4, and there are c0"
+    ):
+        ingest(
+            tmp_path, tmp_path / "f", labels=write(tmp_path / "n.csv", "id,label\nnobody.mp4,a\n")
+        )
 
 
 @pytest.mark.parametrize(
@@ -248,7 +278,9 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
         "text": np.array(["a", "b"]),
     }
     save_folder(folder, bad)
-    np.save(folder / "object.npy", np.array([Attack(tmp_path / "attacked")], object), allow_pickle=True)
+    np.save(
+        folder / "object.npy", np.array([Attack(tmp_path / "attacked")], object), allow_pickle=True
+    )
     torch.save(Attack(tmp_path / "attacked"), folder / "unsafe.pt")
     np.savez(folder / "several.npz", rgb=np.ones((2, 4)), flow=np.ones((2, 4)))
     (folder / "nothing.npy").touch()
@@ -259,7 +291,9 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
     assert not (tmp_path / "attacked").exists()
     store = FeatureStore.open(tmp_path / "x.zarr")
     reasons = {
-        name.removesuffix(".mp4"): reason for name, reason in zip(store.ids, store.errors, strict=True) if reason
+        name.removesuffix(".mp4"): reason
+        for name, reason in zip(store.ids, store.errors, strict=True)
+        if reason
     }
     for name, reason in {
         "nan": "row 1 holds nan",
@@ -293,7 +327,10 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
         ),
         (lambda path: write(path / "f" / "a.pkl", "x"), "holds no features; known are npy"),
         (lambda path: None, "f does not exist"),
-        (lambda path: write(path / "f", "x"), r"known are a folder, \.h5, \.npy with its ids, and \.parquet"),
+        (
+            lambda path: write(path / "f", "x"),
+            r"known are a folder, \.h5, \.npy with its ids, and \.parquet",
+        ),
     ],
 )
 def test_folders_without_features(tmp_path, save, message):
@@ -318,7 +355,9 @@ def test_tables_that_cannot_be_read(tmp_path, name, content, message):
 
 def test_tables_without_their_ids(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((2, 4)))
-    with pytest.raises(InputError, match="does not say which videos its rows are; write their ids, one per"):
+    with pytest.raises(
+        InputError, match="does not say which videos its rows are; write their ids, one per"
+    ):
         open_features(tmp_path / "f.npy")
     write(tmp_path / "f.csv", "name,label\na,b\n")
     with pytest.raises(InputError, match=r"f\.csv has no column id or path"):
@@ -330,7 +369,9 @@ def test_tables_without_their_ids(tmp_path):
     with pytest.raises(InputError, match="the id 'a' is given for two rows"):
         open_features(tmp_path / "f.npy")
     pq.write_table(pa.table({"id": ["a"], "x": [1.0]}), tmp_path / "f.parquet")
-    with pytest.raises(InputError, match=r"the columns id \(string\), x \(double\); needed are id or path, and one"):
+    with pytest.raises(
+        InputError, match=r"the columns id \(string\), x \(double\); needed are id or path, and one"
+    ):
         open_features(tmp_path / "f.parquet")
 
 
@@ -339,7 +380,11 @@ def test_cells_of_parquet_that_are_no_array(tmp_path):
     pq.write_table(pa.table({"id": list("abcd"), "features": cells}), tmp_path / "f.parquet")
     files = open_features(tmp_path / "f.parquet")
     assert files.shape("a") == (2, 1)
-    for name, message in {"b": "it is null", "c": "lists of different lengths", "d": "it is empty"}.items():
+    for name, message in {
+        "b": "it is null",
+        "c": "lists of different lengths",
+        "d": "it is empty",
+    }.items():
         with pytest.raises(UnusableError, match=message):
             files.shape(name)
         with pytest.raises(UnusableError, match=message):
@@ -383,13 +428,25 @@ def test_a_store_is_continued_corrected_and_its_changes_are_named(tmp_path, caps
 def test_a_store_whose_integers_were_sorted_as_text_continues(tmp_path, capsys):
     names = [f"v{number}" for number in (0, 1, 2, 10)]
     folder = save_folder(tmp_path / "f", {name: np.ones((1, 4)) for name in names})
-    labels = write(tmp_path / "l.csv", "id,label\n" + "".join(f"{name},{name[1:]}\n" for name in names))
+    labels = write(
+        tmp_path / "l.csv", "id,label\n" + "".join(f"{name},{name[1:]}\n" for name in names)
+    )
     earlier = str(write(tmp_path / "earlier.txt", "0\n1\n10\n2\n"))
-    assert ingest(tmp_path, folder, labels=labels, classes=earlier).labels.tolist() == [0, 1, 2, 3]  # v0 v1 v10 v2
+    assert ingest(tmp_path, folder, labels=labels, classes=earlier).labels.tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]  # v0 v1 v10 v2
     store = ingest(tmp_path, folder, labels=labels)
     assert store.classes == ("0", "1", "2", "10")
-    assert [store.classes[label] for label in store.labels] == [video_id[1:] for video_id in store.ids]
-    assert "the same names in the order of the listing; labels are renumbered" in capsys.readouterr().out
+    assert [store.classes[label] for label in store.labels] == [
+        video_id[1:] for video_id in store.ids
+    ]
+    assert (
+        "the same names in the order of the listing; labels are renumbered"
+        in capsys.readouterr().out
+    )
     labels = write(tmp_path / "l.csv", "id,label\nv0,yawning\nv1,crying\n")
     kinetics = ingest(tmp_path, folder, labels=labels, out="k.zarr", classes="kinetics700")
     assert len(kinetics.classes) == 700
@@ -401,7 +458,10 @@ def test_a_store_behind_a_link_is_continued(tmp_path):
     folder = as_npy(tmp_path, arrays())
     ingest(tmp_path, folder, list(arrays())[:5], frames=2)
     (tmp_path / "link.zarr").symlink_to("x.zarr")
-    assert len(ingest(tmp_path, folder, labels=list_of(tmp_path / "l.csv", arrays()), out="link.zarr")) == VIDEOS
+    assert (
+        len(ingest(tmp_path, folder, labels=list_of(tmp_path / "l.csv", arrays()), out="link.zarr"))
+        == VIDEOS
+    )
     assert not (tmp_path / "link.zarr.log").exists()
     assert len(FeatureStore.open(tmp_path / "x.zarr")) == VIDEOS
 
@@ -436,7 +496,14 @@ ingest.main(ingest.Options(*map(ingest.Path, sys.argv[1:3]), sys.argv[3]))
 def test_killed_and_continued_it_is_the_same_to_the_byte(tmp_path):
     features = {f"c{i % 3}/v{i}": np.full((16, 2048), i, np.float32) for i in range(200)}
     folder, labels = save_folder(tmp_path / "f", features), list_of(tmp_path / "l.csv", features)
-    arguments = [sys.executable, "-c", DIES_IN_THE_THIRD_BLOCK, folder, labels, tmp_path / "killed.zarr"]
+    arguments = [
+        sys.executable,
+        "-c",
+        DIES_IN_THE_THIRD_BLOCK,
+        folder,
+        labels,
+        tmp_path / "killed.zarr",
+    ]
     process = subprocess.run(list(map(str, arguments)), env=os.environ, stdout=subprocess.DEVNULL)
     assert process.returncode == -signal.SIGKILL
     assert (FeatureStore.open(tmp_path / "killed.zarr").status == OK).sum() == 128
@@ -473,5 +540,7 @@ def test_an_ingested_store_trains_cross_validates_and_is_reported(tmp_path, monk
     run(report, "runs", "--out", "report.html")
     assert json.loads((tmp_path / "runs" / "fused.json").read_text())["models"] == ["nl", "tsn"]
     ingest(tmp_path, tmp_path / "f", features, frames=4, name="other", out="other.zarr")
-    with pytest.raises(InputError, match="was made with backbone other, the checkpoint was trained on net"):
+    with pytest.raises(
+        InputError, match="was made with backbone other, the checkpoint was trained on net"
+    ):
         evaluate.main(evaluate.Options(checkpoint=Path("runs/nl/best.pt"), features="other.zarr"))

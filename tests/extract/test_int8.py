@@ -30,11 +30,19 @@ def copy_clips(demo_clips: Path, videos: Path, numbers: range) -> None:
 
 
 def options(videos: Path, out: Path, **changed: object) -> Options:
-    settings = {"backbone": "tf_efficientnet_lite0", "device": "cpu", "precision": "int8", "frames": 4, "block_size": 4}
+    settings = {
+        "backbone": "tf_efficientnet_lite0",
+        "device": "cpu",
+        "precision": "int8",
+        "frames": 4,
+        "block_size": 4,
+    }
     return Options(videos=videos, out=str(out), **(settings | changed))
 
 
-def test_lite0_in_int8(demo_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch) -> None:
+def test_lite0_in_int8(
+    demo_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
+) -> None:
     """Recorded, shown, near fp32; the same bytes with another cache; and it goes on with new videos, and in auto."""
     videos = tmp_path / "videos"
     copy_clips(demo_clips, videos, range(5))
@@ -95,23 +103,39 @@ def test_a_store_keeps_its_sample_and_names_what_is_gone() -> None:
     before = choose_sample(videos_of(100), None, seed=1)
     assert choose_sample(videos_of(200), FakeStore(100), seed=1) == before
     lost = [video for video in videos_of(200) if video != before.videos[0]]
-    with pytest.raises(InputError, match=re.escape(f"'{before.videos[0].id}', which the store's int8 network was")):
+    with pytest.raises(
+        InputError, match=re.escape(f"'{before.videos[0].id}', which the store's int8 network was")
+    ):
         choose_sample(lost, FakeStore(100), seed=1)
 
 
-def test_int8_where_it_cannot_be(tmp_path: Path, demo_clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_int8_where_it_cannot_be(
+    tmp_path: Path, demo_clips: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clip = next((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))
-    with pytest.raises(InputError, match="--precision int8 is calibrated on at least 2 videos, here is 1"):
+    with pytest.raises(
+        InputError, match="--precision int8 is calibrated on at least 2 videos, here is 1"
+    ):
         main(options(clip, tmp_path / "a.zarr"))
     with pytest.raises(InputError, match="--precision int8 is OpenVINO's, on a CPU"):
-        load_backbone("test_resnet", weights="random", device="cpu", precision="int8", engine="torch")
-    with pytest.raises(InputError, match="--precision int8 is calibrated on the videos of an extraction; here use"):
+        load_backbone(
+            "test_resnet", weights="random", device="cpu", precision="int8", engine="torch"
+        )
+    with pytest.raises(
+        InputError, match="--precision int8 is calibrated on the videos of an extraction; here use"
+    ):
         load_backbone("test_resnet", weights="random", device="cpu", precision="int8")
     for number in range(2):
         (tmp_path / f"{number}.mp4").write_bytes(b"")
     small = options(tmp_path, tmp_path / "a.zarr", backbone="test_resnet", weights="random")
-    with pytest.raises(RunError, match="--precision int8: too few videos can be read to calibrate on"):
+    with pytest.raises(
+        RunError, match="--precision int8: too few videos can be read to calibrate on"
+    ):
         main(small)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "nncf" else object())
-    with pytest.raises(InputError, match=r"--precision int8 needs nncf; pip install 'hgnl-video\[int8\]'"):
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "nncf" else object()
+    )
+    with pytest.raises(
+        InputError, match=r"--precision int8 needs nncf; pip install 'hgnl-video\[int8\]'"
+    ):
         main(replace(small, out=str(tmp_path / "b.zarr")))

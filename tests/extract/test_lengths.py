@@ -23,15 +23,24 @@ from odd_files import write_pictures
 from videos import write_video
 
 
-def test_lengths_are_kept_beside_the_store_and_a_changed_file_is_opened_again(tmp_path, monkeypatch):
+def test_lengths_are_kept_beside_the_store_and_a_changed_file_is_opened_again(
+    tmp_path, monkeypatch
+):
     videos = [str(write_pictures(tmp_path / f"{n}.mp4", (64, 48), n)) for n in (10, 20)]
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     cache = tmp_path / "feats.zarr.lengths"
-    expected = {videos[0]: 1.0, videos[1]: 2.0, str(broken): None, str(tmp_path / "absent.mp4"): None}
+    expected = {
+        videos[0]: 1.0,
+        videos[1]: 2.0,
+        str(broken): None,
+        str(tmp_path / "absent.mp4"): None,
+    }
     opened = []
     submit = SubprocessPool.submit
-    monkeypatch.setattr(SubprocessPool, "submit", lambda pool, job: opened.append(job[0]) or submit(pool, job))
+    monkeypatch.setattr(
+        SubprocessPool, "submit", lambda pool, job: opened.append(job[0]) or submit(pool, job)
+    )
     assert file_lengths(expected, timeout=60, cache=cache) == pytest.approx(expected, nan_ok=True)
     assert opened == [*videos, str(broken)]
     with cache.open("a") as file:
@@ -41,7 +50,9 @@ def test_lengths_are_kept_beside_the_store_and_a_changed_file_is_opened_again(tm
     assert opened == [str(broken)]
     write_pictures(Path(videos[0]), (64, 48), 30)
     opened.clear()
-    assert file_lengths(videos, timeout=60, cache=cache) == pytest.approx({videos[0]: 3.0, videos[1]: 2.0})
+    assert file_lengths(videos, timeout=60, cache=cache) == pytest.approx(
+        {videos[0]: 3.0, videos[1]: 2.0}
+    )
     assert opened == [videos[0]]
 
 
@@ -51,12 +62,16 @@ def test_many_files_are_asked_a_few_at_a_time(tmp_path, monkeypatch):
     names = [tmp_path / f"{n}.mp4" for n in range(9)]
     for name in names:
         name.symlink_to(source)
-    assert file_lengths(map(str, names), timeout=60) == pytest.approx(dict.fromkeys(map(str, names), 1.0))
+    assert file_lengths(map(str, names), timeout=60) == pytest.approx(
+        dict.fromkeys(map(str, names), 1.0)
+    )
 
 
 def test_a_file_that_would_be_millions_of_windows_is_refused_by_name(tmp_path):
     write_pictures(tmp_path / "a.mp4", (64, 48), 30)
-    with pytest.raises(InputError, match=r"a\.mp4 lasts 3 s, which is 1,500,000 windows; expected at most"):
+    with pytest.raises(
+        InputError, match=r"a\.mp4 lasts 3 s, which is 1,500,000 windows; expected at most"
+    ):
         cut_windows(list_videos(tmp_path).videos, 2e-6, 2e-6)
 
 
@@ -64,7 +79,9 @@ def test_files_whose_lengths_hang_are_given_up(tmp_path, monkeypatch):
     write_pictures(tmp_path / "a.mp4", (64, 48), 30)
     monkeypatch.setattr("extract.decode.jobs.decode_job", never_done)
     started = time.monotonic()
-    assert [video.id for video in cut_windows(list_videos(tmp_path).videos, 1.0, 1.0, timeout=0.5)] == ["a.mp4"]
+    assert [
+        video.id for video in cut_windows(list_videos(tmp_path).videos, 1.0, 1.0, timeout=0.5)
+    ] == ["a.mp4"]
     assert time.monotonic() - started < 30
 
 
@@ -83,7 +100,9 @@ def test_a_listing_ends_at_once(name, tmp_path):
         "sys.exit(run_command(main, Options, prog='extract'))\n"
     )
     arguments = ["--videos", str(tmp_path), "--out", str(tmp_path / "x.zarr"), "--window", "1"]
-    with subprocess.Popen([sys.executable, "-c", program, *arguments], start_new_session=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], start_new_session=True
+    ) as process:
         children = []
         deadline = time.monotonic() + 100
         while not children:
@@ -96,7 +115,9 @@ def test_a_listing_ends_at_once(name, tmp_path):
         started = time.monotonic()
         assert process.wait(60) == 130
         assert time.monotonic() - started < 5
-        assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+        assert not any(
+            child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children
+        )
 
 
 def test_a_window_that_the_tool_chose_is_no_alarm(tmp_path):
@@ -123,15 +144,39 @@ def test_one_bad_file_harms_only_itself(window, tmp_path, capsys):
     os.mkfifo(videos / "pipe.mp4")
     (videos / "concat.mp4").write_text("ffconcat version 1.0\nfile sub/other.mp4\n")
     other = videos / "sub" / "other.mp4"
-    (videos / "list.m3u8").write_text(f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{other}\n#EXT-X-ENDLIST\n")
-    names = ["good.mp4", "thin8.mp4", "thin2.mkv", "gap.mkv", "concat.mp4", "list.m3u8", "sub/other.mp4"]
+    (videos / "list.m3u8").write_text(
+        f"#EXTM3U\n#EXT-X-TARGETDURATION:3\n#EXTINF:3,\nfile://{other}\n#EXT-X-ENDLIST\n"
+    )
+    names = [
+        "good.mp4",
+        "thin8.mp4",
+        "thin2.mkv",
+        "gap.mkv",
+        "concat.mp4",
+        "list.m3u8",
+        "sub/other.mp4",
+    ]
     table = tmp_path / "all.csv"
     table.write_text("path,label\n" + "".join(f"{name},a\n" for name in [*names, "pipe.mp4"]))
-    small = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "device": "cpu"}
+    small = {
+        "backbone": "test_resnet",
+        "weights": "random",
+        "precision": "fp32",
+        "frames": 3,
+        "device": "cpu",
+    }
     out = str(tmp_path / "feats.zarr")
-    assert main(Options(videos=table, root=videos, out=out, window=window, max_failed=1, **small)) == 0
+    assert (
+        main(Options(videos=table, root=videos, out=out, window=window, max_failed=1, **small)) == 0
+    )
     store = FeatureStore.open(out)
-    status = dict(zip((name.partition("#")[0] for name in store.ids.tolist()), store.status.tolist(), strict=True))
+    status = dict(
+        zip(
+            (name.partition("#")[0] for name in store.ids.tolist()),
+            store.status.tolist(),
+            strict=True,
+        )
+    )
     good = {"good.mp4", "sub/other.mp4"}
     assert {name for name, value in status.items() if value == OK} == good
     assert {name for name, value in status.items() if value == FAILED} >= set(names) - good

@@ -22,12 +22,23 @@ from extract.store import OK, FeatureStore
 
 DECODER = "torchcodec-cpu"
 SEE = Preprocessing(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3)
-FINE = ("h264_portrait.mp4", "h264_vfr.mp4", "h264_120fps.mp4", "h264_long_gop.mp4", "h264_start_5s.mp4", "vp9.webm")
+FINE = (
+    "h264_portrait.mp4",
+    "h264_vfr.mp4",
+    "h264_120fps.mp4",
+    "h264_long_gop.mp4",
+    "h264_start_5s.mp4",
+    "vp9.webm",
+)
 
 
 def plan_of(decoder: str, **changes) -> Plan:
     return Plan(
-        **({"frames": 5, "crops": 10, "augment_passes": 2, "preprocessing": SEE, "seed": 3} | changes), decoder=decoder
+        **(
+            {"frames": 5, "crops": 10, "augment_passes": 2, "preprocessing": SEE, "seed": 3}
+            | changes
+        ),
+        decoder=decoder,
     )
 
 
@@ -56,13 +67,23 @@ def test_the_same_frames_in_every_view(name: str, interpolation: str, codec_clip
 
 
 def test_spans_of_one_file_in_one_pass(codec_clips: Path) -> None:
-    path, rows = str(codec_clips / "h264_long_gop.mp4"), [("a", (0.0, 0.5)), ("b", (0.5, 1.5)), ("c", (100.0, 101.0))]
+    path, rows = (
+        str(codec_clips / "h264_long_gop.mp4"),
+        [("a", (0.0, 0.5)), ("b", (0.5, 1.5)), ("c", (100.0, 101.0))],
+    )
     done = []
     for decoder in ("pyav", DECODER):
         plan = plan_of(decoder, crops=1, augment_passes=0)
         out = np.zeros((3, *plan.shape), np.uint8)
         flat = out.reshape(-1)
-        done.append((decode_job((path, rows, plan), flat if decoder == "pyav" else torch.from_numpy(flat)), out))
+        done.append(
+            (
+                decode_job(
+                    (path, rows, plan), flat if decoder == "pyav" else torch.from_numpy(flat)
+                ),
+                out,
+            )
+        )
     (here, expected), (there, got) = done
     for one, other in zip(here[:2], there[:2], strict=True):
         assert (one.indices == other.indices).all()
@@ -95,12 +116,16 @@ def test_resizing_is_pillows_within_a_level() -> None:
     coarse = Image.fromarray(rng.integers(0, 256, (12, 17, 3), dtype=np.uint8))
     frame = np.array(coarse.resize((170, 120), Image.Resampling.BICUBIC))
     for mode in ("bilinear", "bicubic"):
-        expected = np.asarray(Image.fromarray(frame).resize((96, 64), Image.Resampling[mode.upper()]))
+        expected = np.asarray(
+            Image.fromarray(frame).resize((96, 64), Image.Resampling[mode.upper()])
+        )
         got = resized(torch.from_numpy(frame), (96, 64), mode).numpy()
         assert np.abs(got.astype(int) - expected).max() <= 1
 
 
-def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(codec_clips, broken_clips) -> None:
+def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(
+    codec_clips, broken_clips
+) -> None:
     plan = plan_of("torchcodec-cuda", crops=1, augment_passes=0)  # what a worker is asked for
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as children:
         decoder = GpuDecoder(children, decode_job, "cpu", timeout=30)
@@ -109,9 +134,17 @@ def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(codec_clips, b
         assert isinstance(good.buffer, torch.Tensor)
         for _ in range(6):  # more than the slots of a child
             other = decoder((str(codec_clips / "vp8.webm"), [("b", None)], plan))
-            assert other.result[0].note == "decoded by PyAV: its packets may hold pictures that are never shown"
+            assert (
+                other.result[0].note
+                == "decoded by PyAV: its packets may hold pictures that are never shown"
+            )
             frames = np.zeros(plan.shape, np.uint8)
-            prepare_row(str(codec_clips / "vp8.webm"), "b", plan_of("pyav", crops=1, augment_passes=0), frames)
+            prepare_row(
+                str(codec_clips / "vp8.webm"),
+                "b",
+                plan_of("pyav", crops=1, augment_passes=0),
+                frames,
+            )
             assert np.array_equal(other.buffer[: plan.row_bytes].reshape(plan.shape), frames)
         lost = decoder((str(broken_clips / "zero_bytes.mp4"), [("c", None)], plan))
         assert isinstance(lost.result[0], VideoError)
@@ -126,7 +159,11 @@ def test_why_nvdec_does_not_decode_a_video_is_said(codec_clips, monkeypatch) -> 
     monkeypatch.setattr(VideoDecoder, "cpu_fallback", property(lambda decoder: status))
     said = r"NVDEC does not decode h264 of \d+ x \d+ \(Video not supported\)"
     with pytest.raises(VideoError, match=said):
-        decode(codec_clips / "h264_portrait.mp4", lambda count: segment_centres(count, 4), decoder=DECODER)
+        decode(
+            codec_clips / "h264_portrait.mp4",
+            lambda count: segment_centres(count, 4),
+            decoder=DECODER,
+        )
 
 
 def test_a_device_that_gives_no_answer_is_not_waited_for(codec_clips) -> None:
@@ -145,17 +182,32 @@ def test_a_device_that_gives_no_answer_is_not_waited_for(codec_clips) -> None:
 
 def test_an_extraction_names_what_pyav_had_to_read(codec_clips, tmp_path, capsys) -> None:
     """The road of --decoder torchcodec-cuda but for the CUDA device."""
-    small = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 4, "block_size": 8}
+    small = {
+        "backbone": "test_resnet",
+        "weights": "random",
+        "precision": "fp32",
+        "frames": 4,
+        "block_size": 8,
+    }
     stores = []
     for decoder in ("pyav", DECODER):
-        chosen = Options(videos=codec_clips, out=str(tmp_path / decoder), device="cpu", decoder=decoder, **small)
+        chosen = Options(
+            videos=codec_clips, out=str(tmp_path / decoder), device="cpu", decoder=decoder, **small
+        )
         assert main(chosen) == 0
         stores.append(FeatureStore.open(tmp_path / decoder))
-    assert "decoded by PyAV: its packets may hold pictures that are never shown" in capsys.readouterr().out
+    assert (
+        "decoded by PyAV: its packets may hold pictures that are never shown"
+        in capsys.readouterr().out
+    )
     plain, other = stores
     assert (plain.status == other.status).all()
     assert (plain.num_frames == other.num_frames).all()
-    notes = {name: error for name, error in zip(other.ids, other.errors, strict=True) if "by PyAV" in error}
+    notes = {
+        name: error
+        for name, error in zip(other.ids, other.errors, strict=True)
+        if "by PyAV" in error
+    }
     assert "vp8.webm" in notes
     assert not set(FINE) & set(notes)
     rows = np.flatnonzero(other.status == OK)
@@ -163,14 +215,33 @@ def test_an_extraction_names_what_pyav_had_to_read(codec_clips, tmp_path, capsys
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.05
     assert "levels of pyav in the mean" in other.provenance["decoder"]["version"]
     with pytest.raises(InputError, match="was made with other settings"):
-        main(Options(videos=codec_clips, out=str(tmp_path / DECODER), device="cpu", decoder="pyav", **small))
+        main(
+            Options(
+                videos=codec_clips,
+                out=str(tmp_path / DECODER),
+                device="cpu",
+                decoder="pyav",
+                **small,
+            )
+        )
 
 
-def test_it_is_refused_where_there_is_no_gpu_or_no_torchcodec(codec_clips, tmp_path, monkeypatch) -> None:
+def test_it_is_refused_where_there_is_no_gpu_or_no_torchcodec(
+    codec_clips, tmp_path, monkeypatch
+) -> None:
     small = {"backbone": "test_resnet", "weights": "random", "device": "cpu", "precision": "fp32"}
-    with pytest.raises(InputError, match="--decoder torchcodec-cuda: PyTorch sees no CUDA device here; use --decoder"):
-        main(Options(videos=codec_clips, out=str(tmp_path / "f.zarr"), decoder="torchcodec-cuda", **small))
+    with pytest.raises(
+        InputError,
+        match="--decoder torchcodec-cuda: PyTorch sees no CUDA device here; use --decoder",
+    ):
+        main(
+            Options(
+                videos=codec_clips, out=str(tmp_path / "f.zarr"), decoder="torchcodec-cuda", **small
+            )
+        )
     assert not (tmp_path / "f.zarr").exists()
     monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
-    with pytest.raises(InputError, match=r"torchcodec cannot be used \(.*install hgnl-video\[gpu\]"):
+    with pytest.raises(
+        InputError, match=r"torchcodec cannot be used \(.*install hgnl-video\[gpu\]"
+    ):
         decoder_version(DECODER)

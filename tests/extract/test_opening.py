@@ -58,7 +58,9 @@ def reason_for(path) -> str:
 def test_every_format_that_ffmpeg_reads_was_decided_on():
     refused = {name for name, format in demuxers().items() if is_refused(format)}
     undecided = set(demuxers()) - set(REFUSED.split()) - set(READ.split())
-    assert not undecided, f"decide on {undecided} (REFUSED_FORMATS in extract/decode/opening.py), then list them here"
+    assert not undecided, (
+        f"decide on {undecided} (REFUSED_FORMATS in extract/decode/opening.py), then list them here"
+    )
     assert refused == set(REFUSED.split()) & set(demuxers())
 
 
@@ -144,7 +146,10 @@ def test_pipes_sockets_and_devices_are_refused_at_once(make, tmp_path, monkeypat
     [
         ("https://example.org/a.mp4", "is an address, not a file; download it first"),
         (Path("https://example.org/a.mp4"), "is an address, not a file; download it first"),
-        ("a\\b.mp4", "does not exist; its name holds a backslash, which separates folders on Windows only: write /"),
+        (
+            "a\\b.mp4",
+            "does not exist; its name holds a backslash, which separates folders on Windows only: write /",
+        ),
         ("a\0b.mp4", "cannot be read: embedded null byte"),
     ],
 )
@@ -178,7 +183,9 @@ def test_pictures_at_the_limits_are_read():
     check_size("a", 32, 1)
     check_size("a", 1, 1)
     for width, height in ((8193, 8192), (33, 1), (1, 33)):
-        with pytest.raises(VideoError, match=f"its pictures are {width} x {height}; expected at most"):
+        with pytest.raises(
+            VideoError, match=f"its pictures are {width} x {height}; expected at most"
+        ):
             check_size("a", width, height)
 
 
@@ -187,9 +194,15 @@ def growing(folder: Path, size: tuple[int, int]) -> Path:
     path, parts = folder / "grows.mkv", []
     for name, pictures in (("first.mkv", (64, 64)), ("second.mkv", size)):
         parts.append(write_pictures(folder / name, pictures, 5, codec="mjpeg", pix_fmt="yuvj420p"))
-    with av.open(str(path), "w") as output, av.open(str(parts[0])) as first, av.open(str(parts[1])) as second:
+    with (
+        av.open(str(path), "w") as output,
+        av.open(str(parts[0])) as first,
+        av.open(str(parts[1])) as second,
+    ):
         stream = output.add_stream_from_template(first.streams.video[0])
-        packets = [packet for source in (first, second) for packet in source.demux(video=0) if packet.size]
+        packets = [
+            packet for source in (first, second) for packet in source.demux(video=0) if packet.size
+        ]
         for number, packet in enumerate(packets):
             packet.pts = packet.dts = 100 * number
             packet.stream = stream
@@ -204,11 +217,15 @@ def test_a_size_that_changes_on_the_way_is_checked_too(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "MAX_PIXELS", 128 * 128)
     decoded = decode(path, np.arange)
     assert decoded.num_frames == 5
-    assert decoded.problem == "damaged after 5 readable frames: a picture has more than 16,384 pixels"
+    assert (
+        decoded.problem == "damaged after 5 readable frames: a picture has more than 16,384 pixels"
+    )
 
 
 def test_a_shape_that_changes_on_the_way_is_refused(tmp_path):
-    assert reason_for(growing(tmp_path, (4096, 64))).startswith("its pictures are 4096 x 64; expected")
+    assert reason_for(growing(tmp_path, (4096, 64))).startswith(
+        "its pictures are 4096 x 64; expected"
+    )
 
 
 def test_a_length_that_a_file_cannot_have_is_refused(tmp_path):
@@ -218,5 +235,8 @@ def test_a_length_that_a_file_cannot_have_is_refused(tmp_path):
     with pytest.raises(VideoError, match=message):
         duration_of(str(path))
     check_length(path, 3600.0)
-    with pytest.raises(VideoError, match="at most 1,000,000 s, and 1 byte per second of what is longer than an hour"):
+    with pytest.raises(
+        VideoError,
+        match="at most 1,000,000 s, and 1 byte per second of what is longer than an hour",
+    ):
         check_length(path, 3601.0)

@@ -37,7 +37,9 @@ def test_memory_is_shared_through_a_file_without_a_name(elsewhere):
 
 def test_memory_and_the_cpu_without_proc(elsewhere):
     assert portable.read_proc("meminfo") == ""
-    assert portable.memory_available() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    assert (
+        portable.memory_available() == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    )
     assert not has_native_bf16()
 
 
@@ -45,7 +47,9 @@ def test_no_advice_where_there_is_none(elsewhere):
     portable.advise(None, 0, 0, 0)  # nothing is called
 
 
-@pytest.mark.parametrize("environment", [PORTABLE, PORTABLE | {"HGNL_PORTABLE": "0"}], ids=["portable", "as it is"])
+@pytest.mark.parametrize(
+    "environment", [PORTABLE, PORTABLE | {"HGNL_PORTABLE": "0"}], ids=["portable", "as it is"]
+)
 def test_a_process_ends_with_its_parent(environment):
     child = (
         "import time; from extract.portable import end_with_parent\n"
@@ -56,7 +60,9 @@ def test_a_process_ends_with_its_parent(environment):
         f"child = subprocess.Popen([sys.executable, '-c', {child!r}], stdout=subprocess.PIPE)\n"
         "child.stdout.readline()\nprint(child.pid)\n"
     )
-    done = subprocess.run([sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", parent], env=environment, capture_output=True, text=True, check=True
+    )
     deadline = time.monotonic() + 30
     while _runs(int(done.stdout)):
         assert time.monotonic() < deadline, "it outlived its parent"
@@ -73,13 +79,35 @@ def _runs(pid: int) -> bool:
 
 def test_extract_train_report_and_predict_without_what_only_linux_has(tmp_path):
     """In one process, and its children, on which no function of Linux alone can be called."""
-    for number, clip in enumerate(sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:8]):
-        folder = tmp_path / "videos" / ("val" if number % 4 == 3 else "train") / f"class {number % 2}"
+    for number, clip in enumerate(
+        sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:8]
+    ):
+        folder = (
+            tmp_path / "videos" / ("val" if number % 4 == 3 else "train") / f"class {number % 2}"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.mp4").symlink_to(clip)
     clip = next((tmp_path / "videos" / "val").rglob("*.mp4"))
-    small = ["--backbone", "test_resnet", "--weights", "random", "--frames", "3", "--decode-workers", "1"]
-    train = ["--features", "feats.zarr", "--out", "runs/weighted", "--epochs", "1", "--placement", "mmap"]
+    small = [
+        "--backbone",
+        "test_resnet",
+        "--weights",
+        "random",
+        "--frames",
+        "3",
+        "--decode-workers",
+        "1",
+    ]
+    train = [
+        "--features",
+        "feats.zarr",
+        "--out",
+        "runs/weighted",
+        "--epochs",
+        "1",
+        "--placement",
+        "mmap",
+    ]
     commands = [
         ["extract", "--videos", "videos", "--out", "feats.zarr", *small],
         ["train", "--agg", "weighted", *train, "--allow-missing-classes"],

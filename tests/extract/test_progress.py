@@ -109,7 +109,11 @@ class FakeActor:
 def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting():
     pool = object.__new__(RayActorPool)
     pool._ray, pool._handed_in_by_lost = FakeCluster(), 5
-    fine, dying, starting = FakeActor(10, 20, 30), FakeActor(7, RuntimeError("lost"), 8), FakeActor()
+    fine, dying, starting = (
+        FakeActor(10, 20, 30),
+        FakeActor(7, RuntimeError("lost"), 8),
+        FakeActor(),
+    )
     pool._members = [_Member(fine, ready=True), _Member(dying, ready=True), _Member(starting)]
     seen = []
     for _ in range(3):

@@ -27,8 +27,19 @@ from extract.workers.worker import Worker
 from stores import classes_store, store_digest
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips"
-TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
-TABLE = (("a.mp4", "push", "train"), ("b.mp4", "pull", "train"), ("c.mp4", "push", "val"), ("d.mp4", "pull", "test"))
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 3,
+    "block_size": 2,
+}
+TABLE = (
+    ("a.mp4", "push", "train"),
+    ("b.mp4", "pull", "train"),
+    ("c.mp4", "push", "val"),
+    ("d.mp4", "pull", "test"),
+)
 
 
 def write_table(folder: Path, rows=TABLE, columns=("path", "label", "split")) -> Path:
@@ -77,12 +88,19 @@ def opened(here: Path) -> FeatureStore:
 
 @pytest.mark.usefixtures("nothing_is_decoded")
 def test_labels_splits_and_groups_are_corrected_without_decoding(here, capsys):
-    rows = [("a.mp4", "pull", "train", "s1"), ("b.mp4", "jump", "test", "s1"), *[(*row, "s2") for row in TABLE[2:]]]
+    rows = [
+        ("a.mp4", "pull", "train", "s1"),
+        ("b.mp4", "jump", "test", "s1"),
+        *[(*row, "s2") for row in TABLE[2:]],
+    ]
     write_table(here / "clips", rows, ("path", "label", "split", "group"))
     features = opened(here).read(slice(0, 4))
     assert again(here) == 0
     said = capsys.readouterr().out
-    assert "corrected 2 labels, 1 splits, 4 groups (a.mp4: push -> pull; b.mp4: pull -> jump; b.mp4: " in said
+    assert (
+        "corrected 2 labels, 1 splits, 4 groups (a.mp4: push -> pull; b.mp4: pull -> jump; b.mp4: "
+        in said
+    )
     assert "classes   3 now: 1 new (jump)" in said
     store = opened(here)
     assert store.classes == ("jump", "pull", "push")
@@ -117,7 +135,10 @@ def test_labels_that_come_after_extraction(here, capsys):
     write_table(here / "clips", [(name, "", "") for name, _, _ in TABLE])
     correct_labels(FeatureStore.open(here / "f.zarr", writable=True), here, TABLE=None)
     assert opened(here).labels.tolist() == [1, 0, 1, 0]
-    assert "kept      4 labels, 4 splits of the store, which the listing does not name" in capsys.readouterr().out
+    assert (
+        "kept      4 labels, 4 splits of the store, which the listing does not name"
+        in capsys.readouterr().out
+    )
 
 
 def correct_labels(store: FeatureStore, here: Path, TABLE=TABLE) -> None:
@@ -138,7 +159,13 @@ def correct_labels(store: FeatureStore, here: Path, TABLE=TABLE) -> None:
         (["a", "b"], ["a", "b", "c"], "ab", "abc", ["a", "b", "c"]),
         (["b", "c"], ["a"], "bc", "abc", ["b", "c", "a"]),  # a part of the videos is listed
         (["a", "typo"], ["a", "b"], ["a", "typo"], "ab", ["a", "b"]),  # left by all its videos
-        (["a", "b", "empty"], ["a"], "ab", "ab", ["a", "b", "empty"]),  # never had one: a list of classes
+        (
+            ["a", "b", "empty"],
+            ["a"],
+            "ab",
+            "ab",
+            ["a", "b", "empty"],
+        ),  # never had one: a list of classes
         (["a", "b"], [], "ab", "ab", ["a", "b"]),
         ([], ["a"], [""], "a", ["a"]),
     ],
@@ -208,7 +235,9 @@ def test_a_reader_that_was_opened_before_a_correction_does_not_mix(tmp_path):
 
 def test_a_damaged_correction_is_named(tmp_path):
     classes_store(tmp_path / "f.zarr", videos=9)
-    (tmp_path / "f.zarr" / "correction.json").write_text('{"classes": ["a"], "columns": {}, "checksum": "0"}')
+    (tmp_path / "f.zarr" / "correction.json").write_text(
+        '{"classes": ["a"], "columns": {}, "checksum": "0"}'
+    )
     with pytest.raises(InputError, match=r"correction\.json is damaged"):
         FeatureStore.open(tmp_path / "f.zarr")
 
@@ -238,7 +267,9 @@ def test_settings_are_taken_from_the_store(here, capsys):
         ({"precision": "bf16"}, "precision: fp32 in the store, bf16 now"),
     ],
 )
-def test_a_setting_that_differs_is_refused_before_weights_are_loaded(here, changed, message, monkeypatch):
+def test_a_setting_that_differs_is_refused_before_weights_are_loaded(
+    here, changed, message, monkeypatch
+):
     monkeypatch.setattr(Worker, "describe", lambda _: pytest.fail("a backbone was loaded"))
     before = store_digest(here / "f.zarr")
     with pytest.raises(InputError, match=message):
@@ -265,7 +296,9 @@ def test_weights_in_a_file_are_found_again_or_asked_for(here, capsys):
     assert main(Options(table, str(here / "w.zarr"))) == 0
     assert f"--weights {here / 'w.pth'}" in capsys.readouterr().out
     torch.save(timm.create_model("test_resnet", num_classes=0).state_dict(), here / "w.pth")
-    with pytest.raises(InputError, match=r"made with the weights w\.pth \(SHA-256 .*give them with --weights FILE"):
+    with pytest.raises(
+        InputError, match=r"made with the weights w\.pth \(SHA-256 .*give them with --weights FILE"
+    ):
         main(Options(table, str(here / "w.zarr")))
     with pytest.raises(InputError, match=r"weights\.sha256: [0-9a-f]+ in the store, [0-9a-f]+ now"):
         main(Options(table, str(here / "w.zarr"), weights="w.pth"))
@@ -274,7 +307,10 @@ def test_weights_in_a_file_are_found_again_or_asked_for(here, capsys):
 def test_features_made_elsewhere_are_not_continued(here):
     classes_store(here / "arrays.zarr", videos=9)
     before = store_digest(here / "arrays.zarr")
-    with pytest.raises(InputError, match=r"made elsewhere \(FeatureStore\.from_arrays\); `extract` cannot continue it"):
+    with pytest.raises(
+        InputError,
+        match=r"made elsewhere \(FeatureStore\.from_arrays\); `extract` cannot continue it",
+    ):
         main(options(here / "clips" / "videos.csv", here / "arrays.zarr"))
     assert store_digest(here / "arrays.zarr") == before
 
@@ -317,7 +353,10 @@ def test_a_replaced_video_is_named_and_extracted_again_when_asked(here, capsys):
     assert (after[1] != before[1]).any()
     np.testing.assert_array_equal(after[[0, 2, 3]], before[[0, 2, 3]])
     assert again(here) == 0
-    assert "replaced  files" not in capsys.readouterr().out.split("extracted again")[-1].split("done before")[-1]
+    assert (
+        "replaced  files"
+        not in capsys.readouterr().out.split("extracted again")[-1].split("done before")[-1]
+    )
     assert verify(VerifyOptions(str(here / "f.zarr"), sources=True)) == 0
 
 
@@ -327,7 +366,9 @@ def test_a_file_of_the_same_size_is_told_by_its_content_and_read_once(here, caps
     assert again(here) == 0
     assert "replaced" not in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr("extract.workers.changed.read_source", lambda path: pytest.fail(f"{path} is read again"))
+        patch.setattr(
+            "extract.workers.changed.read_source", lambda path: pytest.fail(f"{path} is read again")
+        )
         assert again(here) == 0
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -356,7 +397,9 @@ def test_lost_sources_are_named_by_verify(here, capsys):
 # -- videos that are no longer listed ------------------------------------------------------------------------------
 
 
-def test_unlisted_videos_are_named_and_taken_out_when_asked_until_they_are_listed_again(here, capsys):
+def test_unlisted_videos_are_named_and_taken_out_when_asked_until_they_are_listed_again(
+    here, capsys
+):
     whole = store_digest(here / "f.zarr")
     write_table(here / "clips", TABLE[1:])
     assert again(here) == 0
@@ -431,7 +474,10 @@ def test_rows_beyond_a_limit_stay_pending(here, capsys):
     FeatureStore.open(here / "f.zarr", writable=True).set_status(np.arange(4), PENDING)
     assert again(here, limit=2, drop_unlisted=True) == 0
     assert opened(here).status.tolist() == [OK, OK, PENDING, PENDING]
-    assert "to do     2 videos (6 frames) in 1 blocks, 0 done before, 2 beyond --limit" in capsys.readouterr().out
+    assert (
+        "to do     2 videos (6 frames) in 1 blocks, 0 done before, 2 beyond --limit"
+        in capsys.readouterr().out
+    )
     assert again(here) == 0
     assert opened(here).status.tolist() == [OK] * 4
 
@@ -453,12 +499,17 @@ def test_windows_beyond_a_limit_are_not_unlisted(here, capsys):
 # -- damage, locks, logs, ids --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["ids", "labels", "splits", "groups", "errors", "frame_indices", "sources", "ends"])
+@pytest.mark.parametrize(
+    "name", ["ids", "labels", "splits", "groups", "errors", "frame_indices", "sources", "ends"]
+)
 def test_a_lost_chunk_is_damage_for_verify_and_for_every_reader(name, here, capsys):
     chunks = [path for path in (here / "f.zarr" / name).iterdir() if path.name != "zarr.json"]
     assert len(chunks) == 1
     chunks[0].unlink()
-    with pytest.raises(InputError, match=rf"f\.zarr is not complete: {name}/c\.0.* is missing; copy the store again"):
+    with pytest.raises(
+        InputError,
+        match=rf"f\.zarr is not complete: {name}/c\.0.* is missing; copy the store again",
+    ):
         getattr(opened(here), name)
     assert verify(VerifyOptions(str(here / "f.zarr"))) == 1
     assert f"{name}/c.0" in capsys.readouterr().out
@@ -479,7 +530,9 @@ def test_every_flipped_byte_of_the_columns_is_found(here):
         for place in range(0, len(good), 3):
             path.write_bytes(good[:place] + bytes([good[place] ^ 0x10]) + good[place + 1 :])
             try:
-                np.testing.assert_array_equal(getattr(opened(here), name), values)  # a bit that means nothing
+                np.testing.assert_array_equal(
+                    getattr(opened(here), name), values
+                )  # a bit that means nothing
             except InputError:
                 assert verify(VerifyOptions(str(here / "f.zarr"))) == 1
         path.write_bytes(good)
@@ -516,7 +569,10 @@ def test_a_store_behind_a_link_is_continued_and_locked_by_any_name(here, capsys)
     before = store_digest(here / "f.zarr")
     with lock_store(here / "f.zarr"), pytest.raises(RunError, match="is being written by process"):
         main(options(here / "clips" / "videos.csv", here / "link.zarr"))
-    with lock_store(here / "link.zarr"), pytest.raises(RunError, match="is being written by process"):
+    with (
+        lock_store(here / "link.zarr"),
+        pytest.raises(RunError, match="is being written by process"),
+    ):
         again(here)
     assert store_digest(here / "f.zarr") == before
 
@@ -559,22 +615,42 @@ def test_ids_that_leave_the_folder_are_refused(unsafe, tmp_path):
     with pytest.raises(InputError, match="not paths below a folder"):
         FeatureStore.from_arrays(tmp_path / "f.zarr", np.zeros((1, 1, 2)), ids=[unsafe], **columns)
     assert not (tmp_path / "f.zarr").exists()
-    FeatureStore.from_arrays(tmp_path / "f.zarr", np.zeros((1, 1, 2)), ids=["a..b/..c/d:e"], **columns)
+    FeatureStore.from_arrays(
+        tmp_path / "f.zarr", np.zeros((1, 1, 2)), ids=["a..b/..c/d:e"], **columns
+    )
     store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
     with pytest.raises(InputError, match="not paths below a folder"):
         store.append(ids=[unsafe])
     if unsafe.strip("\0") and "\0" not in unsafe:  # Zarr stores neither
         store.array("ids")[:] = np.array([unsafe], object)  # by another program
-        for to in ({"to": tmp_path / "npy"}, {"to": tmp_path / "e.h5"}, {"to": Path("npy"), "out": tmp_path / "d"}):
+        for to in (
+            {"to": tmp_path / "npy"},
+            {"to": tmp_path / "e.h5"},
+            {"to": Path("npy"), "out": tmp_path / "d"},
+        ):
             with pytest.raises(InputError, match="not paths below a folder"):
                 export(ExportOptions(store=str(tmp_path / "f.zarr"), **to))
 
 
 def test_of_two_corrections_at_once_one_is_refused(here):
     write_table(here / "clips", [("a.mp4", "pull", "train"), *TABLE[1:]])
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "extract", "--videos", "clips/videos.csv", "--out", "f.zarr", *flags]
-    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(2)]
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "extract",
+        "--videos",
+        "clips/videos.csv",
+        "--out",
+        "f.zarr",
+        *flags,
+    ]
+    runs = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for _ in range(2)
+    ]
     ended = sorted((run.wait(), run.communicate()[0]) for run in runs)
     assert ended[0][0] == 0
     assert ended[1][0] == 0 or "is being written by process" in ended[1][1]

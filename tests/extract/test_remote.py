@@ -20,7 +20,13 @@ from extract.store.remote import Lease, LocalCopy
 from stores import classes_store
 
 ROOT = Path(__file__).parents[2]
-TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 2}
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 3,
+    "block_size": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +75,11 @@ def objects(s3, url: str) -> dict[str, bytes]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -86,15 +96,32 @@ def test_a_store_on_s3_is_the_store_on_a_disk(s3, clips, undisturbed, capsys):
     assert "to do     0 videos" in capsys.readouterr().out
 
 
-def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(s3, clips, undisturbed, quick, tmp_path):
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", "s3://videos/killed.zarr", *flags]
+def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(
+    s3, clips, undisturbed, quick, tmp_path
+):
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "extract",
+        "--videos",
+        str(clips),
+        "--out",
+        "s3://videos/killed.zarr",
+        *flags,
+    ]
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        run = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
         while run.poll() is None and not committed("s3://videos/killed.zarr"):
             run.send_signal(signal.SIGCONT)
             time.sleep(0.05)
-            run.send_signal(signal.SIGSTOP)  # while it is looked at, so that it cannot end meanwhile
+            run.send_signal(
+                signal.SIGSTOP
+            )  # while it is looked at, so that it cannot end meanwhile
         run.kill()
         run.wait()
     assert 0 < committed("s3://videos/killed.zarr") < 8
@@ -171,21 +198,29 @@ def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch
     expected = FeatureStore.open(undisturbed).gather(rows, frames)
     store = FeatureStore.open("s3://videos/copied.zarr")
     np.testing.assert_array_equal(store.gather(rows[:2], frames), expected[:2])
-    folder = LocalCopy("s3://videos/copied.zarr", block_size=2, video_bytes=store.video_bytes).folder
+    folder = LocalCopy(
+        "s3://videos/copied.zarr", block_size=2, video_bytes=store.video_bytes
+    ).folder
     assert len(list(folder.iterdir())) == 1  # the shard that was asked for
     np.testing.assert_array_equal(store.gather(rows, frames), expected)
     fetched = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(fetched) == 4
-    np.testing.assert_array_equal(FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected)
+    np.testing.assert_array_equal(
+        FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected
+    )
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == fetched
 
     name = "videos/copied.zarr/features/c.1.0.0.0"
     good = s3.cat_file(name)
     s3.pipe_file(name, good[:10] + bytes([good[10] ^ 1]) + good[11:])
-    with pytest.raises(RunError, match=r"c\.1\.0\.0\.0 came damaged: the checksum of its video 0 does not match"):
+    with pytest.raises(
+        RunError, match=r"c\.1\.0\.0\.0 came damaged: the checksum of its video 0 does not match"
+    ):
         FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames)
     s3.pipe_file(name, good)  # another version of the object: fetched again, and the older one goes
-    np.testing.assert_array_equal(FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected)
+    np.testing.assert_array_equal(
+        FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames), expected
+    )
     assert len(list(folder.iterdir())) == 4
     s3.rm_file(name)
     shutil.rmtree(folder)
@@ -199,7 +234,9 @@ def test_a_classifier_is_trained_and_tested_on_a_remote_store(s3, tmp_path):
     local = tmp_path / "feats.zarr"
     classes_store(local)
     s3.put(str(local), "videos/classes.zarr", recursive=True)
-    chosen = train.Options(agg="tsn", features="s3://videos/classes.zarr", out=tmp_path / "run", epochs=2)
+    chosen = train.Options(
+        agg="tsn", features="s3://videos/classes.zarr", out=tmp_path / "run", epochs=2
+    )
     assert not train.main(chosen)
     asked = evaluate.Options(
         checkpoint=tmp_path / "run" / "best.pt",
@@ -251,7 +288,8 @@ def test_a_lease_outlives_a_gap_of_the_network(s3, quick, monkeypatch):
         lease._renewed -= 100
         time.sleep(0.3)
         with pytest.raises(
-            RunError, match=r"lost its lease, with its network \(EndpointConnectionError: .*s3\.example"
+            RunError,
+            match=r"lost its lease, with its network \(EndpointConnectionError: .*s3\.example",
         ):
             lease.ensure_held()
 
@@ -260,11 +298,28 @@ def test_a_lease_outlives_a_gap_of_the_network(s3, quick, monkeypatch):
 def test_without_a_network_one_sentence_is_said(command, clips, tmp_path):
     arguments = {
         "status": ["-m", "extract.status", "s3://videos/none.zarr"],
-        "train": ["-m", "aggregate.train", "--agg", "tsn", "--features", "s3://videos/n.zarr", "--out", str(tmp_path)],
+        "train": [
+            "-m",
+            "aggregate.train",
+            "--agg",
+            "tsn",
+            "--features",
+            "s3://videos/n.zarr",
+            "--out",
+            str(tmp_path),
+        ],
         "extract": ["-m", "extract", "--videos", str(clips), "--out", "s3://videos/none.zarr"],
     }
-    keys = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x", "AWS_DEFAULT_REGION": "us-east-1"}
-    nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1", "PYTHONPATH": str(ROOT)}
+    keys = {
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    nowhere = {
+        "AWS_ENDPOINT_URL": "http://127.0.0.1:9",
+        "AWS_MAX_ATTEMPTS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     run = subprocess.run(
         [sys.executable, *arguments[command]],
         env=os.environ | keys | nowhere,
@@ -284,7 +339,9 @@ def test_the_cache_is_listed_once_for_many_shards(s3, undisturbed, monkeypatch, 
     monkeypatch.setenv("HGNL_CACHE", str(tmp_path))
     s3.put(str(undisturbed), "videos/listed.zarr", recursive=True)
     store = FeatureStore.open("s3://videos/listed.zarr")
-    folder = LocalCopy("s3://videos/listed.zarr", block_size=2, video_bytes=store.video_bytes).folder
+    folder = LocalCopy(
+        "s3://videos/listed.zarr", block_size=2, video_bytes=store.video_bytes
+    ).folder
     folder.mkdir(parents=True)
     (folder / f"c.1.0.0.0.{'0' * remote.TAG}").write_bytes(b"an older version")
     listings = []

@@ -32,7 +32,13 @@ from extract.verify import main as verify
 from extract.workers.worker import Block
 from stores import store_digest
 
-TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 3, "block_size": 4}
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 3,
+    "block_size": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +50,9 @@ def clips(tmp_path_factory) -> Path:
         for label in ("barbell", "cable"):
             folder = root / split / label
             folder.mkdir(parents=True)
-            for number, clip in enumerate(sorted((source / label).glob("*.mp4"))[part * 3 : part * 3 + 3]):
+            for number, clip in enumerate(
+                sorted((source / label).glob("*.mp4"))[part * 3 : part * 3 + 3]
+            ):
                 shutil.copy(clip, folder / f"clip_{number}.mp4")
     return root
 
@@ -61,8 +69,20 @@ def options(videos: Path, out: Path | str, **changed) -> Options:
 
 
 def command(videos: Path, out: Path, *extra: str) -> list[str]:
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    return [sys.executable, "-m", "extract", "--videos", str(videos), "--out", str(out), *flags, *extra]
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "extract",
+        "--videos",
+        str(videos),
+        "--out",
+        str(out),
+        *flags,
+        *extra,
+    ]
 
 
 def committed_blocks(out: Path) -> int:
@@ -138,7 +158,9 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
         nonlocal killed
         while not stop.wait(0.3):
             for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
+                with contextlib.suppress(
+                    psutil.NoSuchProcess
+                ):  # it ended meanwhile, or is a zombie
                     if "extract.decode.subprocess_pool" in " ".join(child.cmdline()) and killed < 3:
                         child.kill()
                         killed += 1
@@ -155,7 +177,9 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
     assert store_digest(tmp_path / "a.zarr") == store_digest(undisturbed)
 
 
-def test_broken_and_odd_files_end_with_the_right_status(codec_clips, broken_clips, tmp_path, capsys):
+def test_broken_and_odd_files_end_with_the_right_status(
+    codec_clips, broken_clips, tmp_path, capsys
+):
     videos = tmp_path / "videos"
     shutil.copytree(codec_clips, videos / "codecs")
     shutil.copytree(broken_clips, videos / "broken")
@@ -166,7 +190,9 @@ def test_broken_and_odd_files_end_with_the_right_status(codec_clips, broken_clip
     store = FeatureStore.open(tmp_path / "a.zarr")
     status = dict(zip(store.ids.tolist(), store.status.tolist(), strict=True))
     errors = dict(zip(store.ids.tolist(), store.errors.tolist(), strict=True))
-    assert {name for name in status if status[name] == OK} == {name for name in status if name.startswith("codecs/")}
+    assert {name for name in status if status[name] == OK} == {
+        name for name in status if name.startswith("codecs/")
+    }
     partial = {"broken/truncated_faststart.mp4", "broken/bitflips.mp4"}
     assert {name for name in status if status[name] == PARTIAL} == partial
     failed = {name for name in status if status[name] == FAILED}
@@ -197,7 +223,9 @@ def test_a_speed_is_told_of_runs_that_read_a_video_only(clips, undisturbed, tmp_
     assert "measured" not in capsys.readouterr().out
 
 
-def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(clips, undisturbed, tmp_path):
+def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(
+    clips, undisturbed, tmp_path
+):
     videos = tmp_path / "videos"
     shutil.copytree(clips, videos)
     lost = videos / "train" / "barbell" / "clip_1.mp4"
@@ -207,7 +235,9 @@ def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(clips,
     assert main(options(videos, out, max_failed=0.5)) == 0
     assert FeatureStore.open(out).status.tolist().count(FAILED) == 1
     lost.write_bytes(good)
-    assert main(options(videos, out, max_failed=0)) == 3  # a failure is final until it is asked for again
+    assert (
+        main(options(videos, out, max_failed=0)) == 3
+    )  # a failure is final until it is asked for again
     assert main(options(videos, out, max_failed=0, retry_failed=True)) == 0
     assert store_digest(out) == store_digest(undisturbed)
 
@@ -237,13 +267,17 @@ def test_other_settings_are_refused_and_named(clips, undisturbed, tmp_path):
     assert store_digest(undisturbed) == before
 
 
-def test_what_cannot_be_written_is_said_and_nothing_is_lost(clips, undisturbed, tmp_path, monkeypatch):
+def test_what_cannot_be_written_is_said_and_nothing_is_lost(
+    clips, undisturbed, tmp_path, monkeypatch
+):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "dear_diary.txt").write_text("1 January")
     with pytest.raises(InputError, match=r"notes exists and is not a feature store but a folder"):
         main(options(clips, tmp_path / "notes"))
     assert (tmp_path / "notes" / "dear_diary.txt").read_text() == "1 January"
-    with pytest.raises(InputError, match=r"dear_diary\.txt exists and is not a feature store but a file"):
+    with pytest.raises(
+        InputError, match=r"dear_diary\.txt exists and is not a feature store but a file"
+    ):
         main(options(clips, tmp_path / "notes" / "dear_diary.txt"))
     assert not (tmp_path / "notes" / "dear_diary.txt.log").exists()
     with pytest.raises(RunError, match=r"/dev/null: File exists; a folder is needed there"):
@@ -407,12 +441,21 @@ def test_help_is_quick_and_unknown_values_are_answered_with_the_known_ones():
     seconds = []
     for _ in range(3):
         before = os.times()
-        subprocess.run([sys.executable, "-m", "extract", "--help"], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "extract", "--help"], check=True, stdout=subprocess.DEVNULL
+        )
         after = os.times()
-        seconds.append(after.children_user + after.children_system - before.children_user - before.children_system)
+        seconds.append(
+            after.children_user
+            + after.children_system
+            - before.children_user
+            - before.children_system
+        )
     assert min(seconds) < 0.5  # CPU seconds: a busy machine does not make help slow
     wrong = subprocess.run(
-        [sys.executable, "-m", "extract", "--videos", "x", "--out", "y", "--crops", "7"], capture_output=True, text=True
+        [sys.executable, "-m", "extract", "--videos", "x", "--out", "y", "--crops", "7"],
+        capture_output=True,
+        text=True,
     )
     assert wrong.returncode == 2
     assert "'7'" in wrong.stderr
@@ -421,7 +464,13 @@ def test_help_is_quick_and_unknown_values_are_answered_with_the_known_ones():
 
 def test_the_log_tells_what_happened(undisturbed):
     records = RunLog.records(undisturbed)
-    assert [record["event"] for record in records[:5]] == ["start", "block", "block", "block", "end"]
+    assert [record["event"] for record in records[:5]] == [
+        "start",
+        "block",
+        "block",
+        "block",
+        "end",
+    ]
     assert json.loads(json.dumps(records[0]))["options"]["backbone"] == "test_resnet"
     assert records[1]["seconds"]["device"] > 0
 
@@ -435,7 +484,9 @@ def test_a_block_travels_with_every_field_of_its_videos():
 
 def test_one_video_whose_features_overflow_fails_alone(clips, undisturbed, tmp_path, capsys):
     """Weights that are so large that exactly one clip's features leave float16's range."""
-    largest = np.abs(FeatureStore.open(undisturbed).read(slice(0, 12)).astype(np.float64)).max((1, 2, 3))
+    largest = np.abs(FeatureStore.open(undisturbed).read(slice(0, 12)).astype(np.float64)).max(
+        (1, 2, 3)
+    )
     second, first = np.sort(largest)[-2:]
     weights = scaled_weights(65_520 / np.sqrt(first * second), tmp_path / "w.pth")
     out = tmp_path / "a.zarr"
@@ -454,7 +505,9 @@ def test_one_video_whose_features_overflow_fails_alone(clips, undisturbed, tmp_p
 def test_weights_under_which_all_videos_overflow_stop_the_run(clips, tmp_path):
     weights = scaled_weights(1e12, tmp_path / "w.pth")
     out = tmp_path / "a.zarr"
-    with pytest.raises(RunError, match=r"of 8 frames have features that are not finite .*are the weights damaged"):
+    with pytest.raises(
+        RunError, match=r"of 8 frames have features that are not finite .*are the weights damaged"
+    ):
         main(options(clips, out, weights=str(weights)))
     assert FeatureStore.open(out).missing_blocks() == [0, 1, 2]
 
@@ -467,7 +520,9 @@ def scaled_weights(factor: float, path: Path) -> Path:
 
     state = load_trunk("test_resnet", weights="random").module.state_dict()
     for name, value in state.items():
-        if name.startswith(("layer4.0.bn2", "layer4.0.downsample.2")) and name.endswith(("weight", "bias")):
+        if name.startswith(("layer4.0.bn2", "layer4.0.downsample.2")) and name.endswith(
+            ("weight", "bias")
+        ):
             value *= factor
     torch.save(state, path)
     return path

@@ -82,11 +82,18 @@ def test_segment_random_stays_within_its_segments(num_frames, num_segments, seed
 def test_segment_random_reaches_every_frame(num_frames, num_segments):
     """The last ones too: tsn-pytorch's equal, rounded-down segments never draw them."""
     rng = np.random.default_rng(0)
-    seen = {frame for _ in range(40 * 20) for frame in segment_random(num_frames, num_segments, rng).tolist()}
+    seen = {
+        frame
+        for _ in range(40 * 20)
+        for frame in segment_random(num_frames, num_segments, rng).tolist()
+    }
     assert seen == set(range(num_frames))
 
 
-@given(SEGMENTS.flatmap(lambda segments: st.tuples(st.integers(1, segments), st.just(segments))), st.integers(0, 999))
+@given(
+    SEGMENTS.flatmap(lambda segments: st.tuples(st.integers(1, segments), st.just(segments))),
+    st.integers(0, 999),
+)
 def test_segment_random_of_a_short_video_holds_every_frame(lengths, seed):
     num_frames, num_segments = lengths
     frames = segment_random(num_frames, num_segments, np.random.default_rng(seed))
@@ -99,7 +106,9 @@ def test_segment_random_is_uniform_and_independent_between_segments():
     drawn = np.array([segment_random(20, 4, rng) % 5 for _ in range(4000)])
     for segment in range(4):
         counts = np.bincount(drawn[:, segment], minlength=5)
-        assert (np.abs(counts - 800) < 5 * np.sqrt(800 * 0.8)).all(), counts  # five standard deviations
+        assert (np.abs(counts - 800) < 5 * np.sqrt(800 * 0.8)).all(), (
+            counts
+        )  # five standard deviations
     assert np.abs(np.corrcoef(drawn.T) - np.eye(4)).max() < 0.1
 
 

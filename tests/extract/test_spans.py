@@ -26,7 +26,15 @@ from extract.listing.windows import cut_windows, settle, window_spans
 from extract.options import Options
 from extract.sampling import segment_centres
 from extract.workers.worker import jobs_of
-from videos import DOUBTED, TRUSTED, Whole, cut_by_edit_list, decode_everything, write_repeated, write_video
+from videos import (
+    DOUBTED,
+    TRUSTED,
+    Whole,
+    cut_by_edit_list,
+    decode_everything,
+    write_repeated,
+    write_video,
+)
 
 SPANS = [(0.0, 0.2), (0.2, 0.4), (0.1, 0.5), (0.36, 0.4), (0.0, 0.9), (0.84, 0.92), (0.4, 1.2)]
 SEE = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -58,8 +66,14 @@ def seconds_of(whole: Whole) -> np.ndarray:
 
 def expected(whole: Whole, span: tuple[float, float], sample=centres) -> np.ndarray:
     """The frames by the slow way: decode all, look at each time, sample among those inside."""
-    inside = [number for number, time in enumerate(seconds_of(whole)) if span[0] - 1e-9 <= time < span[1] - 1e-9]
-    return np.array([inside[number] for number in sample(len(inside))]) if inside else np.empty(0, int)
+    inside = [
+        number
+        for number, time in enumerate(seconds_of(whole))
+        if span[0] - 1e-9 <= time < span[1] - 1e-9
+    ]
+    return (
+        np.array([inside[number] for number in sample(len(inside))]) if inside else np.empty(0, int)
+    )
 
 
 def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
@@ -106,11 +120,15 @@ def test_any_spans_in_any_order_are_exact(tmp_path_factory, drawn):
     if not path.exists():
         steps = np.random.default_rng(1).integers(5, 200, 30)
         write_video(path, gop=7, bframes=3, frames=30, pts=np.cumsum(steps).tolist())
-    assert_spans_are_exact(path, [(start / 1000, (start + length) / 1000) for start, length in drawn])
+    assert_spans_are_exact(
+        path, [(start / 1000, (start + length) / 1000) for start, length in drawn]
+    )
 
 
 def test_a_frame_at_the_border_belongs_to_the_span_that_begins_there(tmp_path):
-    path = write_video(tmp_path / "a.mp4", frames=75, fps=25)  # frame 50 is at 2.0 s, whatever a float thinks of it
+    path = write_video(
+        tmp_path / "a.mp4", frames=75, fps=25
+    )  # frame 50 is at 2.0 s, whatever a float thinks of it
     before, after = (decode(path, np.arange, span=span) for span in ((0.0, 2.0), (2.0, 3.0)))
     assert (before.indices[-1], after.indices[0]) == (49, 50)
     assert after.timestamps[0] == 2.0
@@ -122,7 +140,9 @@ def test_a_span_beyond_the_end_is_cut_and_says_so(tmp_path):
     cut = decode(path, np.arange, span=(1.0, 5.0))
     assert cut.indices.tolist() == list(range(25, 50))
     assert cut.problem == "the file ends at 2.000 s, the span at 5 s"
-    with pytest.raises(VideoError, match=r"no frame of it is shown from 3 to 4 s \(the file ends at 2.000 s"):
+    with pytest.raises(
+        VideoError, match=r"no frame of it is shown from 3 to 4 s \(the file ends at 2.000 s"
+    ):
         decode(path, np.arange, span=(3.0, 4.0))
     with pytest.raises(VideoError, match=r"no frame of it is shown from 0.01 to 0.03 s$"):
         decode(path, np.arange, span=(0.01, 0.03))
@@ -130,7 +150,9 @@ def test_a_span_beyond_the_end_is_cut_and_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
 def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(name, tmp_path):
-    path = write_video(tmp_path / name, frames=100, gop=10, container_options={"movflags": "faststart"})
+    path = write_video(
+        tmp_path / name, frames=100, gop=10, container_options={"movflags": "faststart"}
+    )
     content = path.read_bytes()
     whole = decode_everything(path)
     path.write_bytes(content[: len(content) * 6 // 10])
@@ -143,8 +165,12 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
         good = [found[number] for number in range(8 - sum(broken))]
         for span, decoded in zip(spans, good[:-1], strict=False):
             assert decoded.problem == ""
-            assert np.array_equal(decoded.frames, [whole.frames[index] for index in expected(whole, span)])
-        assert all("the file ends at" in found[number].reason for number in range(8) if broken[number])
+            assert np.array_equal(
+                decoded.frames, [whole.frames[index] for index in expected(whole, span)]
+            )
+        assert all(
+            "the file ends at" in found[number].reason for number in range(8) if broken[number]
+        )
 
 
 def test_spans_by_decord_are_those_by_pyav(tmp_path):
@@ -152,10 +178,14 @@ def test_spans_by_decord_are_those_by_pyav(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=75, gop=10, bframes=2)
     for start in range(0, 70, 4):
         span = (start / 25, (start + 5) / 25)
-        ours, theirs = (decode(path, np.arange, span=span, decoder=decoder) for decoder in ("pyav", "decord"))
+        ours, theirs = (
+            decode(path, np.arange, span=span, decoder=decoder) for decoder in ("pyav", "decord")
+        )
         assert ours.indices.tolist() == theirs.indices.tolist() == list(range(start, start + 5))
         assert np.array_equal(ours.frames, theirs.frames)
-    assert decode(path, np.arange, span=(2.0, 9.0), decoder="decord").problem.startswith("the file ends at 3.000 s")
+    assert decode(path, np.arange, span=(2.0, 9.0), decoder="decord").problem.startswith(
+        "the file ends at 3.000 s"
+    )
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
@@ -181,7 +211,11 @@ def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
     read, packet = packets.PacketDecoder._read, packets._Redemuxer.packet
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     monkeypatch.setattr(packets.PacketDecoder, "_read", lambda *a: looked.append(1) or read(*a))
-    monkeypatch.setattr(packets._Redemuxer, "packet", lambda self, number: fed.append(number) or packet(self, number))
+    monkeypatch.setattr(
+        packets._Redemuxer,
+        "packet",
+        lambda self, number: fed.append(number) or packet(self, number),
+    )
     for first in range(0, 16, 4):
         spans = [((first + number) * 1.0, (first + number + 1) * 1.0) for number in range(4)]
         assert len(dict(decode_spans(path, [(span, shown_centres) for span in spans]))) == 4
@@ -198,8 +232,13 @@ def test_an_untrusted_file_is_decoded_on_and_not_again(tmp_path, monkeypatch):
     for second in range(4):
         decoded = decode(path, centres, span=(second, second + 1.0))
         assert np.array_equal(decoded.frames, [whole.frames[index] for index in decoded.indices])
-    assert len(begun) == 2  # to find the good frames, and to take them, whatever the number of spans
-    assert decode(path, centres, span=(1.0, 2.0)).indices.tolist() == expected(whole, (1.0, 2.0)).tolist()
+    assert (
+        len(begun) == 2
+    )  # to find the good frames, and to take them, whatever the number of spans
+    assert (
+        decode(path, centres, span=(1.0, 2.0)).indices.tolist()
+        == expected(whole, (1.0, 2.0)).tolist()
+    )
 
 
 def test_a_file_that_changed_is_looked_at_again(tmp_path):
@@ -215,7 +254,9 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path):
 
 def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
     """Losslessly cut at its key frames, a part of a file gives what the span gives, all views of it."""
-    parts = [write_video(tmp_path / f"{gop}.mp4", frames=25, gop=gop, bframes=0) for gop in (5, 7, 25)]
+    parts = [
+        write_video(tmp_path / f"{gop}.mp4", frames=25, gop=gop, bframes=0) for gop in (5, 7, 25)
+    ]
     joined = tmp_path / "joined.mp4"
     with av.open(str(joined), "w") as output:
         stream = None
@@ -225,7 +266,9 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
                 stream = stream or output.add_stream_from_template(video)
                 for packet in source.demux(video):
                     if packet.size:
-                        packet.pts, packet.dts = (value + number * video.duration for value in (packet.pts, packet.dts))
+                        packet.pts, packet.dts = (
+                            value + number * video.duration for value in (packet.pts, packet.dts)
+                        )
                         packet.stream = stream
                         output.mux(packet)
     plan = Plan(frames=4, crops=3, augment_passes=1, preprocessing=SEE, seed=3, decoder="pyav")
@@ -244,7 +287,9 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
 def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     plan = Plan(frames=4, crops=1, augment_passes=0, preprocessing=SEE, seed=0, decoder="pyav")
     spans = [(0.0, 1.0), (1.0, 2.0), None, (0.0, 1.0), (0.5, 2.0), (3.0, 4.0)]
-    videos = [Video(*row[:2], -1, span=row[2]) for row in zip("uvwxyz", "aabbba", spans, strict=True)]
+    videos = [
+        Video(*row[:2], -1, span=row[2]) for row in zip("uvwxyz", "aabbba", spans, strict=True)
+    ]
     jobs = jobs_of(videos, plan)
     assert [places for places, _ in jobs] == [[0, 1], [2], [3, 4], [5]]
     assert jobs[2][1] == ("b", [("x", (0.0, 1.0)), ("y", (0.5, 2.0))], plan)
@@ -254,7 +299,10 @@ def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     assert (
         replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job == 8
     )  # of 3.8 MB each
-    assert replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job == 1
+    assert (
+        replace(plan, frames=500, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job
+        == 1
+    )
 
 
 def test_a_file_that_cannot_be_read_fails_each_of_its_spans_with_the_reason(broken_clips):
@@ -281,13 +329,18 @@ def test_a_csv_of_spans(tmp_path):
         ("other.mp4#0-1000", (0.0, 1.0), "foul", "val", "m2"),
     ]
     assert all(video.path == str(tmp_path / video.id.partition("#")[0]) for video in listing.videos)
-    assert "3 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
+    assert (
+        "3 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
+    )
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("x.mp4,b,5,2", "line 3: 5 to 2 s is not a span; it begins at 0 or later, and ends after it begins"),
+        (
+            "x.mp4,b,5,2",
+            "line 3: 5 to 2 s is not a span; it begins at 0 or later, and ends after it begins",
+        ),
         ("x.mp4,b,2,2", "line 3: 2 to 2 s is not a span"),
         ("x.mp4,b,-1,2", "line 3: -1 to 2 s is not a span"),
         ("x.mp4,b,1.0001,1.0004", "line 3: 1.0001 to 1.0004 s is not a span"),
@@ -304,22 +357,39 @@ def test_spans_that_are_wrong_are_named_by_line(tmp_path, row, message):
 
 
 def test_kinetics_over_untrimmed_downloads_and_trimmed_names_win(tmp_path):
-    touch(tmp_path, "train/aaaaaaaaaaa_000003_000013.mp4", "train/aaaaaaaaaaa.mp4", "train/bbbbbbbbbbb.mkv", "c.mp4")
+    touch(
+        tmp_path,
+        "train/aaaaaaaaaaa_000003_000013.mp4",
+        "train/aaaaaaaaaaa.mp4",
+        "train/bbbbbbbbbbb.mkv",
+        "c.mp4",
+    )
     rows = "yoga,aaaaaaaaaaa,3,13,train\nyoga,bbbbbbbbbbb,7.5,17.5,train\nyoga,ccccccccccc,0,10,train\n"
     rows += "yoga,aaaaaaaaaaa,20,30,train\nyoga,bbbbbbbbbbb,0,10,val\n"
-    listing = list_videos(write(tmp_path / "l.csv", f"label,youtube_id,time_start,time_end,split\n{rows}"))
+    listing = list_videos(
+        write(tmp_path / "l.csv", f"label,youtube_id,time_start,time_end,split\n{rows}")
+    )
     assert [(video.id, video.span) for video in listing.videos] == [
         ("train/aaaaaaaaaaa_000003_000013.mp4", None),
         ("train/bbbbbbbbbbb.mkv#7500-17500", (7.5, 17.5)),
         ("train/aaaaaaaaaaa.mp4#20000-30000", (20.0, 30.0)),
     ]
     # The last one is of another split than the folder of its file.
-    assert [video.id for video in listing.missing] == ["ccccccccccc_000000_000010", "bbbbbbbbbbb_000000_000010"]
+    assert [video.id for video in listing.missing] == [
+        "ccccccccccc_000000_000010",
+        "bbbbbbbbbbb_000000_000010",
+    ]
     assert listing.unlisted == ("c.mp4",)
-    assert "2 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
+    assert (
+        "2 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
+    )
     assert [youtube_id(video.id)[0] for video in listing.videos] == ["a", "b", "a"]
     # Spans of a file are a group, so that no split of one's own tears them apart.
-    assert [video.group for video in listing.videos] == ["", "train/bbbbbbbbbbb.mkv", "train/aaaaaaaaaaa.mp4"]
+    assert [video.group for video in listing.videos] == [
+        "",
+        "train/bbbbbbbbbbb.mkv",
+        "train/aaaaaaaaaaa.mp4",
+    ]
 
 
 def test_a_million_spans_of_one_file_are_listed(tmp_path):
@@ -327,7 +397,10 @@ def test_a_million_spans_of_one_file_are_listed(tmp_path):
     with (tmp_path / "l.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "start", "end"])
-        writer.writerows(["long.mp4", f"c{number % 7}", number / 100, number / 100 + 2] for number in range(1_000_000))
+        writer.writerows(
+            ["long.mp4", f"c{number % 7}", number / 100, number / 100 + 2]
+            for number in range(1_000_000)
+        )
     videos = list_videos(tmp_path / "l.csv").videos
     assert (len(videos), videos[-1].id) == (1_000_000, "long.mp4#9999990-10001990")
 
@@ -367,10 +440,17 @@ def test_windows_leave_nothing_out(length, window, stride):
         assert window / 2000 - 1e-9 <= spans[-1][1] - spans[-1][0] < 1.5 * window / 1000
 
 
-@pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "late.mkv", "a.webm", "a.gif", "audio.mp4"])
+@pytest.mark.parametrize(
+    "name", ["a.mp4", "a.mkv", "a.ts", "a.avi", "late.mkv", "a.webm", "a.gif", "audio.mp4"]
+)
 def test_the_length_of_a_video_is_when_its_last_frame_goes(name, tmp_path):
-    more = {"late.mkv": {"pts": [5000 + 40 * n for n in range(60)]}, "audio.mp4": {"audio": True}}.get(name, {})
-    more |= {".webm": {"codec": "libvpx-vp9"}, ".gif": {"codec": "gif", "pix_fmt": "rgb8"}}.get(Path(name).suffix, {})
+    more = {
+        "late.mkv": {"pts": [5000 + 40 * n for n in range(60)]},
+        "audio.mp4": {"audio": True},
+    }.get(name, {})
+    more |= {".webm": {"codec": "libvpx-vp9"}, ".gif": {"codec": "gif", "pix_fmt": "rgb8"}}.get(
+        Path(name).suffix, {}
+    )
     path = write_video(tmp_path / name, frames=60, gop=20, bframes=2, **more)
     assert duration_of(str(path)) == pytest.approx(2.4, abs=0.041)
     last = decode(path, np.arange, span=(2.3, duration_of(str(path)) + 0.001))
@@ -425,9 +505,18 @@ def test_frames_a_second_are_windows(tmp_path):
         ({"window": float("nan")}, "--window nan"),
         ({"window": 10.0, "stride": -1.0}, "--stride -1"),
         ({"fps": float("inf")}, "--fps inf: expected frames a second"),
-        ({"stride": 2.0}, "--stride 2 is that of windows, and at most their length; give --window too"),
-        ({"window": 4.0, "fps": 8.0, "frames": 25}, "--fps 8 shows 32 frames in a window of 4 s, and --frames is 25"),
-        ({"window": 4.0, "fps": 8.0, "frames": 16}, "--fps 8 shows 32 frames in a window of 4 s, and --frames is 16"),
+        (
+            {"stride": 2.0},
+            "--stride 2 is that of windows, and at most their length; give --window too",
+        ),
+        (
+            {"window": 4.0, "fps": 8.0, "frames": 25},
+            "--fps 8 shows 32 frames in a window of 4 s, and --frames is 25",
+        ),
+        (
+            {"window": 4.0, "fps": 8.0, "frames": 16},
+            "--fps 8 shows 32 frames in a window of 4 s, and --frames is 16",
+        ),
         ({"window": 2.0, "stride": 3.0}, "--stride 3 is that of windows, and at most their length"),
     ],
 )

@@ -20,7 +20,9 @@ from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, diffe
 CLASSES = ["running", "sleeping"]
 
 
-def make(path, count=20, *, views=("center",), frames=4, dim=6, block_size=8, done=True) -> FeatureStore:
+def make(
+    path, count=20, *, views=("center",), frames=4, dim=6, block_size=8, done=True
+) -> FeatureStore:
     store = FeatureStore.create(
         path,
         ids=[f"train/running/{i:03d}.mp4" for i in range(count)],
@@ -55,7 +57,9 @@ def finish(store: FeatureStore, block: int, *, status: int = OK) -> None:
             status=np.full(len(rows), status, "i1"),
             errors=["broken" if status == FAILED else ""] * len(rows),
             num_frames=np.full(len(rows), 100, "<i4"),
-            frame_indices=np.broadcast_to(np.arange(store.frames_per_video, dtype="<i4") * 7, shape),
+            frame_indices=np.broadcast_to(
+                np.arange(store.frames_per_video, dtype="<i4") * 7, shape
+            ),
             timestamps=np.zeros(shape, "<f4"),
         )
     )
@@ -87,15 +91,25 @@ def test_a_store_reads_back_and_opens_with_plain_zarr(tmp_path):
     block_size=st.integers(1, 9),
     seed=st.integers(0, 99),
 )
-def test_gather_equals_plain_indexing(tmp_path_factory, count, views, frames, dim, block_size, seed):
+def test_gather_equals_plain_indexing(
+    tmp_path_factory, count, views, frames, dim, block_size, seed
+):
     path = tmp_path_factory.mktemp("g") / "g.zarr"
     names = [f"v{i}" for i in range(views)]
     store = make(path, count, views=names, frames=frames, dim=dim, block_size=block_size)
     everything = features_of(store, np.arange(count))
     rng = np.random.default_rng(seed)
-    rows, picked, view = rng.integers(0, count, 12), rng.integers(0, frames, (12, 3)), rng.integers(0, views, 12)
-    np.testing.assert_array_equal(store.gather(rows, picked, view), everything[rows[:, None], view[:, None], picked])
-    np.testing.assert_array_equal(store.gather(rows, picked[0]), everything[rows[:, None], 0, picked[0][None]])
+    rows, picked, view = (
+        rng.integers(0, count, 12),
+        rng.integers(0, frames, (12, 3)),
+        rng.integers(0, views, 12),
+    )
+    np.testing.assert_array_equal(
+        store.gather(rows, picked, view), everything[rows[:, None], view[:, None], picked]
+    )
+    np.testing.assert_array_equal(
+        store.gather(rows, picked[0]), everything[rows[:, None], 0, picked[0][None]]
+    )
     assert store.gather(rows, picked).dtype == np.float16
 
 
@@ -113,7 +127,12 @@ def test_gather_keeps_no_descriptors_open(tmp_path):
 def test_mask_hides_repeats_of_short_videos(tmp_path):
     features = np.ones((3, 4, 2), "f4")
     store = FeatureStore.from_arrays(
-        tmp_path / "s.zarr", features, lengths=[4, 2, 1], labels=[0, 1, -1], classes=CLASSES, ids=["a", "b", "c"]
+        tmp_path / "s.zarr",
+        features,
+        lengths=[4, 2, 1],
+        labels=[0, 1, -1],
+        classes=CLASSES,
+        ids=["a", "b", "c"],
     )
     expected = [[True] * 4, [True, True, False, False], [True, False, False, False]]
     assert store.mask(np.arange(3), np.arange(4)).tolist() == expected
@@ -134,7 +153,14 @@ def test_pending_videos_are_not_read_and_failed_ones_are_masked(tmp_path):
     store.write_block(0, np.zeros((3, 1, 4, 6), "<f2"))
     unknown = np.full((3, 1, 4), -1, "<i4")
     store.commit(
-        Rows(rows, np.full(3, FAILED, "i1"), ["x"] * 3, np.zeros(3, "<i4"), unknown, np.zeros((3, 1, 4), "<f4"))
+        Rows(
+            rows,
+            np.full(3, FAILED, "i1"),
+            ["x"] * 3,
+            np.zeros(3, "<i4"),
+            unknown,
+            np.zeros((3, 1, 4), "<f4"),
+        )
     )
     assert not store.gather(rows, np.array([0, 1])).any()
     assert not store.mask(rows, np.array([0, 1])).any()
@@ -148,7 +174,9 @@ def test_a_zero_block_still_has_its_shard(tmp_path):
 
 def test_rows_can_be_appended_and_the_short_block_rewritten(tmp_path):
     store = make(tmp_path / "a.zarr", 10)
-    store.append(ids=["val/x.mp4", "val/y.mp4"], labels=[1, -1], splits=["val"] * 2, groups=[""] * 2)
+    store.append(
+        ids=["val/x.mp4", "val/y.mp4"], labels=[1, -1], splits=["val"] * 2, groups=[""] * 2
+    )
     assert store.missing_blocks() == [1]
     np.testing.assert_array_equal(
         store.gather(np.array([9]), np.array([2]))[0, 0], features_of(store, np.array([9]))[0, 0, 2]
@@ -190,7 +218,12 @@ def flip(data: bytes, place: int) -> bytes:
 
 def test_from_arrays_refuses_what_cannot_be_stored(tmp_path):
     def store(features=None, **changed):
-        arguments = {"lengths": [2, 2], "labels": [0, 1], "classes": CLASSES, "ids": ["a", "b"]} | changed
+        arguments = {
+            "lengths": [2, 2],
+            "labels": [0, 1],
+            "classes": CLASSES,
+            "ids": ["a", "b"],
+        } | changed
         return FeatureStore.from_arrays(
             tmp_path / "s.zarr", np.ones((2, 2, 3)) if features is None else features, **arguments
         )
@@ -209,13 +242,17 @@ def test_from_arrays_refuses_what_cannot_be_stored(tmp_path):
         store(splits=["val"])
     with pytest.raises(InputError, match="'a'"):
         store(ids=["a", "a"])
-    store(np.array([np.ones((2, 3)), [[1, 2, 3], [np.nan] * 3]]), lengths=[2, 1])  # padding may hold anything
+    store(
+        np.array([np.ones((2, 3)), [[1, 2, 3], [np.nan] * 3]]), lengths=[2, 1]
+    )  # padding may hold anything
     with pytest.raises(InputError, match="exists already"):
         store()
 
 
 def test_what_is_no_store_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"none\.zarr is not a feature store \(it does not exist\)"):
+    with pytest.raises(
+        InputError, match=r"none\.zarr is not a feature store \(it does not exist\)"
+    ):
         FeatureStore.open(tmp_path / "none.zarr")
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match=r"folder is not a feature store \(not a Zarr group\)"):
@@ -240,7 +277,10 @@ with lock_store({str(tmp_path / "a.zarr")!r}):
     assert child.stdout is not None
     with child, child.stdout:
         assert child.stdout.readline() == b"held\n"
-        with pytest.raises(RunError, match="process 4711 on elsewhere"), lock_store(tmp_path / "a.zarr"):
+        with (
+            pytest.raises(RunError, match="process 4711 on elsewhere"),
+            lock_store(tmp_path / "a.zarr"),
+        ):
             pass
         child.kill()  # -9: the kernel lets the store go
     with lock_store(tmp_path / "a.zarr"):
@@ -270,7 +310,9 @@ def test_a_remote_store_is_written_and_read_plainly(tmp_path, monkeypatch):
     store = make("memory://remote.zarr", 10)
     np.testing.assert_array_equal(store.read(slice(0, 10)), features_of(store, np.arange(10)))
     assert FeatureStore.open("memory://remote.zarr").read(np.array([7, 2])).shape == (2, 1, 4, 6)
-    np.testing.assert_array_equal(store.gather(np.array([7]), np.arange(4))[0], store.read(np.array([7]))[0, 0])
+    np.testing.assert_array_equal(
+        store.gather(np.array([7]), np.arange(4))[0], store.read(np.array([7]))[0, 0]
+    )
     assert [path.name[:9] for path in tmp_path.rglob("c.*")] == ["c.0.0.0.0"]
 
 
@@ -291,11 +333,21 @@ def test_a_killed_writer_leaves_nothing_behind(tmp_path):
 
 def test_reading_sparsely_reads_the_same(tmp_path):
     rng = np.random.default_rng(5)
-    features = rng.normal(size=(150, 2, 6, 100)).astype("<f2")  # frames that begin in the middle of pages
+    features = rng.normal(size=(150, 2, 6, 100)).astype(
+        "<f2"
+    )  # frames that begin in the middle of pages
     store = FeatureStore.from_arrays(
-        tmp_path / "s.zarr", features, lengths=np.full(150, 6), labels=np.zeros(150, int), classes=["a"]
+        tmp_path / "s.zarr",
+        features,
+        lengths=np.full(150, 6),
+        labels=np.zeros(150, int),
+        classes=["a"],
     )
-    rows, frames, view = rng.integers(0, 150, 64), rng.integers(0, 6, (64, 3)), rng.integers(0, 2, 64)
+    rows, frames, view = (
+        rng.integers(0, 150, 64),
+        rng.integers(0, 6, (64, 3)),
+        rng.integers(0, 2, 64),
+    )
     before = store.gather(rows, frames, view)
     store.read_sparsely()
     np.testing.assert_array_equal(store.gather(rows, frames, view), before)
@@ -315,8 +367,15 @@ def test_columns_are_what_scikit_learn_and_pandas_take(tmp_path):
     )
     columns = {name: getattr(store, name) for name in ("ids", "splits", "groups", "errors")}
     assert {column.dtype for column in columns.values()} == {np.dtype(object)}
-    assert store.splits[0] is store.splits[2]  # equal strings are one object: 650,000 rows need the pointers only
+    assert (
+        store.splits[0] is store.splits[2]
+    )  # equal strings are one object: 650,000 rows need the pointers only
     folds = list(LeaveOneGroupOut().split(store.labels, store.labels, store.groups))
     assert [test.tolist() for _, test in folds] == [[5], [0, 1], [2, 3], [4]]
-    assert pd.DataFrame(columns).groupby("groups").size().to_dict() == {"": 1, "ann": 2, "bob": 2, "eve": 1}
+    assert pd.DataFrame(columns).groupby("groups").size().to_dict() == {
+        "": 1,
+        "ann": 2,
+        "bob": 2,
+        "eve": 1,
+    }
     assert (store.splits == "val").tolist() == [False, True] * 3

@@ -20,16 +20,26 @@ from extract.cli import RunError
 from extract.decode import VideoError
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.opening import LONGEST_SECONDS, time_limit
-from extract.decode.subprocess_pool import ATTEMPTS, SLOTS_A_CHILD, Finished, SubprocessPool, memory_limit
+from extract.decode.subprocess_pool import (
+    ATTEMPTS,
+    SLOTS_A_CHILD,
+    Finished,
+    SubprocessPool,
+    memory_limit,
+)
 from extract.decode.transform import Preprocessing
 from odd_files import write_pictures
 
 SLOT = 1000
-PATIENCE = 30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
+PATIENCE = (
+    30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
+)
 
 
 def pool_of(workers: int = 1, *, timeout: float = 20.0, **changed) -> SubprocessPool:
-    return SubprocessPool(do, **({"slot_bytes": SLOT, "workers": workers, "timeout": timeout} | changed))
+    return SubprocessPool(
+        do, **({"slot_bytes": SLOT, "workers": workers, "timeout": timeout} | changed)
+    )
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -94,7 +104,9 @@ def test_a_child_works_ahead_until_its_slots_are_full(pool):
     finished = [future.result(PATIENCE) for future in futures[:SLOTS_A_CHILD]]
     time.sleep(0.1)
     assert not any(future.done() for future in futures[SLOTS_A_CHILD:])
-    assert [int(one.buffer[0]) for one in finished] == list(range(SLOTS_A_CHILD))  # none is written over
+    assert [int(one.buffer[0]) for one in finished] == list(
+        range(SLOTS_A_CHILD)
+    )  # none is written over
     for one in finished:
         one.release()
         one.release()  # twice is once
@@ -109,7 +121,10 @@ def test_a_child_works_ahead_until_its_slots_are_full(pool):
     [
         (("bad video", "the file is empty (0 bytes)"), "the file is empty (0 bytes)"),
         (("raise", ValueError("got 3, expected 4")), "ValueError: got 3, expected 4"),
-        (("raise", MemoryError()), "decoding it takes more than the 2.7 GB that a process may take"),
+        (
+            ("raise", MemoryError()),
+            "decoding it takes more than the 2.7 GB that a process may take",
+        ),
     ],
 )
 def test_what_a_job_raises_is_its_failure(job, failure, pool):
@@ -127,7 +142,10 @@ def test_a_job_that_cannot_be_sent_raises_and_takes_no_slot(pool):
 
 
 def test_cpu_seconds_are_the_jobs_own(pool):
-    with pool.submit(("burn", 0.2)).result(PATIENCE) as burnt, pool.submit(("sleep", 0.2)).result(PATIENCE) as slept:
+    with (
+        pool.submit(("burn", 0.2)).result(PATIENCE) as burnt,
+        pool.submit(("sleep", 0.2)).result(PATIENCE) as slept,
+    ):
         assert 0.2 <= burnt.cpu_seconds < 0.4
         assert slept.cpu_seconds < 0.1
 
@@ -193,7 +211,10 @@ def test_a_child_that_holds_pythons_lock_for_ever_is_given_up(tmp_path):
         started = time.monotonic()
         finished = pool.submit(("hold the lock", str(tmp_path / "pid"))).result(PATIENCE)
         assert 1.0 <= time.monotonic() - started < 6.0
-        assert finished.failure == "given up after 1 s (--video-timeout): decoding hangs or is too slow"
+        assert (
+            finished.failure
+            == "given up after 1 s (--video-timeout): decoding hangs or is too slow"
+        )
         wait_for(lambda: gone(pid_in(tmp_path / "pid")), "the child to be killed")
         works(pool)
 
@@ -270,7 +291,9 @@ def test_a_video_that_takes_too_much_memory_fails_alone(tmp_path):
             job = (str(path), [("a", None)], plan)
             with pool.submit(("with little memory", job)).result(PATIENCE) as finished:
                 # FFmpeg does not always call it what it is.
-                assert (bool(finished.failure) or isinstance(finished.result[0], VideoError)) == fails
+                assert (
+                    bool(finished.failure) or isinstance(finished.result[0], VideoError)
+                ) == fails
 
 
 # -- the deadline ----------------------------------------------------------------------------------------------------
@@ -318,7 +341,11 @@ def test_descriptors_and_children_stay_the_same_over_many_jobs(tmp_path):
         working, alive = process.num_fds(), len(children())
         for number in range(200):
             pool.submit(("fill", number % 256)).result(PATIENCE).release()
-        assert pool.submit(("exit", 7)).result(PATIENCE).failure.endswith("died 3 times (exit status 7)")
+        assert (
+            pool.submit(("exit", 7))
+            .result(PATIENCE)
+            .failure.endswith("died 3 times (exit status 7)")
+        )
         works(pool)
         works(pool)
         assert process.num_fds() <= working
@@ -362,7 +389,9 @@ def test_closing_with_results_that_nobody_released_is_quick():
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 2.0
-    assert all((one.buffer == 5).all() for one in finished)  # still there: the memory lives as long as its readers
+    assert all(
+        (one.buffer == 5).all() for one in finished
+    )  # still there: the memory lives as long as its readers
     assert all(future.cancelled() for future in futures[SLOTS_A_CHILD:])
 
 
@@ -370,16 +399,24 @@ def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
     import decode_jobs
 
     monkeypatch.setattr(decode_jobs, "only_here", lambda job, out: None, raising=False)
-    decode_jobs.only_here.__module__, decode_jobs.only_here.__qualname__ = "decode_jobs", "only_here"
+    decode_jobs.only_here.__module__, decode_jobs.only_here.__qualname__ = (
+        "decode_jobs",
+        "only_here",
+    )
     with (
         SubprocessPool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,
-        pytest.raises(RunError, match=r"a decode process does not start \(exit status 1\); its error stands above"),
+        pytest.raises(
+            RunError,
+            match=r"a decode process does not start \(exit status 1\); its error stands above",
+        ),
     ):
         pool.submit(("fill", 1)).result(PATIENCE)
     assert "only_here" in capfd.readouterr().err
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel to end children with their parent")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="asks the kernel to end children with their parent"
+)
 @pytest.mark.parametrize("kind", ["hold the lock", "wait"])
 def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
     program = (
@@ -392,7 +429,9 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
     )
     paths = [tmp_path / str(number) for number in range(2)]  # the third child does not even start
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    parent = subprocess.Popen([sys.executable, "-c", program, kind, *map(str, paths)], env=environment)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program, kind, *map(str, paths)], env=environment
+    )
     try:
         pids = [pid_in(path) for path in paths]
         assert not any(gone(pid) for pid in pids)

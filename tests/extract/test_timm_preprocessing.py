@@ -13,9 +13,21 @@ from PIL import Image
 from extract.backbone.image_models import preprocessing_of
 from extract.cli import InputError
 from extract.decode.jobs import Plan
-from extract.decode.transform import Preprocessing, crop_boxes, cut, resize_frame, resized_shape, training_view
+from extract.decode.transform import (
+    Preprocessing,
+    crop_boxes,
+    cut,
+    resize_frame,
+    resized_shape,
+    training_view,
+)
 
-CONFIG = {"input_size": (3, 224, 224), "crop_pct": 0.9, "crop_mode": "center", "interpolation": "bicubic"}
+CONFIG = {
+    "input_size": (3, 224, 224),
+    "crop_pct": 0.9,
+    "crop_mode": "center",
+    "interpolation": "bicubic",
+}
 CONFIG |= {"mean": (0.48, 0.46, 0.41), "std": (0.23, 0.22, 0.225)}
 
 
@@ -39,15 +51,29 @@ def frames(demo_clips: Path) -> list[np.ndarray]:
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
     side = min(frame.shape[:2])
-    return [frame, np.ascontiguousarray(frame.transpose(1, 0, 2)), frame[:side, :side], frame[5:64, 7:128]]
+    return [
+        frame,
+        np.ascontiguousarray(frame.transpose(1, 0, 2)),
+        frame[:side, :side],
+        frame[5:64, 7:128],
+    ]
 
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
-@pytest.mark.parametrize("interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"])
-def test_every_crop_mode_interpolation_and_size_is_timms(mode: str, interpolation: str, frames) -> None:
+@pytest.mark.parametrize(
+    "interpolation", ["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+)
+def test_every_crop_mode_interpolation_and_size_is_timms(
+    mode: str, interpolation: str, frames
+) -> None:
     sizes = [(3, 224, 224), (3, 96, 96), (3, 224, 192), (3, 160, 256)]
     for size, crop_pct, frame in itertools.product(sizes, [1.0, 0.875, 1.15], frames):
-        changes = {"input_size": size, "crop_pct": crop_pct, "crop_mode": mode, "interpolation": interpolation}
+        changes = {
+            "input_size": size,
+            "crop_pct": crop_pct,
+            "crop_mode": mode,
+            "interpolation": interpolation,
+        }
         config = {**CONFIG, **changes}
         ours, theirs = prepared(frame, preprocessing_of(config, "model")), by_timm(frame, config)
         assert ours.shape == (*size[1:], 3)
@@ -99,7 +125,9 @@ def test_records_of_earlier_versions_are_the_same() -> None:
     assert Preprocessing.from_record(see.record()) == see
 
 
-@pytest.mark.parametrize("change", [{"size": (224, 192)}, {"crop_mode": "squash"}, {"antialias": False}])
+@pytest.mark.parametrize(
+    "change", [{"size": (224, 192)}, {"crop_mode": "squash"}, {"antialias": False}]
+)
 def test_records_hold_what_is_new(change: dict) -> None:
     see = replace(preprocessing_of(CONFIG, "model"), **change)
     assert Preprocessing.from_record(see.record()) == see
@@ -114,7 +142,9 @@ def test_several_crops_of_a_model_that_sees_the_whole_picture_are_refused(mode: 
     see = preprocessing_of({**CONFIG, "crop_mode": mode, "crop_pct": 1.0}, "model")
     Plan(4, 1, 2, see)
     for crops in (3, 10):
-        with pytest.raises(InputError, match=rf"--crops {crops}: .*\(its crop mode is {mode}\).* use --crops 1"):
+        with pytest.raises(
+            InputError, match=rf"--crops {crops}: .*\(its crop mode is {mode}\).* use --crops 1"
+        ):
             Plan(4, crops, 0, see)
 
 
@@ -129,7 +159,9 @@ def test_crops_of_a_squashed_picture_lie_in_it(frames) -> None:
 
 @pytest.mark.parametrize("mode", ["center", "squash", "border"])
 @pytest.mark.parametrize("size", [(3, 96, 96), (3, 96, 64), (3, 64, 96)])
-def test_a_training_view_is_a_large_part_of_what_evaluation_resizes(mode: str, size: tuple, frames) -> None:
+def test_a_training_view_is_a_large_part_of_what_evaluation_resizes(
+    mode: str, size: tuple, frames
+) -> None:
     see = preprocessing_of({**CONFIG, "crop_mode": mode, "input_size": size}, "model")
     for frame, seed in itertools.product(frames, range(5)):
         resized = resize_frame(frame, see)
@@ -145,11 +177,15 @@ def test_a_training_view_is_a_large_part_of_what_evaluation_resizes(mode: str, s
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
 @pytest.mark.parametrize("crops", [1, 3, 10])
 def test_crops_of_thin_pictures_are_those_of_the_resized_one(shape, interpolation, crops) -> None:
-    see = preprocessing_of({**CONFIG, "interpolation": interpolation, "input_size": (3, 64, 64)}, "model")
+    see = preprocessing_of(
+        {**CONFIG, "interpolation": interpolation, "input_size": (3, 64, 64)}, "model"
+    )
     frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     height, width = resized_shape(*shape, see)
     assert resize_frame(frame, see) is frame
-    whole = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling[interpolation.upper()]))
+    whole = np.asarray(
+        Image.fromarray(frame).resize((width, height), Image.Resampling[interpolation.upper()])
+    )
     for (top, left, tall, wide), _ in crop_boxes(*shape, see, crops):
         crop = cut(frame[None], (top, left, tall, wide), see)[0]
         expected = whole[top : top + tall, left : left + wide]

@@ -45,7 +45,8 @@ def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(
-    "shape", [(256, 340), (340, 256), (320, 568), (89, 159), (161, 91), (16, 16), (1080, 1919), (50, 500)]
+    "shape",
+    [(256, 340), (340, 256), (320, 568), (89, 159), (161, 91), (16, 16), (1080, 1919), (50, 500)],
 )
 def test_resize_is_torchvisions_on_uint8(shape, interpolation):
     import torch
@@ -53,9 +54,14 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
     from torchvision.transforms.v2 import functional as torchvision
 
     frame = picture(*shape)
-    ours = resize_frame(frame, Preprocessing(size=224, resize=232, interpolation=interpolation, **IMAGENET))
+    ours = resize_frame(
+        frame, Preprocessing(size=224, resize=232, interpolation=interpolation, **IMAGENET)
+    )
     theirs = torchvision.resize(
-        torch.from_numpy(frame).permute(2, 0, 1), [232], InterpolationMode(interpolation), antialias=True
+        torch.from_numpy(frame).permute(2, 0, 1),
+        [232],
+        InterpolationMode(interpolation),
+        antialias=True,
     )
     assert ours.dtype == np.uint8
     assert ours.shape == tuple(theirs.permute(1, 2, 0).shape)
@@ -69,7 +75,9 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
 
 def test_resize_antialiases():
     """A fine checkerboard shrunk to a third is grey; without antialiasing it would stay black and white."""
-    board = np.broadcast_to(((np.indices((96, 120)).sum(0) % 2) * 255)[..., None], (96, 120, 3)).astype(np.uint8)
+    board = np.broadcast_to(
+        ((np.indices((96, 120)).sum(0) % 2) * 255)[..., None], (96, 120, 3)
+    ).astype(np.uint8)
     shrunk = resize_frame(board, replace(SMALL, resize=32))
     assert 100 < shrunk.min() <= shrunk.max() < 155
 
@@ -92,7 +100,9 @@ def test_the_centre_crop_is_torchvisions(height, width):
     places = torch.arange(height * width).reshape(1, height, width)
     [((top, left, tall, wide), flip)] = crop_boxes(height, width, SEE_224, 1)
     assert not flip
-    assert torch.equal(places[:, top : top + tall, left : left + wide], center_crop(places, [224, 224]))
+    assert torch.equal(
+        places[:, top : top + tall, left : left + wide], center_crop(places, [224, 224])
+    )
 
 
 @given(SIDES, SIDES)
@@ -183,15 +193,21 @@ def test_training_views_are_tsns_multi_scale_corner_crops_all_of_them(shape, int
     rng = np.random.default_rng(0)
     seen = dict.fromkeys(views, 0)
     for _ in range(3000):
-        seen[training_view(*shape, see, rng)(frame).tobytes()] += 1  # KeyError: a view that TSN does not have
+        seen[training_view(*shape, see, rng)(frame).tobytes()] += (
+            1  # KeyError: a view that TSN does not have
+        )
     missing = [views[view] for view, count in seen.items() if not count]
     assert not missing
-    flipped = sum(count for view, count in seen.items() if all(choice[-1] for choice in views[view]))
+    flipped = sum(
+        count for view, count in seen.items() if all(choice[-1] for choice in views[view])
+    )
     assert abs(flipped - 1500) < 150
 
 
 def test_there_are_ten_pairs_of_scales_at_thirteen_places_mirrored_or_not():
-    choices = set().union(*all_training_views(picture(200, 300), replace(SMALL, resize=200)).values())
+    choices = set().union(
+        *all_training_views(picture(200, 300), replace(SMALL, resize=200)).values()
+    )
     # Where the crop is as high as the frame, 13 places fall together in 3 columns and 2 between them.
     full = {choice for choice in choices if choice[1] == 200}
     assert len({choice[:2] for choice in choices}) == 10
@@ -201,7 +217,10 @@ def test_there_are_ten_pairs_of_scales_at_thirteen_places_mirrored_or_not():
 
 def test_all_frames_of_a_clip_get_the_same_crop():
     first, second = picture(60, 80, seed=1), picture(60, 80, seed=2)
-    choices_of_first, choices_of_second = all_training_views(first, SMALL), all_training_views(second, SMALL)
+    choices_of_first, choices_of_second = (
+        all_training_views(first, SMALL),
+        all_training_views(second, SMALL),
+    )
     rng = np.random.default_rng(3)
     for _ in range(100):
         view = training_view(60, 80, SMALL, rng)
@@ -216,7 +235,9 @@ TRIPLES = st.tuples(st.integers(0, 99), st.text("ab/1 ä.\u52a8", max_size=6), s
 
 @given(TRIPLES, TRIPLES)
 def test_augmentation_is_a_function_of_seed_id_and_pass(one, other):
-    draws = [augmentation_rng(*triple).integers(0, 2**62, 4).tolist() for triple in (one, other, one)]
+    draws = [
+        augmentation_rng(*triple).integers(0, 2**62, 4).tolist() for triple in (one, other, one)
+    ]
     assert draws[0] == draws[2]
     assert (draws[0] == draws[1]) == (one == other)
 
@@ -237,7 +258,9 @@ def plan(frames: int = 4, crops: int = 1, augment_passes: int = 0, **changed) ->
 
 def prepared(path: Path, what: Plan, video_id: str = "id"):
     size = what.preprocessing.size
-    out = np.zeros((len(view_names(what.crops, what.augment_passes)), what.frames, size, size, 3), np.uint8)
+    out = np.zeros(
+        (len(view_names(what.crops, what.augment_passes)), what.frames, size, size, 3), np.uint8
+    )
     return out, prepare_row(str(path), video_id, what, out)
 
 
@@ -245,10 +268,18 @@ def whole_video(path: Path) -> tuple[list[np.ndarray], list[float]]:
     """Every frame as RGB, and its seconds, by the plainest PyAV."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        return [frame.to_ndarray(format="rgb24") for frame in frames], [frame.time - frames[0].time for frame in frames]
+        return [frame.to_ndarray(format="rgb24") for frame in frames], [
+            frame.time - frames[0].time for frame in frames
+        ]
 
 
-CLIPS = ["h264_long_gop.mp4", "h264_portrait.mp4", "h264_odd_size_yuv444.mp4", "h264_1frame.mp4", "h264_vfr.mp4"]
+CLIPS = [
+    "h264_long_gop.mp4",
+    "h264_portrait.mp4",
+    "h264_odd_size_yuv444.mp4",
+    "h264_1frame.mp4",
+    "h264_vfr.mp4",
+]
 
 
 @pytest.fixture(params=CLIPS)
@@ -261,7 +292,10 @@ def small_frames(frames: list[np.ndarray]) -> list[np.ndarray]:
     height, width = frames[0].shape[:2]
     short = min(height, width)
     size = (int(40 * width / short), int(40 * height / short))
-    return [np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR)) for frame in frames]
+    return [
+        np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BILINEAR))
+        for frame in frames
+    ]
 
 
 @pytest.mark.parametrize("crops", [1, 3, 10])
@@ -285,11 +319,15 @@ def test_views_are_the_decoded_resized_and_cropped_frames(clip, crops):
             assert np.array_equal(views[f"{name}_flip"], views[name][:, :, ::-1]), name
         assert not np.array_equal(views["center_flip"], views["center"])
     else:
-        assert np.array_equal(views["center"], cut(round((height - 32) / 2), round((width - 32) / 2)))
+        assert np.array_equal(
+            views["center"], cut(round((height - 32) / 2), round((width - 32) / 2))
+        )
     if crops == 3:
         portrait = height > width
         assert np.array_equal(views["crop_left"], cut(0, 4) if portrait else cut(4, 0))
-        assert np.array_equal(views["crop_right"], cut(height - 32, 4) if portrait else cut(4, width - 32))
+        assert np.array_equal(
+            views["crop_right"], cut(height - 32, 4) if portrait else cut(4, width - 32)
+        )
     for name, values, expected in (
         ("indices", seen.indices, indices),
         ("timestamps", seen.timestamps, [times[index] for index in indices]),
@@ -309,10 +347,13 @@ def test_augmented_passes_are_one_random_training_view_of_random_frames_each(cli
         indices = seen.indices[3 + number]
         edges = np.arange(5) * len(frames) // 4
         assert ((edges[:-1] <= indices) & (indices < np.maximum(edges[1:], edges[:-1] + 1))).all()
-        np.testing.assert_allclose(seen.timestamps[3 + number], [times[index] for index in indices], atol=1e-5)
+        np.testing.assert_allclose(
+            seen.timestamps[3 + number], [times[index] for index in indices], atol=1e-5
+        )
         small = small_frames([frames[index] for index in indices])
         choices = [
-            all_training_views(frame, SMALL)[view.tobytes()] for frame, view in zip(small, out[3 + number], strict=True)
+            all_training_views(frame, SMALL)[view.tobytes()]
+            for frame, view in zip(small, out[3 + number], strict=True)
         ]
         crops_used.append(frozenset(set.intersection(*choices)))
         assert crops_used[-1], "frames of one clip are cropped differently"

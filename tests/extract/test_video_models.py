@@ -60,7 +60,9 @@ def test_features_are_torchvisions_before_its_classifier(name: str) -> None:
     torch.manual_seed(3)
     net: Any = models.get_model(name, weights=None).eval()
     seen = []
-    classifier = net.fc if hasattr(net, "fc") else net.head if hasattr(net, "head") else net.classifier
+    classifier = (
+        net.fc if hasattr(net, "fc") else net.head if hasattr(net, "head") else net.classifier
+    )
     classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     clip = raw_frames(frames)
     preset = models.get_model_weights(name).DEFAULT.transforms()
@@ -86,13 +88,20 @@ def test_rows_per_temporal_position_have_the_mean_of_the_clip(name: str) -> None
 
 
 def test_presets_are_those_of_the_published_weights() -> None:
-    clips = {name: load_trunk(f"torchvision/{name}", weights="random").clips for name in ("r3d_18", "mvit_v2_s")}
+    clips = {
+        name: load_trunk(f"torchvision/{name}", weights="random").clips
+        for name in ("r3d_18", "mvit_v2_s")
+    }
     assert (clips["r3d_18"].frames, clips["r3d_18"].fps) == (16, 15.0)
     assert (clips["mvit_v2_s"].frames, clips["mvit_v2_s"].fps) == (16, 7.5)
-    for name in VIDEO_MODELS:  # "with parameters `frame_rate=15`, `clips_per_video=5`, and `clip_len=16`."
+    for (
+        name
+    ) in VIDEO_MODELS:  # "with parameters `frame_rate=15`, `clips_per_video=5`, and `clip_len=16`."
         from extract.backbone.video_models import _TORCHVISION_CLIPS
 
-        frames, fps = next(clip for prefix, clip in _TORCHVISION_CLIPS.items() if name.startswith(prefix))
+        frames, fps = next(
+            clip for prefix, clip in _TORCHVISION_CLIPS.items() if name.startswith(prefix)
+        )
         documented = models.get_model_weights(name).DEFAULT.meta["_docs"]
         assert f"frame_rate={fps:g}`" in documented
         assert f"clip_len={frames}`" in documented
@@ -106,15 +115,21 @@ def test_a_file_of_a_whole_model_is_loaded_without_its_classifier(tmp_path: Path
     assert trunk.weights["name"] == "r3d.pth"
     assert len(trunk.weights["sha256"]) == 64
     own = [value for key, value in net.state_dict().items() if not key.startswith("fc.")]
-    assert all(torch.equal(a, b) for a, b in zip(trunk.module.state_dict().values(), own, strict=True))
-    with pytest.raises(InputError, match=r"does not fit --backbone torchvision/mc3_18: .* of another shape"):
+    assert all(
+        torch.equal(a, b) for a, b in zip(trunk.module.state_dict().values(), own, strict=True)
+    )
+    with pytest.raises(
+        InputError, match=r"does not fit --backbone torchvision/mc3_18: .* of another shape"
+    ):
         load_trunk("torchvision/mc3_18", weights=tmp_path / "r3d.pth")
 
 
 def test_the_engines_agree_with_the_module() -> None:
     trunk = load_trunk("torchvision/r3d_18", weights="random", clip_frames=2)
     clips = np.stack([prepared(raw_frames(2), trunk), prepared(raw_frames(2)[::-1], trunk)])
-    expected = torch.cat([features_of(trunk, raw_frames(2)), features_of(trunk, raw_frames(2)[::-1])])
+    expected = torch.cat(
+        [features_of(trunk, raw_frames(2)), features_of(trunk, raw_frames(2)[::-1])]
+    )
     for engine in ("torch", "openvino"):
         options = {"device": "cpu", "precision": "fp32", "engine": engine, "clip_frames": 2}
         backbone = load_backbone("torchvision/r3d_18", weights="random", **options)
@@ -127,16 +142,44 @@ def test_the_engines_agree_with_the_module() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("torchvision/r3d", {}, "torchvision/r3d: unknown; torchvision has the video models mc3_18, "),
+        (
+            "torchvision/r3d",
+            {},
+            "torchvision/r3d: unknown; torchvision has the video models mc3_18, ",
+        ),
         ("torchvision/r3d_18", {"clip_frames": 0}, "--clip-frames 0: expected at least 1"),
         ("torchvision/r3d_18", {"clip_fps": 0.0}, "--clip-fps 0: expected more than 0"),
-        ("torchvision/r3d_18", {"image_size": 96}, "--image-size 96: torchvision/r3d_18 is clip-wise"),
-        ("torchvision/s3d", {"clip_frames": 5}, "does not take 5 x 224 x 224 .*; change --clip-frames"),
-        ("torchvision/mvit_v2_s", {"clip_frames": 8}, "does not take 8 x 224 x 224 .*; change --clip-frames"),
-        ("torchvision/mvit_v2_s", {"per_clip": "time"}, "--per-clip time: an MViT has a class token"),
-        ("resnet10t", {"clip_frames": 8}, "are for clip-wise backbones .*; resnet10t sees single frames"),
+        (
+            "torchvision/r3d_18",
+            {"image_size": 96},
+            "--image-size 96: torchvision/r3d_18 is clip-wise",
+        ),
+        (
+            "torchvision/s3d",
+            {"clip_frames": 5},
+            "does not take 5 x 224 x 224 .*; change --clip-frames",
+        ),
+        (
+            "torchvision/mvit_v2_s",
+            {"clip_frames": 8},
+            "does not take 8 x 224 x 224 .*; change --clip-frames",
+        ),
+        (
+            "torchvision/mvit_v2_s",
+            {"per_clip": "time"},
+            "--per-clip time: an MViT has a class token",
+        ),
+        (
+            "resnet10t",
+            {"clip_frames": 8},
+            "are for clip-wise backbones .*; resnet10t sees single frames",
+        ),
         ("resnet10t", {"per_clip": "time"}, "are for clip-wise backbones"),
-        ("hf/none/such", {}, "hf/none/such: is not a folder, and cannot be had from the Hugging Face hub"),
+        (
+            "hf/none/such",
+            {},
+            "hf/none/such: is not a folder, and cannot be had from the Hugging Face hub",
+        ),
     ],
 )
 def test_what_a_backbone_does_not_take(name: str, options: dict, message: str, monkeypatch) -> None:
@@ -150,13 +193,17 @@ def test_int8_is_for_image_models() -> None:
         load_backbone("torchvision/r3d_18", weights="random", device="cpu", precision="int8")
 
 
-def test_torchvisions_weights_without_a_network_say_what_to_fetch(monkeypatch, tmp_path: Path) -> None:
+def test_torchvisions_weights_without_a_network_say_what_to_fetch(
+    monkeypatch, tmp_path: Path
+) -> None:
     def no_network(*_: object, **__: object) -> None:
         raise OSError("there is no network in this test")
 
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(InputError, match=r"fetch r3d_18-b3b3357e\.pth, and pass it as --weights FILE"):
+    with pytest.raises(
+        InputError, match=r"fetch r3d_18-b3b3357e\.pth, and pass it as --weights FILE"
+    ):
         load_trunk("torchvision/r3d_18", weights="pretrained")
 
 
@@ -179,7 +226,12 @@ KINDS: dict[str, tuple[Any, dict, dict]] = {
     "vivit": (
         transformers.VivitForVideoClassification,
         {**TINY, "intermediate_size": 64, "num_frames": 4, "tubelet_size": [2, 16, 16]},
-        {"image_processor_type": "VivitImageProcessor", **SIZES, "offset": True, "rescale_factor": 1 / 127.5},
+        {
+            "image_processor_type": "VivitImageProcessor",
+            **SIZES,
+            "offset": True,
+            "rescale_factor": 1 / 127.5,
+        },
     ),
     "vjepa2": (
         transformers.VJEPA2Model,
@@ -264,7 +316,9 @@ def test_random_weights_need_no_file_of_weights(tmp_path: Path) -> None:
     trunk = load_trunk(f"hf/{tmp_path}", weights="random", clip_frames=2, clip_fps=8.0)
     assert trunk.weights == {"name": "random weights, seed 0"}
     assert (trunk.clips.frames, trunk.clips.fps) == (2, 8.0)
-    with pytest.raises(InputError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+    with pytest.raises(
+        InputError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"
+    ):
         load_trunk(f"hf/{tmp_path}", weights="pretrained")
 
 
@@ -286,7 +340,11 @@ def test_videomaes_biases_arrive(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("encoder.extra.weight", torch.ones(3), r"1 tensors of the file were not taken \(videomae\.encoder\.extra"),
+        (
+            "encoder.extra.weight",
+            torch.ones(3),
+            r"1 tensors of the file were not taken \(videomae\.encoder\.extra",
+        ),
         (NORM, None, r"1 are missing \(encoder\.layer\.0\.layernorm_before"),
         (NORM, torch.ones(7), r"1 have another shape \(encoder\.layer\.0\.layernorm_before"),
     ],
@@ -312,14 +370,19 @@ def test_folders_that_hold_no_model_we_know(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="its configuration cannot be read"):
         load_trunk(f"hf/{tmp_path}", weights="random")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(InputError, match="a model of type vit; supported are vjepa2, videomae, timesformer, vivit"):
+    with pytest.raises(
+        InputError, match="a model of type vit; supported are vjepa2, videomae, timesformer, vivit"
+    ):
         load_trunk(f"hf/{tmp_path}", weights="random")
 
 
 def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
     make_folder(tmp_path, "videomae")
     config = json.loads((tmp_path / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    config |= {
+        "model_type": "own",
+        "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"},
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(InputError, match="its configuration cannot be read"):
@@ -329,9 +392,15 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
 def test_another_type_of_preprocessor_is_refused(tmp_path: Path) -> None:
     make_folder(tmp_path, "videomae")
     processor = KINDS["videomae"][2]
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**processor, "do_center_crop": False}))
-    with pytest.raises(InputError, match="its preprocessor does not crop, so frames have no constant size"):
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**processor, "do_center_crop": False})
+    )
+    with pytest.raises(
+        InputError, match="its preprocessor does not crop, so frames have no constant size"
+    ):
         load_trunk(f"hf/{tmp_path}", weights="random")
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**processor, "do_resize": False}))
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({**processor, "do_resize": False})
+    )
     with pytest.raises(InputError, match=r"its preprocessor resizes to .*; expected a size"):
         load_trunk(f"hf/{tmp_path}", weights="random")

@@ -17,7 +17,14 @@ from extract.listing.folders import VIDEO_EXTENSIONS, scan
 from extract.listing.labels import spellings
 from extract.listing.leaks import describe_leaks
 from extract.listing.tables import Row
-from extract.listing.videos import Listing, Video, kinetics700_labels, list_videos, shared_youtube_ids, youtube_id
+from extract.listing.videos import (
+    Listing,
+    Video,
+    kinetics700_labels,
+    list_videos,
+    shared_youtube_ids,
+    youtube_id,
+)
 from listings import labelled, touch, write
 
 # Rows of the four kinds of CSV that Kinetics comes with, header and quoting as they are.
@@ -33,7 +40,9 @@ K600_VAL = (
     b"label,youtube_id,time_start,time_end,split\nacting in play,-u8W9n8IOks,11,21,val\n"
     b"adjusting glasses,-5ZUl3Z5yW0,0,10,val\n"
 )
-K600_TEST = b"youtube_id,time_start,time_end,split\numKmQmKT5WA,41,51,test\nvNOfR6tsnUY,199,209,test\n"
+K600_TEST = (
+    b"youtube_id,time_start,time_end,split\numKmQmKT5WA,41,51,test\nvNOfR6tsnUY,199,209,test\n"
+)
 
 CLIPS = (  # split, label, clip: the classes whose folders torchvision's names would sort differently
     ("train", "curling (sport)", "-aaaaaaaaaa_000000_000010.mp4"),
@@ -85,12 +94,17 @@ def test_auto_takes_the_sorted_names_and_says_why_not_kinetics(tmp_path):
     listing = list_videos(tmp_path)
     assert listing.classes == ("abseilling", "archery", "yoga", "zumba")
     assert [video.label for video in listing.videos] == [0, 1, 2, 3]
-    assert "sorted names (1 are not in the Kinetics-700 list: 'abseilling' (nearest: 'abseiling'))" in listing.report()
+    assert (
+        "sorted names (1 are not in the Kinetics-700 list: 'abseilling' (nearest: 'abseiling'))"
+        in listing.report()
+    )
 
 
 def test_forced_kinetics_names_what_is_not_in_it_and_the_nearest(tmp_path):
     touch(tmp_path, "abseilling/b.mp4", "yoga/c.mp4", "qqqq/d.mp4")
-    with pytest.raises(InputError, match=r"2 of 3 names .* 'abseilling' \(nearest: 'abseiling'\), 'qqqq'$"):
+    with pytest.raises(
+        InputError, match=r"2 of 3 names .* 'abseilling' \(nearest: 'abseiling'\), 'qqqq'$"
+    ):
         list_videos(tmp_path, labels="kinetics700")
 
 
@@ -125,7 +139,9 @@ def test_labels_that_cannot_be_meant(tmp_path, content, message):
 
 
 def test_an_unknown_choice_of_labels_is_answered_with_the_known(tmp_path):
-    with pytest.raises(InputError, match="kinetics800: there is no such file; known are auto, kinetics700"):
+    with pytest.raises(
+        InputError, match="kinetics800: there is no such file; known are auto, kinetics700"
+    ):
         list_videos(touch(tmp_path, "a/x.mp4"), labels="kinetics800")
 
 
@@ -138,10 +154,14 @@ def test_two_spellings_of_one_class_in_folders_are_an_error(tmp_path):
 def test_auto_takes_kinetics_only_if_the_listing_looks_like_it(tmp_path):
     own = list_videos(touch(tmp_path / "own", "crying/1.mp4", "laughing/2.mp4", "yawning/3.mp4"))
     assert own.classes == ("crying", "laughing", "yawning")
-    assert "they are classes of Kinetics-700 too: --labels kinetics700 takes all 700" in own.report()
+    assert (
+        "they are classes of Kinetics-700 too: --labels kinetics700 takes all 700" in own.report()
+    )
     clips = list_videos(touch(tmp_path / "clips", "yawning/aaaaaaaaaaa_000000_000010.mp4"))
     assert clips.classes == kinetics700_labels()
-    most = list_videos(touch(tmp_path / "most", *(f"{name}/1.mp4" for name in kinetics700_labels()[:351])))
+    most = list_videos(
+        touch(tmp_path / "most", *(f"{name}/1.mp4" for name in kinetics700_labels()[:351]))
+    )
     assert most.classes == kinetics700_labels()
 
 
@@ -174,7 +194,10 @@ def test_a_label_map_names_integers(tmp_path, content, numbers, classes):
     assert labelled(listing) == {"a.mp4": classes[0], "b.mp4": classes[1]}
     assert f"by number ({numbers[0]} to {numbers[1]})" in listing.report()
     by_name = write(tmp_path / "n.csv", "path,label\na.mp4,{}\nb.mp4,{}\n".format(*classes))
-    assert labelled(list_videos(by_name, labels=labels)) == {"a.mp4": classes[0], "b.mp4": classes[1]}
+    assert labelled(list_videos(by_name, labels=labels)) == {
+        "a.mp4": classes[0],
+        "b.mp4": classes[1],
+    }
 
 
 def test_integers_that_a_label_map_lacks_are_named(tmp_path):
@@ -207,7 +230,10 @@ def test_one_file_under_two_names_in_two_splits_is_said(tmp_path):
 
 def test_equal_numbers_of_two_file_systems_are_not_one_file(tmp_path):
     touch(tmp_path, "a.mp4", "b.mp4")
-    rows = [Row("", 0, name, "", split, file=name) for name, split in (("a.mp4", "train"), ("b.mp4", "test"))]
+    rows = [
+        Row("", 0, name, "", split, file=name)
+        for name, split in (("a.mp4", "train"), ("b.mp4", "test"))
+    ]
     assert describe_leaks(rows, str(tmp_path), {"a.mp4": 7, "b.mp4": 7}) == []
 
 
@@ -217,10 +243,16 @@ def test_spans_that_overlap_in_two_splits_are_said(tmp_path):
     rows = "".join(f"{row.split(',')[0]},a,{row.split(',', 1)[1]}\n" for row in rows.splitlines())
     listing = list_videos(write(tmp_path / "l.csv", f"path,label,start,end,split\n{rows}"))
     assert (
-        "SPANS THAT OVERLAP in two splits: 1 (m.mp4#0-9000 in train and m.mp4#8000-10000 in test)" in listing.report()
+        "SPANS THAT OVERLAP in two splits: 1 (m.mp4#0-9000 in train and m.mp4#8000-10000 in test)"
+        in listing.report()
     )
-    whole = list_videos(write(tmp_path / "w.csv", "path,label,start,end,split\nm.mp4,a,,,train\nm.mp4,a,3,4,test\n"))
-    assert "SPANS THAT OVERLAP in two splits: 1 (m.mp4 in train and m.mp4#3000-4000 in test)" in whole.report()
+    whole = list_videos(
+        write(tmp_path / "w.csv", "path,label,start,end,split\nm.mp4,a,,,train\nm.mp4,a,3,4,test\n")
+    )
+    assert (
+        "SPANS THAT OVERLAP in two splits: 1 (m.mp4 in train and m.mp4#3000-4000 in test)"
+        in whole.report()
+    )
 
 
 # -- folders ---------------------------------------------------------------------------------------------------
@@ -243,7 +275,13 @@ def test_a_tree_of_splits_and_classes_in_the_order_of_ids(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "split"),
-    [("training", "train"), ("validate", "val"), ("validation", "val"), ("Val", "val"), ("testing", "test")],
+    [
+        ("training", "train"),
+        ("validate", "val"),
+        ("validation", "val"),
+        ("Val", "val"),
+        ("testing", "test"),
+    ],
 )
 def test_other_names_of_splits(tmp_path, name, split):
     assert list_videos(touch(tmp_path, f"{name}/a/x.mp4")).videos[0].split == split
@@ -266,8 +304,12 @@ def test_an_outer_folder_says_nothing_and_a_deeper_one_belongs_to_its_class(tmp_
 
 
 def test_splits_beside_other_folders_are_an_error(tmp_path):
-    with pytest.raises(InputError, match=r"like splits \(train\) are next to others \(car, replacement\)"):
-        list_videos(touch(tmp_path, "train/a/x.mp4", "car/y.mp4", "replacement/z.mp4", "notes/readme.txt"))
+    with pytest.raises(
+        InputError, match=r"like splits \(train\) are next to others \(car, replacement\)"
+    ):
+        list_videos(
+            touch(tmp_path, "train/a/x.mp4", "car/y.mp4", "replacement/z.mp4", "notes/readme.txt")
+        )
 
 
 @pytest.mark.parametrize("spelled", [str, underscored, without_marks])
@@ -276,22 +318,30 @@ def test_class_folders_of_kinetics_in_three_spellings(tmp_path, spelled):
     listing = list_videos(tmp_path)
     assert listing.classes == kinetics700_labels()
     assert "the Kinetics-700 list" in listing.report()
-    assert {v.id.rpartition("/")[2]: (v.split, listing.classes[v.label]) for v in listing.videos} == {
-        clip: (split, label) for split, label, clip in CLIPS
-    }
+    assert {
+        v.id.rpartition("/")[2]: (v.split, listing.classes[v.label]) for v in listing.videos
+    } == {clip: (split, label) for split, label, clip in CLIPS}
 
 
 @settings(max_examples=30)
 @given(
     st.sets(
-        st.tuples(st.sampled_from(["train", "val", "test"]), st.sampled_from(kinetics700_labels()), st.integers(0, 9)),
+        st.tuples(
+            st.sampled_from(["train", "val", "test"]),
+            st.sampled_from(kinetics700_labels()),
+            st.integers(0, 9),
+        ),
         min_size=1,
         max_size=12,
     )
 )
 def test_all_five_layouts_of_kinetics_list_the_same(tmp_path_factory, drawn):
     clips = [
-        (split, label, f"{hashlib.md5(repr((split, label, i)).encode()).hexdigest()[:11]}_{i:06d}_{i + 10:06d}.mp4")
+        (
+            split,
+            label,
+            f"{hashlib.md5(repr((split, label, i)).encode()).hexdigest()[:11]}_{i:06d}_{i + 10:06d}.mp4",
+        )
         for split, label, i in sorted(drawn)
     ]
     layouts = {
@@ -306,7 +356,10 @@ def test_all_five_layouts_of_kinetics_list_the_same(tmp_path_factory, drawn):
         root = tmp_path_factory.mktemp("layout")
         touch(root, *(place(*clip) for clip in clips))
         table = kinetics_csv(root.with_suffix(".csv"), clips)
-        for listing in (list_videos(table, root=root), list_videos(table, root=root, labels="kinetics700")):
+        for listing in (
+            list_videos(table, root=root),
+            list_videos(table, root=root, labels="kinetics700"),
+        ):
             assert {v.id.rpartition("/")[2]: (v.split, v.label) for v in listing.videos} == expected
             assert not listing.missing
             assert not listing.unlisted
@@ -346,7 +399,16 @@ def test_folders_that_name_classes_are_believed_and_a_csv_in_them_is_ignored_by_
 
 
 def test_what_is_no_video_is_named_with_the_reason(tmp_path):
-    touch(tmp_path, "a/x.mp4", "a/._x.mp4", "a/._y.mp4", "a/.hidden.mp4", ".git/config.mp4", "a/notes.txt", "a/README")
+    touch(
+        tmp_path,
+        "a/x.mp4",
+        "a/._x.mp4",
+        "a/._y.mp4",
+        "a/.hidden.mp4",
+        ".git/config.mp4",
+        "a/notes.txt",
+        "a/README",
+    )
     touch(tmp_path, "a/y.mp4.part", "a/folder.mp4/inside.mp4", "a/動作.mp4")
     touch(tmp_path, os.fsdecode(b"a/caf\xe9.mp4"))
     os.mkfifo(tmp_path / "a" / "pipe.mp4")
@@ -409,7 +471,9 @@ def test_an_empty_folder_says_what_it_ignored(tmp_path):
     with pytest.raises(InputError, match=r"no video in .*; it is empty"):
         list_videos(tmp_path)
     touch(tmp_path, "a/notes.txt", "a/._x.mp4")
-    with pytest.raises(InputError, match=r"not a video by its extension: 1 \(a/notes.txt\)") as raised:
+    with pytest.raises(
+        InputError, match=r"not a video by its extension: 1 \(a/notes.txt\)"
+    ) as raised:
         list_videos(tmp_path)
     assert "hidden: 1 (a/._x.mp4)" in str(raised.value)
 
@@ -427,12 +491,16 @@ def test_sources_that_are_none(tmp_path):
     with pytest.raises(InputError, match=r"there is no .*link.mp4 \(it is a link to away.mp4\)"):
         list_videos(tmp_path / "link.mp4")
     touch(tmp_path, "notes.png", "clip.mp4", os.fsdecode(b"caf\xe9.mp4"))
-    with pytest.raises(InputError, match=r"notes.png is not a folder, a list or, .* known are 264 .* webm"):
+    with pytest.raises(
+        InputError, match=r"notes.png is not a folder, a list or, .* known are 264 .* webm"
+    ):
         list_videos(tmp_path / "notes.png")
     with pytest.raises(InputError, match=r"caf\\xe9.mp4 is not UTF-8"):
         list_videos(os.fspath(tmp_path) + os.fsdecode(b"/caf\xe9.mp4"))
     for source in (tmp_path, tmp_path / "clip.mp4"):
-        with pytest.raises(InputError, match="--root elsewhere says where the videos of a list are"):
+        with pytest.raises(
+            InputError, match="--root elsewhere says where the videos of a list are"
+        ):
             list_videos(source, root="elsewhere")
 
 
@@ -449,8 +517,32 @@ def test_the_cycle_collector_is_as_before_also_after_an_error(tmp_path, on):
 
 
 def test_common_containers_are_videos():
-    assert {"mp4", "mkv", "webm", "avi", "mov", "mpg", "ts", "wmv", "flv", "3gp", "gif", "ogv"} <= VIDEO_EXTENSIONS
-    assert not VIDEO_EXTENSIONS & {"jpg", "png", "wav", "mp3", "txt", "csv", "json", "part", "zip", "npy"}
+    assert {
+        "mp4",
+        "mkv",
+        "webm",
+        "avi",
+        "mov",
+        "mpg",
+        "ts",
+        "wmv",
+        "flv",
+        "3gp",
+        "gif",
+        "ogv",
+    } <= VIDEO_EXTENSIONS
+    assert not VIDEO_EXTENSIONS & {
+        "jpg",
+        "png",
+        "wav",
+        "mp3",
+        "txt",
+        "csv",
+        "json",
+        "part",
+        "zip",
+        "npy",
+    }
 
 
 # -- CSVs of Kinetics ------------------------------------------------------------------------------------------
@@ -461,7 +553,11 @@ def test_common_containers_are_videos():
     [
         (
             K700_VALIDATE,
-            ["OMK0OJ4f_TI_000000_000010.mp4", "4E53JZXxxhU_000094_000104.mp4", "jJxxABipmmU_000064_000074.webm"],
+            [
+                "OMK0OJ4f_TI_000000_000010.mp4",
+                "4E53JZXxxhU_000094_000104.mp4",
+                "jJxxABipmmU_000064_000074.webm",
+            ],
             [("val", "abseiling"), ("val", "acting in play"), ("val", "massaging person's head")],
         ),
         (
@@ -474,7 +570,11 @@ def test_common_containers_are_videos():
             ["-u8W9n8IOks_000011_000021.mp4", "-5ZUl3Z5yW0_000000_000010.mp4"],
             [("val", "acting in play"), ("val", "adjusting glasses")],
         ),
-        (K600_TEST, ["umKmQmKT5WA_000041_000051.mp4", "vNOfR6tsnUY_000199_000209.mp4"], [("test", ""), ("test", "")]),
+        (
+            K600_TEST,
+            ["umKmQmKT5WA_000041_000051.mp4", "vNOfR6tsnUY_000199_000209.mp4"],
+            [("test", ""), ("test", "")],
+        ),
     ],
 )
 def test_csvs_of_kinetics_as_they_come(tmp_path, content, files, expected):
@@ -486,9 +586,13 @@ def test_csvs_of_kinetics_as_they_come(tmp_path, content, files, expected):
 
 def test_columns_go_by_name_and_times_may_be_floats(tmp_path):
     touch(tmp_path, "aaaaaaaaaaa_000003_000013.mp4")
-    content = "Split, time_end,extra,time_start,label,youtube_id\ntrain,13.9,x,3.0,yoga,aaaaaaaaaaa\n\n"
+    content = (
+        "Split, time_end,extra,time_start,label,youtube_id\ntrain,13.9,x,3.0,yoga,aaaaaaaaaaa\n\n"
+    )
     table = write(tmp_path / "l.csv", content)
-    assert [(v.id, v.split) for v in list_videos(table).videos] == [("aaaaaaaaaaa_000003_000013.mp4", "train")]
+    assert [(v.id, v.split) for v in list_videos(table).videos] == [
+        ("aaaaaaaaaaa_000003_000013.mp4", "train")
+    ]
 
 
 def test_missing_and_unlisted_files_are_named(tmp_path):
@@ -510,7 +614,10 @@ def test_missing_and_unlisted_files_are_named(tmp_path):
 
 
 def test_missing_videos_count_for_the_classes(tmp_path):
-    rows = [("train", "zz", "aaaaaaaaaaa_000000_000010.mp4"), ("train", "aa", "bbbbbbbbbbb_000000_000010.mp4")]
+    rows = [
+        ("train", "zz", "aaaaaaaaaaa_000000_000010.mp4"),
+        ("train", "aa", "bbbbbbbbbbb_000000_000010.mp4"),
+    ]
     touch(tmp_path, rows[0][2])
     listing = list_videos(kinetics_csv(tmp_path / "l.csv", rows))
     assert listing.classes == ("aa", "zz")
@@ -541,28 +648,38 @@ def test_a_clip_under_two_classes_is_its_rows_own(tmp_path):
 def test_two_files_for_one_row_are_an_error(tmp_path):
     touch(tmp_path, "a/aaaaaaaaaaa_000000_000010.mp4", "b/aaaaaaaaaaa_000000_000010.mkv")
     table = kinetics_csv(tmp_path / "l.csv", [("train", "yoga", "aaaaaaaaaaa_000000_000010.mp4")])
-    with pytest.raises(InputError, match=r"line 2: a/aaaaaaaaaaa\S+.mp4 and b/aaaaaaaaaaa\S+.mkv could both be"):
+    with pytest.raises(
+        InputError, match=r"line 2: a/aaaaaaaaaaa\S+.mp4 and b/aaaaaaaaaaa\S+.mkv could both be"
+    ):
         list_videos(table)
 
 
 @pytest.mark.parametrize("there", [True, False])
 def test_a_video_in_two_rows_is_an_error_that_names_both_lines(tmp_path, there):
     touch(tmp_path, *(clip for _, _, clip in CLIPS[not there :]))
-    with pytest.raises(InputError, match=r"l\.csv line 2 and \S*l\.csv line 7 both list -aaaaaaaaaa_000000_000010"):
+    with pytest.raises(
+        InputError, match=r"l\.csv line 2 and \S*l\.csv line 7 both list -aaaaaaaaaa_000000_000010"
+    ):
         list_videos(kinetics_csv(tmp_path / "l.csv", [*CLIPS, CLIPS[0]]))
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("yoga,aaaaaaaaaaa,0,10,dev", r"l\.csv line 3: the split 'dev' is unknown; known are train"),
+        (
+            "yoga,aaaaaaaaaaa,0,10,dev",
+            r"l\.csv line 3: the split 'dev' is unknown; known are train",
+        ),
         ("yoga,tooshort,0,10,train", "line 3: 'tooshort' is not a youtube id"),
         ("yoga,aaaaaaaaaaa,zero,10,train", "line 3: 'zero' to '10' are not times"),
         ("yoga,aaaaaaaaaaa,0,inf,train", "line 3: '0' to 'inf' are not times"),
         (",aaaaaaaaaaa,0,10,train", "line 3: aaaaaaaaaaa has no label"),
         ("yoga,aaaaaaaaaaa,0", "line 3 has 3 values and the header 5"),
         ("yo,ga,aaaaaaaaaaa,0,10,train", "line 3 has 6 values and the header 5"),
-        ('"yoga,aaaaaaaaaaa,0,10,train', r"l\.csv cannot be read as a CSV after line 2: unexpected end of data"),
+        (
+            '"yoga,aaaaaaaaaaa,0,10,train',
+            r"l\.csv cannot be read as a CSV after line 2: unexpected end of data",
+        ),
     ],
 )
 def test_rows_that_are_wrong_are_named_by_line(tmp_path, row, message):
@@ -574,20 +691,26 @@ def test_rows_that_are_wrong_are_named_by_line(tmp_path, row, message):
 
 def test_a_test_row_may_lack_its_label(tmp_path):
     touch(tmp_path, "bbbbbbbbbbb_000000_000010.mp4")
-    table = write(tmp_path / "l.csv", "label,youtube_id,time_start,time_end,split\n,bbbbbbbbbbb,0,10,test\n")
+    table = write(
+        tmp_path / "l.csv", "label,youtube_id,time_start,time_end,split\n,bbbbbbbbbbb,0,10,test\n"
+    )
     assert list_videos(table).videos[0].label == -1
 
 
 def test_an_unknown_label_of_a_csv_is_named(tmp_path):
     touch(tmp_path, "aaaaaaaaaaa_000000_000010.mp4")
     table = kinetics_csv(tmp_path / "l.csv", [("train", "yogaa", "aaaaaaaaaaa_000000_000010.mp4")])
-    with pytest.raises(InputError, match=r"1 of 1 names are not in the Kinetics-700 list: 'yogaa' \(nearest: 'yoga'\)"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 1 names are not in the Kinetics-700 list: 'yogaa' \(nearest: 'yoga'\)",
+    ):
         list_videos(table, labels="kinetics700")
 
 
 def test_csvs_that_are_no_list_of_videos(tmp_path):
     with pytest.raises(
-        InputError, match=r"columns name, class; needed are those of one of: .*; label, path; or lines `path label`"
+        InputError,
+        match=r"columns name, class; needed are those of one of: .*; label, path; or lines `path label`",
     ):
         list_videos(write(tmp_path / "a.csv", "name,class\nx,y\n"))
     with pytest.raises(InputError, match=r"b\.csv has the columns \(none\)"):
@@ -603,7 +726,9 @@ def test_a_root_without_the_videos_says_what_was_looked_for(tmp_path):
     with pytest.raises(InputError, match="looked for -aaaaaaaaaa_000000_000010, there is no video"):
         list_videos(table)
     touch(tmp_path / "other", "x.mp4")
-    with pytest.raises(InputError, match=r"none of the 5 videos .* is below \S+other .* there are x.mp4"):
+    with pytest.raises(
+        InputError, match=r"none of the 5 videos .* is below \S+other .* there are x.mp4"
+    ):
         list_videos(table, root=tmp_path / "other")
     with pytest.raises(InputError, match=r"--root .*nowhere is not a folder"):
         list_videos(table, root=tmp_path / "nowhere")
@@ -613,7 +738,16 @@ def test_a_root_without_the_videos_says_what_was_looked_for(tmp_path):
 
 
 def test_a_csv_of_paths(tmp_path):
-    touch(tmp_path, "d/x.mp4", "d/y.mp4", "d/odd name.dat", "top.mp4", "d/extra.mp4", "unnamed/z.mp4", ".h/w.mp4")
+    touch(
+        tmp_path,
+        "d/x.mp4",
+        "d/y.mp4",
+        "d/odd name.dat",
+        "top.mp4",
+        "d/extra.mp4",
+        "unnamed/z.mp4",
+        ".h/w.mp4",
+    )
     listing = list_videos(
         write(
             tmp_path / "list.csv",
@@ -636,7 +770,9 @@ def test_a_csv_of_paths(tmp_path):
 
 def test_paths_below_a_root_and_the_subject_as_group(tmp_path):
     touch(tmp_path / "clips", "a/x.mp4")
-    table = write(tmp_path / "labels.csv", ",path,label,subject\n0,a/x.mp4,a,s1\n")  # as pandas writes it
+    table = write(
+        tmp_path / "labels.csv", ",path,label,subject\n0,a/x.mp4,a,s1\n"
+    )  # as pandas writes it
     listing = list_videos(table, root=tmp_path / "clips")
     assert listing.videos == (Video("a/x.mp4", str(tmp_path / "clips" / "a/x.mp4"), 0, "", "s1"),)
     assert "groups: the column `subject`" in listing.report()
@@ -670,10 +806,14 @@ def test_a_missing_path_in_two_rows_is_an_error_too(tmp_path):
 
 
 def test_the_clips_that_the_project_ships(demo_clips):
-    daily = list_videos(demo_clips / "daily_actions" / "labels.csv", root=demo_clips / "daily_actions" / "clips")
+    daily = list_videos(
+        demo_clips / "daily_actions" / "labels.csv", root=demo_clips / "daily_actions" / "clips"
+    )
     assert len(daily.videos) == 43
     assert {video.group for video in daily.videos} == {"1", "2", "3", "4"}
-    exercise = list_videos(demo_clips / "exercise_mini" / "labels.csv", root=demo_clips / "exercise_mini" / "clips")
+    exercise = list_videos(
+        demo_clips / "exercise_mini" / "labels.csv", root=demo_clips / "exercise_mini" / "clips"
+    )
     assert [sum(exercise.class_counts(split)) for split in exercise.splits] == [96, 24, 24]
     for listing in (daily, exercise):
         assert not listing.missing
@@ -703,8 +843,14 @@ def test_other_names_hold_no_youtube_id(name):
 
 
 def test_youtube_ids_in_two_splits_are_named_and_found_between_listings(tmp_path):
-    touch(tmp_path, "train/yoga/aaaaaaaaaaa_000000_000010.mp4", "val/zumba/aaaaaaaaaaa_000050_000060.mp4")
-    touch(tmp_path, "train/yoga/bbbbbbbbbbb_000000_000010.mp4", "train/yoga/x.mp4", "val/yoga/x.mp4")
+    touch(
+        tmp_path,
+        "train/yoga/aaaaaaaaaaa_000000_000010.mp4",
+        "val/zumba/aaaaaaaaaaa_000050_000060.mp4",
+    )
+    touch(
+        tmp_path, "train/yoga/bbbbbbbbbbb_000000_000010.mp4", "train/yoga/x.mp4", "val/yoga/x.mp4"
+    )
     listing = list_videos(tmp_path)
     assert listing.youtube_ids_in_two_splits() == {"aaaaaaaaaaa": ("train", "val")}
     assert "youtube ids that stand in two splits: 1 (aaaaaaaaaaa: train, val)" in listing.report()
@@ -713,7 +859,14 @@ def test_youtube_ids_in_two_splits_are_named_and_found_between_listings(tmp_path
 
 
 def test_the_report_counts_by_split_and_class(tmp_path):
-    touch(tmp_path, *(f"train/{name}/{i}.mp4" for name, count in (("a", 5), ("b", 2), ("c", 1)) for i in range(count)))
+    touch(
+        tmp_path,
+        *(
+            f"train/{name}/{i}.mp4"
+            for name, count in (("a", 5), ("b", 2), ("c", 1))
+            for i in range(count)
+        ),
+    )
     touch(tmp_path, "val/a/0.mp4", "test/t.mp4")
     report = list_videos(tmp_path).report()
     assert report.splitlines()[1:] == [

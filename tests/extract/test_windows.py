@@ -29,7 +29,13 @@ from extract.workers import driver
 from stores import store_digest
 from untrimmed import cut_out, join_clips
 
-TINY = {"backbone": "test_resnet", "weights": "random", "precision": "fp32", "frames": 4, "block_size": 8}
+TINY = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 4,
+    "block_size": 8,
+}
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips"
 
 
@@ -44,7 +50,11 @@ def untrimmed(tmp_path_factory) -> Path:
     root.mkdir()
     rows = ["path,label,start,end,split"]
     for name, split in (("first.mp4", "train"), ("second.mp4", "val")):
-        clips = [sorted((CLIPS / label).glob("*.mp4"))[place] for place in range(5) for label in ("barbell", "cable")]
+        clips = [
+            sorted((CLIPS / label).glob("*.mp4"))[place]
+            for place in range(5)
+            for label in ("barbell", "cable")
+        ]
         clips = clips if split == "train" else clips[::-1]
         spans = join_clips(root / name, clips)
         for clip, (start, end) in zip(clips, spans, strict=True):
@@ -82,7 +92,9 @@ def test_features_of_spans_are_those_of_clips_cut_out_without_loss(untrimmed, by
     clips = FeatureStore.open(tmp_path / "clips.zarr")
     assert np.isnan(clips.starts).all()
     np.testing.assert_array_equal(clips.read(slice(0, 20)), store.read(slice(0, 20)))
-    np.testing.assert_allclose(clips.timestamps + store.starts[:, None, None], store.timestamps, atol=1e-4)
+    np.testing.assert_allclose(
+        clips.timestamps + store.starts[:, None, None], store.timestamps, atol=1e-4
+    )
 
 
 def test_spans_in_one_pass_are_spans_one_by_one(untrimmed, by_spans, tmp_path):
@@ -107,7 +119,9 @@ def test_windows_are_rows_with_all_of_the_video(by_windows, capsys):
     assert store.provenance["sampling"]["window"] == 3.0
 
 
-def test_the_same_command_goes_on_and_another_window_is_refused(untrimmed, by_windows, tmp_path, capsys):
+def test_the_same_command_goes_on_and_another_window_is_refused(
+    untrimmed, by_windows, tmp_path, capsys
+):
     out = tmp_path / "w.zarr"
     shutil.copytree(by_windows, out)
     assert main(options(untrimmed, out, window=3.0)) == 0
@@ -122,12 +136,26 @@ def test_the_same_command_goes_on_and_another_window_is_refused(untrimmed, by_wi
 
 
 def test_kill_9_in_the_middle_of_a_file_and_resume_gives_the_same_bytes(untrimmed, tmp_path):
-    flags = [text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    run = [sys.executable, "-m", "extract", "--videos", str(untrimmed), *flags, "--window", "1", "--out"]
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    run = [
+        sys.executable,
+        "-m",
+        "extract",
+        "--videos",
+        str(untrimmed),
+        *flags,
+        "--window",
+        "1",
+        "--out",
+    ]
     subprocess.run([*run, str(tmp_path / "whole.zarr")], check=True, capture_output=True)
     out = tmp_path / "killed.zarr"
     child = subprocess.Popen([*run, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not any(record["event"] == "block" for record in RunLog.records(out)):
+    while child.poll() is None and not any(
+        record["event"] == "block" for record in RunLog.records(out)
+    ):
         time.sleep(0.002)
     child.kill()
     child.wait()
@@ -136,7 +164,9 @@ def test_kill_9_in_the_middle_of_a_file_and_resume_gives_the_same_bytes(untrimme
     assert store_digest(out) == store_digest(tmp_path / "whole.zarr")
 
 
-def test_a_broken_file_fails_only_the_windows_behind_the_break(untrimmed, by_windows, tmp_path, capsys):
+def test_a_broken_file_fails_only_the_windows_behind_the_break(
+    untrimmed, by_windows, tmp_path, capsys
+):
     (tmp_path / "broken").mkdir()
 
     with (
@@ -164,7 +194,9 @@ def test_a_broken_file_fails_only_the_windows_behind_the_break(untrimmed, by_win
     np.testing.assert_array_equal(store.read(slice(0, good)), whole.read(slice(0, good)))
 
 
-def test_a_decoder_that_crashes_fails_one_span_and_not_those_around_it(untrimmed, by_spans, tmp_path, monkeypatch):
+def test_a_decoder_that_crashes_fails_one_span_and_not_those_around_it(
+    untrimmed, by_spans, tmp_path, monkeypatch
+):
     class Crashing(driver.Worker):
         decode_job = staticmethod(crash_at_four_seconds)
 
@@ -201,31 +233,38 @@ def test_dense_features_are_the_windows_joined_in_time(by_windows, tmp_path):
     by_time = {
         round(float(time), 3): feature
         for row in rows
-        for time, feature in zip(store.timestamps[row, 0], store.read(slice(row, row + 1))[0, 0], strict=True)
+        for time, feature in zip(
+            store.timestamps[row, 0], store.read(slice(row, row + 1))[0, 0], strict=True
+        )
     }
     for second, feature in zip(record["seconds"], array, strict=True):
         np.testing.assert_array_equal(feature, by_time[round(second, 3)].astype(np.float32))
-    assert np.abs(actionformer_seconds(record, np.arange(len(array))) - record["seconds"]).max() == pytest.approx(
-        record["largest_error"], abs=1e-5
-    )
+    assert np.abs(
+        actionformer_seconds(record, np.arange(len(array))) - record["seconds"]
+    ).max() == pytest.approx(record["largest_error"], abs=1e-5)
     assert record["largest_error"] <= 0.5 / record["frames_a_second"]
     assert (record["windows"], record["of"], record["backbone"]) == (7, 7, "test_resnet")
 
 
 @pytest.mark.parametrize(
-    "changed", [{"window": 2.0}, {"window": 2.0, "stride": 1.0}, {"fps": 2.0, "window": 2.0}, {"fps": 2.0}]
+    "changed",
+    [{"window": 2.0}, {"window": 2.0, "stride": 1.0}, {"fps": 2.0, "window": 2.0}, {"fps": 2.0}],
 )
 def test_annotated_seconds_find_their_rows_and_come_back(changed, untrimmed, tmp_path):
     assert main(options(untrimmed, tmp_path / "w.zarr", **changed)) == 0
     array, record = exported(tmp_path / "w.zarr", tmp_path / "dense")
-    assert len(array) == len(record["seconds"]) == 40  # 2 a second for 20 s, however they are asked for
+    assert (
+        len(array) == len(record["seconds"]) == 40
+    )  # 2 a second for 20 s, however they are asked for
     assert record["frames_a_second"] == pytest.approx(2.0)
     # ActionFormer maps seconds to its grid by seconds * fps / stride - offset.
     offset = 0.5 * record["num_frames"] / record["feat_stride"]
     for second in (0.3, 7.0, 13.37, 19.6):
         row = second * record["default_fps"] / record["feat_stride"] - offset
         assert actionformer_seconds(record, row) == pytest.approx(second)
-        assert record["seconds"][round(row)] == pytest.approx(second, abs=0.26 + record["largest_error"])
+        assert record["seconds"][round(row)] == pytest.approx(
+            second, abs=0.26 + record["largest_error"]
+        )
     assert record["largest_error"] <= 1 / 8 + 1e-3  # of frames that are 1/8 s apart
 
 
@@ -235,12 +274,24 @@ def test_whole_files_and_holes(by_spans, untrimmed, tmp_path, capsys):
     assert len(array) == 10
     assert record["largest_error"] <= 0.13
     table = tmp_path / "holes.csv"
-    table.write_text("path,label,start,end\nfirst.mp4,a,0,2\nfirst.mp4,a,8,10\nsecond.mp4,a,0,2\nsecond.mp4,a,1,3\n")
+    table.write_text(
+        "path,label,start,end\nfirst.mp4,a,0,2\nfirst.mp4,a,8,10\nsecond.mp4,a,0,2\nsecond.mp4,a,1,3\n"
+    )
     assert main(options(table, tmp_path / "holes.zarr", root=untrimmed)) == 0
-    assert export(ExportOptions(store=str(tmp_path / "holes.zarr"), to=Path("npy"), out=tmp_path / "holes")) == 0
+    assert (
+        export(
+            ExportOptions(
+                store=str(tmp_path / "holes.zarr"), to=Path("npy"), out=tmp_path / "holes"
+            )
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert "left out: first.mp4: there is nothing from 2 to 8 s" in said
-    assert [path.name for path in sorted((tmp_path / "holes").iterdir())] == ["second.mp4.json", "second.mp4.npy"]
+    assert [path.name for path in sorted((tmp_path / "holes").iterdir())] == [
+        "second.mp4.json",
+        "second.mp4.npy",
+    ]
 
 
 def test_where_dense_features_go_is_asked_for(by_windows, tmp_path):
@@ -258,7 +309,9 @@ def test_a_store_of_the_earlier_schema_takes_spans_once_it_has_this_one(tmp_path
     store = FeatureStore.open(tmp_path / "old.zarr", writable=True)
     assert np.isnan(store.starts).all()
     assert (store.sources == -1).all()
-    before = {name: getattr(store, name) for name in ("ids", "labels", "splits", "errors", "timestamps")}
+    before = {
+        name: getattr(store, name) for name in ("ids", "labels", "splits", "errors", "timestamps")
+    }
     upgrade(store)
     store.append(ids=["a#0-1000"], starts=[0.0], ends=[1.0], labels=[0], splits=[""], groups=[""])
     again = FeatureStore.open(tmp_path / "old.zarr")

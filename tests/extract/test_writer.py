@@ -8,7 +8,9 @@ from extract.decode import decode, write_video
 
 def shades(count: int, height: int = 32, width: int = 48) -> np.ndarray:
     """Frames of one grey each, far enough apart to be told after coding."""
-    return np.repeat(np.linspace(20, 235, count).astype(np.uint8), height * width * 3).reshape(count, height, width, 3)
+    return np.repeat(np.linspace(20, 235, count).astype(np.uint8), height * width * 3).reshape(
+        count, height, width, 3
+    )
 
 
 def test_what_was_written_is_read_in_order_and_at_its_rate(tmp_path):

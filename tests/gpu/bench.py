@@ -50,7 +50,17 @@ class Size:
     groups: tuple[tuple[int, ...], tuple[int, ...]]  # g1 and g2 of the grid
 
 
-FULL = Size("legacy_seresnext101_32x4d", 400, 24, 960, 32, 54_236, 2048, 8192, ((4, 8, 16, 32), (2, 4, 8, 16)))
+FULL = Size(
+    "legacy_seresnext101_32x4d",
+    400,
+    24,
+    960,
+    32,
+    54_236,
+    2048,
+    8192,
+    ((4, 8, 16, 32), (2, 4, 8, 16)),
+)
 TINY = Size("test_resnet", 16, 3, 4, 1, 300, 32, 256, ((2, 4), (2,)))
 
 
@@ -85,8 +95,13 @@ def ceilings(size: Size) -> Numbers:
     other = torch.empty_like(there)
     return {
         "matrix product, TFLOP/s": 2 * size.product**3 / product / 1e12,
-        "host to device, GB/s": host.nbytes / seconds_of(lambda: there.copy_(host, non_blocking=True)) / 1e9,
-        "device to device, GB/s read and written": 2 * host.nbytes / seconds_of(lambda: other.copy_(there)) / 1e9,
+        "host to device, GB/s": host.nbytes
+        / seconds_of(lambda: there.copy_(host, non_blocking=True))
+        / 1e9,
+        "device to device, GB/s read and written": 2
+        * host.nbytes
+        / seconds_of(lambda: other.copy_(there))
+        / 1e9,
     }
 
 
@@ -105,12 +120,19 @@ def backbone_alone(size: Size) -> Numbers:
         one(frames)
         start_up = time.perf_counter() - started
         speed, busy = _streamed(one, frames, size.batches)
-        return {f"{form}, start-up s": start_up, f"{form}, frames/s": speed, f"{form}, device busy": busy}
+        return {
+            f"{form}, start-up s": start_up,
+            f"{form}, frames/s": speed,
+            f"{form}, device busy": busy,
+        }
 
     for form in ("eager", "graphs", "compiled"):
         attempt(numbers, form, lambda form=form: measured(form))
     best = max(value for name, value in numbers.items() if name.endswith("frames/s"))
-    numbers |= {"best, TFLOP/s": best * flops / 1e12, "host to device used, GB/s": best * frames[0].nbytes / 1e9}
+    numbers |= {
+        "best, TFLOP/s": best * flops / 1e12,
+        "host to device used, GB/s": best * frames[0].nbytes / 1e9,
+    }
     return numbers | {"goals": {"SE-ResNeXt101 alone, frames/s": (best, ">=", 5000)}}
 
 
@@ -137,13 +159,20 @@ def extraction(size: Size) -> Numbers:
         source = sorted((ROOT / "pipelines" / "clips").rglob("*.mp4"))
         for number in range(size.clips):
             (clips / f"{number:04d}.mp4").symlink_to(source[number % len(source)])
-        wanted = {"weights": "random", "backbone": size.backbone, "device": DEVICE, "block_size": size.block}
+        wanted = {
+            "weights": "random",
+            "backbone": size.backbone,
+            "device": DEVICE,
+            "block_size": size.block,
+        }
         numbers: Numbers = {}
         backbone = load_backbone(
             size.backbone, weights="random", device=DEVICE, precision="fp16", frames=size.block * 25
         )
         side = backbone.preprocessing.size
-        alone, _ = _streamed(backbone, np.zeros((backbone.batch_size, side, side, 3), np.uint8), size.batches)
+        alone, _ = _streamed(
+            backbone, np.zeros((backbone.batch_size, side, side, 3), np.uint8), size.batches
+        )
         decoding = _decoding_alone(backbone, sorted(map(str, clips.iterdir())))
         numbers |= {"backbone alone, frames/s": alone, "decoding alone by pyav, frames/s": decoding}
 
@@ -154,11 +183,16 @@ def extraction(size: Size) -> Numbers:
                 raise RuntimeError(f"the extraction with {decoder} failed")
             records = RunLog.records(out)
             speed = records[-1]["frames"] / records[-1]["wall"]
-            busy = sum(one["seconds"]["device"] for one in records if one["event"] == "block") / records[-1]["wall"]
+            busy = (
+                sum(one["seconds"]["device"] for one in records if one["event"] == "block")
+                / records[-1]["wall"]
+            )
             found = {f"{decoder}, frames/s": speed, f"{decoder}, device busy": busy}
             if decoder == "pyav":
                 ratio = speed / min(alone, decoding)
-                return found | {"goals": {"extraction / min(backbone, decoding)": (ratio, ">=", 0.9)}}
+                return found | {
+                    "goals": {"extraction / min(backbone, decoding)": (ratio, ">=", 0.9)}
+                }
             by_pyav = sum("decoded by PyAV" in error for error in FeatureStore.open(out).errors)
             return found | {f"{decoder}, videos it left to pyav": by_pyav}
 
@@ -198,7 +232,9 @@ def _cached(path: Path, size: Size, *, videos: int) -> FeatureStore:
     rows = np.arange(videos)
     return FeatureStore.from_arrays(
         path,
-        np.random.default_rng(0).standard_normal((videos, 3, size.dim), np.float32).astype(np.float16),
+        np.random.default_rng(0)
+        .standard_normal((videos, 3, size.dim), np.float32)
+        .astype(np.float16),
         lengths=np.full(videos, 3),
         labels=rows % classes,
         classes=[f"class {number}" for number in range(classes)],
@@ -224,7 +260,9 @@ def _epoch_seconds(store: FeatureStore, agg: str, size: Size) -> float:
     for epoch in range(3):
         torch.cuda.synchronize()
         started = time.perf_counter()
-        batches = features.train_batches(epoch=epoch, frames=3, batch_size=chosen.batch_size, seed=0)
+        batches = features.train_batches(
+            epoch=epoch, frames=3, batch_size=chosen.batch_size, seed=0
+        )
         for step, batch in enumerate(batches):
             learner.step(batch, epoch, step)
         torch.cuda.synchronize()
@@ -237,14 +275,25 @@ def grid(size: Size) -> Numbers:
     walls, passes = [], []
     with tempfile.TemporaryDirectory() as folder:
         store = _cached(Path(folder, "f.zarr"), size, videos=max(size.videos // 10, 300))
-        command = [sys.executable, "-m", "aggregate.ablate", "--features", str(store.path), "--epochs", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "aggregate.ablate",
+            "--features",
+            str(store.path),
+            "--epochs",
+            "2",
+        ]
         command += ["--device", "cpu" if PRETENDED else DEVICE, "--at-once", "64"]
         for number, (g1, g2, seeds) in enumerate(
             ((size.groups[0][:1], size.groups[1][:1], (0,)), (*size.groups, range(3)))
         ):
             lists = {"--g1": g1, "--g2": g2, "--seeds": seeds, "--out": [Path(folder, str(number))]}
             started = time.perf_counter()
-            words = [*command, *(str(word) for name, values in lists.items() for word in (name, *values))]
+            words = [
+                *command,
+                *(str(word) for name, values in lists.items() for word in (name, *values)),
+            ]
             subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
             walls.append(time.perf_counter() - started)
             with Path(folder, str(number), "ablation.csv").open() as file:
@@ -254,9 +303,15 @@ def grid(size: Size) -> Numbers:
         "configurations": count,
         "one command of all, s": walls[1],
         "a command of one, s": walls[0],
-        "without starts and reports: one by one / in one pass": count * passes[0][0] / sum(set(passes[1])),
+        "without starts and reports: one by one / in one pass": count
+        * passes[0][0]
+        / sum(set(passes[1])),
         "goals": {
-            f"{count} configurations in one pass / one by one, times faster": (count * walls[0] / walls[1], ">=", 5.0)
+            f"{count} configurations in one pass / one by one, times faster": (
+                count * walls[0] / walls[1],
+                ">=",
+                5.0,
+            )
         },
     }
 

@@ -21,7 +21,9 @@ CPU = torch.device("cpu")
 class CudaIsTheCpu(TorchFunctionMode):
     """Every call that names a CUDA device gets the CPU."""
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is torch.device:
             return function(*args, **(kwargs or {}))
         changed = {name: here(value) for name, value in (kwargs or {}).items()}
@@ -75,7 +77,9 @@ class CUDAGraph:
     def replay(self) -> None:
         with torch.inference_mode():
             for function, args, kwargs, before in self.calls:
-                pairs = zip(tree_leaves(before), tree_leaves(function(*args, **kwargs)), strict=True)
+                pairs = zip(
+                    tree_leaves(before), tree_leaves(function(*args, **kwargs)), strict=True
+                )
                 for old, new in pairs:
                     if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                         old.copy_(new)
@@ -86,7 +90,9 @@ class Recording(TorchDispatchMode):
         super().__init__()
         self.graph = graph
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         result = function(*args, **(kwargs or {}))
         self.graph.calls.append((function, args, kwargs or {}, result))
         return result
@@ -122,7 +128,9 @@ def begin() -> None:
     }
     for name, fake in told.items():
         setattr(torch.cuda, name, fake)
-    torch.compile = lambda run, **how: run  # it asks a real CUDA; tests/extract/test_batches.py has the compiler
+    torch.compile = lambda run, **how: (
+        run
+    )  # it asks a real CUDA; tests/extract/test_batches.py has the compiler
     torch.accelerator.current_accelerator = lambda check_available=False: None
     torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore[method-assign]
     torch.Tensor.record_stream = lambda tensor, one: None  # type: ignore[method-assign]

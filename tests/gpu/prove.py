@@ -31,12 +31,25 @@ VERSIONS = ("torch", "torchvision", "timm", "numpy", "av", "torchcodec", "zarr",
 
 def install() -> None:
     """Unpack those wheels of the wheelhouse, if there is one, whose packages this Python has not."""
-    known = {plain(one.name) for one in importlib.metadata.distributions(path=[*sys.path, str(SITE)])}
+    known = {
+        plain(one.name) for one in importlib.metadata.distributions(path=[*sys.path, str(SITE)])
+    }
     new = [
-        wheel for wheel in sorted(ROOT.glob("wheelhouse/part*/*.whl")) if plain(wheel.name.split("-")[0]) not in known
+        wheel
+        for wheel in sorted(ROOT.glob("wheelhouse/part*/*.whl"))
+        if plain(wheel.name.split("-")[0]) not in known
     ]
     if new:
-        command = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-index",
+            "--no-deps",
+            "--no-compile",
+        ]
         subprocess.run([*command, "--target", str(SITE), *map(str, new)], check=True)
         print(f"installed {len(new)} wheels of the wheelhouse into {SITE.relative_to(ROOT)}")
 
@@ -58,7 +71,9 @@ def environment(rehearse: bool) -> dict[str, str]:
         if not links.exists():
             links.mkdir(parents=True)
             subprocess.run([sys.executable, "-c", make], env=os.environ | changed, check=True)
-        changed["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, [str(links), os.environ.get("LD_LIBRARY_PATH")]))
+        changed["LD_LIBRARY_PATH"] = os.pathsep.join(
+            filter(None, [str(links), os.environ.get("LD_LIBRARY_PATH")])
+        )
     return os.environ | changed
 
 
@@ -66,11 +81,17 @@ def machine(env: dict[str, str]) -> dict[str, Any]:
     """The GPU's name, memory and driver, and versions."""
     asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        gpu = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip().splitlines()[0]
+        gpu = (
+            subprocess.run(asked, capture_output=True, text=True, check=True)
+            .stdout.strip()
+            .splitlines()[0]
+        )
     except (OSError, subprocess.CalledProcessError, IndexError):
         gpu = "none that nvidia-smi shows"
     words = "import torch; print(torch.version.cuda, torch.backends.cudnn.version())"
-    cuda = subprocess.run([sys.executable, "-c", words], env=env, capture_output=True, text=True).stdout.split()
+    cuda = subprocess.run(
+        [sys.executable, "-c", words], env=env, capture_output=True, text=True
+    ).stdout.split()
     sys.path[:0] = [str(SITE)]
     versions = {}
     for name in VERSIONS:
@@ -87,21 +108,42 @@ def machine(env: dict[str, str]) -> dict[str, Any]:
     }
 
 
-def run_tests(env: dict[str, str], folder: Path, *, seconds: float, only: list[str]) -> dict[str, Any]:
+def run_tests(
+    env: dict[str, str], folder: Path, *, seconds: float, only: list[str]
+) -> dict[str, Any]:
     """All tests marked gpu; counts, and what did not pass with its last line."""
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
-    command += ["-W", "default"]  # libraries of other versions may warn of what is nobody's fault here
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+    ]
+    command += [
+        "-W",
+        "default",
+    ]  # libraries of other versions may warn of what is nobody's fault here
     began = time.monotonic()
     try:
         subprocess.run([*command, *(only or ["tests/gpu"])], cwd=ROOT, env=env, timeout=seconds)
     except subprocess.TimeoutExpired:
         return {"passed": 0, "seconds": seconds, "not passed": [f"not done after {seconds:.0f} s"]}
     cases = list(ElementTree.parse(report).iter("testcase")) if report.exists() else []
-    bad = [(case, child) for case in cases for child in case if child.tag in ("failure", "error", "skipped")]
+    bad = [
+        (case, child)
+        for case in cases
+        for child in case
+        if child.tag in ("failure", "error", "skipped")
+    ]
     words = [
-        f"{case.get('name')}: {child.tag}: {' '.join(child.get('message', '').split())[:300]}" for case, child in bad
+        f"{case.get('name')}: {child.tag}: {' '.join(child.get('message', '').split())[:300]}"
+        for case, child in bad
     ]
     passed = len(cases) - len({id(case) for case, _ in bad})
     if not cases:
@@ -131,7 +173,10 @@ def table(record: dict[str, Any]) -> str:
     about, tests = record["machine"], record["tests"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [f"{about['gpu']}; Python {about['python']}, {about['cores']} cores; {versions}", ""]
-    lines += [f"{tests['passed']} tests passed in {tests['seconds']:.0f} s, {len(tests['not passed'])} did not", ""]
+    lines += [
+        f"{tests['passed']} tests passed in {tests['seconds']:.0f} s, {len(tests['not passed'])} did not",
+        "",
+    ]
     lines += [*(f"- {words}" for words in tests["not passed"]), ""] if tests["not passed"] else []
     lines += ["| benchmark | what | measured | hoped for |", "|---|---|---|---|"]
     for name, result in record["benchmarks"].items():
@@ -141,12 +186,16 @@ def table(record: dict[str, Any]) -> str:
                     met = "met" if (got >= hoped if sign == ">=" else got <= hoped) else "missed"
                     lines.append(f"| {name} | {goal} | {got:.4g} | {sign} {hoped:g}: {met} |")
             else:
-                lines.append(f"| {name} | {what} | {value if isinstance(value, str) else f'{value:.4g}'} | |")
+                lines.append(
+                    f"| {name} | {what} | {value if isinstance(value, str) else f'{value:.4g}'} | |"
+                )
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu")
     parser.add_argument("--seconds", type=float, default=520.0, help="for all of it")
     parser.add_argument("--rehearse", action="store_true")
@@ -166,7 +215,12 @@ def main() -> int:
     (folder / "gpu.json").write_text(json.dumps(record, indent=1))
     (folder / "gpu.md").write_text(table(record))
     print(f"\n{table(record)}\n{folder / 'gpu.json'} and gpu.md, after {record['seconds']:.0f} s")
-    return 1 if record["tests"]["not passed"] or any("error" in each for each in record["benchmarks"].values()) else 0
+    return (
+        1
+        if record["tests"]["not passed"]
+        or any("error" in each for each in record["benchmarks"].values())
+        else 0
+    )
 
 
 if __name__ == "__main__":

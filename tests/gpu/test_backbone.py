@@ -27,9 +27,21 @@ NETWORKS = {
         {"fp16": 4.8e-4, "bf16": 3.5e-3},
     ),
     "EfficientNet-Lite0": ("tf_efficientnet_lite0", "pretrained", {"fp16": 5.3e-3, "bf16": 5.1e-2}),
-    "ViT": ("test_vit" if PRETENDED else "vit_small_patch16_224", "random", {"fp16": 1.4e-3, "bf16": 1.1e-2}),
+    "ViT": (
+        "test_vit" if PRETENDED else "vit_small_patch16_224",
+        "random",
+        {"fp16": 1.4e-3, "bf16": 1.1e-2},
+    ),
 }
-CLIP = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips" / "barbell" / "Jerk_Balance.mp4"
+CLIP = (
+    Path(__file__).parents[2]
+    / "pipelines"
+    / "clips"
+    / "exercise_mini"
+    / "clips"
+    / "barbell"
+    / "Jerk_Balance.mp4"
+)
 
 
 def frames_of(backbone: Backbone, count: int) -> np.ndarray:
@@ -43,10 +55,14 @@ def frames_of(backbone: Backbone, count: int) -> np.ndarray:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> None:
     name, weights, measured = NETWORKS[network]
-    backbone = load_backbone(name, weights=weights, device=DEVICE, precision=precision, frames=4 if PRETENDED else 16)
+    backbone = load_backbone(
+        name, weights=weights, device=DEVICE, precision=precision, frames=4 if PRETENDED else 16
+    )
     assert backbone.device.partition(":")[0] == torch.device(DEVICE).type
     frames = frames_of(backbone, 4)
-    reference = load_backbone(name, weights=weights, device="cpu", precision="fp32", frames=4)(frames)
+    reference = load_backbone(name, weights=weights, device="cpu", precision="fp32", frames=4)(
+        frames
+    )
     got = backbone(frames).astype(np.float64)
     error = np.linalg.norm(got - reference) / np.linalg.norm(reference)
     print(f"{name} in {precision}: relative error {error:.2e}")
@@ -54,7 +70,9 @@ def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> 
 
 
 def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
-    backbone = load_backbone("test_resnet" if PRETENDED else "resnet10t", weights="random", frames=32)
+    backbone = load_backbone(
+        "test_resnet" if PRETENDED else "resnet10t", weights="random", frames=32
+    )
     assert (backbone.device.partition(":")[0], backbone.precision) == ("cuda", "fp16")
     assert "eager" in backbone.describe()
     assert "graphs" in backbone.describe()
@@ -65,7 +83,14 @@ def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
 def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) -> None:
     """Several batches under way, the last one padded; another order; another process's network; both forms."""
     made = [
-        load_backbone("legacy_seresnet18", weights="random", device=DEVICE, form=one, frames=8, precision="bf16")
+        load_backbone(
+            "legacy_seresnet18",
+            weights="random",
+            device=DEVICE,
+            form=one,
+            frames=8,
+            precision="bf16",
+        )
         for one in (form, "eager")
     ]
     frames = frames_of(made[0], 45)
@@ -79,7 +104,9 @@ def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) 
 def test_the_compiled_form_rounds_otherwise_and_is_recorded() -> None:
     """So that a store is never continued in another."""
     loaded = {"weights": "random", "device": DEVICE, "frames": 8, "precision": "bf16"}
-    eager, compiled = (load_backbone("test_resnet", form=form, **loaded) for form in ("eager", "compiled"))
+    eager, compiled = (
+        load_backbone("test_resnet", form=form, **loaded) for form in ("eager", "compiled")
+    )
     frames = frames_of(eager, 20)
     expected, features = eager(frames).astype(np.float64), compiled(frames)
     assert np.linalg.norm(features - expected) / np.linalg.norm(expected) < 2e-2
@@ -88,7 +115,9 @@ def test_the_compiled_form_rounds_otherwise_and_is_recorded() -> None:
 
 
 def test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device() -> None:
-    backbone = load_backbone("test_resnet", weights="random", device=DEVICE, precision="bf16", frames=8)
+    backbone = load_backbone(
+        "test_resnet", weights="random", device=DEVICE, precision="bf16", frames=8
+    )
     frames = frames_of(backbone, 61)
     expected = backbone(frames)
     features = np.zeros_like(expected)
@@ -104,7 +133,9 @@ def test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device() -> None:
 
 
 def test_features_that_are_not_finite_and_then_good_ones() -> None:
-    backbone = load_backbone("test_resnet", weights="random", device=DEVICE, precision="bf16", frames=4)
+    backbone = load_backbone(
+        "test_resnet", weights="random", device=DEVICE, precision="bf16", frames=4
+    )
     frames = frames_of(backbone, 30)
     expected = backbone(frames)
     scale = backbone.engine._network.scale
@@ -126,7 +157,9 @@ def test_out_of_memory_names_the_flag_that_helps(monkeypatch: pytest.MonkeyPatch
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(0.005)
     try:
-        with pytest.raises(RunError, match=r"too little free memory to run resnet50 .* try --block-size 8"):
+        with pytest.raises(
+            RunError, match=r"too little free memory to run resnet50 .* try --block-size 8"
+        ):
             load_backbone("resnet50", weights="random", device=DEVICE, frames=512)
     finally:
         if not PRETENDED:
@@ -136,7 +169,15 @@ def test_out_of_memory_names_the_flag_that_helps(monkeypatch: pytest.MonkeyPatch
 
 def test_a_gpu_that_is_gone_is_named(tmp_path) -> None:
     """Never the CPU in silence."""
-    command = [sys.executable, "-m", "extract", "--videos", str(tmp_path), "--out", str(tmp_path / "f.zarr")]
+    command = [
+        sys.executable,
+        "-m",
+        "extract",
+        "--videos",
+        str(tmp_path),
+        "--out",
+        str(tmp_path / "f.zarr"),
+    ]
     (tmp_path / "a.mp4").write_bytes(b"")
     done = subprocess.run(
         [*command, "--device", "cuda", "--backbone", "test_resnet", "--weights", "random"],

@@ -25,7 +25,13 @@ PLAN = Plan(6, 10, 1, Preprocessing(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3),
 
 
 def extract(videos: Path, out: Path, **changes) -> FeatureStore:
-    small = {"backbone": BACKBONE, "weights": "random", "frames": 4, "block_size": 8, "device": DEVICE}
+    small = {
+        "backbone": BACKBONE,
+        "weights": "random",
+        "frames": 4,
+        "block_size": 8,
+        "device": DEVICE,
+    }
     assert main(Options(videos=videos, out=str(out), max_failed=0.5, **(small | changes))) == 0
     return FeatureStore.open(out)
 
@@ -34,7 +40,9 @@ def features_of(store: FeatureStore) -> np.ndarray:
     return store.read(np.flatnonzero(store.status == OK)).astype(np.float64)
 
 
-def test_an_extraction_on_a_gpu_is_that_of_a_cpu_and_gives_the_same_bytes_again(codec_clips, tmp_path, capsys):
+def test_an_extraction_on_a_gpu_is_that_of_a_cpu_and_gives_the_same_bytes_again(
+    codec_clips, tmp_path, capsys
+):
     there = extract(codec_clips, tmp_path / "there.zarr", precision="bf16", crops=3)
     assert "cuda" in capsys.readouterr().out
     extract(codec_clips, tmp_path / "again.zarr", precision="bf16", crops=3)
@@ -61,7 +69,9 @@ def test_decoding_on_a_gpu_sees_the_same_frames(demo_clips):
         assert (here.timestamps == there.timestamps).all()
         assert here.num_frames == there.num_frames
         means.append(np.abs(frames.cpu().numpy().astype(float) - expected).mean())
-    print(f"levels of 255 between {DEVICE} and PyAV, in the mean: {', '.join(f'{mean:.2f}' for mean in means)}")
+    print(
+        f"levels of 255 between {DEVICE} and PyAV, in the mean: {', '.join(f'{mean:.2f}' for mean in means)}"
+    )
     assert max(means) <= TOLERANCE
 
 
@@ -72,14 +82,22 @@ def test_what_a_gpu_cannot_decode_is_decoded_by_pyav_and_named(codec_clips, tmp_
     plain = extract(codec_clips, tmp_path / "cpu.zarr", precision="bf16")
     assert (store.status == plain.status).all()
     assert (store.num_frames == plain.num_frames).all()
-    by_pyav = {name for name, error in zip(store.ids, store.errors, strict=True) if "decoded by PyAV: " in error}
+    by_pyav = {
+        name
+        for name, error in zip(store.ids, store.errors, strict=True)
+        if "decoded by PyAV: " in error
+    }
     assert "vp8.webm" in by_pyav
     assert "h264_portrait.mp4" not in by_pyav
     assert f"{len(store):,}" in status_table(store)
     assert "decoded by PyAV: " in capsys.readouterr().out
     got, expected = features_of(store), features_of(plain)
     assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 0.1
-    rows = [row for row, name in enumerate(store.ids.tolist()) if name in by_pyav and store.status[row] == OK]
+    rows = [
+        row
+        for row, name in enumerate(store.ids.tolist())
+        if name in by_pyav and store.status[row] == OK
+    ]
     assert np.array_equal(store.read(np.array(rows)), plain.read(np.array(rows)))  # to the bit
     record = store.provenance["decoder"]
     assert record["name"] == decoder

@@ -21,13 +21,22 @@ def test_onnx_gives_the_logits_of_pytorch_on_the_device(tmp_path):
     assert export.main(export.Options(checkpoint.path, file)) == 0
     known = onnxruntime.get_available_providers()
     session = onnxruntime.InferenceSession(
-        file, providers=[one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in known]
+        file,
+        providers=[
+            one for one in ("CUDAExecutionProvider", "CPUExecutionProvider") if one in known
+        ],
     )
     print(f"onnxruntime {onnxruntime.__version__}: {session.get_providers()[0]}")
     model = model_from_record(checkpoint).to(DEVICE)
     size = model.preprocessing.size
     frames = np.random.default_rng(0).integers(0, 256, (2, 5, size, size, 3), dtype=np.uint8)
     with torch.inference_mode():
-        expected = model(torch.from_numpy(frames)[:, :, None], torch.ones(2, 5, dtype=torch.bool)).cpu().numpy()
+        expected = (
+            model(torch.from_numpy(frames)[:, :, None], torch.ones(2, 5, dtype=torch.bool))
+            .cpu()
+            .numpy()
+        )
     (got,) = session.run(None, {export.INPUT: frames})
-    assert np.abs(got - expected).max() <= 5e-3 * np.abs(expected).max()  # convolutions of a GPU round to 10 bits
+    assert (
+        np.abs(got - expected).max() <= 5e-3 * np.abs(expected).max()
+    )  # convolutions of a GPU round to 10 bits

@@ -17,18 +17,33 @@ import wheelhouse
 
 ROOT = Path(__file__).parents[2]
 # What a GPU machine is expected to have, as far as what it lacks needs it.
-THERE = {"click", "colorama", "numpy", "packaging", "pyyaml", "typing-extensions", "pytest", "attrs", "torch", "pillow"}
+THERE = {
+    "click",
+    "colorama",
+    "numpy",
+    "packaging",
+    "pyyaml",
+    "typing-extensions",
+    "pytest",
+    "attrs",
+    "torch",
+    "pillow",
+}
 
 
 def test_every_test_that_wants_a_gpu_stands_where_make_gpu_looks():
-    marked = {path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()}
+    marked = {
+        path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()
+    }
     assert len(marked - {Path(__file__)}) >= 4
     assert {path.parent.name for path in marked} == {"gpu"}
 
 
 def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path):
     env = {**prove.environment(False), "CUDA_VISIBLE_DEVICES": ""}
-    only = ["tests/gpu/test_backbone.py::test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device"]
+    only = [
+        "tests/gpu/test_backbone.py::test_frames_that_come_bit_by_bit_and_those_that_are_on_the_device"
+    ]
     tests = prove.run_tests(env, tmp_path, seconds=120, only=only)
     assert tests["passed"] == 0
     assert len(tests["not passed"]) == 1
@@ -37,12 +52,29 @@ def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path
 
 def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
     """All benchmarks and nearly all tests, on a GPU that is pretended; half precision of whole networks takes long."""
-    several = ("that_come_bit_by_bit", "the_same_bytes_again", "auto_takes", "out_of_memory", "not_finite", "compiled")
-    found = re.findall(r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_backbone.py").read_text(), re.M)
-    some = [f"test_backbone.py::{name}" for name in found if any(words in name for words in several)]
+    several = (
+        "that_come_bit_by_bit",
+        "the_same_bytes_again",
+        "auto_takes",
+        "out_of_memory",
+        "not_finite",
+        "compiled",
+    )
+    found = re.findall(
+        r"^def (test_\w+)", (ROOT / "tests" / "gpu" / "test_backbone.py").read_text(), re.M
+    )
+    some = [
+        f"test_backbone.py::{name}" for name in found if any(words in name for words in several)
+    ]
     assert len(some) == len(several)
     some += ["test_extract.py", "test_onnx.py", "test_training.py"]
-    command = [sys.executable, str(ROOT / "tests" / "gpu" / "prove.py"), "--rehearse", "--out", str(tmp_path)]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "gpu" / "prove.py"),
+        "--rehearse",
+        "--out",
+        str(tmp_path),
+    ]
     command += ["--seconds", "900", "--tests", *(f"tests/gpu/{name}" for name in some)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -55,7 +87,12 @@ def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
     assert record["machine"]["versions"]["torch"] == importlib.metadata.version("torch")
     text = (tmp_path / "gpu.md").read_text()
     assert text in done.stdout
-    for goal in ("SE-ResNeXt101 alone", "extraction / min", "epoch of Kinetics-700, hgnl", "in one pass / one by one"):
+    for goal in (
+        "SE-ResNeXt101 alone",
+        "extraction / min",
+        "epoch of Kinetics-700, hgnl",
+        "in one pass / one by one",
+    ):
         assert goal in text
     assert record["benchmarks"]["extraction"]["torchcodec-cuda, videos it left to pyav"] == 0
 
@@ -65,7 +102,9 @@ def test_a_part_of_a_benchmark_that_fails_takes_nothing_along():
     bench.attempt(numbers, "good", lambda: {"after": 2.0})
     for what in ("graphs", "compiled"):
         bench.attempt(numbers, what, lambda: {"never": 1 / 0})
-    errors = "graphs: ZeroDivisionError: division by zero; compiled: ZeroDivisionError: division by zero"
+    errors = (
+        "graphs: ZeroDivisionError: division by zero; compiled: ZeroDivisionError: division by zero"
+    )
     assert numbers == {"before": 1.0, "after": 2.0, "error": errors}
 
 
@@ -77,10 +116,17 @@ def test_a_failure_a_skip_and_an_error_are_told_and_end_with_status_1(tmp_path, 
     )
     tests = prove.run_tests(prove.environment(True), tmp_path, seconds=100, only=[str(file)])
     assert tests["passed"] == 1
-    assert [re.sub(r": .*", "", words, flags=re.S) for words in tests["not passed"]] == ["test_bad", "test_skipped"]
+    assert [re.sub(r": .*", "", words, flags=re.S) for words in tests["not passed"]] == [
+        "test_bad",
+        "test_skipped",
+    ]
     tests = prove.run_tests(prove.environment(True), tmp_path, seconds=0.01, only=[str(file)])
     assert tests["not passed"] == ["not done after 0 s"]
-    record = {"machine": prove.machine(dict(os.environ)), "tests": tests, "benchmarks": {"grid": {"error": "it broke"}}}
+    record = {
+        "machine": prove.machine(dict(os.environ)),
+        "tests": tests,
+        "benchmarks": {"grid": {"error": "it broke"}},
+    }
     assert "| grid | error | it broke | |" in prove.table(record)
 
 
@@ -90,18 +136,25 @@ def test_wheels_are_those_of_the_lock_and_need_nothing_that_is_not_there():
     lock = (ROOT / "requirements.lock").read_text()
     assert all(pin in lock for pin in pins)
     known = THERE | set(wheelhouse.LACKING)
-    here = {prove.plain(one.name) for one in importlib.metadata.distributions()}  # another Python needs others
+    here = {
+        prove.plain(one.name) for one in importlib.metadata.distributions()
+    }  # another Python needs others
     for name in here & set(wheelhouse.LACKING):
         for line in importlib.metadata.requires(name) or ():
             need = Requirement(line)
-            if need.marker is None or need.marker.evaluate({"extra": "", "python_version": wheelhouse.PYTHON}):
+            if need.marker is None or need.marker.evaluate(
+                {"extra": "", "python_version": wheelhouse.PYTHON}
+            ):
                 assert prove.plain(need.name) in known, f"{name} needs {line}"
 
 
 def test_only_wheels_of_packages_that_are_missing_are_installed(tmp_path, monkeypatch, capsys):
     wheels = tmp_path / "wheelhouse" / "part1"
     wheels.mkdir(parents=True)
-    for name in ("google_crc32c-1.9.0-cp312-cp312-manylinux2014_x86_64.whl", "hgnl_missing-1.0-py3-none-any.whl"):
+    for name in (
+        "google_crc32c-1.9.0-cp312-cp312-manylinux2014_x86_64.whl",
+        "hgnl_missing-1.0-py3-none-any.whl",
+    ):
         (wheels / name).touch()
     commands = []
     monkeypatch.setattr(prove, "ROOT", tmp_path)

@@ -39,14 +39,18 @@ def _full_fp32(monkeypatch):
 
 
 def options(features: str, out: Path, agg: str, **changes) -> train.Options:
-    return train.Options(agg=agg, features=features, out=out, **(QUICK | SMALL.get(agg, {}) | changes))
+    return train.Options(
+        agg=agg, features=features, out=out, **(QUICK | SMALL.get(agg, {}) | changes)
+    )
 
 
 @pytest.mark.usefixtures("_full_fp32")
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_forward_and_backward_are_those_of_the_cpu(name: str) -> None:
     torch.manual_seed(0)
-    model = build(name, dim=32, num_classes=len(CLASSES), dropout=0.0, **AGGREGATORS[name]).eval()  # no dropout
+    model = build(
+        name, dim=32, num_classes=len(CLASSES), dropout=0.0, **AGGREGATORS[name]
+    ).eval()  # no dropout
     x, mask = torch.randn(5, 6, 32), torch.arange(6) < torch.tensor([6, 6, 3, 1, 6])[:, None]
     seen = []
     for device in ("cpu", DEVICE):
@@ -54,7 +58,11 @@ def test_forward_and_backward_are_those_of_the_cpu(name: str) -> None:
         model.zero_grad()
         logits = model(x.to(device), mask.to(device))
         logits.square().mean().backward()
-        gradients = {key: value.grad.cpu() for key, value in model.named_parameters() if value.grad is not None}
+        gradients = {
+            key: value.grad.cpu()
+            for key, value in model.named_parameters()
+            if value.grad is not None
+        }
         seen.append((logits.detach().cpu(), gradients))
     assert_close(seen[1][0], seen[0][0])
     magnitude = max(gradient.abs().max().item() for gradient in seen[0][1].values())
@@ -63,10 +71,14 @@ def test_forward_and_backward_are_those_of_the_cpu(name: str) -> None:
 
 
 @pytest.mark.parametrize("agg", AGGREGATORS)
-def test_training_with_features_on_the_gpu_learns_what_the_cpu_learns(agg, features, tmp_path, capsys):
+def test_training_with_features_on_the_gpu_learns_what_the_cpu_learns(
+    agg, features, tmp_path, capsys
+):
     accuracies = []
     for device in ("cpu", DEVICE):
-        placed = options(features, tmp_path / device / "run", agg, device=device, placement="device", epochs=8)
+        placed = options(
+            features, tmp_path / device / "run", agg, device=device, placement="device", epochs=8
+        )
         assert train.main(placed) == 0
         results = json.loads((tmp_path / device / "run" / "results.json").read_text())
         accuracies.append(results[agg]["6"]["top1"]["value"])
@@ -74,7 +86,12 @@ def test_training_with_features_on_the_gpu_learns_what_the_cpu_learns(agg, featu
     assert abs(accuracies[0] - accuracies[1]) <= 0.15
     scores = tmp_path / "scores.h5"
     best = tmp_path / DEVICE / "run" / "best.pt"
-    assert evaluate.main(evaluate.Options(best, features=features, split="val", out=scores, device=DEVICE)) == 0
+    assert (
+        evaluate.main(
+            evaluate.Options(best, features=features, split="val", out=scores, device=DEVICE)
+        )
+        == 0
+    )
     assert np.isfinite(Scores.load(scores).logits).all()
 
 
@@ -95,23 +112,45 @@ def test_a_run_goes_on_on_another_device(devices, features, tmp_path):
         run.train()
     assert train.main(replace(asked, device=devices[1])) == 0
     with (tmp_path / "run" / "metrics.csv").open() as file:
-        epochs = [int(row["epoch"]) for row in csv.DictReader(file) if row.get("model", "hgnl") == "hgnl"]
+        epochs = [
+            int(row["epoch"]) for row in csv.DictReader(file) if row.get("model", "hgnl") == "hgnl"
+        ]
     assert sorted(set(epochs)) == list(range(4))
     assert all(
-        torch.isfinite(value).all() for value in Checkpoint.load(tmp_path / "run" / "last.pt").state_dict.values()
+        torch.isfinite(value).all()
+        for value in Checkpoint.load(tmp_path / "run" / "last.pt").state_dict.values()
     )
 
 
 def test_a_pass_of_several_is_each_of_them_alone(features, tmp_path):
-    lists = {"epochs": (4,), "batch_size": (16,), "optimizer": ("adamw",), "lr": (0.01,), "m1": (8,), "seeds": (0, 1)}
-    several = ablate.Options(features=features, out=tmp_path / "a", g1=(2, 4), g2=(2,), device=DEVICE, **lists)
+    lists = {
+        "epochs": (4,),
+        "batch_size": (16,),
+        "optimizer": ("adamw",),
+        "lr": (0.01,),
+        "m1": (8,),
+        "seeds": (0, 1),
+    }
+    several = ablate.Options(
+        features=features, out=tmp_path / "a", g1=(2, 4), g2=(2,), device=DEVICE, **lists
+    )
     assert ablate.main(several) == 0
     with (tmp_path / "a" / "ablation.csv").open() as file:
-        rows = {(row["g1"], row["seed"]): row for row in csv.DictReader(file) if row["agg"] == "hgnl"}
+        rows = {
+            (row["g1"], row["seed"]): row for row in csv.DictReader(file) if row["agg"] == "hgnl"
+        }
     assert len(rows) == 4
     for (g1, seed), row in rows.items():
         out = tmp_path / f"{g1}-{seed}"
-        alone = options(features, out, "hgnl", g1=int(g1), seed=int(seed), device=DEVICE, dropout=float(row["dropout"]))
+        alone = options(
+            features,
+            out,
+            "hgnl",
+            g1=int(g1),
+            seed=int(seed),
+            device=DEVICE,
+            dropout=float(row["dropout"]),
+        )
         train.main(alone)
         single = json.loads((out / "results.json").read_text())["hgnl"]["6"]["top1"]["value"]
         assert abs(float(row["top1_at_all"]) - single) <= 0.1
@@ -136,7 +175,13 @@ def videos(tmp_path_factory, request) -> Path:
 @pytest.mark.parametrize("model", ["tsn", "hgnl", "stnet"])
 def test_fine_tuning_in_half_precision(model, precision, videos, tmp_path):
     """Scaler, clipping, micro-batches of two, TSN's activations computed again; the test sees what training kept."""
-    more = {"g1": 4, "g2": 2, "m1": 16} if model == "hgnl" else {"frames_per_segment": 2} if model == "stnet" else {}
+    more = (
+        {"g1": 4, "g2": 2, "m1": 16}
+        if model == "hgnl"
+        else {"frames_per_segment": 2}
+        if model == "stnet"
+        else {}
+    )
     asked = finetune.Options(
         model=model,
         videos=videos,
@@ -156,7 +201,9 @@ def test_fine_tuning_in_half_precision(model, precision, videos, tmp_path):
     last = Checkpoint.load(tmp_path / "run" / "last.pt")
     assert all(torch.isfinite(value).all() for value in last.state_dict.values())
     scores = tmp_path / "scores.h5"
-    best = evaluate.Options(tmp_path / "run" / "best.pt", videos=videos, out=scores, device=DEVICE, decode_workers=1)
+    best = evaluate.Options(
+        tmp_path / "run" / "best.pt", videos=videos, out=scores, device=DEVICE, decode_workers=1
+    )
     assert evaluate.main(best) == 0
     assert np.isfinite(Scores.load(scores).logits).all()
 

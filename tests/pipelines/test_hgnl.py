@@ -19,7 +19,16 @@ from extract.store import OK, FeatureStore
 from pipelines.__main__ import main
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--backbone", "test_resnet", "--weights", "random", "--frames", "2", "--decode-workers", "1"]
+SMALL = [
+    "--backbone",
+    "test_resnet",
+    "--weights",
+    "random",
+    "--frames",
+    "2",
+    "--decode-workers",
+    "1",
+]
 
 
 def test_the_overview_lists_every_command_by_stage(capsys):
@@ -41,16 +50,23 @@ def test_every_command_answers_help(name, capsys):
 
 def test_every_module_with_a_main_is_a_command():
     files = [path for room in commands._PACKAGES for path in (ROOT / room).rglob("*.py")]
-    runnable = {path for path in files if "run_command(main, Options" in path.read_text(encoding="utf-8")}
-    names = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in runnable}
-    assert {name.removesuffix(".__main__") for name in names} == {*commands.COMMANDS.values(), "pipelines.untrimmed"}
+    runnable = {
+        path for path in files if "run_command(main, Options" in path.read_text(encoding="utf-8")
+    }
+    names = {
+        path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".") for path in runnable
+    }
+    assert {name.removesuffix(".__main__") for name in names} == {
+        *commands.COMMANDS.values(),
+        "pipelines.untrimmed",
+    }
 
 
 def test_help_loads_nothing_heavy():
-    code = (
-        "import sys; from pipelines.__main__ import main; main([]); print(*{'torch', 'numpy', 'tyro'} & {*sys.modules})"
+    code = "import sys; from pipelines.__main__ import main; main([]); print(*{'torch', 'numpy', 'tyro'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.endswith("Kinetics-700\n\n")
 
 
@@ -59,12 +75,18 @@ def test_help_loads_nothing_heavy():
     [
         (["statsu"], "there is no command 'statsu'; did you mean `hgnl status`?"),
         (["xyzzy"], "there is no command 'xyzzy'; `hgnl --help` lists the commands"),
-        (["train", "--agg", "tsn", "--epoch", "3"], "hgnl train has no option --epoch; did you mean --epochs?"),
+        (
+            ["train", "--agg", "tsn", "--epoch", "3"],
+            "hgnl train has no option --epoch; did you mean --epochs?",
+        ),
         (
             ["train", "--agg=tsn", "--xyzzy=3"],
             "hgnl train has no option --xyzzy; `hgnl train --help` lists the options",
         ),
-        (["extract", "--retry_faild"], "hgnl extract has no option --retry-faild; did you mean --retry-failed?"),
+        (
+            ["extract", "--retry_faild"],
+            "hgnl extract has no option --retry-faild; did you mean --retry-failed?",
+        ),
     ],
 )
 def test_a_misspelt_command_or_option_is_answered_with_the_nearest(arguments, message, capsys):
@@ -75,13 +97,18 @@ def test_a_misspelt_command_or_option_is_answered_with_the_nearest(arguments, me
 @pytest.mark.parametrize(
     ("module", "message"),
     [
-        ("ensemble.search", "ensemble.search is not a command; `python -m pipelines` lists the commands"),
+        (
+            "ensemble.search",
+            "ensemble.search is not a command; `python -m pipelines` lists the commands",
+        ),
         ("extract.decode.reader", "extract.decode.reader is not a command"),
         ("aggregate.trian", "aggregate.trian is not a command; did you mean aggregate.train?"),
     ],
 )
 def test_a_module_that_is_no_command_says_so(module, message):
-    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", module], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert done.returncode == 2
     assert message in done.stderr
 
@@ -90,7 +117,15 @@ def test_help_shows_a_command_s_own_options_first_and_then_groups(capsys):
     with pytest.raises(SystemExit):
         main(["train", "--help"])
     shown = capsys.readouterr().out
-    marks = ["main options", "--agg ", "--features ", "head options", "--g1 ", "schedule options", "--epochs "]
+    marks = [
+        "main options",
+        "--agg ",
+        "--features ",
+        "head options",
+        "--g1 ",
+        "schedule options",
+        "--epochs ",
+    ]
     places = [shown.index(mark) for mark in marks]
     assert places == sorted(places)
 
@@ -116,7 +151,9 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
 @pytest.fixture
 def own_folder(tmp_path) -> Path:
     """A user's folder: two videos, and modules of their own with our packages' names."""
-    for number, clip in enumerate(sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:2]):
+    for number, clip in enumerate(
+        sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:2]
+    ):
         (tmp_path / f"videos/class {number}").mkdir(parents=True)
         (tmp_path / f"videos/class {number}/clip.mp4").symlink_to(clip)
     for name in ("extract", "aggregate", "ensemble"):
@@ -129,7 +166,12 @@ def run_in(folder: Path, *command: str, script: bool = True) -> str:
     start = "import sys; sys.path.remove(''); from pipelines.__main__ import main; sys.exit(main())"
     line = [sys.executable, *(["-c", start] if script else []), *command]
     done = subprocess.run(
-        line, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+        line,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -167,7 +209,10 @@ def test_commands_repeat_the_form_that_was_used(monkeypatch):
     main_module = SimpleNamespace(__spec__=SimpleNamespace(name="aggregate.train"))
     monkeypatch.setitem(sys.modules, "__main__", main_module)
     monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "aggregate.train"])
-    assert commands.command_line("extract.status", "f.zarr") == ".venv/bin/python -m extract.status f.zarr"
+    assert (
+        commands.command_line("extract.status", "f.zarr")
+        == ".venv/bin/python -m extract.status f.zarr"
+    )
     main_module.__spec__ = None
     monkeypatch.setattr(sys, "argv", [".venv/bin/hgnl", "train"])
     assert commands.command_line("extract.status", "f.zarr") == ".venv/bin/hgnl status f.zarr"
@@ -179,8 +224,16 @@ def test_commands_repeat_the_form_that_was_used(monkeypatch):
     ("origin", "pip", "hint"),
     [
         (None, True, "pip install 'hgnl-video[demo]'"),
-        ({"url": "file:///home/me/it", "dir_info": {"editable": True}}, True, "pip install -e '/home/me/it[demo]'"),
-        ({"url": "file:///home/me/it", "dir_info": {}}, False, "uv pip install '/home/me/it[demo]'"),
+        (
+            {"url": "file:///home/me/it", "dir_info": {"editable": True}},
+            True,
+            "pip install -e '/home/me/it[demo]'",
+        ),
+        (
+            {"url": "file:///home/me/it", "dir_info": {}},
+            False,
+            "uv pip install '/home/me/it[demo]'",
+        ),
         ("not installed", True, f"pip install {shlex.quote(f'{ROOT}[demo]')}"),
     ],
 )

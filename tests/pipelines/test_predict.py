@@ -42,7 +42,10 @@ CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 def clips() -> list[Path]:
     """Of 72 and 87 frames."""
     folder = CLIPS / "daily_actions" / "clips"
-    return [folder / "reading" / "s1_ADL_10_00000_00250.mp4", folder / "walking" / "s1_ADL_10_00000_00300.mp4"]
+    return [
+        folder / "reading" / "s1_ADL_10_00000_00250.mp4",
+        folder / "walking" / "s1_ADL_10_00000_00300.mp4",
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,9 @@ def hgnl(tmp_path_factory) -> Path:
 
 
 def predictor_of(checkpoint: Path, **changes) -> Predictor:
-    return Predictor(Checkpoint.load(checkpoint), **{"precision": "fp32", "device": "cpu", **changes})
+    return Predictor(
+        Checkpoint.load(checkpoint), **{"precision": "fp32", "device": "cpu", **changes}
+    )
 
 
 def plain_logits(path: Path, indices: np.ndarray, checkpoint: Path, backbone) -> np.ndarray:
@@ -98,7 +103,9 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
     assert not store.mask(np.arange(3), np.arange(20)).all()
     for name, more in (("hgnl", {}), ("txb", {}), ("tsn", {"standardise": True})):
         checkpoint = small_models.cached(tmp_path / name, name, **more)
-        asked = evaluate.Options(checkpoint, made.out, split="all", segments=(20,), device="cpu", out=tmp_path / "a.h5")
+        asked = evaluate.Options(
+            checkpoint, made.out, split="all", segments=(20,), device="cpu", out=tmp_path / "a.h5"
+        )
         evaluate.main(asked)
         scores = Scores.load(tmp_path / "a.h5")
         ours = predictor_of(checkpoint, segments=20)
@@ -124,7 +131,9 @@ def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
     seen = predictor_of(checkpoint, segments=8)(clips[0])
     model = model_from_record(Checkpoint.load(checkpoint))
     plan = Plan(8, 1, 0, model.preprocessing)
-    assert_same(seen.windows[0].logits, prepared_logits(model, clips[0], plan), 5e-3)  # features pass through float16
+    assert_same(
+        seen.windows[0].logits, prepared_logits(model, clips[0], plan), 5e-3
+    )  # features pass through float16
 
 
 def test_stnet_sees_neighbouring_frames(clips, tmp_path):
@@ -135,7 +144,8 @@ def test_stnet_sees_neighbouring_frames(clips, tmp_path):
     with pytest.raises(InputError, match="--precision bf16: StNet runs in fp32"):
         predictor_of(checkpoint, precision="bf16")
     assert_same(
-        seen.windows[0].logits, prepared_logits(model, clips[0], Plan(4, 1, 0, model.preprocessing, clip_length=2))
+        seen.windows[0].logits,
+        prepared_logits(model, clips[0], Plan(4, 1, 0, model.preprocessing, clip_length=2)),
     )
 
 
@@ -168,9 +178,18 @@ def test_where_decoding_starts_over_frames_keep_their_features(name, broken_clip
     assert_same(seen.windows[0].logits, plain_logits(broken_clips / name, wanted, hgnl, backbone))
 
 
-def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(broken_clips, clips, hgnl, tmp_path, capsys):
+def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(
+    broken_clips, clips, hgnl, tmp_path, capsys
+):
     asked = (tmp_path / "absent.mp4", broken_clips / "html_error_page.mp4", clips[0])
-    options = Options(asked, hgnl, segments=3, json=str(tmp_path / "out" / "all.json"), precision="fp32", device="cpu")
+    options = Options(
+        asked,
+        hgnl,
+        segments=3,
+        json=str(tmp_path / "out" / "all.json"),
+        precision="fp32",
+        device="cpu",
+    )
     assert predict.main(options) == 3
     shown = capsys.readouterr()
     assert "absent.mp4: does not exist" in shown.err
@@ -183,18 +202,38 @@ def test_what_cannot_be_decoded_is_reported_and_the_others_go_on(broken_clips, c
     assert len(videos[2]["windows"][0]["top"]) == 5
 
 
-def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(clips, hgnl, tmp_path, capsys, monkeypatch):
+def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(
+    clips, hgnl, tmp_path, capsys, monkeypatch
+):
     from extract.cli import run_command
 
     several = [str(clip) for clip in clips]
-    asked = [*several, "--checkpoint", str(hgnl), "--precision", "fp32", "--json", str(tmp_path / "a.json")]
+    asked = [
+        *several,
+        "--checkpoint",
+        str(hgnl),
+        "--precision",
+        "fp32",
+        "--json",
+        str(tmp_path / "a.json"),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr("extract.decode.jobs.decode_job", never_done)
-        assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0.1"]) == 3
+        assert (
+            run_command(
+                predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0.1"]
+            )
+            == 3
+        )
     assert capsys.readouterr().err.count("given up after") == 2
-    assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [{"video", "error"}] * 2
+    assert [set(one) for one in json.loads((tmp_path / "a.json").read_text())["videos"]] == [
+        {"video", "error"}
+    ] * 2
     assert run_command(predict.main, Options, prog="predict", args=asked) == 0
-    assert run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0"]) == 2
+    assert (
+        run_command(predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0"])
+        == 2
+    )
     assert "--video-timeout 0.0: expected more than 0" in capsys.readouterr().err
 
 
@@ -227,7 +266,9 @@ print(*sorted({"timm", "torchvision"} & sys.modules.keys()))
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="--device auto is a GPU")
 def test_a_second_start_needs_no_timm(clips, hgnl, backbone):
-    done = subprocess.run([sys.executable, "-c", LIGHT, str(clips[0]), str(hgnl)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", LIGHT, str(clips[0]), str(hgnl)], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == ""
 
@@ -247,33 +288,49 @@ def test_a_video_whose_features_overflow_fails_alone(clips, hgnl, monkeypatch):
 # -- windows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"])
+@pytest.mark.parametrize(
+    "clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"]
+)
 def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone):
     """Frames are told to be in a window by their own times, which a rate times an index would get wrong."""
     path = codec_clips / clip
     everything = decode(path, np.arange)
     seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)
     spans = window_spans(duration_of(str(path)), 0.3, 0.2)
-    inside = [(everything.timestamps >= start - 1e-3) & (everything.timestamps < end - 1e-3) for start, end in spans]
-    shown = [(span, np.flatnonzero(frames)) for span, frames in zip(spans, inside, strict=True) if frames.any()]
+    inside = [
+        (everything.timestamps >= start - 1e-3) & (everything.timestamps < end - 1e-3)
+        for start, end in spans
+    ]
+    shown = [
+        (span, np.flatnonzero(frames))
+        for span, frames in zip(spans, inside, strict=True)
+        if frames.any()
+    ]
     assert len(shown) == len(seen.windows) <= len(spans)
     for window, (span, frames) in zip(seen.windows, shown, strict=True):
         wanted = frames[np.unique(segment_centres(len(frames), 3))]
         assert ((window.start, window.end), window.num_frames) == (span, len(frames))
         assert window.indices.tolist() == wanted.tolist()
         np.testing.assert_allclose(window.times, everything.timestamps[wanted], atol=1e-5)
-    assert_same(seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone))
-    empty = len(spans) - len(shown)  # the picture stands still in them
-    assert (f"{empty} of {len(spans)} windows could not be seen: no frame of it is shown" in seen.problem) == (
-        empty > 0
+    assert_same(
+        seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone)
     )
+    empty = len(spans) - len(shown)  # the picture stands still in them
+    assert (
+        f"{empty} of {len(spans)} windows could not be seen: no frame of it is shown"
+        in seen.problem
+    ) == (empty > 0)
 
 
 def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
     resized = []
     small = resize_frame
-    monkeypatch.setattr("extract.decode.jobs.resize_frame", lambda *a: resized.append(1) or small(*a))
-    see = load_backbone("test_resnet", weights="random", precision="fp32", device="cpu").preprocessing
+    monkeypatch.setattr(
+        "extract.decode.jobs.resize_frame", lambda *a: resized.append(1) or small(*a)
+    )
+    see = load_backbone(
+        "test_resnet", weights="random", precision="fp32", device="cpu"
+    ).preprocessing
     plan = Plan(12, 1, 0, see)
     spans = window_spans(decode_job((str(clips[0]), [], plan), np.empty(0)), 1, 0.25)
     out = np.zeros(len(spans) * plan.row_bytes, np.uint8)
@@ -287,7 +344,9 @@ def test_a_long_video_passes_through_a_few_slots(clips, hgnl, backbone, monkeypa
     monkeypatch.setattr("extract.decode.jobs._MAX_SLOT_BYTES", 1)
     seen = predictor_of(hgnl, segments=2)(clips[0], window=0.2)
     assert len(seen.windows) > 8
-    assert [window.start for window in seen.windows] == sorted(window.start for window in seen.windows)
+    assert [window.start for window in seen.windows] == sorted(
+        window.start for window in seen.windows
+    )
     for window in (seen.windows[0], seen.windows[-1]):
         assert_same(window.logits, plain_logits(clips[0], window.indices, hgnl, backbone))
 
@@ -318,7 +377,9 @@ def test_a_timeline_joins_windows_of_one_label():
     ]
     sure, less = (np.exp(logit) / (np.exp(logit) + 2) for logit in (5, 2))
     assert runs[0][3] == pytest.approx((sure + less) / 2, rel=1e-6)
-    text = predict.table(Prediction("v", 3725.0, (said(0, 10, 0), said(3715, 3725, 1))), ["a", "b", "c"], 10.0)
+    text = predict.table(
+        Prediction("v", 3725.0, (said(0, 10, 0), said(3715, 3725, 1))), ["a", "b", "c"], 10.0
+    )
     assert "   0:00.0 -  0:10.0 " in text
     assert "1:01:55.0 - 1:02:05.0" in text
 
@@ -327,7 +388,12 @@ def test_a_timeline_joins_windows_of_one_label():
 
 
 def test_json_on_the_screen_is_only_json(clips, hgnl, capsys):
-    assert predict.main(Options((clips[0],), hgnl, segments=4, json="-", precision="fp32", device="cpu")) == 0
+    assert (
+        predict.main(
+            Options((clips[0],), hgnl, segments=4, json="-", precision="fp32", device="cpu")
+        )
+        == 0
+    )
     shown = capsys.readouterr()
     (video,) = json.loads(shown.out)["videos"]
     (whole,) = video["windows"]
@@ -341,15 +407,27 @@ def test_json_on_the_screen_is_only_json(clips, hgnl, capsys):
 
 
 def test_pictures(clips, hgnl, tmp_path):
-    asked = Options((clips[0], clips[0]), hgnl, segments=30, picture=tmp_path / "p", precision="fp32", device="cpu")
+    asked = Options(
+        (clips[0], clips[0]),
+        hgnl,
+        segments=30,
+        picture=tmp_path / "p",
+        precision="fp32",
+        device="cpu",
+    )
     assert predict.main(asked) == 0
-    first, again = tmp_path / "p" / f"{clips[0].stem}.png", tmp_path / "p" / f"{clips[0].stem}-2.png"
+    first, again = (
+        tmp_path / "p" / f"{clips[0].stem}.png",
+        tmp_path / "p" / f"{clips[0].stem}-2.png",
+    )
     assert first.read_bytes() == again.read_bytes()
     picture = pixels(first)
     assert picture.shape[1] > 1000
     strip = picture[70:115, 100:-10]  # the thumbnails: photographs, not a plain ground
     assert strip.std() > 10
-    timeline_asked = Options((clips[0],), hgnl, segments=2, window=1.0, picture=tmp_path / "t", device="cpu")
+    timeline_asked = Options(
+        (clips[0],), hgnl, segments=2, window=1.0, picture=tmp_path / "t", device="cpu"
+    )
     assert predict.main(timeline_asked) == 0
     assert pixels(tmp_path / "t" / f"{clips[0].stem}.png").shape[1] > 800
 
@@ -365,7 +443,9 @@ def test_a_silent_group_is_drawn_empty(clips, hgnl):
     assert predict.attention_picture(seen, ["a"] * 9).startswith(b"\x89PNG")
 
 
-def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(clips, hgnl, tmp_path, monkeypatch):
+def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(
+    clips, hgnl, tmp_path, monkeypatch
+):
     tsn = small_models.cached(tmp_path, "tsn")
     with pytest.raises(InputError, match=r"--picture: tsn has no weight a frame to show"):
         predict.main(Options((clips[0],), tsn, picture=tmp_path / "p"))
@@ -399,9 +479,13 @@ def test_random_weights_are_those_of_the_recorded_seed(hgnl, tmp_path):
     built = backbone_from_record(Checkpoint.load(hgnl), precision="fp32", device="cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8)
     for seed, equal in ((3, True), (4, False)):
-        expected = load_backbone("test_resnet", weights="random", seed=seed, precision="fp32", device="cpu")
+        expected = load_backbone(
+            "test_resnet", weights="random", seed=seed, precision="fp32", device="cpu"
+        )
         assert np.array_equal(built(pixels), expected(pixels)) == equal
-    with pytest.raises(InputError, match=r"--weights x\.pth: .* was trained on random weights, seed 3; drop it"):
+    with pytest.raises(
+        InputError, match=r"--weights x\.pth: .* was trained on random weights, seed 3; drop it"
+    ):
         model_from_record(Checkpoint.load(hgnl), Path("x.pth"))
 
 
@@ -410,36 +494,52 @@ def test_weights_of_a_file_are_asked_for_and_compared(tmp_path):
     torch.save(small_models.trunk_of(seed=6).module.state_dict(), tmp_path / "other.pth")
     trunk = small_models.trunk_of(tmp_path / "mine.pth")
     checkpoint = Checkpoint.load(small_models.cached(tmp_path, trunk=trunk))
-    with pytest.raises(InputError, match=r"weights mine\.pth \(SHA-256 \w{12}\.\.\.\); give that file: --w"):
-        model_from_record(checkpoint)
-    ours, theirs = trunk.weights["sha256"], small_models.trunk_of(tmp_path / "other.pth").weights["sha256"]
     with pytest.raises(
-        InputError, match=rf"other.pth \(SHA-256 {theirs}\) in the place of mine.pth \(SHA-256 {ours}\)"
+        InputError, match=r"weights mine\.pth \(SHA-256 \w{12}\.\.\.\); give that file: --w"
+    ):
+        model_from_record(checkpoint)
+    ours, theirs = (
+        trunk.weights["sha256"],
+        small_models.trunk_of(tmp_path / "other.pth").weights["sha256"],
+    )
+    with pytest.raises(
+        InputError,
+        match=rf"other.pth \(SHA-256 {theirs}\) in the place of mine.pth \(SHA-256 {ours}\)",
     ):
         model_from_record(checkpoint, tmp_path / "other.pth")
     (tmp_path / "mine.pth").rename(tmp_path / "renamed.pth")
     rebuilt = model_from_record(checkpoint, tmp_path / "renamed.pth").net.backbone.state_dict()
-    assert all(torch.equal(value, rebuilt[name]) for name, value in trunk.module.state_dict().items())
+    assert all(
+        torch.equal(value, rebuilt[name]) for name, value in trunk.module.state_dict().items()
+    )
 
 
 def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
     checkpoint = Checkpoint.load(small_models.cached(tmp_path))
     checkpoint.features["preprocessing"]["resize"] = 200
-    with pytest.raises(InputError, match=r"was trained with .*size=160, resize=200.*takes Prep.*resize=168"):
+    with pytest.raises(
+        InputError, match=r"was trained with .*size=160, resize=200.*takes Prep.*resize=168"
+    ):
         model_from_record(checkpoint)
     tuned = Checkpoint.load(small_models.tuned(tmp_path / "tuned"))
-    with pytest.raises(InputError, match=r"--weights x\.pth: the fine-tuned .* holds its own backbone; drop it"):
+    with pytest.raises(
+        InputError, match=r"--weights x\.pth: the fine-tuned .* holds its own backbone; drop it"
+    ):
         model_from_record(tuned, Path("x.pth"))
     checkpoint.features.clear()
     checkpoint.features["source"] = "FeatureStore.from_arrays"
-    with pytest.raises(InputError, match=r"records no backbone that could see videos, only \{'source'"):
+    with pytest.raises(
+        InputError, match=r"records no backbone that could see videos, only \{'source'"
+    ):
         model_from_record(checkpoint)
 
 
 def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
     """Without a network: the weights that are at hand are a package's file, the record says timm's."""
     checkpoint = Checkpoint.load(small_models.cached(tmp_path))
-    checkpoint.features["weights"] = {"name": "timm test_resnet.r160_in1k (timm/test_resnet.r160_in1k)"}
+    checkpoint.features["weights"] = {
+        "name": "timm test_resnet.r160_in1k (timm/test_resnet.r160_in1k)"
+    }
     asked = []
 
     def at_hand(name, *, weights, **options):
@@ -447,7 +547,9 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
         return small_models.trunk_of()
 
     monkeypatch.setattr("aggregate.endtoend.load_trunk", at_hand)
-    with pytest.raises(InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"):
+    with pytest.raises(
+        InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"
+    ):
         model_from_record(checkpoint)
     assert asked == ["pretrained"]
 
@@ -462,14 +564,27 @@ def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     assert "random" not in ready.words.lower()
     (whole,) = ready(clips[0]).windows
     model = model_from_record(Checkpoint.load(checkpoint))
-    assert_same(whole.logits, prepared_logits(model, clips[0], Plan(3, 1, 0, model.preprocessing)), 5e-3)
+    assert_same(
+        whole.logits, prepared_logits(model, clips[0], Plan(3, 1, 0, model.preprocessing)), 5e-3
+    )
 
 
 def test_help_is_complete():
     shown = subprocess.run(
-        [sys.executable, "-m", "pipelines.predict", "--help"], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "pipelines.predict", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
-    for flag in ("--checkpoint", "--weights", "--segments", "--window", "--stride", "--picture", "--json"):
+    for flag in (
+        "--checkpoint",
+        "--weights",
+        "--segments",
+        "--window",
+        "--stride",
+        "--picture",
+        "--json",
+    ):
         assert flag in shown
 
 
@@ -479,7 +594,9 @@ def test_a_folder_stands_for_its_videos(hgnl, clips, tmp_path, capsys):
         (tmp_path / f"class {number}" / clip.name).symlink_to(clip)
     (tmp_path / "notes.txt").write_text("no video")
     answers = tmp_path / "all.json"
-    options = Options((tmp_path, clips[0]), hgnl, segments=2, json=str(answers), precision="fp32", device="cpu")
+    options = Options(
+        (tmp_path, clips[0]), hgnl, segments=2, json=str(answers), precision="fp32", device="cpu"
+    )
     assert predict.main(options) == 0
     shown = [Path(video["video"]).name for video in json.loads(answers.read_text())["videos"]]
     assert shown == [clips[0].name, clips[1].name, clips[0].name]
@@ -488,7 +605,10 @@ def test_a_folder_stands_for_its_videos(hgnl, clips, tmp_path, capsys):
 def test_a_head_that_sees_order_sees_as_many_frames_as_in_training(clips, tmp_path, capsys):
     checkpoint = small_models.cached(tmp_path, "txb")
     trained = Checkpoint.load(checkpoint).frames
-    assert predict.main(Options((clips[0],), checkpoint, json="-", precision="fp32", device="cpu")) == 0
+    assert (
+        predict.main(Options((clips[0],), checkpoint, json="-", precision="fp32", device="cpu"))
+        == 0
+    )
     out, err = capsys.readouterr()
     assert f"txb sees the order of frames, so it is tested with {trained}" in err
     assert len(json.loads(out)["videos"][0]["windows"][0]["frames"]) == trained
@@ -496,18 +616,30 @@ def test_a_head_that_sees_order_sees_as_many_frames_as_in_training(clips, tmp_pa
 
 def test_extraction_takes_the_backbone_that_a_checkpoint_records(clips, tmp_path):
     checkpoint = small_models.tuned(tmp_path, "tsn")
-    options = ExtractOptions(clips[0], str(tmp_path / "f.zarr"), weights=str(checkpoint), frames=2, decode_workers=1)
+    options = ExtractOptions(
+        clips[0], str(tmp_path / "f.zarr"), weights=str(checkpoint), frames=2, decode_workers=1
+    )
     assert extract(options) == 0
     store = FeatureStore.open(tmp_path / "f.zarr")
-    assert store.provenance["backbone"] == Checkpoint.load(checkpoint).features["backbone"] == "test_resnet"
+    assert (
+        store.provenance["backbone"]
+        == Checkpoint.load(checkpoint).features["backbone"]
+        == "test_resnet"
+    )
 
 
 @pytest.mark.parametrize(("weights", "even"), [([[1, 1, 1.1, 1]], True), ([[1, 1, 9, 1]], False)])
 def test_a_picture_names_class_scores_and_scale_and_says_if_attention_is_even(weights, even):
-    window = Window(0, 1, 4, np.arange(4), np.arange(4) / 4, np.array([0.0, 2.0]), np.array(weights))
-    prediction = Prediction("a folder/clip.mp4", 1, (window,), crops=np.zeros((4, 8, 8, 3), np.uint8))
+    window = Window(
+        0, 1, 4, np.arange(4), np.arange(4) / 4, np.array([0.0, 2.0]), np.array(weights)
+    )
+    prediction = Prediction(
+        "a folder/clip.mp4", 1, (window,), crops=np.zeros((4, 8, 8, 3), np.uint8)
+    )
     title = predict.picture_title(prediction, ["a", "b"])
-    assert title.startswith("clip.mp4: b 88%, a 12%\nBlue: a frame's share of its group's attention, white 0 %, dark ")
+    assert title.startswith(
+        "clip.mp4: b 88%, a 12%\nBlue: a frame's share of its group's attention, white 0 %, dark "
+    )
     assert "an even share is 25.0%" in title
     assert ("Attention is even" in title) == even
     assert predict.attention_picture(prediction, ["a", "b"]).startswith(b"\x89PNG")

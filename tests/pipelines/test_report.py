@@ -55,7 +55,9 @@ class Page:
         ids = tree.xpath("//@id")
         assert len(ids) == len(set(ids)), "an id is on the page twice"
         self.links = [str(link) for link in tree.xpath("//@href | //@src")]
-        self.words = {section.get("id"): section.text_content() for section in tree.xpath("//section")}
+        self.words = {
+            section.get("id"): section.text_content() for section in tree.xpath("//section")
+        }
         self.images = {}  # by what they show
         for image in tree.xpath("//img"):
             kind, _, data = image.get("src").partition(";base64,")
@@ -74,16 +76,33 @@ def folder(tmp_path_factory) -> Path:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for agg, own in {"tsn": {}, "hgnl": {"g1": 4, "g2": 2, "m1": 8, "scale_init": 0.1}}.items():
-        train.main(train.Options(agg=agg, features=features, out=root / agg, epochs=2, batch_size=16, lr=0.01, **own))
+        train.main(
+            train.Options(
+                agg=agg, features=features, out=root / agg, epochs=2, batch_size=16, lr=0.01, **own
+            )
+        )
         checkpoint = root / agg / "best.pt"
-        evaluate.main(evaluate.Options(checkpoint=checkpoint, features=features, out=root / "scores" / f"{agg}.h5"))
+        evaluate.main(
+            evaluate.Options(
+                checkpoint=checkpoint, features=features, out=root / "scores" / f"{agg}.h5"
+            )
+        )
     torch.set_num_threads(threads)
     both = (root / "scores" / "tsn.h5", root / "scores" / "hgnl.h5")
     fusing.main(fusing.Options(scores=both, out=root / "fused.h5"))
-    grid = {"g1": (2, 4), "g2": (2, 4), "m1": (8,), "seeds": (0, 1), "epochs": (1,), "batch_size": (16,)}
+    grid = {
+        "g1": (2, 4),
+        "g2": (2, 4),
+        "m1": (8,),
+        "seeds": (0, 1),
+        "epochs": (1,),
+        "batch_size": (16,),
+    }
     ablate.main(ablate.Options(agg=("tsn", "hgnl"), features=features, out=root / "grid", **grid))
     (root / "cv").mkdir()
-    shutil.copy(both[0], root / "cv" / "tsn.h5")  # as if of held-out folds: of no split that others are of
+    shutil.copy(
+        both[0], root / "cv" / "tsn.h5"
+    )  # as if of held-out folds: of no split that others are of
     (root / "cv" / "results.json").write_text(json.dumps(crossval_record()))
     return root
 
@@ -91,14 +110,27 @@ def folder(tmp_path_factory) -> Path:
 def crossval_record() -> dict:
     """What aggregate.crossval writes of two heads."""
     around = {"value": 0.5, "low": 0.4, "high": 0.625}
-    one = dict.fromkeys(("top1", "top5", "average_error"), around) | {"over_seeds": None, "by_seed": [0.5]}
+    one = dict.fromkeys(("top1", "top5", "average_error"), around) | {
+        "over_seeds": None,
+        "by_seed": [0.5],
+    }
     gain = {"value": 0.07, "low": -0.01, "high": 0.15}
-    segments = [{"3": one | {"difference": None}, "16": one | {"difference": found}} for found in (None, gain)]
+    segments = [
+        {"3": one | {"difference": None}, "16": one | {"difference": found}}
+        for found in (None, gain)
+    ]
     heads = [
         {"name": name, "scores": f"{name}.h5", "segments": each}
         for name, each in zip(("tsn", "hgnl"), segments, strict=True)
     ]
-    common = {"by": "5", "folds": list("01234"), "videos": 1440, "classes": 6, "baseline": "tsn", "seeds": [0]}
+    common = {
+        "by": "5",
+        "folds": list("01234"),
+        "videos": 1440,
+        "classes": 6,
+        "baseline": "tsn",
+        "seeds": [0],
+    }
     return {"schema": "hgnl-crossval/1", **common, "heads": heads}
 
 
@@ -126,7 +158,9 @@ def made(root: Path, **options) -> Page:
 
 
 def test_every_figure_is_on_the_page(whole):
-    assert list(SECTIONS) == list(whole.words), "a section is missing, or something is said to be missing"
+    assert list(SECTIONS) == list(whole.words), (
+        "a section is missing, or something is said to be missing"
+    )
     for shows in (
         "Videos of deep/feats.zarr by split and status",
         "class 0: v/",
@@ -146,7 +180,9 @@ def test_every_figure_is_on_the_page(whole):
         "Weights of the models in fused.json",
         "Who adds what in fused.json",
     ):
-        assert any(alt.startswith(shows) for alt in whole.images), f"no picture {shows!r} among {list(whole.images)}"
+        assert any(alt.startswith(shows) for alt in whole.images), (
+            f"no picture {shows!r} among {list(whole.images)}"
+        )
     for picture in whole.images.values():
         assert picture.startswith((b"<svg", b"\xff\xd8"))
         assert b"mathdefault" not in picture, "a tick is written as mathematics"
@@ -160,7 +196,10 @@ def test_the_page_stands_alone(whole):
         if picture.startswith(b"<svg"):  # what an SVG names are its namespaces and places in itself
             named = set(re.findall(rb"https?://[^\"' <]+", picture))
             assert named <= {b"http://www.w3.org/2000/svg", b"http://www.w3.org/1999/xlink"}
-            assert all(link.startswith((b"#", b"data:")) for link in re.findall(rb"href=\"([^\"]*)", picture))
+            assert all(
+                link.startswith((b"#", b"data:"))
+                for link in re.findall(rb"href=\"([^\"]*)", picture)
+            )
 
 
 def test_it_says_what_it_shows(whole, folder):
@@ -172,7 +211,10 @@ def test_it_says_what_it_shows(whole, folder):
     assert re.search(rf"train\s*{ok.sum()}\s*0\s*2\s*0", extracted)
     results = json.loads((folder / "hgnl" / "results.json").read_text())
     top1 = results["hgnl"]["6"]["top1"]
-    assert f"{100 * top1['value']:.2f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]" in whole.words["results"]
+    assert (
+        f"{100 * top1['value']:.2f} [{100 * top1['low']:.1f}, {100 * top1['high']:.1f}]"
+        in whole.words["results"]
+    )
     assert "2 groups over 6 frames; an even share is 16.7%" in whole.words["attention"]
     assert "videos that the run was validated on" in whole.words["attention"]
     assert "FeatureStore.from_arrays" in whole.words["provenance"]
@@ -188,7 +230,9 @@ def test_it_says_what_it_shows(whole, folder):
 def test_a_phone_and_paper_are_thought_of(whole):
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in whole.html
     assert "@media print" in whole.html
-    assert whole.html.count('class="scroll wide"') == sum(alt.startswith("Attention of") for alt in whole.images)
+    assert whole.html.count('class="scroll wide"') == sum(
+        alt.startswith("Attention of") for alt in whole.images
+    )
 
 
 def test_the_same_results_give_the_same_bytes(folder, videos, whole):
@@ -198,10 +242,16 @@ def test_the_same_results_give_the_same_bytes(folder, videos, whole):
 
 def test_thumbnails_only_where_videos_are_at_hand(folder, tmp_path):
     without = made(folder)
-    assert "No frames are shown: --videos DIR says where the videos lie." in without.words["extracted"]
+    assert (
+        "No frames are shown: --videos DIR says where the videos lie." in without.words["extracted"]
+    )
     assert "no frames of the videos: --videos DIR says where they lie" in without.words["missing"]
     assert not any(alt.startswith("class ") for alt in without.images)
-    films = [picture for alt, picture in without.images.items() if alt.startswith("Attention of hgnl along")]
+    films = [
+        picture
+        for alt, picture in without.images.items()
+        if alt.startswith("Attention of hgnl along")
+    ]
     assert films
     assert all(film.startswith(b"<svg") for film in films)
     elsewhere = made(folder, videos=(tmp_path,))
@@ -221,10 +271,14 @@ def test_a_clip_that_cannot_be_read_is_left_out(folder, videos, tmp_path):
 def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tmp_path):
     clip = next((demo_clips / "daily_actions" / "clips").glob("*/*.mp4"))
     common = {"lengths": [2] * 4, "labels": [0] * 4, "classes": ["only"]}
-    FeatureStore.from_arrays(tmp_path / "s.zarr", np.ones((4, 2, 4)), ids=["whole.mp4", "a", "b", "c"], **common)
+    FeatureStore.from_arrays(
+        tmp_path / "s.zarr", np.ones((4, 2, 4)), ids=["whole.mp4", "a", "b", "c"], **common
+    )
     store = FeatureStore.open(tmp_path / "s.zarr")
     store.starts, store.ends = np.array([np.nan, 0, 1, 2]), np.array([np.nan, 1, 2, 4])
-    store.ids = np.array(["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object)
+    store.ids = np.array(
+        ["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object
+    )
     (tmp_path / "long.mp4").symlink_to(clip)
     (shown,) = gallery.extracted(Found(stores={"s.zarr": store}, videos=(tmp_path,)))
     assert shown["spans"] == {"rows": 3, "files": 1, "seconds": 1}
@@ -269,9 +323,21 @@ def test_scores_alone(folder, tmp_path):
 
 def test_an_unlabelled_scores_file_and_an_unfinished_store(tmp_path):
     Scores(["a", "b"], ["x", "y"], np.eye(2)).save(tmp_path / "test.h5")
-    pending = {"labels": [-1], "splits": [""], "groups": [""], "classes": ["x"], "views": ["center"]}
+    pending = {
+        "labels": [-1],
+        "splits": [""],
+        "groups": [""],
+        "classes": ["x"],
+        "views": ["center"],
+    }
     FeatureStore.create(
-        tmp_path / "s.zarr", ids=["a.mp4"], frames=2, dim=4, block_size=2, provenance={"made": "here"}, **pending
+        tmp_path / "s.zarr",
+        ids=["a.mp4"],
+        frames=2,
+        dim=4,
+        block_size=2,
+        provenance={"made": "here"},
+        **pending,
     )
     shown = made(tmp_path)
     assert "1 videos of 1 classes" in shown.words["extracted"]
@@ -284,7 +350,10 @@ def test_an_empty_folder_is_an_input_error(tmp_path, capsys):
     with pytest.raises(InputError, match=re.escape(f"{tmp_path} holds nothing to report on")):
         find(tmp_path)
     out = str(tmp_path / "r.html")
-    assert run_command(report.main, report.Options, prog="report", args=[str(tmp_path), "--out", out]) == 2
+    assert (
+        run_command(report.main, report.Options, prog="report", args=[str(tmp_path), "--out", out])
+        == 2
+    )
     assert not Path(out).exists()
     with pytest.raises(InputError, match="nowhere is no folder"):
         report.main(report.Options(rundir=tmp_path / "nowhere"))
@@ -310,7 +379,9 @@ def test_attention_needs_the_features_of_its_model(folder, tmp_path):
     shutil.copytree(folder / "hgnl", tmp_path / "hgnl")
     assert "attention" in made(tmp_path).words  # the store still lies where the run says
     recorded = json.loads((tmp_path / "hgnl" / "options.json").read_text())
-    (tmp_path / "hgnl" / "options.json").write_text(json.dumps(recorded | {"features": "gone.zarr"}))
+    (tmp_path / "hgnl" / "options.json").write_text(
+        json.dumps(recorded | {"features": "gone.zarr"})
+    )
     classes_store(tmp_path / "other.zarr", dim=8)
     shown = made(tmp_path)
     assert "attention" not in shown.words
@@ -323,7 +394,9 @@ def test_names_are_text_and_not_html_or_mathematics(tmp_path):
     store = {"lengths": [2] * 6, "labels": [0, 1, 2] * 2, "classes": classes}
     FeatureStore.from_arrays(tmp_path / "s.zarr", rng.normal(size=(6, 2, 4)), **store)
     logits = np.eye(3)[[1, 0, 2, 1, 0, 2]]
-    Scores([f"<i>{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(tmp_path / "s.h5")
+    Scores([f"<i>{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(
+        tmp_path / "s.h5"
+    )
     shown = made(tmp_path)
     assert "<b>$x$" in shown.words["confusion"]
     assert 'a "quoted" & \N{REPLACEMENT CHARACTER} $y' in shown.words["confusion"]
@@ -341,7 +414,9 @@ def test_the_most_confused_pair_is_the_planted_one(tmp_path):
     logits[5] = np.nan  # a failed video is no confusion
     ids = [f"v{row}" for row in range(300)]
     Scores(ids, [f"c{n}" for n in range(30)], logits, labels).save(tmp_path / "s.h5")
-    Scores(ids, [f"c{n}" for n in range(30)], np.eye(30)[(labels + 1) % 30], labels).save(tmp_path / "worse.h5")
+    Scores(ids, [f"c{n}" for n in range(30)], np.eye(30)[(labels + 1) % 30], labels).save(
+        tmp_path / "worse.h5"
+    )
     words = made(tmp_path).words["confusion"]
     assert re.search(r"c7\s*c3\s*7 of 10\s*v70\s*c11\s*c12\s*2 of 10\s*v110\s*$", words)
     assert "s (the best of 2 on these videos themselves" in words
@@ -379,7 +454,11 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     features = np.ones((count, 4, 2)) * np.arange(count)[:, None, None]
     labels = [0] * count
     store = FeatureStore.from_arrays(
-        tmp_path / "s.zarr", features, lengths=[4] * (count - 1) + [3], labels=labels, classes=["only"]
+        tmp_path / "s.zarr",
+        features,
+        lengths=[4] * (count - 1) + [3],
+        labels=labels,
+        classes=["only"],
     )
     weights = np.ones((count, 4))
     weights[:, 0] += np.linspace(0, 1, count)
@@ -403,13 +482,17 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
 def test_mean_features_count_repeats_once(tmp_path):
     store = classes_store(tmp_path / "s.zarr", videos=9)
     rows = np.array([7, 2, 0])  # 7 and 0 have two frames of six
-    expected = [store.read(np.array([row]))[0, 0, : 2 if row in (0, 7) else 6].astype("f8").mean(0) for row in rows]
+    expected = [
+        store.read(np.array([row]))[0, 0, : 2 if row in (0, 7) else 6].astype("f8").mean(0)
+        for row in rows
+    ]
     np.testing.assert_allclose(gallery.mean_features(store, rows), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_few_videos_are_laid_out_by_pca():
     plane = (
-        np.random.default_rng(0).normal(size=(9, 2)) @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 2)))[0].T
+        np.random.default_rng(0).normal(size=(9, 2))
+        @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 2)))[0].T
     )
     places, method = gallery.flatten(plane)
     assert method == "PCA (100% of the variance)"
@@ -428,10 +511,22 @@ def test_tsne_keeps_clusters_apart():
 
 def browser() -> str | None:
     """A Chromium of this machine, in PATH or as playwright keeps them."""
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
+    names = (
+        "chromium",
+        "chromium-browser",
+        "google-chrome",
+        "google-chrome-stable",
+        "chrome",
+        "headless_shell",
+    )
     kept = sorted(Path.home().glob(".cache/ms-playwright/chromium*/*/*"))
     return next(filter(None, map(shutil.which, names)), None) or next(
-        (str(path) for path in kept if path.name in ("chrome", "headless_shell", "chrome-headless-shell")), None
+        (
+            str(path)
+            for path in kept
+            if path.name in ("chrome", "headless_shell", "chrome-headless-shell")
+        ),
+        None,
     )
 
 
@@ -464,11 +559,23 @@ def shown_in_a_browser(html: str, folder: Path, *, width: int) -> dict:
     if program is None:
         if os.environ.get("HGNL_BROWSER") == "1":
             pytest.fail("HGNL_BROWSER=1 says that there is a Chromium, and none is found")
-        pytest.skip("no Chromium in PATH or in playwright's cache; the page is parsed by the other tests instead")
+        pytest.skip(
+            "no Chromium in PATH or in playwright's cache; the page is parsed by the other tests instead"
+        )
     page_text = json.dumps(html).replace("</", "<\\/")
     (folder / "frame.html").write_text(FRAME.format(width=width, page=page_text), encoding="utf-8")
-    command = [program, "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={folder / 'profile'}", "--window-size=1600,3200", "--virtual-time-budget=20000"]
+    command = [
+        program,
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+    ]
+    command += [
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1600,3200",
+        "--virtual-time-budget=20000",
+    ]
     command += ["--dump-dom", (folder / "frame.html").as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
@@ -490,7 +597,9 @@ def test_a_real_browser_shows_it_without_complaint(whole, tmp_path, width):
 def test_a_hostile_name_is_text_in_a_real_browser(tmp_path):
     classes = [HOSTILE, "b", "c"]
     logits = np.eye(3)[[1, 0, 2, 1, 0, 2]]
-    Scores([f"{HOSTILE}{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(tmp_path / "s.h5")
+    Scores([f"{HOSTILE}{n}" for n in range(6)], classes, logits, np.array([0, 1, 2] * 2)).save(
+        tmp_path / "s.h5"
+    )
     html = render(find(tmp_path), HOSTILE)
     seen = shown_in_a_browser(html, tmp_path, width=420)
     assert HOSTILE in seen["text"]
@@ -498,13 +607,17 @@ def test_a_hostile_name_is_text_in_a_real_browser(tmp_path):
     assert seen["wide"] <= 420
 
 
-def save_scores(folder: Path, model: str, split: str, right: int, *, name: str | None = None) -> None:
+def save_scores(
+    folder: Path, model: str, split: str, right: int, *, name: str | None = None
+) -> None:
     """Scores of 20 videos of a split, of which the first `right` are right."""
     labels = np.arange(20) % 2
     logits = np.eye(2)[np.where(np.arange(20) < right, labels, 1 - labels)]
     ids = [f"{split}{n}" for n in range(20)]
     source = {"split": split, "model": model}
-    Scores(ids, ["x", "y"], logits, labels, source=source).save(folder / f"{name or f'{model}_{split}'}.h5")
+    Scores(ids, ["x", "y"], logits, labels, source=source).save(
+        folder / f"{name or f'{model}_{split}'}.h5"
+    )
 
 
 def test_the_best_model_of_test_is_chosen_on_validation(tmp_path):
@@ -528,7 +641,10 @@ def test_the_best_model_of_test_is_chosen_on_validation(tmp_path):
 
 def test_heads_that_see_order_count_with_the_frames_of_training():
     for name, expected in (("txb", "3"), ("attentive-time", "3"), ("hgnl", "16"), ("logreg", "16")):
-        assert compared.segments_that_count({"name": name, "segments": {"3": {}, "16": {}}}) == expected
+        assert (
+            compared.segments_that_count({"name": name, "segments": {"3": {}, "16": {}}})
+            == expected
+        )
 
 
 def test_gains_and_names_that_repeat(tmp_path):
@@ -591,6 +707,8 @@ def test_700_classes_show_the_worst_confusions(tmp_path):
     Scores(ids, [f"c{n}" for n in range(700)], np.eye(700)[guesses], labels).save(tmp_path / "s.h5")
     shown = made(tmp_path)
     assert re.search(r"example\s*c0\s*c9\s*2 of 2\s*v0", shown.words["confusion"])
-    (matrix,) = [picture for alt, picture in shown.images.items() if alt.startswith("Confusion matrix")]
+    (matrix,) = [
+        picture for alt, picture in shown.images.items() if alt.startswith("Confusion matrix")
+    ]
     assert matrix.count(b"<text") < 20 * 20 + 50
     assert "Of 700 classes, the 20 confused most." in shown.words["confusion"]

@@ -16,7 +16,10 @@ def scored(path: Path, strength: float, *, seed: int) -> None:
     rng = np.random.default_rng(seed)
     labels = np.arange(400) % 8
     logits = strength * np.eye(8)[labels] + rng.normal(size=(400, 8))
-    ids, classes = [f"{row:011d}_000001_000011.mp4" for row in range(400)], [f"c{name}" for name in range(8)]
+    ids, classes = (
+        [f"{row:011d}_000001_000011.mp4" for row in range(400)],
+        [f"c{name}" for name in range(8)],
+    )
     path.parent.mkdir(exist_ok=True)
     Scores(ids, classes, logits, labels).save(path)
 
@@ -42,7 +45,13 @@ def test_scores_are_made_again_only_if_what_they_are_made_of_changed(tmp_path, c
 
     def scores(segments: tuple[int, ...] = (3,)) -> str:
         capsys.readouterr()
-        steps.fuse(tmp_path, {"tsn": {"features": one["features"]}}, "val", weights="equal", segments=segments)
+        steps.fuse(
+            tmp_path,
+            {"tsn": {"features": one["features"]}},
+            "val",
+            weights="equal",
+            segments=segments,
+        )
         return capsys.readouterr().out
 
     assert "== aggregate.evaluate" in scores()
@@ -53,7 +62,10 @@ def test_scores_are_made_again_only_if_what_they_are_made_of_changed(tmp_path, c
     train.main(train.Options(agg="tsn", out=tmp_path / "again", lr=0.1, **one))
     (tmp_path / "again" / "best.pt").rename(tmp_path / "tsn" / "best.pt")
     printed = scores((6,))
-    assert "was made of another checkpoint, or of other videos or labels, than there are now" in printed
+    assert (
+        "was made of another checkpoint, or of other videos or labels, than there are now"
+        in printed
+    )
     assert "== aggregate.evaluate" in printed
     (tmp_path / "f.zarr").rename(tmp_path / "old.zarr")
     classes_store(tmp_path / "f.zarr", noise=0.7)

@@ -20,7 +20,9 @@ def made(tmp_path_factory) -> tuple[Path, list[dict[str, str]]]:
 
 def test_every_exercise_is_in_one_split_and_named(made):
     out, rows = made
-    assert {row["path"] for row in rows} == {p.relative_to(out / "clips").as_posix() for p in out.rglob("*.mp4")}
+    assert {row["path"] for row in rows} == {
+        p.relative_to(out / "clips").as_posix() for p in out.rglob("*.mp4")
+    }
     counts = {split: sum(row["split"] == split for row in rows) for split in untrimmed.EXERCISES}
     assert counts == {"train": 72, "val": 36, "test": 36}
     assert len({row["group"] for row in rows}) == 144
@@ -34,9 +36,13 @@ def test_the_action_lies_where_labels_csv_says(made):
         video = decode(out / "clips" / row["path"], np.arange)
         assert video.num_frames == untrimmed.LENGTH
         assert video.frames.shape[1:] == (untrimmed.HEIGHT, untrimmed.WIDTH, 3)
-        start, end = (round(float(row[name]) * untrimmed.RATE) for name in ("action_start", "action_end"))
+        start, end = (
+            round(float(row[name]) * untrimmed.RATE) for name in ("action_start", "action_end")
+        )
         name = f"{row['label']}/{row['group']}.mp4"
-        clip = untrimmed.frames_of(untrimmed.CLIPS / "exercise_mini" / "clips" / name, slice(0, untrimmed.ACTION))
+        clip = untrimmed.frames_of(
+            untrimmed.CLIPS / "exercise_mini" / "clips" / name, slice(0, untrimmed.ACTION)
+        )
         assert np.abs(video.frames[start:end].astype(int) - clip).mean() < 8
         outside = np.r_[video.frames[:start], video.frames[end:]].astype(int)
         assert np.abs(outside - clip[0]).mean(axis=(1, 2, 3)).min() > 16  # nowhere else
@@ -57,6 +63,8 @@ def test_a_video_is_a_function_of_its_path(tmp_path):
     films = []
     for number, row in enumerate((rows[0], rows[0], rows[1])):
         untrimmed.join(row, rooms, tmp_path / str(number))
-        films.append(decode(tmp_path / str(number) / "clips" / row["path"], np.arange).frames.astype(int))
+        films.append(
+            decode(tmp_path / str(number) / "clips" / row["path"], np.arange).frames.astype(int)
+        )
     assert np.abs(films[0] - films[1]).mean() < 1  # x264 may differ by a few bits
     assert np.abs(films[0] - films[2]).mean() > 8
