@@ -8,7 +8,7 @@ aggregate/ablation/grid.py; how results are compared: aggregate/ablation/compare
 
 import functools
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,41 +83,39 @@ def main(options: Options) -> int:
 
         shares = in_passes(left, at_once=at_once)
         shares.sort(key=lambda share: training_cost(share, store), reverse=True)
-        steps = [share[0].recipe.epochs * share[0].steps_per_epoch for share in shares]
-        with progress(total=sum(steps), unit="step") as bar:
-            # In this process each step is shown, from others only what they finished.
-            train_pass = (
-                functools.partial(GridTrainer.run, on_step=bar.update)
-                if processes == 1
-                else GridTrainer.run
-            )
-            finished = run_side_by_side(
-                train_pass, shares, prepare=prepare, processes=processes, threads=threads
-            )
-            for share, results in finished:
-                for result in results:
-                    records.add(result.row, result.places)
-                if processes > 1:
-                    bar.update(share[0].recipe.epochs * share[0].steps_per_epoch)
-                print(
-                    f"done      {len(_write_table(options.out, wanted, records))} of {len(wanted)}",
-                    flush=True,
-                )
-        rows, places = (
-            _write_table(options.out, wanted, records),
-            {key: records.array(key) for key in records.rows},
-        )
-        print()
+        for results in _train_passes(shares, prepare, processes, threads):
+            for result in results:
+                records.add(result.row, result.places)
+            done = len(_write_table(options.out, wanted, records))
+            print(f"done      {done} of {len(wanted)}", flush=True)
+        rows = _write_table(options.out, wanted, records)
+        places = {key: records.array(key) for key in records.rows}
         groups = group_keys(store.ids, store.groups)
-        report(
-            options.out,
-            rows,
-            places,
-            groups,
-            [f"{name}: {reason}" for name, reason in chosen.skipped.items()],
-        )
+        skipped = [f"{name}: {reason}" for name, reason in chosen.skipped.items()]
+        print()
+        report(options.out, rows, places, groups, skipped)
         print(_how_to_keep(rows, wanted))
     return 0
+
+
+def _train_passes(
+    passes: list[list["Configuration"]], prepare: Any, processes: int, threads: int
+) -> Iterator[Any]:
+    """The results of each pass as it ends, with a progress bar."""
+    from aggregate.ablation.grid import GridTrainer
+
+    steps = [share[0].recipe.epochs * share[0].steps_per_epoch for share in passes]
+    with progress(total=sum(steps), unit="step") as bar:
+        train_pass: Any = GridTrainer.run
+        if processes == 1:  # each step is shown; other processes only say what they finished
+            train_pass = functools.partial(train_pass, on_step=bar.update)
+        finished = run_side_by_side(
+            train_pass, passes, prepare=prepare, processes=processes, threads=threads
+        )
+        for share, results in finished:
+            if processes > 1:
+                bar.update(share[0].recipe.epochs * share[0].steps_per_epoch)
+            yield results
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from extract.cores import available_cores
 if TYPE_CHECKING:
     from aggregate.endtoend import Recogniser
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.learner import Learner
     from aggregate.training.run import Run
 
 
@@ -138,13 +139,11 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
 
 @contextmanager
 def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run]":
-    """The run that `options` ask for, at the epoch where its folder stands; its decoding processes
-    end with it."""
+    """The run of `options`, at the epoch its folder is at; its decoding processes end with it."""
     import numpy as np
     import torch
 
     from aggregate.data.frames import VideoFrames, clip_pool
-    from aggregate.training.learner import Learner
     from aggregate.training.manifest import (
         choose_or_continue,
         record,
@@ -165,26 +164,12 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     classes = list(listing.classes)
     listed = ListedVideos(listing)
     chosen = choose_or_continue(listed, options, options.seed, options.folder, last)
-    videos, val_videos = (
-        [listing.videos[row] for row in rows] for rows in (chosen.train, chosen.validate)
-    )
+    videos = [listing.videos[row] for row in chosen.train]
+    val_videos = [listing.videos[row] for row in chosen.validate]
     schedule = _recipe(options, len(videos))
     model, frozen, features = build_model(options, classes, schedule.dropout, tell=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
-    learner = Learner(
-        name=options.model,
-        model=model,
-        recipe=schedule,
-        steps_per_epoch=-(-len(videos) // schedule.batch_size),
-        seed=options.seed,
-        device=device,
-        groups=_parameter_groups(model, schedule, options.backbone_lr),
-        precision=options.precision,
-        micro_batch=options.micro_batch,
-        frozen=frozen,
-        rank=rank,
-        world=world,
-    )
+    learner = _learner(options, model, schedule, len(videos), frozen, device, rank, world)
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
     data = record(listed, chosen, init=options.init, recipe=schedule)
@@ -194,10 +179,8 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     with clip_pool(
         plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")
     ) as pool:
-        training, testing = (
-            VideoFrames(videos, plan, pool),
-            VideoFrames(val_videos[rank::world], plan, pool),
-        )
+        training = VideoFrames(videos, plan, pool)
+        testing = VideoFrames(val_videos[rank::world], plan, pool)
         labels = np.array([video.label for video in val_videos])
         groups = group_keys(listed.ids, listed.groups)[chosen.validate]
         source = DecodedVideos(
@@ -215,6 +198,35 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
             )
             print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
+
+
+def _learner(
+    options: Options,
+    model: "Recogniser",
+    schedule: Recipe,
+    videos: int,
+    frozen: list[Any],
+    device: Any,
+    rank: int,
+    world: int,
+) -> "Learner":
+    """The model with its optimizer, to train on `videos` videos."""
+    from aggregate.training.learner import Learner
+
+    return Learner(
+        name=options.model,
+        model=model,
+        recipe=schedule,
+        steps_per_epoch=-(-videos // schedule.batch_size),
+        seed=options.seed,
+        device=device,
+        groups=_parameter_groups(model, schedule, options.backbone_lr),
+        precision=options.precision,
+        micro_batch=options.micro_batch,
+        frozen=frozen,
+        rank=rank,
+        world=world,
+    )
 
 
 def _recipe(options: Options, videos: int) -> Recipe:
@@ -252,26 +264,20 @@ def build_model(
             f"--backbone {options.backbone}: clip-wise backbones stay frozen; extract their features with "
             "hgnl extract, and train a head with hgnl train"
         )
-    # The backbone of --init is loaded below, into the network that has the shapes it was trained
-    # in.
+    # The backbone of --init is loaded below, into the network with the shapes of its training.
     trunk = load_trunk(
         options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed
     )
     if init is not None and not with_backbone:
-        check_backbone(
-            init, trunk
-        )  # a classifier starts from the very features it was trained on, or not at all
+        # A classifier starts from the very features it was trained on, or not at all.
+        check_backbone(init, trunk)
     torch.manual_seed(options.seed)
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
     if options.model != "stnet":
         own = aggregator_options(options.model, options, init.options if init else None)
         own |= {"standardise": bool(options.standardise)}
-    own |= {
-        "name": options.model,
-        "num_classes": len(classes),
-        "dropout": dropout,
-        "dim": trunk.dim,
-    }
+    own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout}
+    own["dim"] = trunk.dim
     net: Any = build_net(own, trunk.module)
     if init is not None and with_backbone:
         _load_backbone(net, init, options)
@@ -279,9 +285,8 @@ def build_model(
             trunk, weights={"name": Path(init.path).name, "sha256": sha256_of(init.path)}
         )
     if init is not None:
-        blocks = {
-            name: value for name, value in init.state_dict.items() if name.startswith("after_res")
-        }
+        kept = init.state_dict.items()
+        blocks = {name: value for name, value in kept if name.startswith("after_res")}
         net.load_state_dict(blocks, strict=False)  # of a StNet, in a StNet
         carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
         if tell:
@@ -290,13 +295,15 @@ def build_model(
     if options.backbone_lr == 0:
         net.backbone.requires_grad_(False)
     if options.checkpoint_activations:
-        try:
-            net.backbone.set_grad_checkpointing(True)
-        except (AssertionError, AttributeError):
-            raise InputError(
-                f"--checkpoint-activations: timm's {options.backbone} does not know how to"
-            ) from None
+        _checkpoint_activations(net.backbone, options.backbone)
     return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
+
+
+def _checkpoint_activations(backbone: Any, name: str) -> None:
+    try:
+        backbone.set_grad_checkpointing(True)
+    except (AssertionError, AttributeError):
+        raise InputError(f"--checkpoint-activations: timm's {name} does not know how to") from None
 
 
 def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:

@@ -14,9 +14,9 @@ from extract.cli import InputError, run_command
 from extract.commands import command_line
 from extract.files import replace_file
 
-if (
-    TYPE_CHECKING
-):  # numpy and scipy are imported where used: --help is asked for more often than a fusion
+# numpy and scipy are imported in functions, so that --help answers at once.
+if TYPE_CHECKING:
+    from aggregate.scores import Scores
     from ensemble.align import Aligned
     from ensemble.search import Found, Row
 
@@ -101,23 +101,26 @@ def main(options: Options) -> int:
     print(f"{options.out}: {len(fused):,} videos, {int(fused.failed.sum()):,} without scores")
     record = _record(options, aligned, weights.tolist(), rows, found)
     if options.submission is not None:
-        neutral = write_submission(fused, options.submission, external_data=options.external_data)
-        checked = check_submission(options.submission, fused.classes, fused.ids)
-        print(f"{options.submission} passes the check: {checked}")
+        record["submission"] = _submit(fused, options)
         if aligned.dropped:
             print(
-                f"it lacks the {aligned.dropped:,} videos that were left out; the challenge counts them as wrong"
+                f"it lacks the {aligned.dropped:,} videos that were left out; "
+                "the challenge counts them as wrong"
             )
-        record["submission"] = {
-            "path": str(options.submission),
-            "videos": checked.videos,
-            "neutral": neutral,
-        }
     replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
     folder = options.out.parent
     print(f"Next: {command_line('pipelines.report', folder, out=folder / 'report.html')}")
     return 0
+
+
+def _submit(fused: "Scores", options: Options) -> dict[str, Any]:
+    """Write the submission and check it; its entry in the summary."""
+    assert options.submission is not None
+    neutral = write_submission(fused, options.submission, external_data=options.external_data)
+    checked = check_submission(options.submission, fused.classes, fused.ids)
+    print(f"{options.submission} passes the check: {checked}")
+    return {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
 
 
 def _checked_paths(options: Options) -> Path:

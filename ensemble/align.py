@@ -69,24 +69,19 @@ def align(
     missing: Missing = "error",
     names: Sequence[str] | None = None,
 ) -> Aligned:
-    """Join scores by video id, their columns by class name; rows and columns stand in the order of
-    the first.
+    """Join scores by video id, columns by class name; rows and columns are in the first's order.
 
     A video that one of them lacks is an error, is left out (`missing="drop"`), or counts as wrong
     ("worst"). Raises InputError, naming the first offender, for other classes, such a video, no
     common video, and labels that contradict each other.
     """
     if missing not in get_args(Missing):
-        raise InputError(
-            f"--missing {missing} is unknown; known are {', '.join(get_args(Missing))}"
-        )
+        known = ", ".join(get_args(Missing))
+        raise InputError(f"--missing {missing} is unknown; known are {known}")
     if not list_of_scores:
         raise InputError("there are no scores to join; give at least one scores file")
-    names = (
-        [f"model {place + 1}" for place in range(len(list_of_scores))]
-        if names is None
-        else list(names)
-    )
+    if names is None:
+        names = [f"model {place + 1}" for place in range(len(list_of_scores))]
     for scores, name in zip(list_of_scores, names, strict=True):
         refuse_training_scores(scores, name)
     classes = list(list_of_scores[0].classes)
@@ -106,9 +101,8 @@ def align(
     kept = everywhere if missing == "drop" else np.ones(len(union), bool)
     ids, lacking = union[kept], ~there[:, kept]
     logits, said = zip(*(_in_order(scores, ids, classes) for scores in list_of_scores), strict=True)
-    failed = np.stack(
-        [np.isnan(rows[:, 0]) for rows in logits]
-    )  # rows are NaN throughout or not at all
+    # Rows are NaN throughout or not at all.
+    failed = np.stack([np.isnan(rows[:, 0]) for rows in logits])
     counts = {
         "listed": map(len, listed),
         "lacking": lacking.sum(axis=1),

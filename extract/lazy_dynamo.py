@@ -35,9 +35,11 @@ def defer_dynamo_import() -> None:
     # without it.
     dynamo.disable = _identity  # type: ignore[attr-defined]
     dynamo.graph_break = lambda *_, **__: None  # type: ignore[attr-defined]
-    utils.is_compile_supported = lambda kind: _import_really(DYNAMO_UTILS).is_compile_supported(
-        kind
-    )  # type: ignore[attr-defined]
+
+    def is_compile_supported(kind: str) -> bool:
+        return _import_really(DYNAMO_UTILS).is_compile_supported(kind)  # type: ignore[attr-defined]
+
+    utils.is_compile_supported = is_compile_supported  # type: ignore[attr-defined]
     sys.modules |= {DYNAMO: dynamo, DYNAMO_UTILS: utils}
 
 

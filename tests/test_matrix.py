@@ -498,7 +498,10 @@ def test_a_fine_tuning_goes_on(column, tuning, tmp_path, monkeypatch, capsys):
 
 # -- scores --------------------------------------------------------------------------------------------------------
 
-NOTE = r"note: the label, split or group of 1 of these videos is another than when the model was trained \(v/0053\.mp4\)"
+NOTE = (
+    r"note: the label, split or group of 1 of these videos is another than when the model was "
+    r"trained \(v/0053\.mp4\)"
+)
 CELLS["evaluate"] = {
     "file replaced": harmless(
         "features are scored as they are stored; the scores record their digest"

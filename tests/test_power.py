@@ -25,7 +25,7 @@ from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.store import OK, FeatureStore, Rows
 from extract.workers import driver
-from extract.workers.worker import Done
+from extract.workers.blocks import Done
 from power import FullDisk, PowerCuts
 from stores import classes_store, store_digest
 

@@ -232,9 +232,9 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
     flags = {flag: model.options.get(flag) if flag in own else None for flag in HEAD_FLAGS}
     frames, table_2 = store.frames_per_video, None
     if options.agg in ("nl", "hgnl"):
-        flags["m1"] = (
-            len(aggregator.key.weight) if options.agg == "nl" else options.m1 or store.dim // 8
-        )  # type: ignore
+        flags["m1"] = options.m1 or store.dim // 8
+        if options.agg == "nl":
+            flags["m1"] = len(aggregator.key.weight)  # type: ignore
         table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
     recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardise")

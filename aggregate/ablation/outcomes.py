@@ -62,15 +62,12 @@ def report(
         outcomes[agg], means = _collect(store, rows, segments, folds, records, agg)
         seen = outcomes[agg][0].tested.any(axis=0)
         ids = store.ids[rows][seen].tolist()
-        save_scores(
-            options.out / f"{agg}.h5",
-            [
-                Scores(
-                    ids, store.classes, mean[seen], labels[seen], source, count, groups=groups[seen]
-                )
-                for count, mean in zip(segments, means, strict=True)
-            ],
-        )
+        of_seen = {"labels": labels[seen], "source": source, "groups": groups[seen]}
+        scores = [
+            Scores(ids, store.classes, mean[seen], segments=count, **of_seen)
+            for count, mean in zip(segments, means, strict=True)
+        ]
+        save_scores(options.out / f"{agg}.h5", scores)
     heads: list[dict[str, Any]] = []
     for agg in aggs:
         beside = [None] * len(segments) if agg == baseline else outcomes[baseline]
@@ -82,14 +79,13 @@ def report(
         head = {"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen}
         heads.append(head | as_reported(chosen))
     tested = outcomes[baseline][0].tested.any(axis=0)
+    videos, units = int(tested.sum()), int(independent_units(groups[tested]).max()) + 1
     results = {
         "schema": SCHEMA,
         "features": options.features,
-        "videos": int(tested.sum()),
+        "videos": videos,
         "classes": classes,
-        "resampled": describe_units(
-            int(independent_units(groups[tested]).max()) + 1, int(tested.sum())
-        ),
+        "resampled": describe_units(units, videos),
         "by": options.folds,
         "shots": options.shots,
         "folds": list(dict.fromkeys(fold.name for fold in folds)),

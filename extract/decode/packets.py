@@ -235,15 +235,10 @@ class PacketDecoder(VideoFile):
                 if frame.pts in sought and not frame.key_frame:
                     raise UnreliablePacketsError("a packet is called a key frame and is none")
                 if frame.pts is None or (latest is not None and frame.pts <= latest):
-                    raise UnreliablePacketsError(
-                        "frames do not come in the order of their time stamps"
-                    )
-                if frame.is_corrupt and (
-                    before is None or frame.pts >= before or frame.pts in wanted_times
-                ):
-                    raise UnreliablePacketsError(
-                        f"the frame with time stamp {frame.pts} is corrupt"
-                    )
+                    raise UnreliablePacketsError("frames are not in the order of their time stamps")
+                needed = before is None or frame.pts >= before or frame.pts in wanted_times
+                if frame.is_corrupt and needed:
+                    raise UnreliablePacketsError(f"the frame at time {frame.pts} is corrupt")
                 latest = frame.pts
                 yield frame
 

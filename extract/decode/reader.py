@@ -3,10 +3,11 @@
 What PyAV (FFmpeg) is asked to do, so that few frames of a video cost little and every one is the
 frame that decoding everything would give:
 
-1. A pass over the packets, without decoding, counts the frames that can be presented and finds
-their time stamps. 2. Packets of wanted frames are decoded, and those that wanted frames refer to;
-others are skipped (`NONREF`). 3. Where a key frame lies before the next wanted frame, decoding
-starts there. 4. Only wanted frames become RGB.
+1. A pass over the packets, without decoding, counts the frames and finds their time stamps.
+2. Packets of wanted frames are decoded, and those that wanted frames refer to (`NONREF` skips the
+   others).
+3. If a key frame lies before the next wanted frame, decoding starts there.
+4. Only wanted frames become RGB.
 
 Where a wanted frame does not come out, is corrupt, or time stamps cannot be trusted, everything is
 decoded, frames are chosen among what decodes, and `problem` says so if anything was wrong.
@@ -20,7 +21,7 @@ import os
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -29,6 +30,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from extract.decode.decord_reader import DecordFile, import_decord
 from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.opening import (
     DECODE_ERRORS,
@@ -221,7 +223,7 @@ def _opener(decoder: str) -> Callable[..., VideoFile]:
         raise ValueError(
             f"got decoder {decoder!r}, expected 'pyav', 'decord' or 'torchcodec-DEVICE'"
         )
-    return PacketDecoder if decoder == "pyav" else _Decord
+    return PacketDecoder if decoder == "pyav" else DecordFile
 
 
 _recent: dict[tuple, _Source] = {}  # the file whose spans were read last, if they were
@@ -234,7 +236,7 @@ def decoder_version(decoder: str) -> str:
         return f"PyAV {av.__version__}, libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}"
     if decoder.startswith("torchcodec-"):
         return torchcodec_version(decoder.removeprefix("torchcodec-"))
-    return f"decord {_import_decord().__version__}"
+    return f"decord {import_decord().__version__}"
 
 
 def _decode(
@@ -428,51 +430,3 @@ def _all_frames(path, problems: list[str], jumps: list[int]) -> Iterator[av.Vide
         else:
             if early := truncation(container, stream, packets):
                 problems.append(early)
-
-
-# -- decord --------------------------------------------------------------------------------------------------------
-
-
-class _Decord(VideoFile):
-    """A video as decord reads it."""
-
-    slack = 1e-4  # its times are float32
-
-    def __init__(self, path):
-        decord = _import_decord()
-        self._path, self._errors = path, (decord.DECORDError, RuntimeError)
-        with self._translated_errors():
-            self._reader = decord.VideoReader(os.fspath(path), num_threads=1)
-            shown = np.asarray(
-                self._reader.get_frame_timestamp(np.arange(len(self._reader))), np.float64
-            )
-        if not len(shown):
-            raise VideoError(path, "decord finds no frame in it")
-        self.times, self.end = shown[:, 0] - shown[0, 0], float(shown[-1, 1] - shown[0, 0])
-
-    def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        with self._translated_errors():
-            for index in indices:
-                yield index, self._reader[index].asnumpy()
-
-    @contextmanager
-    def _translated_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except self._errors as error:
-            lines = [
-                line.strip() for line in str(error).splitlines() if not line.startswith("Stack")
-            ]
-            words = next(filter(None, lines), type(error).__name__)
-            raise VideoError(self._path, f"decord cannot read it: {words}") from None
-
-
-def _import_decord():
-    try:
-        import decord
-    except ImportError:
-        raise VideoError(
-            "decord", "is not installed; it has wheels for x86-64 only, use --decoder pyav"
-        ) from None
-    decord.logging.set_level(decord.logging.QUIET)
-    return decord

@@ -1,6 +1,7 @@
 """The feature store: a Zarr v3 group on disk, read as one strided array."""
 
-from extract.store.feature_store import FeatureStore, NoStoreError
+from extract.store.damage import NoStoreError
+from extract.store.feature_store import FeatureStore
 from extract.store.layout import (
     DROPPED,
     FAILED,

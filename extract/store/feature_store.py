@@ -9,8 +9,8 @@ status 0.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,14 @@ import zarr
 from extract.cli import InputError, RunError
 from extract.commands import command_line
 from extract.files import replacing
-from extract.sources import UNKNOWN
 from extract.store.corrections import read_correction
-from extract.store.damage import blocks_without_shard, missing_chunks
+from extract.store.damage import (
+    blocks_without_shard,
+    damage_named,
+    damaged_rows,
+    missing_chunks,
+    open_errors_named,
+)
 from extract.store.from_arrays import write_arrays
 from extract.store.layout import (
     DROPPED,
@@ -45,11 +50,7 @@ from extract.store.layout import (
 )
 from extract.store.objects import network_errors_named
 from extract.store.remote import LocalCopy
-from extract.store.shards import ShardError, ShardMap, damaged_videos, shard_name
-
-
-class NoStoreError(InputError):
-    """There is nothing under the name of a store."""
+from extract.store.shards import ShardError, ShardMap, shard_name
 
 
 def _cached_column(name: str) -> "cached_property[np.ndarray]":
@@ -85,7 +86,7 @@ class FeatureStore:
         self.classes: tuple[str, ...] = tuple(self.correction.get("classes", attributes["classes"]))
         self.provenance: dict[str, Any] = attributes["provenance"]
         features = self.array("features")
-        with self._damage_named("features"):
+        with damage_named(self.path, "features"):
             self.block_size: int = features.shards[0]  # type: ignore[index]
             _, self.num_views, self.frames_per_video, self.dim = features.shape
         self._length: int = self.array("status").shape[0]
@@ -100,30 +101,11 @@ class FeatureStore:
         Raises `NoStoreError` if there is none, `InputError` for something else or a damaged one,
         and `RunError` if object storage cannot be reached.
         """
-        with network_errors_named(path):
-            try:
-                local = writable and Path(path).is_dir()
-                store = SyncedFolder(path) if local else zarr_store(path)
-                group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
-                return cls(path, group)
-            except (FileNotFoundError, FileExistsError):  # Zarr's, for a file instead of a folder
-                if Path(str(path)).exists():
-                    raise InputError(
-                        f"{path} is not a feature store (not a Zarr group); give the folder that `extract --out` made"
-                    ) from None
-                create = command_line("extract", videos="FOLDER", out=path)
-                raise NoStoreError(
-                    f"{path} is not a feature store (it does not exist); `{create}` creates one"
-                ) from None
-            except InputError:
-                raise
-            except (
-                ValueError,
-                TypeError,
-                KeyError,
-            ) as error:  # Zarr checks little of what it reads
-                why = f"{type(error).__name__}: {error!s:.80}"
-                raise InputError(f"{path}/zarr.json is damaged ({why})") from None
+        with network_errors_named(path), open_errors_named(path):
+            local = writable and Path(path).is_dir()
+            store = SyncedFolder(path) if local else zarr_store(path)
+            group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
+            return cls(path, group)
 
     @classmethod
     def create(
@@ -186,7 +168,7 @@ class FeatureStore:
         return f"FeatureStore({self.path!r}, {shape}, {len(self.classes)} classes)"
 
     def array(self, name: str) -> zarr.Array:
-        with self._damage_named(name):
+        with damage_named(self.path, name):
             return self.group[name]  # type: ignore[return-value]
 
     def _column(self, name: str) -> np.ndarray:
@@ -197,7 +179,7 @@ class FeatureStore:
             return np.full(
                 (self._length, 2) if ROW_ARRAYS[name][1] else self._length, ROW_ARRAYS[name][2]
             )
-        with self._damage_named(name):
+        with damage_named(self.path, name):
             # A run killed while it appended may have left other arrays longer than `status`.
             column = self.array(name)[: self._length]
             if len(column) != self._length:  # type: ignore[arg-type]
@@ -212,24 +194,6 @@ class FeatureStore:
                 f"{self.path}: its classes were corrected meanwhile; run the same command again"
             )
         return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore
-
-    @contextmanager
-    def _damage_named(self, name: str) -> Iterator[None]:
-        """What an array's damage raises in Zarr, NumPy and zstd, as an InputError."""
-        try:
-            with network_errors_named(self.path):
-                yield
-        except (InputError, RunError, OSError):
-            raise
-        except KeyError:
-            raise InputError(
-                f"{self.path} is not complete: its array {name!r} is missing"
-            ) from None
-        except Exception as error:
-            why = f"its array {name!r} is damaged ({type(error).__name__}: {error!s:.80})"
-            raise InputError(
-                f"{self.path}: {why}; copy the store again, or extract into another folder"
-            ) from None
 
     ids = _cached_column("ids")
     splits = _cached_column("splits")
@@ -246,7 +210,7 @@ class FeatureStore:
 
     @cached_property
     def views(self) -> tuple[str, ...]:
-        with self._damage_named("views"):
+        with damage_named(self.path, "views"):
             names = tuple(self.array("views")[:].tolist())  # type: ignore[union-attr]
             if not all(names):
                 raise ValueError("a view has no name: its chunk is missing")
@@ -411,9 +375,8 @@ class FeatureStore:
             features = np.empty((len(every), *new.shape[1:]), "<f2")
             features[rows - every[0]], features[others - every[0]] = new, self.read(others)
         # A dropped all-zero chunk would break the stride that `gather` lives on.
-        self.array("features").with_config({"write_empty_chunks": True})[
-            every[0] : every[-1] + 1
-        ] = features
+        array = self.array("features").with_config({"write_empty_chunks": True})
+        array[every[0] : every[-1] + 1] = features
 
     def commit(self, *done: Rows) -> None:
         """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
@@ -424,7 +387,7 @@ class FeatureStore:
         order = np.argsort(rows)
         for name in ("errors", "num_frames", "frame_indices", "timestamps", "sources", "status"):
             dtype = object if name == "errors" else None
-            values = np.concatenate([np.array(_outcome(part, name), dtype) for part in done])
+            values = np.concatenate([np.array(part.column(name), dtype) for part in done])
             self._set(name, rows[order], values[order])
 
     def _set(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
@@ -451,20 +414,15 @@ class FeatureStore:
         check_ids(columns["ids"])
         start, stop = self._length, self._length + len(columns["ids"])
         self.array("features").resize((stop, *self.video_shape))
-        for name, (
-            dtype,
-            _,
-            fill,
-        ) in ROW_ARRAYS.items():  # `status` last: it tells how many rows there are
+        # `status` comes last: it tells how many rows there are.
+        for name, (dtype, _, fill) in ROW_ARRAYS.items():
             array = every_chunk(self.array(name))
             array.resize((stop, *array.shape[1:]))
+            given: Any = fill
+            if name in columns:
+                given = np.array(columns[name], object if dtype is str else dtype)
             if start < stop:
-                values = (
-                    np.array(columns[name], object if dtype is str else dtype)
-                    if name in columns
-                    else fill
-                )
-                array[start:stop] = values
+                array[start:stop] = given
         self._length = stop
         for name in (*ROW_ARRAYS, "_shards"):
             self.__dict__.pop(name, None)
@@ -474,17 +432,7 @@ class FeatureStore:
     def damaged_rows(self, block: int) -> dict[int, str]:
         """Rows of a committed block whose features cannot be trusted, with the reason (reads the
         whole shard)."""
-        rows = self.block_rows(block)
-        committed = rows[self.status[rows] != PENDING]
-        if not len(committed):
-            return {}
-        path = self.shard_path(block)
-        try:
-            places = damaged_videos(path, block_size=self.block_size, video_bytes=self.video_bytes)
-        except ShardError as error:
-            return {int(row): str(error) for row in committed}
-        damaged = np.intersect1d(committed, block * self.block_size + np.array(places, dtype=int))
-        return {int(row): f"the checksum in {path.name} does not match" for row in damaged}
+        return damaged_rows(self, block)
 
     def clean_up(self) -> None:
         """Remove what a killed writer left half-written (files that were never renamed). For the
@@ -492,10 +440,3 @@ class FeatureStore:
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)
-
-
-def _outcome(done: Rows, name: str) -> Any:
-    if name != "sources":
-        return getattr(done, name)
-    sources = done.sources or [UNKNOWN] * len(done.rows)
-    return np.array([(source.size, source.digest) for source in sources], "<i8").reshape(-1, 2)

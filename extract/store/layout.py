@@ -17,7 +17,7 @@ from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from extract.cli import InputError
 from extract.files import replace_file, sync, writing
-from extract.sources import Source
+from extract.sources import UNKNOWN, Source
 
 PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3
 STATUS_NAMES = ("pending", "ok", "partial", "failed")
@@ -193,6 +193,13 @@ class Rows:
     sources: list[Source] = field(
         default_factory=list
     )  # of the files that were read, [] for features without a file
+
+    def column(self, name: str) -> Any:
+        """The values of a per-video array."""
+        if name != "sources":
+            return getattr(self, name)
+        sources = self.sources or [UNKNOWN] * len(self.rows)
+        return np.array([(source.size, source.digest) for source in sources], "<i8").reshape(-1, 2)
 
     @classmethod
     def failed(cls, rows: np.ndarray, reason: str, views: int, frames: int) -> "Rows":

@@ -26,9 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 from extract.cli import RunError
 from extract.options import Options
+from extract.workers.blocks import Block, Done
 from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import Decoder, decode_elsewhere
-from extract.workers.worker import Block, Done, Worker
+from extract.workers.worker import Worker
 
 if TYPE_CHECKING:
     import ray

@@ -43,12 +43,13 @@ from extract.store import (
 from extract.store.corrections import complete_correction, upgrade
 from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.actor_pool import RayActorPool
+from extract.workers.blocks import Block
 from extract.workers.calibration import choose_sample
 from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
 from extract.workers.reconcile import append_new, columns_of, reconcile
 from extract.workers.settings import check_provenance, continue_options
-from extract.workers.worker import Block, Worker
+from extract.workers.worker import Worker
 
 SECONDS_PER_MOVE = 1.0  # of the progress bar
 

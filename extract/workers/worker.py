@@ -9,12 +9,11 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,81 +23,20 @@ from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
-from extract.decode.jobs import Job, Plan, decode_job, remaining_jobs
+from extract.decode.jobs import Plan, decode_job, remaining_jobs
 from extract.decode.on_gpu import GpuDecoder
 from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
-from extract.listing.videos import Video
 from extract.options import Options
 from extract.sources import UNKNOWN, Source
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
+from extract.workers.blocks import Block, Done, Submitted, jobs_of
 from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import check_node
 
 if TYPE_CHECKING:
     from extract.backbone.quantized import Calibration
-
-
-@dataclass(frozen=True)
-class Block:
-    """A unit of work: the videos of one shard that are still to do."""
-
-    number: int
-    rows: tuple[int, ...]
-    videos: tuple[Video, ...] = field(repr=False)
-    deaths: int = 0  # of workers that had it in hand
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Videos travel as plain tuples: Ray's pickler asks about every other object, in Python.
-        return _block, (self.number, self.rows, tuple(map(_PLAIN, self.videos)), self.deaths)
-
-
-_PLAIN = attrgetter(*(field.name for field in fields(Video)))
-
-
-def _block(
-    number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...], deaths: int
-) -> Block:
-    return Block(number, rows, tuple(Video(*video) for video in videos), deaths)
-
-
-Submitted = tuple[
-    list[int], Job, "Future[Finished]"
-]  # rows of a block (their places), and who decodes them
-
-
-@dataclass(frozen=True)
-class Done:
-    """A block whose shard is written, ready to be committed."""
-
-    number: int
-    outcome: Rows
-    node: str
-    frames: int  # that went through the backbone
-    seconds: dict[
-        str, float
-    ]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
-
-
-def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
-    """What decode children are to do for n videos, and which of them (places) each job is for.
-
-    A whole file is a job of its own. Spans of one file that stand side by side go together, as many
-    as a slot holds.
-    """
-    together: list[list[int]] = []
-    for place, video in enumerate(videos):
-        before = videos[place - 1] if place else None
-        beside = before and before.path == video.path and before.span and video.span
-        if beside and len(together[-1]) < plan.rows_per_job:
-            together[-1].append(place)
-        else:
-            together.append([place])
-    return [
-        (some, (videos[some[0]].path, [(videos[k].id, videos[k].span) for k in some], plan))
-        for some in together
-    ]
 
 
 class Worker:

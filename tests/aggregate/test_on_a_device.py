@@ -33,9 +33,10 @@ HEADS = [
 def _no_autocast(monkeypatch) -> None:
     """`meta` knows no half precision."""
     real = torch.autocast
-    without = lambda kind, *rest, **how: (
-        nullcontext() if kind == "meta" else real(kind, *rest, **how)
-    )  # noqa: E731
+
+    def without(kind, *rest, **how):
+        return nullcontext() if kind == "meta" else real(kind, *rest, **how)
+
     monkeypatch.setattr(torch, "autocast", without)
 
 

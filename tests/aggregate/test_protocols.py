@@ -246,7 +246,8 @@ def test_macro_f1_of_failed_and_untested_videos():
 
 
 def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp_path):
-    command = f"-m aggregate.crossval --protocol mveb --shots 2 --repeats 3 --features {features} --out {tmp_path / 'cv'}"
+    command = "-m aggregate.crossval --protocol mveb --shots 2 --repeats 3"
+    command += f" --features {features} --out {tmp_path / 'cv'}"
     done = subprocess.run(
         [sys.executable, *command.split()], capture_output=True, text=True, check=True
     )

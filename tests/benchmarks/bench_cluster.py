@@ -25,10 +25,11 @@ from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Rows, RunLog, lock_store
 from extract.workers.actor_pool import RayActorPool, _Member
+from extract.workers.blocks import Block, Done, jobs_of
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
 from extract.workers.driver import _blocks, _columns, _run
-from extract.workers.worker import Block, Done, Worker, jobs_of
+from extract.workers.worker import Worker
 from simulated import SimulatedWorker
 
 # Ray Data warns of settings of its own when it is imported.

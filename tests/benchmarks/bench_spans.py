@@ -22,7 +22,7 @@ from extract.decode.transform import Preprocessing, resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centres
-from extract.workers.worker import jobs_of
+from extract.workers.blocks import jobs_of
 from videos import write_repeated, x264_defaults
 
 SECONDS, WINDOW, FRAMES = 3600, 10.0, 25

@@ -23,7 +23,8 @@ from extract.decode.subprocess_pool import Finished
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video
 from extract.options import Options
-from extract.workers.worker import Block, Worker, jobs_of
+from extract.workers.blocks import Block, jobs_of
+from extract.workers.worker import Worker
 
 PIXELS, DIM = 2, 5
 

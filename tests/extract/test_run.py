@@ -29,7 +29,7 @@ from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, RunLog
 from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
-from extract.workers.worker import Block
+from extract.workers.blocks import Block
 from stores import store_digest
 
 TINY = {

@@ -25,7 +25,7 @@ from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, settle, window_spans
 from extract.options import Options
 from extract.sampling import segment_centres
-from extract.workers.worker import jobs_of
+from extract.workers.blocks import jobs_of
 from videos import (
     DOUBTED,
     TRUSTED,

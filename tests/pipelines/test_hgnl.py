@@ -63,7 +63,8 @@ def test_every_module_with_a_main_is_a_command():
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from pipelines.__main__ import main; main([]); print(*{'torch', 'numpy', 'tyro'} & {*sys.modules})"
+    code = "import sys; from pipelines.__main__ import main; main([]); "
+    code += "print(*{'torch', 'numpy', 'tyro'} & {*sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
     )
