@@ -10,15 +10,17 @@ import torch
 from torch import nn
 
 from aggregate import train
-from aggregate.data.features import balanced_order
-from aggregate.models import Dropout
-from aggregate.training.learner import clip_gradients
+from aggregate.data.features import Batch, balanced_order
+from aggregate.models import Dropout, build
+from aggregate.training.learner import Learner, clip_gradients
 from aggregate.training.recipes import (
+    Recipe,
     choose_precision,
     class_weights,
     make_optimizer,
     parameter_groups,
     recipe,
+    set_lr,
 )
 from extract.cli import InputError
 from extract.store import FeatureStore
@@ -55,6 +57,100 @@ def test_the_fused_optimizer_takes_the_steps_of_the_plain_one():
     for name, value in ours.state_dict().items():
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=1e-5, atol=1e-6)
         assert not torch.equal(value, start[name])
+
+
+def learner(*, dropout: float = 0.0, seed: int = 0, **changes) -> Learner:
+    """Of a small TSN, always with the same weights."""
+    torch.manual_seed(5)
+    model = build("tsn", dim=16, num_classes=3, dropout=dropout)
+    chosen = Recipe("sgd", lr=0.1, weight_decay=0.0, epochs=4, batch_size=8, dropout=dropout)
+    return Learner(
+        "tsn", model, chosen, steps_per_epoch=4, seed=seed, device=torch.device("cpu"), **changes
+    )
+
+
+def batch_of(videos: int) -> Batch:
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.normal(size=(videos, 4, 16)).astype("f2"))
+    return Batch(x, None, torch.from_numpy(rng.integers(0, 3, videos)), np.arange(videos))
+
+
+def update(learner: Learner, batch: Batch, epoch: int = 0, step: int = 0) -> torch.Tensor:
+    """What a step changes in all weights, one after the other."""
+    before = nn.utils.parameters_to_vector(learner.model.parameters()).clone()
+    learner.step(batch, epoch, step)
+    return (nn.utils.parameters_to_vector(learner.model.parameters()) - before).detach()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 5])
+def test_micro_batches_add_up_to_the_gradient_of_the_batch(micro_batch):
+    batch = batch_of(7)
+    whole = update(learner(), batch)
+    assert whole.norm() > 1e-3
+    torch.testing.assert_close(
+        update(learner(micro_batch=micro_batch), batch), whole, rtol=1e-4, atol=1e-7
+    )
+
+
+def test_the_learning_rate_changes_with_every_step():
+    one = learner()
+    for step in range(4):
+        one.step(batch_of(4), 1, step)
+        assert one.optimizer.param_groups[0]["lr"] == 0.1 * one.recipe.factor(1 + step / 4)
+    assert one.recipe.factor(1) > one.recipe.factor(1.25) > one.recipe.factor(1.75)
+
+
+def test_of_equal_errors_the_first_epoch_is_kept():
+    one = learner()
+    kept = []
+    for epoch, error in enumerate((0.6, 0.5, 0.5, 0.7, 0.4)):
+        one.step(batch_of(4), epoch, 0)
+        one.keep_best(error, epoch)
+        kept.append(one.best_epoch)
+    assert kept == [0, 1, 1, 1, 4]
+    one.step(batch_of(4), 4, 1)
+    one.load_best()
+    assert all(
+        torch.equal(value, one.best_state[name]) for name, value in one.net.state_dict().items()
+    )
+
+
+def test_the_randomness_of_a_step_is_a_function_of_seed_epoch_step_and_rank():
+    def drawn(*, seed: int = 0, epoch: int = 0, step: int = 0, rank: int = 0) -> torch.Tensor:
+        one = learner(dropout=0.5, seed=seed, rank=rank)
+        one.recipe = replace(
+            one.recipe, milestones=(3,)
+        )  # until then the learning rate is the same
+        return update(one, batch_of(8), epoch, step)
+
+    same = drawn()
+    assert torch.equal(drawn(), same)
+    for changed in ({"seed": 1}, {"epoch": 1}, {"step": 1}, {"rank": 1}):
+        assert not torch.equal(drawn(**changed), same), changed
+
+
+def test_matrices_decay_and_biases_do_not():
+    network = small_network()
+    chosen = recipe("paper", "tsn", videos=100, weight_decay=0.1)
+    decay = {
+        id(p): group["weight_decay"]
+        for group in parameter_groups(network, chosen)
+        for p in group["params"]
+    }
+    for name, parameter in network.named_parameters():
+        assert decay[id(parameter)] == (0.1 if name.endswith("weight") else 0), name
+
+
+def test_a_group_keeps_its_part_of_the_learning_rate():
+    chosen = recipe("paper", "tsn", videos=100, lr=0.2)
+    groups = parameter_groups(small_network(), chosen) + parameter_groups(
+        small_network(), chosen, lr_scale=0.1
+    )
+    optimizer = make_optimizer(groups, chosen)
+    set_lr(optimizer, chosen, 20)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+        [0.02, 0.02, 0.002, 0.002]
+    )
 
 
 def test_dropout_keeps_the_share_and_the_mean_and_follows_the_seed():
@@ -163,4 +259,15 @@ def test_the_learning_rate_falls_as_the_recipe_says():
     assert [round(linear.factor(epoch), 3) for epoch in (1, 2, 7, 12)] == [0.5, 1.0, 0.5, 0.0]
     assert "linear, 2 epochs of warm-up" in str(linear)
     assert recipe("cached", "tsn", videos=100, warmup=0.0).factor(0) == 1
+    cosine = recipe("cached", "tsn", videos=100, warmup=2.0, epochs=12)
+    assert [round(cosine.factor(epoch), 3) for epoch in (1, 2, 7, 12)] == [0.5, 1.0, 0.5, 0.0]
+    steps = recipe("paper", "tsn", videos=100)
+    assert [round(steps.factor(epoch), 3) for epoch in (0, 19.9, 20, 29.9, 30)] == [
+        1,
+        1,
+        0.1,
+        0.1,
+        0.01,
+    ]
+    assert recipe("paper", "tsn", videos=100, epochs=20).milestones == (10, 15)
     assert "label smoothing 0.1" in str(recipe("cached", "tsn", videos=100, label_smoothing=0.1))

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import subprocess
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.recipes import recipe
+from aggregate.training.sources import logits_of
 from aggregate.training.splits import choose_rows
 from extract.cli import InputError, RunError
 from extract.store import FeatureStore
@@ -163,6 +165,27 @@ def test_a_group_can_be_held_out_by_name(features, tmp_path):
         assert "test" not in store.splits[several]
     with pytest.raises(InputError, match="--val-groups g99"):
         choose_rows(store, options(features, tmp_path, val_groups=("g99",)), 0)
+
+
+def test_without_a_training_split_neither_validation_nor_test_is_trained_on(tmp_path):
+    store = classes_store(tmp_path / "f.zarr")
+    store.__dict__["splits"] = np.array(["", "val", "test"], object)[np.arange(60) // 3 % 3]
+    rows, val, words = choose_rows(store, options("", Path()), 0)
+    assert set(store.splits[rows]) == {""}
+    assert set(store.splits[val]) == {"val"}
+    assert "no split named 'train': all but 'val' and 'test' to train" in words
+    store.__dict__["splits"] = np.array(["", "test"], object)[np.arange(60) // 3 % 2]
+    for chosen in choose_rows(store, options("", Path()), 0)[:2]:
+        assert set(store.splits[chosen]) == {""}
+
+
+def test_the_last_videos_of_a_class_are_not_held_out(tmp_path):
+    """Each class has two videos: one of them at most validates, however large a part is to."""
+    store = classes_store(tmp_path / "f.zarr", videos=6, splits=False)
+    store.__dict__["groups"] = np.full(6, "", object)
+    for seed in range(20):
+        rows, val, _ = choose_rows(store, options("", Path(), val_fraction=0.9), seed)
+        assert sorted(store.labels[rows]) == sorted(store.labels[val]) == [0, 1, 2]
 
 
 def test_a_hold_out_takes_whole_files_and_videos_without_a_group_one_by_one(tmp_path):
@@ -347,6 +370,25 @@ def test_crops_are_averaged_before_softmax_and_kept(trained, features, tmp_path)
     )
 
 
+def test_training_validates_on_the_mean_over_crops(features, tmp_path):
+    store = FeatureStore.open(features)
+    one = store.read(slice(0, 60))
+    two = np.concatenate(
+        [one, np.roll(one, 1, axis=0)], axis=1
+    )  # the second crop shows another class
+    arrays = {"lengths": store.num_frames, "labels": store.labels, "splits": store.splits.tolist()}
+    FeatureStore.from_arrays(tmp_path / "two.zarr", two, classes=store.classes, **arrays)
+    run = train.prepare(options(str(tmp_path / "two.zarr"), tmp_path / "run", epochs=1))
+    run.train()
+    model, source = run.learners[0].model, run.source
+    (crops,) = logits_of([model], source.testing, segments=3, batch_size=16)
+    assert crops.shape == (18, 2, 3)
+    (logits,) = source.validate([model], 3)
+    np.testing.assert_array_equal(logits, crops.mean(axis=1))
+    np.testing.assert_array_equal(run.learners[0].scores, logits)
+    assert (logits.argmax(1) != crops[:, 0].argmax(1)).any()
+
+
 def test_failed_videos_are_rows_of_nan(trained, tmp_path, capsys):
     classes_store(tmp_path / "f.zarr")
     fail_rows(tmp_path / "f.zarr", [6])
@@ -395,6 +437,18 @@ def test_features_of_another_backbone_are_refused(trained, features, tmp_path):
         train.main(options(features, tmp_path / "run", init=tmp_path / "other.pt"))
 
 
+@pytest.mark.parametrize("part", ["backbone", "weights", "preprocessing", "clips"])
+def test_features_that_differ_in_any_part_are_refused(part, trained, features, tmp_path):
+    checkpoint = Checkpoint.load(trained)
+    replace(checkpoint, features=checkpoint.features | {part: {"as": "before"}}).save(
+        tmp_path / "other.pt"
+    )
+    with pytest.raises(
+        InputError, match=f"was made with {part} .*, the checkpoint was trained on .*before"
+    ):
+        evaluate.main(evaluate.Options(tmp_path / "other.pt", features))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -406,6 +460,18 @@ def test_features_of_another_backbone_are_refused(trained, features, tmp_path):
 def test_wrong_input_to_evaluate_is_named(changes, message, trained, features):
     with pytest.raises(InputError, match=message):
         evaluate.main(evaluate.Options(trained, **({"features": features} | changes)))
+
+
+def test_a_flipped_byte_of_a_checkpoint_is_found(trained, tmp_path):
+    content = bytearray(trained.read_bytes())
+    with zipfile.ZipFile(trained) as records:
+        largest = max(records.infolist(), key=lambda record: record.file_size)
+    content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"flipped\.pt is no checkpoint that can be read safely .*the checksum of"
+    ):
+        Checkpoint.load(tmp_path / "flipped.pt")
 
 
 def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):

@@ -1,5 +1,6 @@
 """A store that is continued while its videos, its listing, its options or its files have changed."""
 
+import contextlib
 import csv
 import json
 import os
@@ -277,12 +278,22 @@ def test_a_setting_that_differs_is_refused_before_weights_are_loaded(
     assert store_digest(here / "f.zarr") == before
 
 
-def test_another_version_of_the_decoder_is_refused(here):
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("decoder", "version", "0.1"),
+        ("preprocessing", "resize", 999),
+        ("preprocessing", "interpolation", "box"),
+    ],
+)
+def test_what_only_the_loaded_backbone_tells_is_compared_too(part, name, value, here):
     store = FeatureStore.open(here / "f.zarr", writable=True)
-    provenance = store.provenance | {"decoder": store.provenance["decoder"] | {"version": "0.1"}}
+    provenance = store.provenance | {part: store.provenance[part] | {name: value}}
     store.group.attrs.put(store_attributes(store.classes, provenance))
-    with pytest.raises(InputError, match=r"decoder\.version: 0\.1 in the store, .* now"):
+    before = store_digest(here / "f.zarr")
+    with pytest.raises(InputError, match=rf"{part}\.{name}: {value} in the store, .* now"):
         again(here)
+    assert store_digest(here / "f.zarr") == before
 
 
 def test_weights_in_a_file_are_found_again_or_asked_for(here, capsys):
@@ -419,6 +430,14 @@ def test_unlisted_videos_are_named_and_taken_out_when_asked_until_they_are_liste
     assert again(here) == 0
     assert "again     1 videos are listed again (a.mp4)" in capsys.readouterr().out
     assert store_digest(here / "f.zarr") == whole
+
+
+def test_no_row_that_was_taken_out_is_listed(tmp_path):
+    classes_store(tmp_path / "f.zarr", videos=9)
+    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
+    store.set_status(np.arange(8), np.array([s + d for d in (0, DROPPED) for s in range(4)]))
+    assert store.listed.tolist() == [True] * 4 + [False] * 4 + [True]
+    assert store.usable.tolist() == [False, True, True, False] + [False] * 4 + [True]
 
 
 def test_readers_leave_out_what_was_dropped(tmp_path):
@@ -573,6 +592,32 @@ def test_a_store_behind_a_link_is_continued_and_locked_by_any_name(here, capsys)
         lock_store(here / "link.zarr"),
         pytest.raises(RunError, match="is being written by process"),
     ):
+        again(here)
+    assert store_digest(here / "f.zarr") == before
+
+
+class LostLock:
+    """Held for some calls of `ensure_held`, then lost, as the lease on a store of object storage may be."""
+
+    def __init__(self, calls: int):
+        self._calls = calls
+
+    def ensure_held(self) -> None:
+        self._calls -= 1
+        if self._calls < 0:
+            raise RunError("another run has taken the store")
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+def test_a_run_that_lost_the_store_writes_nothing_into_it(calls, here, monkeypatch):
+    """Neither a correction, nor what it has extracted."""
+    write_table(here / "clips", [("a.mp4", "pull", "train"), *TABLE[1:]] if not calls else TABLE)
+    FeatureStore.open(here / "f.zarr", writable=True).set_status(np.arange(2), PENDING)
+    before = store_digest(here / "f.zarr")
+    monkeypatch.setattr(
+        "extract.workers.driver.lock_store", lambda _: contextlib.nullcontext(LostLock(calls))
+    )
+    with pytest.raises(RunError, match="another run has taken the store"):
         again(here)
     assert store_digest(here / "f.zarr") == before
 

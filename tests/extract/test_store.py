@@ -166,6 +166,29 @@ def test_pending_videos_are_not_read_and_failed_ones_are_masked(tmp_path):
     assert not store.mask(rows, np.array([0, 1])).any()
 
 
+def test_outcomes_of_several_blocks_go_to_their_rows_in_whatever_order_they_come(tmp_path):
+    store = make(tmp_path / "a.zarr", 20, done=False)
+
+    def outcome(block: int) -> Rows:
+        rows = store.block_rows(block)
+        store.write_block(block, features_of(store, rows))
+        indices = np.broadcast_to(rows[:, None, None], (len(rows), 1, 4)).astype("<i4")
+        status = np.where(rows % 2, FAILED, OK).astype("i1")
+        errors = [f"row {row}" for row in rows]
+        return Rows(rows, status, errors, rows.astype("<i4"), indices, indices.astype("<f4"))
+
+    store.commit(outcome(2), outcome(0))
+    store = FeatureStore.open(tmp_path / "a.zarr")
+    done = np.array([*range(8), *range(16, 20)])
+    assert (
+        store.num_frames[done].tolist() == store.frame_indices[done, 0, 3].tolist() == done.tolist()
+    )
+    assert store.errors[done].tolist() == [f"row {row}" for row in done]
+    assert store.status.tolist() == [
+        (OK, FAILED)[row % 2] if row in done else PENDING for row in range(20)
+    ]
+
+
 def test_a_zero_block_still_has_its_shard(tmp_path):
     store = make(tmp_path / "a.zarr", 8, done=False)
     store.write_block(0, np.zeros((8, 1, 4, 6), "<f2"))
@@ -195,9 +218,16 @@ def test_rows_can_be_appended_and_the_short_block_rewritten(tmp_path):
         (lambda path: path.write_bytes(flip(path.read_bytes(), 60)), [1]),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), list(range(8))),
         (lambda path: path.write_bytes(flip(path.read_bytes(), -20)), list(range(8))),
+        (lambda path: path.write_bytes(flip(path.read_bytes(), -2)), list(range(8))),
+        (
+            lambda path: path.write_bytes(
+                path.read_bytes()[:-132] + b"more" + path.read_bytes()[-132:]
+            ),
+            list(range(8)),
+        ),
         (lambda path: path.unlink(), list(range(8))),
     ],
-    ids=["one video", "cut short", "index", "missing"],
+    ids=["one video", "cut short", "index", "checksum of the index", "grown", "missing"],
 )
 def test_damage_is_found_and_named(tmp_path, damage, expected):
     store = make(tmp_path / "a.zarr", 20)
@@ -262,6 +292,20 @@ def test_what_is_no_store_is_named(tmp_path):
         FeatureStore.open(tmp_path / "other.zarr")
     with pytest.raises(ValueError, match=r"float32 \(3, 1, 4, 6\)"):
         make(tmp_path / "a.zarr", 8, done=False).write_block(0, np.zeros((3, 1, 4, 6), "f4"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("running", "runnyng"), ('"sha256": "12"', '"sha256": "13"')]
+)
+def test_a_changed_attribute_is_damage(old, new, tmp_path):
+    make(tmp_path / "a.zarr", 2)
+    record = tmp_path / "a.zarr" / "zarr.json"
+    assert old in record.read_text()
+    record.write_text(record.read_text().replace(old, new))
+    with pytest.raises(
+        InputError, match=r"a\.zarr/zarr\.json is damaged: its checksum does not match"
+    ):
+        FeatureStore.open(tmp_path / "a.zarr")
 
 
 def test_a_second_run_is_refused_and_told_who_holds_the_store(tmp_path):

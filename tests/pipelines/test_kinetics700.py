@@ -100,6 +100,26 @@ def test_the_whole_recipe_then_again_in_no_time(roots, tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in work.rglob("c.*")}
 
 
+def test_weights_are_searched_on_validation_and_used_on_the_test(roots, tmp_path, monkeypatch):
+    fused = []
+
+    def fuse(work, *, split, weights, **_):
+        fused.append((split, weights))
+        return "0.75,0.25"
+
+    for name, stub in (
+        ("fuse", fuse),
+        ("step", lambda *_, **__: None),
+        ("_table", lambda *_: None),
+    ):
+        monkeypatch.setattr(kinetics700, name, stub)
+    for name in ("tsn", "hgnl"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pt").touch()
+    assert kinetics700.main(options(roots, tmp_path)) == 0
+    assert fused == [("val", "search"), ("test", "0.75,0.25")]
+
+
 def test_a_csv_with_missing_clips_and_kinetics_600_first(roots, tmp_path, capsys):
     made = options(roots, tmp_path / "run", flat=True, pretrain=roots[2])
     assert kinetics700.main(made) == 0
