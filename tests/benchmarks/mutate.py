@@ -457,6 +457,12 @@ MUTATIONS = [
     ),
     Mutation(
         LEARNER,
+        "loss * (self.world / whole)",
+        "loss * (self.world / len(labels))",
+        "tests/aggregate/test_finetune.py -k micro",
+    ),
+    Mutation(
+        LEARNER,
         "else (self.seed, epoch, step)\n",
         "else (self.seed, step)\n",
         f"{LEARNER_TESTS} -k 'not balance_helps'",
