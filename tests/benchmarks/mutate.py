@@ -194,13 +194,13 @@ MUTATIONS = [
         DRIVER,
         "                lock.ensure_held()\n",
         "                pass\n",
-        f"{RECONCILE_TESTS} -k 'lock or lost or two'",
+        f"{RECONCILE_TESTS} -k lost_the_store",
     ),
     Mutation(
         DRIVER,
         "\n            lock.ensure_held()\n",
         "\n",
-        f"{RECONCILE_TESTS} -k 'lock or lost or two'",
+        f"{RECONCILE_TESTS} -k lost_the_store",
     ),
     Mutation(
         "extract/store/locks.py",
@@ -257,7 +257,7 @@ MUTATIONS = [
         STORE_TESTS,
     ),
     Mutation(STORE, "if pending.any():", "if pending.all():", f"{STORE_TESTS} -k pending"),
-    Mutation(STORE, "status < DROPPED", "status <= DROPPED", f"{RECONCILE_TESTS} -k dropped"),
+    Mutation(STORE, "status < DROPPED", "status <= DROPPED", f"{RECONCILE_TESTS} -k taken_out_is_listed"),
     Mutation(
         "extract/store/corrections.py",
         'if record.pop("checksum") == checksum(record):',
@@ -349,7 +349,7 @@ MUTATIONS = [
         "inner, held_out = fold.train, fold.train[fold.held_out]\n    candidates",
         f"{CROSSVAL_TESTS} -k bit_for_bit",
     ),
-    Mutation(NESTED, "else epoch + 1 for", "else epoch for", f"{CROSSVAL_TESTS} -k no_say"),
+    Mutation(NESTED, "else epoch + 1 for", "else epoch for", f"{CROSSVAL_TESTS} -k table_scores"),
     # -- metrics ---------------------------------------------------------------------------------
     Mutation(
         METRICS,
