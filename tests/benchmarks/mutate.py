@@ -257,7 +257,9 @@ MUTATIONS = [
         STORE_TESTS,
     ),
     Mutation(STORE, "if pending.any():", "if pending.all():", f"{STORE_TESTS} -k pending"),
-    Mutation(STORE, "status < DROPPED", "status <= DROPPED", f"{RECONCILE_TESTS} -k taken_out_is_listed"),
+    Mutation(
+        STORE, "status < DROPPED", "status <= DROPPED", f"{RECONCILE_TESTS} -k taken_out_is_listed"
+    ),
     Mutation(
         "extract/store/corrections.py",
         'if record.pop("checksum") == checksum(record):',

@@ -141,6 +141,8 @@ def test_improbable_classes_keep_their_order():
     first = scores("u", u=[0, -2000, -3000])
     fused = fuse([first, first])
     np.testing.assert_allclose(fused.logits[0], [0, -2000, -3000])
+    for both in ([first, scores("u", u=np.nan)], [scores("u", u=np.nan), first]):
+        np.testing.assert_allclose(fuse(both).logits[0], [0, -2000, -3000])
     assert np.isfinite(fuse([scores("u", u=[-3e38, 0, 3e38])]).logits).all()
 
 

@@ -1,5 +1,6 @@
 """The search against fusing again and against exhaustive search; its figure against fresh data."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -125,6 +126,16 @@ def test_models_that_are_alike_do_not_beat_equal_weights_and_it_is_said():
     assert "do NOT beat equal ones" in found.statement()
     assert "Prefer --weights equal" in found.statement()
     assert found.in_sample <= found.summary.average_error.value
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "beats"), [(-0.03, -0.001, True), (-0.03, 0.0, False), (-0.03, 0.002, False)]
+)
+def test_searched_weights_beat_equal_ones_only_if_the_whole_interval_says_so(low, high, beats):
+    found = search(Ranking.of(align(models(1.0, 1.4, count=50))))
+    found = replace(found, against_equal=metrics.Interval(-0.01, low, high))
+    assert found.beats_equal is beats
+    assert ("do NOT beat equal ones" in found.statement()) is not beats
 
 
 def test_weights_are_a_function_of_the_seed_and_the_videos_not_of_the_order_in_a_file():
