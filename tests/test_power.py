@@ -43,7 +43,8 @@ class FakeWorker:
         return 0
 
     def describe(self):
-        return {"provenance": {"precision": "fp32", "views": ["center"]}, "dim": DIM, "words": ""}
+        provenance = {"precision": "fp32", "views": ["center"]}
+        return {"provenance": provenance, "dim": DIM, "frames": FRAMES, "words": ""}
 
     def check(self, nonce, video, version):
         pass
