@@ -122,6 +122,11 @@ def test_groups_of_one_video_and_a_single_group_are_videos():
     assert metrics.bootstrap(values, np.full(50, "one subject")) == alone
 
 
+def test_two_groups_are_two_units_and_one_group_says_nothing():
+    assert metrics.independent_units(np.array(["b", "a", "b", "b"])).tolist() == [1, 0, 1, 1]
+    assert metrics.independent_units(np.array(["a", "a", "a"])).tolist() == [0, 1, 2]
+
+
 def test_a_summary_resamples_groups_in_every_interval():
     rng = np.random.default_rng(4)
     labels = np.repeat(rng.integers(0, 4, 30), 10)
