@@ -90,7 +90,7 @@ AT_LEAST = {
         1,
     ),
 }
-MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps")
+MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps", "frame_rate")
 FRACTIONS = ("max_failed", "dropout", "label_smoothing", "val_fraction", "false_alarms")
 MOST = 2**63 - 1  # of a seed, for numpy, PyTorch and OpenVINO alike
 

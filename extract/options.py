@@ -67,6 +67,8 @@ class Options:
     fps: float | None = None
     """Frames a second, in windows: of --window seconds, or else so long that --frames are shown in
     them."""
+    frame_rate: float | None = None
+    """Pictures per second, of videos that are folders of numbered pictures (img_00001.jpg ...)."""
     crops: Literal[1, 3, 10] | None = None
     """Views of each frame: center (new store); center and both ends; corners and center, each
     flipped."""

@@ -4,6 +4,9 @@ ends.
 A digest of the whole file would read every byte again. The first and last 64 kB and the size tell
 apart what people replace a video by: another encoding, a longer download, another clip. What they
 do not tell: a file of the same size with other bytes only in the middle.
+
+A folder of numbered pictures is identified by the names and sizes of all, and both ends of the first
+and the last.
 """
 
 import hashlib
@@ -11,6 +14,8 @@ import os
 import re
 import stat
 from typing import NamedTuple
+
+from extract.numbered import picture_paths
 
 END_BYTES = 1 << 16  # of each end of a file
 
@@ -43,9 +48,11 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     """Size, digest and time of change of a file; `UNKNOWN` for what cannot be read or is not a
     file.
 
-    Reads at most 128 kB.
+    Reads at most 128 kB, of a folder twice that.
     """
     try:
+        if os.path.isdir(path):
+            return _read_pictures(path)
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
             return UNKNOWN
         with open(path, "rb", buffering=0) as file:
@@ -59,3 +66,29 @@ def read_source(path: str | os.PathLike[str]) -> Source:
         return UNKNOWN
     digest = hashlib.blake2b(ends, digest_size=8, key=str(status.st_size).encode()).digest()
     return Source(status.st_size, int.from_bytes(digest, "little", signed=True), status.st_mtime_ns)
+
+
+def stat_source(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Size and time of change, as `Source` has them, without reading; size 0 for what is not a video.
+
+    Of a folder, the size of its numbered pictures together and the latest change. Raises OSError.
+    """
+    status = os.stat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        return status.st_size if stat.S_ISREG(status.st_mode) else 0, status.st_mtime_ns
+    pictures = [os.stat(picture) for picture in picture_paths(path)]
+    latest = max((picture.st_mtime_ns for picture in pictures), default=status.st_mtime_ns)
+    return sum(picture.st_size for picture in pictures), latest
+
+
+def _read_pictures(folder: str | os.PathLike[str]) -> Source:
+    paths = picture_paths(folder)
+    if not paths:
+        return UNKNOWN
+    size, changed = stat_source(folder)
+    digest = hashlib.blake2b(digest_size=8)
+    for path in paths:
+        digest.update(b"%s\0%d\0" % (os.fsencode(os.path.basename(path)), os.stat(path).st_size))
+    for path in (paths[0], paths[-1]):
+        digest.update(b"%d" % read_source(path).digest)
+    return Source(size, int.from_bytes(digest.digest(), "little", signed=True), changed)

@@ -66,6 +66,7 @@ class Plan:
     epoch: int | None = None
     clip_fps: float | None = None  # frames of a clip per second; None: consecutive frames
     first_clip: int = 0  # of each row: those before it are in another job's buffer
+    frame_rate: float | None = None  # of folders of numbered pictures (Hz)
 
     def __post_init__(self) -> None:
         if self.crops > 1 and self.preprocessing.has_one_crop:
@@ -194,6 +195,7 @@ def decode_job(job: Job, out: Any) -> Any:
             [(span, sampler) for (_, span), sampler in zip(rows, samplers, strict=True)],
             resize=lambda frame: resize_frame(frame, plan.preprocessing),
             decoder=plan.decoder,
+            frame_rate=plan.frame_rate,
         ):
             if isinstance(decoded, VideoError):
                 results[row] = decoded

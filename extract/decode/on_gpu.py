@@ -101,7 +101,12 @@ class GpuDecoder:
         )
 
     def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
-        if job[2].decoder == "pyav":
+        path, rows, plan = job
+        if os.path.isdir(path):  # of pictures, which no video decoder reads
+            return (
+                self._children.submit((path, rows, replace(plan, decoder="pyav"))).result().taken()
+            )
+        if plan.decoder == "pyav":
             return self._fall_back(job, "workers died with it in hand")
         answer: Future[Finished] = Future()
         threading.Thread(target=self._decode, args=(job, answer), daemon=True).start()

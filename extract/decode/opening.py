@@ -11,6 +11,8 @@ from typing import Any
 import av
 from av.format import ContainerFormat
 
+from extract.sources import stat_source
+
 # A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
 LENIENT_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -70,7 +72,7 @@ def time_limit(timeout: float, path: Any) -> float:
     header claims.
     """
     try:
-        size = os.stat(path).st_size
+        size = stat_source(path)[0]
     except (OSError, TypeError, ValueError):  # reading it will say why
         size = 0
     return max(timeout, min(timeout + size / BYTES_PER_SECOND, LONGEST_SECONDS))
@@ -114,6 +116,8 @@ def _why_absent(path: str) -> str:
 def check_length(path, seconds: float) -> None:
     """Raise VideoError for a length that a header or a time stamp claims and the file cannot
     have."""
+    if os.path.isdir(path):  # of pictures, each of which exists
+        return
     size = os.stat(path).st_size
     if seconds > MAX_SECONDS or seconds > max(3600.0, size / MIN_BYTES_PER_SECOND):
         raise VideoError(

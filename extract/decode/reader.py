@@ -53,6 +53,7 @@ from extract.decode.packets import (
     truncation,
     upright,
 )
+from extract.decode.pictures import PictureFolder
 
 Resize = Callable[[np.ndarray], np.ndarray]
 
@@ -154,6 +155,7 @@ def decode_spans(
     *,
     resize: Resize | None = None,
     decoder: str = "pyav",
+    frame_rate: float | None = None,
 ) -> Iterator[tuple[int, Decoded | VideoError]]:
     """`decode` for several spans of a file in one pass: the place of each in `wanted`, and its
     frames or its failure.
@@ -163,14 +165,17 @@ def decode_spans(
     its picture size. However often a sampler chooses a frame, it is decoded, resized and returned
     once. decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open
     AV1), or on_gpu.py's "torchcodec-cuda", whose frames are tensors on that device (VideoError also
-    where only PyAV could read it).
+    where only PyAV could read it). With a `frame_rate` (Hz), the path may be a folder of numbered
+    pictures, which Pillow decodes whatever the decoder.
     """
-    check_file(path)
+    rate = frame_rate if os.path.isdir(path) else None
+    if rate is None:
+        check_file(path)
     left = list(range(len(wanted)))
-    key = (os.fspath(path), decoder, os.stat(path).st_mtime_ns)
+    key = (os.fspath(path), decoder, rate, os.stat(path).st_mtime_ns)
     source = _recent.pop(key, None)
     _recent.clear()
-    source = source or _Source(path, decoder)
+    source = source or _Source(path, decoder, rate)
     doubt = source.doubt
     if source.file is not None:
         check_length(path, source.file.end)
@@ -178,7 +183,7 @@ def decode_spans(
             yield from _decode(source.file, path, wanted, left, resize)
         except UnreliablePacketsError as error:
             doubt = str(error)
-            if decoder.startswith("torchcodec-"):
+            if rate is None and decoder.startswith("torchcodec-"):
                 raise VideoError(path, doubt) from None
             # What is decoded of a span must not depend on the spans that it was decoded with.
             for place in [*left] if len(left) > 1 else []:
@@ -197,18 +202,20 @@ class _Source:
     """What was learned of a file: its packets, or `doubt` why they are not to be trusted; all of
     it, if need be."""
 
-    def __init__(self, path, decoder: str):
-        self.path, self.doubt = path, ""
+    def __init__(self, path, decoder: str, rate: float | None):
+        self.path, self.doubt, self._rate = path, "", rate
         self.file: VideoFile | None = None
-        self._everything: _FullDecode | None = None
+        self._everything: VideoFile | None = None
         try:
-            self.file = _opener(decoder)(path)
+            self.file = _opener(decoder, rate)(path)
         except UnreliablePacketsError as error:
-            if decoder.startswith("torchcodec-"):
+            if rate is None and decoder.startswith("torchcodec-"):
                 raise VideoError(path, str(error)) from None
             self.doubt = str(error)
 
-    def everything(self, doubt: str) -> "_FullDecode":
+    def everything(self, doubt: str) -> VideoFile:
+        if self._everything is None and self._rate is not None:
+            self._everything = PictureFolder(self.path, rate=self._rate, only_good=True)
         if self._everything is None:
             self._everything = _FullDecode(
                 self.path, doubt, self.file if isinstance(self.file, PacketDecoder) else None
@@ -216,7 +223,9 @@ class _Source:
         return self._everything
 
 
-def _opener(decoder: str) -> Callable[..., VideoFile]:
+def _opener(decoder: str, rate: float | None) -> Callable[..., VideoFile]:
+    if rate is not None:
+        return partial(PictureFolder, rate=rate)
     if decoder.startswith("torchcodec-"):
         return partial(TorchcodecFile, device=decoder.removeprefix("torchcodec-"))
     if decoder not in ("pyav", "decord"):

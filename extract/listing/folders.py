@@ -7,10 +7,11 @@ that a listing costs little more than reading the folders.
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from extract.cli import InputError, examples
+from extract.numbered import gaps, numbered_pictures
 
 VIDEO_EXTENSIONS = frozenset(
     {
@@ -93,12 +94,15 @@ class Scan(NamedTuple):
     """The videos below a folder, sorted POSIX paths; what was ignored, by reason; inodes of the
     videos' files.
 
-    A link has the inode of the file that it leads to; a dangling one has none.
+    A link has the inode of the file that it leads to; a dangling one has none. `picture_folders` are
+    those of the videos that are folders of numbered pictures, with what is missing in their
+    numbering.
     """
 
     videos: list[str]
     ignored: Ignored
     inodes: dict[str, int]
+    picture_folders: dict[str, str]
 
 
 def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
@@ -110,6 +114,7 @@ def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
     inodes: dict[str, int] = {}
     videos: list[str] = []
     ignored: dict[str, list[str]] = defaultdict(list)
+    picture_folders: dict[str, str] = {}
     waiting: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
     while waiting:
         below, parents = waiting.pop()
@@ -119,6 +124,13 @@ def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
         except OSError as error:
             ignored[UNREADABLE].append(f"{below or '.'} ({error.strerror})")
             continue
+        pictures = _pictures_of_a_video(entries)
+        if pictures and below:
+            videos.append(below)
+            picture_folders[below] = gaps(pictures)
+            inodes[below] = os.stat(os.path.join(root, below)).st_ino
+            used = set(pictures.values())
+            entries = [entry for entry in entries if entry.name not in used]
         for entry in entries:
             name = entry.name
             path = f"{below}/{name}" if below else name
@@ -143,7 +155,16 @@ def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
                 else:
                     waiting.append((path, (*parents, real)))
     videos.sort()
-    return Scan(videos, {reason: tuple(sorted(names)) for reason, names in ignored.items()}, inodes)
+    by_reason = {reason: tuple(sorted(names)) for reason, names in ignored.items()}
+    return Scan(videos, by_reason, inodes, picture_folders)
+
+
+def _pictures_of_a_video(entries: Sequence[os.DirEntry[str]]) -> dict[int, str]:
+    """The numbered pictures of a folder, if they are a video: if there is no video file beside
+    them."""
+    if any(extension(entry.name) in VIDEO_EXTENSIONS for entry in entries):
+        return {}
+    return numbered_pictures(entry.name for entry in entries if not _false_on_error(entry.is_dir))
 
 
 def _reason_to_ignore(entry: os.DirEntry[str], is_folder: bool) -> tuple[str, str]:

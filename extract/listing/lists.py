@@ -29,7 +29,10 @@ LIST_EXTENSIONS = frozenset({"csv", "tsv", "txt", "list", "json"})
 _UCF = re.compile(r"(?:train|test)list(?P<number>\d+)\.txt")
 _HMDB = re.compile(r"(?P<class>.+)_test_split(?P<number>\d+)\.txt")
 _SEPARATORS = ("\t", ";", ",", " ")
-FRAMES_HINT = "folders of pictures are not read; make videos of them: ffmpeg -framerate 25 -i img_%05d.jpg x.mp4"
+FRAMES_HINT = (
+    "a folder is a video if it holds numbered pictures of one pattern (img_00001.jpg, img_00002.jpg "
+    "...); give the folder around such folders, or a CSV path,label, to `extract --frame-rate`"
+)
 
 
 def read_list(path: str, root: str) -> Table:

@@ -37,6 +37,7 @@ from extract.listing.lists import (
 )
 from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
 from extract.listing.tables import Row, span_id
+from extract.numbered import PICTURE_EXTENSIONS
 
 __all__ = [
     "Listing",
@@ -90,6 +91,7 @@ class Listing:
     unlisted: tuple[str, ...] = field(default=(), repr=False)
     ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
+    picture_folders: tuple[str, ...] = field(default=(), repr=False)  # paths below the root
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -109,6 +111,20 @@ class Listing:
         for name, video in _youtube_ids((*self.videos, *self.missing)):
             splits[name].add(video.split)
         return {name: tuple(sorted(where)) for name, where in splits.items() if len(where) > 1}
+
+    def check_frame_rate(self, rate: float | None, *, needless: bool = False) -> None:
+        """InputError if folders of pictures have no frame rate (Hz), or if it is `needless`."""
+        folders = self.picture_folders
+        if needless and rate is not None and not folders:
+            raise InputError(
+                f"--frame-rate {rate:g} is for folders of numbered pictures; {self.source} lists none, "
+                "leave it out"
+            )
+        if not needless and rate is None and folders:
+            raise InputError(
+                f"{self.source} lists {_count(len(folders), 'folder')} of numbered pictures, such as "
+                f"{folders[0]}; say with --frame-rate how many are shown per second, or move them away"
+            )
 
     def report(self) -> str:
         """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two
@@ -169,6 +185,7 @@ def list_videos(
     *,
     labels: str | os.PathLike[str] = "auto",
     root: str | os.PathLike[str] | None = None,
+    picture_folders: bool = False,
 ) -> Listing:
     """List the videos of `source`:
 
@@ -181,6 +198,9 @@ def list_videos(
       column `subject` is the group,
     - one video.
 
+    A folder of numbered pictures of one pattern is a video too, where videos are, if the caller can
+    read such `picture_folders`; else they are refused.
+
     `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where
     every name is in it, else the sorted names), "kinetics700", or a file with one class a line;
     names match it as they are, with `_` for spaces, and with `'`, `(`, `)` removed as well. Raises
@@ -192,7 +212,13 @@ def list_videos(
         base = (
             source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
         )
-        return _listing(source, rows, labels, base, fields)
+        listing = _listing(source, rows, labels, base, fields)
+    if listing.picture_folders and not picture_folders:
+        raise InputError(
+            f"{source} lists folders of numbered pictures, such as {listing.picture_folders[0]}; only "
+            "`extract` reads them, with --frame-rate: train and test on the features that it stores"
+        )
+    return listing
 
 
 def read_listing(
@@ -328,17 +354,15 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
-    files, ignored, inodes = scanned = scan(source)
+    files, ignored, inodes, pictures = scanned = scan(source)
     if not files:
         why = "; ".join(
             f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items()
         )
-        pictures = any(
-            extension(name) in ("jpg", "jpeg", "png")
-            for names in ignored.values()
-            for name in names
-        )
-        hint = f". {FRAMES_HINT.capitalize()}" if pictures else ""
+        names = [name for names in ignored.values() for name in names]
+        hint = ""
+        if any(name.lower().endswith(PICTURE_EXTENSIONS) for name in names):
+            hint = f". {FRAMES_HINT[0].upper()}{FRAMES_HINT[1:]}"
         raise InputError(
             f"there is no video in {source}; " + (f"ignored: {why}{hint}" if why else "it is empty")
         )
@@ -349,8 +373,21 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     rows = [Row(source, 0, file, *by_folder[folder(file)][::-1], file=file) for file in files]
     layout = "/".join([*["<split>"] * splits, *["<class>"] * classes, "<clip>"])
     layout = f"folders {layout}" if splits or classes else "a flat folder"
-    notes = tuple(describe_leaks(rows, source, inodes))
-    return rows, {"layout": layout, "ignored": ignored, "notes": notes}
+    return rows, {
+        "layout": layout,
+        "ignored": ignored,
+        "notes": (*_describe_pictures(pictures), *describe_leaks(rows, source, inodes)),
+        "picture_folders": tuple(pictures),
+    }
+
+
+def _describe_pictures(folders: Mapping[str, str]) -> list[str]:
+    """folders: those of numbered pictures, with what is missing in their numbering."""
+    missing = [f"{name}: {gap}" for name, gap in folders.items() if gap]
+    lines = [f"{_count(len(folders), 'video')} as folders of numbered pictures"] if folders else []
+    if missing:
+        lines.append(f"GAPS in the numbers of pictures: {len(missing):,}{_named(missing)}")
+    return lines
 
 
 def _tables_in(source: str) -> list[str]:
@@ -384,7 +421,7 @@ def _from_lists(
         raise InputError(f"{paths[0]} has a header and no rows")
     # A list of paths may lie in a large folder: only the folders that it names are looked into.
     only = None if by_stem else {row.name.partition("/")[0] for row in by_path}
-    files, ignored, inodes = scanned or scan(root, only=only)
+    files, ignored, inodes, pictures = scanned or scan(root, only=only)
     rows = [*locate_stems(by_stem, files if by_stem else ()), *locate_paths(by_path, files, root)]
     reject_duplicates(rows, of_two_classes=any(table.kind == "clip" for table in tables))
     found = [row for row in rows if row.file]
@@ -403,8 +440,9 @@ def _from_lists(
         # Spans of one file next to each other, by when they begin, so that it is read in one pass.
         first = {row.file: place for place, row in reversed([*enumerate(rows)])}
         rows.sort(key=lambda row: (first[row.file], row.span or ()))
-    notes += describe_leaks(found, root, inodes)
     used = {row.file for row in found}
+    pictures = {name: gap for name, gap in pictures.items() if name in used}
+    notes += [*_describe_pictures(pictures), *describe_leaks(found, root, inodes)]
     read = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     left = {
         why: tuple(name for name in names if name not in read) for why, names in ignored.items()
@@ -414,6 +452,7 @@ def _from_lists(
         "unlisted": tuple(file for file in files if file not in used),
         "ignored": {why: names for why, names in left.items() if names},
         "notes": tuple(notes),
+        "picture_folders": tuple(pictures),
     }
 
 

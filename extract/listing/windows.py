@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import stat
 from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
@@ -15,6 +16,7 @@ from extract.cores import available_cores
 from extract.files import make_folder
 from extract.listing.tables import span_id
 from extract.listing.videos import Video
+from extract.numbered import picture_paths
 from extract.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
@@ -81,16 +83,20 @@ def cut_windows(
     *,
     timeout: float = 60.0,
     cache: Path | None = None,
+    frame_rate: float | None = None,
 ) -> list[Video]:
     """Windows of videos, or of spans of them; a group each, where none is known, so that no split
     tears one apart.
 
-    A file whose length cannot be had stays whole, and fails when it is read. `timeout` and `cache`:
-    see `file_lengths`. Raises InputError for a file that would be millions of windows.
+    A file whose length cannot be had stays whole, and fails when it is read. `timeout`, `cache` and
+    `frame_rate`: see `file_lengths`. Raises InputError for a file that would be millions of windows.
     """
     videos, cut = list(videos), []
     lengths = file_lengths(
-        (video.path for video in videos if video.span is None), timeout=timeout, cache=cache
+        (video.path for video in videos if video.span is None),
+        timeout=timeout,
+        cache=cache,
+        frame_rate=frame_rate,
     )
     for video in videos:
         seconds = lengths.get(video.path) if video.span is None else video.span[1] - video.span[0]
@@ -112,13 +118,18 @@ def cut_windows(
 
 
 def file_lengths(
-    paths: Iterable[str], *, timeout: float, cache: Path | None = None
+    paths: Iterable[str],
+    *,
+    timeout: float,
+    cache: Path | None = None,
+    frame_rate: float | None = None,
 ) -> dict[str, float | None]:
     """Seconds that each file lasts, None for one that cannot be read or does not answer in time.
 
     Files are opened in child processes, each under the deadline of decoding (`timeout`, see
     `time_limit`). What is learned is kept in `cache` (JSON lines: path, size, modification time,
-    seconds), so that a restart opens nothing that has not changed.
+    seconds), so that a restart opens nothing that has not changed. A folder of numbered pictures
+    lasts as long as they do at `frame_rate` (Hz).
     """
     from extract.decode.jobs import decode_job
     from extract.decode.subprocess_pool import SubprocessPool
@@ -130,6 +141,10 @@ def file_lengths(
         size, changed, seconds = known.get(path, (-1, -1, None))
         try:
             info = os.stat(path)
+            if stat.S_ISDIR(info.st_mode):
+                pictures = len(picture_paths(path))
+                lengths[path] = pictures / frame_rate if pictures and frame_rate else None
+                continue
         except (OSError, ValueError):  # reading it says why
             lengths[path] = None
             continue

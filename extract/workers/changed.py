@@ -7,8 +7,6 @@ of the videos.
 """
 
 import io
-import os
-import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -16,7 +14,7 @@ import numpy as np
 
 from extract.cli import progress
 from extract.listing.videos import Video
-from extract.sources import Source, read_source
+from extract.sources import Source, read_source, stat_source
 from extract.store import FAILED, PENDING, FeatureStore
 from extract.store.objects import read_object, write_object
 
@@ -106,9 +104,7 @@ def _sizes_and_times(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         if path != last_path:  # windows of one file lie side by side
             last_path = path
             try:
-                found = os.stat(path)
-                regular = stat.S_ISREG(found.st_mode)
-                last = (found.st_size if regular else 0, found.st_mtime_ns)
+                last = stat_source(path)
             except OSError:
                 last = (-1, -1)
         values[place] = last

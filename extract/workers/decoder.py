@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import socket
 import threading
 from functools import cache
@@ -32,8 +33,11 @@ def check_node(version: str, video: str) -> str:
             f"the worker on {node} has hgnl-video {code_version()}, the driver {version}; install the same everywhere"
         )
     try:
-        with open(video, "rb") as file:
-            file.read(1)
+        if os.path.isdir(video):
+            os.listdir(video)
+        else:
+            with open(video, "rb") as file:
+                file.read(1)
     except OSError as error:
         raise RunError(
             f"the worker on {node} cannot read the videos: {error}; mount them at the same path"

@@ -65,8 +65,11 @@ def extract(options: Options) -> int:
     if threading.current_thread() is threading.main_thread():
         # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    listing = list_videos(options.videos, root=options.root, labels=options.labels)
+    listing = list_videos(
+        options.videos, root=options.root, labels=options.labels, picture_folders=True
+    )
     print(listing.report())
+    listing.check_frame_rate(options.frame_rate, needless=True)
     out = real_path(options.out)
     _refuse_foreign_folder(out)
     if out != options.out:
@@ -78,6 +81,7 @@ def extract(options: Options) -> int:
 def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
     store = _open_if_exists(options.out)
     settings = continue_options(options, store) if store else settle(options).with_defaults()
+    listing.check_frame_rate(settings.frame_rate)
     videos = _choose_videos(settings, listing)
     log, nonce = RunLog(settings.out), uuid.uuid4().hex
     log.write(
@@ -194,7 +198,12 @@ def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
         return videos
     cache = None if is_remote(options.out) else lengths_path(options.out)
     windows = cut_windows(
-        videos, options.window, options.stride, timeout=options.video_timeout, cache=cache
+        videos,
+        options.window,
+        options.stride,
+        timeout=options.video_timeout,
+        cache=cache,
+        frame_rate=options.frame_rate,
     )
     print(
         f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos"
@@ -236,6 +245,8 @@ def _announce(
 def _readable(blocks: list[Block]) -> str:
     """A video that this process can open; workers that cannot do not see the videos."""
     for video in (video for block in blocks for video in block.videos):
+        if os.path.isdir(video.path):
+            return video.path
         with contextlib.suppress(VideoError):
             check_file(video.path)  # waits for nothing, as opening a pipe would
             return video.path

@@ -88,6 +88,7 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
         "frames": sampling.get("frames", store.frames_per_video),
         "window": sampling.get("window"),
         "stride": sampling.get("stride"),
+        "frame_rate": sampling.get("frame_rate"),
         "crops": len(views) - passes,
         "augment_passes": passes,
         "block_size": store.block_size,

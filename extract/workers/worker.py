@@ -5,6 +5,7 @@ this thread feeds the device with batches of a constant size, whose frames may b
 one thread writes the shard of the block before.
 """
 
+import importlib.metadata
 import os
 import socket
 import time
@@ -91,7 +92,8 @@ class Worker:
 
     def _calibration(self, preprocessing: Preprocessing) -> "Calibration":
         assert self._sample is not None
-        with self._subprocesses(self.cores, plan := self._sample.plan(preprocessing)) as pool:
+        plan = replace(self._sample.plan(preprocessing), frame_rate=self.options.frame_rate)
+        with self._subprocesses(self.cores, plan) as pool:
             return self._sample.decode(pool, plan)
 
     @property
@@ -121,6 +123,7 @@ class Worker:
             **self._backbone.clip_options,
             seed=options.seed,
             decoder=options.decoder,
+            frame_rate=options.frame_rate,
         )
 
     @cached_property
@@ -181,12 +184,16 @@ class Worker:
             if options.window is not None
             else {}
         )
+        decoder = decoder_version(options.decoder)
+        if options.frame_rate is not None:
+            sampling["frame_rate"] = options.frame_rate
+            decoder += f", Pillow {importlib.metadata.version('pillow')}"
         provenance = {
             **self._backbone.provenance(),
             "sampling": sampling | windows,
             "views": list(self._views),
             "seed": options.seed,
-            "decoder": {"name": options.decoder, "version": decoder_version(options.decoder)},
+            "decoder": {"name": options.decoder, "version": decoder},
         }
         return {
             "provenance": provenance,

@@ -128,12 +128,12 @@ def test_three_fields_are_asked_about(tmp_path):
     touch(tmp_path, "frames/y/img_00001.jpg")
     with pytest.raises(
         InputError,
-        match=r"train\.txt lists folders, such as frames/y; .* make videos of them: ffmpeg",
+        match=r"train\.txt lists folders, such as frames/y; .* or a CSV path,label, to `extract",
     ):
         list_videos(write(tmp_path / "train.txt", "frames/y 250 3\n"))
     with pytest.raises(
         InputError,
-        match=r"ignored: .*\(y/img_00001\.jpg\)\. Folders of pictures are not read; make",
+        match=r"ignored: .*\(y/img_00001\.jpg\)\. A folder is a video if it holds numbered",
     ):
         list_videos(tmp_path / "frames")
     with pytest.raises(

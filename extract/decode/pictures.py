@@ -1,0 +1,115 @@
+"""A folder of numbered pictures as a video: its pictures are its frames, decoded by Pillow."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+
+from extract.cli import examples
+from extract.decode.opening import MAX_PIXELS, VideoError, check_file, check_size, error_text
+from extract.decode.packets import Span, UnreliablePacketsError, VideoFile
+from extract.numbered import gaps, numbered_pictures
+
+# Orientations of EXIF that swap width and height.
+_ON_THEIR_SIDE = (5, 6, 7, 8)
+_ORIENTATION = 0x0112
+
+
+class PictureFolder(VideoFile):
+    """Frame k is the picture with the k-th smallest number, shown from k / rate on; rate in Hz.
+
+    Of a picture that is damaged or has another size than the first, `pictures` raises
+    UnreliablePacketsError. With `only_good`, all are decoded beforehand, and those that are damaged
+    or have another size than most are left out.
+    """
+
+    def __init__(self, path, *, rate: float, only_good: bool = False):
+        self._path = os.fspath(path)
+        try:
+            by_number = numbered_pictures(os.listdir(path))
+        except OSError as error:
+            raise VideoError(path, f"cannot be read: {error_text(error)}") from None
+        if not by_number:
+            raise VideoError(path, "is a folder, but not one of numbered pictures of one pattern")
+        self._names = list(by_number.values())
+        self._every = np.arange(len(self._names)) / rate
+        self.times, self.end = self._every, len(self._names) / rate
+        if missing := gaps(by_number):
+            self.clock_note = f"{missing}; times count the pictures that exist"
+        self._damage: dict[int, str] = {}
+        if only_good:
+            self._leave_out_damaged()
+        else:
+            self._size = self._decoded(0, header_only=True)
+
+    def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
+        for index in indices:
+            number = index if self.numbers is None else int(self.numbers[index])
+            picture = self._decoded(number)
+            size = picture.shape[1::-1]
+            if size != self._size:
+                raise UnreliablePacketsError(f"{self._names[number]} has another size")
+            yield index, picture
+
+    def problem(self, span: Span | None) -> str:
+        first, stop = (0, len(self._every)) if span is None else np.searchsorted(self._every, span)
+        damaged = [number for number in self._damage if first <= number < stop]
+        reasons = [f"{self._names[number]} {self._damage[number]}" for number in damaged]
+        lost = f"{len(damaged)} of {stop - first} pictures are damaged ({examples(reasons)})"
+        return "; ".join(filter(None, (lost if damaged else "", super().problem(span))))
+
+    def _leave_out_damaged(self) -> None:
+        sizes: dict[int, tuple[int, ...]] = {}
+        for number in range(len(self._names)):
+            try:
+                sizes[number] = self._decoded(number).shape[1::-1]
+            except UnreliablePacketsError as error:
+                self._damage[number] = str(error).removeprefix(f"{self._names[number]} ")
+        if not sizes:
+            reason = f"{self._names[0]} {self._damage[0]}"
+            raise VideoError(self._path, f"not one of its pictures can be decoded ({reason})")
+        [(self._size, _)] = Counter(sizes.values()).most_common(1)
+        width, height = self._size
+        for number, size in sizes.items():
+            if size != self._size:
+                self._damage[number] = (
+                    f"is {size[0]} x {size[1]}, most pictures are {width} x {height}"
+                )
+        self._damage = dict(sorted(self._damage.items()))
+        good = [number for number in sizes if number not in self._damage]
+        self.numbers, self.times = np.array(good), self._every[good]
+
+    def _decoded(self, number: int, *, header_only: bool = False):
+        """The picture as RGB uint8 [height, width, 3], upright; or its (width, height).
+
+        Raises UnreliablePacketsError if it is damaged or too large.
+        """
+        from PIL import Image, ImageOps
+
+        name = self._names[number]
+        path = os.path.join(self._path, name)
+        try:
+            check_file(path)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                with Image.open(path, formats=("JPEG", "PNG")) as image:
+                    check_size(path, *image.size)
+                    if image.mode[0] in "IF":
+                        raise VideoError(path, f"has {image.mode} pixels; expected 8 bits a color")
+                    if header_only:
+                        turned = image.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
+                        return image.size[::-1] if turned else image.size
+                    return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        except VideoError as error:
+            reason = error.reason
+        except MemoryError:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+            reason = f"has more than {MAX_PIXELS:,} pixels"
+        except (
+            Exception
+        ) as error:  # a damaged picture may raise anything in one of Pillow's parsers
+            reason = f"cannot be decoded: {error_text(error).replace(path, name)}"
+        raise UnreliablePacketsError(f"{name} {reason}")
