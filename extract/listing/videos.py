@@ -36,6 +36,7 @@ from extract.listing.lists import (
     read_list,
 )
 from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
+from extract.listing.pictures import describe_picture_folders, refuse_picture_folders
 from extract.listing.tables import Row, span_id
 from extract.numbered import PICTURE_EXTENSIONS
 
@@ -111,20 +112,6 @@ class Listing:
         for name, video in _youtube_ids((*self.videos, *self.missing)):
             splits[name].add(video.split)
         return {name: tuple(sorted(where)) for name, where in splits.items() if len(where) > 1}
-
-    def check_frame_rate(self, rate: float | None, *, needless: bool = False) -> None:
-        """InputError if folders of pictures have no frame rate (Hz), or if it is `needless`."""
-        folders = self.picture_folders
-        if needless and rate is not None and not folders:
-            raise InputError(
-                f"--frame-rate {rate:g} is for folders of numbered pictures; {self.source} lists none, "
-                "leave it out"
-            )
-        if not needless and rate is None and folders:
-            raise InputError(
-                f"{self.source} lists {_count(len(folders), 'folder')} of numbered pictures, such as "
-                f"{folders[0]}; say with --frame-rate how many are shown per second, or move them away"
-            )
 
     def report(self) -> str:
         """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two
@@ -213,11 +200,8 @@ def list_videos(
             source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
         )
         listing = _listing(source, rows, labels, base, fields)
-    if listing.picture_folders and not picture_folders:
-        raise InputError(
-            f"{source} lists folders of numbered pictures, such as {listing.picture_folders[0]}; only "
-            "`extract` reads them, with --frame-rate: train and test on the features that it stores"
-        )
+    if not picture_folders:
+        refuse_picture_folders(source, listing.picture_folders)
     return listing
 
 
@@ -376,18 +360,9 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     return rows, {
         "layout": layout,
         "ignored": ignored,
-        "notes": (*_describe_pictures(pictures), *describe_leaks(rows, source, inodes)),
+        "notes": (*describe_picture_folders(pictures), *describe_leaks(rows, source, inodes)),
         "picture_folders": tuple(pictures),
     }
-
-
-def _describe_pictures(folders: Mapping[str, str]) -> list[str]:
-    """folders: those of numbered pictures, with what is missing in their numbering."""
-    missing = [f"{name}: {gap}" for name, gap in folders.items() if gap]
-    lines = [f"{_count(len(folders), 'video')} as folders of numbered pictures"] if folders else []
-    if missing:
-        lines.append(f"GAPS in the numbers of pictures: {len(missing):,}{_named(missing)}")
-    return lines
 
 
 def _tables_in(source: str) -> list[str]:
@@ -442,7 +417,7 @@ def _from_lists(
         rows.sort(key=lambda row: (first[row.file], row.span or ()))
     used = {row.file for row in found}
     pictures = {name: gap for name, gap in pictures.items() if name in used}
-    notes += [*_describe_pictures(pictures), *describe_leaks(found, root, inodes)]
+    notes += [*describe_picture_folders(pictures), *describe_leaks(found, root, inodes)]
     read = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
     left = {
         why: tuple(name for name in names if name not in read) for why, names in ignored.items()

@@ -26,6 +26,7 @@ from extract.cores import available_cores
 from extract.decode import VideoError
 from extract.decode.opening import check_file
 from extract.device import count_gpus
+from extract.listing.pictures import refuse_needless_rate, require_frame_rate
 from extract.listing.videos import Listing, Video, list_videos
 from extract.listing.windows import cut_windows, lengths_path, settle
 from extract.options import Options
@@ -69,7 +70,7 @@ def extract(options: Options) -> int:
         options.videos, root=options.root, labels=options.labels, picture_folders=True
     )
     print(listing.report())
-    listing.check_frame_rate(options.frame_rate, needless=True)
+    refuse_needless_rate(listing.source, listing.picture_folders, options.frame_rate)
     out = real_path(options.out)
     _refuse_foreign_folder(out)
     if out != options.out:
@@ -81,7 +82,7 @@ def extract(options: Options) -> int:
 def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
     store = _open_if_exists(options.out)
     settings = continue_options(options, store) if store else settle(options).with_defaults()
-    listing.check_frame_rate(settings.frame_rate)
+    require_frame_rate(listing.source, listing.picture_folders, settings.frame_rate)
     videos = _choose_videos(settings, listing)
     log, nonce = RunLog(settings.out), uuid.uuid4().hex
     log.write(

@@ -98,7 +98,7 @@ def test_a_folder_with_both_kinds(tmp_path):
     assert labelled(listing) == {"run/a.mp4": "run", "run/x": "run", "walk/y": "walk"}
     assert sorted(listing.picture_folders) == ["run/x", "walk/y"]
     report = listing.report()
-    assert "2 videos as folders of numbered pictures" in report
+    assert "folders of numbered pictures, a video each: 2" in report
     assert (
         "GAPS in the numbers of pictures: 1 (walk/y: 1 of the numbers 1 to 3 are missing" in report
     )
@@ -358,7 +358,7 @@ def both(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("both") / "v"
     write_frames(root / "run" / "x", range(1, 31), name="%04d.png")
     write_frames(root / "walk" / "y", range(1, 21), name="%04d.png")
-    write_video(root / "walk" / "z.mp4", 20)
+    write_video(root / "walk" / "z.mp4", frames=20)
     return root
 
 
@@ -429,7 +429,7 @@ def test_the_rate_is_required_and_never_needless(both, tmp_path, capsys):
     arguments = ("--videos", both, "--out", tmp_path / "f.zarr", *TINY)
     assert run(extract, *arguments) == 2
     error = capsys.readouterr().err
-    assert "lists 2 folders of numbered pictures, such as " in error
+    assert "lists folders of numbered pictures (2, such as " in error
     assert "say with --frame-rate how many are shown per second" in error
     assert run(extract, *arguments, "--frame-rate", 0) == 2
     assert "--frame-rate 0.0: expected more than 0" in capsys.readouterr().err
