@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,15 @@ from extract.cli import InputError, run_command
 if TYPE_CHECKING:
     import numpy as np
 
+    from aggregate.ablation.folds import Fold
     from aggregate.duplicates import Pairs
     from aggregate.scores import Scores
     from extract.store import FeatureStore
 
 SCHEMA = "hgnl-audit/1"
 PRINTED = 10  # rows of each table that the terminal shows
+FALSE_ALARMS = 0.02
+CROSSING_PRINTED = 3
 PAIR_ALL = 65_536  # rows up to which all are paired with all
 ROWS_PER_READ = 256
 
@@ -26,32 +30,33 @@ ROWS_PER_READ = 256
 class Options:
     """Look for near-duplicate videos across splits and groups, and for labels that look wrong."""
 
-    features: str = "feats.zarr"
-    """The feature store of `python -m extract`."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store of `python -m extract`; several are joined by id, their channels side by
+    side."""
     scores: Path | None = None
     """Scores of videos by models that were not trained on them, such as cv/tsn.h5 of
     aggregate.crossval: labels that they contradict with confidence are listed."""
     out: Path = Path("runs/audit")
     """The folder for duplicates.csv, labels.csv and audit.json."""
-    false_alarms: float = 0.02
+    false_alarms: float = FALSE_ALARMS
     """The expected fraction of videos that get a pair by chance: sets the threshold."""
 
 
 def main(options: Options) -> None:
     import numpy as np
 
+    from aggregate.data.joined import open_features
     from aggregate.duplicates import near_duplicates
     from aggregate.metrics import csv_of, independent_units
     from aggregate.scores import Scores, group_keys
     from extract.files import replace_file
-    from extract.store import FeatureStore
 
     if not 0 < options.false_alarms < 1:
         raise InputError(
             f"--false-alarms {options.false_alarms:g}: expected a fraction between 0 and 1"
         )
     scores = None if options.scores is None else held_out_scores(Scores.load(options.scores))
-    store = FeatureStore.open(options.features)
+    store = open_features(options.features)
     rows = np.flatnonzero(store.usable)
     keys = group_keys(store.ids[rows], store.groups[rows])
     queries, scope = _queries(store.splits[rows])
@@ -97,6 +102,49 @@ def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
         features = store.gather(rows[part], frames).astype(np.float32)
         means[part] = np.einsum("btd,bt->bd", features, weights.astype(np.float32))
     return means
+
+
+def describe_crossing_pairs(
+    store: "FeatureStore", folds: "Sequence[Fold]", features: str | Sequence[str]
+) -> str:
+    """A warning about nearly identical videos of which a fold tests one and trains on the other.
+
+    Empty if there are none, and for stores of more than PAIR_ALL videos, for which this takes too
+    long. `features` are the paths of the command that is recommended.
+    """
+    import numpy as np
+
+    from aggregate.duplicates import near_duplicates
+    from aggregate.metrics import independent_units
+    from aggregate.scores import group_keys
+    from extract.commands import command_line
+
+    rows = np.unique(np.concatenate([part for fold in folds for part in (fold.test, fold.train)]))
+    rows = rows[store.usable[rows]]
+    if len(rows) > PAIR_ALL:
+        return ""
+    units = independent_units(group_keys(store.ids[rows], store.groups[rows]))
+    try:
+        pairs = near_duplicates(mean_features(store, rows), units, false_alarms=FALSE_ALARMS)
+    except (ArithmeticError, ValueError, MemoryError) as error:  # NaN features, for example
+        return f"near-duplicates across folds are not looked for: {error}"
+    first, second = rows[pairs.rows].T
+    crossing = np.zeros(len(pairs), bool)
+    for fold in folds:
+        crossing |= np.isin(first, fold.test) & np.isin(second, fold.train)
+        crossing |= np.isin(second, fold.test) & np.isin(first, fold.train)
+    if not crossing.any():
+        return ""
+    examples = [
+        f"{store.ids[a]} | {store.ids[b]}"
+        for a, b in zip(first[crossing], second[crossing], strict=True)
+    ]
+    return (
+        f"warning: {len(examples):,} pairs of nearly identical videos cross the folds (about "
+        f"{FALSE_ALARMS / 2 * len(rows):.0f} would by chance), so results may be too good; the "
+        f"closest: {', '.join(examples[:CROSSING_PRINTED])}. Look at them: "
+        + command_line("aggregate.audit", features=features)
+    )
 
 
 def held_out_scores(scores: "Scores") -> "Scores":

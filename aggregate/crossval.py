@@ -65,6 +65,7 @@ def main(options: Options) -> int:
     from aggregate.ablation.outcomes import report
     from aggregate.ablation.probes import PROBES
     from aggregate.ablation.records import Records
+    from aggregate.audit import describe_crossing_pairs
     from aggregate.data.joined import open_features
     from aggregate.training.sources import with_possible_frames
 
@@ -80,6 +81,8 @@ def main(options: Options) -> int:
     folds = all_folds(store, options, list(dict.fromkeys(options.seeds)), choosing=choosing)
     processes, threads = plan_processes(len(folds) * len(by_agg), options.device)
     print(f"features  {store!r}\nfolds     {describe_folds(store, folds)}")
+    if warning := describe_crossing_pairs(store, folds, options.features):
+        print(warning, file=sys.stderr)
     for name, reason in skipped.items():
         print(f"skipped   {name}: {reason}")
     print(f"tried     {', '.join(one.name for several in by_agg.values() for one in several)}")

@@ -35,6 +35,7 @@ class Found:
     ablations: dict[str, Path] = field(default_factory=dict)
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
     crossvals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    audits: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     videos: tuple[Path, ...] = ()  # folders that the ids of the stores are relative to
 
@@ -46,7 +47,15 @@ class Found:
 
     def counts(self) -> dict[str, int]:
         """How many there are of each kind."""
-        kinds = ("feature store", "run", "scores file", "ablation", "ensemble", "cross-validation")
+        kinds = (
+            "feature store",
+            "run",
+            "scores file",
+            "ablation",
+            "ensemble",
+            "cross-validation",
+            "audit",
+        )
         there: list[Sized] = [
             self.stores,
             self.runs,
@@ -54,6 +63,7 @@ class Found:
             self.ablations,
             self.ensembles,
             self.crossvals,
+            self.audits,
         ]
         return dict(zip(kinds, map(len, there), strict=True))
 
@@ -110,6 +120,7 @@ def _take(found: Found, path: Path, name: str) -> None:
         for kind, there in (
             ("hgnl-ensemble/", found.ensembles),
             ("hgnl-crossval/", found.crossvals),
+            ("hgnl-audit/", found.audits),
         ):
             if schema.startswith(kind):
                 there[name] = record

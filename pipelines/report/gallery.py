@@ -135,11 +135,19 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path]) -> Iterator[tupl
     turn = rows.groupby(labels).cumcount()  # how many of its class come before it
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
     for row in first.iloc[np.argsort(store.labels[first], kind="stable")]:
-        middle = store.frame_indices[row, 0, [store.frames_per_video // 2]]
-        for frame in thumbnails(store, row, middle, folders, height=150):
-            file = io.BytesIO()
-            Image.fromarray(frame).save(file, "JPEG", quality=75, optimize=True)
-            yield file.getvalue(), store.ids[row], class_name(store, row)
+        if picture := middle_frame(store, row, folders):
+            yield picture, store.ids[row], class_name(store, row)
+
+
+def middle_frame(store: FeatureStore, row: int, folders: Sequence[Path]) -> bytes | None:
+    """The middle frame of a video as a JPEG; None if the video is in none of the folders."""
+    middle = store.frame_indices[row, 0, [store.frames_per_video // 2]]
+    frames = thumbnails(store, row, middle, folders, height=150)
+    if not frames:
+        return None
+    file = io.BytesIO()
+    Image.fromarray(frames[0]).save(file, "JPEG", quality=75, optimize=True)
+    return file.getvalue()
 
 
 # -- the map -------------------------------------------------------------------------------------------------------

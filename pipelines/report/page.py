@@ -12,7 +12,7 @@ from aggregate import figures
 from aggregate.ablation.compare import percent
 from aggregate.metrics import Interval
 from extract.cli import progress
-from pipelines.report import gallery, results
+from pipelines.report import audits, gallery, results
 from pipelines.report.compared import summary
 from pipelines.report.find import RUN_FILES, UNREADABLE, Found
 
@@ -25,6 +25,7 @@ SECTIONS = {
     "ablation": results.ablations,
     "ensemble": results.ensembles,
     "training": results.training,
+    "audit": audits.audits,
     "map": gallery.feature_maps,
     "extracted": gallery.extracted,
     "provenance": results.provenance,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from aggregate import audit
+from aggregate.ablation.folds import Fold
 from aggregate.duplicates import NEIGHBORS, near_duplicates, usual_distances, whiten
 from aggregate.scores import Scores
 from extract.cli import run_command
@@ -214,3 +215,50 @@ def test_a_large_store_pairs_the_small_splits_with_all(monkeypatch):
     assert "4 videos outside split 'train'" in scope
     monkeypatch.setattr(audit, "PAIR_ALL", 12)
     assert audit._queries(splits)[0] is None
+
+
+def fold(test, train) -> Fold:
+    return Fold("0", 0, np.array(test), np.array(train), np.zeros(len(train), bool))
+
+
+def test_pairs_that_cross_folds_are_warned_of_with_examples_and_a_command(tmp_path):
+    store = make_store(tmp_path / "s.zarr")
+    train, copies = list(range(90)), list(range(90, 96))
+    warning = audit.describe_crossing_pairs(store, [fold(copies, train)], "s.zarr")
+    count = int(warning.split()[1])
+    assert 6 <= count <= 12
+    assert "(about 1 would by chance)" in warning
+    (named,) = [part for part in warning.split("; ") if part.startswith("the closest")]
+    assert named.count(" | ") == 3
+    assert warning.endswith("audit --features s.zarr")
+    # Both videos of every pair in one part: nothing crosses.
+    halves = [row for row in range(90) if row >= 6], [*range(6), *copies]
+    pairs = near_duplicates(audit.mean_features(store, np.arange(96)), np.arange(96)).rows
+    inside = [pair for pair in pairs if np.isin(pair, halves[1]).sum() != 1]
+    assert len(inside) >= 6
+    crossing = audit.describe_crossing_pairs(store, [fold(*halves)], "s.zarr")
+    assert int((crossing or "warning: 0").split()[1]) == len(pairs) - len(inside)
+
+
+def test_large_stores_and_features_without_a_distance_do_not_stop_a_cross_validation(
+    tmp_path, monkeypatch
+):
+    store = make_store(tmp_path / "s.zarr")
+    folds = [fold(range(90, 96), range(90))]
+    monkeypatch.setattr(audit, "mean_features", lambda store, rows: np.full((len(rows), 4), np.nan))
+    assert audit.describe_crossing_pairs(store, folds, "s.zarr").startswith(
+        "near-duplicates across"
+    )
+    monkeypatch.setattr(audit, "PAIR_ALL", 95)
+    assert audit.describe_crossing_pairs(store, folds, "s.zarr") == ""
+
+
+def test_several_stores_are_joined(tmp_path, capsys):
+    make_store(tmp_path / "a.zarr")
+    make_store(tmp_path / "b.zarr")
+    stores = (tmp_path / "a.zarr", tmp_path / "b.zarr")
+    assert run("--features", *stores, "--out", tmp_path / "audit") == 0
+    record = json.loads((tmp_path / "audit" / "audit.json").read_text())
+    assert record["features"] == [str(path) for path in stores]
+    crossing = {(line["id_a"], line["id_b"]) for line in record["duplicates"]}
+    assert {(f"{row}.mp4", f"{90 + row}.mp4") for row in range(6)} <= crossing

@@ -17,7 +17,7 @@ import torch
 
 import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
-from aggregate import ablate, evaluate, train
+from aggregate import ablate, audit, evaluate, train
 from aggregate.scores import Scores
 from extract.cli import InputError, run_command
 from extract.store import FeatureStore
@@ -36,6 +36,7 @@ SECTIONS = (
     "ablation",
     "ensemble",
     "training",
+    "audit",
     "map",
     "extracted",
     "provenance",
@@ -99,6 +100,7 @@ def folder(tmp_path_factory) -> Path:
         "batch_size": (16,),
     }
     ablate.main(ablate.Options(agg=("tsn", "hgnl"), features=features, out=root / "grid", **grid))
+    audit.main(audit.Options(features, both[0], out=root / "audit"))
     (root / "cv").mkdir()
     shutil.copy(
         both[0], root / "cv" / "tsn.h5"
@@ -283,6 +285,47 @@ def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tm
     (shown,) = gallery.extracted(Found(stores={"s.zarr": store}, videos=(tmp_path,)))
     assert shown["spans"] == {"rows": 3, "files": 1, "seconds": 1}
     assert sorted(id for _, id, _ in shown["samples"]) == store.ids[1:].tolist()
+
+
+def test_an_audit_is_shown_with_both_videos_of_a_pair(folder, videos, tmp_path):
+    store = FeatureStore.open(folder / "deep" / "feats.zarr")
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(60, 16)).astype(np.float32)
+    features[[30, 31]] = features[[0, 1]]  # planted copies
+    FeatureStore.from_arrays(
+        tmp_path / "copies.zarr",
+        features[:, None],
+        lengths=np.ones(60, int),
+        labels=np.arange(60) % 2,
+        classes=["<run>", "jump"],
+        ids=store.ids.tolist(),
+        splits=["train"] * 30 + ["test"] * 30,
+    )
+    logits = np.eye(2, dtype=np.float32)[np.arange(60) % 2] * 6
+    logits[7] = logits[8]  # a planted wrong label
+    Scores(store.ids.tolist(), ["<run>", "jump"], logits, np.arange(60) % 2).save(
+        tmp_path / "oof.h5"
+    )
+    features_path = str(tmp_path / "copies.zarr")
+    out = tmp_path / "runs" / "audit"
+    audit.main(audit.Options(features_path, tmp_path / "oof.h5", out=out))
+    page = made(tmp_path / "runs", videos=(videos,))
+    words = page.words["audit"]
+    for row, copy in ((0, 30), (1, 31)):
+        assert store.ids[row] in words
+        assert store.ids[copy] in words
+        names = [("<run>", "jump")[at % 2] + ": " + store.ids[at] for at in (row, copy)]
+        assert all(page.images[name].startswith(b"\xff\xd8") for name in names)
+    assert "across test/train, similarity 1.00, distance 0.00 of the usual one" in words
+    assert "1 labels are contradicted" in words
+    assert page.images[f"jump or <run>: {store.ids[7]}"].startswith(b"\xff\xd8")
+    assert "No frames are shown" not in words
+
+    shutil.rmtree(features_path)  # the audit alone: words without pictures
+    alone = made(tmp_path / "runs", videos=(videos,))
+    assert not any("or <run>" in alt for alt in alone.images)
+    assert "No frames are shown" in alone.words["audit"]
+    assert store.ids[30] in alone.words["audit"]
 
 
 def test_partial_runs_show_what_there_is(folder, tmp_path):
