@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ensemble.search import Found, Row
 
 SCHEMA = "hgnl-ensemble/1"
+CHOSEN_BY = ("equal", "select", "search")  # other weights are numbers
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Options:
     out: Path
     """The fused scores file; the softmax of its logits is the fused probabilities."""
     weights: str = "equal"
-    """equal, search (on labelled videos, judged on held-out folds), or one number a model:
-    0.5,0.3,0.2"""
+    """equal, select (leave out members that do not help on these labelled videos), search (on
+    labelled videos, judged on held-out folds), or one number a model: 0.5,0.3,0.2"""
     submission: Path | None = None
     """Write a submission to the challenge too, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"
@@ -59,10 +60,10 @@ def main(options: Options) -> int:
     from ensemble.align import align
     from ensemble.foreign import load_scores
     from ensemble.fuse import checked_weights, fuse_aligned
-    from ensemble.search import Ranking, Row, search, table
+    from ensemble.search import Dropped, Ranking, Row, search, select, table
 
     summary_path = _checked_paths(options)
-    given = None if options.weights in ("equal", "search") else _numbers(options.weights)
+    given = None if options.weights in CHOSEN_BY else _numbers(options.weights)
     # A wrong number of them is known before a gigabyte is read.
     weights = checked_weights(given, len(options.scores))
     names = _names(options.scores)
@@ -78,9 +79,14 @@ def main(options: Options) -> int:
 
     found: Found | None = None
     rows: list[Row] = []
-    if options.weights == "search" or (aligned.labels >= 0).any():
+    dropped: tuple[Dropped, ...] = ()
+    if options.weights in ("select", "search") or (aligned.labels >= 0).any():
         ranking = Ranking.of(aligned)
-        rows = table(ranking, None if given is None else weights.tolist())
+        if options.weights == "select":
+            selected, dropped = select(ranking)
+            weights = checked_weights(selected, len(names))
+        chosen = None if options.weights in ("equal", "search") else weights.tolist()
+        rows = table(ranking, chosen)
         if options.weights == "search":
             found = search(ranking, seed=options.seed)
             rows.append(
@@ -93,6 +99,8 @@ def main(options: Options) -> int:
         print("no video has a label: there is no figure to show")
     if found is not None:
         print(f"{found.statement()}\n{found.advice(names)}")
+    for member in dropped:
+        print(member.statement())
     used = ", ".join(f"{name} {weight:.4g}" for name, weight in zip(names, weights, strict=True))
     print(f"fused with the weights {used}")
 
@@ -100,6 +108,8 @@ def main(options: Options) -> int:
     fused.save(options.out)
     print(f"{options.out}: {len(fused):,} videos, {int(fused.failed.sum()):,} without scores")
     record = _record(options, aligned, weights.tolist(), rows, found)
+    if options.weights == "select":
+        record["left_out"] = [asdict(member) for member in dropped]
     if options.submission is not None:
         record["submission"] = _submit(fused, options)
         if aligned.dropped:
@@ -145,7 +155,7 @@ def _numbers(text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise InputError(
-            f"--weights {text}: known are equal, search, or a number a model as in 0.5,0.3,0.2"
+            f"--weights {text}: known are {', '.join(CHOSEN_BY)}, or a number a model as in 0.5,0.3,0.2"
         ) from None
 
 
@@ -180,7 +190,7 @@ def _record(
         "scores": [str(path) for path in options.scores],
         "models": list(aligned.names),
         "weights": weights,
-        "weights_from": options.weights if options.weights in ("equal", "search") else "given",
+        "weights_from": options.weights if options.weights in CHOSEN_BY else "given",
         "videos": videos
         | {
             "missing": options.missing,

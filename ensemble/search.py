@@ -225,6 +225,49 @@ def search(ranking: Ranking, *, seed: int = 0) -> Found:
     )
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """A member that was left out, and the average error (fraction) with it and without it."""
+
+    name: str
+    error_with: float
+    error_without: float
+
+    def statement(self) -> str:
+        return (
+            f"{self.name} is left out: without it the average error on these videos is "
+            f"{100 * self.error_without:.2f} %, with it {100 * self.error_with:.2f} %"
+        )
+
+
+def select(ranking: Ranking) -> tuple[tuple[float, ...], tuple[Dropped, ...]]:
+    """Equal weights of the members that the labelled videos support, and which were left out.
+
+    From all members, the one is dropped whose removal lowers the average error most, or leaves it
+    as it is, until every removal would raise it (Caruana et al. 2004, backward).
+    """
+
+    def error(members: Sequence[int]) -> float:
+        weights = np.isin(range(ranking.models), members).astype(float)
+        return float(ranking.errors(ranking.places(weights)).mean())
+
+    members, dropped = list(range(ranking.models)), []
+    while len(members) > 1:
+        teams = [[other for other in members if other != member] for member in members]
+        errors = [error(team) for team in teams]
+        # Of equal removals, that of the member which is worse alone.
+        alone = [error([member]) for member in members]
+        choice = min(range(len(members)), key=lambda place: (errors[place], -alone[place]))
+        before = error(members)
+        if errors[choice] > before + _TIE:
+            break
+        name = ranking.aligned.names[members[choice]]
+        dropped.append(Dropped(name, before, errors[choice]))
+        members = teams[choice]
+    weights = np.isin(range(ranking.models), members) / len(members)
+    return tuple(weights.tolist()), tuple(dropped)
+
+
 def table(ranking: Ranking, chosen: Sequence[float] | None = None) -> list[Row]:
     """Who adds what: single models, all pairs, all but one, all at equal weights, and all at the
     `chosen` weights."""

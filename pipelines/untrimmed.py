@@ -39,7 +39,9 @@ class Options:
     """The folder of clips/ and labels.csv: `python -m extract --videos OUT/labels.csv --root
     OUT/clips`."""
     copies: int = 3
-    """Videos of each training exercise, with other distractors each; val and test have one."""
+    """Videos of each training exercise, with other distractors each."""
+    val_copies: int = 1
+    """The same of each validation exercise; a test exercise has one video."""
 
 
 def main(options: Options) -> int:
@@ -52,7 +54,7 @@ def main(options: Options) -> int:
         rows = list(
             pool.map(
                 lambda row: row | join(row, rooms[row["split"]], options.out),
-                planned(options.copies),
+                planned(options.copies, options.val_copies),
             )
         )
     table = pd.DataFrame(rows)
@@ -64,13 +66,14 @@ def main(options: Options) -> int:
     return 0
 
 
-def planned(copies: int) -> Iterator[dict[str, Any]]:
-    """Rows of labels.csv: every exercise of exercise_mini, those of `train` several times."""
+def planned(copies: int, val_copies: int = 1) -> Iterator[dict[str, Any]]:
+    """Rows of labels.csv: every exercise of exercise_mini, several times with other distractors."""
+    videos_each = {"train": copies, "val": val_copies, "test": 1}
     for folder in sorted((CLIPS / "exercise_mini" / "clips").iterdir()):
         exercises = [path.stem for path in sorted(folder.glob("*.mp4"))]
         for split, places in EXERCISES.items():
             for name in exercises[places.start : places.stop]:
-                for copy in range(copies if split == "train" else 1):
+                for copy in range(videos_each[split]):
                     path = f"{split}/{folder.name}/{name}_{copy}.mp4"
                     yield {"path": path, "label": folder.name, "split": split, "group": name}
 

@@ -95,6 +95,26 @@ def test_searched_weights_are_used_shown_and_judged(files, tmp_path, capsys):
     assert "all, given weights" in capsys.readouterr().out
 
 
+def test_members_are_selected_and_their_weights_can_be_given_on_other_videos(
+    files, tmp_path, capsys
+):
+    out = tmp_path / "fused.h5"
+    assert command("--scores", *files, "--out", out, "--weights", "select") == 0
+    record = json.loads(out.with_suffix(".json").read_text())
+    assert record["weights_from"] == "select"
+    assert [member["name"] for member in record["left_out"]] == ["stnet"]
+    assert record["weights"] == [0.5, 0.5, 0]
+    printed = capsys.readouterr().out
+    assert "stnet is left out: without it the average error on these videos is" in printed
+    table = {row["name"]: row for row in record["table"]}
+    pair, given = table["tsn + hgnl"], table["all, given weights"]
+    assert given["summary"] == pair["summary"]
+    again = ",".join(map(repr, record["weights"]))
+    given_out = tmp_path / "given.h5"
+    assert command("--scores", *files, "--out", given_out, "--weights", again) == 0
+    np.testing.assert_array_equal(Scores.load(given_out).logits, Scores.load(out).logits)
+
+
 def test_without_labels_there_is_a_fusion_and_no_search(files, tmp_path, capsys):
     bare = []
     for path in files:
@@ -151,7 +171,10 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--weights", "best"], "--weights best: known are equal, search, or a number a model"),
+        (
+            ["--weights", "best"],
+            "--weights best: known are equal, select, search, or a number a model",
+        ),
         (["--weights", "1,2"], "--weights 1,2: got 2 weights for 3 models"),
         (["--segments", "25"], "tsn.h5 has no scores of 25 segments; it has 1"),
         (

@@ -12,7 +12,7 @@ from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse_aligned
-from ensemble.search import FOLDS, STEPS, Ranking, fit, search, search_weights, table
+from ensemble.search import FOLDS, STEPS, Ranking, fit, search, search_weights, select, table
 from extract.cli import InputError
 
 
@@ -244,3 +244,29 @@ def test_groups_of_one_file_reach_the_fused_scores(tmp_path):
     new = Scores(old.ids, old.classes, old.logits, labels, groups=np.repeat(["anna", "bob"], 4))
     for pair in ((old, new), (new, old)):
         assert fuse_aligned(align(pair)).groups.tolist() == ["anna"] * 4 + ["bob"] * 4
+
+
+def test_members_that_do_not_help_are_left_out_until_every_removal_hurts():
+    strong, other, useless = models(2.0, 2.0, 0.1, count=2000)
+    ranking = Ranking.of(align([strong, useless, other], names=["strong", "useless", "other"]))
+    weights, dropped = select(ranking)
+    assert weights == (0.5, 0.0, 0.5)
+    (member,) = dropped
+    assert member.name == "useless"
+
+    def error(*team):
+        return ranking.errors(ranking.places(team)).mean()
+
+    assert member.error_with == pytest.approx(error(1, 1, 1))
+    assert member.error_without == pytest.approx(error(1, 0, 1))
+    assert error(1, 0, 1) < min(error(1, 0, 0), error(0, 0, 1), error(1, 1, 1))
+    assert "useless is left out: without it" in member.statement()
+
+
+def test_of_equal_models_one_is_left_and_one_alone_is_kept():
+    (alone,) = models(1.5, count=300)
+    assert select(Ranking.of(align([alone]))) == ((1.0,), ())
+    twins = Ranking.of(align([alone, alone], names=["first", "second"]))
+    weights, dropped = select(twins)
+    assert sorted(weights) == [0.0, 1.0]
+    assert dropped[0].error_with == dropped[0].error_without
