@@ -9,9 +9,9 @@ What is trained is kept in --work: the same command goes on where it stopped, an
 """
 
 import argparse
-import itertools
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from evidence_page import Facts, write_page
+from evidence_time import render
 
 from aggregate.data.features import StoredFeatures
 from aggregate.models import build, carry_over
@@ -49,6 +50,7 @@ class Task:
     store: FeatureStore
     folds: Folds
     frames: int
+    more_seeds: int = 0  # of models of CHEAP seeds: few videos say little with three
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,15 @@ class Model:
 CHEAP = 3  # seeds
 HEADS = [
     *(Model(name, name) for name in ("tsn", "max", "weighted", "hgnl")),
-    Model("nl", "nl", seeds=2),
-    Model("txb", "txb", seeds=2),
-    Model("attentive", "attentive", seeds=1),
-    Model("nextvlad", "nextvlad", seeds=1),
+    *(Model(name, name, seeds=2) for name in ("nl", "txb", "gru")),
+    *(Model(name, name, seeds=1) for name in ("attentive", "attentive-time", "nextvlad")),
 ]
+ORDER = [Model(name, name) for name in ("tsn", "hgnl", "txb", "gru", "attentive", "attentive-time")]
+SOFTMAX = Model("hgnl, softmax", "hgnl", {"attention": "softmax", "norm": "none"})
 PAPER = {"recipe": "paper", "standardise": False}
 VARIANTS = [
-    Model("tsn, not standardised", "tsn", **PAPER),
+    SOFTMAX,
     Model("hgnl as the paper's", "hgnl", **PAPER),
-    Model("hgnl as the paper's, n_over_train", "hgnl", {"norm": "n_over_train"}, **PAPER),
-    Model("hgnl, ReLU", "hgnl", {"attention": "relu", "norm": "n_over_train"}),
     Model("hgnl, frames not normalised", "hgnl", {"normalise": False}),
     Model("hgnl, random start", "hgnl", {"start": "random"}),
     Model("hgnl, s from 0", "hgnl", {"scale_init": 0.0}),
@@ -87,15 +87,7 @@ VARIANTS = [
     Model("tsn, as many epochs more", "tsn", init="tsn"),
     Model("hgnl from that TSN", "hgnl", init="tsn"),
 ]
-VARIED = ("untrimmed_3", "untrimmed_16", "planted3_3", "planted3_25")
-# Tried inside the training parts, for the default recipe.
-CHOICE = [
-    *(Model(name, name, seeds=2) for name in ("tsn", "weighted", "hgnl")),
-    Model("tsn, not standardised", "tsn", standardise=False, seeds=2),
-    Model("weighted, not standardised", "weighted", standardise=False, seeds=2),
-    *(one for one in VARIANTS if one.agg == "hgnl" and not one.init and "g2" not in one.options),
-    Model("nl", "nl", seeds=1),
-]
+VARIED = ("untrimmed_3", "untrimmed_16")
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -157,9 +149,12 @@ def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
     segments = sorted({min(3, task.store.frames_per_video), task.store.frames_per_video})
     folder = work / "results" / task.name
     folder.mkdir(parents=True, exist_ok=True)
-    for seed in range(max(model.seeds for model in models)):
+    seeds = {m.name: m.seeds + task.more_seeds * (m.seeds == CHEAP) for m in models}
+    for seed in range(max(seeds.values())):
         wanted = [
-            m for m in models if seed < m.seeds and not (folder / f"{m.name}_{seed}.npz").exists()
+            m
+            for m in models
+            if seed < seeds[m.name] and not (folder / f"{m.name}_{seed}.npz").exists()
         ]
         if not wanted:
             continue
@@ -224,16 +219,12 @@ def split(store: FeatureStore) -> Folds:
     return [(np.flatnonzero(~test & store.usable), np.flatnonzero(test))]
 
 
-def inside(store: FeatureStore, folds: int, used: int) -> Folds:
-    """The first `used` of so many folds of the training videos alone; groups stay whole, classes are kept even."""
-    from sklearn.model_selection import StratifiedGroupKFold
+def folds(store: FeatureStore, count: int = 4) -> Folds:
+    """Folds of all videos; classes are kept even."""
+    from sklearn.model_selection import StratifiedKFold
 
-    rows = np.flatnonzero((store.splits == "train") & store.usable)
-    groups = store.groups[rows] if len(set(store.groups[rows].tolist())) > 1 else rows
-    cut = StratifiedGroupKFold(folds, shuffle=True, random_state=1).split(
-        rows, store.labels[rows], groups
-    )
-    return [(rows[train], rows[test]) for train, test in itertools.islice(cut, used)]
+    cut = StratifiedKFold(count, shuffle=True, random_state=0)
+    return list(cut.split(store.labels, store.labels))
 
 
 def vowels(work: Path) -> FeatureStore | None:
@@ -297,15 +288,12 @@ def extracted(work: Path, videos: Path, frames: int, passes: int) -> FeatureStor
     from extract.__main__ import main as extract
 
     out = str(work / f"{videos.name}.zarr")
-    asked = Options(
-        videos=videos / "labels.csv",
-        root=videos / "clips",
-        out=out,
-        frames=frames,
-        backbone=BACKBONE,
-        augment_passes=passes,
-    )
-    if extract(asked):
+    if Path(out).exists() and (store := FeatureStore.open(out)).usable.all():
+        return store
+    table = videos / "labels.csv"
+    source = {"videos": table, "root": videos / "clips"} if table.exists() else {"videos": videos}
+    options = Options(**source, out=out, frames=frames, backbone=BACKBONE, augment_passes=passes)
+    if extract(options):
         raise SystemExit(f"extraction of {videos} failed")
     return FeatureStore.open(out)
 
@@ -323,52 +311,67 @@ def tasks(work: Path) -> Iterator[Task]:
         extracted(work, CLIPS / "daily_actions", 25, 4),
         extracted(work, CLIPS / "exercise_mini", 16, 3),
     )
-    for carry, frames in itertools.product((3, 8), (3, 25)):
-        store = planted(work, exercise, daily, carry=carry)
-        title = f"{carry} of 25 frames carry the class, trained on {frames}"
-        yield Task(f"planted{carry}_{frames}", title, store, split(store), frames)
-        if carry == 3:
-            yield Task(
-                f"choice_planted3_{frames}",
-                f"{title}: inside the training part",
-                store,
-                inside(store, 3, 1),
-                frames,
-            )
-    yield Task("exercise", "exercise_mini, its split", exercise, split(exercise), 3)
-    yield Task(
-        "choice_exercise",
-        "exercise_mini: inside the training part",
-        exercise,
-        inside(exercise, 3, 3),
-        3,
-    )
-    yield Task("daily", "daily_actions, leave one subject out", daily, subjects(daily), 3)
+    for frames in (3, 25):
+        store = planted(work, exercise, daily, carry=3)
+        title = f"3 of 25 frames carry the class, trained on {frames}"
+        yield Task(f"planted3_{frames}", title, store, split(store), frames)
+    yield Task("exercise", "exercise_mini, 4 folds", exercise, folds(exercise), 3)
+    yield Task("daily", "daily_actions, leave one subject out", daily, subjects(daily), 3, 7)
     if (store := vowels(work)) is not None:
-        yield Task("vowels", "JapaneseVowels, its split", store, split(store), 3)
-        yield Task(
-            "choice_vowels",
-            "JapaneseVowels: inside the training part",
-            store,
-            inside(store, 2, 2),
-            3,
-        )
+        yield Task("vowels", "JapaneseVowels, trained on 3", store, split(store), 3)
+        frames = store.frames_per_video
+        yield Task("order_vowels", "JapaneseVowels, trained on all", store, split(store), frames)
+    for motion in ("pan", "zoom"):
+        render(motion, work / motion)
+        store = extracted(work, work / motion, 4, 0)
+        yield Task(f"order_{motion}", f"{motion}: there or back", store, split(store), 4)
 
 
 def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
-    """What to train: the cheap heads of all tasks, how the recipe was chosen, the dear heads, what the recipe is of."""
-    reported = [task for task in known if not task.name.startswith("choice_")]
-    for task in reported:
-        yield task, [one for one in HEADS if one.seeds == CHEAP]
+    """What to train: the cheap heads, heads that may see order, variants of HG-NL, the other heads."""
+    apart = [task for task in known if not task.name.startswith("order_")]
+    for task in apart:
+        yield task, [*(head for head in HEADS if head.seeds == CHEAP), SOFTMAX]
     for task in known:
-        if task not in reported:
-            yield task, CHOICE
-    for head in HEADS:
-        for task in reported if head.seeds < CHEAP else ():
-            yield task, [head]
-    for task in reported:
+        if task not in apart:
+            yield task, ORDER
+    for task in apart:
         if task.name in VARIED:
             yield task, [*VARIANTS, HEADS[0]]
+    for head in HEADS:
+        for task in apart if head.seeds < CHEAP else ():
+            yield task, [head]
+
+
+def scenes(task: Task) -> np.ndarray:
+    """What each video shows: videos of one scene are not independent."""
+    if task.name.startswith("order_"):
+        return np.array([Path(name).stem for name in task.store.ids], object)
+    return task.store.groups
+
+
+def groups_grid(work: Path) -> None:
+    """An ablation of g1 and g2 on exercise_mini, which is resumed or done already."""
+    from aggregate import ablate
+
+    features, groups = str(work / "exercise_mini.zarr"), {"g1": (4, 8, 16), "g2": (1, 2, 4)}
+    ablate.main(
+        ablate.Options(
+            agg=("tsn", "hgnl"), features=features, out=work / "ablation", seeds=(0, 1), **groups
+        )
+    )
+
+
+def commits(work: Path, *, add: bool) -> str:
+    """The commits that the results in `work` were measured at; with `add` the current one is of them."""
+    path = work / "commits.txt"
+    names = path.read_text().split() if path.exists() else []
+    if add:
+        git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+        current = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        names = list(dict.fromkeys([*names, current]))
+        path.write_text("\n".join(names) + "\n")
+    return ", ".join(names)
 
 
 def main() -> None:
@@ -389,16 +392,18 @@ def main() -> None:
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
     known, until = list(tasks(chosen.work)), time.perf_counter() + 60 * chosen.minutes
+    commits(chosen.work, add=not chosen.page_only)
     for task, models in [] if chosen.page_only else plan(known):
         if (task.name in chosen.sets or not chosen.sets) and not run(
             chosen.work, task, models, until
         ):
             sys.exit(75)
     facts = [
-        Facts(t.name, t.title, t.store.frames_per_video, len(t.folds), t.store.groups)
-        for t in known
+        Facts(t.name, t.title, t.store.frames_per_video, len(t.folds), scenes(t)) for t in known
     ]
-    write_page(chosen.work / "results", facts, chosen.out)
+    if not chosen.page_only:
+        groups_grid(chosen.work)
+    write_page(chosen.work / "results", facts, chosen.out, commit=commits(chosen.work, add=False))
     print(json.dumps({"written": str(chosen.out)}))
 
 
