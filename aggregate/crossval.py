@@ -61,11 +61,11 @@ def main(options: Options) -> int:
     prepare_environment()
     from aggregate.ablation.folds import all_folds, describe_folds, rows_of
     from aggregate.ablation.grid import open_trainer, training_cost
+    from aggregate.ablation.leaks import describe_crossing_pairs
     from aggregate.ablation.nested import FoldTask, score_fold
     from aggregate.ablation.outcomes import report
     from aggregate.ablation.probes import PROBES
     from aggregate.ablation.records import Records
-    from aggregate.audit import describe_crossing_pairs
     from aggregate.data.joined import open_features
     from aggregate.training.sources import with_possible_frames
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from aggregate import audit
+from aggregate.ablation import leaks
 from aggregate.ablation.folds import Fold
 from aggregate.duplicates import NEIGHBORS, near_duplicates, usual_distances, whiten
 from aggregate.scores import Scores
@@ -183,12 +184,12 @@ def test_the_command_writes_tables_and_says_what_leaks(tmp_path, capsys):
 
 
 def test_mean_features_count_repeats_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(audit, "ROWS_PER_READ", 7)
+    monkeypatch.setattr(leaks, "ROWS_PER_READ", 7)
     store = make_store(tmp_path / "s.zarr")
     rows = np.arange(len(store))
     stored = store.read(slice(None))[:, 0].astype(np.float32)
     expected = np.where((rows % 5 > 0)[:, None], stored.mean(1), stored[:, 0])
-    np.testing.assert_allclose(audit.mean_features(store, rows), expected, rtol=1e-5)
+    np.testing.assert_allclose(leaks.mean_features(store, rows), expected, rtol=1e-5)
 
 
 def test_scores_that_cannot_contradict_a_label_are_refused(tmp_path, capsys):
@@ -224,7 +225,7 @@ def fold(test, train) -> Fold:
 def test_pairs_that_cross_folds_are_warned_of_with_examples_and_a_command(tmp_path):
     store = make_store(tmp_path / "s.zarr")
     train, copies = list(range(90)), list(range(90, 96))
-    warning = audit.describe_crossing_pairs(store, [fold(copies, train)], "s.zarr")
+    warning = leaks.describe_crossing_pairs(store, [fold(copies, train)], "s.zarr")
     count = int(warning.split()[1])
     assert 6 <= count <= 12
     assert "(about 1 would by chance)" in warning
@@ -233,10 +234,10 @@ def test_pairs_that_cross_folds_are_warned_of_with_examples_and_a_command(tmp_pa
     assert warning.endswith("audit --features s.zarr")
     # Both videos of every pair in one part: nothing crosses.
     halves = [row for row in range(90) if row >= 6], [*range(6), *copies]
-    pairs = near_duplicates(audit.mean_features(store, np.arange(96)), np.arange(96)).rows
+    pairs = near_duplicates(leaks.mean_features(store, np.arange(96)), np.arange(96)).rows
     inside = [pair for pair in pairs if np.isin(pair, halves[1]).sum() != 1]
     assert len(inside) >= 6
-    crossing = audit.describe_crossing_pairs(store, [fold(*halves)], "s.zarr")
+    crossing = leaks.describe_crossing_pairs(store, [fold(*halves)], "s.zarr")
     assert int((crossing or "warning: 0").split()[1]) == len(pairs) - len(inside)
 
 
@@ -245,12 +246,12 @@ def test_large_stores_and_features_without_a_distance_do_not_stop_a_cross_valida
 ):
     store = make_store(tmp_path / "s.zarr")
     folds = [fold(range(90, 96), range(90))]
-    monkeypatch.setattr(audit, "mean_features", lambda store, rows: np.full((len(rows), 4), np.nan))
-    assert audit.describe_crossing_pairs(store, folds, "s.zarr").startswith(
+    monkeypatch.setattr(leaks, "mean_features", lambda store, rows: np.full((len(rows), 4), np.nan))
+    assert leaks.describe_crossing_pairs(store, folds, "s.zarr").startswith(
         "near-duplicates across"
     )
-    monkeypatch.setattr(audit, "PAIR_ALL", 95)
-    assert audit.describe_crossing_pairs(store, folds, "s.zarr") == ""
+    monkeypatch.setattr(leaks, "PAIR_ALL", 95)
+    assert leaks.describe_crossing_pairs(store, folds, "s.zarr") == ""
 
 
 def test_several_stores_are_joined(tmp_path, capsys):

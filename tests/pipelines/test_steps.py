@@ -9,6 +9,7 @@ import pytest
 from aggregate import train
 from aggregate.scores import Scores
 from pipelines import steps
+from pipelines.demo import story_of_ensemble
 from stores import classes_store
 
 
@@ -74,3 +75,27 @@ def test_scores_are_made_again_only_if_what_they_are_made_of_changed(tmp_path, c
     printed = scores((6,))
     assert "is no scores file" in printed
     assert "== aggregate.evaluate" in printed
+
+
+def test_members_are_selected_on_validation_and_the_test_videos_are_fused_with_their_weights(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(steps, "scores_are_of", lambda options: True)
+    strengths = {"tsn": 0.1, "hgnl": 2.0, "txb": 2.0}  # one of them is noise
+    for seed, (name, strength) in enumerate(strengths.items()):
+        for split in ("val", "test"):
+            path = tmp_path / "scores" / f"{name}_{split}.h5"
+            scored(path, strength, seed=seed + 9 * (split == "test"))
+    models = {name: {} for name in strengths}
+    weights = steps.fuse(tmp_path, models, "val", weights="select", segments=(3,))
+    assert weights == "0.0,0.5,0.5"
+    steps.fuse(tmp_path, models, "test", weights=weights, segments=(3,))
+    val, test = (
+        json.loads((tmp_path / f"fused_{split}.json").read_text()) for split in ("val", "test")
+    )
+    assert test["weights"] == [0, 0.5, 0.5]
+    story = story_of_ensemble(val, test)
+    assert "ensemble of hgnl, txb, chosen on 400 validation videos" in story
+    assert "tsn is left out" in story
+    pair = next(row for row in test["table"] if row["name"] == "hgnl_test + txb_test")
+    assert f"top-1 {100 * pair['summary']['top1']['value']:.1f} % on test" in story
