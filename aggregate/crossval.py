@@ -87,14 +87,12 @@ def main(options: Options) -> int:
         print(f"skipped   {name}: {reason}")
     print(f"tried     {', '.join(one.name for several in by_agg.values() for one in several)}")
     print(f"training  {processes} at a time, {threads} threads each", flush=True)
-    at_once, segments = (
-        max(1, options.at_once // processes),
-        sorted({options.frames[0], store.frames_per_video}),
-    )
+    at_once = max(1, options.at_once // processes)
+    segments = segments_by_agg(by_agg, options, store)
     # The longest first, so that none of them is alone at the end.
     longest_first = sorted(by_agg, key=lambda agg: training_cost(by_agg[agg], store), reverse=True)
     tasks = [
-        FoldTask(fold, agg, by_agg[agg], segments, at_once, options.vector)
+        FoldTask(fold, agg, by_agg[agg], segments[agg], at_once, options.vector)
         for agg in longest_first
         for fold in folds
     ]
@@ -120,6 +118,31 @@ def main(options: Options) -> int:
         report(store, rows, options, segments, folds, records)
     print(f"Next: {command_line('pipelines.report', options.out, out=options.out / 'report.html')}")
     return 0
+
+
+def segments_by_agg(
+    by_agg: "dict[str, list[Any]]", options: Options, store: "FeatureStore"
+) -> dict[str, list[int]]:
+    """How many frames of a video each aggregator is tested with: as in training, and all.
+
+    If it sees their order, as in training only; with several --frames, that differs by fold, and
+    both numbers are shown.
+    """
+    from aggregate.models import sees_order
+
+    both = sorted({options.frames[0], store.frames_per_video})
+    segments = {}
+    for agg, tried in by_agg.items():
+        ordered = any(
+            sees_order(agg, vars(one.options)) for one in tried if hasattr(one, "options")
+        )
+        segments[agg] = both[:1] if ordered and len(options.frames) == 1 else both
+        if segments[agg] != both:
+            print(
+                f"tested    {agg} sees the order of frames, so it is tested with {both[0]}, as it is "
+                "trained"
+            )
+    return segments
 
 
 def candidates_by_agg(

@@ -56,27 +56,29 @@ class Recogniser(nn.Module):
         frames: UInt8[Tensor, "batch time frames height width 3"],
         mask: Bool[Tensor, "batch time"] | None = None,
     ) -> Float[Tensor, "batch classes"]:
-        """A StNet sees every segment, whatever the mask."""
+        """A StNet sees every segment, whatever the mask. Of clip-wise backbones see
+        `clip_features`."""
         device = self.mean.device
-        pictures = (there(frames, device).movedim(-1, -3).float() - self.mean) / self.std
+        pictures = self._normalized(there(frames, device))
         if isinstance(self.net, StNet):
             return self.net(pictures)
         backbone: Any = self.net.backbone
-        if self.clips is not None:
-            # One clip at a time: 25 clips of 128 frames at once would need many gigabytes.
-            clips = pictures.transpose(2, 3).flatten(0, 1).split(1)
-            features = torch.cat([backbone(clip) for clip in clips]).reshape(
-                len(frames), -1, self.net.options["dim"]
-            )
-            mask = (
-                None
-                if mask is None
-                else there(mask, device).repeat_interleave(self.clips.rows, dim=1)
-            )
-            return self.net(features, mask)
         features = backbone(pictures.flatten(0, 2).contiguous(memory_format=torch.channels_last))
         mask = None if mask is None or mask.all() else there(mask, device)
         return self.net(features.unflatten(0, pictures.shape[:2]), mask)
+
+    def clip_features(
+        self, clip: UInt8[Tensor, "length height width 3"]
+    ) -> Float[Tensor, "rows dim"]:
+        """Of one clip of a clip-wise backbone; `net` takes those of all clips of a video."""
+        backbone: Any = self.net.backbone
+        pictures = self._normalized(there(clip, self.mean.device))
+        return backbone(pictures.transpose(0, 1)[None]).reshape(-1, self.net.options["dim"])
+
+    def _normalized(
+        self, frames: UInt8[Tensor, "*shape height width 3"]
+    ) -> Float[Tensor, "*shape 3 height width"]:
+        return (frames.movedim(-1, -3).float() - self.mean) / self.std
 
 
 def build_net(options: Mapping[str, Any], backbone: nn.Module) -> VideoClassifier | StNet:

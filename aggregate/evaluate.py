@@ -231,11 +231,10 @@ def _logits_of_videos(
     from extract.decode.jobs import Plan
 
     net: Any = model.net
-    clip: dict[str, Any] = {"clip_length": net.options.get("frames_per_segment", 1)}
-    micro_batch = options.micro_batch
     if model.clips is not None:
-        clip, micro_batch = {"clip_length": model.clips.frames, "clip_fps": model.clips.fps}, 1
-    plan = Plan(segments, options.crops, 0, model.preprocessing, **clip)
+        return _logits_of_clips(model, videos, segments, options)
+    clip_length, micro_batch = net.options.get("frames_per_segment", 1), options.micro_batch
+    plan = Plan(segments, options.crops, 0, model.preprocessing, clip_length=clip_length)
     logits = np.full((len(videos), options.crops, net.options["num_classes"]), np.nan, np.float32)
     cores = options.decode_workers or available_cores()
     with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
@@ -247,6 +246,60 @@ def _logits_of_videos(
         print(f"failed: {videos[place].id}: {reason}")
     if predicted:
         logits[rows] = predicted[0]
+    return logits
+
+
+def _logits_of_clips(
+    model: "Recogniser", videos: "list[Video]", segments: int, options: Options
+) -> "np.ndarray":
+    """The same through a clip-wise backbone: one clip is computed at a time, and a buffer holds a
+    few."""
+    import numpy as np
+    import torch
+
+    from aggregate.data.frames import clip_pool, new_segments, row_parts
+    from aggregate.training.sources import autocast
+    from extract.decode import VideoError
+    from extract.decode.jobs import Plan
+
+    net, clips = model.net.eval(), model.clips
+    assert clips is not None
+    device = model.mean.device
+    plan = Plan(
+        segments,
+        options.crops,
+        0,
+        model.preprocessing,
+        clip_length=clips.frames,
+        clip_fps=clips.fps,
+    )
+    classes: Any = net.options["num_classes"]
+    logits = np.full((len(videos), options.crops, classes), np.nan, np.float32)
+    cores, timeout = options.decode_workers or available_cores(), options.video_timeout
+    with (
+        clip_pool(plan, workers=cores, timeout=timeout) as pool,
+        clip_pool(plan, workers=1, timeout=timeout) as leftovers,
+        torch.inference_mode(),
+        autocast(device, "auto"),
+    ):
+        jobs: list[Any] = [(video.path, [(video.id, video.span)], plan) for video in videos]
+        queued = [(job, pool.submit(job)) for job in jobs]
+        for place, (job, future) in enumerate(progress(queued, unit="video")):
+            features, frames = [], []
+            try:
+                for prepared, pictures in row_parts(job, future, leftovers):
+                    frames.append(prepared.frame_indices[prepared.clips[0]])
+                    by_view = [
+                        [model.clip_features(torch.from_numpy(pictures[clip])) for clip in view]
+                        for view in prepared.clips
+                    ]
+                    features.append(torch.stack([torch.cat(view) for view in by_view]))
+            except VideoError as error:
+                print(f"failed: {videos[place].id}: {error.reason}")
+                continue
+            mask = torch.from_numpy(new_segments(np.concatenate(frames))).to(device)
+            mask = mask.repeat_interleave(clips.rows).expand(options.crops, -1)
+            logits[place] = net(torch.cat(features, dim=1), mask).float().cpu().numpy()
     return logits
 
 

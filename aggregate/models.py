@@ -34,6 +34,12 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
 }
 
 
+def sees_order(agg: str, options: Mapping[str, Any]) -> bool:
+    """Whether an aggregator with these options learns how far apart frames are, so that it is
+    tested with as many as in training."""
+    return getattr(AGGREGATORS.get(agg), "sees_order", False) or bool(options.get("frame_time"))
+
+
 class Dropout(nn.Dropout):
     """Dropout whose mask a CPU draws in a quarter of the time: from uniform numbers, not by
     `bernoulli_`."""

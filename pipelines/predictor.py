@@ -3,8 +3,9 @@ in a child."""
 
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
     from extract.decode.jobs import Prepared
     from extract.decode.packets import Span
+    from extract.decode.subprocess_pool import SubprocessPool
+
+    Part = tuple[Prepared, np.ndarray]
 
 WEIGHING = (
     "hgnl",
@@ -84,8 +88,7 @@ class Predictor:
             model_from_record,
             preprocessing_of,
         )
-        from extract.decode.jobs import Plan, decode_job
-        from extract.decode.subprocess_pool import SubprocessPool
+        from extract.decode.jobs import Plan
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
@@ -96,15 +99,10 @@ class Predictor:
         clip: dict[str, Any] = {"clip_length": max(self._per_segment, 1)}
         if clips is not None:
             clip = {"clip_length": clips.frames, "clip_fps": clips.fps}
-        self._plan = plan = Plan(segments, 1, 0, self.preprocessing, **clip)
-        # Clips share frames, but need not: their buffer holds one row whole.
-        self._rows_per_job = plan.rows_per_job if clips is None else 1
-        slot_bytes = plan.slot_bytes if clips is None else plan.row_bytes
+        self._plan = Plan(segments, 1, 0, self.preprocessing, **clip)
         # The child starts while the backbone is loaded here.
-        self._pool = SubprocessPool(
-            decode_job, slot_bytes=slot_bytes, workers=1, timeout=video_timeout
-        )
-        weakref.finalize(self, self._pool.close)
+        self._pool = self._subprocess(video_timeout)
+        self._video_timeout = video_timeout
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         self._aggregator: Any = None
         if self._per_segment:
@@ -149,92 +147,113 @@ class Predictor:
         crops, lost = np.empty(0), 0
         problems: dict[str, None] = {}  # an ordered set
         decoded = progress(self._decoded(path, spans), total=len(spans), unit="window", leave=False)
-        for span, prepared, pictures in decoded:
-            if isinstance(prepared, VideoError):
-                problems[prepared.reason] = None
-                lost += 1
-                continue
-            problems[prepared.problem] = None
+        for span, parts in decoded:
             try:
-                logits, weights = self._answer(path, pictures, prepared.clips[0])
-            except NotFiniteError as error:
-                problems[str(error)] = None
+                seen, shown = self._answer(path, span, parts)
+            except (VideoError, NotFiniteError) as error:
+                problems[error.reason if isinstance(error, VideoError) else str(error)] = None
                 lost += 1
                 continue
-            shown = self._shown(prepared)
-            crops = crops if windows else pictures[shown]
-            start, end = span or (0.0, prepared.end)
-            frames = prepared.frame_indices[shown], prepared.frame_times[shown]
-            windows.append(
-                Window(start, end, prepared.num_frames, *frames, logits, weights, prepared.problem)
-            )
+            problems[seen.problem] = None
+            crops = crops if windows else shown
+            windows.append(seen)
         words = "; ".join(filter(None, problems))
         if not windows:
             raise VideoError(path, words)
         more = f"{lost} of {len(spans)} windows could not be seen: " if lost else ""
         return Prediction(os.fspath(path), windows[-1].end, tuple(windows), more + words, crops)
 
+    def _subprocess(self, timeout: float) -> "SubprocessPool":
+        from extract.decode.jobs import decode_job
+        from extract.decode.subprocess_pool import SubprocessPool
+
+        slot_bytes = self._plan.slot_bytes
+        pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=1, timeout=timeout)
+        weakref.finalize(self, pool.close)
+        return pool
+
+    @cached_property
+    def _leftovers(self) -> "SubprocessPool":
+        """For the clips of a window that had no room in a buffer."""
+        return self._subprocess(self._video_timeout)
+
     def _decoded(
         self, path: str | os.PathLike[str], spans: "list[Span | None]"
-    ) -> "Iterator[tuple[Span | None, Prepared | VideoError, np.ndarray]]":
-        """Each span, what a child decoded of it, and its pictures [n, size, size, 3]."""
+    ) -> "Iterator[tuple[Span | None, Iterable[Part]]]":
+        """Each span, and what a child decoded of it: one part, or of clips as many as buffers
+        need."""
+        from aggregate.data.frames import row_parts
+
         plan, name = self._plan, os.fspath(path)
+        at_once = plan.rows_per_job if self._clips is None else 1
         rows = [(name, span) for span in spans]
         jobs = [
-            rows[first : first + self._rows_per_job]
-            for first in range(0, len(rows), self._rows_per_job)
+            (name, rows[first : first + at_once], plan) for first in range(0, len(rows), at_once)
         ]
-        for some, future in [(some, self._pool.submit((name, some, plan))) for some in jobs]:
+        for job, future in [(job, self._pool.submit(job)) for job in jobs]:
+            if self._clips is not None:
+                yield job[1][0][1], row_parts(job, future, self._leftovers)
+                continue
             with future.result() as finished:
-                results = finished.result or [VideoError(path, finished.failure)] * len(some)
-                for (_, span), prepared in zip(some, results, strict=True):
-                    failed = isinstance(prepared, VideoError)
-                    yield (
-                        span,
-                        prepared,
-                        np.empty(0) if failed else prepared.pictures(finished.buffer, plan),
-                    )
+                results = finished.result or [VideoError(path, finished.failure)] * len(job[1])
+                for (_, span), prepared in zip(job[1], results, strict=True):
+                    yield span, self._only_part(prepared, finished.buffer)
 
-    def _shown(self, prepared: "Prepared") -> np.ndarray:
-        """The pictures that the model's rows of features stand for, in their order: all, or the
-        middles of clips."""
-        if self._clips is None:
-            return np.arange(len(prepared.frame_indices))
-        return (
-            prepared.middles_of(self._clips.rows)
-            .reshape(self.segments, -1)[_distinct(prepared.clips[0])]
-            .ravel()
-        )
+    def _only_part(self, prepared: "Prepared | VideoError", buffer: np.ndarray) -> "Iterator[Part]":
+        if isinstance(prepared, VideoError):
+            raise prepared
+        yield prepared, prepared.pictures(buffer, self._plan)
 
     def _answer(
-        self, path: str | os.PathLike[str], pictures: np.ndarray, clips: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray | None]:
-        """Logits [C] of one window, and the weights of its frames; clips int [T, L], positions in
-        the pictures."""
+        self, path: str | os.PathLike[str], span: "Span | None", parts: "Iterable[Part]"
+    ) -> tuple[Window, np.ndarray]:
+        """What the model says of one window, and the pictures uint8 [n, size, size, 3] of the
+        frames that it saw."""
         import torch
 
         with torch.inference_mode():
+            weights = None
+            if self._clips is None:
+                [(prepared, pictures)] = parts
+                indices, times = prepared.frame_indices, prepared.frame_times
+            else:
+                prepared, features, indices, times, pictures = self._see_clips(parts)
             if self._per_segment:
+                clips = prepared.clips[0]
                 clip, mask = torch.from_numpy(pictures[clips]), torch.from_numpy(_distinct(clips))
-                logits, weights = self._model(clip[None], mask[None]), None
+                logits = self._model(clip[None], mask[None])
             else:
                 if self._clips is None:
                     features = self._network(pictures)
-                else:
-                    of_clips = [
-                        self._network(pictures[clip][None]) for clip in clips[_distinct(clips)]
-                    ]
-                    features = np.concatenate(of_clips).reshape(-1, self._model.options["dim"])
                 x = torch.from_numpy(features)[None].float()
                 logits = self._model(x)
-                weights = (
-                    None
-                    if self._aggregator is None
-                    else self._aggregator.frame_weights(x)[0].numpy()
-                )
+                if self._aggregator is not None:
+                    weights = self._aggregator.frame_weights(x)[0].numpy()
         if not logits.isfinite().all():
             raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
-        return logits[0].cpu().numpy(), weights
+        start, end = span or (0.0, prepared.end)
+        seen = indices, times, logits[0].cpu().numpy(), weights, prepared.problem
+        return Window(start, end, prepared.num_frames, *seen), pictures
+
+    def _see_clips(
+        self, parts: "Iterable[Part]"
+    ) -> "tuple[Prepared, np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
+        """The last part; features [n, dim] of the distinct clips, computed one by one; and the
+        frames in their middles: indices [n], times [n] (s), pictures [n, size, size, 3]."""
+        assert self._clips is not None
+        rows, clips = self._clips.rows, []
+        before: set[bytes] = set()
+        for prepared, pictures in parts:
+            middles = prepared.middles_of(rows).reshape(-1, rows)
+            for clip, middle in zip(prepared.clips[0], middles, strict=True):
+                if (frames := prepared.frame_indices[clip].tobytes()) in before:
+                    continue
+                before.add(frames)
+                features = self._network(pictures[clip][None]).reshape(rows, -1)
+                shown = prepared.frame_indices[middle], prepared.frame_times[middle]
+                clips.append((features, *shown, pictures[middle]))
+        features, indices, times, crops = map(np.concatenate, zip(*clips, strict=True))
+        return prepared, features, indices, times, crops
 
 
 def _distinct(clips: np.ndarray) -> np.ndarray:

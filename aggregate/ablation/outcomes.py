@@ -1,8 +1,7 @@
 """What cross-validation says: scores files, results.json, and the tables of the terminal."""
 
-import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -43,12 +42,12 @@ def report(
     store: FeatureStore,
     rows: np.ndarray,
     options: Any,
-    segments: Sequence[int],
+    segments: Mapping[str, Sequence[int]],
     folds: Sequence[Fold],
     records: "Records",
 ) -> None:
-    """Write AGG.h5 and results.json; print the tables. `options` are those of
-    aggregate.crossval."""
+    """Write AGG.h5 and results.json; print the tables. `options` are those of aggregate.crossval,
+    `segments` the numbers that each aggregator was tested with."""
     labels, classes = store.labels[rows], len(store.classes)
     seeds, aggs = list(dict.fromkeys(fold.seed for fold in folds)), list(dict.fromkeys(options.agg))
     groups = group_keys(store.ids, store.groups)[rows]
@@ -56,25 +55,26 @@ def report(
     how = (
         {"seeds": seeds} if options.shots is None else {"shots": options.shots, "draws": len(seeds)}
     )
-    outcomes: dict[str, list[Outcomes]] = {}  # for each of `segments`
+    outcomes: dict[str, list[Outcomes]] = {}  # for each of its `segments`
     for agg in aggs:
         source = {"model": agg, "folds": options.folds, "features": store.provenance} | how
-        outcomes[agg], means = _collect(store, rows, segments, folds, records, agg)
+        outcomes[agg], means = _collect(store, rows, segments[agg], folds, records, agg)
         seen = outcomes[agg][0].tested.any(axis=0)
         ids = store.ids[rows][seen].tolist()
         of_seen = {"labels": labels[seen], "source": source, "groups": groups[seen]}
         scores = [
             Scores(ids, store.classes, mean[seen], segments=count, **of_seen)
-            for count, mean in zip(segments, means, strict=True)
+            for count, mean in zip(segments[agg], means, strict=True)
         ]
         save_scores(options.out / f"{agg}.h5", scores)
     heads: list[dict[str, Any]] = []
     for agg in aggs:
-        beside = [None] * len(segments) if agg == baseline else outcomes[baseline]
-        measured = {
-            str(count): measures(ours, theirs, labels, classes, groups)
-            for count, ours, theirs in zip(segments, outcomes[agg], beside, strict=True)
-        }
+        # A baseline that sees order has one number only, which all others are compared with.
+        beside = dict(zip(segments[baseline], outcomes[baseline], strict=True))
+        measured = {}
+        for count, ours in zip(segments[agg], outcomes[agg], strict=True):
+            theirs = None if agg == baseline else beside.get(count, outcomes[baseline][0])
+            measured[str(count)] = measures(ours, theirs, labels, classes, groups)
         chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
         head = {"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen}
         heads.append(head | as_reported(chosen))
@@ -118,7 +118,9 @@ def _collect(
         seen = np.zeros(len(rows), bool)
         for fold in (one for one in folds if one.seed == seed):
             at = np.searchsorted(rows, fold.test)
-            logits[:, at], seen[at] = records.array((seed, fold.name, agg)), True
+            recorded: Any = records.array((seed, fold.name, agg))
+            # Earlier versions tested heads that see order with all frames too.
+            logits[:, at], seen[at] = recorded[: len(segments)], True
         sums[:, seen] += logits[:, seen]
         failed = np.isnan(logits).any(axis=2)
         places.append([ranks(one, labels) for one in logits])
@@ -212,7 +214,7 @@ def table(results: dict[str, Any]) -> str:
     )
     lines = [["", "segments", *columns]]
     by_class = [["", "segments", "mean class %", "macro F1 %", f"over {unit}"]]
-    for head, count in itertools.product(results["heads"], results["heads"][0]["segments"]):
+    for head, count in ((head, count) for head in results["heads"] for count in head["segments"]):
         found = head["segments"][count]
         cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
         lines.append([head["name"], count, *cells, cell(found["difference"], "+")])

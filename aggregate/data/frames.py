@@ -2,6 +2,7 @@
 and deadlines."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
@@ -11,8 +12,8 @@ import torch
 from aggregate.data.features import Batch, in_batches
 from extract.cli import RunError
 from extract.decode import VideoError
-from extract.decode.jobs import Plan, decode_job
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
+from extract.decode.subprocess_pool import Finished, SubprocessPool
 from extract.listing.videos import Video
 
 
@@ -24,10 +25,36 @@ def new_segments(clips: np.ndarray) -> np.ndarray:
 
 
 def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
-    """Processes that decode the clips of `plan`; use it in `with`."""
+    """Processes that decode the clips of `plan`; use it in `with`.
+
+    A buffer holds one row, but of a clip-wise backbone at most 64 MB of it, or one clip: see
+    `row_parts`.
+    """
+    slot_bytes = plan.row_bytes if plan.clip_fps is None else plan.slot_bytes
     return SubprocessPool(
-        decode_job, slot_bytes=plan.row_bytes, workers=workers, timeout=timeout, nice=nice
+        decode_job, slot_bytes=slot_bytes, workers=workers, timeout=timeout, nice=nice
     )
+
+
+def row_parts(
+    job: Job, future: "Future[Finished]", leftovers: SubprocessPool
+) -> Iterator[tuple[Prepared, np.ndarray]]:
+    """The only row of a job, in parts that a buffer holds, each with its pictures (valid until the
+    next part).
+
+    leftovers: does what had no room. It is a pool of its own, since jobs that were queued behind
+    this one may fill the buffers that the rest would wait for. Raises VideoError.
+    """
+    more = [job]
+    while more:
+        job = more[0]
+        with future.result() as finished:
+            [prepared] = finished.result or [VideoError(job[0], finished.failure)]
+            if isinstance(prepared, VideoError):
+                raise prepared
+            yield prepared, prepared.pictures(finished.buffer, job[2])
+        if more := remaining_jobs(job, [prepared]):
+            future = leftovers.submit(more[0])
 
 
 @dataclass

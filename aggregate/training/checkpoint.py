@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aggregate.models import AGGREGATORS, VideoClassifier, build
+from aggregate.models import VideoClassifier, build, sees_order
 from extract.cli import InputError
 from extract.commands import command_line
 from extract.files import replacing
@@ -54,8 +54,7 @@ class Checkpoint:
         Such a head has learned how far apart frames are: trained on 3 and tested on 16, TXB loses
         16 points of top-1.
         """
-        head = AGGREGATORS.get(self.options["name"])
-        if not (getattr(head, "sees_order", False) or self.options.get("frame_time")):
+        if not sees_order(self.options["name"], self.options):
             return usual
         log(
             f"{self.options['name']} sees the order of frames, so it is tested with {self.frames}, as it was trained"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from extract.backbone.batches import Batches
+from extract.backbone.networks import absolute_name
 from extract.cli import InputError, RunError
 from extract.cores import available_cores, has_native_bf16
 from extract.decode.transform import Clips, Preprocessing, is_clip_wise
@@ -70,6 +71,7 @@ def load_backbone(
     """
     on_cpu = runs_on_cpu(device)
     _check(device, precision, form, engine, on_cpu=on_cpu)
+    name = absolute_name(name)
     source: dict[str, Any] = {"name": name, "weights": weights, "seed": seed, **options}
     if on_cpu:
         if precision == "int8":
@@ -178,7 +180,15 @@ class Backbone:
             import torch
 
             where = f"{where} ({torch.cuda.get_device_name(where)})"
-        return f"{self.name}, {weights}; on {where} in {self.precision}{self._note}, {self.engine.description}"
+        clips = (
+            f"clips of {self.clips.frames} frames, {self.clips.fps:g} per second; "
+            if self.clips
+            else ""
+        )
+        return (
+            f"{self.name}, {weights}; {clips}on {where} in {self.precision}{self._note}, "
+            f"{self.engine.description}"
+        )
 
 
 def _check(device: str, precision: str, form: str, engine: str, *, on_cpu: bool) -> None:

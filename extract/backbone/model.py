@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from extract.backbone import image_models
-from extract.backbone.networks import package_file
+from extract.backbone.networks import absolute_name, package_file
 from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
 from extract.cli import InputError, examples
@@ -81,7 +81,9 @@ def load_trunk(
             raise InputError(
                 f"--image-size {image_size}: {name} is clip-wise; only timm's image models take another size"
             )
-        return _video_trunk(name, str(weights), seed, clip_frames, clip_fps, per_clip)
+        return _video_trunk(
+            absolute_name(name), str(weights), seed, clip_frames, clip_fps, per_clip
+        )
     if clip_frames is not None or clip_fps is not None or per_clip != "mean":
         raise InputError(
             "--clip-frames, --clip-fps and --per-clip are for clip-wise backbones (torchvision/..., hf/...); "

@@ -58,6 +58,13 @@ def network_key(**dependencies: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+def absolute_name(name: str) -> str:
+    """hf/FOLDER with the absolute path of the folder: what is recorded must not depend on the
+    working directory. Other names stay as they are."""
+    folder = Path(name.removeprefix("hf/"))
+    return f"hf/{folder.resolve()}" if name.startswith("hf/") and folder.is_dir() else name
+
+
 def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
     """The record and the model file of a saved network; None if there is none, or a damaged one."""
     folder = _folder(key)

@@ -34,9 +34,12 @@ _TORCHVISION_CLIPS = {
     "mvit": (16, 7.5),
     "swin": (32, 15.0),
 }
-# Frames per second at which models of transformers were trained, which their configurations do not
-# hold: VideoMAE every 4th of 30, TimeSformer every 32nd, ViViT every 2nd, V-JEPA 2 4 per second.
-_HF_FPS = {"vjepa2": 4.0, "videomae": 7.5, "timesformer": 0.9375, "vivit": 15.0}
+# Frames per second at which models of transformers were trained. Their configurations do not hold
+# it; the training configurations of their authors do: V-JEPA 2 `fps: 4`; VideoMAE every 4th frame
+# (of 30 per second); ViViT every 2nd of 25 per second (scenic: 250 frames in 10 s).
+_HF_FPS = {"vjepa2": 4.0, "videomae": 7.5, "timesformer": 30 / 32, "vivit": 12.5}
+# TimeSformer, by its frames per clip: 8 x 32 (base), 16 x 16 (HR) and 96 x 4 (L), at 30 per second.
+_TIMESFORMER_FPS = {8: 30 / 32, 16: 30 / 16, 96: 30 / 4}
 
 
 @dataclass(frozen=True)
@@ -225,7 +228,11 @@ def _hf_model(
             f"--backbone hf/{name}: a model of type {kind}; supported are {', '.join(_HF_FPS)}"
         )
     frames_key = "frames_per_clip" if kind == "vjepa2" else "num_frames"
-    frames = clip_frames or getattr(config, frames_key)
+    own_frames = getattr(config, frames_key)
+    usual_fps = _HF_FPS[kind]
+    if kind == "timesformer":
+        usual_fps = _TIMESFORMER_FPS.get(own_frames, usual_fps)
+    frames = clip_frames or own_frames
     setattr(config, frames_key, frames)
     if weights == "random":
         model, record = AutoModel.from_config(config), {"name": random_record}
@@ -236,7 +243,7 @@ def _hf_model(
         1 if kind == "timesformer" else config.tubelet_size
     )  # frames, or (frames, height, width)
     tubelet = tubelet if isinstance(tubelet, int) else tubelet[0]
-    fps = clip_fps or getattr(processor, "fps", None) or _HF_FPS[kind]
+    fps = clip_fps or getattr(processor, "fps", None) or usual_fps
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
     return VideoModel(trunk, _hf_preprocessing(processor, name), record, frames, float(fps))
 

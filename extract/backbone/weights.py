@@ -58,7 +58,7 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
             raise InputError(
                 f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features"
             )
-        held = content["features"]["backbone"]
+        held = _held_backbone(content)
         if held != name:
             raise InputError(f"--weights {path}: holds the backbone {held}; pass --backbone {held}")
     _check_digest(path, sha256, name=name)
@@ -72,9 +72,13 @@ def recorded_backbone(path: str | Path | None) -> str | None:
     if path is None or Path(path).suffix != ".pt" or not Path(path).is_file():
         return None
     content = _load(Path(path))
-    return (
-        content["features"].get("backbone") if content.get("format") == "hgnl-checkpoint" else None
-    )
+    return _held_backbone(content) if content.get("format") == "hgnl-checkpoint" else None
+
+
+def _held_backbone(checkpoint: Mapping[str, Any]) -> str | None:
+    """Version 1 recorded it under `backbone`, the features' provenance alone has it since."""
+    record = checkpoint.get("backbone") or {"name": checkpoint["features"].get("backbone")}
+    return record["name"]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from extract.backbone.networks import absolute_name
 from extract.cli import InputError
 from extract.listing.windows import settle
 from extract.options import DEFAULTS, Options
@@ -20,6 +21,8 @@ def continue_options(options: Options, store: FeatureStore) -> Any:
     """`options`, completed by the settings of `store`. InputError names what was given and
     differs."""
     recorded = recorded_options(store)
+    if options.backbone is not None:
+        options = replace(options, backbone=absolute_name(options.backbone))
     given = {name: getattr(options, name) for name in recorded}
     missing = {name: recorded[name] for name, value in given.items() if value is None}
     missing |= {name: recorded[name] for name in ("precision", "engine") if given[name] == "auto"}

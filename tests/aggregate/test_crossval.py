@@ -374,3 +374,38 @@ def test_a_head_that_cannot_be_built_is_named_before_any_fold(features, tmp_path
     with pytest.raises(InputError, match=r"--agg hgnl: g2 2 does not divide g1 3"):
         crossval.main(options(features, tmp_path / "out", g1=(3,)))
     assert not (tmp_path / "out").exists()
+
+
+def test_heads_that_see_order_are_tested_with_as_many_frames_as_in_training(
+    features, tmp_path, capsys
+):
+    quick = {"epochs": (1,), "folds": "2"}
+    heads = options(features, tmp_path / "cv", agg=("tsn", "gru", "attentive-time"), **quick)
+    crossval.main(heads)
+    assert "gru sees the order of frames, so it is tested with 3" in capsys.readouterr().out
+    measured = {head["name"]: head["segments"] for head in results_of(tmp_path / "cv")["heads"]}
+    assert {name: [*counts] for name, counts in measured.items()} == {
+        "tsn": ["3", "6"],
+        "gru": ["3"],
+        "attentive-time": ["3"],
+    }
+    assert measured["gru"]["3"]["difference"] is not None
+    assert Scores.load(tmp_path / "cv" / "gru.h5").segments == 3
+    alone = options(features, tmp_path / "gru first", agg=("gru", "max"), **quick)
+    crossval.main(alone)  # the only number of the baseline is what all are compared with
+    _, best = results_of(tmp_path / "gru first")["heads"]
+    assert best["segments"]["6"]["difference"] is not None
+    several = options(features, tmp_path / "several", agg=("gru",), frames=(2, 3), **quick)
+    crossval.main(several)  # which number a fold chooses is not known before
+    assert [*results_of(tmp_path / "several")["heads"][0]["segments"]] == ["2", "6"]
+
+
+def test_results_of_earlier_versions_which_tested_all_frames_are_continued(features, tmp_path):
+    run = options(features, tmp_path / "cv", agg=("tsn", "gru"), epochs=(1,), folds="2")
+    crossval.main(run)
+    first = results_of(tmp_path / "cv")
+    for file in (tmp_path / "cv" / "places").iterdir():
+        if len(array := np.load(file)) == 1:
+            np.save(file, np.concatenate([array, array + 1]))
+    crossval.main(run)
+    assert results_of(tmp_path / "cv") == first

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import Trunk, load_trunk
+from extract.backbone.weights import recorded_backbone
 from extract.cli import InputError
 from timing import flops_per_frame
 
@@ -211,14 +213,23 @@ def test_missing_extra_and_misshapen_tensors(
         load_trunk(SMALL, weights=tmp_path / "w.pth")
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"version": 1, "backbone": {"name": "resnet50"}, "features": {}},
+        {"version": 2, "features": {"backbone": "resnet50"}},
+    ],
+    ids=["version 1", "version 2"],
+)
 def test_a_checkpoint_of_another_backbone_and_one_of_none(
-    cadene_state: dict[str, Tensor], tmp_path: Path
+    record: dict[str, Any], cadene_state: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    ours = {"format": "hgnl-checkpoint", "backbone": {"name": "resnet50"}, "state_dict": {}}
+    ours: dict[str, Any] = {"format": "hgnl-checkpoint", **record}
     ours["state_dict"] = {f"backbone.{key}": value for key, value in cadene_state.items()}
     torch.save(ours, tmp_path / "w.pt")
     with pytest.raises(InputError, match=r"holds the backbone resnet50; pass --backbone resnet50"):
         load_trunk(SMALL, weights=tmp_path / "w.pt")
+    assert recorded_backbone(tmp_path / "w.pt") == "resnet50"
     torch.save({**ours, "state_dict": {"classifier.weight": torch.ones(2)}}, tmp_path / "w.pt")
     with pytest.raises(
         InputError, match=r"w\.pt: this checkpoint holds no backbone; it was trained on cached"

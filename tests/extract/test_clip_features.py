@@ -142,7 +142,7 @@ def test_exported_to_other_tools_with_their_stride(videos: Path, tmp_path: Path)
 
 
 def test_a_head_on_clips_is_trained_and_sees_videos(
-    store: FeatureStore, videos: Path, tmp_path: Path, capsys
+    store: FeatureStore, videos: Path, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     arguments = [
         "--agg",
@@ -169,7 +169,16 @@ def test_a_head_on_clips_is_trained_and_sees_videos(
     capsys.readouterr()
     [clip, *_] = sorted((videos / "val").rglob("*.mp4"))
     assert run(predict, clip, "--checkpoint", best, "--segments", "3") == 0
-    assert "dumbbell" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "dumbbell" in shown
+    # Buffers of one clip: every video comes in parts, and the scores are the same.
+    monkeypatch.setattr("extract.decode.jobs._MAX_CLIP_SLOT_BYTES", 1)
+    in_parts = tmp_path / "parts.h5"
+    assert run(evaluate, *common, "--videos", videos, "--out", in_parts) == 0
+    np.testing.assert_array_equal(Scores.load(in_parts).logits, from_videos.logits)
+    capsys.readouterr()
+    assert run(predict, clip, "--checkpoint", best, "--segments", "3") == 0
+    assert capsys.readouterr().out == shown
     assert run(export_onnx, "--checkpoint", best, "--out", tmp_path / "model.onnx") == 2
     assert (
         "sees clips of torchvision/r3d_18; only checkpoints that see single frames"

@@ -13,6 +13,7 @@ from torchvision import models
 
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import Trunk, load_trunk
+from extract.backbone.networks import absolute_name
 from extract.cli import InputError
 from extract.decode.transform import crop_boxes, cut, resize_frame
 
@@ -308,6 +309,33 @@ def test_timesformers_tokens_are_patch_by_patch(tmp_path: Path) -> None:
     changed[3] = 255 - changed[3]
     moved = (features_of(trunk, clip) - features_of(trunk, changed)).norm(dim=1)
     assert moved[:3].max() < 1e-6 < 1e-2 < moved[3]
+
+
+def test_what_is_recorded_of_a_folder_does_not_depend_on_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_folder(tmp_path / "model", "videomae")
+    monkeypatch.chdir(tmp_path)
+    name = load_trunk("hf/model", weights="pretrained").name
+    backbone = load_backbone("hf/model", weights="pretrained", device="cpu", precision="fp32")
+    assert name == backbone.name == f"hf/{tmp_path.resolve() / 'model'}"
+    assert "clips of 4 frames, 7.5 per second" in backbone.describe()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert load_trunk(name, weights="pretrained").weights == backbone.weights
+    assert absolute_name("hf/../model") == name
+    assert absolute_name("hf/owner/model") == "hf/owner/model"  # of the hub
+
+
+@pytest.mark.parametrize(("frames", "rate"), [(8, 0.9375), (16, 1.875), (96, 7.5), (4, 0.9375)])
+def test_timesformers_rate_depends_on_its_frames(frames: int, rate: float, tmp_path: Path) -> None:
+    """As in the authors' configurations 8 x 32, 16 x 16 and 96 x 4, at 30 frames per second."""
+    make_folder(tmp_path, "timesformer")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_frames": frames}))
+    trunk = load_trunk(f"hf/{tmp_path}", weights="random")
+    assert (trunk.clips.frames, trunk.clips.fps) == (frames, rate)
+    assert load_trunk(f"hf/{tmp_path}", weights="random", clip_frames=5).clips.fps == rate
 
 
 def test_random_weights_need_no_file_of_weights(tmp_path: Path) -> None:

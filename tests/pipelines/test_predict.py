@@ -546,7 +546,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
         asked.append(weights)
         return small_models.trunk_of()
 
-    monkeypatch.setattr("aggregate.endtoend.load_trunk", at_hand)
+    monkeypatch.setattr("extract.backbone.model.load_trunk", at_hand)
     with pytest.raises(
         InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"
     ):
