@@ -214,8 +214,12 @@ def table(results: dict[str, Any]) -> str:
     )
     lines = [["", "segments", *columns]]
     by_class = [["", "segments", "mean class %", "macro F1 %", f"over {unit}"]]
-    for head, count in ((head, count) for head in results["heads"] for count in head["segments"]):
-        found = head["segments"][count]
+    every = [
+        (head, count, found)
+        for head in results["heads"]
+        for count, found in head["segments"].items()
+    ]
+    for head, count, found in every:
         cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
         lines.append([head["name"], count, *cells, cell(found["difference"], "+")])
         cells = (cell(found[name]) for name in ("mean_class", "macro_f1", "macro_f1_over_seeds"))
