@@ -219,6 +219,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 textcoords="offset points",
                 size=8,
                 color=INK,
+                bbox={"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1},
             )
         label = f"top-1 %, {rows[0]['all_frames']} segments"
         axes.set(xscale="log", xlabel="parameters, classifier included", ylabel=label)

@@ -58,8 +58,7 @@ class Options:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: str = "auto"
-    """fp32, bf16, fp16, or auto: fp16 on a GPU, on a CPU the faster of fp32 and bf16, timed at the
-    start."""
+    """fp32, bf16, fp16, or auto: fp16 on a GPU, on a CPU bf16 if it computes in it, else fp32."""
     video_timeout: float = 60.0
     """Seconds a video may take to decode, and one more for every 10 s that it lasts; then it is
     given up."""

@@ -83,6 +83,7 @@ def report(
     results = {
         "schema": SCHEMA,
         "features": options.features,
+        "provenance": store.provenance,
         "videos": videos,
         "classes": classes,
         "resampled": describe_units(units, videos),

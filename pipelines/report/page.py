@@ -18,6 +18,7 @@ from pipelines.report.find import RUN_FILES, UNREADABLE, Found
 
 # What the sections of page.html.j2 are given: nothing where there is nothing to show.
 SECTIONS = {
+    "random": results.random_backbones,
     "results": results.results,
     "confusion": results.confusion,
     "attention": gallery.attention,

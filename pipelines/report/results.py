@@ -11,6 +11,7 @@ import pandas as pd
 from aggregate import figures
 from aggregate.ablation.compare import heat_maps, percent, summarise
 from aggregate.metrics import describe_units
+from aggregate.training.checkpoint import Checkpoint
 from pipelines.report.compared import choose, models_by_split, segments_that_count
 from pipelines.report.find import Found, read_json
 
@@ -201,6 +202,33 @@ def ensembles(found: Found) -> list[dict[str, Any]]:
         )
         shown.append({"name": name, "record": record, "weights": weights, "differences": adds})
     return shown
+
+
+def random_backbones(found: Found) -> dict[str, list[str]]:
+    """Backbones with random weights, and the stores, runs, scores and cross-validations that rest
+    on them."""
+    records: dict[str, Any] = {name: store.provenance for name, store in found.stores.items()}
+    records |= {
+        f"run {name}": Checkpoint.load(file).features for name, file in found.files("best.pt")
+    }
+    records |= {name: several[0].source for name, several in found.scores.items()}
+    records |= {name: record.get("provenance") for name, record in found.crossvals.items()}
+    resting: dict[str, list[str]] = {}
+    for name, record in records.items():
+        for backbone in dict.fromkeys(_random_in(record)):
+            resting.setdefault(backbone, []).append(name)
+    return resting
+
+
+def _random_in(record: Any) -> Iterator[str]:
+    if isinstance(record, list | tuple):
+        for part in record:
+            yield from _random_in(part)
+    elif isinstance(record, dict):
+        weights = record.get("weights")
+        if isinstance(weights, dict) and str(weights.get("name")).startswith("random weights"):
+            yield f"{record.get('backbone')} ({weights['name']})"
+        yield from _random_in([*record.values()])
 
 
 def provenance(found: Found) -> list[tuple[str, list[tuple[str, str]]]]:

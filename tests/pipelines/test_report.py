@@ -10,6 +10,7 @@ import subprocess
 from html import unescape
 from pathlib import Path
 
+import jinja2
 import lxml.html
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from aggregate.scores import Scores
 from extract.cli import InputError, run_command
 from extract.store import FeatureStore
 from pipelines.__main__ import main as hgnl
-from pipelines.report import compared, gallery
+from pipelines.report import compared, gallery, page, results
 from pipelines.report.find import Found, find
 from pipelines.report.page import render
 from stores import classes_store, fail_rows
@@ -755,3 +756,47 @@ def test_700_classes_show_the_worst_confusions(tmp_path):
     ]
     assert matrix.count(b"<text") < 20 * 20 + 50
     assert "Of 700 classes, the 20 confused most." in shown.words["confusion"]
+
+
+def test_random_weights_are_said_first_and_by_name():
+    """Of stores, of scores, of ensembles of such scores, and of cross-validations."""
+
+    class Recorded:
+        def __init__(self, **record):
+            self.provenance = self.source = record
+
+    def backbone(weights):
+        return {"backbone": "torchvision/r3d_18", "weights": {"name": weights}}
+
+    random, real = backbone("random weights, seed 0"), backbone("r3d_18.pth")
+    found = Found(
+        stores={"clips.zarr": Recorded(**random), "real.zarr": Recorded(**real)},
+        scores={
+            "clips.h5": [Recorded(features=random)],
+            "real.h5": [Recorded(features=real)],
+            "both.h5": [Recorded(members=[{"features": real}, {"features": random}])],
+        },
+        crossvals={"cv/results.json": {"provenance": {"joined": [real, random]}}, "old": {}},
+    )
+    said = results.random_backbones(found)
+    expected = ["clips.zarr", "clips.h5", "both.h5", "cv/results.json"]
+    assert said == {"torchvision/r3d_18 (random weights, seed 0)": expected}
+    pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(page.__file__).parent))
+    pages.filters["data_uri"] = pages.filters["interval"] = pages.filters["percent"] = str
+    pages.filters["thousands"] = str
+    html = pages.get_template("page.html.j2").render(
+        title="t", found=Found(), sections={"random": said}, missing=[]
+    )
+    section = Page(html).words["random"]
+    assert "its features mean nothing" in section
+    assert "both.h5" in section
+    assert (
+        "RANDOM WEIGHTS"
+        not in Page(
+            pages.get_template("page.html.j2").render(
+                title="t", found=Found(), sections={}, missing=[]
+            )
+        )
+        .html.partition("<main>")[2]
+        .partition("</main>")[0]
+    )
