@@ -217,6 +217,11 @@ def random_backbones(found: Found) -> dict[str, list[str]]:
     for name, record in records.items():
         for backbone in dict.fromkeys(_random_in(record)):
             resting.setdefault(backbone, []).append(name)
+    for names in resting.values():
+        stems = {Path(name).stem for name in names if name in found.scores}
+        for name, several in found.scores.items():  # ensembles record the names of their members
+            if stems.intersection(several[0].source.get("members", ())):
+                names.append(name)
     return resting
 
 
