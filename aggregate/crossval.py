@@ -170,8 +170,8 @@ def candidates_by_agg(
             f"--seeds {seeds} means nothing to --shots: a draw takes the place of a seed; give --repeats"
         )
     own = {
-        "knn": {"k", "vector", "standardise"},
-        "logreg": {"C", "vector", "standardise", "epochs", "balance"},
+        "knn": {"k", "vector", "standardize"},
+        "logreg": {"C", "vector", "standardize", "epochs", "balance"},
     }
     for one in fields(options):
         value, users = getattr(options, one.name), [agg for agg in own if one.name in own[agg]]

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
 
-class Recogniser(nn.Module):
+class FrameModel(nn.Module):
     """What training and testing call: uint8 frames as decoded in, logits out.
 
     `net` is a StNet, or a VideoClassifier with a `backbone` beside it: its state has the backbone's
@@ -138,7 +138,7 @@ def backbone_from_record(
     return backbone
 
 
-def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Recogniser:
+def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> FrameModel:
     """The whole model in fp32 on the CPU, in evaluation mode, from a checkpoint of cached features
     too.
 
@@ -154,7 +154,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Re
         trunk = load_trunk(**source)
         check_backbone(checkpoint, trunk, given=weights)
         net = _over(trunk.module, checkpoint.model())
-    return Recogniser(net, preprocessing_of(checkpoint), clips_of(checkpoint)).eval()
+    return FrameModel(net, preprocessing_of(checkpoint), clips_of(checkpoint)).eval()
 
 
 def check_backbone(
@@ -175,7 +175,7 @@ def check_backbone(
     if name != made.name or made.weights.get(key) != recorded[key]:
         where = f"--weights {given}" if given else f"the weights of {made.name} at hand"
         raise InputError(
-            f"{where} are not those {checkpoint.path} was trained on: {_words(made.weights)} in the place of "
+            f"{where} are not those {checkpoint.path} was trained on: {_words(made.weights)} instead of "
             f"{_words(recorded)} of {name}"
         )
 

@@ -15,7 +15,7 @@ from extract.cores import available_cores
 if TYPE_CHECKING:
     import numpy as np
 
-    from aggregate.endtoend import Recogniser
+    from aggregate.endtoend import FrameModel
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.splits import ListedVideos
@@ -222,7 +222,7 @@ def inputs_of(
 
 
 def _logits_of_videos(
-    model: "Recogniser", videos: "list[Video]", segments: int, options: Options
+    model: "FrameModel", videos: "list[Video]", segments: int, options: Options
 ) -> "np.ndarray":
     import numpy as np
 
@@ -250,7 +250,7 @@ def _logits_of_videos(
 
 
 def _logits_of_clips(
-    model: "Recogniser", videos: "list[Video]", segments: int, options: Options
+    model: "FrameModel", videos: "list[Video]", segments: int, options: Options
 ) -> "np.ndarray":
     """The same through a clip-wise backbone: one clip is computed at a time, and a buffer holds a
     few."""
@@ -305,7 +305,7 @@ def _logits_of_clips(
 
 def report(several: "Sequence[Scores]", out: Path | None) -> None:
     """Print the table of metrics and write the scores file."""
-    from aggregate.metrics import Summary, summarise
+    from aggregate.metrics import Summary, summarize
     from aggregate.scores import save_scores
 
     labels = several[0].labels
@@ -314,7 +314,7 @@ def report(several: "Sequence[Scores]", out: Path | None) -> None:
     if (labels >= 0).any():
         print(f"{'segments':>9} {Summary.header()}")
         for scores in several:
-            summary = summarise(scores.logits, labels, scores.groups)
+            summary = summarize(scores.logits, labels, scores.groups)
             print(f"{scores.segments:>9} {summary}")
         print(f"intervals: 95 %, bootstrap over {summary.resampled()}")
     else:

@@ -1,7 +1,7 @@
 """The report's figures, drawn with matplotlib; each function returns a `Figure`, `svg` and `jpeg`
 make pictures of one.
 
-A number that is not finite is no point: a curve has a gap there, a heat map an empty cell. Colours
+A number that is not finite is not a point: a curve has a gap there, a heat map an empty cell. Colors
 are `C0` to `C7` of figures.mplstyle.
 """
 
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 INK, SOFT, LINE = "#1d2329", "#5d6670", "#dfe2e3"
-COLOURS = 8
-SHAPES = ("o", "s", "^")  # after 8 colours the shape changes: 24 kinds can be told apart
-KINDS = COLOURS * len(SHAPES)
+COLORS = 8
+SHAPES = ("o", "s", "^")  # after 8 colors the shape changes: 24 kinds can be told apart
+KINDS = COLORS * len(SHAPES)
 STATUS = {"ok": "#2a7f62", "partial": "#e0a92e", "failed": "#b3402c", "pending": LINE}
 
 FILM_FRAMES = 25
@@ -141,14 +141,14 @@ def forest(
         return figure
 
 
-def bars(table: "pd.DataFrame", colours: Sequence[str], *, x_label: str) -> Figure:
+def bars(table: "pd.DataFrame", colors: Sequence[str], *, x_label: str) -> Figure:
     """A bar a row, of a piece a column."""
     with _rows(list(table.index), x_label, 0.3) as (figure, axes, at):
         left = table.cumsum(axis=1) - table
-        for (kind, widths), colour in zip(table.items(), colours, strict=True):
-            axes.barh(at, widths, left=left[kind], height=0.66, color=colour, label=kind)
-        if len(colours) > 1:
-            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colours))
+        for (kind, widths), color in zip(table.items(), colors, strict=True):
+            axes.barh(at, widths, left=left[kind], height=0.66, color=color, label=kind)
+        if len(colors) > 1:
+            axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(colors))
         return figure
 
 
@@ -194,7 +194,7 @@ def heat_map(
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Top-1 % with its interval over parameters, of `ablation.compare.summarise`; the front joined
+    """Top-1 % with its interval over parameters, of `ablation.compare.summarize`; the front joined
     and named."""
     rows = sorted(rows, key=lambda row: row["parameters"])
     with _axes(HALF, 3.4) as (figure, axes):
@@ -210,7 +210,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )
         for turn, at in enumerate(
             np.flatnonzero(lead)
-        ):  # names above and below by turns: neighbours do not collide
+        ):  # names above and below by turns: neighbors do not collide
             offset = (4, -13 if turn % 2 else 6)
             axes.annotate(
                 rows[at]["name"],
@@ -230,15 +230,15 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def scatter(places: np.ndarray, kinds: np.ndarray, names: Sequence[str]) -> Figure:
-    """Points [n, 2] coloured by `kinds` [n], an index in `names` or -1 (grey); directions have no
+    """Points [n, 2] colored by `kinds` [n], an index in `names` or -1 (gray); directions have no
     unit."""
     with _axes(WIDE, 4.6) as (figure, axes):
         size = 5.5 if len(places) < 300 else 3
-        for kind in [kind for kind in range(-1, len(names)) if kind in kinds]:  # grey lies below
+        for kind in [kind for kind in range(-1, len(names)) if kind in kinds]:  # gray lies below
             look: dict[str, Any] = (
                 {"color": f"C{kind}", "label": short(names[kind])} if kind >= 0 else {"color": LINE}
             )
-            shape = SHAPES[max(kind, 0) // COLOURS % len(SHAPES)]
+            shape = SHAPES[max(kind, 0) // COLORS % len(SHAPES)]
             axes.plot(
                 *places[kinds == kind].T,
                 shape,

@@ -23,7 +23,7 @@ from extract.commands import command_line
 from extract.cores import available_cores
 
 if TYPE_CHECKING:
-    from aggregate.endtoend import Recogniser
+    from aggregate.endtoend import FrameModel
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run
@@ -202,7 +202,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
 def _learner(
     options: Options,
-    model: "Recogniser",
+    model: "FrameModel",
     schedule: Recipe,
     videos: int,
     frozen: list[Any],
@@ -239,13 +239,13 @@ def _recipe(options: Options, videos: int) -> Recipe:
 
 def build_model(
     options: Options, classes: list[str], dropout: float, *, tell: bool = True
-) -> "tuple[Recogniser, list[Any], dict[str, Any]]":
+) -> "tuple[FrameModel, list[Any], dict[str, Any]]":
     """The network with its start (backbone weights, then what --init holds), its frozen batch
     norms, and the record of its backbone."""
     import torch
 
     from aggregate.endtoend import (
-        Recogniser,
+        FrameModel,
         backbone_record,
         build_net,
         check_backbone,
@@ -275,7 +275,7 @@ def build_model(
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
     if options.model != "stnet":
         own = aggregator_options(options.model, options, init.options if init else None)
-        own |= {"standardise": bool(options.standardise)}
+        own |= {"standardize": bool(options.standardize)}
     own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout}
     own["dim"] = trunk.dim
     net: Any = build_net(own, trunk.module)
@@ -296,7 +296,7 @@ def build_model(
         net.backbone.requires_grad_(False)
     if options.checkpoint_activations:
         _checkpoint_activations(net.backbone, options.backbone)
-    return Recogniser(net, trunk.preprocessing), frozen, backbone_record(trunk)
+    return FrameModel(net, trunk.preprocessing), frozen, backbone_record(trunk)
 
 
 def _checkpoint_activations(backbone: Any, name: str) -> None:
@@ -328,7 +328,7 @@ def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:
 
 
 def _parameter_groups(
-    model: "Recogniser", schedule: Recipe, backbone_lr: float
+    model: "FrameModel", schedule: Recipe, backbone_lr: float
 ) -> list[dict[str, Any]]:
     from torch import nn
 
@@ -339,7 +339,7 @@ def _parameter_groups(
     )
 
 
-def _parameters(model: "Recogniser") -> str:
+def _parameters(model: "FrameModel") -> str:
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     return f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters trained"
 

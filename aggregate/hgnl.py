@@ -59,7 +59,7 @@ class GroupedLinear(nn.Module):
     contiguous.
 
     `shared` keeps one set for all groups: `weight [out/groups, in/groups]`, `bias [out/groups]`.
-    Initialised as torch's Conv1d. It has no forward: HG-NL uses its `blocks` in batched products of
+    Initialized as torch's Conv1d. It has no forward: HG-NL uses its `blocks` in batched products of
     its own.
     """
 
@@ -84,10 +84,10 @@ class HGNonLocal(nn.Module):
     W_v of g2.
 
     `inner_dim` is m1, m/8 by default. `shared` uses one set of weights for all groups of a layer
-    (Table 1's last column). `norm` is about n: with the un-normalised ReLU map the attention term
+    (Table 1's last column). `norm` is about n: with the un-normalized ReLU map the attention term
     grows with it. "none" is the paper, "n" divides A by n, "n_over_train" multiplies it by
     `train_frames` / n, which leaves training as in the paper. `attention="softmax"` puts eq. 3's
-    softmax in the place of the ReLU, for an ablation the paper lacks. `normalise` gives W_q and W_k
+    softmax instead of the ReLU, for an ablation the paper lacks. `normalize` gives W_q and W_k
     frames of mean 0 and variance 1 over their channels (layer norm without parameters), so that
     products have one size whatever the backbone; the paper does not. `start` is how the layers
     begin: "random" as torch's convolutions, or "average": W_v is the identity and W_k (softmax) or
@@ -110,7 +110,7 @@ class HGNonLocal(nn.Module):
         *,
         attention: Literal["relu", "softmax"] = "relu",
         train_frames: int = 3,
-        normalise: bool = False,
+        normalize: bool = False,
         start: Literal["random", "average"] = "random",
         scale_init: float = 0.0,
         scale_scores: bool = False,
@@ -128,18 +128,18 @@ class HGNonLocal(nn.Module):
                 raise InputError(f"{name} {value!r} is not known; known are {', '.join(known)}")
         if attention == "softmax" and norm != "none":
             raise InputError(
-                f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalised: norm must be 'none'"
+                f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalized: norm must be 'none'"
             )
         if train_frames < 1:
             raise InputError(
                 f"train_frames is {train_frames}; it is the number of frames in training, at least 1"
             )
         self.out_dim, self.g1, self.g2 = dim, g1, g2
-        self.norm, self.attention, self.train_frames, self.normalise = (
+        self.norm, self.attention, self.train_frames, self.normalize = (
             norm,
             attention,
             train_frames,
-            normalise,
+            normalize,
         )
         self.query = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_q
         self.key = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_k
@@ -159,7 +159,7 @@ class HGNonLocal(nn.Module):
             phrases.append(
                 {"n": "A divided by n", "n_over_train": "A multiplied by n_train/n"}[self.norm]
             )
-        if self.normalise:
+        if self.normalize:
             phrases.append("W_q and W_k see frames of mean 0 and variance 1")
         if self.start == "average":
             phrases.append("training starts with the same weight for every frame")
@@ -202,7 +202,7 @@ class HGNonLocal(nn.Module):
         No copy is made of `x`, `Q` or `K`: batched matrix products take a primary group as the
         strided view it is.
         """
-        if self.normalise:
+        if self.normalize:
             x = layer_norm(x, x.shape[-1:])
         ratio = self.g1 // self.g2
         (w_q, b_q), (w_k, b_k) = self.query.blocks(), self.key.blocks()

@@ -42,7 +42,7 @@ def _products(
     """Q, K [batch, m1, time] and V [batch, dim, time]."""
     asked = (
         (F - F.mean(1, keepdim=True)) / (F.var(1, keepdim=True, correction=0) + 1e-5).sqrt()
-        if module.normalise
+        if module.normalize
         else F
     )
     return convolve(asked, module.query), convolve(asked, module.key), convolve(F, module.value)

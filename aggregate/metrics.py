@@ -98,7 +98,7 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """The place of the true label in each row, 0 the best: int64 [N]; C (behind all) for a row that
     holds a NaN.
 
-    Raises ValueError where labels are no index in C, naming the first.
+    Raises ValueError where labels are not an index in C, naming the first.
     """
     scores, labels = np.asarray(scores), np.asarray(labels)
     if scores.ndim != 2 or labels.shape != scores.shape[:1]:
@@ -109,7 +109,7 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     wrong = (labels < 0) | (labels >= classes)
     if wrong.any():
         row = int(wrong.argmax())
-        raise ValueError(f"label {labels[row]} of row {row} is no index of {classes} classes")
+        raise ValueError(f"label {labels[row]} of row {row} is not an index of {classes} classes")
     places = np.empty(len(labels), np.int64)
     for start in range(0, len(labels), _ROWS_AT_ONCE):
         part, truth = (
@@ -238,23 +238,23 @@ def _by_class(
     return np.array(runs)
 
 
-def summarise(
+def summarize(
     scores: np.ndarray, labels: np.ndarray, groups: Sequence[str] | np.ndarray | None = None
 ) -> Summary:
     """All metrics of the rows that have a label (others, -1, are left out), with intervals over
     `groups` [N]."""
-    labelled = np.asarray(labels) >= 0
-    if not labelled.any():
+    labeled = np.asarray(labels) >= 0
+    if not labeled.any():
         raise ValueError("no video has a label; there is nothing to score")
-    scores, labels = np.asarray(scores)[labelled], np.asarray(labels)[labelled]
-    groups = None if groups is None else np.asarray(groups)[labelled]
-    return summarise_places(ranks(scores, labels), labels, scores.shape[1], groups)
+    scores, labels = np.asarray(scores)[labeled], np.asarray(labels)[labeled]
+    groups = None if groups is None else np.asarray(groups)[labeled]
+    return summarize_places(ranks(scores, labels), labels, scores.shape[1], groups)
 
 
-def summarise_places(
+def summarize_places(
     places: np.ndarray, labels: np.ndarray, classes: int, groups: np.ndarray | None = None
 ) -> Summary:
-    """`summarise` of what `ranks` gives: places int [N], `classes` for a video that failed."""
+    """`summarize` of what `ranks` gives: places int [N], `classes` for a video that failed."""
     first, in_five = _some(places) == 0, places < min(5, classes)
     units = np.arange(len(places)) if groups is None else independent_units(groups)
     scored = places < classes

@@ -54,7 +54,7 @@ class VideoClassifier(nn.Module):
     """`aggregator` -> `norm` -> dropout -> `classifier`, a Linear that starts at N(0, 0.001) with
     bias 0 as in TSN.
 
-    `norm` is a batch norm without parameters, as before MAE's linear probe, where `standardise` is
+    `norm` is a batch norm without parameters, as before MAE's linear probe, where `standardize` is
     among the options: one learning rate then suits features of any size. `options` rebuild it:
     `build(**model.options)`. Build it with `build`.
     """
@@ -65,7 +65,7 @@ class VideoClassifier(nn.Module):
         super().__init__()
         self.aggregator = aggregator
         width: Any = aggregator.out_dim
-        self.norm = nn.BatchNorm1d(width, affine=False) if options.get("standardise") else None
+        self.norm = nn.BatchNorm1d(width, affine=False) if options.get("standardize") else None
         self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.normal_(self.classifier.weight, std=0.001)
@@ -82,7 +82,7 @@ class VideoClassifier(nn.Module):
             raise ValueError(
                 f"got features {list(x.shape)}; this model takes [batch, time, {self.options['dim']}]"
             )
-        # Not in half precision, even under autocast: sums of products of un-normalised features
+        # Not in half precision, even under autocast: sums of products of un-normalized features
         # leave float16's range, and next to a backbone the aggregator costs nothing.
         with torch.autocast(x.device.type, enabled=False):
             return self.aggregator(x.to(self.classifier.weight.dtype), mask)
@@ -103,7 +103,7 @@ def build(
     dim: int,
     num_classes: int,
     dropout: float = 0.5,
-    standardise: bool = False,
+    standardize: bool = False,
     **options: Any,
 ) -> VideoClassifier:
     """The classifier `name` of AGGREGATORS over features of width `dim`.
@@ -125,7 +125,7 @@ def build(
     for option in options:
         if option not in known:
             raise InputError(
-                f"{name} has no option {option!r}; it has {', '.join([*known, 'dropout', 'standardise'])}"
+                f"{name} has no option {option!r}; it has {', '.join([*known, 'dropout', 'standardize'])}"
             )
     arguments = signature.bind(dim, **options)
     arguments.apply_defaults()  # recorded too, so that a checkpoint outlives a change of defaults
@@ -133,7 +133,7 @@ def build(
         "name": name,
         "num_classes": num_classes,
         "dropout": dropout,
-        "standardise": standardise,
+        "standardize": standardize,
     }
     recorded |= arguments.arguments
     return VideoClassifier(
@@ -203,7 +203,7 @@ def carry_over(
 
 
 def _adopt_norm(model: Any, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the source as `model` takes them: over standardised features where both
+    """Weight and bias of the source as `model` takes them: over standardized features where both
     have such."""
     weight, bias = state_dict["classifier.weight"], state_dict["classifier.bias"]
     kept = {
@@ -218,5 +218,5 @@ def _adopt_norm(model: Any, state_dict: Mapping[str, Tensor]) -> tuple[Tensor, T
     if norm is not None and kept and len(kept["running_var"]) == norm.num_features:
         norm.load_state_dict(kept)
     elif norm is not None:
-        model.norm, model.options["standardise"] = None, False
+        model.norm, model.options["standardize"] = None, False
     return weight, bias

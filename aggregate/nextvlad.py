@@ -1,5 +1,5 @@
 """NeXtVLAD (Lin, Xiao, Fan 2018, arXiv 1811.05014): what frames leave over of learned cluster
-centres, group by group.
+centers, group by group.
 
 With D channels, `x_i` a frame (batch-normed, see below), K clusters, G groups, expansion lambda, L
 = lambda D / G:
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from aggregate.pooling import Frames, Mask, blank_masked
-from aggregate.stnet import batch_normed, normalise
+from aggregate.stnet import batch_normed, norm_valid_frames
 from extract.cli import InputError
 
 REDUCTION = 8  # of context gating
 
 
 class NeXtVLAD(nn.Module):
-    """K residuals to cluster centres, gated: `x [batch, time, dim]` to `[batch, out_dim]`.
+    """K residuals to cluster centers, gated: `x [batch, time, dim]` to `[batch, out_dim]`.
 
     `groups` are G, `expansion` is lambda, `out_dim` is H, m by default. `clusters` are K: 128 in
     the paper on 5 million videos, and few where there are few; `descriptor_dropout` is that before
@@ -69,7 +69,7 @@ class NeXtVLAD(nn.Module):
         self.expand = nn.Linear(dim, wide)  # W_e
         self.attend = nn.Linear(wide, groups)  # w_g
         self.assign = nn.Linear(wide, groups * clusters)  # w_gk
-        self.centres = nn.Parameter(
+        self.centers = nn.Parameter(
             torch.randn(clusters, wide // groups) * (wide // groups) ** -0.5
         )  # c
         self.norm_descriptor = nn.BatchNorm1d(clusters * wide // groups)
@@ -84,7 +84,7 @@ class NeXtVLAD(nn.Module):
 
     def _attended(self, x: Frames, mask: Mask) -> tuple[Tensor, Float[Tensor, "batch time groups"]]:
         """x' [batch, time, lambda dim], and a: 0 for masked frames."""
-        wide = self.expand(normalise(self.norm_in, blank_masked(x, mask), mask))
+        wide = self.expand(norm_valid_frames(self.norm_in, blank_masked(x, mask), mask))
         a = self.attend(wide).sigmoid()
         return wide, a if mask is None else a.masked_fill(~mask[..., None], 0)
 
@@ -99,7 +99,7 @@ class NeXtVLAD(nn.Module):
         s = self.assign(wide).unflatten(-1, (self.groups, self.clusters)).softmax(-1)
         weights = (a[..., None] * s).flatten(1, 2)  # [batch, time x groups, clusters]
         parts = wide.unflatten(-1, (self.groups, -1)).flatten(1, 2)  # [batch, time x groups, width]
-        v = torch.bmm(weights.transpose(1, 2), parts) - weights.sum(1)[..., None] * self.centres
+        v = torch.bmm(weights.transpose(1, 2), parts) - weights.sum(1)[..., None] * self.centers
         return normalize(v, dim=-1)
 
     def forward(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch out_dim"]:

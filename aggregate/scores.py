@@ -61,10 +61,10 @@ def group_keys(
 class Scores:
     """Logits [N, C] float32 of videos `ids` over `classes`; `labels` [N], -1 unknown, or None.
 
-    `segments` is the number of frames a video was seen with; `crops` [N, crops, C] what `logits` is
+    `segments` is the number of frames per video was seen with; `crops` [N, crops, C] what `logits` is
     the mean of; `groups` [N] the keys of `group_keys`, by default those of the ids alone. Raises
     InputError for shapes that do not fit, no video or no class, a doubled id or class, a label that
-    is no class, and a row that holds NaN or infinity without being NaN throughout (which is a video
+    is not a class, and a row that holds NaN or infinity without being NaN throughout (which is a video
     that failed).
     """
 
@@ -132,7 +132,7 @@ class Scores:
         return np.isnan(self.logits).any(axis=1)
 
     def by_video(self) -> "Scores":
-        """One row a video: the mean over its windows (ids `path#<start ms>-<end ms>`), failed ones
+        """One row per video: the mean over its windows (ids `path#<start ms>-<end ms>`), failed ones
         left out.
 
         Crops are averaged too. Raises InputError where the windows of a video are of different
@@ -175,21 +175,21 @@ class Scores:
 
         if not Path(path).is_file():
             raise InputError(
-                f"{path} is no scores file: there is no such file; "
+                f"{path} is not a scores file: there is no such file; "
                 f"`{command_line('aggregate.evaluate')} --out` makes one"
             )
         _check_whole(path)
         try:
             file = h5py.File(path)
         except OSError as error:
-            raise InputError(f"{path} is no scores file: {error}") from None
+            raise InputError(f"{path} is not a scores file: {error}") from None
         with file:
             if (
                 file.attrs.get("schema") != SCHEMA
                 or not {"ids", "classes", "logits"} <= file.keys()
             ):
                 raise InputError(
-                    f"{path} is no scores file: schema {file.attrs.get('schema')!r}, expected {SCHEMA!r}"
+                    f"{path} is not a scores file: schema {file.attrs.get('schema')!r}, expected {SCHEMA!r}"
                 )
             known = sorted(int(name) for name in file["logits"])
             if not known:

@@ -172,7 +172,7 @@ class TemporalXception(nn.Module):
     `out_dim` is dim/2 by default (2048 -> 1024 in StNet). Unlike the other aggregators it sees the
     order of frames.
 
-    A mask takes frames out: the valid ones move together, so that neighbours in time are neighbours
+    A mask takes frames out: the valid ones move together, so that neighbors in time are neighbors
     here, and beyond the last one stand the zeros that pad any video. Batch norm counts valid frames
     only. A masked video so gives what its valid frames alone would give.
     """
@@ -202,13 +202,13 @@ class TemporalXception(nn.Module):
         x = blank_masked(x, mask)
         if mask is not None:
             x, mask = valid_first(x, mask)
-        x = normalise(self.norm_in, x, mask)
+        x = norm_valid_frames(self.norm_in, x, mask)
         long = self.pointwise1(over_time(self.depthwise1, x))
-        long = normalise(self.norm_long, long, mask).relu()
+        long = norm_valid_frames(self.norm_long, long, mask).relu()
         long = self.pointwise2(over_time(self.depthwise2, long))
         # Masked frames are at 0 here and valid ones, after the ReLU, not below it: they cannot win
         # the max.
-        return normalise(self.norm_out, long + self.short(x), mask).relu().amax(1)
+        return norm_valid_frames(self.norm_out, long + self.short(x), mask).relu().amax(1)
 
 
 def over_time(
@@ -218,7 +218,7 @@ def over_time(
     return conv(x.transpose(1, 2)).transpose(1, 2)
 
 
-def normalise(
+def norm_valid_frames(
     norm: nn.BatchNorm1d,
     x: Float[Tensor, "batch time dim"],
     mask: Bool[Tensor, "batch time"] | None,

@@ -39,8 +39,8 @@ class Options:
     out: Path
     """The fused scores file; the softmax of its logits is the fused probabilities."""
     weights: str = "equal"
-    """equal, select (leave out members that do not help on these labelled videos), search (on
-    labelled videos, judged on held-out folds), or one number a model: 0.5,0.3,0.2"""
+    """equal, select (leave out members that do not help on these labeled videos), search (on
+    labeled videos, judged on held-out folds), or one number a model: 0.5,0.3,0.2"""
     submission: Path | None = None
     """Write a submission to the challenge too, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"

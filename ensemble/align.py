@@ -51,8 +51,8 @@ class Aligned:
 
     def report(self) -> str:
         """What was joined, with the counts of what is missing."""
-        videos, labelled = len(self.ids), int((self.labels >= 0).sum())
-        lines = [f"{videos:,} videos, {labelled:,} with a label, {len(self.classes):,} classes"]
+        videos, labeled = len(self.ids), int((self.labels >= 0).sum())
+        lines = [f"{videos:,} videos, {labeled:,} with a label, {len(self.classes):,} classes"]
         lines.append(self.counts.map("{:,}".format).to_string())
         if self.dropped:
             lines.append(

@@ -45,7 +45,7 @@ def is_scores(path: str | os.PathLike[str]) -> bool:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """InputError where there is no such file, or it is no text."""
+    """InputError where there is no such file, or it is not text."""
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}")
     try:
@@ -55,7 +55,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """InputError where the file is no JSON, or an object holds a key twice."""
+    """InputError where the file is not JSON, or an object holds a key twice."""
 
     def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
         """JSON readers keep the last of two equal keys and say nothing."""
@@ -69,7 +69,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(read_text(path), object_pairs_hook=once)
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is no JSON: {error}") from None
+        raise InputError(f"{path} is not JSON: {error}") from None
 
 
 def read_submission(path: str | os.PathLike[str]) -> dict[str, Entries]:

@@ -53,7 +53,7 @@ def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collectio
 
     As the official script counts: a video that is missing is wrong, a further one is ignored, a
     repeated label uses up a place. Where scores tie, which there depends on the sort, the earlier
-    entry ranks first. Raises InputError for scores that are no finite number.
+    entry ranks first. Raises InputError for scores that are not finite numbers.
     """
     results = read_submission(path)
     places = []
@@ -153,7 +153,7 @@ def _truth_rows(path: str) -> list[Truth]:
         for record in database.values()
     ):
         raise InputError(
-            f"{path} is no ground truth: expected a CSV, or a JSON with a subset and annotations a video"
+            f"{path} is not a ground truth: expected a CSV, or a JSON with a subset and annotations a video"
         )
     return [_json_truth(path, video, record) for video, record in database.items()]
 

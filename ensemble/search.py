@@ -1,4 +1,4 @@
-"""Weights of an ensemble, searched on labelled videos and judged on others; and who adds what.
+"""Weights of an ensemble, searched on labeled videos and judged on others; and who adds what.
 
 `Ranking` answers "where does the true label rank under these weights?" many times over. A class can
 overtake the true label under weights that are not negative only if it is ahead in at least one
@@ -19,7 +19,7 @@ from aggregate.metrics import (
     challenge_errors,
     independent_units,
     paired_bootstrap,
-    summarise_places,
+    summarize_places,
 )
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
@@ -35,7 +35,7 @@ _TIE = 1e-12  # a sum of differences this small is a tie that rounding hides
 class Found:
     """Searched weights, and what they are worth on videos they were not searched on.
 
-    `summary` is over all labelled videos, each under the weights that the other folds gave;
+    `summary` is over all labeled videos, each under the weights that the other folds gave;
     `against_equal` is its average error minus that of equal weights on the same videos (below 0 is
     better), with a 95 % interval.
     """
@@ -104,7 +104,7 @@ def search_weights(
 
 @dataclass(frozen=True)
 class Ranking:
-    """Where the true label ranks under any weights, for the N labelled videos.
+    """Where the true label ranks under any weights, for the N labeled videos.
 
     `margins` [K, M] float64 is, for each of K contested (video, class), each model's probability of
     the class minus that of the true label; `videos` [K] the video; `first` [K] whether the class
@@ -113,7 +113,7 @@ class Ranking:
     """
 
     aligned: Aligned
-    rows: np.ndarray  # [N], the labelled rows of `aligned`
+    rows: np.ndarray  # [N], the labeled rows of `aligned`
     margins: np.ndarray
     videos: np.ndarray
     first: np.ndarray
@@ -159,13 +159,13 @@ class Ranking:
         return challenge_errors(places, len(self.aligned.classes))
 
     def summary(self, places: np.ndarray) -> Summary:
-        return summarise_places(
+        return summarize_places(
             places, self.aligned.labels[self.rows], len(self.aligned.classes), self.groups
         )
 
     @property
     def groups(self) -> np.ndarray:
-        """What each labelled video depends on: keys of `group_keys` [N]."""
+        """What each labeled video depends on: keys of `group_keys` [N]."""
         return self.aligned.groups[self.rows]
 
 
@@ -192,7 +192,7 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
 
 
 def search(ranking: Ranking, *, seed: int = 0) -> Found:
-    """Search weights on all labelled videos, and judge the search by cross-validation.
+    """Search weights on all labeled videos, and judge the search by cross-validation.
 
     Every fold's videos are scored under weights that were searched on the other folds. The folds
     are a function of (seed, sorted groups), never of the order of a file; a group is in one fold.
@@ -200,7 +200,7 @@ def search(ranking: Ranking, *, seed: int = 0) -> Found:
     """
     if len(ranking) < 2:
         raise InputError(
-            f"weights cannot be searched on {len(ranking)} labelled video; use --weights equal"
+            f"weights cannot be searched on {len(ranking)} labeled video; use --weights equal"
         )
     groups = ranking.groups
     if len(set(groups.tolist())) == 1:  # nothing else can be told apart
@@ -241,7 +241,7 @@ class Dropped:
 
 
 def select(ranking: Ranking) -> tuple[tuple[float, ...], tuple[Dropped, ...]]:
-    """Equal weights of the members that the labelled videos support, and which were left out.
+    """Equal weights of the members that the labeled videos support, and which were left out.
 
     From all members, the one is dropped whose removal lowers the average error most, or leaves it
     as it is, until every removal would raise it (Caruana et al. 2004, backward).

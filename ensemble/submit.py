@@ -115,7 +115,7 @@ def check_submission(
     for video, entries in results.items():
         if ids is None and not is_clip(f"{video}_000000_000010"):
             raise InputError(
-                f"{path}: {video!r} is no youtube id, which has 11 characters; "
+                f"{path}: {video!r} is not a youtube id, which has 11 characters; "
                 "for videos of another data set say which there are (--ids)"
             )
         _check_entries(f"{path}: {video!r}", entries, known)

@@ -104,7 +104,7 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
     for field in fields(options):
         value = changes.get(field.name, getattr(options, field.name))
         if value != field.default:
-            # `--normalise True` where None is the default, so that False is another value
+            # `--normalize True` where None is the default, so that False is another value
             flags[field.name] = (
                 value if field.default is False or not isinstance(value, bool) else str(value)
             )

@@ -10,7 +10,7 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.[a-z]+)", re.DOTALL)
 
 
 def numbered_pictures(names: Iterable[str]) -> dict[int, str]:
-    """The pictures among the names of a folder by their number, ascending; {} if they are no video.
+    """The pictures among the names of a folder by their number, ascending; {} if they are not video.
 
     They are one if there are at least two, each has digits at the end of its stem, all have the
     same text before the digits and the same extension, and no number appears twice. Hidden names do
@@ -43,7 +43,7 @@ def gaps(by_number: dict[int, str]) -> str:
 
 
 def picture_paths(folder: str | os.PathLike[str]) -> list[str]:
-    """The pictures of a folder as paths, in the order of their numbers; [] if they are no video.
+    """The pictures of a folder as paths, in the order of their numbers; [] if they are not video.
 
     Raises OSError.
     """

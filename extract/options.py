@@ -60,7 +60,7 @@ class Options:
     frames: int | None = None
     """Frames per video: the middle of that many equal segments (new store: 25)."""
     window: float | None = None
-    """Cut each video into windows of so many seconds, a row each (a rest shorter than half a window
+    """Cut each video into windows of N seconds, a row each (a rest shorter than half a window
     joins the last)."""
     stride: float | None = None
     """Seconds from one window to the next (default: as long as a window)."""

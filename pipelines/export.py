@@ -2,7 +2,7 @@
 ONNX runtime.
 
     frames uint8 [batch, frames, size, size, 3], RGB      any batch, any number of frames
-        -> normalisation -> backbone -> aggregator -> classifier -> logits float32 [batch, classes]
+        -> normalization -> backbone -> aggregator -> classifier -> logits float32 [batch, classes]
 
 Decoding, resizing and cropping stay outside: short side to `resize` pixels with the `interpolation`
 (antialiased), the middle square of `size`, all as `preprocessing` in the file's metadata says.
@@ -26,7 +26,7 @@ from extract.files import replacing
 if TYPE_CHECKING:
     import torch
 
-    from aggregate.endtoend import Recogniser
+    from aggregate.endtoend import FrameModel
     from aggregate.training.checkpoint import Checkpoint
 
 INPUT, OUTPUT = "frames", "logits"
@@ -82,7 +82,7 @@ def main(options: Options) -> int:
     return 0
 
 
-def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
+def export(model: "FrameModel", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
     """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `_check`
     says of it.
 
@@ -122,13 +122,13 @@ def export(model: "Recogniser", checkpoint: "Checkpoint", out: str | os.PathLike
         return _check(network, partial, shape)
 
 
-def _shape(model: "Recogniser", checkpoint: "Checkpoint") -> tuple[Any, ...]:
+def _shape(model: "FrameModel", checkpoint: "Checkpoint") -> tuple[Any, ...]:
     """Of the input behind the batch: frames, or segments and N of StNet, then size, size, 3."""
     N = checkpoint.options.get("frames_per_segment")
     return (*(["frames"] if N is None else ["segments", N]), *model.preprocessing.frame_shape)
 
 
-def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
+def _metadata(model: "FrameModel", checkpoint: "Checkpoint") -> dict[str, str]:
     """The file's metadata_props, each a JSON text: classes in the order of the logits,
     preprocessing, options ..."""
     record = {"name": checkpoint.features["backbone"], "weights": checkpoint.features["weights"]}
@@ -138,7 +138,7 @@ def _metadata(model: "Recogniser", checkpoint: "Checkpoint") -> dict[str, str]:
         "options": checkpoint.options,
         "backbone": {"name": record["name"], "weights": record["weights"]},
         "frames_in_training": checkpoint.frames,
-        "input": "uint8 RGB, resized and cropped as preprocessing says; normalisation is in the graph",
+        "input": "uint8 RGB, resized and cropped as preprocessing says; normalization is in the graph",
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 

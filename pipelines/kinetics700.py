@@ -87,7 +87,7 @@ def main(options: Options) -> int:
     }:
         known = ", ".join(map(repr, listings["k700"].splits))
         raise InputError(
-            f"--root {options.root}: the recipe needs labelled videos of train and of val, found {known}"
+            f"--root {options.root}: the recipe needs labeled videos of train and of val, found {known}"
         )
     if "stnet" in _wanted(options) and options.backbone.startswith("tf_efficientnet"):
         raise InputError(
@@ -298,7 +298,7 @@ def _same(options: Options, *names: str) -> dict[str, Any]:
 
 def _table(options: Options, models: Sequence[str]) -> None:
     """Ours beside the paper's."""
-    from aggregate.metrics import summarise
+    from aggregate.metrics import summarize
     from aggregate.scores import Scores
 
     print(
@@ -309,7 +309,7 @@ def _table(options: Options, models: Sequence[str]) -> None:
             continue
         both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
         ours = [
-            f"{100 * summarise(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both
+            f"{100 * summarize(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both
         ]
         theirs = " / ".join(
             "-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none"))

@@ -133,7 +133,7 @@ class Predictor:
 
         However long the video, only the frames of some windows are in memory. A window in which
         nothing can be seen is left out and counted. Raises VideoError where there is no other,
-        RunError for scores that are no numbers.
+        RunError for scores that are not numbers.
         """
         from extract.listing.windows import window_spans
 

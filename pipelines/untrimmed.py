@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 CLIPS = Path(__file__).parent / "clips"
-RATE = 8  # frames a second, that of exercise_mini
+RATE = 8  # frames per second, that of exercise_mini
 ACTION, LENGTH, PIECES = 8, 64, 4  # frames of the action and of the whole; pieces of distractors
 HEIGHT, WIDTH = 144, 192
 # Of each class's 24 exercises, in the order of their names, and of the four people of

@@ -13,7 +13,7 @@ def attention_by_loops(module: HGNonLocal, video: torch.Tensor) -> np.ndarray:
     frames = video.detach().double().numpy()
     n, m = frames.shape
     g1, g2 = module.g1, module.g2
-    asked = np.array([normalised(frame) for frame in frames]) if module.normalise else frames
+    asked = np.array([normalized(frame) for frame in frames]) if module.normalize else frames
     Q, K = convolve(asked, module.query, g1), convolve(asked, module.key, g1)
     V = convolve(frames, module.value, g2)
     inner, F_o = Q.shape[1] // g2, np.zeros((n, m))
@@ -39,7 +39,7 @@ def attention_by_loops(module: HGNonLocal, video: torch.Tensor) -> np.ndarray:
     return sum(F_weight[j] for j in range(n)) / n
 
 
-def normalised(frame: np.ndarray) -> list[float]:
+def normalized(frame: np.ndarray) -> list[float]:
     mean = sum(frame) / len(frame)
     variance = sum((value - mean) ** 2 for value in frame) / len(frame)
     return [(value - mean) / math.sqrt(variance + 1e-5) for value in frame]

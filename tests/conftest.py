@@ -43,7 +43,7 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have none
 
 @pytest.fixture(scope="session")
 def shared_clips() -> Path:
-    """The real clips beside the project (kinetics_like, odd); not shipped, since their licences forbid it."""
+    """The real clips beside the project (kinetics_like, odd); not shipped, since their licenses forbid it."""
     clips = ROOT.parent / "shared" / "clips"
     if not clips.is_dir():
         pytest.skip(
@@ -60,13 +60,13 @@ def codec_clips() -> Path:
 
 @pytest.fixture(scope="session")
 def broken_clips() -> Path:
-    """Seven inputs that are no good video: empty, HTML, random bytes, truncated, bit flips, audio only."""
+    """Seven inputs that are not good video: empty, HTML, random bytes, truncated, bit flips, audio only."""
     return ROOT / "tests" / "clips" / "broken"
 
 
 @pytest.fixture(scope="session")
 def demo_clips() -> Path:
-    """The labelled real clips the project ships: daily_actions and exercise_mini."""
+    """The labeled real clips the project ships: daily_actions and exercise_mini."""
     return ROOT / "pipelines" / "clips"
 
 

@@ -18,7 +18,7 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def labelled(listing: Listing) -> dict[str, str]:
+def labeled(listing: Listing) -> dict[str, str]:
     """Class name by id, "" for none."""
     return {
         video.id: listing.classes[video.label] if video.label >= 0 else ""

@@ -1,4 +1,4 @@
-"""Artefacts of the first version (commit add2693) open; half-done runs are refused: tests/compat holds what it wrote.
+"""Artifacts of the first version (commit add2693) open; half-done runs are refused: tests/compat holds what it wrote.
 
 `store` is a feature store of 30 videos (used as f.zarr), `tsn` and `hgnl` finished runs on it, `cut` a run that was
 stopped after one of three epochs, `hgnl.h5` scores, `grid` an ablation of which one of three results is kept, `tuned` a

@@ -294,7 +294,8 @@ def test_a_checkpoint_that_would_run_something_does_not(tmp_path):
             for other, record in records.items():
                 archive.writestr(other, pickle.dumps(content, 2) if other == name else record)
         with pytest.raises(
-            InputError, match=r"evil\.pt is no checkpoint that can be read safely \(UnpicklingError"
+            InputError,
+            match=r"evil\.pt is not a checkpoint that can be read safely \(UnpicklingError",
         ):
             Checkpoint.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()

@@ -49,7 +49,7 @@ _OWN_TO_A_SEED = {
 Places = Mapping[tuple[str, int], np.ndarray | None]
 
 
-def summarise(rows: Sequence[Row], places: Places, groups: np.ndarray | None = None) -> list[Row]:
+def summarize(rows: Sequence[Row], places: Places, groups: np.ndarray | None = None) -> list[Row]:
     """One row a configuration, in the order of `rows`: means over seeds, of each measure with its
     95 % interval.
 
@@ -245,7 +245,7 @@ def report(
     pareto.png.
 
     `groups` are the keys of the store's rows (`group_keys`)."""
-    summary = summarise(rows, places, groups)
+    summary = summarize(rows, places, groups)
     maps = heat_maps(summary)
     validated = [known[0] for known in places.values() if known is not None]
     units = "videos"

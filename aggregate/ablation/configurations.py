@@ -70,7 +70,7 @@ class ProbeOptions:
     """Options of logreg and knn; several values are chosen inside the training part."""
 
     C: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
-    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardise false
+    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardize false
     takes raw vectors."""
     k: tuple[int, ...] = (1, 5, 10, 20, 50)
     """knn: how many neighbors vote."""
@@ -119,7 +119,7 @@ def candidates(
     for frames in options.frames:
         if not 1 <= frames <= store.frames_per_video:
             raise InputError(
-                f"--frames {frames}: {store.path} holds {store.frames_per_video} frames a video"
+                f"--frames {frames}: {store.path} holds {store.frames_per_video} frames per video"
             )
     singles = _combinations(options)
     varied = [name for name in LISTS if len({getattr(one, name) for one in singles}) > 1]

@@ -31,7 +31,7 @@ class Fold:
 
 
 def rows_of(store: FeatureStore, options: FoldOptions) -> np.ndarray:
-    """All videos that count: labelled, of the splits asked for; failed ones too, which are tested
+    """All videos that count: labeled, of the splits asked for; failed ones too, which are tested
     as errors."""
     known = sorted(set(store.splits.tolist()))
     if unknown := [name for name in options.splits if name not in known]:
@@ -41,7 +41,7 @@ def rows_of(store: FeatureStore, options: FoldOptions) -> np.ndarray:
     chosen = np.isin(store.splits, options.splits) if options.splits else np.ones(len(store), bool)
     rows = np.flatnonzero(chosen & (store.labels >= 0) & store.listed)
     if not len(rows):
-        raise InputError(f"{store.path} has no labelled video in these splits")
+        raise InputError(f"{store.path} has no labeled video in these splits")
     return rows
 
 
@@ -181,7 +181,7 @@ def _tests(
 
 
 def describe_folds(store: FeatureStore, folds: list[Fold]) -> str:
-    """What is divided how; and the folds that do not test every class, which is no error."""
+    """What is divided how; and the folds that do not test every class, which is not an error."""
     every = {label for fold in folds for label in store.labels[fold.test].tolist()}
     lacking = [
         f"{fold.name} of seed {fold.seed}"

@@ -24,7 +24,7 @@ from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.data.joined import open_features
 from aggregate.literal import count
-from aggregate.metrics import ranks, summarise_places
+from aggregate.metrics import ranks, summarize_places
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.configurations import Configuration
 from aggregate.training.learner import Learner
@@ -208,7 +208,7 @@ def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures
     labels with few segments and with all."""
     row: dict[str, Any] = {"best_epoch": learner.best_epoch}
     for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
-        summary = summarise_places(
+        summary = summarize_places(
             places, source.labels, len(source.testing.store.classes), source.groups
         )
         for name in ("top1", "top5", "average_error"):
@@ -237,7 +237,7 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
             flags["m1"] = len(aggregator.key.weight)  # type: ignore
         table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
     counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
-    recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardise")
+    recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardize")
     return {
         "name": one.name,
         "seed": options.seed,

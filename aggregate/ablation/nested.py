@@ -110,7 +110,7 @@ def _score_probe(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], 
 
 
 def _in_fold(one: Any, fold: Fold, videos: int) -> Configuration:
-    """A candidate with the seed of the fold, and the recipe for so many videos to train on."""
+    """A candidate with the seed of the fold, and the recipe for N videos to train on."""
     return configured(one.name, replace(one.options, seed=fold.seed), videos=videos)
 
 

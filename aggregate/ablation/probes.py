@@ -35,7 +35,7 @@ class Probe(NamedTuple):
 
     agg: str
     strength: float
-    standardise: bool
+    standardize: bool
     iterations: int = 1000
     balanced: bool = False
 
@@ -45,7 +45,7 @@ class Probe(NamedTuple):
 
     def fit(self, vectors: np.ndarray, labels: np.ndarray) -> "FittedProbe":
         """Fit to vectors float32 [N, D] and labels int [N]."""
-        steps: list[Any] = [StandardScaler()] if self.standardise else []
+        steps: list[Any] = [StandardScaler()] if self.standardize else []
         if self.agg == "logreg":
             weight = "balanced" if self.balanced else None
             steps.append(
@@ -107,10 +107,10 @@ def probe_candidates(agg: str, options: Any) -> list[Probe]:
         raise InputError(
             f"{flag} {' '.join(map(str, strengths))}: expected one or more numbers above 0"
         )
-    standardise = [value == "true" for value in options.standardise] or [agg == "logreg"]
+    standardize = [value == "true" for value in options.standardize] or [agg == "logreg"]
     iterations = options.epochs or (1000,)
     balance = [value == "loss" for value in options.balance] if agg == "logreg" else [False]
-    tried = itertools.product(standardise, iterations, dict.fromkeys(balance), strengths)
+    tried = itertools.product(standardize, iterations, dict.fromkeys(balance), strengths)
     return [
         Probe(agg, strength, scaled, most, balanced) for scaled, most, balanced, strength in tried
     ]

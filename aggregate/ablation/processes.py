@@ -37,7 +37,7 @@ def prepare_environment() -> None:
 
 
 def plan_processes(tasks: int, device: str) -> tuple[int, int]:
-    """How many processes for so many tasks, and threads of each. A GPU is used by this process
+    """How many processes for N tasks, and threads of each. A GPU is used by this process
     alone.
 
     Both are functions of all tasks of a command, not of those that are left: a resumed run has the

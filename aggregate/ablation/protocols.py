@@ -14,7 +14,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "repeats": 10,
         "C": (1.0,),
         "vector": "mean",
-        "standardise": ("false",),
+        "standardize": ("false",),
         "epochs": (100,),
     },
     # facebookresearch/vjepa2: the attentive probe of 4 blocks and 16 heads over a grid of rates and
@@ -31,7 +31,7 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
         "decay": ("cosine",),
         "warmup": (0.0,),
         "dropout": (0.0,),
-        "standardise": ("false",),
+        "standardize": ("false",),
     },
 }
 

@@ -64,7 +64,7 @@ class Records:
         content = self._name.read_bytes()
         whole = content[
             : content.rfind(b"\n") + 1
-        ]  # the end of a line that a kill cut off is no result
+        ]  # the end of a line that a kill cut off is not a result
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self.out, wanted)

@@ -149,7 +149,7 @@ class StoredFeatures:
         stored = self.store.frames_per_video
         if not 1 <= frames <= stored:
             raise InputError(
-                f"{frames} segments asked for; {self.store.path} holds {stored} frames a video (extract --frames)"
+                f"{frames} segments asked for; {self.store.path} holds {stored} frames per video (extract --frames)"
             )
 
     def _batch(

@@ -31,6 +31,17 @@ FORMAT, VERSION = "hgnl-checkpoint", 2
 _DEPENDS_ON = ("backbone", "weights", "preprocessing", "clips")
 
 
+# Options that earlier versions recorded under another spelling.
+RENAMED = {"normalise": "normalize", "standardise": "standardize"}
+
+
+def _rename(options: Any) -> None:
+    """Give recorded options the names that they have now."""
+    for before, now in RENAMED.items():
+        if isinstance(options, dict) and before in options:
+            options[now] = options.pop(before)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A trained model as plain values; `model()` builds it."""
@@ -87,18 +98,19 @@ class Checkpoint:
             Exception
         ) as error:  # torch raises half a dozen types for a damaged, foreign or unsafe file
             raise InputError(
-                f"{path} is no checkpoint that can be read safely ({type(error).__name__}: {error!s:.80})"
+                f"{path} is not a checkpoint that can be read safely ({type(error).__name__}: {error!s:.80})"
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise InputError(f"{path} is no checkpoint of aggregate.train or aggregate.finetune")
+            raise InputError(f"{path} is not a checkpoint of aggregate.train or aggregate.finetune")
         if content.get("version") not in (1, VERSION):
             raise InputError(
                 f"{path} has version {content.get('version')}; this program reads 1 to {VERSION}"
             )
         if content["version"] == 1:
             content["data"] = None
+        _rename(content.get("options"))
         if missing := sorted(cls.__dataclass_fields__.keys() - content.keys() - {"path"}):
-            raise InputError(f"{path} is no whole checkpoint: it holds no {missing[0]!r}")
+            raise InputError(f"{path} is not a whole checkpoint: it holds no {missing[0]!r}")
         return cls(
             **{name: content[name] for name in cls.__dataclass_fields__ if name != "path"},
             path=os.fspath(path),

@@ -86,7 +86,7 @@ class Configuration:
         from aggregate.models import build
 
         own = aggregator_options(self.options.agg, self.options, init.options if init else None)
-        own |= {"dropout": self.recipe.dropout, "standardise": self.recipe.standardise}
+        own |= {"dropout": self.recipe.dropout, "standardize": self.recipe.standardize}
         return build(self.options.agg, dim=store.dim, num_classes=len(store.classes), **own)
 
     def learner(

@@ -46,7 +46,9 @@ class Learner:
     seconds: float = field(
         init=False, default=0.0
     )  # spent in `step`; on a GPU, for launching the work only
-    lost: str = field(init=False, default="")  # why it is trained no further: its loss is no number
+    lost: str = field(
+        init=False, default=""
+    )  # why it is trained no further: its loss is not a number
     loss: float = field(init=False, default=math.nan)  # of the last epoch: the mean over videos
     scores: np.ndarray = field(init=False, repr=False)  # then of the validation: logits [N, C]
     suspects: np.ndarray = field(

@@ -26,7 +26,7 @@ def fit(
     these those of waiting for batches. Learners then know their `loss` and `scores`, and keep their
     best state by the challenge's error.
 
-    `until` so many epochs each learner is trained instead of its recipe's, and none is validated. A
+    `until` N epochs each learner is trained instead of its recipe's, and none is validated. A
     learner that diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why)
     and the others go on. Features that are not finite raise RunError naming their video.
     """

@@ -22,12 +22,12 @@ AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
         "shared",
         "norm",
         "attention",
-        "normalise",
+        "normalize",
         "start",
         "scale_init",
         "scale_scores",
     ),
-    "nl": ("m1", "normalise", "start", "scale_init", "scale_scores"),
+    "nl": ("m1", "normalize", "start", "scale_init", "scale_scores"),
     "gru": ("m1",),
     "attentive": ("depth", "heads", "frame_time"),
     "attentive-time": ("depth", "heads"),
@@ -36,7 +36,7 @@ AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
 WEIGHT_SEMANTICS = (
     "norm",
     "attention",
-    "normalise",
+    "normalize",
 )  # the same weights under another of these are another model
 HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
 
@@ -78,7 +78,7 @@ class HeadOptions:
     """hgnl: what the ReLU map is divided by (default of this and the four below: the recipe's)."""
     attention: Literal["relu", "softmax"] | None = None
     """hgnl: how scores become weights; the paper's is relu."""
-    normalise: bool | None = None
+    normalize: bool | None = None
     """hgnl, nl: layer norm of the frames that W_q and W_k see."""
     start: Literal["random", "average"] | None = None
     """hgnl, nl: average starts attention as the mean over frames."""
@@ -94,7 +94,7 @@ class HeadOptions:
     frame_time: bool = False
     """attentive: add each frame's time in the video, so that order is seen."""
     clusters: int = 16
-    """nextvlad: cluster centres; 128 in its paper, on 5 million videos."""
+    """nextvlad: cluster centers; 128 in its paper, on 5 million videos."""
     groups: int = 8
     """nextvlad: groups of channels, each with an attention of its own."""
     expansion: int = 2
@@ -114,7 +114,7 @@ class ScheduleOptions:
     epochs: int | None = None
     batch_size: int | None = None
     dropout: float | None = None
-    standardise: bool | None = None
+    standardize: bool | None = None
     """Batch norm without parameters before the classifier."""
     warmup: float | None = None
     """Epochs of linear warm-up of the learning rate; 0 for none."""

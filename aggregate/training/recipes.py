@@ -29,7 +29,7 @@ class Recipe:
     decay: Literal["cosine", "linear"] = "cosine"  # to 0 at the end
     warmup: float = 0.0  # epochs of linear warm-up
     clip: float = 0.0  # largest norm of the gradient; 0: not clipped
-    standardise: bool = False  # batch norm without parameters before the classifier
+    standardize: bool = False  # batch norm without parameters before the classifier
     label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
     balance: Literal["none", "sampler", "loss"] = "none"
     precision: Literal["auto", "fp32", "bf16"] = (
@@ -61,7 +61,7 @@ class Recipe:
         return (
             f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
             f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
-            f"{', features standardised' if self.standardise else ''}"
+            f"{', features standardized' if self.standardize else ''}"
             f"{f', label smoothing {self.label_smoothing:g}' if self.label_smoothing else ''}"
             f"{f', classes balanced by the {self.balance}' if self.balance != 'none' else ''}"
             f"{f', {self.precision} products' if self.precision != 'auto' else ''}"
@@ -109,13 +109,13 @@ _CACHED = Recipe(
     dropout=0.5,
     warmup=1.0,
     clip=5.0,
-    standardise=True,
+    standardize=True,
 )
 _LARGE_BATCH = 128
 _BETA = 0.999
 # What training on cached features needs of NL and HG-NL, so that attention is used after few steps.
 # Everything else is the paper's: HG-NL has eq. 7's ReLU, NL eq. 3's softmax.
-_CACHED_NON_LOCAL = {"normalise": True, "start": "average", "scale_init": 1.0}
+_CACHED_NON_LOCAL = {"normalize": True, "start": "average", "scale_init": 1.0}
 
 
 def head_options(
@@ -134,7 +134,7 @@ def head_options(
 def recipe(
     name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any
 ) -> Recipe:
-    """The recipe `name` for an aggregator, with what is not None in `changes` in the place of its
+    """The recipe `name` for an aggregator, with what is not None in `changes` instead of its
     own.
 
     A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
-from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarise
+from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarize
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
@@ -255,7 +255,7 @@ class Run:
         for segments in self.segments:
             logits = self.source.validate(models, segments)
             for name, scores in zip(names, logits, strict=True):
-                summary = summarise(scores, labels, self.source.groups)
+                summary = summarize(scores, labels, self.source.groups)
                 lines.append(f"{name:<{width}} {segments:>8} {summary}")
                 results.setdefault(name, {})[segments] = asdict(summary)
             lines += _differences(

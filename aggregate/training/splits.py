@@ -47,7 +47,7 @@ def choose_rows(
 
     InputError where one or the other are none, or a class has none to train on.
     """
-    labelled = (store.labels >= 0) & store.listed
+    labeled = (store.labels >= 0) & store.listed
     splits, keys = store.splits, group_keys(store.ids, store.groups)
     val, train = splits == options.val_split, splits == options.train_split
     words = f"split {options.train_split!r} to train, {options.val_split!r} to validate"
@@ -71,24 +71,24 @@ def choose_rows(
         held_out = np.isin(keys, options.val_groups)
         train, val = train & ~held_out, (train | val) & held_out
         words = f"validation on group {', '.join(options.val_groups)}, among the videos to train or validate on"
-    elif not (val & labelled).any():
-        val = hold_out(store, np.flatnonzero(train & labelled), options.val_fraction, seed)
+    elif not (val & labeled).any():
+        val = hold_out(store, np.flatnonzero(train & labeled), options.val_fraction, seed)
         train &= ~val
         how = "whole groups" if has_groups(keys[train | val]) else "by class"
         words = f"NO SPLIT {options.val_split!r}: {options.val_fraction:.0%} held out of the others, {how}"
-    rows = np.flatnonzero(train & labelled & (store.status != FAILED))
-    val_rows = np.flatnonzero(val & labelled)
+    rows = np.flatnonzero(train & labeled & (store.status != FAILED))
+    val_rows = np.flatnonzero(val & labeled)
     for name, chosen in (("train", rows), ("validate", val_rows)):
         if not len(chosen):
-            raise InputError(f"{store.path} has no labelled video to {name} on ({words})")
+            raise InputError(f"{store.path} has no labeled video to {name} on ({words})")
     check_classes(store, rows, allow_missing=options.allow_missing_classes)
-    failed = int((train & labelled).sum()) - len(rows)
-    unlabelled = int(((train | val) & ~labelled).sum())
+    failed = int((train & labeled).sum()) - len(rows)
+    unlabeled = int(((train | val) & ~labeled).sum())
     counts = f"{len(rows):,} to train, {len(val_rows):,} to validate"
     return (
         rows,
         val_rows,
-        f"{counts} ({words}); left out: {failed:,} failed, {unlabelled:,} without a label",
+        f"{counts} ({words}); left out: {failed:,} failed, {unlabeled:,} without a label",
     )
 
 

@@ -166,7 +166,7 @@ def _video_trunk(
 
 
 def _check_finite(module: nn.Module, source: str) -> None:
-    """Not left to the features: OpenVINO's ReLU makes 0 of what is no number."""
+    """Not left to the features: OpenVINO's ReLU makes 0 of what is not a number."""
     damaged = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
     if damaged:
         raise InputError(

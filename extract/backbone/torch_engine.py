@@ -175,7 +175,7 @@ class HostSlot:
         self._frames.numpy()[place : place + len(frames)] = frames
 
     def launch(self, count: int) -> None:
-        """Begin to compute, zeros in the place of frames from `count` on; the batch is under way
+        """Begin to compute, zeros instead of frames from `count` on; the batch is under way
         until `wait` ends."""
         self._frames[count:] = 0
         started = time.perf_counter()

@@ -2,7 +2,7 @@
 backbone's batches.
 
 Which frames there are, and when they are shown, is learned as for PyAV (`PacketDecoder`), so the
-same frames are seen; only their colours differ, since NVDEC converts them in its own way. What it
+same frames are seen; only their colors differ, since NVDEC converts them in its own way. What it
 cannot decode, PyAV's children do, and the record of the video says so.
 """
 

@@ -13,7 +13,7 @@ from av.format import ContainerFormat
 
 from extract.sources import stat_source
 
-# A title that is no UTF-8 is no reason to refuse a video; since PyAV 19 it never is.
+# A title that is not UTF-8 is not a reason to refuse a video; since PyAV 19 it never is.
 LENIENT_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )
@@ -25,7 +25,7 @@ av.logging.set_level(
 
 BYTES_PER_SECOND = 2_000_000  # of a file, beyond --video-timeout
 LONGEST_SECONDS = 3600.0
-# Pictures beyond any use: 8192 x 8192 pixels hold 8K video twice, and a strip is no picture of
+# Pictures beyond any use: 8192 x 8192 pixels hold 8K video twice, and a strip is not a picture of
 # anything.
 MAX_PIXELS, MAX_ASPECT = 8192 * 8192, 32
 # Lengths beyond belief: 11 days in a file; of more than an hour, one frame of a still picture takes
@@ -220,7 +220,7 @@ def _why_not(path, error: Exception) -> str:
         return "is text, not a video"
     if head[4:8] == b"ftyp":
         return f"is an MP4 without its index (moov atom), which is written last; cut short? ({error_text(error)})"
-    return f"is no video that FFmpeg knows ({error_text(error)})"
+    return f"is not a video that FFmpeg knows ({error_text(error)})"
 
 
 def error_text(error: Exception) -> str:

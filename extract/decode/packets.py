@@ -85,7 +85,7 @@ class VideoFile:
         return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s"
 
     def note(self, span: Span | None) -> str:
-        """What is to be recorded of a span, or of the whole file, that is no damage."""
+        """What is to be recorded of a span, or of the whole file, that is not damage."""
         notes = [self.clock_note] if self.clock_note else []
         if span is not None and self.offset > _NOTED_OFFSET:
             notes.append(

@@ -12,7 +12,7 @@ from extract.files import replacing
 
 
 def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], *, rate: float) -> None:
-    """Write uint8 [H, W, 3] RGB frames, H and W even, as H.264 in MP4 at `rate` frames a second.
+    """Write uint8 [H, W, 3] RGB frames, H and W even, as H.264 in MP4 at `rate` frames per second.
 
     The file appears whole or not at all. Raises ValueError for no frame, and for sizes that differ
     or are odd.

@@ -80,7 +80,7 @@ class Listing:
     `videos` are sorted by id, those of a CSV stand in its order, spans of one file side by side.
     `missing` are rows of a CSV without a file (their id is the name that was looked for),
     `unlisted` are videos beside them that no row names, `ignored` holds, by reason, the names of
-    what is no video.
+    what is not a video.
     """
 
     source: str
@@ -144,10 +144,10 @@ class Listing:
         return "\n".join(lines)
 
     def _split_table(self) -> Iterator[str]:
-        yield f"{'split':<6}{'listed':>9}{'found':>9}{'unlabelled':>12}{'classes':>9}   min, median, max a class"
+        yield f"{'split':<6}{'listed':>9}{'found':>9}{'unlabeled':>12}{'classes':>9}   min, median, max a class"
         found = Counter(video.split for video in self.videos)
         missing = Counter(video.split for video in self.missing)
-        unlabelled = Counter(video.split for video in self.videos if video.label < 0)
+        unlabeled = Counter(video.split for video in self.videos if video.label < 0)
         empty = []
         for split in self.splits:
             counts = self.class_counts(split)
@@ -155,7 +155,7 @@ class Listing:
             spread = f"{min(some):,}, {median(some):,.6g}, {max(some):,}" if some else "-"
             listed = found[split] + missing[split]
             yield (
-                f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabelled[split]:>12,}{len(some):>9,}   {spread}"
+                f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabeled[split]:>12,}{len(some):>9,}   {spread}"
             )
             if some and len(some) < len(counts):
                 names = [
@@ -177,7 +177,7 @@ def list_videos(
     """List the videos of `source`:
 
     - a folder: `<split>/<class>/<clip>`, `<class>/<clip>`, or flat. One outer folder around all of it is looked
-      through, `vol_NN` is no class. Where the folders name no class, CSVs in the folder or its `annotations/` are the
+      through, `vol_NN` is not a class. If the folders name no class, CSVs in the folder or its `annotations/` are the
       list, if there are any; where they do, they are believed and no CSV is read.
     - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, its files anywhere below `root`: the clips, or
       where one is not there, the untrimmed `<youtube_id>.mp4` that it is a span of,

@@ -1,4 +1,4 @@
-"""Long videos in windows: rows of so many seconds each, or of so many frames a second."""
+"""Long videos in windows: rows of N seconds each, or of so many frames per second."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def settle(options: Options) -> Options:
     for name, value, what in (
         ("window", window, "seconds"),
         ("stride", stride, "seconds"),
-        ("fps", fps, "frames a second"),
+        ("fps", fps, "frames per second"),
     ):
         if value is not None and not 0.001 <= value < 1e6:  # ids count milliseconds
             raise InputError(f"--{name} {value:g}: expected {what}, from 0.001 on")
@@ -57,7 +57,7 @@ def settle(options: Options) -> Options:
 
 
 def window_spans(seconds: float, window: float, stride: float) -> list[tuple[float, float]]:
-    """Where the windows of a video of so many seconds begin and end, in whole milliseconds.
+    """Where the windows of a video of N seconds begin and end, in whole milliseconds.
 
     seconds = 9, window = 4, stride = 4     |0   4|4    9|       a rest shorter than half a window joins the last
     seconds = 10, window = 4, stride = 3    |0   4|

@@ -68,7 +68,7 @@ def write_object(path: str, content: bytes) -> None:
 
 
 def remove_object(path: str) -> None:
-    """Remove a file or an object; one that does not exist is no error."""
+    """Remove a file or an object; one that does not exist is not an error."""
     if is_remote(path):
         system, name = file_system(path)
         with network_errors_named(path):

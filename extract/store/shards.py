@@ -97,7 +97,7 @@ class ShardMap:
     mapped on first use.
 
     Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards
-    are no trouble. `paths` gives the files of some blocks, `videos` (int [blocks]) says how many
+    cost nothing. `paths` gives the files of some blocks, `videos` (int [blocks]) says how many
     each holds at least. Slots of shards that were never mapped read as zeros. `sparse` is for files
     that memory does not hold: a page that is not there is read alone, where the kernel would read
     megabytes around it, and `ask_for` has many read at once.

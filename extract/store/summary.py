@@ -46,7 +46,7 @@ def human_bytes(count: float) -> str:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """RunError where `path` is to hold so many bytes more than its disk has: before it is full, and
+    """RunError where `path` is to hold N bytes more than its disk has: before it is full, and
     not then."""
     free = shutil.disk_usage(path if path.exists() else path.parent).free
     if needed > free:

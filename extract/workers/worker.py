@@ -177,7 +177,7 @@ class Worker:
         options = self.options
         sampling = {
             "frames": options.frames,
-            "method": "segment centres (TSN); augment: random in each segment",
+            "method": "segment centers (TSN); augment: random in each segment",
         }
         windows = (
             {"window": options.window, "stride": options.stride}

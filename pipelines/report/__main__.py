@@ -37,7 +37,7 @@ def main(options: Options) -> int:
 
     for folder in (options.rundir, *options.videos):
         if not folder.is_dir():
-            raise InputError(f"{folder} is no folder")
+            raise InputError(f"{folder} is not a folder")
     found = find(options.rundir, options.videos)
     html = render(found, options.rundir.resolve().name)
     replace_file(options.out, html)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aggregate.metrics import Interval, paired_bootstrap, ranks
-from aggregate.metrics import summarise as summarise_scores
+from aggregate.metrics import summarize as summarize_scores
 from aggregate.models import AGGREGATORS
 from extract.commands import command_line
 from pipelines.report.find import Found, read_json
@@ -55,7 +55,7 @@ def models_by_split(found: Found) -> dict[str, dict[str, Model]]:
         summaries = {
             # An ensemble has no number of segments of its own.
             "" if "members" in scores.source else str(scores.segments): asdict(
-                summarise_scores(scores.logits, scores.labels, scores.groups)
+                summarize_scores(scores.logits, scores.labels, scores.groups)
             )
             for scores in with_labels
             if scores.labels is not None  # for mypy
@@ -234,10 +234,10 @@ def next_commands(found: Found, splits: dict[str, dict[str, Model]]) -> list[tup
             )
         )
     if store is not None and splits:
-        labelled = set(store.splits[store.labels >= 0].tolist())
+        labeled = set(store.splits[store.labels >= 0].tolist())
         name = choose(splits, "val")[0] if "val" in splits else ""
         if (
-            "test" in labelled
+            "test" in labeled
             and not any(model.file for model in splits.get("test", {}).values())
             and name in runs
         ):

@@ -154,7 +154,7 @@ def middle_frame(store: FeatureStore, row: int, folders: Sequence[Path]) -> byte
 
 
 def feature_maps(found: Found) -> list[dict[str, Any]]:
-    """Mean features of at most MAP_VIDEOS videos in two dimensions, coloured by class, of stores of
+    """Mean features of at most MAP_VIDEOS videos in two dimensions, colored by class, of stores of
     three or more."""
     shown = []
     for name, store in found.stores.items():
@@ -172,7 +172,7 @@ def feature_maps(found: Found) -> list[dict[str, Any]]:
         told = {
             "name": name,
             "method": method,
-            "grey": (kinds < 0).any(),
+            "gray": (kinds < 0).any(),
             "shown": len(rows),
             "all": len(good),
         }

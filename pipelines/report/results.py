@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aggregate import figures
-from aggregate.ablation.compare import heat_maps, percent, summarise
+from aggregate.ablation.compare import heat_maps, percent, summarize
 from aggregate.metrics import describe_units
 from aggregate.training.checkpoint import Checkpoint
 from pipelines.report.compared import choose, models_by_split, segments_that_count
@@ -27,7 +27,7 @@ CURVES = (
 
 
 def training(found: Found) -> dict[str, Any]:
-    """One chart a quantity, one colour a run; the models trained beside it (baseline, control) are
+    """One chart a quantity, one color a run; the models trained beside it (baseline, control) are
     dashed."""
     tables = {run: pd.read_csv(file, index_col="epoch") for run, file in found.files("metrics.csv")}
     charts = {}
@@ -157,7 +157,7 @@ def ablations(found: Found) -> list[dict[str, Any]]:
     parameters."""
     shown = []
     for name, path in found.ablations.items():
-        summary = summarise(_records(path), {})
+        summary = summarize(_records(path), {})
         finished = {
             row["name"]: row for row in _records(path.with_name("summary.csv"))
         }  # none before the end

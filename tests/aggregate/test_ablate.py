@@ -133,11 +133,11 @@ def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
     # Without batch norm, whose statistics move whatever the learning rate.
     train.main(
         train.Options(
-            agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardise=False
+            agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardize=False
         )
     )
     tsn = tmp_path / "tsn" / "best.pt"
-    still = {"lr": (1e-12,), "epochs": (1,), "standardise": ("false",)}
+    still = {"lr": (1e-12,), "epochs": (1,), "standardize": ("false",)}
     frozen = options(features, tmp_path / "a", agg=("tsn", "hgnl", "txb"), init=tsn, **still)
     ablate.main(frozen)
     printed = capsys.readouterr().out
@@ -182,7 +182,7 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
     [
         ({"agg": ("tsn", "max")}, "--g1 4 means nothing to --agg tsn max"),
         ({"g1": (3, 5)}, "no configuration can be built; hgnl g1=3: g2 2 does not divide g1 3"),
-        ({"frames": (3, 7)}, "--frames 7: .* holds 6 frames a video"),
+        ({"frames": (3, 7)}, "--frames 7: .* holds 6 frames per video"),
         ({"seeds": ()}, "--seeds needs at least one value"),
         ({"g1": ()}, "--g1 needs at least one value"),
         ({"lr": (0.1, -1.0)}, "--lr is -1.0"),
@@ -446,6 +446,6 @@ def test_an_interval_over_seeds_stays_among_fractions():
         row | {"seed": seed} | dict.fromkeys(compare.MEASURES, value)
         for seed, value in enumerate((1.0, 0.8))
     ]
-    (line,) = compare.summarise(rows, {})
+    (line,) = compare.summarize(rows, {})
     assert {line[f"{measure}_high"] for measure in compare.MEASURES} == {1.0}
     assert all(0 <= line[f"{measure}_low"] < 0.9 for measure in compare.MEASURES)

@@ -40,7 +40,7 @@ def results_of(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 
 
-def relabelled(
+def relabeled(
     source: str, path: Path, *, splits: np.ndarray | None = None, labels: np.ndarray | None = None
 ) -> str:
     """The same videos in other splits, or with other labels."""
@@ -73,9 +73,9 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_pa
     fold = folds["g7"]
     splits = np.full(len(store), "", "U8")
     splits[fold.train], splits[fold.train[fold.held_out]] = "train", "val"
-    inner = relabelled(features, tmp_path / "inner.zarr", splits=splits)
+    inner = relabeled(features, tmp_path / "inner.zarr", splits=splits)
     splits[fold.train], splits[fold.test] = "train", "val"
-    outer = relabelled(features, tmp_path / "outer.zarr", splits=splits)
+    outer = relabeled(features, tmp_path / "outer.zarr", splits=splits)
     for head in results_of(tmp_path / "cv")["heads"]:
         (chosen,) = [one for one in head["chosen"] if one["fold"] == "g7"]
         own = {"g1": 4, "g2": 2, "m1": 8} if head["name"] == "hgnl" else {}
@@ -119,7 +119,7 @@ def test_the_reported_videos_have_no_say(features, tmp_path):
     store = FeatureStore.open(features)
     labels = store.labels.copy()
     labels[store.groups == "g4"] = (labels[store.groups == "g4"] + 1) % 3
-    other = relabelled(features, tmp_path / "other.zarr", labels=labels)
+    other = relabeled(features, tmp_path / "other.zarr", labels=labels)
     wanted = options(features, tmp_path / "a", folds="group", agg=("hgnl",), lr=(0.003, 0.03))
     crossval.main(wanted)
     crossval.main(replace(wanted, features=other, out=tmp_path / "b"))

@@ -132,7 +132,7 @@ def test_a_store_larger_than_memory_is_read_without_reading_ahead(store, monkeyp
 
 
 def test_more_frames_than_stored_and_no_rows_are_refused(store):
-    with pytest.raises(InputError, match="holds 6 frames a video"):
+    with pytest.raises(InputError, match="holds 6 frames per video"):
         StoredFeatures(store, np.arange(4)).train_batches(epoch=0, frames=7, batch_size=2, seed=0)
     with pytest.raises(InputError, match="no video is left"):
         StoredFeatures(store, np.array([], int))

@@ -301,7 +301,7 @@ def cached(videos, tmp_path_factory) -> Path:
 def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, cached, tmp_path):
     store = FeatureStore.open(cached / "f.zarr")
     checkpoint = Checkpoint.load(cached / "hgnl" / "best.pt")
-    assert checkpoint.options["standardise"]  # with what its batch norm has learned
+    assert checkpoint.options["standardize"]  # with what its batch norm has learned
     model = checkpoint.model()
     rows = np.flatnonzero(store.splits == "val")
     with prepare(
@@ -318,7 +318,7 @@ def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, c
 def test_features_of_other_weights_do_not_start_a_fine_tuning(videos, cached, tmp_path):
     with pytest.raises(
         InputError,
-        match=r"not those .*tsn/best.pt was trained on: .*seed 1 in the place of .*seed 0",
+        match=r"not those .*tsn/best.pt was trained on: .*seed 1 instead of .*seed 0",
     ):
         finetune.main(options(videos, tmp_path / "run", init=cached / "tsn" / "best.pt", seed=1))
 
@@ -441,7 +441,7 @@ def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path)
         "features": str(cached / "f.zarr"),
         "epochs": 1,
         "batch_size": 4,
-        "standardise": False,
+        "standardize": False,
     }
     train.main(train.Options(agg="txb", out=tmp_path / "txb", **common))
     with prepare(

@@ -29,7 +29,7 @@ def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
         draw(st.sampled_from(NORMS)) if attention == "relu" else "none",
         attention=attention,
         train_frames=draw(st.integers(1, 5)),
-        normalise=draw(st.booleans()),
+        normalize=draw(st.booleans()),
         scale_init=0.7,
         scale_scores=draw(st.booleans()),
     ).double()
@@ -157,7 +157,7 @@ def test_relu_started_as_the_average_is_nearly_the_average_and_learns_pairs(
     """At W_k = 0 it is the average exactly; W_k is small, so that every frame has nearly the same
     weight. The gradients of W_q and W_k are not 0."""
     torch.manual_seed(0)
-    options = {"norm": norm, "start": "average", "scale_init": 1.0, "normalise": True}
+    options = {"norm": norm, "start": "average", "scale_init": 1.0, "normalize": True}
     module = hgnl(256 - 256 % g1, m1, g1, g2, shared=shared, **options)
     x = torch.randn(4, 3, module.out_dim, dtype=torch.float64)
     weights = module.frame_weights(x)
@@ -177,7 +177,7 @@ def test_gradient_reaches_the_scale_at_its_start():
     assert module.scale.grad.abs() > 1e-4
 
 
-def test_attention_grows_with_n_for_identical_frames_unless_normalised():
+def test_attention_grows_with_n_for_identical_frames_unless_normalized():
     frame = torch.randn(32, 1, 16, dtype=torch.float64)  # of few, the ReLU may leave nothing
     by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in NORMS}
     at = {
@@ -201,8 +201,8 @@ def test_dividing_the_map_by_n_is_scaling_the_query():
     assert_close(divided(x), module(x))
 
 
-def test_normalised_products_do_not_know_the_size_of_features():
-    module, x = hgnl(16, 8, 4, 2, normalise=True), torch.randn(2, 5, 16, dtype=torch.float64)
+def test_normalized_products_do_not_know_the_size_of_features():
+    module, x = hgnl(16, 8, 4, 2, normalize=True), torch.randn(2, 5, 16, dtype=torch.float64)
     assert_close(
         module.frame_weights(1000 * x + 7), module.frame_weights(x), precision=torch.float32
     )  # LN's 1e-5

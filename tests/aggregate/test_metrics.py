@@ -49,7 +49,7 @@ def test_mean_class_accuracy_is_the_obvious_loop(case):
     for label in sorted(set(labels.tolist())):
         rows = np.flatnonzero(labels == label)
         each.append(np.mean([in_top(scores[row].tolist(), label, 1) for row in rows]))
-    assert metrics.summarise(scores, labels).mean_class.value == pytest.approx(np.mean(each))
+    assert metrics.summarize(scores, labels).mean_class.value == pytest.approx(np.mean(each))
 
 
 def test_one_tie_the_lower_index_first():
@@ -76,7 +76,7 @@ def test_nothing_to_score_is_an_error():
     with pytest.raises(ValueError, match="no video"):
         metrics.top_k_error(np.zeros((0, 3)), np.zeros(0, int), 1)
     with pytest.raises(ValueError, match="no video has a label"):
-        metrics.summarise(np.zeros((2, 3)), np.array([-1, -1]))
+        metrics.summarize(np.zeros((2, 3)), np.array([-1, -1]))
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
@@ -134,8 +134,8 @@ def test_a_summary_resamples_groups_in_every_interval():
     right = np.repeat(rng.random(30) < 0.6, 10)
     scores = np.eye(4)[np.where(right, labels, (labels + 1) % 4)]
     by_group, by_video = (
-        metrics.summarise(scores, labels, groups),
-        metrics.summarise(scores, labels),
+        metrics.summarize(scores, labels, groups),
+        metrics.summarize(scores, labels),
     )
     for name in ("top1", "mean_class", "average_error"):
         one, other = getattr(by_group, name), getattr(by_video, name)
@@ -166,11 +166,11 @@ def test_a_paired_difference_is_surer_than_two_separate_ones():
     assert paired.high - paired.low < alone.high - alone.low
 
 
-def test_a_summary_counts_failed_videos_as_errors_and_leaves_out_unlabelled_ones():
+def test_a_summary_counts_failed_videos_as_errors_and_leaves_out_unlabeled_ones():
     scores = np.eye(6)[[0, 1, 2, 3]]
     scores[3] = np.nan
     scores = np.vstack([scores, np.ones((1, 6))])
-    summary = metrics.summarise(scores, np.array([0, 1, 2, 3, -1]))
+    summary = metrics.summarize(scores, np.array([0, 1, 2, 3, -1]))
     assert (summary.scored, summary.listed) == (3, 4)
     assert summary.top1.value == pytest.approx(0.75)
     assert summary.average_error.value == pytest.approx(0.25)
@@ -183,7 +183,7 @@ def test_intervals_are_those_of_drawing_videos_one_by_one():
     rng = np.random.default_rng(3)
     labels = rng.integers(0, 4, 300)
     scores = rng.normal(size=(300, 7)) + 2 * np.eye(7)[labels] * (labels[:, None] > 0)
-    summary = metrics.summarise(scores, labels)
+    summary = metrics.summarize(scores, labels)
     first = np.argmax(scores, axis=1) == labels
     top1, mean_class = [], []
     for _ in range(2000):

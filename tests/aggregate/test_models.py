@@ -11,7 +11,7 @@ from tolerance import assert_close
 
 OPTIONS = {
     "hgnl": {"inner_dim": 8, "g1": 4, "g2": 2, "norm": "n", "scale_init": 0.5},
-    "nl": {"inner_dim": 4, "scale_init": 0.5, "normalise": True},
+    "nl": {"inner_dim": 4, "scale_init": 0.5, "normalize": True},
     "attentive": {"depth": 3, "heads": 2, "frame_time": True},
     "attentive-time": {"heads": 2},
     "gru": {"inner_dim": 8},
@@ -80,10 +80,10 @@ def test_unknown_names_are_answered_with_the_known_ones():
         build("mean", dim=16, num_classes=5)
     with pytest.raises(
         InputError,
-        match="nl has no option 'g1'; it has inner_dim, normalise, start, scale_init, scale_scores",
+        match="nl has no option 'g1'; it has inner_dim, normalize, start, scale_init, scale_scores",
     ):
         build("nl", dim=16, num_classes=5, g1=4)
-    with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout, standardise"):
+    with pytest.raises(InputError, match="tsn has no option 'norm'; it has dropout, standardize"):
         build("tsn", dim=16, num_classes=5, norm="n")
 
 
@@ -123,18 +123,18 @@ def test_hgnl_from_a_tsn_gives_that_tsn_bit_for_bit():
             assert torch.equal(model(x), tsn(x))
 
 
-def standardising(name: str, steps: int = 30, **options):
+def standardizing(name: str, steps: int = 30, **options):
     """A model whose batch norm has seen features of another size, and some of these."""
     torch.manual_seed(1)
-    model, x = small(name, standardise=True, **options), 50 * torch.randn(64, 3, 16) + 9
+    model, x = small(name, standardize=True, **options), 50 * torch.randn(64, 3, 16) + 9
     torch.nn.init.normal_(model.classifier.weight)
     for _ in range(steps):
         model(x)
     return model.eval(), x
 
 
-def test_standardised_features_have_one_size_whatever_the_backbone_s():
-    model, x = standardising("tsn")
+def test_standardized_features_have_one_size_whatever_the_backbone_s():
+    model, x = standardizing("tsn")
     with torch.no_grad():
         seen = model.norm(model.features(x))
     assert seen.mean(0).abs().max() < 0.2
@@ -145,11 +145,11 @@ def test_standardised_features_have_one_size_whatever_the_backbone_s():
     assert one.isfinite().all()
 
 
-def test_what_starts_from_a_standardised_classifier_gives_its_logits():
+def test_what_starts_from_a_standardized_classifier_gives_its_logits():
     """The norm comes along, or goes into the weights of a model without one."""
-    tsn, x = standardising("tsn")
+    tsn, x = standardizing("tsn")
     names = list("abcde")
-    for options in ({"standardise": True}, {"standardise": False}):
+    for options in ({"standardize": True}, {"standardize": False}):
         model = small("hgnl", scale_init=0.0, **options).eval()
         carry_over(model, tsn.state_dict(), classes=names, source_classes=names)
         assert_close(model(x), tsn(x))
@@ -158,13 +158,13 @@ def test_what_starts_from_a_standardised_classifier_gives_its_logits():
 def test_a_plain_classifier_stays_one():
     tsn, model, names = (
         small("tsn").eval(),
-        small("hgnl", scale_init=0.0, standardise=True),
+        small("hgnl", scale_init=0.0, standardize=True),
         list("abcde"),
     )
     torch.nn.init.normal_(tsn.classifier.weight)
     carry_over(model, tsn.state_dict(), classes=names, source_classes=names)
     assert model.norm is None
-    assert not model.options["standardise"]
+    assert not model.options["standardize"]
     x = torch.randn(4, 3, 16)
     assert torch.equal(model.eval()(x), tsn(x))
     build(**model.options).load_state_dict(model.state_dict())

@@ -42,7 +42,7 @@ def by_loops(made, video):
             attention[g, i] = a
             for k in range(made.clusters):
                 v[k] += (
-                    a * exps[k] / exps.sum() * (x[g * width : (g + 1) * width] - made.centres[k])
+                    a * exps[k] / exps.sum() * (x[g * width : (g + 1) * width] - made.centers[k])
                 )
     descriptor = normed(
         made.norm_descriptor, torch.cat([row / row.square().sum().sqrt() for row in v])

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aggregate.data.features import Batch, StoredFeatures, there
-from aggregate.endtoend import Recogniser, build_net
+from aggregate.endtoend import FrameModel, build_net
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
@@ -25,7 +25,7 @@ META = torch.device("meta")
 COUNTING = {"txb", "nextvlad"}
 HEADS = [
     *AGGREGATORS.items(),
-    ("hgnl", {"g1": 4, "g2": 2, "attention": "softmax", "normalise": True, "start": "average"}),
+    ("hgnl", {"g1": 4, "g2": 2, "attention": "softmax", "normalize": True, "start": "average"}),
 ]
 
 
@@ -53,7 +53,7 @@ def test_an_epoch_of_every_head_waits_for_the_device_at_its_end_only(placement, 
     heads = [
         learner(
             name,
-            build(name, dim=store.dim, num_classes=len(store.classes), standardise=True, **options),
+            build(name, dim=store.dim, num_classes=len(store.classes), standardize=True, **options),
         )
         for name, options in HEADS
     ]
@@ -77,7 +77,7 @@ def test_a_step_from_frames_looks_at_nothing_either(model) -> None:
     trunk = trunk_of()
     own = {"g1": 4, "g2": 2} if model == "hgnl" else {"frames_per_segment": 2}
     own |= {"name": model, "num_classes": len(CLASSES), "dropout": 0.5, "dim": trunk.dim}
-    net = Recogniser(build_net(own, trunk.module), trunk.preprocessing)
+    net = FrameModel(build_net(own, trunk.module), trunk.preprocessing)
     size, N = trunk.preprocessing.size, own.get("frames_per_segment", 1)
     x = torch.zeros(4, 3, N, size, size, 3, dtype=torch.uint8)
     mask = torch.ones(4, 3, dtype=torch.bool)

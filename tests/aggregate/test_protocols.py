@@ -252,7 +252,7 @@ def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp
         [sys.executable, *command.split()], capture_output=True, text=True, check=True
     )
     assert (
-        "mveb: --agg logreg, --C 1.0, --vector mean, --standardise false, --epochs 100"
+        "mveb: --agg logreg, --C 1.0, --vector mean, --standardize false, --epochs 100"
         in done.stdout
     )
     assert "NOT mveb's: --repeats 3 (mveb: 10)" in done.stdout

@@ -85,7 +85,7 @@ def test_files_that_are_no_scores_are_named(tmp_path):
     with pytest.raises(InputError, match="there is no such file"):
         Scores.load(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("hello")
-    with pytest.raises(InputError, match=r"text\.h5 is no scores file"):
+    with pytest.raises(InputError, match=r"text\.h5 is not a scores file"):
         Scores.load(tmp_path / "text.h5")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["x"] = 1

@@ -105,7 +105,7 @@ def test_ctrl_c_keeps_the_last_epoch_and_says_how_to_go_on(features, tmp_path):
     assert Checkpoint.load(last).training["epoch"] >= 1
 
 
-def test_hgnl_starts_as_the_tsn_it_is_initialised_from(features, tmp_path, capsys):
+def test_hgnl_starts_as_the_tsn_it_is_initialized_from(features, tmp_path, capsys):
     train.main(options(features, tmp_path / "tsn", epochs=8))
     tsn = tmp_path / "tsn" / "best.pt"
     start = options(
@@ -469,7 +469,8 @@ def test_a_flipped_byte_of_a_checkpoint_is_found(trained, tmp_path):
     content[largest.header_offset + 200 + largest.file_size // 2] ^= 1
     (tmp_path / "flipped.pt").write_bytes(content)
     with pytest.raises(
-        InputError, match=r"flipped\.pt is no checkpoint that can be read safely .*the checksum of"
+        InputError,
+        match=r"flipped\.pt is not a checkpoint that can be read safely .*the checksum of",
     ):
         Checkpoint.load(tmp_path / "flipped.pt")
 
@@ -484,7 +485,7 @@ def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
         Checkpoint.load(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
     torch.save({"x": 1}, tmp_path / "other.pt")
-    with pytest.raises(InputError, match="is no checkpoint of"):
+    with pytest.raises(InputError, match="is not a checkpoint of"):
         Checkpoint.load(tmp_path / "other.pt")
 
 
@@ -506,14 +507,14 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
     def used(name: str, **more) -> dict:
         train.main(options(features, tmp_path / name, "hgnl", **small_hgnl | more))
         kept = Checkpoint.load(tmp_path / name / "best.pt").options
-        flags = ("attention", "normalise", "start", "scale_init", "norm", "standardise")
+        flags = ("attention", "normalize", "start", "scale_init", "norm", "standardize")
         return {flag: kept[flag] for flag in flags}
 
-    paper = dict(zip(("attention", "normalise", "start"), ("relu", False, "random"), strict=True))
-    paper |= {"scale_init": 0.0, "norm": "none", "standardise": False}
-    cached = {"attention": "relu", "normalise": True, "start": "average", "scale_init": 1.0}
+    paper = dict(zip(("attention", "normalize", "start"), ("relu", False, "random"), strict=True))
+    paper |= {"scale_init": 0.0, "norm": "none", "standardize": False}
+    cached = {"attention": "relu", "normalize": True, "start": "average", "scale_init": 1.0}
     cached["norm"] = "n_over_train"
-    cached["standardise"] = True
+    cached["standardize"] = True
     assert used("a") == cached
     printed = capsys.readouterr().out
     assert (
@@ -523,14 +524,14 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
     assert "; s starts at 1, not 0" in printed
     assert used("b", recipe="paper") == paper
     assert "head      hgnl as in the paper\n" in capsys.readouterr().out
-    assert used("c", normalise=False, scale_init=0.5) == cached | {
-        "normalise": False,
+    assert used("c", normalize=False, scale_init=0.5) == cached | {
+        "normalize": False,
         "scale_init": 0.5,
     }
     assert used("d", norm="n") == cached | {"norm": "n"}
     assert used("f", attention="softmax") == cached | {"attention": "softmax", "norm": "none"}
-    assert used("e", recipe="paper", standardise=True, attention="softmax") == paper | {
-        "standardise": True,
+    assert used("e", recipe="paper", standardize=True, attention="softmax") == paper | {
+        "standardize": True,
         "attention": "softmax",
     }
 
@@ -588,6 +589,6 @@ def test_a_run_begun_with_other_defaults_of_its_head_is_not_continued(
 
     small = options(features, tmp_path / "run", "hgnl", g1=4, g2=2, m1=8, epochs=1)
     train.main(small)
-    monkeypatch.setattr(recipes, "_CACHED_NON_LOCAL", {"normalise": False})
-    with pytest.raises(InputError, match="normalise: True when it was begun, False now"):
+    monkeypatch.setattr(recipes, "_CACHED_NON_LOCAL", {"normalize": False})
+    with pytest.raises(InputError, match="normalize: True when it was begun, False now"):
         train.main(small)

@@ -271,7 +271,8 @@ def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
 
 
 def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
-    """Simulated: a "GPU" node whose two cores decode 10 videos a second where its GPU takes 200, and two CPU nodes."""
+    """Simulated: a "GPU" node whose two cores decode 10 videos per second where its GPU takes 200,
+    and two CPU nodes."""
     videos = [Video(f"{number:04d}.mp4", __file__, 0, "train") for number in range(256)]
     nodes: list[dict[str, Any]] = [{"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2}, {"num_cpus": 2}]
     speeds = contest(

@@ -4,7 +4,7 @@ Method: 72 videos of 9 subjects, 16 frames of 1280 channels (made up: only time 
 `python -m aggregate.crossval --agg tsn --folds group --seeds 0` against nine of `python -m aggregate.train` with
 `--val-groups`, all included, in turns; the nine train half as much, and choose the epoch on what they report.
 exercise_mini (144 shipped videos, pretrained EfficientNet-Lite0): top-1 of TSN out of fold against scikit-learn's
-logistic regression on standardised mean features, on the same folds, three repeats.
+logistic regression on standardized mean features, on the same folds, three repeats.
 Side by side: `--agg tsn hgnl nl attentive nextvlad --folds 5` on 144 made-up videos of 16 x 1280, in one process and in
 one per core, alone and beside one busy process per core that the benchmark starts, in turns; --epochs 4 unless
 HGNL_FULL=1, which trains as long as the default and all three seeds (goal on 2 quiet cores: 210 s).

@@ -93,7 +93,7 @@ def frames_a_second_of_the_backbone() -> float:
 
 
 def the_loop_most_people_write(clips: Path, out: Path) -> float:
-    """decord, timm in fp32, one clip at a time, np.save; frames a second."""
+    """decord, timm in fp32, one clip at a time, np.save; frames per second."""
     import decord
     import timm
     import torch

@@ -62,7 +62,7 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     store = empty_store(tmp_path / "k700.zarr", KINETICS)
     for block in range(
         0, store.num_blocks, 16
-    ):  # neighbours of what is committed next are there already
+    ):  # neighbors of what is committed next are there already
         store.commit(outcome(store.block_rows(block)))
     seconds = []
     for block in range(1, store.num_blocks, 400):

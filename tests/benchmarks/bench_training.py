@@ -209,7 +209,7 @@ def test_against_a_dataloader_over_zarr(store):
 def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
     """As before: fp32 products, SGD and clipping in passes of their own, dropout by `bernoulli_`; in turns."""
     ours, theirs = (
-        learner(name, VIDEOS, precision, standardise=True) for precision in ("auto", "fp32")
+        learner(name, VIDEOS, precision, standardize=True) for precision in ("auto", "fp32")
     )
     groups = parameter_groups(theirs.model, theirs.recipe)
     theirs.optimizer = torch.optim.SGD(groups, lr=theirs.recipe.lr, momentum=0.9, foreach=False)
@@ -234,7 +234,7 @@ def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that are no page cache."""
+    """Bytes of this process that are not page cache."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from aggregate import evaluate, train
-from aggregate.metrics import summarise
+from aggregate.metrics import summarize
 from aggregate.scores import Scores
 from extract.__main__ import Options, main
 from extract.store import FeatureStore
@@ -92,5 +92,5 @@ def test_the_windows_of_untrimmed_videos(tmp_path):
         truth["shifted"][-1] = np.where(last[range(71), after] > last[range(71), now], after, now)
     print()
     for name, logits in found.items():
-        result = summarise(np.concatenate(logits), np.concatenate(truth[name]))
+        result = summarize(np.concatenate(logits), np.concatenate(truth[name]))
         print(f"  {name:<8} top-1 {100 * result.top1.value:.1f} [{result.top1}] of {result.listed}")

@@ -61,7 +61,7 @@ class Model:
     agg: str
     options: dict = field(default_factory=dict)
     recipe: str = "cached"
-    standardise: bool = True
+    standardize: bool = True
     init: str = ""  # the model whose state it starts from
     seeds: int = 3
 
@@ -74,14 +74,14 @@ HEADS = [
 ]
 ORDER = [Model(name, name) for name in ("tsn", "hgnl", "txb", "gru", "attentive", "attentive-time")]
 SOFTMAX = Model("hgnl, softmax", "hgnl", {"attention": "softmax", "norm": "none"})
-PAPER = {"recipe": "paper", "standardise": False}
+PAPER = {"recipe": "paper", "standardize": False}
 VARIANTS = [
     SOFTMAX,
     Model("hgnl as the paper's", "hgnl", **PAPER),
-    Model("hgnl, frames not normalised", "hgnl", {"normalise": False}),
+    Model("hgnl, frames not normalized", "hgnl", {"normalize": False}),
     Model("hgnl, random start", "hgnl", {"start": "random"}),
     Model("hgnl, s from 0", "hgnl", {"scale_init": 0.0}),
-    Model("hgnl, not standardised", "hgnl", standardise=False),
+    Model("hgnl, not standardized", "hgnl", standardize=False),
     Model("hgnl, shared", "hgnl", {"shared": True}),
     *(Model(f"hgnl, g2={g2}", "hgnl", {"g1": 16, "g2": g2}) for g2 in (1, 2, 4, 16)),
     Model("tsn, as many epochs more", "tsn", init="tsn"),
@@ -99,7 +99,7 @@ def trained(
     """All `models` on the same batches of videos `rows`; `started` are finished ones that others start from."""
     features, learners = StoredFeatures(task.store, rows, training=True), []
     for model in models:
-        how = recipe("cached", model.agg, videos=len(rows), standardise=model.standardise)
+        how = recipe("cached", model.agg, videos=len(rows), standardize=model.standardize)
         options = head_options(
             model.recipe, model.agg, small(task.store.dim, model.agg) | model.options
         )
@@ -112,7 +112,7 @@ def trained(
             dim=task.store.dim,
             num_classes=len(classes),
             dropout=how.dropout,
-            standardise=how.standardise,
+            standardize=how.standardize,
             **options,
         )
         if model.init:

@@ -18,10 +18,10 @@ from extract.files import replace_file
 PARTS = {
     "softmax instead of ReLU": "hgnl, softmax",
     "all as the paper's": "hgnl as the paper's",
-    "frames not normalized": "hgnl, frames not normalised",
+    "frames not normalized": "hgnl, frames not normalized",
     "random start": "hgnl, random start",
     "s from 0": "hgnl, s from 0",
-    "not standardized": "hgnl, not standardised",
+    "not standardized": "hgnl, not standardized",
     "weights shared by groups": "hgnl, shared",
     "g1 = 16, g2 = 1": "hgnl, g2=1",
     "g1 = 16, g2 = 2": "hgnl, g2=2",

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from aggregate import evaluate, finetune, train
-from aggregate.metrics import summarise
+from aggregate.metrics import summarize
 from aggregate.scores import Scores
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
@@ -92,7 +92,7 @@ def render(task: str, folder: Path) -> None:
 
 def top1(path: Path) -> str:
     scores = Scores.load(path)
-    return f"{summarise(scores.logits, scores.labels).top1}"
+    return f"{summarize(scores.logits, scores.labels).top1}"
 
 
 def order(work: Path) -> None:
@@ -197,7 +197,7 @@ def tuned(work: Path) -> None:
     for (name, model), several in sorted(parts.items()):
         logits = np.concatenate([scores.logits for scores in several])
         labels = np.concatenate([scores.labels for scores in several])
-        print(f"| {name} | {model} | {summarise(logits, labels).top1} |")
+        print(f"| {name} | {model} | {summarize(logits, labels).top1} |")
 
 
 def _only(scores: Scores, source: dict, groups: tuple[str, ...]) -> Scores:

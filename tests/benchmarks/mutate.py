@@ -305,7 +305,7 @@ MUTATIONS = [
     ),
     Mutation(
         SPLITS,
-        "train & labelled & (store.status != FAILED)",
+        "train & labeled & (store.status != FAILED)",
         "train & labelled",
         f"{TRAIN_TESTS} -k failed_videos",
     ),

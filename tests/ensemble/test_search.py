@@ -72,7 +72,7 @@ def test_places_are_those_of_the_fused_scores(case):
     assert ((got >= 5) & (got < classes))[~exact].all()
 
 
-def test_the_search_ends_nowhere_above_a_neighbour_and_near_the_best_of_a_grid():
+def test_the_search_ends_nowhere_above_a_neighbor_and_near_the_best_of_a_grid():
     ranking = Ranking.of(align(models(1.0, 2.2, 0.8, count=300, seed=5)))
 
     def error(weights) -> float:
@@ -188,7 +188,7 @@ def test_the_table_holds_singles_pairs_and_all(size, names):
     assert [row.name for row in rows] == names
     for row in rows:
         fused = fuse_aligned(aligned, row.weights)
-        expected = metrics.summarise(fused.logits, fused.labels)
+        expected = metrics.summarize(fused.logits, fused.labels)
         assert row.summary == expected
     assert rows[-1].against_equal == metrics.Interval(0, 0, 0)
 
@@ -208,7 +208,7 @@ def test_what_cannot_be_searched_is_refused():
     with pytest.raises(InputError, match="none of the 3 videos has a label"):
         search_weights(bare)
     single = [Scores(one.ids[:1], one.classes, one.logits[:1], one.labels[:1]) for one in scores]
-    with pytest.raises(InputError, match="on 1 labelled video"):
+    with pytest.raises(InputError, match="on 1 labeled video"):
         search_weights(single)
     assert search_weights(scores[:1]) == (1.0,)
 

@@ -234,7 +234,7 @@ def test_videos_that_are_missing_or_are_no_youtube_ids_are_named(tmp_path):
     with pytest.raises(InputError, match="the first is 'x'; the file begins with '-_000000000'"):
         check_submission(path, CLASSES, ["x"])
     path = submission(tmp_path, {"tooshort": entries(*FIVE)})
-    with pytest.raises(InputError, match="'tooshort' is no youtube id"):
+    with pytest.raises(InputError, match="'tooshort' is not a youtube id"):
         check_submission(path, CLASSES)
 
 
@@ -261,7 +261,7 @@ def test_the_frame_around_the_results_is_checked(tmp_path, changes, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{", "is no JSON: Expecting property name"),
+        (b"{", "is not JSON: Expecting property name"),
         (b"[]", "holds a list, expected an object"),
         (b'{"version": "1", "version": "2"}', "'version' stands twice in one object"),
         (b"\xff\xfe", "is not UTF-8"),
@@ -366,8 +366,8 @@ def test_truths_are_read_from_every_form_there_is(tmp_path):
             "'-_000000000.*' has no label",
         ),
         ("t.csv", "path,label\nx.mp4,a\n", "test", r"no video of the split 'test'; it has ''"),
-        ("t.json", '{"x": {"url": 1}}', "", r"t\.json is no ground truth"),
-        ("t.json", "[1]", "", r"t\.json is no ground truth"),
+        ("t.json", '{"x": {"url": 1}}', "", r"t\.json is not a ground truth"),
+        ("t.json", "[1]", "", r"t\.json is not a ground truth"),
         (
             "t.json",
             '{"x": {"annotations": [{"name": 1}]}}',

@@ -57,7 +57,7 @@ def frames_of(backbone: Backbone, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def reference_features(trunk: Trunk, frames: np.ndarray) -> np.ndarray:
-    """timm's own module in fp32, one frame at a time, normalised as torchvision does."""
+    """timm's own module in fp32, one frame at a time, normalized as torchvision does."""
     see = trunk.preprocessing
     features = []
     for frame in frames:
@@ -460,7 +460,7 @@ def tiny(precision: str) -> Backbone:
 
 @settings(max_examples=8)
 @given(order=st.permutations(range(20)), start=st.integers(0, 19))
-def test_features_do_not_depend_on_neighbours(order: list[int], start: int) -> None:
+def test_features_do_not_depend_on_neighbors(order: list[int], start: int) -> None:
     for precision in ("fp32", "bf16"):
         backbone = tiny(precision)
         frames = frames_of(backbone, 20)

@@ -17,7 +17,7 @@ from videos import decode_everything, write_video
 SEE = Preprocessing(32, 36, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 
-def centres(num_frames: int) -> np.ndarray:
+def centers(num_frames: int) -> np.ndarray:
     return segment_centres(num_frames, 4)
 
 
@@ -39,8 +39,8 @@ def spans_in_any_order(path: Path) -> list:
     for earlier in ([], [(0.0, 1.0)], [(0.0, 2.0), (3.0, 3.5)]):
         reader._recent.clear()
         for span in earlier:
-            decode(path, centres, span=span)
-        decoded = decode(path, centres, span=(2.0, 3.0))
+            decode(path, centers, span=span)
+        decoded = decode(path, centers, span=(2.0, 3.0))
         seen.append((decoded.indices.tolist(), decoded.timestamps.tolist(), decoded.note))
     reader._recent.clear()
     return seen
@@ -109,8 +109,8 @@ def test_a_clock_that_starts_before_the_pictures_is_noted_of_spans(tmp_path):
             frame.pts = 125 + number
             output.mux(picture.encode(frame))
         output.mux([*picture.encode(None), *sound.encode(None)])
-    assert decode(path, centres).note == ""
-    noted = decode(path, centres, span=(0.0, 1.0))
+    assert decode(path, centers).note == ""
+    noted = decode(path, centers, span=(0.0, 1.0))
     assert (
         noted.note == "times count from the first frame, 5.00 s after the start of a player's clock"
     )
@@ -141,7 +141,7 @@ def test_frames_of_a_damaged_file_keep_their_numbers_and_times(tmp_path):
     assert whole.num_frames < 100
     np.testing.assert_allclose(whole.timestamps, whole.indices / 25, atol=1e-5)
     for start in range(4):
-        decoded = decode(path, centres, span=(float(start), start + 1.0))
+        decoded = decode(path, centers, span=(float(start), start + 1.0))
         np.testing.assert_allclose(decoded.timestamps, decoded.indices / 25, atol=1e-5)
 
 

@@ -363,7 +363,7 @@ def test_what_can_be_read_of_a_damaged_clip_is_partial(name, frames, problem, br
     [
         ("zero_bytes.mp4", r"the file is empty \(0 bytes\)"),
         ("html_error_page.mp4", r"is a web page \(HTML\), not a video"),
-        ("random_bytes.mp4", "is no video that FFmpeg knows"),
+        ("random_bytes.mp4", "is not a video that FFmpeg knows"),
         ("truncated_no_moov.mp4", r"is an MP4 without its index \(moov atom\)"),
         ("audio_only.mp4", r"has no video stream \(audio only\)"),
     ],
@@ -442,7 +442,7 @@ def test_rotation_agrees_with_decords(degrees, shared_clips):
         for decoder in ("pyav", "decord")
     )
     assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).mean() < 3  # they convert colours in their own way
+    assert np.abs(ours - theirs).mean() < 3  # they convert colors in their own way
     assert np.abs(ours - theirs[:, ::-1, ::-1]).mean() > 10
 
 
@@ -484,8 +484,8 @@ def test_no_permission(tmp_path):
     ("content", "reason"),
     [
         (b"", "the file is empty"),
-        (b"\x00" * 5000, "is no video that FFmpeg knows"),
-        (np.random.default_rng(0).bytes(50_000), "is no video that FFmpeg knows"),
+        (b"\x00" * 5000, "is not a video that FFmpeg knows"),
+        (np.random.default_rng(0).bytes(50_000), "is not a video that FFmpeg knows"),
         (b"429 Too Many Requests\n", "is text, not a video"),
         ("Добрый день".encode(), "is text, not a video"),
         (b"\n <!DOCTYPE html><html></html>", "is a web page"),

@@ -350,7 +350,7 @@ def test_a_known_number_of_frames_is_spread_evenly_over_batches(frames: int, bat
     assert spread_evenly(frames, 512) == batch
 
 
-# Features that are no numbers
+# Features that are not numbers
 
 
 def weights_times(factor: float, path: Path) -> Path:

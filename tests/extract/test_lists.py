@@ -7,7 +7,7 @@ import pytest
 
 from extract.cli import InputError
 from extract.listing.videos import Listing, list_videos
-from listings import labelled, touch, write
+from listings import labeled, touch, write
 
 
 def rows(listing: Listing) -> list[tuple[str, str, str, str]]:
@@ -108,7 +108,7 @@ def test_a_label_map_names_the_integers_of_a_list(tmp_path):
     touch(tmp_path, "x.mp4", "y.mp4")
     table = write(tmp_path / "train.txt", "x.mp4 1\ny.mp4 0\n")
     listing = list_videos(table, labels=write(tmp_path / "map.txt", "run\nwalk\n"))
-    assert labelled(listing) == {"x.mp4": "walk", "y.mp4": "run"}
+    assert labeled(listing) == {"x.mp4": "walk", "y.mp4": "run"}
 
 
 def test_paths_alone_have_no_label(tmp_path):

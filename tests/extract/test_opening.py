@@ -45,13 +45,13 @@ xbm_pipe xmd xmv xpm_pipe xvag xwd_pipe xwma yop yuv4mpegpipe
 """
 
 
-def centre(num_frames: int) -> np.ndarray:
+def center(num_frames: int) -> np.ndarray:
     return np.array([num_frames // 2])
 
 
 def reason_for(path) -> str:
     with pytest.raises(VideoError) as failure:
-        decode(path, centre)
+        decode(path, center)
     return failure.value.reason
 
 

@@ -25,7 +25,7 @@ from extract.listing.windows import file_lengths
 from extract.numbered import gaps, numbered_pictures
 from extract.sources import UNKNOWN, read_source, stat_source
 from extract.store import FAILED, OK, PARTIAL, FeatureStore
-from listings import labelled, touch
+from listings import labeled, touch
 from pipelines.predict import videos_of
 from videos import moving_pictures, write_video
 
@@ -95,7 +95,7 @@ def test_a_folder_with_both_kinds(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/x/1.jpg", "run/x/2.jpg", "run/x/n_frames", "run/x/.hidden")
     touch(tmp_path, "walk/y/f1.png", "walk/y/f3.png", "walk/z/only1.jpg", "walk/cover1.jpg")
     listing = list_videos(tmp_path, picture_folders=True)
-    assert labelled(listing) == {"run/a.mp4": "run", "run/x": "run", "walk/y": "walk"}
+    assert labeled(listing) == {"run/a.mp4": "run", "run/x": "run", "walk/y": "walk"}
     assert sorted(listing.picture_folders) == ["run/x", "walk/y"]
     report = listing.report()
     assert "folders of numbered pictures, a video each: 2" in report
@@ -108,7 +108,7 @@ def test_a_folder_with_both_kinds(tmp_path):
 def test_pictures_beside_videos_are_no_video(tmp_path):
     touch(tmp_path, "run/a.mp4", "run/1.jpg", "run/2.jpg")
     listing = list_videos(tmp_path, picture_folders=True)
-    assert labelled(listing) == {"run/a.mp4": "run"}
+    assert labeled(listing) == {"run/a.mp4": "run"}
     assert listing.picture_folders == ()
 
 
@@ -118,7 +118,7 @@ def test_a_csv_names_folders_with_spans(tmp_path):
     table = tmp_path / "videos.csv"
     table.write_text("path,label,start,end\nframes/x,run,0,1\nframes/x,walk,1,2\n")
     listing = list_videos(table, picture_folders=True)
-    assert labelled(listing) == {"frames/x#0-1000": "run", "frames/x#1000-2000": "walk"}
+    assert labeled(listing) == {"frames/x#0-1000": "run", "frames/x#1000-2000": "walk"}
     assert listing.picture_folders == ("frames/x",)
     assert listing.unlisted == ("frames/unlisted",)
 

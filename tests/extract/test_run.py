@@ -119,7 +119,7 @@ def test_a_run_can_be_looked_at(clips, tmp_path, capsys):
     assert "to do     0 videos (0 frames) in 0 blocks, 12 done before" in capsys.readouterr().out
 
 
-def test_features_do_not_depend_on_blocks_or_neighbours(clips, undisturbed, tmp_path):
+def test_features_do_not_depend_on_blocks_or_neighbors(clips, undisturbed, tmp_path):
     assert main(options(clips, tmp_path / "b.zarr", block_size=5)) == 0
     one, other = FeatureStore.open(undisturbed), FeatureStore.open(tmp_path / "b.zarr")
     np.testing.assert_array_equal(one.read(slice(0, 12)), other.read(slice(0, 12)))

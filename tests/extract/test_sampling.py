@@ -52,14 +52,14 @@ def test_segment_centres_differ_from_tsn_pytorchs_floats_only_where_those_round_
 
 @given(LENGTHS, SEGMENTS)
 def test_segment_centres_lie_in_the_middle_of_their_segments(num_frames, num_segments):
-    centres = segment_centres(num_frames, num_segments)
-    assert centres.shape == (num_segments,)
-    assert centres.dtype == np.int64
+    centers = segment_centres(num_frames, num_segments)
+    assert centers.shape == (num_segments,)
+    assert centers.dtype == np.int64
     middle = (np.arange(num_segments) + 0.5) * num_frames / num_segments
-    assert (np.abs(centres + 0.5 - middle) <= 0.5 + 1e-9).all()
+    assert (np.abs(centers + 0.5 - middle) <= 0.5 + 1e-9).all()
     # Frame f is as far from the start as L-1-f from the end; rounding down moves at most one frame.
-    mirrored = num_frames - 1 - centres[::-1]
-    assert (np.abs(centres - mirrored) <= 1).all()
+    mirrored = num_frames - 1 - centers[::-1]
+    assert (np.abs(centers - mirrored) <= 1).all()
 
 
 def test_segment_centres_of_a_day_of_video_do_not_overflow():

@@ -51,12 +51,12 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def centres(num_frames: int) -> np.ndarray:
+def centers(num_frames: int) -> np.ndarray:
     return segment_centres(num_frames, 5)
 
 
-def shown_centres(times: FrameTimes) -> np.ndarray:
-    return centres(times.num_frames)
+def shown_centers(times: FrameTimes) -> np.ndarray:
+    return centers(times.num_frames)
 
 
 def seconds_of(whole: Whole) -> np.ndarray:
@@ -64,7 +64,7 @@ def seconds_of(whole: Whole) -> np.ndarray:
     return np.sort(np.array(whole.seconds)) - min(whole.seconds)
 
 
-def expected(whole: Whole, span: tuple[float, float], sample=centres) -> np.ndarray:
+def expected(whole: Whole, span: tuple[float, float], sample=centers) -> np.ndarray:
     """The frames by the slow way: decode all, look at each time, sample among those inside."""
     inside = [
         number
@@ -79,7 +79,7 @@ def expected(whole: Whole, span: tuple[float, float], sample=centres) -> np.ndar
 def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
     """Raises AssertionError unless spans of `path`, all in one pass and each alone, are what decoding all gives."""
     whole = decode_everything(path)
-    together = dict(decode_spans(path, [(span, shown_centres) for span in spans]))
+    together = dict(decode_spans(path, [(span, shown_centers) for span in spans]))
     assert sorted(together) == list(range(len(spans)))
     for number, span in enumerate(spans):
         wanted, found = expected(whole, span), together[number]
@@ -87,7 +87,7 @@ def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
             assert isinstance(found, VideoError), span
             continue
         assert isinstance(found, Decoded), f"{span}: {found}"
-        alone = decode(path, centres, span=span)
+        alone = decode(path, centers, span=span)
         for decoded in (found.as_chosen(), alone):
             assert decoded.indices.tolist() == wanted.tolist(), span
             assert np.array_equal(decoded.frames, [whole.frames[index] for index in wanted]), span
@@ -158,7 +158,7 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
     path.write_bytes(content[: len(content) * 6 // 10])
     spans = [(second / 2, second / 2 + 0.5) for second in range(8)]
     for _ in range(2):  # the second time from what was learned of it
-        found = dict(decode_spans(path, [(span, shown_centres) for span in spans]))
+        found = dict(decode_spans(path, [(span, shown_centers) for span in spans]))
         broken = [isinstance(found[number], VideoError) for number in range(8)]
         assert broken == sorted(broken)
         assert 2 <= sum(broken) <= 4
@@ -196,7 +196,7 @@ def test_damage_in_the_middle_is_that_of_the_spans_it_lies_in(name, tmp_path):
     content[middle : middle + 60] = np.random.default_rng(0).bytes(60)
     path.write_bytes(content)
     whole = decode(path, np.arange)
-    found = dict(decode_spans(path, [((n / 2, n / 2 + 0.5), shown_centres) for n in range(8)]))
+    found = dict(decode_spans(path, [((n / 2, n / 2 + 0.5), shown_centers) for n in range(8)]))
     assert sum(bool(decoded.problem) for decoded in found.values()) <= 2
     assert any(decoded.problem for decoded in found.values()) == bool(whole.problem)
     for decoded in found.values():
@@ -218,7 +218,7 @@ def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
     )
     for first in range(0, 16, 4):
         spans = [((first + number) * 1.0, (first + number + 1) * 1.0) for number in range(4)]
-        assert len(dict(decode_spans(path, [(span, shown_centres) for span in spans]))) == 4
+        assert len(dict(decode_spans(path, [(span, shown_centers) for span in spans]))) == 4
     assert len(looked) == 1
     assert len(fed) <= 400 + 3 * 20
 
@@ -230,13 +230,13 @@ def test_an_untrusted_file_is_decoded_on_and_not_again(tmp_path, monkeypatch):
     every = decoding._all_frames
     monkeypatch.setattr(decoding, "_all_frames", lambda *a: begun.append(1) or every(*a))
     for second in range(4):
-        decoded = decode(path, centres, span=(second, second + 1.0))
+        decoded = decode(path, centers, span=(second, second + 1.0))
         assert np.array_equal(decoded.frames, [whole.frames[index] for index in decoded.indices])
     assert (
         len(begun) == 2
     )  # to find the good frames, and to take them, whatever the number of spans
     assert (
-        decode(path, centres, span=(1.0, 2.0)).indices.tolist()
+        decode(path, centers, span=(1.0, 2.0)).indices.tolist()
         == expected(whole, (1.0, 2.0)).tolist()
     )
 
@@ -504,7 +504,7 @@ def test_frames_a_second_are_windows(tmp_path):
         ({"window": 0.0}, "--window 0: expected seconds, from 0.001 on"),
         ({"window": float("nan")}, "--window nan"),
         ({"window": 10.0, "stride": -1.0}, "--stride -1"),
-        ({"fps": float("inf")}, "--fps inf: expected frames a second"),
+        ({"fps": float("inf")}, "--fps inf: expected frames per second"),
         (
             {"stride": 2.0},
             "--stride 2 is that of windows, and at most their length; give --window too",
@@ -532,7 +532,7 @@ def test_memory_does_not_grow_with_the_number_of_spans(tmp_path):
     alive = []
     spans = [(float(second), second + 1.0) for second in range(40)]
     for place, decoded in decode_spans(
-        path, [(span, shown_centres) for span in spans], resize=lambda frame: frame.copy()
+        path, [(span, shown_centers) for span in spans], resize=lambda frame: frame.copy()
     ):
         alive.append(place)
         assert decoded.frames.shape[0] == 5

@@ -1,4 +1,4 @@
-"""What the backbone sees: torchvision's resize and centre crop, TSN's crops, views that are what their names say."""
+"""What the backbone sees: torchvision's resize and center crop, TSN's crops, views that are what their names say."""
 
 import hashlib
 import itertools
@@ -74,7 +74,7 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
 
 
 def test_resize_antialiases():
-    """A fine checkerboard shrunk to a third is grey; without antialiasing it would stay black and white."""
+    """A fine checkerboard shrunk to a third is gray; without antialiasing it would stay black and white."""
     board = np.broadcast_to(
         ((np.indices((96, 120)).sum(0) % 2) * 255)[..., None], (96, 120, 3)
     ).astype(np.uint8)
@@ -108,14 +108,14 @@ def test_the_centre_crop_is_torchvisions(height, width):
 @given(SIDES, SIDES)
 def test_three_crops_are_the_centre_and_both_ends_of_the_long_side(height, width):
     boxes = crop_boxes(height, width, SEE_224, 3)
-    centre = crop_boxes(height, width, SEE_224, 1)[0][0]
+    center = crop_boxes(height, width, SEE_224, 1)[0][0]
     assert [flip for _, flip in boxes] == [False] * 3
-    top, left = centre[:2]
+    top, left = center[:2]
     if height > width:
         ends = [(0, left, 224, 224), (height - 224, left, 224, 224)]
     else:
         ends = [(top, 0, 224, 224), (top, width - 224, 224, 224)]
-    assert [box for box, _ in boxes] == [centre, *ends]
+    assert [box for box, _ in boxes] == [center, *ends]
 
 
 @given(SIDES, SIDES)
@@ -429,6 +429,6 @@ def test_every_crop_of_every_resized_frame_is_there(height, width, resize, data)
     for crops in (1, 3, 10):
         for box, _ in crop_boxes(*frame.shape[:2], see, crops):
             assert cut(frame[None], box, see).shape == (1, size, size, 3)
-    if resize >= 2:  # a side of 1 times 0.66 is no pixel
+    if resize >= 2:  # a side of 1 times 0.66 is not a pixel
         view = training_view(*frame.shape[:2], see, np.random.default_rng(0))(frame)
         assert view.shape == (size, size, 3)

@@ -25,7 +25,7 @@ from extract.listing.videos import (
     shared_youtube_ids,
     youtube_id,
 )
-from listings import labelled, touch, write
+from listings import labeled, touch, write
 
 # Rows of the four kinds of CSV that Kinetics comes with, header and quoting as they are.
 K700_VALIDATE = (
@@ -113,7 +113,7 @@ def test_labels_of_a_file_give_the_indices_in_any_spelling(tmp_path):
     touch(tmp_path / "data", "walk_the_dog/a.mp4", "its_art/b.mp4", "it's (art)/c.mp4")
     listing = list_videos(tmp_path / "data", labels=labels)
     assert listing.classes == ("walk the dog", "it's (art)", "absent")
-    assert labelled(listing) == {
+    assert labeled(listing) == {
         "walk_the_dog/a.mp4": "walk the dog",
         "its_art/b.mp4": "it's (art)",
         "it's (art)/c.mp4": "it's (art)",
@@ -191,10 +191,10 @@ def test_a_label_map_names_integers(tmp_path, content, numbers, classes):
     labels = write(tmp_path / "labels.txt", content)
     listing = list_videos(table, labels=labels)
     assert listing.classes == classes
-    assert labelled(listing) == {"a.mp4": classes[0], "b.mp4": classes[1]}
+    assert labeled(listing) == {"a.mp4": classes[0], "b.mp4": classes[1]}
     assert f"by number ({numbers[0]} to {numbers[1]})" in listing.report()
     by_name = write(tmp_path / "n.csv", "path,label\na.mp4,{}\nb.mp4,{}\n".format(*classes))
-    assert labelled(list_videos(by_name, labels=labels)) == {
+    assert labeled(list_videos(by_name, labels=labels)) == {
         "a.mp4": classes[0],
         "b.mp4": classes[1],
     }
@@ -298,9 +298,9 @@ def test_classes_without_splits_and_a_flat_folder(tmp_path):
 
 def test_an_outer_folder_says_nothing_and_a_deeper_one_belongs_to_its_class(tmp_path):
     outer = list_videos(touch(tmp_path / "outer", "clips/a/x.mp4", "clips/b/x.mp4"))
-    assert labelled(outer) == {"clips/a/x.mp4": "a", "clips/b/x.mp4": "b"}
+    assert labeled(outer) == {"clips/a/x.mp4": "a", "clips/b/x.mp4": "b"}
     deeper = list_videos(touch(tmp_path / "deeper", "a/g1/x.mp4", "a/g2/x.mp4", "b/x.mp4"))
-    assert labelled(deeper) == {"a/g1/x.mp4": "a", "a/g2/x.mp4": "a", "b/x.mp4": "b"}
+    assert labeled(deeper) == {"a/g1/x.mp4": "a", "a/g2/x.mp4": "a", "b/x.mp4": "b"}
 
 
 def test_splits_beside_other_folders_are_an_error(tmp_path):
@@ -373,7 +373,7 @@ def test_flat_and_volume_layouts_take_labels_from_the_csvs_in_the_folder(tmp_pat
     kinetics_csv(root / "validate.csv", [c for c in CLIPS if c[0] == "val"])
     write(root / "prices.csv", "item,price\nx,1\n")
     listing = list_videos(root)
-    assert labelled(listing) == {f"{split}/{clip}": label for split, label, clip in CLIPS}
+    assert labeled(listing) == {f"{split}/{clip}": label for split, label, clip in CLIPS}
     assert listing.unlisted == ("train/extra.mp4",)
     assert listing.ignored == {"not a video by its extension": ("prices.csv",)}
     assert "validate.csv and train.csv, files below" in listing.report()
@@ -381,7 +381,7 @@ def test_flat_and_volume_layouts_take_labels_from_the_csvs_in_the_folder(tmp_pat
 
 def test_volumes_are_no_classes_and_take_labels_from_the_csv_in_the_folder(tmp_path):
     touch(tmp_path, *(f"videos/vol_{i % 2:02d}/{clip}" for i, (_, _, clip) in enumerate(CLIPS)))
-    assert set(labelled(list_videos(tmp_path)).values()) == {""}
+    assert set(labeled(list_videos(tmp_path)).values()) == {""}
     kinetics_csv(tmp_path / "kinetics700.csv")
     listing = list_videos(tmp_path)
     by_name = {v.id.rpartition("/")[2]: listing.classes[v.label] for v in listing.videos}
@@ -393,7 +393,7 @@ def test_folders_that_name_classes_are_believed_and_a_csv_in_them_is_ignored_by_
     touch(tmp_path, "train/yoga/aaaaaaaaaaa_000000_000010.mp4", "val/yoga/x.mp4")
     kinetics_csv(tmp_path / "train.csv", [("train", "zumba", "aaaaaaaaaaa_000000_000010.mp4")])
     listing = list_videos(tmp_path)
-    assert set(labelled(listing).values()) == {"yoga"}
+    assert set(labeled(listing).values()) == {"yoga"}
     assert len(listing.videos) == 2
     assert listing.ignored == {"not a video by its extension": ("train.csv",)}
 
@@ -581,7 +581,7 @@ def test_csvs_of_kinetics_as_they_come(tmp_path, content, files, expected):
     touch(tmp_path / "videos", *files)
     listing = list_videos(write(tmp_path / "list.csv", content), root=tmp_path / "videos")
     assert ids(listing) == files  # in the CSV's order
-    assert [(v.split, labelled(listing)[v.id]) for v in listing.videos] == expected
+    assert [(v.split, labeled(listing)[v.id]) for v in listing.videos] == expected
 
 
 def test_columns_go_by_name_and_times_may_be_floats(tmp_path):
@@ -818,8 +818,8 @@ def test_the_clips_that_the_project_ships(demo_clips):
     for listing in (daily, exercise):
         assert not listing.missing
         assert not listing.unlisted
-        assert all(name.startswith(f"{label}/") for name, label in labelled(listing).items())
-    assert labelled(list_videos(demo_clips / "daily_actions" / "clips")) == labelled(daily)
+        assert all(name.startswith(f"{label}/") for name, label in labeled(listing).items())
+    assert labeled(list_videos(demo_clips / "daily_actions" / "clips")) == labeled(daily)
 
 
 # -- youtube ids and the report --------------------------------------------------------------------------------
@@ -872,7 +872,7 @@ def test_the_report_counts_by_split_and_class(tmp_path):
     assert report.splitlines()[1:] == [
         "10 videos listed, 10 found, 0 missing",
         "3 classes: the sorted names",
-        "split    listed    found  unlabelled  classes   min, median, max a class",
+        "split    listed    found  unlabeled  classes   min, median, max a class",
         "train         8        8           0        3   1, 2, 5",
         "val           1        1           0        1   1, 1, 1",
         "test          1        1           1        0   -",
@@ -896,7 +896,7 @@ def test_the_real_clips_beside_the_project(shared_clips):
         ("kinetics-600_test_sample", 120, "kinetics700", 0),
     ],
 )
-def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, labels, labelled):
+def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, labels, labeled):
     folder = shared_clips.parent / "labels"
     with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
         clips = [
@@ -909,4 +909,4 @@ def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, 
     assert ids(listing) == clips[1:]
     assert len(listing.missing) == 1
     assert len(clips) == rows
-    assert sum(video.label >= 0 for video in (*listing.videos, *listing.missing)) == labelled
+    assert sum(video.label >= 0 for video in (*listing.videos, *listing.missing)) == labeled

@@ -39,7 +39,7 @@ def real_frames(clips, preprocessing, *, batch: int, frames: int) -> np.ndarray:
 
 
 def assert_parity(file: Path, checkpoint: Path, clips, shapes) -> None:
-    """The file against the plain model: backbone, aggregator, classifier, normalised by hand."""
+    """The file against the plain model: backbone, aggregator, classifier, normalized by hand."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     model = model_from_record(Checkpoint.load(checkpoint))
     see = model.preprocessing

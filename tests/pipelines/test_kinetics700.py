@@ -153,7 +153,7 @@ def test_stnet_joins_the_ensemble(roots, tmp_path):
 
 
 def test_a_folder_without_val_is_refused(roots, tmp_path):
-    with pytest.raises(InputError, match="needs labelled videos of train and of val"):
+    with pytest.raises(InputError, match="needs labeled videos of train and of val"):
         kinetics700.main(options(roots, tmp_path / "run", root=roots[0] / "train"))
     with pytest.raises(InputError, match="has no four stages"):
         kinetics700.main(

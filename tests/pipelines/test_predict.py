@@ -101,7 +101,7 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
     assert extract(made) == 0
     store = FeatureStore.open(str(tmp_path / "f.zarr"))
     assert not store.mask(np.arange(3), np.arange(20)).all()
-    for name, more in (("hgnl", {}), ("txb", {}), ("tsn", {"standardise": True})):
+    for name, more in (("hgnl", {}), ("txb", {}), ("tsn", {"standardize": True})):
         checkpoint = small_models.cached(tmp_path / name, name, **more)
         asked = evaluate.Options(
             checkpoint, made.out, split="all", segments=(20,), device="cpu", out=tmp_path / "a.h5"
@@ -136,7 +136,7 @@ def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
     )  # features pass through float16
 
 
-def test_stnet_sees_neighbouring_frames(clips, tmp_path):
+def test_stnet_sees_neighboring_frames(clips, tmp_path):
     checkpoint = small_models.tuned(tmp_path, "stnet")
     seen = predictor_of(checkpoint, segments=4)(clips[0])
     model = model_from_record(Checkpoint.load(checkpoint))
@@ -504,7 +504,7 @@ def test_weights_of_a_file_are_asked_for_and_compared(tmp_path):
     )
     with pytest.raises(
         InputError,
-        match=rf"other.pth \(SHA-256 {theirs}\) in the place of mine.pth \(SHA-256 {ours}\)",
+        match=rf"other.pth \(SHA-256 {theirs}\) instead of mine.pth \(SHA-256 {ours}\)",
     ):
         model_from_record(checkpoint, tmp_path / "other.pth")
     (tmp_path / "mine.pth").rename(tmp_path / "renamed.pth")
@@ -548,7 +548,7 @@ def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
 
     monkeypatch.setattr("extract.backbone.model.load_trunk", at_hand)
     with pytest.raises(
-        InputError, match=r"random weights, seed 3 in the place of timm test_resnet\.r160_in1k"
+        InputError, match=r"random weights, seed 3 instead of timm test_resnet\.r160_in1k"
     ):
         model_from_record(checkpoint)
     assert asked == ["pretrained"]

@@ -175,7 +175,7 @@ def test_every_figure_is_on_the_page(whole):
         "Top-1 of every model with its interval",
         "Confusion matrix of ensemble",
         "Attention of hgnl along v/",
-        "Map of the features of deep/feats.zarr, coloured by class",
+        "Map of the features of deep/feats.zarr, colored by class",
         "Top-1 of every head in cv/results.json",
         "Gain of every head over tsn in cv/results.json",
         "Heat map of grid/ablation.csv: hgnl",
@@ -365,7 +365,7 @@ def test_scores_alone(folder, tmp_path):
     assert "tsn is best (the only model): top-1" in alone.words["summary"]
 
 
-def test_an_unlabelled_scores_file_and_an_unfinished_store(tmp_path):
+def test_an_unlabeled_scores_file_and_an_unfinished_store(tmp_path):
     Scores(["a", "b"], ["x", "y"], np.eye(2)).save(tmp_path / "test.h5")
     pending = {
         "labels": [-1],
@@ -399,7 +399,7 @@ def test_an_empty_folder_is_an_input_error(tmp_path, capsys):
         == 2
     )
     assert not Path(out).exists()
-    with pytest.raises(InputError, match="nowhere is no folder"):
+    with pytest.raises(InputError, match="nowhere is not a folder"):
         report.main(report.Options(rundir=tmp_path / "nowhere"))
 
 
@@ -445,7 +445,7 @@ def test_names_are_text_and_not_html_or_mathematics(tmp_path):
     assert "<b>$x$" in shown.words["confusion"]
     assert 'a "quoted" & \N{REPLACEMENT CHARACTER} $y' in shown.words["confusion"]
     assert "\x07" not in shown.html
-    assert "动作".encode() in shown.images["Map of the features of s.zarr, coloured by class"]
+    assert "动作".encode() in shown.images["Map of the features of s.zarr, colored by class"]
 
 
 def test_the_most_confused_pair_is_the_planted_one(tmp_path):
@@ -455,7 +455,7 @@ def test_the_most_confused_pair_is_the_planted_one(tmp_path):
     guesses[70:77] = 3  # 7 of 10 of class 7
     guesses[110:112] = 12
     logits = np.eye(30)[guesses]
-    logits[5] = np.nan  # a failed video is no confusion
+    logits[5] = np.nan  # a failed video is not a confusion
     ids = [f"v{row}" for row in range(300)]
     Scores(ids, [f"c{n}" for n in range(30)], logits, labels).save(tmp_path / "s.h5")
     Scores(ids, [f"c{n}" for n in range(30)], np.eye(30)[(labels + 1) % 30], labels).save(

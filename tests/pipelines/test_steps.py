@@ -73,7 +73,7 @@ def test_scores_are_made_again_only_if_what_they_are_made_of_changed(tmp_path, c
     assert "== aggregate.evaluate" in scores((6,))
     (tmp_path / "scores" / "tsn_val.h5").write_bytes(b"cut")
     printed = scores((6,))
-    assert "is no scores file" in printed
+    assert "is not a scores file" in printed
     assert "== aggregate.evaluate" in printed
 
 
