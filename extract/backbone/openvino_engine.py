@@ -70,29 +70,38 @@ class RequestSlot:
     def __init__(self, request: Any, size: int, clock: "_Clock"):
         self.size, self._request, self._clock = size, request, clock
         self._pixels = request.get_input_tensor().data
-        self._done = threading.Event()
-        request.set_callback(self._ended, None)
+        # Not a method of this slot: the request would hold the slot that holds it, in C++, where
+        # Python's garbage collector does not look. Every network would stay in memory.
+        self._completion = _Completion()
+        request.set_callback(self._completion.ended, None)
 
     def put(self, place: int, frames: np.ndarray) -> None:
         self._pixels[place : place + len(frames)] = frames
 
     def launch(self, count: int) -> None:
         self._pixels[count:] = 0
-        self._done.clear()
+        self._completion.done.clear()
         self._started = time.perf_counter()
         self._request.start_async()
 
-    def _ended(self, _: Any) -> None:
-        self._end = time.perf_counter()
-        self._done.set()
-
     def wait(self) -> tuple[np.ndarray, float]:
         self._request.wait()
-        self._done.wait()
+        self._completion.done.wait()
         # Too large for float16 becomes infinite, which is looked for.
         with np.errstate(over="ignore"):
             features = self._request.get_output_tensor().data.astype(np.float16)
-        return features, self._clock.seconds(self._started, self._end)
+        return features, self._clock.seconds(self._started, self._completion.time)
+
+
+class _Completion:
+    """When a request ended last."""
+
+    def __init__(self) -> None:
+        self.done, self.time = threading.Event(), 0.0
+
+    def ended(self, _: Any) -> None:
+        self.time = time.perf_counter()
+        self.done.set()
 
 
 class _Clock:

@@ -1,11 +1,13 @@
 """What runs a backbone: OpenVINO on CPUs, PyTorch for the rest; the same bytes on every rerun."""
 
+import gc
 import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import timm
 import torch
@@ -389,3 +391,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         InputError, match=r"w\.pth: 1 tensors hold values that are not finite \(.*bn2\.weight\)"
     ):
         load_trunk("test_resnet", weights=weights)
+
+
+def test_a_backbone_that_is_dropped_leaves_no_thread_behind():
+    """A callback that holds its slot is a cycle through C++, which is never collected."""
+
+    def threads() -> int:
+        return psutil.Process().num_threads()
+
+    counts = []
+    for _ in range(4):
+        backbone = load_backbone("test_resnet", weights="random", device="cpu", precision="fp32")
+        backbone(np.zeros((3, *backbone.preprocessing.frame_shape), np.uint8))
+        del backbone
+        gc.collect()
+        counts.append(threads())
+    assert counts[-1] <= counts[0]
