@@ -61,7 +61,10 @@ def read_proc(name: str) -> str:
     """The text of /proc/NAME, empty without one."""
     if not ON_LINUX:
         return ""
-    return Path("/proc", name).read_text(encoding="ascii", errors="replace")
+    try:
+        return Path("/proc", name).read_text(encoding="ascii", errors="replace")
+    except OSError:  # a container without /proc
+        return ""
 
 
 def memory_available() -> int:
