@@ -74,10 +74,8 @@ def main(options: Options) -> int:
     store = open_features(options.features)
     options = with_possible_frames(options, store)
     by_agg, skipped = candidates_by_agg(options, store)
-    rows, choosing = (
-        rows_of(store, options),
-        any(agg not in PROBES or len(by_agg[agg]) > 1 for agg in by_agg),
-    )
+    rows = rows_of(store, options)
+    choosing = any(agg not in PROBES or len(by_agg[agg]) > 1 for agg in by_agg)
     folds = all_folds(store, options, list(dict.fromkeys(options.seeds)), choosing=choosing)
     processes, threads = plan_processes(len(folds) * len(by_agg), options.device)
     print(f"features  {store!r}\nfolds     {describe_folds(store, folds)}")

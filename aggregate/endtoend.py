@@ -73,7 +73,8 @@ class FrameModel(nn.Module):
         """Of one clip of a clip-wise backbone; `net` takes those of all clips of a video."""
         backbone: Any = self.net.backbone
         pictures = self._normalized(there(clip, self.mean.device))
-        return backbone(pictures.transpose(0, 1)[None]).reshape(-1, self.net.options["dim"])
+        recorded: Any = self.net.options
+        return backbone(pictures.transpose(0, 1)[None]).reshape(-1, recorded["dim"])
 
     def _normalized(
         self, frames: UInt8[Tensor, "*shape height width 3"]

@@ -273,7 +273,8 @@ def _logits_of_clips(
         clip_length=clips.frames,
         clip_fps=clips.fps,
     )
-    classes: Any = net.options["num_classes"]
+    recorded: Any = net.options
+    classes = recorded["num_classes"]
     logits = np.full((len(videos), options.crops, classes), np.nan, np.float32)
     cores, timeout = options.decode_workers or available_cores(), options.video_timeout
     with (

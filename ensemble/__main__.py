@@ -89,9 +89,8 @@ def main(options: Options) -> int:
         rows = table(ranking, chosen)
         if options.weights == "search":
             found = search(ranking, seed=options.seed)
-            rows.append(
-                Row("all, searched, held out", found.weights, found.summary, found.against_equal)
-            )
+            measured = found.weights, found.summary, found.against_equal
+            rows.append(Row("all, searched, held out", *measured))
             weights = checked_weights(found.weights, len(names))
         del ranking
         print(_table(rows))
@@ -111,12 +110,7 @@ def main(options: Options) -> int:
     if options.weights == "select":
         record["left_out"] = [asdict(member) for member in dropped]
     if options.submission is not None:
-        record["submission"] = _submit(fused, options)
-        if aligned.dropped:
-            print(
-                f"it lacks the {aligned.dropped:,} videos that were left out; "
-                "the challenge counts them as wrong"
-            )
+        record["submission"] = _submit(fused, options, aligned.dropped)
     replace_file(summary_path, json.dumps(record, indent=1, ensure_ascii=False))
     print(f"{summary_path}: weights, table and figures")
     folder = options.out.parent
@@ -124,12 +118,16 @@ def main(options: Options) -> int:
     return 0
 
 
-def _submit(fused: "Scores", options: Options) -> dict[str, Any]:
+def _submit(fused: "Scores", options: Options, left_out: int) -> dict[str, Any]:
     """Write the submission and check it; its entry in the summary."""
     assert options.submission is not None
     neutral = write_submission(fused, options.submission, external_data=options.external_data)
     checked = check_submission(options.submission, fused.classes, fused.ids)
     print(f"{options.submission} passes the check: {checked}")
+    if left_out:
+        print(
+            f"it lacks the {left_out:,} videos that were left out; the challenge counts them as wrong"
+        )
     return {"path": str(options.submission), "videos": checked.videos, "neutral": neutral}
 
 

@@ -46,15 +46,14 @@ def report(
     folds: Sequence[Fold],
     records: "Records",
 ) -> None:
-    """Write AGG.h5 and results.json; print the tables. `options` are those of aggregate.crossval,
-    `segments` the numbers that each aggregator was tested with."""
+    """Write AGG.h5 and results.json, print the tables; segments: what each head was tested with."""
     labels, classes = store.labels[rows], len(store.classes)
     seeds, aggs = list(dict.fromkeys(fold.seed for fold in folds)), list(dict.fromkeys(options.agg))
     groups = group_keys(store.ids, store.groups)[rows]
     baseline = "tsn" if "tsn" in aggs else aggs[0]
-    how = (
-        {"seeds": seeds} if options.shots is None else {"shots": options.shots, "draws": len(seeds)}
-    )
+    how: dict[str, Any] = {"seeds": seeds}
+    if options.shots is not None:
+        how = {"shots": options.shots, "draws": len(seeds)}
     outcomes: dict[str, list[Outcomes]] = {}  # for each of its `segments`
     for agg in aggs:
         source = {"model": agg, "folds": options.folds, "features": store.provenance} | how

@@ -141,9 +141,11 @@ def decode(
     `options` are those of `decode_spans`. Raises VideoError if not one frame can be read,
     IndexError if `sample` asks for a frame that does not exist.
     """
-    [(_, decoded)] = decode_spans(
-        path, [(span, lambda times: np.asarray(sample(times.num_frames)))], **options
-    )
+
+    def sampler(times: FrameTimes) -> np.ndarray:
+        return _checked(sample(times.num_frames), times.num_frames, path)
+
+    [(_, decoded)] = decode_spans(path, [(span, sampler)], **options)
     if isinstance(decoded, VideoError):
         raise decoded
     return decoded.as_chosen()

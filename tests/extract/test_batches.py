@@ -425,7 +425,7 @@ class _Forgetting(list):
 class FakeBackbone:
     """As much of a Backbone as a worker computes with."""
 
-    device, dim = "cpu", DIM
+    device, dim, clips, clip_options = "cpu", DIM, None, {}
     preprocessing = Preprocessing(PIXELS, PIXELS, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def __init__(self, device: FakeDevice):

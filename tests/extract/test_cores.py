@@ -102,5 +102,7 @@ def test_threads_reach_the_worker_and_its_children(tmp_path, monkeypatch):
     from extract.workers import driver
 
     monkeypatch.setattr("joblib.cpu_count", lambda: 64)
-    chosen = Options(videos=tmp_path, out=str(tmp_path / "a.zarr"), device="cpu", threads=3)
+    chosen = Options(
+        videos=tmp_path, out=str(tmp_path / "a.zarr"), device="cpu", threads=3, weights="random"
+    )
     assert driver._worker_pool(chosen, None, []).cores == 3
