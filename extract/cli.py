@@ -155,6 +155,9 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
     from tqdm import tqdm
 
     class LogLines(tqdm):
+        # A thread per class, which is made anew for each bar; with miniters=1 there is no need.
+        monitor_interval = 0
+
         @staticmethod
         def status_printer(file: Any) -> Callable[[str], None]:
             return lambda line: print(line, file=file, flush=True) if line.strip() else None

@@ -3,6 +3,7 @@
 import io
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,3 +117,10 @@ def test_extract_and_status_show_such_names(tmp_path):
         text = (done.stdout + done.stderr).decode()
         assert SHOWN in text
         assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
+
+
+def test_bars_in_a_log_leave_no_thread_behind(capsys):
+    before = threading.active_count()
+    for _ in range(5):
+        list(progress(range(3)))
+    assert threading.active_count() <= before + 1  # tqdm's own monitor, if anything
