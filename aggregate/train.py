@@ -65,7 +65,12 @@ def prepare(options: Options) -> "Run":
     device = choose_device(options.device)
     last = open_folder(out, options)
     chosen = choose_or_continue(store, options, options.seed, out, last)
-    configuration = configured(options.agg, options, videos=len(chosen.train))
+    if last is not None and last.data is not None and options.precision == "auto":
+        # `auto` depends on the device: a run that goes on keeps what it was begun with.
+        begun = replace(options, precision=last.data["recipe"]["precision"])
+    else:
+        begun = options
+    configuration = configured(options.agg, begun, videos=len(chosen.train))
     training = StoredFeatures(
         store, chosen.train, device=device, placement=options.placement, training=True
     )

@@ -154,7 +154,7 @@ def test_the_command_takes_one_width_and_other_groups(capsys):
     [
         (["--dim", "1004"], "dim is 1004"),
         (["--dim", "1000"], "g1 16 does not divide dim 1000"),
-        (["--frames", "0"], "--frames is 0"),
+        (["--frames", "0"], "--frames 0: expected at least 1"),
         (["--dim"], "--dim needs at least one width"),
     ],
 )

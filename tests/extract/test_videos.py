@@ -888,7 +888,7 @@ def test_the_real_clips_beside_the_project(shared_clips):
 
 @pytest.mark.shared
 @pytest.mark.parametrize(
-    ("name", "rows", "labels", "labelled"),
+    ("name", "rows", "labels", "with_label"),
     [
         ("k700style_validate_1perclass", 596, "kinetics700", 596),
         ("kinetics-400_val_sample", 120, "label_map_k400.txt", 120),
@@ -896,7 +896,7 @@ def test_the_real_clips_beside_the_project(shared_clips):
         ("kinetics-600_test_sample", 120, "kinetics700", 0),
     ],
 )
-def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, labels, labeled):
+def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, labels, with_label):
     folder = shared_clips.parent / "labels"
     with open(folder / f"{name}.csv", newline="", encoding="utf-8") as file:
         clips = [
@@ -909,4 +909,4 @@ def test_real_csvs_with_a_file_for_each_row(shared_clips, tmp_path, name, rows, 
     assert ids(listing) == clips[1:]
     assert len(listing.missing) == 1
     assert len(clips) == rows
-    assert sum(video.label >= 0 for video in (*listing.videos, *listing.missing)) == labeled
+    assert sum(video.label >= 0 for video in (*listing.videos, *listing.missing)) == with_label

@@ -103,4 +103,4 @@ def test_what_a_gpu_cannot_decode_is_decoded_by_pyav_and_named(codec_clips, tmp_
     assert record["name"] == decoder
     assert f"within {TOLERANCE} of 255 levels of pyav" in record["version"]
     with pytest.raises(InputError, match=r"was made with other settings.*\n.*decoder"):
-        extract(codec_clips, tmp_path / "gpu.zarr", precision="bf16")
+        extract(codec_clips, tmp_path / "gpu.zarr", decoder="pyav", precision="bf16")
