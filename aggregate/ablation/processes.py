@@ -6,11 +6,12 @@ Steps on small batches gain nothing from a second thread. Only the parent writes
 Ctrl-C, which is the parent's to decide, and die with it, also after a kill -9.
 """
 
+import itertools
 import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import as_completed
+from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
@@ -81,9 +82,18 @@ def run_side_by_side(
         env={"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
     )
     try:
-        waiting = {executor.submit(_run, work, task): task for task in tasks}
-        for future in as_completed(waiting):
-            yield waiting[future], future.result()
+        # A few at a time: an executor that is shut down with tasks it has not handed out yet prints
+        # a KeyError of its own thread.
+        upcoming = iter(tasks)
+        waiting: dict[Any, Task] = {}
+        while True:
+            for task in itertools.islice(upcoming, processes + 1 - len(waiting)):
+                waiting[executor.submit(_run, work, task)] = task
+            if not waiting:
+                break
+            for future in wait(waiting, return_when=FIRST_COMPLETED).done:
+                task = waiting.pop(future)
+                yield task, future.result()
     except BrokenProcessPool as error:
         raise RunError(
             f"a training process died ({str(error).splitlines()[0]:.200}); if memory ran out, --at-once takes less. "
