@@ -52,6 +52,10 @@ CHECKPOINT, MANIFEST = "aggregate/training/checkpoint.py", "aggregate/training/m
 FEATURES, SCORES = "aggregate/data/features.py", "aggregate/scores.py"
 SEARCH, FUSE, ALIGN = "ensemble/search.py", "ensemble/fuse.py", "ensemble/align.py"
 
+ALL_DECODE_TESTS = (
+    "tests/extract/test_lengths.py tests/extract/test_clock.py "
+    "tests/extract/test_spans.py tests/extract/test_decode.py"
+)
 DECODE_TESTS = "tests/extract/test_decode.py"
 SPAN_TESTS = "tests/extract/test_spans.py"
 VIEW_TESTS = "tests/extract/test_transform.py"
@@ -70,7 +74,7 @@ MUTATIONS = [
         PACKETS,
         "stop = max(stop, packet.pts + (packet.duration or 0))",
         "stop = max(stop, packet.pts)",
-        f"{SPAN_TESTS} -k 'length_of'",
+        ALL_DECODE_TESTS,
     ),
     Mutation(
         PACKETS,
@@ -97,22 +101,20 @@ MUTATIONS = [
         PACKETS,
         "if len(np.unique(shown)) != len(shown) or not len(shown):",
         "if not len(shown):",
-        f"{DECODE_TESTS} -k 'cannot_be_trusted or exact'",
+        ALL_DECODE_TESTS,
     ),
-    Mutation(
-        PACKETS, "if packet.is_corrupt:", "if False:", f"{DECODE_TESTS} -k 'damage or damaged'"
-    ),
+    Mutation(PACKETS, "if packet.is_corrupt:", "if False:", ALL_DECODE_TESTS),
     Mutation(
         PACKETS,
         "self.end + max(last_frame, 0.0) + 1e-3",
         "self.end + 1e-3",
-        f"{SPAN_TESTS} -k 'beyond_the_end or windows_of_files'",
+        f"{SPAN_TESTS} -k another_frame_would",
     ),
     Mutation(
         READER,
         "self._take_corrupt = bool(self._corrupt.all())",
         "self._take_corrupt = True",
-        f"{DECODE_TESTS} -k what_can_be_read",
+        ALL_DECODE_TESTS,
     ),
     Mutation(
         READER,
@@ -276,7 +278,7 @@ MUTATIONS = [
         RECONCILE,
         'store.append(**columns | {"labels": labels[columns["labels"]]})',
         "store.append(**columns)",
-        f"{RECONCILE_TESTS} -k 'label or appended or class'",
+        f"{RECONCILE_TESTS} -k new_rows_go",
     ),
     Mutation(
         RECONCILE,

@@ -277,8 +277,13 @@ def test_pictures_that_change_size_half_way_get_one_shape(tmp_path):
 
 def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
     path = write_video(tmp_path / "a.mp4", frames=200, gop=20, bframes=2)
-    fed, resized = [], []
-    packet = packets._Redemuxer.packet
+    fed, resized, came = [], [], []
+    packet, frames = packets._Redemuxer.packet, packets.PacketDecoder._frames
+    monkeypatch.setattr(
+        packets.PacketDecoder,
+        "_frames",
+        lambda self, *args: (came.append(frame) or frame for frame in frames(self, *args)),
+    )
     monkeypatch.setattr(
         packets._Redemuxer,
         "packet",
@@ -291,6 +296,7 @@ def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
     assert decoded.frames.shape[0] == 3
     assert len(resized) == 2
     assert len(fed) <= 2 * 20
+    assert len(came) < len(fed)  # frames that no other one refers to are not decoded
     assert sorted(set(fed)) == sorted(fed)
 
 

@@ -16,6 +16,7 @@ from extract.__main__ import Options, main
 from extract.cli import InputError, RunError
 from extract.export import Options as ExportOptions
 from extract.export import main as export
+from extract.listing.videos import Video
 from extract.sources import END_BYTES, UNKNOWN, file_of, read_source
 from extract.store import DROPPED, FAILED, OK, PENDING, FeatureStore, RunLog, lock_store
 from extract.store.corrections import complete_correction, correct
@@ -23,7 +24,7 @@ from extract.store.damage import damaged_columns
 from extract.store.layout import store_attributes
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
-from extract.workers.reconcile import merge_classes
+from extract.workers.reconcile import append_new, merge_classes
 from extract.workers.worker import Worker
 from stores import classes_store, store_digest
 
@@ -430,6 +431,15 @@ def test_unlisted_videos_are_named_and_taken_out_when_asked_until_they_are_liste
     assert again(here) == 0
     assert "again     1 videos are listed again (a.mp4)" in capsys.readouterr().out
     assert store_digest(here / "f.zarr") == whole
+
+
+def test_labels_of_new_rows_go_by_the_names_of_classes(tmp_path):
+    classes_store(tmp_path / "f.zarr", videos=9)
+    store = FeatureStore.open(tmp_path / "f.zarr", writable=True)
+    new = [Video(f"new/{label}.mp4", "", label) for label in (0, 1, -1)]
+    append_new(store, new, ["class 2", "class 0"])
+    names = [*store.classes, ""]
+    assert [names[label] for label in store.labels[9:]] == ["class 2", "class 0", ""]
 
 
 def test_no_row_that_was_taken_out_is_listed(tmp_path):

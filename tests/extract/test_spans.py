@@ -18,7 +18,7 @@ from extract.cli import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.packets import duration_of
+from extract.decode.packets import VideoFile, duration_of
 from extract.decode.reader import FrameTimes
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
@@ -133,6 +133,13 @@ def test_a_frame_at_the_border_belongs_to_the_span_that_begins_there(tmp_path):
     assert (before.indices[-1], after.indices[0]) == (49, 50)
     assert after.timestamps[0] == 2.0
     assert (before.problem, after.problem) == ("", "")
+
+
+def test_a_span_may_end_while_another_frame_would_have_been_shown():
+    file = VideoFile()
+    file.times, file.end = np.array([0.0, 0.04, 0.08]), 0.12
+    assert file.problem((0.0, 0.16)) == file.problem(None) == ""
+    assert file.problem((0.0, 0.17)) == "the file ends at 0.120 s, the span at 0.17 s"
 
 
 def test_a_span_beyond_the_end_is_cut_and_says_so(tmp_path):
