@@ -1,5 +1,6 @@
 """One origin of time and one numbering per file, whatever is decoded of it and in whatever order."""
 
+import contextlib
 from pathlib import Path
 
 import av
@@ -9,6 +10,7 @@ import pytest
 from decode_jobs import prepare_row
 from extract.decode import VideoError, decode, reader
 from extract.decode.jobs import Plan, decode_job
+from extract.decode.opening import opened
 from extract.decode.packets import duration_of
 from extract.decode.transform import Preprocessing
 from extract.sampling import segment_centres
@@ -143,6 +145,52 @@ def test_frames_of_a_damaged_file_keep_their_numbers_and_times(tmp_path):
     for start in range(4):
         decoded = decode(path, centers, span=(float(start), start + 1.0))
         np.testing.assert_allclose(decoded.timestamps, decoded.indices / 25, atol=1e-5)
+
+
+def test_frames_that_the_decoder_had_to_patch_up_are_left_out(tmp_path):
+    path = write_video(tmp_path / "a.mp4", frames=100, gop=10, size=(160, 120))
+    damage(path, 9)
+    good = []
+    with opened(path) as (container, stream), contextlib.suppress(av.FFmpegError):
+        for packet in container.demux(stream):
+            good += [not frame.is_corrupt for frame in packet.decode()]
+    assert 0 < sum(good) < len(good)
+    assert decode(path, np.arange).num_frames == sum(good)
+
+
+def test_a_lost_packet_of_a_transport_stream_is_noticed_whatever_frame_is_wanted(tmp_path):
+    """A part of a late frame is lost, and frame 0 is asked for."""
+    path = write_video(tmp_path / "a.ts", frames=60, gop=10, size=(320, 240))
+    content = bytearray(path.read_bytes())
+    parts = [
+        place
+        for place in range(0, len(content), 188)
+        if content[place + 1] & 0x5F == 0x01 and content[place + 2] == 0x00
+    ]
+    lost = next(place for place in parts[len(parts) * 3 // 4 :] if not content[place + 1] & 0x40)
+    path.write_bytes(content[:lost] + content[lost + 188 :])
+    assert decode(path, np.arange).problem
+    first = decode(path, lambda count: np.array([0]))
+    assert first.problem == decode(path, np.arange).problem
+    assert first.num_frames == decode(path, np.arange).num_frames < 60
+
+
+def test_the_last_frame_goes_when_its_packet_says(tmp_path):
+    with (
+        av.open(str(write_video(tmp_path / "a.mp4", frames=25, fps=25))) as source,
+        av.open(str(tmp_path / "long.mkv"), "w") as output,
+    ):
+        stream = output.add_stream_from_template(source.streams.video[0])
+        for packet in [packet for packet in source.demux(video=0) if packet.size]:
+            if packet.pts * packet.time_base > 0.95:
+                packet.duration = round(2 / packet.time_base)
+            packet.stream = stream
+            output.mux(packet)
+    decoded = decode(tmp_path / "long.mkv", np.arange)
+    assert decoded.timestamps[-1] == pytest.approx(0.96)
+    assert decoded.end == pytest.approx(2.96)
+    assert duration_of(str(tmp_path / "long.mkv")) == pytest.approx(2.96)
+    assert decode(tmp_path / "long.mkv", np.arange, span=(0.0, 4.0)).problem == ""
 
 
 def test_views_of_a_damaged_file_do_not_depend_on_what_was_decoded_before(tmp_path):
