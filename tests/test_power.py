@@ -76,6 +76,12 @@ def features_of(rows: np.ndarray) -> np.ndarray:
     )
 
 
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch) -> None:
+    """Folds side by side would talk through pipes that the simulated disk fails too."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 @pytest.fixture
 def extraction(tmp_path, monkeypatch) -> ExtractOptions:
     monkeypatch.setattr(driver, "Worker", FakeWorker)

@@ -481,7 +481,7 @@ def test_a_file_that_is_no_checkpoint_is_never_unpickled(tmp_path):
             return (os.mkdir, (str(tmp_path / "exploded"),))
 
     torch.save({"format": "hgnl-checkpoint", "x": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(InputError, match="no checkpoint that can be read safely"):
+    with pytest.raises(InputError, match="is not a checkpoint that can be read safely"):
         Checkpoint.load(tmp_path / "bomb.pt")
     assert not (tmp_path / "exploded").exists()
     torch.save({"x": 1}, tmp_path / "other.pt")
