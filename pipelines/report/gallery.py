@@ -14,6 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from aggregate import figures
+from aggregate.ablation.leaks import mean_features
 from aggregate.data.joined import open_features
 from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
@@ -190,16 +191,6 @@ def batches(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[torch.Tenso
             torch.from_numpy(store.gather(some, frames)).float(),
             torch.from_numpy(store.mask(some, frames)),
         )
-
-
-def mean_features(store: FeatureStore, rows: np.ndarray) -> np.ndarray:
-    """The mean over each video's own frames (repeats in a short video count once), view 0: float32
-    [n, D]."""
-    means = [
-        (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-        for x, mask in batches(store, rows)
-    ]
-    return np.concatenate(means)
 
 
 def flatten(features: np.ndarray) -> tuple[np.ndarray, str]:
