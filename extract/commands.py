@@ -118,11 +118,14 @@ def install_command(extra: str) -> str:
     from importlib.util import find_spec
 
     installer = "pip install" if find_spec("pip") else "uv pip install"
-    try:
-        distribution = importlib.metadata.distribution("hgnl-video")
-    except importlib.metadata.PackageNotFoundError:  # a checkout on PYTHONPATH
+    # a checkout's own *.egg-info, first on the path of `python -m`, does not say where it came from
+    found = [
+        distribution.read_text("direct_url.json")
+        for distribution in importlib.metadata.distributions(name="hgnl-video")
+    ]
+    if not found:  # a checkout on PYTHONPATH
         return f"{installer} {shlex.quote(f'{Path(__file__).parents[1]}[{extra}]')}"
-    origin = json.loads(distribution.read_text("direct_url.json") or "{}")
+    origin = json.loads(next(filter(None, found), "{}"))
     folder = origin.get("url", "").removeprefix("file://")
     if not folder or "dir_info" not in origin:
         return f"{installer} 'hgnl-video[{extra}]'"

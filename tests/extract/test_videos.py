@@ -872,7 +872,7 @@ def test_the_report_counts_by_split_and_class(tmp_path):
     assert report.splitlines()[1:] == [
         "10 videos listed, 10 found, 0 missing",
         "3 classes: the sorted names",
-        "split    listed    found  unlabeled  classes   min, median, max a class",
+        "split    listed    found   unlabeled  classes   min, median, max a class",
         "train         8        8           0        3   1, 2, 5",
         "val           1        1           0        1   1, 1, 1",
         "test          1        1           1        0   -",

@@ -239,11 +239,13 @@ def test_commands_repeat_the_form_that_was_used(monkeypatch):
     ],
 )
 def test_hints_name_extras_as_the_package_was_installed(origin, pip, hint, monkeypatch):
-    def distribution(_):
+    def distributions(name):
         if origin == "not installed":
-            raise importlib.metadata.PackageNotFoundError
-        return SimpleNamespace(read_text=lambda _: None if origin is None else json.dumps(origin))
+            return []
+        egg_info = SimpleNamespace(read_text=lambda _: None)  # of a checkout: it does not say
+        installed = SimpleNamespace(read_text=lambda _: origin and json.dumps(origin))
+        return [egg_info, installed]
 
-    monkeypatch.setattr(importlib.metadata, "distribution", distribution)
+    monkeypatch.setattr(importlib.metadata, "distributions", distributions)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: pip or None)
     assert commands.install_command("demo") == hint
