@@ -142,7 +142,7 @@ def _write_table(
 ) -> list[dict[str, Any]]:
     """Write the rows that are done, in the order of the plan, as ablation.csv."""
     from aggregate.metrics import csv_of
-    from extract.files import replace_file
+    from extract.durable import replace_file
 
     rows = [records.rows[key] for key in wanted if key in records.rows]
     replace_file(out / "ablation.csv", csv_of(rows))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from aggregate.pooling import Features, Frames, Mask, blank_masked, frame_counts
-from extract.cli import InputError
+from extract import InputError
 
 SLOWEST, FASTEST = (
     0.5,

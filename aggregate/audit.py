@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aggregate.ablation.leaks import FALSE_ALARMS, PAIR_ALL, mean_features
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ def main(options: Options) -> None:
     from aggregate.duplicates import near_duplicates
     from aggregate.metrics import csv_of, independent_units
     from aggregate.scores import Scores, group_keys
-    from extract.files import replace_file
+    from extract.durable import replace_file
 
     if not 0 < options.false_alarms < 1:
         raise InputError(

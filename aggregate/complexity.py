@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aggregate.metrics import text_table
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 
 if TYPE_CHECKING:
     from aggregate.hgnl import HGNonLocal

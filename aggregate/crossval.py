@@ -27,7 +27,8 @@ from aggregate.ablation.configurations import (
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.ablation.protocols import PROTOCOLS, Protocol, describe_protocol, protocol_in
 from aggregate.training.options import Aggregator
-from extract.cli import InputError, progress, run_command
+from extract import InputError
+from extract.cli import progress, run_command
 from extract.commands import command_line
 
 if TYPE_CHECKING:

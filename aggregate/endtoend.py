@@ -18,9 +18,9 @@ from aggregate.data.features import there
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
+from extract import InputError
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.networks import package_file
-from extract.cli import InputError
 from extract.commands import command_line
 from extract.decode.transform import Clips, Preprocessing
 

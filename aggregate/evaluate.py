@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from aggregate.training.options import PlaceOptions, VideoOptions
-from extract.cli import InputError, RunError, examples, progress, run_command
+from extract import InputError, RunError
+from extract.cli import first_few, progress, run_command
 from extract.commands import command_line
 from extract.cores import available_cores
 
@@ -196,7 +197,7 @@ def _scored(
     if changed:
         print(
             f"note: the label, split or group of {len(changed):,} of these videos is another than when the model was "
-            f"trained ({examples(changed)}); scored with what it is now"
+            f"trained ({first_few(changed)}); scored with what it is now"
         )
     groups = group_keys(videos.ids, videos.groups)[rows]
     return Scored(

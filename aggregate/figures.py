@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from extract.cli import InputError
+from extract import InputError
 from extract.commands import install_command
 
 try:

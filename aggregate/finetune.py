@@ -18,7 +18,8 @@ from aggregate.training.options import (
     changes_of,
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
-from extract.cli import InputError, RunError, run_command
+from extract import InputError, RunError
+from extract.cli import run_command
 from extract.commands import command_line
 from extract.cores import available_cores
 
@@ -100,7 +101,7 @@ def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
     """Train to the end as one process, `rank` of `world`; rank 0 prints and writes."""
     import torch
 
-    from extract.files import locked
+    from extract.durable import locked
 
     alone = locked(options.folder) if rank == 0 else nullcontext()  # the others write nothing
     with alone, prepare(options, rank=rank, world=world) as run:
@@ -350,7 +351,7 @@ def _train_with_ray(options: Options) -> None:
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError, get_context
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from extract.workers.actor_pool import job_config
+    from extract.workers.ray_pool import job_config
 
     # Workers have another working directory.
     there: dict[str, Any] = {name: getattr(options, name) for name in ("videos", "root", "init")}

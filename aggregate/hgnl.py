@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
 from aggregate.pooling import Features, Frames, Mask, average, blank_masked, frame_counts
-from extract.cli import InputError
+from extract import InputError
 
 NORMS = ("none", "n", "n_over_train")
 ATTENTIONS = ("relu", "softmax")

@@ -16,7 +16,7 @@ from aggregate.nl import NonLocal
 from aggregate.pooling import Average, Features, Frames, Mask, Max, WeightedAverage
 from aggregate.recurrent import GatedRecurrent
 from aggregate.stnet import TemporalXception, batch_normed
-from extract.cli import InputError
+from extract import InputError
 
 # Each is built from (dim, **options) and says `out_dim`; forward(x [batch, time, dim], mask=None)
 # -> [batch, out_dim].

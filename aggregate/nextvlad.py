@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 
 from aggregate.pooling import Frames, Mask, blank_masked
 from aggregate.stnet import batch_normed, norm_valid_frames
-from extract.cli import InputError
+from extract import InputError
 
 REDUCTION = 8  # of context gating
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from aggregate.pooling import Features, Frames, Mask, average, blank_masked
 from aggregate.stnet import valid_first
-from extract.cli import InputError
+from extract import InputError
 
 
 class GatedRecurrent(nn.Module):

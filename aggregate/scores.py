@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError
+from extract import InputError
 from extract.commands import command_line
-from extract.files import replace_file
+from extract.durable import replace_file
 from extract.sources import file_of
 
 SCHEMA = "hgnl-scores/1"

@@ -16,7 +16,7 @@ from torch.nn.functional import batch_norm
 from torch.utils.checkpoint import checkpoint
 
 from aggregate.pooling import blank_masked
-from extract.cli import InputError
+from extract import InputError
 
 
 class TemporalBlock(nn.Module):

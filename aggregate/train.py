@@ -9,7 +9,8 @@ from aggregate.ablation.processes import prepare_environment
 from aggregate.training.configurations import Configuration, configured
 from aggregate.training.configurations import TrainOptions as Options
 from aggregate.training.options import HeadOptions
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from extract.commands import command_line
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def main(options: Options) -> int:
     prepare_environment()
-    from extract.files import locked
+    from extract.durable import locked
 
     with locked(options.folder):
         run = prepare(options)

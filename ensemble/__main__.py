@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ensemble.entries import submission_ids
 from ensemble.submit import PRETRAINED, check_submission, write_submission
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from extract.commands import command_line
-from extract.files import replace_file
+from extract.durable import replace_file
 
 # numpy and scipy are imported in functions, so that --help answers at once.
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from aggregate.scores import Scores, group_keys, refuse_training_scores
-from extract.cli import InputError
+from extract import InputError
 
 Missing = Literal["error", "drop", "worst"]
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.videos import youtube_id
 
 Entries = list[tuple[str, float]]  # label and score of what a submission says of one video

@@ -20,7 +20,7 @@ import numpy as np
 
 from aggregate.scores import Scores
 from ensemble.entries import is_scores
-from extract.cli import InputError
+from extract import InputError
 from extract.feature_files import check_unique, ids_beside
 from extract.listing.labels import choose_labels
 

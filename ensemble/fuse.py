@@ -7,7 +7,8 @@ from scipy.special import log_softmax
 
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
-from extract.cli import InputError, progress
+from extract import InputError
+from extract.cli import progress
 
 ROWS_AT_ONCE = 2048  # M x 2048 x 700 float64 stay within 100 MB
 

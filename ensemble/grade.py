@@ -18,7 +18,7 @@ from ensemble.entries import (
     read_text,
     submission_ids,
 )
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import SPLITS
 from extract.listing.lists import read_list
 from extract.listing.videos import youtube_id

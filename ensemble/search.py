@@ -24,7 +24,8 @@ from aggregate.metrics import (
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
 from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
-from extract.cli import InputError, progress
+from extract import InputError
+from extract.cli import progress
 
 FOLDS = 5
 STEPS = (0.1, 0.05, 0.02, 0.01)  # weight moved from one model to another

@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble.entries import Entries, is_clip, is_scores, read_submission, submission_ids
-from extract.cli import InputError, run_command
-from extract.files import replace_file
+from extract import InputError
+from extract.cli import run_command
+from extract.durable import replace_file
 from extract.listing.labels import choose_labels
 
 if (

@@ -2,6 +2,10 @@
 
 import sys
 
+from extract.errors import InputError, RunError
+
+__all__ = ["InputError", "RunError"]
+
 if sys.argv[:1] == ["-m"]:
     from extract.commands import refuse_other_modules
 

@@ -17,19 +17,12 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from extract.errors import InputError, RunError
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 Options = TypeVar("Options")
-
-
-class InputError(ValueError):
-    """Wrong usage or input (exit status 2): the message says what was wrong, with the value, and
-    what to do."""
-
-
-class RunError(RuntimeError):
-    """Something failed at run time, such as damage, a locked store, a full disk (exit status 1)."""
 
 
 _REMEDIES = {
@@ -45,7 +38,7 @@ _REMEDIES = {
 }
 
 
-def explain(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
+def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
     """`runs/a/last.pt: No space left on device; make room on its disk and run the same command
     again, which goes on`.
 
@@ -138,7 +131,7 @@ class EscapedStream:
         return getattr(self.unescaped, name)
 
 
-def examples(names: Collection[object], count: int = 3) -> str:
+def first_few(names: Collection[object], count: int = 3) -> str:
     """The first of some names, for a message: `a, b, c, ...`."""
     return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
 
@@ -215,7 +208,7 @@ def run_command(
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
             return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
-        message = explain(error) if isinstance(error, OSError) else error
+        message = describe_os_error(error) if isinstance(error, OSError) else error
         print(f"error: {message}", file=EscapedStream(sys.stderr))
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:

@@ -50,7 +50,7 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
 }
 COMMANDS = {name: module for stage in STAGES.values() for name, (module, _) in stage.items()}
 _PACKAGES = ("extract", "aggregate", "ensemble", "pipelines")
-_ALSO_RUN = ("pipelines", "pipelines.untrimmed", "extract.decode.subprocess_pool")  # by `python -m`
+_ALSO_RUN = ("pipelines", "pipelines.untrimmed", "extract.decode.pool")  # by `python -m`
 
 
 def refuse_other_modules() -> None:

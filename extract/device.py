@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.cli import InputError
+from extract import InputError
 
 if TYPE_CHECKING:
     import torch

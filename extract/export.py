@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from extract.cli import InputError, progress, run_command
-from extract.files import make_folder, replacing
+from extract import InputError
+from extract.cli import progress, run_command
+from extract.durable import make_folder, replacing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import extension
 
 Shape = tuple[int, int]  # T, D

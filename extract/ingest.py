@@ -12,7 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import InputError, examples, progress, run_command
+from extract import InputError
+from extract.cli import first_few, progress, run_command
 
 if TYPE_CHECKING:
     import numpy as np
@@ -142,7 +143,7 @@ def _join_by_ending(listing: "Listing", files: "FeatureFiles") -> tuple[dict[str
     if not endings:
         raise InputError(
             f"none of the {len(listing.videos):,} videos of {listing.source} has features: it lists "
-            f"{examples(list(stems))}, and there are {examples(files.names)}"
+            f"{first_few(list(stems))}, and there are {first_few(files.names)}"
         )
     if len(endings) > 1:
         raise InputError(

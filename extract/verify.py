@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from extract.cli import InputError, progress, run_command
+from extract import InputError
+from extract.cli import progress, run_command
 from extract.commands import command_line
 
 if TYPE_CHECKING:

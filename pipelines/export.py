@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import InputError, RunError, run_command
+from extract import InputError, RunError
+from extract.cli import run_command
 from extract.commands import install_command
-from extract.files import replacing
+from extract.durable import replacing
 
 if TYPE_CHECKING:
     import torch

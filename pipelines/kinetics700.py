@@ -16,7 +16,8 @@ from pathlib import Path
 from timeit import timeit
 from typing import TYPE_CHECKING, Any, Literal
 
-from extract.cli import InputError, examples, run_command
+from extract import InputError
+from extract.cli import first_few, run_command
 from extract.commands import command_of
 from extract.cores import available_cores
 from pipelines.steps import fuse, scores_file, step
@@ -109,7 +110,7 @@ def _name_leaks(listings: "dict[str, Listing]") -> None:
         both = shared_youtube_ids(
             trained, [video for video in listings["k700"].videos if video.split == split]
         )
-        named = f": {examples(both, 10)}" if both else ""
+        named = f": {first_few(both, 10)}" if both else ""
         print(
             f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(both):,}{named}"
         )
@@ -163,7 +164,7 @@ def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tup
 
     from extract.decode import VideoError
     from extract.decode.jobs import Plan, decode_job
-    from extract.decode.subprocess_pool import SubprocessPool
+    from extract.decode.pool import SubprocessPool
 
     seconds = []
     plan = Plan(options.frames, 1, 0, backbone.preprocessing)

@@ -19,8 +19,9 @@ from typing import Annotated, Any, TextIO
 import numpy as np
 import tyro
 
-from extract.cli import InputError, check_ranges, run_command
-from extract.files import replace_file
+from extract import InputError
+from extract.cli import check_ranges, run_command
+from extract.durable import replace_file
 from pipelines.predictor import WEIGHING, Prediction, Predictor, Window
 
 TOP = 5

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from extract import InputError, RunError
 from extract.backbone.frozen import NotFiniteError
-from extract.cli import InputError, RunError, progress
+from extract.cli import progress
 from extract.decode import VideoError
 
 if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
     from extract.decode.jobs import Prepared
     from extract.decode.packets import Span
-    from extract.decode.subprocess_pool import SubprocessPool
+    from extract.decode.pool import SubprocessPool
 
     Part = tuple[Prepared, np.ndarray]
 
@@ -165,7 +166,7 @@ class Predictor:
 
     def _subprocess(self, timeout: float) -> "SubprocessPool":
         from extract.decode.jobs import decode_job
-        from extract.decode.subprocess_pool import SubprocessPool
+        from extract.decode.pool import SubprocessPool
 
         slot_bytes = self._plan.slot_bytes
         pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=1, timeout=timeout)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.commands import command_line
 
 

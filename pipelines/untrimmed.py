@@ -47,7 +47,7 @@ class Options:
 def main(options: Options) -> int:
     import pandas as pd
 
-    from extract.files import replace_file
+    from extract.durable import replace_file
 
     rooms = {split: distractors(people) for split, people in PEOPLE.items()}
     with ThreadPoolExecutor() as pool:

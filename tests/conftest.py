@@ -19,7 +19,7 @@ os.environ.setdefault(
 )  # converted networks, kept between runs
 # What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
 LONGEST = (
-    "test_actor_pool.py",
+    "test_ray_pool.py",
     "test_prove.py",
     "test_finetune.py",
     "test_power.py",

@@ -8,7 +8,7 @@ import av
 import numpy as np
 
 from extract.decode import VideoError, decode
-from extract.decode.opening import LENIENT_METADATA
+from extract.decode.container import LENIENT_METADATA
 from extract.sampling import segment_centres
 
 KINDS = ("bits", "bytes", "cut", "swap", "repeat", "zeros", "header", "tail", "remove", "bits")

@@ -15,7 +15,7 @@ from aggregate import ablate, evaluate, finetune, train
 from aggregate.endtoend import model_from_record
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
-from extract.cli import InputError
+from extract import InputError
 from extract.store import FeatureStore
 
 COMMON = {"features": "f.zarr", "batch_size": 8, "lr": 0.02, "dropout": 0.0}

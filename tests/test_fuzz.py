@@ -19,8 +19,8 @@ from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from ensemble.grade import grade_submission, read_ids, read_truth
 from ensemble.submit import check_submission, write_submission
-from extract.cli import InputError, RunError
-from extract.decode.subprocess_pool import SubprocessPool
+from extract import InputError, RunError
+from extract.decode.pool import SubprocessPool
 from extract.listing.videos import list_videos
 from extract.store import FeatureStore
 from mutations import compare, mutate

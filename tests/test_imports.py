@@ -36,7 +36,7 @@ TORCH_FREE = (
     *("aggregate/metrics.py", "aggregate/scores.py", "ensemble/"),
 )
 # Its functions import torch, and no decoding subprocess calls one (test_a_child_never_imports_torch).
-ON_GPU = "extract/decode/on_gpu.py"
+ON_GPU = "extract/decode/nvdec.py"
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -22,11 +22,10 @@ from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.run import Run
 from ensemble import __main__ as fusing
+from extract import InputError, verify
 from extract import export as export_features
-from extract import verify
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
-from extract.cli import InputError
 from extract.store import FeatureStore
 from pipelines import export, predict, steps
 from pipelines.report import __main__ as report

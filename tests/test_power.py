@@ -18,9 +18,9 @@ from aggregate import ablate, crossval, evaluate, finetune, train
 from aggregate.ablation.records import Records
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
+from extract import RunError
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
-from extract.cli import RunError
 from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.store import OK, FeatureStore, Rows
@@ -149,9 +149,9 @@ def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
     def check(disk: Path) -> None:
         kept.append(file.read_text() if (file := disk / "a.txt").exists() else "no file")
 
-    from extract import files
+    from extract import durable
 
-    sync = files.sync
+    sync = durable.sync
     for broken, lost in (
         ((lambda path: None), "no file"),
         ((lambda path: path.is_dir() and sync(path)), ""),
@@ -160,8 +160,8 @@ def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
         (tmp_path / "after").mkdir()
         cuts = PowerCuts(tmp_path / "disk", tmp_path / "after", check)
         with monkeypatch.context() as patch, cuts.recording():
-            patch.setattr(files, "sync", broken)
-            files.replace_file(tmp_path / "disk" / "a.txt", "what was promised")
+            patch.setattr(durable, "sync", broken)
+            durable.replace_file(tmp_path / "disk" / "a.txt", "what was promised")
         assert lost in kept
         assert "what was promised" not in kept[-2:]
         shutil.rmtree(tmp_path / "disk")

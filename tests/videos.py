@@ -10,7 +10,7 @@ import av
 import numpy as np
 from av.stream import Disposition
 
-from extract.decode.opening import LENIENT_METADATA
+from extract.decode.container import LENIENT_METADATA
 
 # FFmpeg's name of a container where the file's ending does not say it.
 _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}

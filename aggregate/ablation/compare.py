@@ -23,7 +23,7 @@ from aggregate.metrics import (
     text_table,
 )
 from extract.commands import install_command
-from extract.files import replace_file
+from extract.durable import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd

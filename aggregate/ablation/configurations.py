@@ -16,7 +16,7 @@ from aggregate.training.options import (
     foreign_flags,
     listed,
 )
-from extract.cli import InputError
+from extract import InputError
 
 if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint

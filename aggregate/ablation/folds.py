@@ -13,7 +13,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from aggregate.ablation.configurations import FoldOptions
 from aggregate.metrics import independent_units
 from aggregate.training.splits import check_classes, group_keys, has_groups, hold_out
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.store import FeatureStore
 
 DRAW = "draw"  # the name of a fold with --shots; its seed tells one from another
@@ -82,7 +83,7 @@ def _draw(store: FeatureStore, options: FoldOptions, number: int, *, choosing: b
     short = [store.classes[label] for label in np.unique(labels) if sizes[label] < options.shots]
     if short:
         raise InputError(
-            f"--shots {options.shots}: {len(short)} classes have fewer videos that can be used: {examples(short, 5)}"
+            f"--shots {options.shots}: {len(short)} classes have fewer videos that can be used: {first_few(short, 5)}"
         )
     tested = ~np.isin(units, units[taken])
     if not tested.any():

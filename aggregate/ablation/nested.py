@@ -22,7 +22,7 @@ from aggregate.ablation.probes import PROBES, Probe
 from aggregate.metrics import challenge_error, ranks
 from aggregate.training.configurations import Configuration, configured
 from aggregate.training.loop import fit
-from extract.cli import RunError
+from extract import RunError
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ from aggregate.metrics import (
     text_table,
 )
 from aggregate.scores import Scores, group_keys, save_scores
-from extract.files import replace_file
+from extract.durable import replace_file
 from extract.store import FeatureStore
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from aggregate.data.features import StoredFeatures
-from extract.cli import InputError
+from extract import InputError
 
 PROBES = ("logreg", "knn")
 

@@ -15,7 +15,7 @@ from concurrent.futures import FIRST_COMPLETED, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from extract.cli import RunError
+from extract import RunError
 from extract.cores import available_cores
 from extract.portable import end_with_parent
 

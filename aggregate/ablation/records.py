@@ -16,9 +16,9 @@ from aggregate.training.manifest import contents_of, say_other_version, sha256_o
 from aggregate.training.options import plain
 from aggregate.training.recipes import choose_precision
 from aggregate.training.run import refuse_other_options
-from extract.cli import InputError
+from extract import InputError
 from extract.device import choose_device
-from extract.files import LOCK, append, is_leftover, locked, make_folder, replace_file
+from extract.durable import LOCK, append, is_leftover, locked, make_folder, replace_file
 from extract.store import FeatureStore
 
 Key = tuple[Any, ...]

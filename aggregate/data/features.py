@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.portable import memory_available
 from extract.sampling import segment_centres
 from extract.store import PENDING, FeatureStore

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from aggregate.data.features import Batch, in_batches
-from extract.cli import RunError
+from extract import RunError
 from extract.decode import VideoError
 from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
-from extract.decode.subprocess_pool import Finished, SubprocessPool
+from extract.decode.pool import Finished, SubprocessPool
 from extract.listing.videos import Video
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.store import DROPPED, FAILED, OK, PARTIAL, PENDING, FeatureStore
 
 
@@ -200,7 +201,7 @@ def _common_rows(
     common = [video_id for video_id in by_id[0] if all(video_id in rows for rows in by_id[1:])]
     if not common:
         firsts = " and ".join(
-            f"{examples(list(rows), 1)} in {s.path}" for s, rows in zip(stores, by_id, strict=True)
+            f"{first_few(list(rows), 1)} in {s.path}" for s, rows in zip(stores, by_id, strict=True)
         )
         raise InputError(
             f"{path}: no video is in all of these stores ({firsts}); ids must be equal to be joined"
@@ -208,7 +209,7 @@ def _common_rows(
     every = dict.fromkeys(video_id for rows in by_id for video_id in rows)
     for store, rows in zip(stores, by_id, strict=True):
         if lacking := [video_id for video_id in every if video_id not in rows]:
-            log(f"left out  {len(lacking):,} videos that {store.path} lacks ({examples(lacking)})")
+            log(f"left out  {len(lacking):,} videos that {store.path} lacks ({first_few(lacking)})")
     return np.array(common, object), [
         np.array([rows[video_id] for video_id in common]) for rows in by_id
     ]

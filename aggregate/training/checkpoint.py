@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from aggregate.models import VideoClassifier, build, sees_order
-from extract.cli import InputError
+from extract import InputError
 from extract.commands import command_line
-from extract.files import replacing
+from extract.durable import replacing
 
 FORMAT, VERSION = "hgnl-checkpoint", 2
 # Of a store's provenance, what a model depends on; decoder, views and versions may differ.

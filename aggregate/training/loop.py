@@ -10,7 +10,7 @@ from aggregate.data.features import Batch
 from aggregate.metrics import challenge_error
 from aggregate.training.learner import Learner
 from aggregate.training.sources import Source
-from extract.cli import RunError
+from extract import RunError
 
 
 def fit(

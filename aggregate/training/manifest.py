@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from aggregate.training.splits import ListedVideos, choose_rows
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.store import FAILED, FeatureStore, difference
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _changes(
 ) -> list[str]:
     """What differs of the recorded videos now, one line each."""
     gone = [row[0] for row in recorded if row[0] not in row_of]
-    lines = [f"{len(gone):,} of its videos are no longer there: {examples(gone)}"] if gone else []
+    lines = [f"{len(gone):,} of its videos are no longer there: {first_few(gone)}"] if gone else []
     present = [row for row in recorded if row[0] in row_of]
     rows = np.array([row_of[row[0]] for row in present], int)
     failed = [
@@ -194,13 +195,13 @@ def _changes(
         if row[-1] == "train"
     ]
     lines += (
-        [f"{len(failed):,} videos it was trained on have failed since: {examples(failed)}"]
+        [f"{len(failed):,} videos it was trained on have failed since: {first_few(failed)}"]
         if failed
         else []
     )
     dropped = [row[0] for row in np.array(present, object)[~videos.listed[rows]]]
     lines += (
-        [f"{len(dropped):,} of its videos are no longer listed: {examples(dropped)}"]
+        [f"{len(dropped):,} of its videos are no longer listed: {first_few(dropped)}"]
         if dropped
         else []
     )
@@ -230,7 +231,7 @@ def refuse_other_data(
     lines = []
     if last.classes != list(videos.classes):
         ours, theirs = set(last.classes), set(videos.classes)
-        what = f"new: {examples(sorted(theirs - ours))}; gone: {examples(sorted(ours - theirs))}"
+        what = f"new: {first_few(sorted(theirs - ours))}; gone: {first_few(sorted(ours - theirs))}"
         what = "the same names in another order" if ours == theirs else what
         lines.append(
             f"{len(last.classes)} classes when it was trained, {len(videos.classes)} now ({what})"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from aggregate.training.recipes import head_options
-from extract.cli import InputError
+from extract import InputError
 
 Aggregator = Literal[
     "tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"

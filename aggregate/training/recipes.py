@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from extract.cli import InputError
+from extract import InputError
 from extract.lazy_dynamo import defer_dynamo_import
 
 if TYPE_CHECKING:

@@ -18,8 +18,9 @@ from aggregate.training.loop import fit
 from aggregate.training.manifest import VIDEOS
 from aggregate.training.options import plain
 from aggregate.training.sources import Source, attention_text
-from extract.cli import InputError, progress
-from extract.files import LOCK, is_leftover, replace_file, writing
+from extract import InputError
+from extract.cli import progress
+from extract.durable import LOCK, is_leftover, replace_file, writing
 from extract.store import difference
 
 # Below this |s F_o| / |F| attention changes nothing that matters.

@@ -16,7 +16,8 @@ from aggregate.data.frames import VideoFrames
 from aggregate.scores import group_keys
 from aggregate.training.learner import Learner, autocast
 from aggregate.training.options import HeadOptions
-from extract.cli import InputError, RunError, progress
+from extract import InputError, RunError
+from extract.cli import progress
 from extract.commands import command_line
 from extract.store import FeatureStore
 

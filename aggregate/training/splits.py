@@ -7,7 +7,8 @@ import numpy as np
 from aggregate.metrics import independent_units
 from aggregate.scores import group_keys
 from aggregate.training.options import SplitOptions
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.listing.videos import Listing
 from extract.sources import read_source
 from extract.store import FAILED, FeatureStore
@@ -140,5 +141,5 @@ def check_classes(
     counts = np.bincount(store.labels[rows], minlength=len(store.classes))
     empty = [store.classes[place] for place in np.flatnonzero(counts == 0)]
     if empty and not allow_missing:
-        words = f"{len(empty)} of {len(store.classes)} classes have no video to train on: {examples(empty, 5)}"
+        words = f"{len(empty)} of {len(store.classes)} classes have no video to train on: {first_few(empty, 5)}"
         raise InputError(f"{words}; extract some, or pass --allow-missing-classes")

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from extract import InputError, RunError
 from extract.backbone.batches import Batches
 from extract.backbone.networks import absolute_name
-from extract.cli import InputError, RunError
 from extract.cores import available_cores, has_native_bf16
 from extract.decode.transform import Clips, Preprocessing, is_clip_wise
 from extract.device import choose_device, runs_on_cpu

@@ -10,8 +10,8 @@ from PIL import Image
 from timm.data import resolve_data_config
 from torch import nn
 
+from extract import InputError
 from extract.backbone.weights import first_sentence, offline_at_once, published_file
-from extract.cli import InputError
 from extract.decode.transform import Preprocessing
 
 _HUB = "hf-hub:"

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from extract import InputError
 from extract.backbone import image_models
 from extract.backbone.networks import absolute_name, package_file
 from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
-from extract.cli import InputError, examples
+from extract.cli import first_few
 from extract.decode.transform import Clips, PerClip, Preprocessing, is_clip_wise
 
 
@@ -170,7 +171,7 @@ def _check_finite(module: nn.Module, source: str) -> None:
     damaged = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
     if damaged:
         raise InputError(
-            f"--weights {source}: {len(damaged)} tensors hold values that are not finite ({examples(damaged)}); "
+            f"--weights {source}: {len(damaged)} tensors hold values that are not finite ({first_few(damaged)}); "
             "the file is damaged, or its training diverged"
         )
 

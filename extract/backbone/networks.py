@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.cli import explain
+from extract.cli import describe_os_error
 from extract.decode.transform import Clips, Preprocessing
 
 XML, BIN, RECORD = "network.xml", "network.bin", "network.json"
@@ -109,7 +109,7 @@ def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None])
     ) as error:  # OpenVINO raises RuntimeError for what it cannot write
         if load_network(key) is None:  # else another process has saved the same one meanwhile
             message = (
-                explain(error, folder)
+                describe_os_error(error, folder)
                 if isinstance(error, OSError)
                 else str(error).strip().splitlines()[-1]
             )

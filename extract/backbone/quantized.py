@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from extract import InputError, RunError
 from extract.backbone.batches import Batches
 from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
 from extract.backbone.openvino_engine import (
@@ -20,7 +21,6 @@ from extract.backbone.openvino_engine import (
     converted_network,
     save_model,
 )
-from extract.cli import InputError, RunError
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from extract import RunError
 from extract.backbone.batches import inputs_per_batch
 from extract.backbone.inference import folded
 from extract.backbone.model import Trunk
-from extract.cli import RunError
 
 Run = Callable[
     [Tensor], Tensor

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from extract import InputError
 from extract.backbone.weights import (
     first_sentence,
     fit_weights,
@@ -23,7 +24,7 @@ from extract.backbone.weights import (
     offline_at_once,
     read_state_dict,
 )
-from extract.cli import InputError, examples
+from extract.cli import first_few
 from extract.decode.transform import PerClip, Preprocessing
 
 # Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
@@ -346,7 +347,7 @@ def _refuse_what_did_not_arrive(
         "have another shape": misshapen,
     }
     reasons = [
-        f"{len(keys)} {what} ({examples(sorted(keys))})" for what, keys in problems.items() if keys
+        f"{len(keys)} {what} ({first_few(sorted(keys))})" for what, keys in problems.items() if keys
     ]
     if reasons:
         raise InputError(

@@ -22,7 +22,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 
 # Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the
 # SHA-256's beginning.
@@ -111,7 +112,7 @@ def fit_weights(module: nn.Module, given: dict[str, Tensor], path: str | Path, n
             )
         problems = {"missing": missing, "extra": extra, "of another shape": shapes}
         words = [
-            f"{len(some)} {what} ({examples(some)})" for what, some in problems.items() if some
+            f"{len(some)} {what} ({first_few(some)})" for what, some in problems.items() if some
         ]
         raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(words)}")
     module.load_state_dict({**expected, **state})
@@ -189,7 +190,7 @@ def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
         content,
     )
     if not nested or not all(isinstance(value, Tensor) for value in nested.values()):
-        words = f"no state dict found, neither plain nor below 'state_dict' or 'model' ({examples(nested)})"
+        words = f"no state dict found, neither plain nor below 'state_dict' or 'model' ({first_few(nested)})"
         raise InputError(f"--weights {path}: {words}")
     return nested
 

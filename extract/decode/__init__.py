@@ -1,7 +1,7 @@
 """A video and frame indices in, frames out: reading, cropping, and subprocesses that can be
 killed."""
 
-from extract.decode.opening import VideoError
+from extract.decode.container import VideoError
 from extract.decode.packets import Span
 from extract.decode.reader import Decoded, decode, decode_spans, decoder_version
 from extract.decode.writer import write_video

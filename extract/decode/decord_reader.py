@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from extract.decode.opening import VideoError
+from extract.decode.container import VideoError
 from extract.decode.packets import VideoFile
 
 

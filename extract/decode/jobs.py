@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError
-from extract.decode.opening import VideoError
+from extract import InputError
+from extract.decode.container import VideoError
 from extract.decode.packets import Span, duration_of
 from extract.decode.reader import Decoded, FrameTimes, decode_spans
 from extract.decode.transform import (

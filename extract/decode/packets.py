@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.opening import (
+from extract.decode.container import (
     DECODE_ERRORS,
     VideoError,
     check_file,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from extract.cli import examples
-from extract.decode.opening import MAX_PIXELS, VideoError, check_file, check_size, error_text
+from extract.cli import first_few
+from extract.decode.container import MAX_PIXELS, VideoError, check_file, check_size, error_text
 from extract.decode.packets import Span, UnreliablePacketsError, VideoFile
 from extract.numbered import gaps, numbered_pictures
 
@@ -57,7 +57,7 @@ class PictureFolder(VideoFile):
         first, stop = (0, len(self._every)) if span is None else np.searchsorted(self._every, span)
         damaged = [number for number in self._damage if first <= number < stop]
         reasons = [f"{self._names[number]} {self._damage[number]}" for number in damaged]
-        lost = f"{len(damaged)} of {stop - first} pictures are damaged ({examples(reasons)})"
+        lost = f"{len(damaged)} of {stop - first} pictures are damaged ({first_few(reasons)})"
         return "; ".join(filter(None, (lost if damaged else "", super().problem(span))))
 
     def _leave_out_damaged(self) -> None:

@@ -30,9 +30,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
-from extract.decode.decord_reader import DecordFile, import_decord
-from extract.decode.on_gpu import TorchcodecFile, stacked, torchcodec_version
-from extract.decode.opening import (
+from extract.decode.container import (
     DECODE_ERRORS,
     VideoError,
     check_file,
@@ -41,6 +39,8 @@ from extract.decode.opening import (
     error_text,
     opened,
 )
+from extract.decode.decord_reader import DecordFile, import_decord
+from extract.decode.nvdec import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.packets import (
     PacketDecoder,
     Span,
@@ -166,7 +166,7 @@ def decode_spans(
     is applied to each wanted frame as it comes, so memory does not grow with a video's length or
     its picture size. However often a sampler chooses a frame, it is decoded, resized and returned
     once. decoder: "pyav", or "decord" (which counts frames that an edit list hides, and cannot open
-    AV1), or on_gpu.py's "torchcodec-cuda", whose frames are tensors on that device (VideoError also
+    AV1), or nvdec.py's "torchcodec-cuda", whose frames are tensors on that device (VideoError also
     where only PyAV could read it). With a `frame_rate` (Hz), the path may be a folder of numbered
     pictures, which Pillow decodes whatever the decoder.
     """

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from extract.decode.on_gpu import resized
+from extract.decode.nvdec import resized
 
 PerClip = Literal["mean", "time"]
 Box = tuple[int, int, int, int]  # top, left, height, width

@@ -8,7 +8,7 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from extract.files import replacing
+from extract.durable import replacing
 
 
 def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], *, rate: float) -> None:

@@ -10,7 +10,8 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.numbered import gaps, numbered_pictures
 
 VIDEO_EXTENSIONS = frozenset(
@@ -235,8 +236,8 @@ def split_and_class(folders: Collection[str]) -> dict[str, tuple[str, str]]:
     splits = {top for top in tops if top.lower() in SPLITS}
     if splits and splits != tops:
         raise InputError(
-            f"folders named like splits ({examples(sorted(splits))}) are next to others "
-            f"({examples(sorted(tops - splits))}): are those classes? "
+            f"folders named like splits ({first_few(sorted(splits))}) are next to others "
+            f"({first_few(sorted(tops - splits))}): are those classes? "
             "Move one kind away, or give a CSV path,label,split"
         )
     result = {}

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 
 _REMOVED = str.maketrans("", "", "'()")
 
@@ -150,4 +151,4 @@ def _nearest(strange: Sequence[str], known: Iterable[str]) -> str:
         f"{name!r} (nearest: {close[0]!r})" if close else f"{name!r}"
         for name, close in near.items()
     ]
-    return examples([*named, *strange[5:]], 5)
+    return first_few([*named, *strange[5:]], 5)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import SPLITS, VIDEO_EXTENSIONS, extension
 from extract.listing.tables import (
     LAYOUTS,

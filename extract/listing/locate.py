@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import cache
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import folder, split_of
 from extract.listing.labels import spellings
 from extract.listing.tables import Row, span_id

@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 
 
 def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
@@ -10,7 +11,7 @@ def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
     missing = [f"{name}: {gap}" for name, gap in folders.items() if gap]
     lines = [f"folders of numbered pictures, a video each: {len(folders):,}"] if folders else []
     if missing:
-        lines.append(f"GAPS in the numbers of pictures: {len(missing):,} ({examples(missing)})")
+        lines.append(f"GAPS in the numbers of pictures: {len(missing):,} ({first_few(missing)})")
     return lines
 
 

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import SPLITS
 
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from extract.cli import InputError, examples
+from extract import InputError
+from extract.cli import first_few
 from extract.listing.folders import (
     VIDEO_EXTENSIONS,
     Scan,
@@ -401,7 +402,7 @@ def _from_lists(
     reject_duplicates(rows, of_two_classes=any(table.kind == "clip" for table in tables))
     found = [row for row in rows if row.file]
     if not found:
-        present = f"there are {examples(files)}" if files else "there is no video"
+        present = f"there are {first_few(files)}" if files else "there is no video"
         raise InputError(
             f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0].name}, {present}); "
             "say with --root where they are"
@@ -432,7 +433,7 @@ def _from_lists(
 
 
 def _named(names: Sequence[str]) -> str:
-    return f" ({examples(names)})" if names else ""
+    return f" ({first_few(names)})" if names else ""
 
 
 def _count(number: int, one: str, many: str = "") -> str:

@@ -11,16 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extract.cli import InputError, progress
+from extract import InputError
+from extract.cli import progress
 from extract.cores import available_cores
-from extract.files import make_folder
+from extract.durable import make_folder
 from extract.listing.tables import span_id
 from extract.listing.videos import Video
 from extract.numbered import picture_paths
 from extract.options import DEFAULTS, Options
 
 if TYPE_CHECKING:
-    from extract.decode.subprocess_pool import Finished
+    from extract.decode.pool import Finished
 
 MAX_WINDOWS = 1_000_000  # of one file
 _ASKED_AHEAD = 256  # files
@@ -132,7 +133,7 @@ def file_lengths(
     lasts as long as they do at `frame_rate` (Hz).
     """
     from extract.decode.jobs import decode_job
-    from extract.decode.subprocess_pool import SubprocessPool
+    from extract.decode.pool import SubprocessPool
 
     known = _read_cache(cache)
     lengths: dict[str, float | None] = {}

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.commands import command_line
 from extract.store.layout import PENDING, ROW_ARRAYS, ROWS_PER_CHUNK, chunk_names, is_remote
 from extract.store.objects import file_system, names_in, network_errors_named

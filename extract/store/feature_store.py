@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import zarr
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.commands import command_line
-from extract.files import replacing
+from extract.durable import replacing
 from extract.store.corrections import read_correction
 from extract.store.damage import (
     blocks_without_shard,

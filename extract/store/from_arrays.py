@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError
+from extract import InputError
 from extract.store.layout import OK, Rows
 
 

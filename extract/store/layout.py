@@ -15,8 +15,8 @@ import numpy as np
 import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
-from extract.cli import InputError
-from extract.files import replace_file, sync, writing
+from extract import InputError
+from extract.durable import replace_file, sync, writing
 from extract.sources import UNKNOWN, Source
 
 PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3

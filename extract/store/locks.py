@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from extract.cli import RunError
-from extract.files import make_folder, remove_leftovers, take_lock
+from extract import RunError
+from extract.durable import make_folder, remove_leftovers, take_lock
 from extract.store.layout import is_remote
 from extract.store.remote import Lease
 from extract.store.runs import RunLog

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from extract.cli import InputError, RunError
-from extract.files import replace_file, sync, writing
+from extract import InputError, RunError
+from extract.durable import replace_file, sync, writing
 from extract.store.layout import is_remote
 
 # Their errors are not OSError; everything else that storage raises is.

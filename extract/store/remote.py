@@ -31,8 +31,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from extract.cli import RunError
-from extract.files import replacing
+from extract import RunError
+from extract.durable import replacing
 from extract.store.objects import file_system, network_errors_named
 from extract.store.shards import ShardError, damaged_videos, read_index
 

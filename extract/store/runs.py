@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from extract.files import writing
+from extract.durable import writing
 from extract.store.layout import is_remote
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from pathlib import Path
 
-from extract.cli import RunError
+from extract import RunError
 from extract.store.feature_store import FeatureStore
 from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES
 from extract.store.runs import RunLog

@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any
 
 from extract.decode.jobs import Job, Plan
-from extract.decode.subprocess_pool import Finished
+from extract.decode.pool import Finished
 from extract.listing.videos import Video
 from extract.store import Rows
 

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from extract.cli import InputError
+from extract import InputError
 from extract.decode import VideoError
 from extract.decode.jobs import Plan
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.pool import SubprocessPool
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video
 from extract.store import FeatureStore

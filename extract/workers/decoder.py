@@ -9,9 +9,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from extract.cli import RunError
+from extract import RunError
 from extract.decode.jobs import Job, used_bytes
-from extract.decode.subprocess_pool import Finished, SubprocessPool
+from extract.decode.pool import Finished, SubprocessPool
 from extract.options import Options
 
 

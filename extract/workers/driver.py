@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import InputError, check_ranges, progress
+from extract import InputError
+from extract.cli import check_ranges, progress
 from extract.commands import command_line
 from extract.cores import available_cores
 from extract.decode import VideoError
-from extract.decode.opening import check_file
+from extract.decode.container import check_file
 from extract.device import count_gpus
 from extract.listing.pictures import refuse_needless_rate, require_frame_rate
 from extract.listing.videos import Listing, Video, list_videos
@@ -43,11 +44,11 @@ from extract.store import (
 )
 from extract.store.corrections import complete_correction, upgrade
 from extract.store.summary import check_space, human_bytes, status_table
-from extract.workers.actor_pool import RayActorPool
 from extract.workers.blocks import Block
 from extract.workers.calibration import choose_sample
 from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
+from extract.workers.ray_pool import RayActorPool
 from extract.workers.reconcile import append_new, columns_of, reconcile
 from extract.workers.settings import check_provenance, continue_options
 from extract.workers.worker import Worker

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import examples
+from extract.cli import first_few
 from extract.listing.videos import Listing, Video
 from extract.options import Options
 from extract.sources import file_of
@@ -53,7 +53,7 @@ def reconcile(
     _leave_out(options, store, np.array(unlisted, int), {video.id for video in listing.missing})
     changed = look_for_changed_files(store, pairs)
     if len(changed):
-        names = f"{len(changed):,} ({examples(store.ids[changed].tolist())})"
+        names = f"{len(changed):,} ({first_few(store.ids[changed].tolist())})"
         print(f"replaced  files are not those that were extracted: {names}")
         if options.retry_changed:
             store.set_status(changed, PENDING)
@@ -125,9 +125,9 @@ def merge_classes(
 def _print_classes(stored: Sequence[str], merged: Sequence[str]) -> None:
     added = [name for name in merged if name not in stored]
     dropped = [name for name in stored if name not in merged]
-    changes = [f"{len(added):,} new ({examples(added)})"] if added else []
+    changes = [f"{len(added):,} new ({first_few(added)})"] if added else []
     changes += (
-        [f"{len(dropped):,} without a video dropped ({examples(dropped)})"] if dropped else []
+        [f"{len(dropped):,} without a video dropped ({first_few(dropped)})"] if dropped else []
     )
     if not changes:
         changes = ["the same names in the order of the listing; labels are renumbered"]
@@ -146,7 +146,7 @@ def _list_again(store: FeatureStore, rows: np.ndarray) -> None:
     store.set_status(given_up, PENDING)
     if again := np.union1d(dropped, given_up).tolist():
         print(
-            f"again     {len(again):,} videos are listed again ({examples(store.ids[again].tolist())})"
+            f"again     {len(again):,} videos are listed again ({first_few(store.ids[again].tolist())})"
         )
 
 
@@ -164,7 +164,7 @@ def _leave_out(
     if not len(gone):
         return
     print(
-        f"unlisted  {len(gone):,} videos of the store are {NOT_LISTED} ({examples(store.ids[gone].tolist())})"
+        f"unlisted  {len(gone):,} videos of the store are {NOT_LISTED} ({first_few(store.ids[gone].tolist())})"
     )
     if options.drop_unlisted:
         store.set_status(gone, store.status[gone] % DROPPED + DROPPED)

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from extract import InputError
 from extract.backbone.networks import absolute_name
-from extract.cli import InputError
 from extract.listing.windows import settle
 from extract.options import DEFAULTS, Options
 from extract.store import FeatureStore, RunLog, difference

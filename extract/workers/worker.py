@@ -1,6 +1,6 @@
 """One block of videos -> one block of features: the same code in this process and in a Ray actor.
 
-Three things run beside each other in a worker: child processes decode ahead (`subprocess_pool.py`),
+Three things run beside each other in a worker: child processes decode ahead (`pool.py`),
 this thread feeds the device with batches of a constant size, whose frames may be of two blocks, and
 one thread writes the shard of the block before.
 """
@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from extract import InputError, RunError
 from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
-from extract.cli import InputError, RunError
 from extract.decode import VideoError, decoder_version
 from extract.decode.jobs import Plan, decode_job, remaining_jobs
-from extract.decode.on_gpu import GpuDecoder
-from extract.decode.subprocess_pool import Finished, SubprocessPool
+from extract.decode.nvdec import GpuDecoder
+from extract.decode.pool import Finished, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.options import Options

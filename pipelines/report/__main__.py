@@ -13,8 +13,9 @@ from typing import Annotated
 
 import tyro
 
-from extract.cli import InputError, run_command
-from extract.files import replace_file
+from extract import InputError
+from extract.cli import run_command
+from extract.durable import replace_file
 from pipelines.report.find import find
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from extract.cli import InputError
+from extract import InputError
 from extract.store import FeatureStore
 from pipelines.report.find import Found
 from pipelines.report.gallery import middle_frame

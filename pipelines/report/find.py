@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 
 if TYPE_CHECKING:
     from aggregate.scores import Scores

@@ -23,7 +23,7 @@ from aggregate.training.options import SplitOptions
 from aggregate.training.sources import attention as attention_use
 from aggregate.training.sources import attention_text
 from aggregate.training.splits import choose_rows
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import human_bytes, reasons

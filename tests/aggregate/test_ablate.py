@@ -28,7 +28,7 @@ from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.configurations import Configuration
 from aggregate.training.loop import fit
 from aggregate.training.splits import choose_rows
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.commands import command_of
 from extract.store import FeatureStore
 from processes import killed_after

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import gelu, layer_norm
 
 from aggregate.attentive import FASTEST, SLOWEST, AttentiveProbe, AttentiveTimeProbe
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 

@@ -19,7 +19,8 @@ from aggregate.complexity import (
     parameters,
 )
 from aggregate.literal import count, literal_form
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 
 
 def test_table_1_comes_out_exactly():

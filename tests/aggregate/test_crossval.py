@@ -16,7 +16,7 @@ from aggregate.ablation.folds import folds_of
 from aggregate.metrics import bootstrap, ranks
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.store import FeatureStore
 from processes import killed_after
 from stores import classes_store, fail_rows, poison_row

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aggregate.data.features import StoredFeatures, evaluation_views, prefetched, training_views
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.store import PENDING, FeatureStore
 from stores import classes_store, fail_rows
 

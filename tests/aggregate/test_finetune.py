@@ -22,10 +22,11 @@ from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.sources import predict
 from decode_jobs import prepare_row
+from extract import InputError, RunError
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.model import load_trunk
-from extract.cli import InputError, RunError, run_command
+from extract.cli import run_command
 from extract.commands import COMMANDS
 from extract.decode import decode
 from extract.decode.jobs import Plan

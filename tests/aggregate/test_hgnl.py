@@ -9,7 +9,7 @@ from aggregate.hgnl import ATTENTIONS, NORMS, HGNonLocal
 from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 

@@ -11,7 +11,8 @@ from aggregate import ablate, crossval, evaluate, train
 from aggregate.data.features import StoredFeatures
 from aggregate.data.joined import JoinedStores, open_features
 from aggregate.training.checkpoint import Checkpoint
-from extract.cli import InputError, RunError, run_command
+from extract import InputError, RunError
+from extract.cli import run_command
 from extract.store import DROPPED, FAILED, OK, PENDING, FeatureStore
 from stores import fail_rows
 

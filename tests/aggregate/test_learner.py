@@ -22,7 +22,7 @@ from aggregate.training.recipes import (
     recipe,
     set_lr,
 )
-from extract.cli import InputError
+from extract import InputError
 from extract.store import FeatureStore
 from stores import classes_store
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from aggregate.models import AGGREGATORS, build, carry_over
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 OPTIONS = {

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from aggregate.nextvlad import NeXtVLAD
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 

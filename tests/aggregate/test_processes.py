@@ -14,7 +14,7 @@ from aggregate import ablate, crossval
 from aggregate.ablation import processes
 from aggregate.ablation.processes import plan_processes, run_side_by_side
 from aggregate.scores import Scores
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from processes import running
 from stores import classes_store, poison_row
 

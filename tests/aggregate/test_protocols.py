@@ -20,7 +20,7 @@ from aggregate.ablation.protocols import PROTOCOLS, describe_protocol, protocol_
 from aggregate.data.features import StoredFeatures
 from aggregate.metrics import bootstrap_by_class
 from aggregate.scores import Scores
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows, poison_row
 

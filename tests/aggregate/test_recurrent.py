@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import layer_norm
 
 from aggregate.recurrent import GatedRecurrent
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 

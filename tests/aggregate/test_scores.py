@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from aggregate.scores import Scores, group_keys, save_scores
-from extract.cli import InputError
+from extract import InputError
 
 
 def some(segments=3, **changes) -> Scores:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from aggregate.models import build, carry_over
 from aggregate.stnet import StNet, TemporalBlock, TemporalXception
-from extract.cli import InputError
+from extract import InputError
 from tolerance import assert_close
 
 # The four stages of each family of timm in little; zero_init_last would hide half of the trunk from the gradients.

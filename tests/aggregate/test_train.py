@@ -21,7 +21,7 @@ from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.recipes import recipe
 from aggregate.training.sources import logits_of
 from aggregate.training.splits import choose_rows
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.store import FeatureStore
 from pipelines.__main__ import main as hgnl
 from processes import running

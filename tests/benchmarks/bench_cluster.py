@@ -20,15 +20,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extract.decode.subprocess_pool import Finished
+from extract.decode.pool import Finished
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Rows, RunLog, lock_store
-from extract.workers.actor_pool import RayActorPool, _Member
 from extract.workers.blocks import Block, Done, jobs_of
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
 from extract.workers.driver import _blocks, _columns, _run
+from extract.workers.ray_pool import RayActorPool, _Member
 from extract.workers.worker import Worker
 from simulated import SimulatedWorker
 

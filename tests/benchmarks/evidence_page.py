@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import softmax
 
 from aggregate.metrics import Interval, bootstrap, csv_of, paired_bootstrap, ranks
-from extract.files import replace_file
+from extract.durable import replace_file
 
 PARTS = {
     "softmax instead of ReLU": "hgnl, softmax",

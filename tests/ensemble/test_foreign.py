@@ -11,7 +11,8 @@ from scipy.special import softmax
 from aggregate.scores import Scores
 from ensemble import __main__ as ensemble
 from ensemble.foreign import load_scores
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from listings import write
 
 IDS, CLASSES = ["a.mp4", "b.mp4", "c.mp4"], ["run", "walk"]

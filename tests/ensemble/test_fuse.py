@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse
-from extract.cli import InputError
+from extract import InputError
 
 CLASSES = ["a", "b c", "d'e"]
 

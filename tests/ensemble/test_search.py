@@ -13,7 +13,7 @@ from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse_aligned
 from ensemble.search import FOLDS, STEPS, Ranking, fit, search, search_weights, select, table
-from extract.cli import InputError
+from extract import InputError
 
 
 def models(*strengths: float, count=400, classes=8, seed=0, shared=0.0) -> list[Scores]:

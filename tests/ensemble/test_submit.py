@@ -20,7 +20,8 @@ from ensemble.submit import (
     submission_ids,
     write_submission,
 )
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from extract.listing.labels import kinetics700_labels
 
 CLASSES = ["a", "b c", "d'e", "f (g)", "ü", "h", "i"]

@@ -19,10 +19,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from extract import InputError
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.weights import recorded_backbone
-from extract.cli import InputError
 from timing import flops_per_frame
 
 DEFAULT = "legacy_seresnext101_32x4d"

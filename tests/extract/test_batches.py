@@ -19,7 +19,7 @@ from extract.backbone.batches import Batches
 from extract.backbone.model import load_trunk
 from extract.backbone.torch_engine import gpu_slots, on_cpu
 from extract.decode.jobs import Prepared
-from extract.decode.subprocess_pool import Finished
+from extract.decode.pool import Finished
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video
 from extract.options import Options

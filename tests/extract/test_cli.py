@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from extract.cli import InputError, check_ranges, progress, run_command
+from extract import InputError
+from extract.cli import check_ranges, progress, run_command
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b2Jred\u202egpj.mp4"
 SHOWN = r"\x1b]0;owned\x07\x1b[31m\x9b2Jred\u202egpj.mp4"

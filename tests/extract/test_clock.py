@@ -9,8 +9,8 @@ import pytest
 
 from decode_jobs import prepare_row
 from extract.decode import VideoError, decode, reader
+from extract.decode.container import opened
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.opening import opened
 from extract.decode.packets import duration_of
 from extract.decode.transform import Preprocessing
 from extract.sampling import segment_centres

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from extract.cli import RunError
+from extract import RunError
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.transform import Preprocessing
 from extract.options import Options

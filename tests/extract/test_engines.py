@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from extract import InputError
 from extract.backbone import frozen, networks, openvino_engine
 from extract.backbone.frozen import Backbone, NotFiniteError, load_backbone
 from extract.backbone.inference import folded, relative_error
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.torch_engine import spread_evenly
-from extract.cli import InputError
 from extract.decode import decode
 from extract.decode.transform import Preprocessing
 from extract.sampling import segment_centres

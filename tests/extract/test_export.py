@@ -7,8 +7,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from extract import ingest
-from extract.cli import InputError
+from extract import InputError, ingest
 from extract.export import Options, main
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows

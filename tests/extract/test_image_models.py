@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize as tv_normalize
 
+from extract import InputError
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import load_trunk
-from extract.cli import InputError
 
 # One small model of each kind, that crashed, printed or was refused once: attention with buffers that are not 4-D
 # (Swin), parameters that are not (lambda), a graph that torch.fx traces wrongly (LeViT).

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from extract.feature_files import UnusableError, open_features
 from extract.ingest import Options, main
 from extract.store import FAILED, OK, FeatureStore

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract import InputError, RunError
 from extract.__main__ import Options, main
 from extract.backbone.frozen import load_backbone
-from extract.cli import InputError, RunError
 from extract.listing.videos import Video
 from extract.store import FeatureStore
 from extract.workers.calibration import choose_sample

@@ -12,10 +12,10 @@ import psutil
 import pytest
 
 from decode_jobs import never_done
+from extract import InputError
 from extract.__main__ import Options, main
-from extract.cli import InputError
 from extract.decode import decode
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.pool import SubprocessPool
 from extract.listing.videos import list_videos
 from extract.listing.windows import cut_windows, file_lengths, window_spans
 from extract.store import FAILED, OK, FeatureStore

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.videos import Listing, list_videos
 from listings import labeled, touch, write
 

@@ -10,15 +10,15 @@ import pytest
 from PIL import Image
 
 from decode_jobs import prepare_row
+from extract import InputError, verify
 from extract import __main__ as extract
-from extract import verify
-from extract.cli import InputError, run_command
+from extract.cli import run_command
 from extract.decode import VideoError, decode, decode_spans
 from extract.decode import pictures as picture_reader
+from extract.decode.container import time_limit
 from extract.decode.jobs import Plan
-from extract.decode.on_gpu import GpuDecoder
-from extract.decode.opening import time_limit
-from extract.decode.subprocess_pool import Finished
+from extract.decode.nvdec import GpuDecoder
+from extract.decode.pool import Finished
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import list_videos
 from extract.listing.windows import file_lengths

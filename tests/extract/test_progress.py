@@ -10,7 +10,7 @@ import pytest
 from extract import cli
 from extract.cli import progress
 from extract.workers import driver
-from extract.workers.actor_pool import RayActorPool, _Member
+from extract.workers.ray_pool import RayActorPool, _Member
 
 
 class FakeStore:

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract import InputError, RunError
 from extract.__main__ import Options, main
-from extract.cli import InputError, RunError
 from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.listing.videos import Video
@@ -187,7 +187,7 @@ def test_a_correction_that_is_killed_is_seen_whole_or_not_at_all(tmp_path, monke
     class Killed(BaseException):
         pass
 
-    from extract import files
+    from extract import durable
 
     real, steps, seen = os.replace, 0, []
     while True:
@@ -201,7 +201,7 @@ def test_a_correction_that_is_killed_is_seen_whole_or_not_at_all(tmp_path, monke
             return real(*paths)
 
         with monkeypatch.context() as patch:
-            patch.setattr(files.os, "replace", replace)
+            patch.setattr(durable.os, "replace", replace)
             try:
                 store = FeatureStore.open(tmp_path / "cut.zarr", writable=True)
                 correct(store, after[0], {"labels": labels, "splits": np.array(after[2], object)})

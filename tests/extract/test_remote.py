@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract import RunError
 from extract.__main__ import Options, main
-from extract.cli import RunError
 from extract.store import OK, FeatureStore, remote
 from extract.store.remote import Lease, LocalCopy
 from stores import classes_store

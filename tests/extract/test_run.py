@@ -20,8 +20,9 @@ import numpy as np
 import psutil
 import pytest
 
+from extract import InputError, RunError
 from extract.__main__ import Options, main
-from extract.cli import InputError, RunError, run_command
+from extract.cli import run_command
 from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.listing.videos import Video
@@ -161,7 +162,7 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
                 with contextlib.suppress(
                     psutil.NoSuchProcess
                 ):  # it ended meanwhile, or is a zombie
-                    if "extract.decode.subprocess_pool" in " ".join(child.cmdline()) and killed < 3:
+                    if "extract.decode.pool" in " ".join(child.cmdline()) and killed < 3:
                         child.kill()
                         killed += 1
                         break
@@ -328,7 +329,7 @@ def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
         while not committed_blocks(tmp_path / "a.zarr") and not stopped.is_set():
             time.sleep(0.001)
         for child in psutil.Process().children(recursive=True):
-            if "extract.decode.subprocess_pool" in " ".join(child.cmdline()):
+            if "extract.decode.pool" in " ".join(child.cmdline()):
                 child.send_signal(signal.SIGSTOP)
                 stopped.set()
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from decode_jobs import clips_of, prepare_row
-from extract.cli import InputError
+from extract import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
 from extract.decode.jobs import Plan, decode_job

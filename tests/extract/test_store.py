@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.model_selection import LeaveOneGroupOut
 
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, difference, lock_store
 
 CLASSES = ["running", "sleeping"]

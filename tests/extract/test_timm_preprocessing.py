@@ -10,8 +10,8 @@ import pytest
 import timm
 from PIL import Image
 
+from extract import InputError
 from extract.backbone.image_models import preprocessing_of
-from extract.cli import InputError
 from extract.decode.jobs import Plan
 from extract.decode.transform import (
     Preprocessing,

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torchvision import models
 
+from extract import InputError
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.networks import absolute_name
-from extract.cli import InputError
 from extract.decode.transform import crop_boxes, cut, resize_frame
 
 VIDEO_MODELS = models.list_models(module=models.video)

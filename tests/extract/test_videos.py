@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.cli import InputError
+from extract import InputError
 from extract.listing.folders import VIDEO_EXTENSIONS, scan
 from extract.listing.labels import spellings
 from extract.listing.leaks import describe_leaks

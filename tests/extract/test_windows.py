@@ -15,8 +15,9 @@ import pytest
 
 from aggregate.data.frames import VideoFrames, clip_pool
 from decode_jobs import crash_at_four_seconds
+from extract import InputError
 from extract.__main__ import Options, main
-from extract.cli import InputError, run_command
+from extract.cli import run_command
 from extract.decode.jobs import Plan
 from extract.decode.transform import Preprocessing
 from extract.export import Options as ExportOptions

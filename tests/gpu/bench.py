@@ -26,7 +26,7 @@ from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import load_trunk
 from extract.cores import available_cores
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.pool import SubprocessPool
 from extract.store import FeatureStore, RunLog
 from timing import flops_per_frame
 

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from device import DEVICE, PRECISIONS, PRETENDED
+from extract import RunError
 from extract.backbone.frozen import Backbone, load_backbone
-from extract.cli import RunError
 from extract.decode import decode
 from extract.sampling import segment_centres
 

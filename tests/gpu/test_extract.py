@@ -8,10 +8,10 @@ import torch
 
 from decode_jobs import prepare_row
 from device import DEVICE
+from extract import InputError
 from extract.__main__ import main
-from extract.cli import InputError
 from extract.decode.jobs import Plan
-from extract.decode.on_gpu import TOLERANCE
+from extract.decode.nvdec import TOLERANCE
 from extract.decode.transform import Preprocessing
 from extract.options import Options
 from extract.store import OK, FeatureStore

@@ -14,7 +14,7 @@ from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from device import DEVICE, PRECISIONS
-from extract.cli import RunError
+from extract import RunError
 from small_models import AGGREGATORS, CLASSES
 from stores import classes_store
 from tolerance import assert_close

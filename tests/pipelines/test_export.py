@@ -13,7 +13,7 @@ import small_models
 from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import prepare_row
-from extract.cli import InputError, RunError
+from extract import InputError, RunError
 from extract.decode.jobs import Plan
 from pipelines import export
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from extract.cli import InputError
+from extract import InputError
 from pipelines import kinetics700
 
 CLASSES = ("abseiling", "air drumming", "curling (sport)", "playing cards", "yoga")

@@ -20,10 +20,10 @@ from aggregate.endtoend import backbone_from_record, model_from_record
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import never_done, prepare_row
+from extract import InputError, RunError
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.backbone.frozen import NotFiniteError, load_backbone
-from extract.cli import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import duration_of

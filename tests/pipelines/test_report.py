@@ -20,7 +20,8 @@ import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
 from aggregate import ablate, audit, evaluate, train
 from aggregate.scores import Scores
-from extract.cli import InputError, run_command
+from extract import InputError
+from extract.cli import run_command
 from extract.store import FeatureStore
 from pipelines.__main__ import main as hgnl
 from pipelines.report import compared, gallery, page, results

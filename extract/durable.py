@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from extract.cli import RunError, explain
+from extract import RunError
+from extract.cli import describe_os_error
 
 LOCK = ".lock"
 # Only we name files like this: what looks so and belongs to no running process was left by a run
@@ -39,7 +40,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             cause = cause.__context__
         if cause is None or isinstance(error, RunError):
             raise
-        raise RunError(explain(cause, path)) from error
+        raise RunError(describe_os_error(cause, path)) from error
 
 
 @contextlib.contextmanager

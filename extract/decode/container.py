@@ -33,7 +33,7 @@ MAX_PIXELS, MAX_ASPECT = 8192 * 8192, 32
 MAX_SECONDS, MIN_BYTES_PER_SECOND = 1e6, 1
 # Playlists, lists and scripts that name other files, and pictures that are found by a pattern in a
 # name. What reads from devices or from the network (FFmpeg says which) is refused too.
-# tests/extract/test_opening.py lists all others.
+# tests/extract/test_container.py lists all others.
 REFUSED_FORMATS = frozenset(
     (
         *(

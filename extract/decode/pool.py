@@ -29,8 +29,8 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import RunError
-from extract.decode.opening import MAX_PIXELS, time_limit
+from extract import RunError
+from extract.decode.container import MAX_PIXELS, time_limit
 from extract.portable import end_with_parent, shared_memory
 from extract.sources import UNKNOWN, Source, read_source
 
@@ -264,7 +264,7 @@ class _Child:
                     sys.executable,
                     "-P",
                     "-m",
-                    "extract.decode.subprocess_pool",
+                    "extract.decode.pool",
                     str(theirs.fileno()),
                     str(self._memory),
                 ],

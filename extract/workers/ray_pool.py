@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import RunError
+from extract import RunError
 from extract.options import Options
 from extract.workers.blocks import Block, Done
 from extract.workers.calibration import CalibrationSample

@@ -14,16 +14,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import InputError
+from extract import InputError
 from extract.commands import install_command
-from extract.decode.opening import VideoError, time_limit
+from extract.decode.container import VideoError, time_limit
 from extract.decode.packets import PacketDecoder, UnreliablePacketsError, VideoFile
 from extract.sources import read_source
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extract.decode.subprocess_pool import Finished, SubprocessPool
+    from extract.decode.pool import Finished, SubprocessPool
 
 # Levels of 255: the mean difference of a prepared frame from PyAV's, at most. torchcodec's own
 # tests hold every value of NVDEC's pictures to 2 levels of FFmpeg's; tests/gpu/test_extract.py
@@ -137,7 +137,7 @@ class GpuDecoder:
     def _decode(self, job: tuple[str, Any, Any], answer: Future) -> None:
         import torch
 
-        from extract.decode.subprocess_pool import (
+        from extract.decode.pool import (
             Finished,
         )  # which its own process runs as a program
 

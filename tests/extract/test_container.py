@@ -10,8 +10,8 @@ import av
 import numpy as np
 import pytest
 
-from extract.decode import VideoError, decode, opening
-from extract.decode.opening import check_length, check_size, demuxers, is_refused
+from extract.decode import VideoError, container, decode
+from extract.decode.container import check_length, check_size, demuxers, is_refused
 from extract.decode.packets import duration_of
 from odd_files import write_pictures
 
@@ -59,7 +59,7 @@ def test_every_format_that_ffmpeg_reads_was_decided_on():
     refused = {name for name, format in demuxers().items() if is_refused(format)}
     undecided = set(demuxers()) - set(REFUSED.split()) - set(READ.split())
     assert not undecided, (
-        f"decide on {undecided} (REFUSED_FORMATS in extract/decode/opening.py), then list them here"
+        f"decide on {undecided} (REFUSED_FORMATS in extract/decode/container.py), then list them here"
     )
     assert refused == set(REFUSED.split()) & set(demuxers())
 
@@ -214,7 +214,7 @@ def test_a_size_that_changes_on_the_way_is_checked_too(tmp_path, monkeypatch):
     """Frames up to there are read, and the limit is named."""
     path = growing(tmp_path, (256, 256))
     assert decode(path, np.arange).num_frames == 10
-    monkeypatch.setattr(opening, "MAX_PIXELS", 128 * 128)
+    monkeypatch.setattr(container, "MAX_PIXELS", 128 * 128)
     decoded = decode(path, np.arange)
     assert decoded.num_frames == 5
     assert (

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from decode_jobs import prepare_row
+from extract import InputError
 from extract.__main__ import main
-from extract.cli import InputError
 from extract.decode import VideoError, decode, decoder_version
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.on_gpu import TOLERANCE, GpuDecoder, resized
-from extract.decode.subprocess_pool import SubprocessPool
+from extract.decode.nvdec import TOLERANCE, GpuDecoder, resized
+from extract.decode.pool import SubprocessPool
 from extract.decode.transform import Preprocessing
 from extract.options import Options
 from extract.sampling import segment_centres

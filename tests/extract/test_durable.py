@@ -8,10 +8,10 @@ import sys
 import pytest
 
 from aggregate import train
-from extract.cli import RunError
+from extract import RunError
+from extract.durable import LOCK, locked, replace_file, replacing
 from extract.export import Options as ExportOptions
 from extract.export import main as export
-from extract.files import LOCK, locked, replace_file, replacing
 from extract.store import FeatureStore
 from extract.store.locks import lock_store
 from processes import running
@@ -39,7 +39,7 @@ def test_an_export_leaves_a_folder_of_the_users_alone(tmp_path):
 
 def test_what_a_killed_run_left_goes_with_the_next_lock(tmp_path):
     program = (
-        "import os, signal, sys; from extract.files import replacing\n"
+        "import os, signal, sys; from extract.durable import replacing\n"
         "with replacing(sys.argv[1]) as partial:\n"
         "    partial.mkdir(); (partial / 'x').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)\n"
     )

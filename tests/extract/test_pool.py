@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from decode_jobs import do, prepare_row
-from extract.cli import RunError
+from extract import RunError
 from extract.decode import VideoError
+from extract.decode.container import LONGEST_SECONDS, time_limit
 from extract.decode.jobs import Plan, decode_job
-from extract.decode.opening import LONGEST_SECONDS, time_limit
-from extract.decode.subprocess_pool import (
+from extract.decode.pool import (
     ATTEMPTS,
     SLOTS_A_CHILD,
     Finished,
@@ -152,7 +152,7 @@ def test_cpu_seconds_are_the_jobs_own(pool):
 
 def test_a_child_never_imports_torch(pool):
     with pool.submit(("modules", None)).result(PATIENCE) as finished:
-        assert "extract.decode.subprocess_pool" in finished.result or "__main__" in finished.result
+        assert "extract.decode.pool" in finished.result or "__main__" in finished.result
         assert not {"torch", "timm", "zarr", "ray"} & set(finished.result)
 
 
@@ -422,7 +422,7 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
     program = (
         "import sys, time\n"
         "from decode_jobs import do\n"
-        "from extract.decode.subprocess_pool import SubprocessPool\n"
+        "from extract.decode.pool import SubprocessPool\n"
         "pool = SubprocessPool(do, slot_bytes=1000, workers=3, timeout=1000)\n"
         "for path in sys.argv[2:]: pool.submit((sys.argv[1], path))\n"
         "time.sleep(1000)\n"

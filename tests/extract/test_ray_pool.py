@@ -21,12 +21,12 @@ from typing import Any
 import psutil
 import pytest
 
+from extract import RunError
 from extract.__main__ import Options, main
-from extract.cli import RunError
 from extract.store import OK, FeatureStore, RunLog
 from extract.workers import driver
-from extract.workers.actor_pool import RayActorPool, places
 from extract.workers.decoder import code_version
+from extract.workers.ray_pool import RayActorPool, places
 from extract.workers.worker import Worker
 from simulated import CrashingWorker
 from stores import store_digest
@@ -48,7 +48,7 @@ GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 @pytest.fixture(autouse=True)
 def _each_block_is_committed_at_once(monkeypatch) -> None:
     """So that a run has most of its blocks before it when the first is seen."""
-    monkeypatch.setattr("extract.workers.actor_pool.SECONDS_A_COMMIT", 0.0)
+    monkeypatch.setattr("extract.workers.ray_pool.SECONDS_A_COMMIT", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def decode_children() -> list[psutil.Process]:
     return [
         p
         for p in psutil.Process().children(recursive=True)
-        if "subprocess_pool" in " ".join(command_of(p))
+        if "decode.pool" in " ".join(command_of(p))
     ]
 
 
@@ -398,7 +398,7 @@ def test_no_cluster_at_the_address(clips, tmp_path):
 
 
 def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
-    monkeypatch.setattr("extract.workers.actor_pool.SECONDS_WITHOUT_WORKERS", 1.0)
+    monkeypatch.setattr("extract.workers.ray_pool.SECONDS_WITHOUT_WORKERS", 1.0)
     pool = object.__new__(RayActorPool)
 
     class Nobody:
