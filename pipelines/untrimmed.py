@@ -24,8 +24,8 @@ CLIPS = Path(__file__).parent / "clips"
 RATE = 8  # frames per second, that of exercise_mini
 ACTION, LENGTH, PIECES = 8, 64, 4  # frames of the action and of the whole; pieces of distractors
 HEIGHT, WIDTH = 144, 192
-# Of each class's 24 exercises, in the order of their names, and of the four people of
-# daily_actions.
+# Of each class's 24 exercises, in a drawn order (names in alphabetical order are alike, so that a
+# split by them would test on other kinds of exercise), and of the four people of daily_actions.
 EXERCISES = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
 PEOPLE = {"train": (1, 3), "val": (2,), "test": (4,)}
 
@@ -68,9 +68,12 @@ def main(options: Options) -> int:
 
 def planned(copies: int, val_copies: int = 1) -> Iterator[dict[str, Any]]:
     """Rows of labels.csv: every exercise of exercise_mini, several times with other distractors."""
+    import numpy as np
+
     videos_each = {"train": copies, "val": val_copies, "test": 1}
+    rng = np.random.default_rng(0)
     for folder in sorted((CLIPS / "exercise_mini" / "clips").iterdir()):
-        exercises = [path.stem for path in sorted(folder.glob("*.mp4"))]
+        exercises = rng.permutation([path.stem for path in sorted(folder.glob("*.mp4"))]).tolist()
         for split, places in EXERCISES.items():
             for name in exercises[places.start : places.stop]:
                 for copy in range(videos_each[split]):
