@@ -20,7 +20,7 @@ from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
 from extract import InputError
 from extract.backbone.frozen import Backbone, load_backbone
-from extract.backbone.networks import package_file
+from extract.backbone.networks import pip_weights_file
 from extract.commands import command_line
 from extract.decode.transform import Clips, Preprocessing
 
@@ -222,7 +222,7 @@ def _source(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:
         return {"name": name, "weights": "random", "seed": int(seed[1]), **options}
     file: Path | str = weights or "pretrained"
     if weights is None and "sha256" in recorded and not name.startswith("hf/"):  # not timm's own
-        file = package_file(name)
+        file = pip_weights_file(name)
         if Path(file).name != recorded["name"]:
             raise InputError(
                 f"{checkpoint.path} was trained on {name} with weights {recorded['name']} "

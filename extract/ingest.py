@@ -335,9 +335,9 @@ def _read_rows(
     from extract.feature_files import UnusableError
     from extract.sampling import segment_centres
     from extract.sources import UNKNOWN, read_source
-    from extract.store import OK, Rows
+    from extract.store import OK, Outcomes
 
-    outcomes = Rows.failed(rows, "", 1, store.frames_per_video)
+    outcomes = Outcomes.failed(rows, "", 1, store.frames_per_video)
     sources, source, source_path = [], UNKNOWN, ""
     for place, row in enumerate(rows.tolist()):
         video_id = store.ids[row]

@@ -19,10 +19,10 @@ H100_FRAMES = 5000.0  # that the backbone takes a second
 class SleepingBatches:
     def __init__(self) -> None:
         self.seconds = 0.0
-        self.added = self.returned = 0
+        self.added = self.completed = 0
 
     def add(self, frames: np.ndarray, into: np.ndarray) -> None:
-        self.added = self.returned = self.added + len(frames)
+        self.added = self.completed = self.added + len(frames)
         into[: len(frames)] = frames[:, :1, 0, 0]
         time.sleep(len(frames) / H100_FRAMES)
         self.seconds += len(frames) / H100_FRAMES

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extract.store import FAILED, FeatureStore, Rows
+from extract.store import FAILED, FeatureStore, Outcomes
 
 
 def store_digest(path: Path) -> dict[str, str]:
@@ -57,7 +57,7 @@ def fail_rows(path: Path, rows: list[int]) -> None:
     store = FeatureStore.open(path, writable=True)
     count, shape = len(rows), (len(rows), store.num_views, store.frames_per_video)
     store.commit(
-        Rows(
+        Outcomes(
             rows=np.array(rows),
             status=np.full(count, FAILED, "i1"),
             errors=["a test made it fail"] * count,

@@ -23,7 +23,7 @@ from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.export import Options as ExportOptions
 from extract.export import main as export
-from extract.store import OK, FeatureStore, Rows
+from extract.store import OK, FeatureStore, Outcomes
 from extract.workers import driver
 from extract.workers.blocks import Done
 from power import FullDisk, PowerCuts
@@ -55,7 +55,7 @@ class FakeWorker:
             rows = np.array(block.rows)
             store.write_block(block.number, features_of(store.block_rows(block.number)))
             shape = (len(rows), 1, FRAMES)
-            outcome = Rows(
+            outcome = Outcomes(
                 rows,
                 np.full(len(rows), OK, "i1"),
                 [""] * len(rows),
@@ -314,7 +314,7 @@ def timed_store(path: Path) -> None:
     indices = np.broadcast_to(np.arange(shape[2], dtype="<i4"), shape)
     ok = np.full(4, OK, "i1")
     store.commit(
-        Rows(
+        Outcomes(
             np.arange(4),
             ok,
             [""] * 4,

@@ -79,7 +79,7 @@ class StoredFeatures:
         size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
         self.placement, self.words = _placed(size, self.device, placement)
         if self.placement == "mmap" and size > memory_available():
-            store.read_sparsely()
+            store.disable_readahead()
             self.words += "; larger than memory, so without reading ahead"
         self._held: Tensor | None = None  # [n, views, T, D]
         if self.placement != "mmap":

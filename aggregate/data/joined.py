@@ -145,9 +145,9 @@ class JoinedStores(FeatureStore):
 
     # -- features ------------------------------------------------------------------------------------------------------
 
-    def read_sparsely(self) -> None:
+    def disable_readahead(self) -> None:
         for store in self.stores:
-            store.read_sparsely()
+            store.disable_readahead()
 
     def _each(
         self, read: Callable[..., np.ndarray], rows: Any, frames: Any, view: Any

@@ -26,14 +26,14 @@ class Batches:
     """Frames of any number of videos, collected into whole batches; features go where `add` was
     told, in its order.
 
-    Of the frames that were `added` the first `returned` have their features, or were dropped.
+    Of the frames that were `added` the first `completed` have their features, or were dropped.
     `check` sees the features of each batch, without padding, and raises where they are bad. After
     any error what was under way is waited for and dropped, and the slots can be used again.
     """
 
     def __init__(self, slots: Sequence[Any], *, check: Callable[[np.ndarray], None]):
         self.seconds = 0.0  # that the device computed
-        self.added = self.returned = 0
+        self.added = self.completed = 0
         self._free, self._check = deque(slots), check
         self._under_way: deque[tuple[Any, list[np.ndarray]]] = deque()
         self._filled, self._targets = 0, list[np.ndarray]()
@@ -57,33 +57,33 @@ class Batches:
         if self._filled:
             self._launch()
         while self._under_way:
-            self._take()
+            self._collect()
 
     def _launch(self) -> None:
         slot, count = self._free.popleft(), self._filled
         self._under_way.append((slot, self._targets))
         self._filled, self._targets = 0, []
-        with self._dropped_after_an_error():
+        with self._discard_on_error():
             slot.launch(count)
         if not self._free:
-            self._take()
+            self._collect()
 
-    def _take(self) -> None:
+    def _collect(self) -> None:
         slot, targets = self._under_way[0]
-        with self._dropped_after_an_error():
+        with self._discard_on_error():
             features, seconds = slot.wait()
             self._check(features[: sum(map(len, targets))])
         start = 0
         for into in targets:
             into[:] = features[start : start + len(into)]
             start += len(into)
-        self.returned += start
+        self.completed += start
         self.seconds += seconds
         self._under_way.popleft()
         self._free.append(slot)
 
     @contextmanager
-    def _dropped_after_an_error(self) -> Iterator[None]:
+    def _discard_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
@@ -92,5 +92,5 @@ class Batches:
                 with suppress(Exception):
                     slot.wait()
                 self._free.append(slot)
-            self.returned = self.added
+            self.completed = self.added
             raise

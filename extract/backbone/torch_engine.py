@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from extract import RunError
 from extract.backbone.batches import inputs_per_batch
-from extract.backbone.inference import folded
+from extract.backbone.inference import fold_batch_norms
 from extract.backbone.model import Trunk
 
 Run = Callable[
@@ -98,7 +98,7 @@ class TorchEngine:
 
 def on_cpu(trunk: Trunk, *, precision: str, threads: int) -> TorchEngine:
     torch.set_num_threads(threads)
-    graph = folded(trunk.module, trunk.example())
+    graph = fold_batch_norms(trunk.module, trunk.example())
     batch = inputs_per_batch(CPU_BATCH, trunk.clips)
     return TorchEngine(
         trunk, graph, device=torch.device("cpu"), precision=precision, form="", batch=batch
@@ -113,7 +113,7 @@ def on_gpu(
 
     frames: how many come together, if that is known: they are then spread evenly over batches.
     """
-    graph = folded(trunk.module, trunk.example())
+    graph = fold_batch_norms(trunk.module, trunk.example())
     forms = ("eager", "graphs") if form == "auto" else (form,)
     most = inputs_per_batch(GPU_BATCH, trunk.clips)
     batch = spread_evenly(frames, most) if frames is not None else max(1, most // 2)

@@ -9,7 +9,7 @@ from extract.store.layout import (
     PARTIAL,
     PENDING,
     STATUS_NAMES,
-    Rows,
+    Outcomes,
     is_remote,
 )
 from extract.store.locks import StoreLock, lock_store
@@ -24,6 +24,6 @@ __all__ = [
     "STATUS_NAMES",
     "FeatureStore",
     "NoStoreError",
-    "Rows",
+    "Outcomes",
 ]
 __all__ += ["RunLog", "StoreLock", "difference", "is_remote", "lock_store", "real_path"]

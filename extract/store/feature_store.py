@@ -37,7 +37,7 @@ from extract.store.layout import (
     PENDING,
     ROW_ARRAYS,
     SCHEMAS,
-    Rows,
+    Outcomes,
     SyncedFolder,
     as_objects,
     check_ids,
@@ -263,7 +263,7 @@ class FeatureStore:
             sparse=self._sparse,
         )
 
-    def read_sparsely(self) -> None:
+    def disable_readahead(self) -> None:
         """From now on `gather` reads what it is asked for and nothing around it: for a store larger
         than memory.
 
@@ -290,7 +290,7 @@ class FeatureStore:
             raise RunError(f"{name} is not extracted yet; run the extraction to its end")
         blocks = rows // self.block_size
         try:
-            self._shards.require(blocks)
+            self._shards.ensure_mapped(blocks)
         except ShardError as error:
             raise RunError(
                 f"{error}; `{command_line('extract.verify', self.path, repair=True)}` marks what is damaged"
@@ -302,7 +302,7 @@ class FeatureStore:
             frames,
         )
         if self._sparse:
-            self._shards.ask_for(*index)
+            self._shards.prefetch(*index)
         return self._shards.array[index]
 
     def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
@@ -378,7 +378,7 @@ class FeatureStore:
         array = self.array("features").with_config({"write_empty_chunks": True})
         array[every[0] : every[-1] + 1] = features
 
-    def commit(self, *done: Rows) -> None:
+    def commit(self, *done: Outcomes) -> None:
         """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
 
         `status` comes last: a row is finished or pending.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from extract import InputError
-from extract.store.layout import OK, Rows
+from extract.store.layout import OK, Outcomes
 
 
 def write_arrays(
@@ -48,7 +48,7 @@ def write_arrays(
     for block in range(store.num_blocks):
         store.write_block(block, features[store.block_rows(block)].astype("<f2"))
     store.commit(
-        Rows(
+        Outcomes(
             rows=np.arange(count),
             status=np.full(count, OK, "i1"),
             errors=[""] * count,

@@ -181,7 +181,7 @@ def is_remote(path: str | Path) -> bool:
 
 
 @dataclass(frozen=True)
-class Rows:
+class Outcomes:
     """What the driver commits for some rows: outcomes of n videos."""
 
     rows: np.ndarray  # int [n]
@@ -202,7 +202,7 @@ class Rows:
         return np.array([(source.size, source.digest) for source in sources], "<i8").reshape(-1, 2)
 
     @classmethod
-    def failed(cls, rows: np.ndarray, reason: str, views: int, frames: int) -> "Rows":
+    def failed(cls, rows: np.ndarray, reason: str, views: int, frames: int) -> "Outcomes":
         """Rows of which nothing could be read, all for one reason."""
         count, shape = len(rows), (len(rows), views, frames)
         return cls(

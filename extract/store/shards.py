@@ -5,7 +5,7 @@ behind them (Zarr v3's `sharding_indexed`):
 
     | video 0: V*T*D float16 | crc32c | video 1 ... | crc32c | ... | index: (offset, nbytes) uint64 * B | crc32c |
 
-So video r of block b lies at a fixed stride, and shard b can be mapped at `base + b * room`: one
+So video r of block b lies at a fixed stride, and shard b can be mapped at `base + b * slot_bytes`: one
 reserved stretch of address space in which every shard has its place. Reading any frames of any
 videos is then one numpy indexing expression on a five-dimensional strided array, as fast as a plain
 memory-mapped array of the same bytes.
@@ -100,7 +100,7 @@ class ShardMap:
     cost nothing. `paths` gives the files of some blocks, `videos` (int [blocks]) says how many
     each holds at least. Slots of shards that were never mapped read as zeros. `sparse` is for files
     that memory does not hold: a page that is not there is read alone, where the kernel would read
-    megabytes around it, and `ask_for` has many read at once.
+    megabytes around it, and `prefetch` has many read at once.
     """
 
     def __init__(
@@ -117,10 +117,10 @@ class ShardMap:
         blocks = len(videos)
         self._video_bytes = int(np.prod(video_shape)) * 2
         page = mmap.PAGESIZE
-        self._room = -(-shard_bytes(block_size, block_size, self._video_bytes) // page) * page
+        self._slot_bytes = -(-shard_bytes(block_size, block_size, self._video_bytes) // page) * page
         self._mapped = np.zeros(blocks, dtype=bool)
         self._libc = _libc()
-        size = max(self._room * blocks, page)
+        size = max(self._slot_bytes * blocks, page)
         # Address space only: nothing is read or reserved until a shard is mapped into its place.
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._base = self._map(None, size, anonymous, -1)
@@ -129,19 +129,19 @@ class ShardMap:
         raw = np.frombuffer(
             memoryview((ctypes.c_uint8 * size).from_address(self._base)), dtype="<f2"
         )
-        strides = (self._room, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2)
+        strides = (self._slot_bytes, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2)
         shape = (blocks, block_size, views, frames, dim)
         self.array = np.lib.stride_tricks.as_strided(
             raw, shape=shape, strides=strides, writeable=False
         )
 
-    def require(self, blocks: np.ndarray) -> None:
+    def ensure_mapped(self, blocks: np.ndarray) -> None:
         """Map the shards of `blocks` (int array) that are not mapped yet; `ShardError` names one
         that cannot be."""
         if not self._mapped[blocks].all():
             self._map_shards(np.unique(blocks[~self._mapped[blocks]]).tolist())
 
-    def ask_for(
+    def prefetch(
         self, blocks: np.ndarray, places: np.ndarray, views: np.ndarray, frames: np.ndarray
     ) -> None:
         """Have the kernel begin to read single frames (index arrays that broadcast), all at
@@ -169,7 +169,10 @@ class ShardMap:
             descriptor = os.open(path, os.O_RDONLY)
             try:
                 address = self._map(
-                    self._base + block * self._room, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor
+                    self._base + block * self._slot_bytes,
+                    size,
+                    mmap.MAP_SHARED | _MAP_FIXED,
+                    descriptor,
                 )
                 if self.sparse:
                     advise(self._libc, address, size, mmap.MADV_RANDOM)

@@ -9,7 +9,7 @@ from typing import Any
 from extract.decode.jobs import Job, Plan
 from extract.decode.pool import Finished
 from extract.listing.videos import Video
-from extract.store import Rows
+from extract.store import Outcomes
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Done:
     """A block whose shard is written, ready to be committed."""
 
     number: int
-    outcome: Rows
+    outcome: Outcomes
     node: str
     frames: int  # that went through the backbone
     seconds: dict[

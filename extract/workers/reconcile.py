@@ -17,7 +17,7 @@ from extract.cli import first_few
 from extract.listing.videos import Listing, Video
 from extract.options import Options
 from extract.sources import file_of
-from extract.store import DROPPED, FAILED, PENDING, FeatureStore, Rows
+from extract.store import DROPPED, FAILED, PENDING, FeatureStore, Outcomes
 from extract.store.corrections import correct
 from extract.workers.changed import look_for_changed_files
 
@@ -188,7 +188,7 @@ def _give_up(store: FeatureStore, rows: np.ndarray, reason: str) -> None:
         own = rows[rows // store.block_size == block]
         store.write_block(block, np.zeros((len(own), *store.video_shape), "<f2"), own)
     if len(rows):
-        store.commit(Rows.failed(rows, reason, store.num_views, store.frames_per_video))
+        store.commit(Outcomes.failed(rows, reason, store.num_views, store.frames_per_video))
 
 
 # -- rows that are new ---------------------------------------------------------------------------------------------

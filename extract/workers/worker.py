@@ -31,7 +31,7 @@ from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.options import Options
 from extract.sources import UNKNOWN, Source
-from extract.store import FAILED, OK, PARTIAL, FeatureStore, Rows, RunLog, is_remote
+from extract.store import FAILED, OK, PARTIAL, FeatureStore, Outcomes, RunLog, is_remote
 from extract.workers.blocks import Block, Done, Submitted, jobs_of
 from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import check_node
@@ -229,7 +229,7 @@ class Worker:
         """Frames of videos whose features are there, or will never be, since the start; from any
         thread."""
         batches = self.__dict__.get("_batches")
-        return self._skipped + (batches.returned if batches else 0)
+        return self._skipped + (batches.completed if batches else 0)
 
     def help(self, decode: Callable[[Any], Finished], *, at_once: int) -> None:
         """Have another node decode too, until `decode` raises. May be called while a block is in
@@ -281,7 +281,7 @@ class Worker:
 
     def _write_computed(self) -> None:
         """Begin to write blocks whose features are all there."""
-        while self._computing and self._computing[0][0] <= self._batches.returned:
+        while self._computing and self._computing[0][0] <= self._batches.completed:
             _, features, shown, done = self._computing.popleft()
             features = np.take_along_axis(features, shown[..., None], axis=1)
             features[done.outcome.status == FAILED] = (
@@ -294,7 +294,7 @@ class Worker:
             self._computed = self._batches.seconds
             self._writing.append(self._writer.submit(self._write, features, done))
 
-    def _fail_not_finite(self, features: np.ndarray, outcome: Rows) -> None:
+    def _fail_not_finite(self, features: np.ndarray, outcome: Outcomes) -> None:
         bad = ~np.isfinite(features)
         for place in np.flatnonzero(bad.any(axis=(1, 2, 3))):
             frames = bad[place].any(axis=2)
@@ -328,7 +328,7 @@ class Worker:
         count = len(block.rows)
         features = np.zeros((count, views * frames, self._backbone.dim), "<f2")
         shown = np.tile(np.arange(views * frames), (count, 1))
-        outcome = Rows(
+        outcome = Outcomes(
             rows=np.array(block.rows),
             status=np.full(count, FAILED, "i1"),
             errors=[""] * count,

@@ -23,7 +23,7 @@ import pytest
 from extract.decode.pool import Finished
 from extract.listing.videos import Video
 from extract.options import Options
-from extract.store import OK, FeatureStore, Rows, RunLog, lock_store
+from extract.store import OK, FeatureStore, Outcomes, RunLog, lock_store
 from extract.workers.blocks import Block, Done, jobs_of
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
@@ -310,7 +310,7 @@ class Sleeper:
         time.sleep(self._seconds)
         rows = np.array(block.rows)
         shape = (len(rows), 1, FRAMES)
-        outcome = Rows(
+        outcome = Outcomes(
             rows,
             np.full(len(rows), OK, "i1"),
             [""] * len(rows),

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import zarr
 
-from extract.store import OK, FeatureStore, Rows
+from extract.store import OK, FeatureStore, Outcomes
 
 FRAMES, DIM, BLOCK = 25, 2048, 64
 FASTEST = 200  # frames/s of the fastest backbone measured on 2 cores
@@ -45,10 +45,10 @@ def empty_store(path, count: int) -> FeatureStore:
     )
 
 
-def outcome(rows: np.ndarray) -> Rows:
+def outcome(rows: np.ndarray) -> Outcomes:
     shape = (len(rows), 1, FRAMES)
     indices = np.random.default_rng(rows[0]).integers(0, 300, shape).astype("<i4")
-    return Rows(
+    return Outcomes(
         rows,
         np.full(len(rows), OK, "i1"),
         [""] * len(rows),

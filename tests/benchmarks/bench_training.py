@@ -25,7 +25,7 @@ from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
 from aggregate.training.recipes import choose_precision, head_options, parameter_groups, recipe
 from extract.sampling import segment_random
-from extract.store import OK, FeatureStore, Rows
+from extract.store import OK, FeatureStore, Outcomes
 
 VIDEOS, FRAMES, DIM, CLASSES, BATCH = 54_236, 25, 2048, 700, 256
 SEGMENTS = 3
@@ -54,7 +54,7 @@ def store(tmp_path_factory) -> FeatureStore:
         first = int(rng.integers(64))
         made.write_block(block, noise[first : first + len(rows)])
     made.commit(
-        Rows(
+        Outcomes(
             rows=np.arange(VIDEOS),
             status=np.full(VIDEOS, OK, "i1"),
             errors=[""] * VIDEOS,
@@ -112,7 +112,7 @@ def test_reading_a_store_that_is_not_in_memory(store, sparse):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     cold = FeatureStore.open(store.path)
     if sparse:
-        cold.read_sparsely()
+        cold.disable_readahead()
     rng = np.random.default_rng(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt, read_bytes()
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from extract import InputError
 from extract.backbone import frozen, networks, openvino_engine
 from extract.backbone.frozen import Backbone, NotFiniteError, load_backbone
-from extract.backbone.inference import folded, relative_error
+from extract.backbone.inference import fold_batch_norms, relative_error
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.torch_engine import spread_evenly
 from extract.decode import decode
@@ -315,9 +315,9 @@ class SharedNorm(nn.Module):
 
 def test_what_cannot_be_folded_is_left_alone() -> None:
     frame = torch.rand(1, 3, 8, 8)
-    assert folded(DataDependent().eval(), frame) is None
+    assert fold_batch_norms(DataDependent().eval(), frame) is None
     module = SharedNorm().eval()
-    graph = folded(module, frame)
+    graph = fold_batch_norms(module, frame)
     assert graph is not None
     assert any(isinstance(part, nn.BatchNorm2d) for part in graph.modules())
     torch.testing.assert_close(graph(frame), module(frame))
@@ -335,7 +335,7 @@ def test_folding_keeps_the_answer(name: str) -> None:
     before = {key: value.clone() for key, value in module.state_dict().items()}
     frame = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
-        graph = folded(module, frame)
+        graph = fold_batch_norms(module, frame)
         assert graph is not None
         assert not any(isinstance(part, nn.BatchNorm2d) for part in graph.modules())
         assert relative_error(graph(frame), module(frame)) < 1e-4

@@ -15,7 +15,16 @@ from hypothesis import strategies as st
 from sklearn.model_selection import LeaveOneGroupOut
 
 from extract import InputError, RunError
-from extract.store import FAILED, OK, PENDING, FeatureStore, Rows, RunLog, difference, lock_store
+from extract.store import (
+    FAILED,
+    OK,
+    PENDING,
+    FeatureStore,
+    Outcomes,
+    RunLog,
+    difference,
+    lock_store,
+)
 
 CLASSES = ["running", "sleeping"]
 
@@ -52,7 +61,7 @@ def finish(store: FeatureStore, block: int, *, status: int = OK) -> None:
     store.write_block(block, features_of(store, rows))
     shape = (len(rows), store.num_views, store.frames_per_video)
     store.commit(
-        Rows(
+        Outcomes(
             rows=rows,
             status=np.full(len(rows), status, "i1"),
             errors=["broken" if status == FAILED else ""] * len(rows),
@@ -153,7 +162,7 @@ def test_pending_videos_are_not_read_and_failed_ones_are_masked(tmp_path):
     store.write_block(0, np.zeros((3, 1, 4, 6), "<f2"))
     unknown = np.full((3, 1, 4), -1, "<i4")
     store.commit(
-        Rows(
+        Outcomes(
             rows,
             np.full(3, FAILED, "i1"),
             ["x"] * 3,
@@ -169,13 +178,13 @@ def test_pending_videos_are_not_read_and_failed_ones_are_masked(tmp_path):
 def test_outcomes_of_several_blocks_go_to_their_rows_in_whatever_order_they_come(tmp_path):
     store = make(tmp_path / "a.zarr", 20, done=False)
 
-    def outcome(block: int) -> Rows:
+    def outcome(block: int) -> Outcomes:
         rows = store.block_rows(block)
         store.write_block(block, features_of(store, rows))
         indices = np.broadcast_to(rows[:, None, None], (len(rows), 1, 4)).astype("<i4")
         status = np.where(rows % 2, FAILED, OK).astype("i1")
         errors = [f"row {row}" for row in rows]
-        return Rows(rows, status, errors, rows.astype("<i4"), indices, indices.astype("<f4"))
+        return Outcomes(rows, status, errors, rows.astype("<i4"), indices, indices.astype("<f4"))
 
     store.commit(outcome(2), outcome(0))
     store = FeatureStore.open(tmp_path / "a.zarr")
@@ -393,7 +402,7 @@ def test_reading_sparsely_reads_the_same(tmp_path):
         rng.integers(0, 2, 64),
     )
     before = store.gather(rows, frames, view)
-    store.read_sparsely()
+    store.disable_readahead()
     np.testing.assert_array_equal(store.gather(rows, frames, view), before)
     np.testing.assert_array_equal(before, features[rows[:, None], view[:, None], frames])
 
