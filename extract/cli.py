@@ -1,7 +1,7 @@
 """Command-line entry point: parse options, run a command, map errors to exit codes.
 
-A command is a frozen dataclass of options and a function `main(options) -> exit status or None`
-beside it; `run_command` makes the flags from the one (tyro) and the exit status from the other.
+A command is a frozen dataclass of options and a function `main(options)` that returns an exit
+status or None. `run_command` makes flags of the options (tyro) and runs `main`.
 
 Exit status: 0 done, 1 an error at run time, 2 wrong usage or input, 3 finished but too many videos
 failed, 130 interrupted.
@@ -17,7 +17,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from extract.errors import InputError, RunError
+from extract import InputError, RunError, StrPath
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -38,66 +38,60 @@ _REMEDIES = {
 }
 
 
-def describe_os_error(error: OSError, path: str | os.PathLike[str] | None = None) -> str:
-    """`runs/a/last.pt: No space left on device; make room on its disk and run the same command
-    again, which goes on`.
+def describe_os_error(error: OSError, path: StrPath | None = None) -> str:
+    """The error with a remedy: `runs/a/last.pt: No space left on device; make room on its disk and
+    run the same command again, which goes on`.
 
-    `path` stands in for the file that the system did not name.
+    `path` is used if the error names no file.
     """
     code, name = error.errno or 0, path or error.filename
     if code not in _REMEDIES or name is None:
         return str(error) if path is None else f"{os.fspath(path)}: {error.strerror or error}"
-    words = os.strerror(code)  # HDF5's own are a paragraph
-    return f"{os.fspath(name)}: {words}; {_REMEDIES[code]} and run the same command again, which goes on"
+    text = os.strerror(code)  # HDF5's own is a paragraph
+    return (
+        f"{os.fspath(name)}: {text}; {_REMEDIES[code]} and run the same command again, "
+        "which goes on"
+    )
 
 
-# What numbers must be at least, in every command that has an option of that name.
-AT_LEAST = {
-    **dict.fromkeys(
-        ("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", "warmup"), 0
-    ),
-    **dict.fromkeys(
-        (
-            "frames",
-            "clip_frames",
-            "image_size",
-            "segments",
-            "block_size",
-            "batch_size",
-            "micro_batch",
-        ),
-        1,
-    ),
-    **dict.fromkeys(
-        (
-            "workers",
-            "threads",
-            "decode_workers",
-            "limit",
-            "epochs",
-            "at_once",
-            "shots",
-            "repeats",
-            "k",
-        ),
-        1,
-    ),
-}
+# Ranges of numbers, for every command that has an option of that name.
+AT_LEAST_0 = ("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", "warmup")
+AT_LEAST_1 = (
+    "frames",
+    "clip_frames",
+    "image_size",
+    "segments",
+    "block_size",
+    "batch_size",
+    "micro_batch",
+    "workers",
+    "threads",
+    "decode_workers",
+    "limit",
+    "epochs",
+    "at_once",
+    "shots",
+    "repeats",
+    "k",
+)
 MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps", "frame_rate")
 FRACTIONS = ("max_failed", "dropout", "label_smoothing", "val_fraction", "false_alarms")
-MOST = 2**63 - 1  # of a seed, for numpy, PyTorch and OpenVINO alike
+MAX_SEED = 2**63 - 1  # for numpy, PyTorch and OpenVINO alike
 
 
 def check_ranges(options: Any) -> None:
-    """InputError that names the first option whose number, or one of whose numbers, is out of its
-    range."""
-    for name, given in vars(options).items():
-        for value in given if isinstance(given, tuple | list) else (given,):
+    """InputError that names the first option with a number out of its range."""
+    for name, option in vars(options).items():
+        for value in option if isinstance(option, tuple | list) else (option,):
             if isinstance(value, bool) or not isinstance(value, int | float):
                 continue
             expected = ""
-            if name in AT_LEAST and not AT_LEAST[name] <= value <= MOST:
-                expected = f"at least {AT_LEAST[name]}" if not value > MOST else f"at most {MOST}"
+            if name in AT_LEAST_0 and not value >= 0:
+                expected = "at least 0"
+            elif name in AT_LEAST_1 and not value >= 1:
+                expected = "at least 1"
+            elif name in (*AT_LEAST_0, *AT_LEAST_1) and value > MAX_SEED:
+                expected = f"at most {MAX_SEED}"
             elif name in MORE_THAN_0 and not 0 < value < float("inf"):
                 expected = "more than 0"
             elif name in FRACTIONS and not 0 <= value <= 1:
@@ -106,7 +100,7 @@ def check_ranges(options: Any) -> None:
                 raise InputError(f"--{name.replace('_', '-')} {value}: expected {expected}")
 
 
-# Control characters but tab and newline, and characters that change the direction of text.
+# Control characters other than tab and newline, and characters that change the direction of text.
 _CONTROLS = [
     *range(9),
     *range(11, 32),
@@ -118,8 +112,7 @@ _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code 
 
 
 class EscapedStream:
-    """A terminal's stream on which control characters, which file names may hold, are shown and not
-    obeyed."""
+    """A terminal's stream that prints control characters (of file names) in escaped form."""
 
     def __init__(self, stream: Any):
         self.unescaped = stream
@@ -132,23 +125,22 @@ class EscapedStream:
 
 
 def first_few(names: Collection[object], count: int = 3) -> str:
-    """The first of some names, for a message: `a, b, c, ...`."""
+    """The first names, for a message: `a, b, c, ...`."""
     return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
 
 
-LOG_SECONDS = 30.0  # between two lines of progress in a log
+LOG_SECONDS = 30.0  # between two progress lines in a log
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
-    """tqdm on stderr: how far, and the time that is left by the speed so far. Nothing of what takes
-    a second.
+    """A tqdm bar on stderr, shown for work that takes longer than a second.
 
-    In a log, whose lines stay, a line each LOG_SECONDS.
+    If stderr is not a terminal but a log, a line every LOG_SECONDS instead.
     """
     from tqdm import tqdm
 
     class LogLines(tqdm):
-        # A thread per class, which is made anew for each bar; with miniters=1 there is no need.
+        # No monitor thread: each call makes a new class, and each class would start one.
         monitor_interval = 0
 
         @staticmethod
@@ -158,14 +150,16 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
     screen = getattr(sys.stderr, "unescaped", sys.stderr)  # a bar moves the cursor
     if screen.isatty():
         return tqdm(iterable, file=screen, smoothing=0.05, delay=1, mininterval=0.1, **options)
-    pace = {
-        "smoothing": 0.05,
-        "delay": 1,
-        "miniters": 1,
-        "mininterval": LOG_SECONDS,
-        "maxinterval": LOG_SECONDS,
-    }
-    return LogLines(iterable, file=screen, **(pace | options | {"leave": True}))
+    return LogLines(
+        iterable,
+        file=screen,
+        smoothing=0.05,
+        delay=1,
+        miniters=1,
+        mininterval=LOG_SECONDS,
+        maxinterval=LOG_SECONDS,
+        **(options | {"leave": True}),
+    )
 
 
 def run_command(
@@ -177,13 +171,12 @@ def run_command(
 ) -> int:
     """Parse `args` (default: the command line) into `options`, run `main`, return the exit status.
 
-    If the class has a method `defaults_for(args)`, options that are not among `args` are those of
-    its result.
+    If the class has a method `defaults_for(args)`, its result holds the defaults.
 
     `InputError` -> 2, `RunError` and `OSError` -> 1 (their message on stderr, no traceback), Ctrl-C
-    -> 130. Anything else is a defect of ours and keeps its traceback.
+    -> 130. Any other error is a defect of this package and keeps its traceback.
     """
-    import tyro  # here, so that importing a command as a library stays cheap
+    import tyro  # here, so that importing a command as a library stays fast
 
     args = sys.argv[1:] if args is None else args
     try:
@@ -202,8 +195,8 @@ def run_command(
             )
         _check_flags(options, args, prog)
         defaults_for: Any = getattr(options, "defaults_for", None)
-        known = {"default": defaults_for(args)} if defaults_for else {}
-        chosen = tyro.cli(options, prog=prog, args=args, config=config, **known)
+        defaults = {"default": defaults_for(args)} if defaults_for else {}
+        chosen = tyro.cli(options, prog=prog, args=args, config=config, **defaults)
         check_ranges(chosen)
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
             return main(chosen) or 0
@@ -217,8 +210,7 @@ def run_command(
 
 
 def _in_groups(options: type) -> type:
-    """The options for --help only: a command's own first, then those that it shares with others, a
-    group per class."""
+    """The options for --help: a command's own, then a group for each class that it inherits."""
     import tyro
 
     left = dict(options.__dataclass_fields__)  # type: ignore[attr-defined]
@@ -236,7 +228,7 @@ def _in_groups(options: type) -> type:
 
 
 def _check_flags(options: type, args: Sequence[str], prog: str) -> None:
-    """InputError for an option that does not exist, with the nearest one."""
+    """InputError for an option that does not exist, with the most similar one."""
     flags = [f"--{field.name.replace('_', '-')}" for field in fields(options)]
     for arg in args:
         flag = arg.split("=")[0].replace("_", "-")

@@ -1,7 +1,7 @@
-"""The commands by name and stage, and command lines that a person can paste.
+"""The commands by name and stage, and command lines for users to paste.
 
-`hgnl train ...` and `python -m aggregate.train ...` are the same. A message repeats the form that
-this process was started with.
+`hgnl train ...` and `python -m aggregate.train ...` are the same. Messages use the form that this
+process was started with.
 """
 
 import difflib
@@ -18,7 +18,7 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "Features": {
         "extract": ("extract", "videos in, a feature store out"),
         "ingest": ("extract.ingest", "features of other tools in, a feature store out"),
-        "status": ("extract.status", "what a store holds, what failed and why"),
+        "status": ("extract.status", "the contents of a store, and why videos failed"),
         "verify": ("extract.verify", "check every byte of a store against its checksum"),
         "export": ("extract.export", "features as .npy or HDF5 for other tools"),
     },
@@ -39,7 +39,7 @@ STAGES: dict[str, dict[str, tuple[str, str]]] = {
         "submit": ("ensemble.submit", "check or grade a submission"),
     },
     "Use": {
-        "predict": ("pipelines.predict", "what a trained model sees in videos"),
+        "predict": ("pipelines.predict", "classify videos with a trained model"),
         "report": ("pipelines.report", "one HTML page of a folder of runs"),
         "export-onnx": ("pipelines.export", "a model as ONNX, from pixels to logits"),
     },
@@ -54,10 +54,10 @@ _ALSO_RUN = ("pipelines", "pipelines.untrimmed", "extract.decode.pool")  # by `p
 
 
 def refuse_other_modules() -> None:
-    """End `python -m ensemble.search` with a message: a module without a command prints nothing and
-    looks like success.
+    """Exit with an error for `python -m ensemble.search`, which would print nothing and look like
+    success: it is not a command.
 
-    Called while a package of ours is imported for `python -m`.
+    Called while one of the four packages is imported for `python -m`.
     """
     module = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv else ""
     commands = (*COMMANDS.values(), *_ALSO_RUN)
@@ -112,20 +112,20 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
 
 
 def install_command(extra: str) -> str:
-    """How to add an extra of this package (`demo`, `gpu` ...), in the form in which the package was
-    installed."""
+    """The command that adds an extra of this package (`demo`, `gpu` ...), in the form in which the
+    package was installed."""
     import importlib.metadata  # 30 ms
     from importlib.util import find_spec
 
     installer = "pip install" if find_spec("pip") else "uv pip install"
-    # a checkout's own *.egg-info, first on the path of `python -m`, does not say where it came from
-    found = [
+    # The *.egg-info of a checkout, first on the path of `python -m`, does not record the origin.
+    origins = [
         distribution.read_text("direct_url.json")
         for distribution in importlib.metadata.distributions(name="hgnl-video")
     ]
-    if not found:  # a checkout on PYTHONPATH
+    if not origins:  # a checkout on PYTHONPATH
         return f"{installer} {shlex.quote(f'{Path(__file__).parents[1]}[{extra}]')}"
-    origin = json.loads(next(filter(None, found), "{}"))
+    origin = json.loads(next(filter(None, origins), "{}"))
     folder = origin.get("url", "").removeprefix("file://")
     if not folder or "dir_info" not in origin:
         return f"{installer} 'hgnl-video[{extra}]'"

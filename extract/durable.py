@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from extract import RunError
+from extract import RunError, StrPath
 from extract.cli import describe_os_error
 
 LOCK = ".lock"
@@ -29,7 +29,7 @@ _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def writing(path: StrPath) -> Iterator[None]:
     """What keeps `path` from being written (a full disk, a quota, no permission) comes out as a
     RunError naming it."""
     try:
@@ -44,7 +44,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: StrPath) -> Iterator[Path]:
     """A name next to `path`, to make a file or a folder there; on the way out it is on the disk as
     `path`, or gone.
 
@@ -90,7 +90,7 @@ def take_lock(file: IO) -> bool:
 
 
 @contextlib.contextmanager
-def locked(folder: str | os.PathLike[str]) -> Iterator[None]:
+def locked(folder: StrPath) -> Iterator[None]:
     """Hold a folder that one process at a time may write; it is made if it is missing.
 
     The kernel releases the lock when the process ends, however it ends. A folder that was made for
@@ -135,14 +135,14 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def replace_file(path: str | os.PathLike[str], content: Any) -> None:
+def replace_file(path: StrPath, content: Any) -> None:
     """Write `content` (text, or bytes of any kind) to a file that appears whole or not at all.
     Raises RunError."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
-def append(file: int, path: str | os.PathLike[str], content: bytes) -> None:
+def append(file: int, path: StrPath, content: bytes) -> None:
     """Append all of `content` to an open file and sync it. Raises RunError naming `path`."""
     with writing(path):
         while content:
@@ -161,7 +161,7 @@ def make_folder(path: Path) -> None:
             sync(path.parent)
 
 
-def sync(path: str | os.PathLike[str]) -> None:
+def sync(path: StrPath) -> None:
     """Wait until a file's content, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,6 +1,5 @@
-"""python -m extract.export feats.zarr --to DIR|FILE.h5|npy: features for other people's tools."""
+"""python -m extract.export feats.zarr --to DIR|FILE.h5|npy: export features for other tools."""
 
-import csv
 import json
 import sys
 from collections import defaultdict
@@ -14,6 +13,7 @@ import tyro
 from extract import InputError
 from extract.cli import progress, run_command
 from extract.durable import make_folder, replacing
+from extract.sources import file_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,8 +26,8 @@ class Options:
     """Write the features of every video that was extracted as .npy files, or all of them into one
     HDF5 file.
 
-    --to npy --out DIR joins the windows of each video: what tools for temporal action detection
-    load (ActionFormer, OpenTAD), with a .json beside it that holds the second of each row and
+    --to npy --out DIR joins the windows of each video, as tools for temporal action detection
+    expect (ActionFormer, OpenTAD). A .json next to each array holds the second of each row and
     ActionFormer's three numbers for it.
 
     --to npy --one-vector --out DIR, or --to FILE.parquet: a mean vector per row with id, label,
@@ -37,10 +37,10 @@ class Options:
     store: Annotated[str, tyro.conf.Positional]
     """The feature store."""
     to: Path
-    """A folder (one .npy a row, [views, frames, dim] float16, under the video's own path), *.h5,
+    """A folder (a .npy per row, [views, frames, dim] float16, under the video's own path), *.h5,
     *.parquet, or npy."""
     out: Path | None = None
-    """With --to npy: a folder for one [rows, dim] float32 array and its .json a video."""
+    """With --to npy: a folder for one [rows, dim] float32 array and its .json per video."""
     one_vector: bool = False
     """With --to npy: DIR/vectors.npy [rows, dim] float32, the mean over frames, and
     DIR/vectors.csv."""
@@ -51,36 +51,35 @@ def main(options: Options) -> int:
     from extract.store.layout import check_ids
     from extract.store.summary import check_space
 
-    dense = str(options.to) == "npy"
-    if dense == (options.out is None):
+    to_npy = str(options.to) == "npy"
+    if to_npy == (options.out is None):
         raise InputError(
-            f"--to {options.to} --out {options.out}: --out names --to npy's folder, and only that"
+            f"--to {options.to} --out {options.out}: --out names the folder of --to npy, and only that"
         )
-    to = options.out or options.to
-    one_vector = options.one_vector or to.suffix == ".parquet"
-    if options.one_vector and not dense:
-        raise InputError(f"--one-vector is that of --to npy; --to {options.to} has its own form")
-    if to.exists() and (to.is_file() or any(to.iterdir())):
+    if options.one_vector and not to_npy:
+        raise InputError(f"--one-vector needs --to npy; --to {options.to} has its own form")
+    target = options.out or options.to
+    if target.exists() and (target.is_file() or any(target.iterdir())):
         raise InputError(
-            f"{to} is there already and is left as it is; give a new name or remove it"
+            f"{target} already exists and is left as it is; give a new name or remove it"
         )
     store = FeatureStore.open(options.store)
     check_ids(store.ids)
-    make_folder(to.parent)
-    needed = len(store) * store.video_bytes
-    needed = needed * 2 // store.num_views if dense else needed
-    check_space(
-        to, len(store) * store.dim * 4 if one_vector else needed
-    )  # HDF5 may crash on a full disk
-    if one_vector:
-        (_write_vectors if dense else _write_parquet)(store, to)
-    elif dense:
-        return _write_dense(store, to)
+    make_folder(target.parent)
+    if options.one_vector or target.suffix == ".parquet":
+        write = _write_vectors if to_npy else _write_parquet
+        video_bytes = 4 * store.dim
+    elif to_npy:
+        write, video_bytes = _write_dense, 2 * store.video_bytes // store.num_views
     else:
-        (_write_hdf5 if to.suffix in (".h5", ".hdf5") else _write_npy)(store, to)
-    count = int(store.usable.sum())
-    left_out = f", {len(store) - count:,} failed or pending left out" if count < len(store) else ""
-    print(f"{count:,} videos written to {to}{left_out}")
+        write = _write_hdf5 if target.suffix in (".h5", ".hdf5") else _write_npy
+        video_bytes = store.video_bytes
+    check_space(target, len(store) * video_bytes)  # HDF5 may crash on a full disk
+    write(store, target)
+    if write is not _write_dense:  # which prints its own
+        count, pending = int(store.usable.sum()), int((~store.usable).sum())
+        left_out = f", {pending:,} failed or pending left out" if pending else ""
+        print(f"{count:,} videos written to {target}{left_out}")
     return 0
 
 
@@ -89,13 +88,14 @@ def _finished(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]
     usable = store.usable
     for block in progress(range(store.num_blocks), unit="block"):
         rows = store.block_rows(block)
-        if usable[rows].any():
-            yield rows[usable[rows]], store.read(rows[usable[rows]])
+        rows = rows[usable[rows]]
+        if len(rows):
+            yield rows, store.read(rows)
 
 
 def _mean_vectors(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarray]]":
-    """Rows of finished videos, and the mean over their frames in the first view, float32 [n, D],
-    block by block.
+    """Rows of finished videos and the mean of their frames in the first view, float32 [n, D], block
+    by block.
 
     A frame that a short video repeats counts once.
     """
@@ -119,6 +119,7 @@ def _columns_of(store: "FeatureStore", rows: "np.ndarray") -> dict[str, list[str
 
 def _write_vectors(store: "FeatureStore", folder: Path) -> None:
     import numpy as np
+    import pandas as pd
 
     filled, usable = 0, np.flatnonzero(store.usable)
     with replacing(folder) as partial:
@@ -129,10 +130,8 @@ def _write_vectors(store: "FeatureStore", folder: Path) -> None:
             vectors[filled : filled + len(rows)] = means
             filled += len(rows)
         vectors.flush()
-        columns = _columns_of(store, usable)
-        with (partial / "vectors.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerows([list(columns), *zip(*columns.values(), strict=True)])
+        table = pd.DataFrame(_columns_of(store, usable))
+        table.to_csv(partial / "vectors.csv", index=False)
 
 
 def _write_parquet(store: "FeatureStore", path: Path) -> None:
@@ -181,93 +180,96 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> None:
             text = values.dtype.kind not in "if"
             dtype = h5py.string_dtype() if text else values.dtype
             file.create_dataset(name, data=values.astype(object) if text else values, dtype=dtype)
-        file.flush()  # closing would keep an error to itself
+        file.flush()  # closing alone would not report an error
 
 
-def _write_dense(store: "FeatureStore", folder: Path) -> int:
+def _write_dense(store: "FeatureStore", folder: Path) -> None:
     import numpy as np
 
-    windows: dict[str, list[int]] = defaultdict(list)
-    for row in np.argsort(
-        store.starts, kind="stable"
-    ).tolist():  # whole files are NaN, which comes last
-        windows[
-            store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]
-        ].append(row)
+    rows_of_video: dict[str, list[int]] = defaultdict(list)
+    for row in np.argsort(store.starts, kind="stable").tolist():  # NaN of whole files comes last
+        rows_of_video[file_of(store.ids[row])].append(row)
     left_out, usable = {}, store.usable
     with replacing(folder) as partial:
         partial.mkdir()
-        for video, listed in progress(windows.items(), unit="video"):
-            rows = np.array([row for row in listed if usable[row]])
+        for video, all_rows in progress(rows_of_video.items(), unit="video"):
+            rows = np.array(all_rows)[usable[all_rows]]
             try:
-                places, record = dense_rows(store, rows)
+                chosen, record = resample_to_constant_rate(store, rows)
             except InputError as error:
                 left_out[video] = str(error)
                 continue
             frames = store.read(rows)[:, 0].reshape(-1, store.dim)
-            _save(partial / f"{video}.npy", frames[places].astype(np.float32))
-            made_by = {
+            _save(partial / f"{video}.npy", frames[chosen].astype(np.float32))
+            record = {
+                "video": video,
+                **record,
                 "backbone": store.provenance.get("backbone"),
                 "windows": len(rows),
-                "of": len(listed),
+                "of": len(all_rows),
             }
-            (partial / f"{video}.json").write_text(
-                json.dumps({"video": video, **record, **made_by}, indent=1)
-            )
-    print(f"{len(windows) - len(left_out):,} videos of {len(store):,} rows written to {folder}")
-    for video, why in left_out.items():
-        print(f"left out: {video}: {why}")
-    return 0
+            (partial / f"{video}.json").write_text(json.dumps(record, indent=1))
+    written = len(rows_of_video) - len(left_out)
+    print(f"{written:,} videos of {len(store):,} rows written to {folder}")
+    for video, reason in left_out.items():
+        print(f"left out: {video}: {reason}")
 
 
-def dense_rows(store: "FeatureStore", rows: "np.ndarray") -> "tuple[np.ndarray, dict[str, Any]]":
-    """What of a video's windows `rows` (by start) makes one array at a constant rate: places among
-    their n * T frames.
+def resample_to_constant_rate(
+    store: "FeatureStore", rows: "np.ndarray"
+) -> "tuple[np.ndarray, dict[str, Any]]":
+    """Choose frames of a video's windows that make one array at a constant rate.
 
-    With it goes what its users need: `seconds` of each row, and ActionFormer's feat_stride,
-    num_frames and default_fps, by which row i is at (i * feat_stride + num_frames / 2) /
-    default_fps seconds; `largest_error` is by how much that misses, at most. InputError where there
-    is no such array.
+    Args:
+        rows: the video's windows, sorted by start.
+
+    Returns:
+        indices among the n * T frames of the rows, and what users of the array need: `seconds` of
+        each row, and ActionFormer's feat_stride, num_frames and default_fps, by which row i is at
+        (i * feat_stride + num_frames / 2) / default_fps seconds. `largest_error` is the largest
+        difference between the two.
+
+    Raises:
+        InputError: there is no such array, with the reason.
     """
     import numpy as np
 
     if not len(rows):
         raise InputError("nothing of it was extracted")
-    if len(rows) > 1 and np.isnan(store.starts[rows]).any():
-        raise InputError(
-            "it is there as a whole and in spans; dense features are made of one of them"
-        )
+    starts, ends = store.starts[rows], store.ends[rows]
+    if len(rows) > 1 and np.isnan(starts).any():
+        raise InputError("it is listed as a whole and in spans; dense features need one of them")
     times = store.timestamps[rows, 0].ravel().astype(float)
-    _, first = np.unique(store.frame_indices[rows, 0].ravel(), return_index=True)
     if np.isnan(times).any():
         raise InputError("its frames have no times")
-    starts, ends, seconds = store.starts[rows], store.ends[rows], times[first]
-    if np.isnan(starts[0]):  # a whole file: the middles of equal parts
+    # A frame in two windows, or one that a short window repeats, is taken once.
+    _, distinct = np.unique(store.frame_indices[rows, 0].ravel(), return_index=True)
+    seconds = times[distinct]
+    if np.isnan(starts[0]):  # a whole file: its frames are the middles of equal parts
         period = (seconds[-1] - seconds[0]) / max(len(seconds) - 1, 1) or 1.0
         starts, ends = seconds[:1] - period / 2, seconds[-1:] + period / 2
     else:
         period = float(np.median(ends - starts)) / store.frames_per_video
-    holes = np.flatnonzero(starts[1:] > np.maximum.accumulate(ends)[:-1] + period)
+    last_end = np.maximum.accumulate(ends)
+    holes = np.flatnonzero(starts[1:] > last_end[:-1] + period)
     if len(holes):
-        nothing = (
-            f"there is nothing from {ends[: holes[0] + 1].max():g} to {starts[holes[0] + 1]:g} s"
+        raise InputError(
+            f"there is nothing from {last_end[holes[0]]:g} to {starts[holes[0] + 1]:g} s; "
+            "dense features need windows that follow each other"
         )
-        raise InputError(f"{nothing}; dense features need windows that follow each other")
     count = max(1, round((min(ends.max(), seconds[-1] + period) - starts[0]) / period))
-    wanted = starts[0] + period * (np.arange(count) + 0.5)
-    chosen = np.round(np.interp(wanted, seconds, np.arange(len(seconds)))).astype(
-        int
-    )  # the nearest
+    grid = starts[0] + period * (np.arange(count) + 0.5)
+    nearest = np.round(np.interp(grid, seconds, np.arange(len(seconds)))).astype(int)
     fps = float(store.num_frames[rows].sum() / (ends - starts).sum())
     record = {
-        "seconds": np.round(seconds[chosen], 6).tolist(),
+        "seconds": np.round(seconds[nearest], 6).tolist(),
         "frames_a_second": 1 / period,
         "feat_stride": period * fps,
-        "num_frames": 2 * float(wanted[0]) * fps,
+        "num_frames": 2 * float(grid[0]) * fps,
         "default_fps": fps,
-        "largest_error": float(np.abs(seconds[chosen] - wanted).max()),
+        "largest_error": float(np.abs(seconds[nearest] - grid).max()),
     }
-    return first[chosen], record
+    return distinct[nearest], record
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""python -m extract.ingest: features that other tools made become a feature store like any
-other."""
+"""python -m extract.ingest: make a feature store of features that other tools wrote."""
 
 import os
 import socket
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from extract import InputError
@@ -29,7 +27,7 @@ _SECONDS_PER_COMMIT = 5.0
 
 @dataclass(frozen=True)
 class Options:
-    """Make a feature store of features that other tools wrote; run it again to continue, or after
+    """Make a feature store of features that other tools wrote. Run it again to continue, or after
     corrections.
 
     The list names the videos, and gives their labels, splits and groups. Features are joined to it
@@ -40,22 +38,22 @@ class Options:
     """A folder of .npy, .npz, .pt (one video each) or of .json with _c.npy; or one .h5, .npy with
     its ids, .parquet."""
     labels: Path
-    """A list of videos as extract takes it, such as a CSV id,label[,split,group]; no video needs to
-    exist."""
+    """A list of videos as extract takes it, such as a CSV id,label[,split,group]. The videos need
+    not exist."""
     out: str
     """The feature store."""
     frames: int | None = None
-    """Rows per video: the middles of that many equal segments; shorter videos are masked (default:
-    all, if equal)."""
+    """Rows per video: the middles of N equal segments; shorter videos are masked (default: all
+    rows, if all videos have as many)."""
     name: str = ""
-    """What made the features, such as videomae-l-k400. A checkpoint takes only features of the name
-    it has seen."""
+    """The model that made the features, such as videomae-l-k400. A checkpoint takes only features
+    of the name that it was trained on."""
     classes: str = "auto"
     """auto (as extract's --labels), kinetics700, or a file of lines `name` or `index name`."""
     max_failed: float = 0.05
     """Fraction of unusable videos up to which the run counts as good (exit status 0, else 3)."""
     retry_changed: bool = False
-    """Read features again whose files are not those that were read."""
+    """Read features again if their files have changed."""
     drop_unlisted: bool = False
     """Take videos that are no longer listed out of training and scores."""
 
@@ -66,8 +64,6 @@ def main(options: Options) -> int:
     from extract.store.locks import lock_store
     from extract.store.runs import real_path
 
-    if options.frames is not None and options.frames < 1:
-        raise InputError(f"--frames {options.frames}: expected at least 1")
     listing = read_listing(options.labels, labels=options.classes)
     files = open_features(options.features)
     listing, names = join(listing, files)
@@ -77,101 +73,100 @@ def main(options: Options) -> int:
         return _ingest(options, listing, files, names)
 
 
-# -- which features belong to which video ------------------------------------------------------------------------------
+# -- which features belong to which video ----------------------------------------------------------
 
 
 def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str, str]]":
-    """The listing with the files of its features as paths, in the files' order; and the features'
-    name by id.
+    """Match videos with features by name.
 
-    Names are compared as ids, as ids without the video's extension, and as file names without
-    extension, also with one ending that all share, as video_features appends (`_resnet`). The
-    comparison that finds most is used, and said. InputError if it joins nothing, or two videos with
-    the same features.
+    Names are compared with ids, with ids without the video's extension, and with file names without
+    extension; if none of these matches, also with one ending that all share, as video_features
+    appends (`_resnet`). The comparison that matches most is used, and the listing's report names it.
+
+    Returns:
+        the listing, with the files of its features as paths, in the files' order; and the name of
+        the features of each id, in the same order.
+
+    Raises:
+        InputError: nothing matches, or two videos match the same features.
     """
+    ids = [video.id for video in listing.videos]
+    stems = [_without_extension(video_id) for video_id in ids]
+    bases = [_base(stem) for stem in stems]
+    counts = Counter(map(_base, files.names))
+    by_base = {_base(name): name for name in files.names if counts[_base(name)] == 1}
+    by_name = {name: name for name in files.names}
     comparisons = {
-        "the id": lambda video_id: video_id,
-        "the id without the video's extension": _without_extension,
-        "the file name without extension": lambda video_id: _base(_without_extension(video_id)),
+        "the id": (ids, by_name),
+        "the id without the video's extension": (stems, by_name),
+        "the file name without extension": (bases, by_base),
     }
-    best: dict[str, str] = {}
-    how = ""
-    for description, key in comparisons.items():
-        by_key = _by_key(files.names, base=description.startswith("the file"))
-        matches = {
-            video.id: by_key[key(video.id)] for video in listing.videos if key(video.id) in by_key
+    matches: dict[str, str] = {}
+    for description, (keys, names) in comparisons.items():
+        candidate = {
+            video_id: names[key] for video_id, key in zip(ids, keys, strict=True) if key in names
         }
-        if len(matches) > len(best):
-            best, how = matches, description
-    if not best:
-        best, how = _join_by_ending(listing, files)
-    order = {name: place for place, name in enumerate(files.names)}
-    first: dict[str, str] = {}
-    for video_id, name in best.items():
-        if (other := first.setdefault(name, video_id)) != video_id:
+        if len(candidate) > len(matches):
+            matches, matched_by = candidate, description
+    if not matches:
+        ending = _common_ending(bases[0], by_base)
+        if not ending:
             raise InputError(
-                f"{other} and {video_id} would both have the features {name}; give ids that tell them apart"
+                f"none of the {len(ids):,} videos of {listing.source} has features: it lists "
+                f"{first_few(ids)}, and there are {first_few(files.names)}"
             )
-    joined = [
-        replace(video, path=files.path(best[video.id]))
-        for video in listing.videos
-        if video.id in best
-    ]
-    joined.sort(key=lambda video: order[best[video.id]])
-    missing = [video for video in listing.videos if video.id not in best]
-    unlisted = tuple(sorted(order.keys() - best.values()))
-    layout = f"{listing.layout}; features joined by {how}"
-    changed = replace(
-        listing, videos=tuple(joined), missing=tuple(missing), unlisted=unlisted, layout=layout
+        matches = {
+            video_id: by_base[base + ending]
+            for video_id, base in zip(ids, bases, strict=True)
+            if base + ending in by_base
+        }
+        matched_by = f"the file name with the ending {ending}"
+    id_of: dict[str, str] = {}
+    for video_id, name in matches.items():
+        if (earlier := id_of.setdefault(name, video_id)) != video_id:
+            raise InputError(
+                f"{earlier} and {video_id} would both have the features {name}; "
+                "give ids that tell them apart"
+            )
+    matches = {id_of[name]: name for name in files.names if name in id_of}
+    videos = {video.id: video for video in listing.videos}
+    joined = replace(
+        listing,
+        layout=f"{listing.layout}; features joined by {matched_by}",
+        videos=tuple(
+            replace(videos[video_id], path=files.path(name)) for video_id, name in matches.items()
+        ),
+        missing=tuple(video for video in listing.videos if video.id not in matches),
+        unlisted=tuple(sorted(name for name in files.names if name not in id_of)),
     )
-    return changed, best
+    return joined, matches
 
 
-def _by_key(names: Sequence[str], *, base: bool) -> dict[str, str]:
-    """Names by themselves, or by their last part if only one name has it."""
-    if not base:
-        return {name: name for name in names}
-    counts = Counter(map(_base, names))
-    return {_base(name): name for name in names if counts[_base(name)] == 1}
-
-
-def _join_by_ending(listing: "Listing", files: "FeatureFiles") -> tuple[dict[str, str], str]:
-    by_base = _by_key(files.names, base=True)
-    stems = {video.id: _base(_without_extension(video.id)) for video in listing.videos}
-    first = next(iter(stems.values()), "")
-    endings = sorted(base.removeprefix(first) for base in by_base if base.startswith(f"{first}_"))
-    if not endings:
-        raise InputError(
-            f"none of the {len(listing.videos):,} videos of {listing.source} has features: it lists "
-            f"{first_few(list(stems))}, and there are {first_few(files.names)}"
-        )
+def _common_ending(base: str, names: Collection[str]) -> str:
+    """What follows a video's name in the name of its features, such as `_resnet`; "" for nothing."""
+    endings = sorted(name.removeprefix(base) for name in names if name.startswith(f"{base}_"))
     if len(endings) > 1:
         raise InputError(
-            f"{first} has the features {', '.join(endings)}; move all but one kind away, and join the stores"
+            f"{base} has the features {', '.join(endings)}; "
+            "move all but one kind away, and join the stores"
         )
-    [ending] = endings
-    matches = {
-        video_id: by_base[stem + ending]
-        for video_id, stem in stems.items()
-        if stem + ending in by_base
-    }
-    return matches, f"the file name with the ending {ending}"
+    return "".join(endings)
 
 
 def _without_extension(video_id: str) -> str:
     from extract.listing.folders import VIDEO_EXTENSIONS, extension
 
     file, mark, span = video_id.partition("#")
-    return (
-        file.rpartition(".")[0] + mark + span if extension(file) in VIDEO_EXTENSIONS else video_id
-    )
+    if extension(file) not in VIDEO_EXTENSIONS:
+        return video_id
+    return file.rpartition(".")[0] + mark + span
 
 
 def _base(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-# -- the store ---------------------------------------------------------------------------------------------------------
+# -- the store ---------------------------------------------------------------------------------------
 
 
 def _ingest(
@@ -188,13 +183,12 @@ def _ingest(
     RunLog(options.out).write(
         "start", process=os.getpid(), host=socket.gethostname(), options=vars(options)
     )
-    store.set_status(
-        np.flatnonzero(store.status == FAILED), PENDING
-    )  # their files may have been mended
+    # The files of failed videos may have been mended.
+    store.set_status(np.flatnonzero(store.status == FAILED), PENDING)
     pending = int((store.status == PENDING).sum())
     print(f"to do     {pending:,} of {len(store):,} videos, {frames} x {dim} each")
     check_space(Path(options.out), pending * store.video_bytes)
-    _write_blocks(store, files, names, {video.id: video.path for video in listing.videos})
+    _write_blocks(store, files, names)
     store.clean_up()
     print(status_table(store))
     failed = np.flatnonzero(store.status == FAILED)
@@ -210,7 +204,7 @@ def _ingest(
 
 
 def _continue_options(options: Options) -> Options:
-    """Options that were not given, as the store records them."""
+    """The options, with the frames and the name of an existing store if these are not given."""
     from extract.store import FeatureStore
 
     if not Path(options.out).exists():
@@ -221,11 +215,10 @@ def _continue_options(options: Options) -> Options:
 
 
 def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]) -> "Shape":
-    """Frames and width of the store: --frames, or what all videos have; the width that most videos
-    have.
+    """Frames and width of the store: --frames, or the length of all videos; and the width of most.
 
-    Reads the shape of every array, and no values but those of compressed files. InputError if no
-    array is usable, or if videos differ in length and --frames is not given.
+    Reads the shape of every array; values only if the format has no header for the shape.
+    InputError if no array is usable, or if lengths differ and --frames is not given.
     """
     from extract.feature_files import UnusableError
 
@@ -249,8 +242,8 @@ def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]
         print(f"WIDTHS DIFFER: {counts}; the first is taken, videos of another one are unusable")
     if options.frames is None and len(lengths) > 1:
         raise InputError(
-            f"{options.features}: videos have {min(lengths)} to {max(lengths)} rows each; give --frames N, the middles "
-            "of N equal segments of each (shorter videos are masked)"
+            f"{options.features}: videos have {min(lengths)} to {max(lengths)} rows each; "
+            "give --frames N, the middles of N equal segments of each (shorter videos are masked)"
         )
     return options.frames or next(iter(lengths)), widths.most_common(1)[0][0]
 
@@ -259,6 +252,7 @@ def _open_or_create(
     options: Options, listing: "Listing", *, frames: int, dim: int
 ) -> "FeatureStore":
     """The store, with a row for every video of the listing. InputError if it was made otherwise."""
+    from extract.options import Options as ExtractOptions
     from extract.store import FeatureStore, difference
     from extract.store.corrections import complete_correction
     from extract.workers.reconcile import append_new, columns_of, reconcile
@@ -287,21 +281,19 @@ def _open_or_create(
             f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out"
         )
     complete_correction(store)
-    wishes: Any = SimpleNamespace(
-        window=None,
-        limit=None,
+    extract_options = ExtractOptions(
+        options.labels,
+        options.out,
         retry_changed=options.retry_changed,
         drop_unlisted=options.drop_unlisted,
     )
-    reconcile(wishes, store, listing, listing.videos)
+    reconcile(extract_options, store, listing, listing.videos)
     append_new(store, listing.videos, listing.classes)
     return store
 
 
-def _write_blocks(
-    store: "FeatureStore", files: "FeatureFiles", names: dict[str, str], paths: dict[str, str]
-) -> None:
-    """Read and write every block with a pending row; commit a few at a time."""
+def _write_blocks(store: "FeatureStore", files: "FeatureFiles", names: dict[str, str]) -> None:
+    """Read and write every block with a pending row; commit every few seconds."""
     import numpy as np
 
     from extract.store import PENDING
@@ -312,7 +304,7 @@ def _write_blocks(
         rows = store.block_rows(block)
         rows = rows[store.status[rows] == PENDING]
         features = np.zeros((len(rows), *store.video_shape), "<f2")
-        ready.append(_read_rows(store, files, names, paths, rows, features))
+        ready.append(_read_rows(store, files, names, rows, features))
         store.write_block(block, features, rows)
         if time.monotonic() - committed > _SECONDS_PER_COMMIT:
             store.commit(*ready)
@@ -325,35 +317,34 @@ def _read_rows(
     store: "FeatureStore",
     files: "FeatureFiles",
     names: dict[str, str],
-    paths: dict[str, str],
     rows: "np.ndarray",
     out: "np.ndarray",
 ) -> Any:
-    """Fill `out` [n, 1, T, D] with the features of `rows`, one video in memory at a time; their
-    outcomes."""
+    """Fill `out` [n, 1, T, D] with the features of `rows`, with one video in memory at a time, and
+    return their outcomes."""
 
     from extract.feature_files import UnusableError
     from extract.sampling import segment_centres
-    from extract.sources import UNKNOWN, read_source
+    from extract.sources import read_source
     from extract.store import OK, Outcomes
 
     outcomes = Outcomes.failed(rows, "", 1, store.frames_per_video)
-    sources, source, source_path = [], UNKNOWN, ""
-    for place, row in enumerate(rows.tolist()):
-        video_id = store.ids[row]
-        if paths[video_id] != source_path:  # one file may hold all of them
-            source_path = paths[video_id]
+    sources, source_path = [], ""
+    for position, row in enumerate(rows.tolist()):
+        name = names[store.ids[row]]
+        if files.path(name) != source_path:  # one file may hold all of them
+            source_path = files.path(name)
             source = read_source(source_path)
         sources.append(source)
         try:
-            array = files.load(names[video_id])
+            array = files.load(name)
             chosen = segment_centres(len(array), store.frames_per_video)
-            out[place, 0] = _checked(array, chosen, store.dim)
+            out[position, 0] = _checked(array, chosen, store.dim)
         except UnusableError as error:
-            outcomes.errors[place] = str(error)
+            outcomes.errors[position] = str(error)
             continue
-        outcomes.status[place], outcomes.num_frames[place] = OK, len(array)
-        outcomes.frame_indices[place, 0] = chosen
+        outcomes.status[position], outcomes.num_frames[position] = OK, len(array)
+        outcomes.frame_indices[position, 0] = chosen
     return replace(outcomes, sources=sources)
 
 
@@ -367,11 +358,11 @@ def _checked(array: "np.ndarray", chosen: "np.ndarray", dim: int) -> "np.ndarray
     if array.shape[1] != dim:
         raise UnusableError(f"its width is {array.shape[1]}, the store's {dim}")
     values = array[chosen]
-    wrong = ~(np.abs(values) <= np.finfo("f2").max)
-    if wrong.any():
-        place = int(wrong.any(axis=1).argmax())
+    too_large = ~(np.abs(values) <= np.finfo("f2").max)  # also NaN
+    if too_large.any():
+        row, column = np.argwhere(too_large)[0]
         raise UnusableError(
-            f"row {chosen[place]} holds {values[place][wrong[place]][0]}, expected what float16 can hold"
+            f"row {chosen[row]} holds {values[row, column]}, expected what float16 can hold"
         )
     return values
 

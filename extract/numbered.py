@@ -5,6 +5,8 @@ import os
 import re
 from collections.abc import Iterable
 
+from extract import StrPath
+
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.[a-z]+)", re.DOTALL)
 
@@ -42,7 +44,7 @@ def gaps(by_number: dict[int, str]) -> str:
     )
 
 
-def picture_paths(folder: str | os.PathLike[str]) -> list[str]:
+def picture_paths(folder: StrPath) -> list[str]:
     """The pictures of a folder as paths, in the order of their numbers; [] if they are not video.
 
     Raises OSError.

@@ -15,6 +15,7 @@ import re
 import stat
 from typing import NamedTuple
 
+from extract import StrPath
 from extract.numbered import picture_paths
 
 END_BYTES = 1 << 16  # of each end of a file
@@ -44,7 +45,7 @@ def file_of(row_id: str) -> str:
     return span[1] if span else row_id
 
 
-def read_source(path: str | os.PathLike[str]) -> Source:
+def read_source(path: StrPath) -> Source:
     """Size, digest and time of change of a file; `UNKNOWN` for what cannot be read or is not a
     file.
 
@@ -68,7 +69,7 @@ def read_source(path: str | os.PathLike[str]) -> Source:
     return Source(status.st_size, int.from_bytes(digest, "little", signed=True), status.st_mtime_ns)
 
 
-def stat_source(path: str | os.PathLike[str]) -> tuple[int, int]:
+def stat_source(path: StrPath) -> tuple[int, int]:
     """Size and time of change, as `Source` has them, without reading; size 0 for what is not a video.
 
     Of a folder, the size of its numbered pictures together and the latest change. Raises OSError.
@@ -81,7 +82,7 @@ def stat_source(path: str | os.PathLike[str]) -> tuple[int, int]:
     return sum(picture.st_size for picture in pictures), latest
 
 
-def _read_pictures(folder: str | os.PathLike[str]) -> Source:
+def _read_pictures(folder: StrPath) -> Source:
     paths = picture_paths(folder)
     if not paths:
         return UNKNOWN

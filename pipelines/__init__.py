@@ -4,14 +4,9 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+# `python -m` searches the working folder first: a user's own ensemble.py there is another module.
 ROOT = Path(__file__).parents[1]
-# `python -m` searches the working folder first: a user's own extract.py there is not our package.
-if any(
-    (spec := find_spec(name)) is None or spec.origin != str(ROOT / name / "__init__.py")
-    for name in ("extract", "aggregate", "ensemble")
-):
+if getattr(find_spec("ensemble"), "origin", None) != str(ROOT / "ensemble/__init__.py"):
     sys.path.insert(0, str(ROOT))
-if sys.argv[:1] == ["-m"]:
-    from extract.commands import refuse_other_modules
 
-    refuse_other_modules()
+import ensemble  # noqa: E402, F401  # in turn checks the packages above it

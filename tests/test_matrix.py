@@ -806,7 +806,7 @@ CELLS["extract.verify"] = dict.fromkeys(COLUMNS, harmless("it checks what is sto
     "package version": refused(SCHEMA),
 }
 CELLS["extract.export"] = dict.fromkeys(COLUMNS, harmless("it writes what is stored")) | {
-    "option": refused("is there already and is left as it is"),
+    "option": refused("already exists and is left as it is"),
     "package version": refused(SCHEMA),
 }
 

@@ -1,4 +1,4 @@
-"""What two splits share in secret: one file under two names, and spans of one file that overlap."""
+"""Leaks between splits: one file under two names, and overlapping spans of one file."""
 
 import math
 import os
@@ -26,7 +26,7 @@ def describe_leaks(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) ->
 
 
 def _linked_files(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) -> Iterator[str]:
-    by_inode: dict[int, dict[str, Row]] = defaultdict(dict)  # of each file a row of each split
+    by_inode: dict[int, dict[str, Row]] = defaultdict(dict)  # for each file a row of each split
     for row in rows:
         if inode := inodes.get(row.file):
             by_inode[inode].setdefault(row.split, row)
@@ -34,7 +34,7 @@ def _linked_files(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) -> 
         first, *others = by_split.values()
         for row in others:
             paths = [os.path.join(root, name) for name in (first.file, row.file)]
-            # Two file systems below one root may use the same number.
+            # Two file systems below one root may use the same inode number.
             if first.file != row.file and os.path.samefile(*paths):
                 yield f"{_name(first)} = {_name(row)}"
 
@@ -47,7 +47,7 @@ def _overlapping_spans(rows: Sequence[Row]) -> Iterator[str]:
     for parts in by_file.values():
         if len({row.split for row in parts}) < 2:
             continue
-        latest: dict[str, Row] = {}  # of each split the part that ends last, of those that began
+        latest: dict[str, Row] = {}  # of the earlier parts, the one of each split that ends last
         for row in sorted(parts, key=_seconds):
             start, end = _seconds(row)
             for split, earlier in latest.items():

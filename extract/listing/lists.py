@@ -1,7 +1,7 @@
-"""Lists of videos in the layouts that people hold them in: which one a file has, and its rows.
+"""Read lists of videos in the formats of public data sets, and recognize which format a file has.
 
-Tables with a header are read by `tables`. A layout is recognized by signs that no other has; a file
-that fits two is refused with the question that decides.
+Tables with a header are read by `tables`. A format is recognized by signs that no other has; a file
+that fits two is refused, and the message asks the question that decides.
 """
 
 import json
@@ -17,6 +17,8 @@ from extract.listing.tables import (
     Row,
     Table,
     layout_of,
+    open_text,
+    parse_rows,
     parse_span,
     parse_split,
     path_below,
@@ -36,8 +38,8 @@ FRAMES_HINT = (
 
 
 def read_list(path: str, root: str) -> Table:
-    """The rows of a list whose videos lie below `root`. `InputError` for an unknown or ambiguous
-    layout."""
+    """The rows of a list whose videos are below `root`. `InputError` for an unknown or ambiguous
+    format."""
     name = os.path.basename(path)
     if extension(name) == "json":
         return _read_json(path)
@@ -63,44 +65,52 @@ def is_table(path: str) -> bool:
 
 
 def lists_of(path: str) -> list[str]:
-    """All files of the protocol that one file belongs to: both of UCF101's split, all classes of
-    HMDB51's."""
+    """The files that are read with one file: both of a split of UCF101, all classes of a split of
+    HMDB51, else the file alone."""
     directory, name = os.path.split(path)
     for pattern in (_UCF, _HMDB):
         if match := pattern.fullmatch(name):
-            names = [
-                (pattern.fullmatch(other), other) for other in sorted(os.listdir(directory or "."))
+            matches = map(pattern.fullmatch, sorted(os.listdir(directory or ".")))
+            number = match["number"]
+            return [
+                os.path.join(directory, other[0])
+                for other in matches
+                if other and other["number"] == number
             ]
-            same = [other for found, other in names if found and found["number"] == match["number"]]
-            return [os.path.join(directory, other) for other in same]
     return [path]
 
 
 def lists_in(directory: str) -> list[str]:
-    """The lists that lie directly in a folder; `InputError` if it holds several protocols of UCF101
-    or HMDB51."""
-    names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
-    names = [name for name in names if extension(name) in LIST_EXTENSIONS]
+    """The lists directly in a folder. `InputError` for several splits of UCF101 or HMDB51."""
+    paths = files_like_lists(directory)
+    names = list(map(os.path.basename, paths))
     for pattern in (_UCF, _HMDB):
         matches = [match for match in map(pattern.fullmatch, names) if match]
         if len({match["number"] for match in matches}) > 1:
             raise InputError(
-                f"{directory} holds several protocols, such as {matches[0][0]} and {matches[-1][0]}; "
-                "give one of these files as --videos: the others of its number are read with it"
+                f"{directory} holds several protocols, such as {matches[0][0]} and "
+                f"{matches[-1][0]}; give one of these files as --videos: the others of its number "
+                "are read with it"
             )
         if matches:
-            return [os.path.join(directory, match[0]) for match in matches]
-    return [os.path.join(directory, name) for name in names]
+            return lists_of(os.path.join(directory, matches[0][0]))
+    return paths
 
 
-# -- text without a header ---------------------------------------------------------------------------------------------
+def files_like_lists(directory: str) -> list[str]:
+    """Paths of the files directly in a folder with an extension of lists, sorted."""
+    names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    return [os.path.join(directory, name) for name in names if extension(name) in LIST_EXTENSIONS]
+
+
+# -- text without a header ---------------------------------------------------------------------------
 
 
 def _separator_of_pairs(path: str, root: str) -> str:
-    """What separates path and label in the first line of a text list, "" if it is not one.
+    """The separator of path and label in the first line of a text list, "" if it is not one.
 
-    mmaction2's lists of frame folders have three fields, `folder frames label`, as a video with two
-    labels would: a folder on the disk is the sign of the former.
+    Three fields are refused: `folder frames label` of mmaction2, or a path with two labels. The
+    message depends on whether there is such a folder.
     """
     line = next((line for _, line in text_lines(path)), "").strip()
     for separator in _SEPARATORS:
@@ -113,42 +123,41 @@ def _separator_of_pairs(path: str, root: str) -> str:
         if os.path.isdir(os.path.join(root, parts[0])):
             raise InputError(f"{path} lists folders, such as {parts[0]}; {FRAMES_HINT}")
         raise InputError(
-            f"{path} begins with {line!r}: is that `folder frames label` (no folder {parts[0]} is below {root}), "
-            "or a video with several labels? Give a CSV path,label with one label per row"
+            f"{path} begins with {line!r}: is that `folder frames label` (no folder {parts[0]} is "
+            f"below {root}), or a video with several labels? Give a CSV path,label with one label "
+            "per row"
         )
     return ""
 
 
 def _read_pairs(path: str, root: str, separator: str) -> Table:
-    """`path label` per line, of mmaction2, SlowFast and V-JEPA; or a path alone, of a video without
-    a label.
-
-        abseiling/x.mp4 0
+    """`abseiling/x.mp4 0` per line, of mmaction2, SlowFast and V-JEPA; or a path without a label.
 
     The split is the one in the list's name, such as kinetics400_val_list.txt.
     """
-    split, rows = _split_in_name(path), []
-    for line, text in text_lines(path):
-        name, _, label = text.strip().rpartition(separator)
-        if extension(text.strip()) in VIDEO_EXTENSIONS:
-            name, label = text.strip(), ""
-        first, _, count = name.rpartition(separator)
-        if count.isdecimal() and extension(first) in VIDEO_EXTENSIONS:
-            raise InputError(f"{path} line {line}: {text!r} has several labels; a video has one")
+    split = _split_in_name(path)
+
+    def parse(line: int, text: str) -> Row:
+        text = text.strip()
+        name, _, label = text.rpartition(separator)
+        if extension(text) in VIDEO_EXTENSIONS:
+            name, label = text, ""
+        earlier, _, last = name.rpartition(separator)
+        if last.isdecimal() and extension(earlier) in VIDEO_EXTENSIONS:
+            raise ValueError(f"{text!r} has several labels; a video has one")
         if not extension(name):
-            raise InputError(f"{path} line {line}: {text!r} is not a path and a label")
-        try:
-            rows.append(Row(path, line, path_below(name.strip(), root), label.strip(), split))
-        except ValueError as error:
-            raise InputError(f"{path} line {line}: {error}") from None
+            raise ValueError(f"{text!r} is not a path and a label")
+        return Row(path, line, path_below(name.strip(), root), label.strip(), split)
+
+    rows, _ = parse_rows(path, text_lines(path), parse)
     written = {"\t": "a tab", " ": "a space"}.get(separator, separator)
     note = f"{os.path.basename(path)}: path and label separated by {written}"
     return Table("path", rows, (f"{note}; split {split or '-'}, by the list's name",))
 
 
 def _split_in_name(path: str) -> str:
-    """The split that a list's name names: `kinetics400_train_list_videos.txt` -> train; "" for
-    none, or several."""
+    """The split in a list's name: `kinetics400_train_list_videos.txt` -> train; "" for none, or
+    several."""
     parts = re.split(r"[^a-z]+", os.path.basename(path).lower())
     splits = {SPLITS[part] for part in parts if part in SPLITS}
     return splits.pop() if len(splits) == 1 else ""
@@ -156,17 +165,21 @@ def _split_in_name(path: str) -> str:
 
 def _read_ucf(path: str, root: str) -> Table:
     """UCF101's trainlist01.txt and testlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`,
-    without the number in the latter. The class is the folder; the group, of clips cut from one
-    video, the name before `_c01`.
+    without the number in the latter.
+
+    The class is the folder. The group is the name before `_c01`: the video that clips were cut from.
     """
-    split, rows = "train" if os.path.basename(path).startswith("train") else "test", []
-    for line, text in text_lines(path):
+    split = "train" if os.path.basename(path).startswith("train") else "test"
+
+    def parse(line: int, text: str) -> Row:
         name = text.split()[0]
         label, slash, file = name.partition("/")
         if not slash:
-            raise InputError(f"{path} line {line}: {name!r} has no folder, which is the class")
+            raise ValueError(f"{name!r} has no folder, which is the class")
         group = re.sub(r"_c\d+\.\w+$", "", file)
-        rows.append(Row(path, line, path_below(name, root), label, split, group))
+        return Row(path, line, path_below(name, root), label, split, group)
+
+    rows, _ = parse_rows(path, text_lines(path), parse)
     return Table("path", rows, ("groups: the video that a clip of UCF101 was cut from",))
 
 
@@ -175,50 +188,42 @@ def _read_hmdb(path: str, label: str) -> Table:
 
     1 is train, 2 is test, 0 is neither and left out.
     """
-    rows, left_out = [], 0
-    for line, text in text_lines(path):
+    splits = {"0": "", "1": "train", "2": "test"}
+
+    def parse(line: int, text: str) -> Row | None:
         name, _, number = text.strip().rpartition(" ")
-        if number not in ("0", "1", "2"):
-            raise InputError(f"{path} line {line}: {text!r} is not a file and 0, 1 or 2")
-        if number == "0":
-            left_out += 1
-            continue
+        if number not in splits:
+            raise ValueError(f"{text!r} is not a file and 0, 1 or 2")
         stem = name.strip().rpartition(".")[0]
-        rows.append(Row(path, line, stem, label, "train" if number == "1" else "test"))
-    notes = (
-        (f"{os.path.basename(path)}: {left_out:,} rows of neither train nor test",)
-        if left_out
-        else ()
-    )
-    return Table("stem", rows, notes)
+        return Row(path, line, stem, label, splits[number]) if splits[number] else None
+
+    rows, left_out = parse_rows(path, text_lines(path), parse)
+    note = f"{os.path.basename(path)}: {left_out:,} rows of neither train nor test"
+    return Table("stem", rows, (note,) if left_out else ())
 
 
-# -- JSON --------------------------------------------------------------------------------------------------------------
+# -- JSON --------------------------------------------------------------------------------------------
 
 
 def _read_json(path: str) -> Table:
     """A list of Something-Something or of ActivityNet."""
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with open_text(path) as file:
             content = json.load(file)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except json.JSONDecodeError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
-    if (
-        isinstance(content, list)
-        and content
-        and isinstance(content[0], dict)
-        and "id" in content[0]
-    ):
-        return Table("stem", list(_something_rows(path, content)))
-    if isinstance(content, dict) and isinstance(content.get("database"), dict):
-        return Table("stem", list(_activitynet_rows(path, content["database"])))
+    match content:
+        case [{"id": _}, *_]:
+            return _read_something(path, content)
+        case {"database": dict(database)}:
+            return Table("stem", list(_activitynet_rows(path, database)))
     raise InputError(
-        f"{path} is not a list of videos that is known: neither Something-Something's "
+        f"{path} is not a list of videos in a known format: neither Something-Something's "
         '[{"id": ..., "template": ...}] nor ActivityNet\'s {"database": {...}}'
     )
 
 
-def _something_rows(path: str, entries: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
+def _read_something(path: str, entries: Sequence[Any]) -> Table:
     """Something-Something's lists, in which the class is the template without its brackets:
 
     [{"id": "78687", "label": "holding potato ...", "template": "Holding [something] next to
@@ -227,13 +232,14 @@ def _something_rows(path: str, entries: Sequence[Mapping[str, Any]]) -> Iterator
     The split is the one in the list's name; the test list has ids alone.
     """
     split = _split_in_name(path)
-    for number, entry in enumerate(entries, start=1):
+
+    def parse(number: int, entry: Any) -> Row:
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str | int):
-            raise InputError(
-                f"{path} entry {number} is {entry!r:.80}, expected an object with an id"
-            )
-        label = str(entry.get("template", "")).replace("[", "").replace("]", "")
-        yield Row(path, number, str(entry["id"]), label, split)
+            raise ValueError(f"expected an object with an id, found {entry!r:.80}")
+        label = re.sub(r"[\[\]]", "", str(entry.get("template", "")))
+        return Row(path, number, str(entry["id"]), label, split)
+
+    return Table("stem", parse_rows(path, enumerate(entries, start=1), parse, "entry")[0])
 
 
 def _activitynet_rows(path: str, database: Mapping[str, Any]) -> Iterator[Row]:
@@ -255,9 +261,7 @@ def _activitynet_rows(path: str, database: Mapping[str, Any]) -> Iterator[Row]:
             if not annotations:
                 yield Row(path, number, name, "", split, untrimmed=name)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            why = (
-                error
-                if type(error) is ValueError
-                else f"{entry!r:.120} has no subset and annotations as expected"
-            )
-            raise InputError(f"{path} entry {number} ({name}): {why}") from None
+            reason: object = f"{entry!r:.120} has no subset and annotations as expected"
+            if type(error) is ValueError:
+                reason = error
+            raise InputError(f"{path} entry {number} ({name}): {reason}") from None

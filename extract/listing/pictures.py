@@ -1,4 +1,4 @@
-"""Folders of numbered pictures in a listing: what is said of them, and the frame rate that they need."""
+"""Folders of numbered pictures in a listing: lines for its report, and checks of the frame rate."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,7 +7,7 @@ from extract.cli import first_few
 
 
 def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
-    """Lines for the listing's report. folders: what is missing in the numbering of each, or ""."""
+    """Lines for the listing's report. folders: the gaps in the numbering of each, or ""."""
     missing = [f"{name}: {gap}" for name, gap in folders.items() if gap]
     lines = [f"folders of numbered pictures, a video each: {len(folders):,}"] if folders else []
     if missing:
@@ -16,11 +16,11 @@ def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
 
 
 def refuse_picture_folders(source: str, folders: Sequence[str]) -> None:
-    """For commands that read videos themselves. InputError if there are such folders."""
+    """InputError if there are such folders, for commands that cannot read them."""
     if folders:
         raise InputError(
-            f"{source} lists folders of numbered pictures, such as {folders[0]}; only `extract` reads "
-            "them, with --frame-rate: train and test on the features that it stores"
+            f"{source} lists folders of numbered pictures, such as {folders[0]}; only `extract` "
+            "reads them, with --frame-rate: train and test on the features that it stores"
         )
 
 
@@ -28,8 +28,8 @@ def require_frame_rate(source: str, folders: Sequence[str], rate: float | None) 
     """InputError if there are such folders and no rate (Hz)."""
     if rate is None and folders:
         raise InputError(
-            f"{source} lists folders of numbered pictures ({len(folders):,}, such as {folders[0]}); say "
-            "with --frame-rate how many are shown per second, or move them away"
+            f"{source} lists folders of numbered pictures ({len(folders):,}, such as {folders[0]}); "
+            "say with --frame-rate how many are shown per second, or move them away"
         )
 
 
@@ -37,5 +37,6 @@ def refuse_needless_rate(source: str, folders: Sequence[str], rate: float | None
     """InputError if a rate (Hz) is given and there are no such folders."""
     if rate is not None and not folders:
         raise InputError(
-            f"--frame-rate {rate:g} is for folders of numbered pictures; {source} lists none, leave it out"
+            f"--frame-rate {rate:g} is for folders of numbered pictures; {source} lists none, "
+            "leave it out"
         )

@@ -1,8 +1,7 @@
-"""What there is to extract: a folder, a CSV or one file becomes a `Listing` of videos with label,
-split and group.
+"""List the videos of a folder, a list file or one file, with label, split and group.
 
-Nothing is guessed in silence: what is not listed is counted and named with the reason, and a class
-index comes from a list of labels, never from the order of folders.
+Nothing is guessed silently: files that are not listed are counted and named with the reason, and
+class indices come from a list of labels, never from the order of folders.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from extract import InputError
+from extract import InputError, StrPath
 from extract.cli import first_few
 from extract.listing.folders import (
     VIDEO_EXTENSIONS,
@@ -31,6 +30,7 @@ from extract.listing.leaks import describe_leaks
 from extract.listing.lists import (
     FRAMES_HINT,
     LIST_EXTENSIONS,
+    files_like_lists,
     is_table,
     lists_in,
     lists_of,
@@ -38,7 +38,7 @@ from extract.listing.lists import (
 )
 from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
 from extract.listing.pictures import describe_picture_folders, refuse_picture_folders
-from extract.listing.tables import Row, span_id
+from extract.listing.tables import Row, Table, span_id
 from extract.numbered import PICTURE_EXTENSIONS
 
 __all__ = [
@@ -50,7 +50,7 @@ __all__ = [
     "youtube_id",
 ]
 
-# Of a clip, or of a span of an untrimmed video.
+# The id of a clip of Kinetics, or of a span of an untrimmed video that is named by its youtube id.
 _CLIP = re.compile(
     r"(?:.*/)?([A-Za-z0-9_-]{11})(?:_\d{6,}_\d{6,}(?:\.[^.]*)?|\.[^.#]+#\d+-\d+)", re.DOTALL
 )
@@ -58,159 +58,142 @@ _CLIP = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One video: `id` is its POSIX path below the source, `label` an index in the listing's classes
-    or -1.
+    """One video, or a span of one."""
 
-    With a `span` it is a part of its file, in seconds, and its id ends with the milliseconds:
-    `a.mp4#2000-5000`.
-    """
-
-    id: str
+    id: str  # POSIX path below the source; of a span with its milliseconds: `a.mp4#2000-5000`
     path: str
-    label: int
+    label: int  # index in the listing's classes, -1 for unknown
     split: str = ""
     group: str = ""
-    span: tuple[float, float] | None = None
+    span: tuple[float, float] | None = None  # seconds
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The videos of a source and what was left out of them; `report()` says it all in a short
-    table.
+    """The videos of a source, and the files that were left out.
 
-    `videos` are sorted by id, those of a CSV stand in its order, spans of one file side by side.
-    `missing` are rows of a CSV without a file (their id is the name that was looked for),
-    `unlisted` are videos beside them that no row names, `ignored` holds, by reason, the names of
-    what is not a video.
+    Videos of a folder are sorted by id. Those of a list are in its order, with the spans of a file
+    next to each other.
     """
 
     source: str
-    layout: str  # how the source was read, in words
+    layout: str  # describes how the source was read
     videos: tuple[Video, ...] = field(repr=False)
     classes: tuple[str, ...] = field(repr=False)
-    labels_from: str  # where the classes come from, in words
-    missing: tuple[Video, ...] = field(default=(), repr=False)
-    unlisted: tuple[str, ...] = field(default=(), repr=False)
-    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    labels_from: str  # describes the source of the classes
+    missing: tuple[Video, ...] = field(default=(), repr=False)  # rows of a list without a file
+    unlisted: tuple[str, ...] = field(default=(), repr=False)  # videos in no row of the list
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # by reason
     notes: tuple[str, ...] = ()
     picture_folders: tuple[str, ...] = field(default=(), repr=False)  # paths below the root
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that a video is listed in: of train, val, test, "", in this order."""
-        there = {video.split for video in (*self.videos, *self.missing)}
-        return tuple(split for split in ("train", "val", "test", "") if split in there)
+        """The splits of the listed videos: some of train, val, test, "", in this order."""
+        present = {video.split for video in (*self.videos, *self.missing)}
+        return tuple(split for split in ("train", "val", "test", "") if split in present)
 
     def class_counts(self, split: str) -> tuple[int, ...]:
-        """How many videos of a split each class has, in the order of `classes`."""
+        """Number of videos of a split per class, in the order of `classes`."""
         counts = Counter(video.label for video in self.videos if video.split == split)
         return tuple(counts[label] for label in range(len(self.classes)))
 
     def youtube_ids_in_two_splits(self) -> dict[str, tuple[str, ...]]:
-        """Youtube ids that are listed in more than one split, with the splits; other names are not
-        looked at."""
-        splits: dict[str, set[str]] = defaultdict(set)
-        for name, video in _youtube_ids((*self.videos, *self.missing)):
-            splits[name].add(video.split)
-        return {name: tuple(sorted(where)) for name, where in splits.items() if len(where) > 1}
+        """Youtube ids that are listed in several splits, with the splits."""
+        splits = _splits_of_youtube_ids((*self.videos, *self.missing))
+        return {name: tuple(sorted(s)) for name, s in splits.items() if len(s) > 1}
 
     def report(self) -> str:
-        """Listed, found, missing; per split and class; what was ignored and why; youtube ids in two
-        splits."""
+        """A table of listed, found and missing videos per split, and the files that were ignored."""
         found, missing = len(self.videos), len(self.missing)
         lines = [
             f"{self.source}: {self.layout}",
-            f"{_count(found + missing, 'video')} listed, {found:,} found, {missing:,} missing"
-            + _named([video.id for video in self.missing]),
+            f"{_count(found + missing, 'video')} listed, {found:,} found, "
+            f"{_counted([video.id for video in self.missing], ' missing')}",
             f"{_count(len(self.classes), 'class', 'classes')}: {self.labels_from}",
             *self.notes,
             *self._split_table(),
-            *(
-                f"ignored, {why}: {len(names):,}{_named(names)}"
-                for why, names in sorted(self.ignored.items())
-            ),
         ]
+        for reason, names in sorted(self.ignored.items()):
+            lines.append(f"ignored, {reason}: {_counted(names)}")
         if self.unlisted:
-            lines.append(
-                f"left out, in no row of the CSV: {len(self.unlisted):,}{_named(self.unlisted)}"
-            )
-        if twice := self.youtube_ids_in_two_splits():
-            named = [
-                f"{name}: {', '.join(split or '-' for split in where)}"
-                for name, where in sorted(twice.items())
+            lines.append(f"left out, in no row of the CSV: {_counted(self.unlisted)}")
+        if shared := self.youtube_ids_in_two_splits():
+            ids = [
+                f"{name}: {', '.join(split or '-' for split in splits)}"
+                for name, splits in sorted(shared.items())
             ]
-            lines.append(
-                f"youtube ids that stand in two splits: {len(twice):,} ({'; '.join(named[:10])})"
-            )
+            lines.append(f"youtube ids in two splits: {len(ids):,} ({'; '.join(ids[:10])})")
         return "\n".join(lines)
 
     def _split_table(self) -> Iterator[str]:
-        yield f"{'split':<6}{'listed':>9}{'found':>9}{'unlabeled':>12}{'classes':>9}   min, median, max a class"
+        yield (
+            f"{'split':<6}{'listed':>9}{'found':>9}{'unlabeled':>12}{'classes':>9}   "
+            "min, median, max per class"
+        )
         found = Counter(video.split for video in self.videos)
         missing = Counter(video.split for video in self.missing)
         unlabeled = Counter(video.split for video in self.videos if video.label < 0)
         empty = []
         for split in self.splits:
-            counts = self.class_counts(split)
-            some = [count for count in counts if count]
-            spread = f"{min(some):,}, {median(some):,.6g}, {max(some):,}" if some else "-"
-            listed = found[split] + missing[split]
+            counts = dict(zip(self.classes, self.class_counts(split), strict=True))
+            positive = [count for count in counts.values() if count]
+            spread = "-"
+            if positive:
+                spread = f"{min(positive):,}, {median(positive):,.6g}, {max(positive):,}"
             yield (
-                f"{split or '-':<6}{listed:>9,}{found[split]:>9,}{unlabeled[split]:>12,}{len(some):>9,}   {spread}"
+                f"{split or '-':<6}{found[split] + missing[split]:>9,}{found[split]:>9,}"
+                f"{unlabeled[split]:>12,}{len(positive):>9,}   {spread}"
             )
-            if some and len(some) < len(counts):
-                names = [
-                    name for name, count in zip(self.classes, counts, strict=True) if not count
-                ]
-                empty.append(
-                    f"classes without a video{f' in {split}' if split else ''}: {len(names):,}{_named(names)}"
-                )
+            if 0 < len(positive) < len(counts):
+                names = [name for name, count in counts.items() if not count]
+                in_split = f" in {split}" if split else ""
+                empty.append(f"classes without a video{in_split}: {_counted(names)}")
         yield from empty
 
 
 def list_videos(
-    source: str | os.PathLike[str],
+    source: StrPath,
     *,
-    labels: str | os.PathLike[str] = "auto",
-    root: str | os.PathLike[str] | None = None,
+    labels: StrPath = "auto",
+    root: StrPath | None = None,
     picture_folders: bool = False,
 ) -> Listing:
-    """List the videos of `source`:
+    """List the videos of `source`.
 
-    - a folder: `<split>/<class>/<clip>`, `<class>/<clip>`, or flat. One outer folder around all of it is looked
-      through, `vol_NN` is not a class. If the folders name no class, CSVs in the folder or its `annotations/` are the
-      list, if there are any; where they do, they are believed and no CSV is read.
-    - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, its files anywhere below `root`: the clips, or
-      where one is not there, the untrimmed `<youtube_id>.mp4` that it is a span of,
-    - a CSV `path,label[,start,end][,split,group]`, paths below `root`, start and end in seconds; without `group`, a
-      column `subject` is the group,
-    - one video.
+    Args:
+        source: one of
+            - a folder: `<split>/<class>/<clip>`, `<class>/<clip>`, or flat. One outer folder around
+              all of it is skipped, and `vol_NN` is not a class. If no folder names a class, CSVs in
+              the folder or its `annotations/` are the list, if there are any.
+            - a CSV `label,youtube_id,time_start,time_end,split` of Kinetics, with files anywhere
+              below `root`: the clips, or for a missing clip the untrimmed `<youtube_id>.mp4` that
+              it is a span of.
+            - a CSV `path,label[,start,end][,split,group]`: paths below `root`, seconds; without
+              `group`, a column `subject` is the group.
+            - a list of another data set, see `lists`.
+            - one video.
+        labels: "auto" (the Kinetics-700 list if every name is in it, else the sorted names),
+            "kinetics700", or a file with one class per line. Names match it as they are, with `_`
+            for spaces, and with `'`, `(`, `)` removed as well.
+        root: the folder of a list's videos, by default its own.
+        picture_folders: accept folders of numbered pictures as videos.
 
-    A folder of numbered pictures of one pattern is a video too, where videos are, if the caller can
-    read such `picture_folders`; else they are refused.
-
-    `root` is the CSV's own folder unless given. `labels` is "auto" (the Kinetics-700 list where
-    every name is in it, else the sorted names), "kinetics700", or a file with one class a line;
-    names match it as they are, with `_` for spaces, and with `'`, `(`, `)` removed as well. Raises
-    `InputError`, which says what is wrong and where.
+    Raises:
+        InputError: names what is wrong, with file and line.
     """
     source, root = os.fspath(source), None if root is None else os.fspath(root)
     with _gc_paused():
         rows, fields = _rows(source, root)
-        base = (
-            source if os.path.isdir(source) else os.path.dirname(source) if root is None else root
-        )
-        listing = _listing(source, rows, labels, base, fields)
+        own_folder = source if os.path.isdir(source) else os.path.dirname(source)
+        listing = _listing(source, rows, labels, own_folder if root is None else root, fields)
     if not picture_folders:
         refuse_picture_folders(source, listing.picture_folders)
     return listing
 
 
-def read_listing(
-    path: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "auto"
-) -> Listing:
-    """What a list says of its videos, whose files need not exist: `videos` in its order, each path
-    is the id.
+def read_listing(path: StrPath, *, labels: StrPath = "auto") -> Listing:
+    """The videos of a list, in its order, whose files need not exist: each path is the id.
 
     Raises `InputError` as `list_videos`.
     """
@@ -218,55 +201,49 @@ def read_listing(
     if not os.path.isfile(source) or extension(source) not in LIST_EXTENSIONS:
         raise InputError(f"{source} is not a list of videos; give a CSV id,label[,split,group]")
     with _gc_paused():
-        paths = lists_of(source)
-        tables = [read_list(path, os.path.dirname(source) or ".") for path in paths]
+        tables, layout, notes = _read_lists(lists_of(source), os.path.dirname(source) or ".")
         rows = [
             row._replace(file=row.name, span=row.span if row.untrimmed in ("", row.name) else None)
             for table in tables
             for row in table.rows
         ]
-        if not rows:
-            raise InputError(f"{source} has a header and no rows")
         reject_duplicates(rows)
-        notes = tuple(dict.fromkeys(note for table in tables for note in table.notes))
-        layout = " and ".join(map(os.path.basename, paths))
-        return _listing(source, rows, labels, "", {"layout": layout, "notes": notes})
+        return _listing(source, rows, labels, "", {"layout": layout, "notes": tuple(notes)})
 
 
 def _listing(
     source: str,
     rows: Sequence[Row],
-    labels: str | os.PathLike[str],
+    labels: StrPath,
     base: str,
     fields: dict[str, Any],
 ) -> Listing:
-    # Missing videos count: a class index must not depend on how much of a data set has been
-    # downloaded.
+    # Labels of missing videos count: class indices must not depend on which videos are downloaded.
     names = {row.label for row in rows} - {""}
     classes, index, labels_from = choose_labels(names, labels, kinetics_names=_kinetics_names(rows))
     index[""] = -1
-    videos = [
-        Video(
-            span_id(row.file or row.name, row.span if row.file else None),
-            os.path.join(base, row.file) if row.file else "",
-            index[row.label],
-            row.split,
-            row.group
-            or (row.file if row.span else ""),  # the spans of a file must not be torn apart
-            row.span,
-        )
-        for row in rows
-    ]
-    found = tuple(video for video in videos if video.path)
-    missing = tuple(video for video in videos if not video.path)
+    videos, missing = [], []
+    for row in rows:
+        label = index[row.label]
+        if row.file:
+            path, video_id = os.path.join(base, row.file), span_id(row.file, row.span)
+            group = row.group or (row.file if row.span else "")  # no split may divide a file
+            videos.append(Video(video_id, path, label, row.split, group, row.span))
+        else:
+            missing.append(Video(row.name, "", label, row.split, row.group, row.span))
     return Listing(
-        source, videos=found, missing=missing, classes=classes, labels_from=labels_from, **fields
+        source,
+        videos=tuple(videos),
+        missing=tuple(missing),
+        classes=classes,
+        labels_from=labels_from,
+        **fields,
     )
 
 
 def youtube_id(video_id: str) -> str:
-    """The 11 characters before `_{start:06d}_{end:06d}`, or before `.mp4#{start}-{end}`;
-    `InputError` for others."""
+    """The 11 characters before `_{start:06d}_{end:06d}`, or before `.mp4#{start}-{end}`.
+    `InputError` for other ids."""
     if not (clip := _CLIP.fullmatch(video_id)):
         raise InputError(
             f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension"
@@ -275,10 +252,10 @@ def youtube_id(video_id: str) -> str:
 
 
 def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple[str, ...]:
-    """Youtube ids on both sides, sorted: what leaks from, say, Kinetics-600's train into
-    Kinetics-700's val."""
-    ids = {name for name, _ in _youtube_ids(first)}
-    return tuple(sorted(ids & {name for name, _ in _youtube_ids(second)}))
+    """Youtube ids in both, sorted: leaks from, say, Kinetics-600's train into Kinetics-700's val."""
+    return tuple(
+        sorted(_splits_of_youtube_ids(first).keys() & _splits_of_youtube_ids(second).keys())
+    )
 
 
 def _kinetics_names(rows: Sequence[Row]) -> bool:
@@ -288,16 +265,18 @@ def _kinetics_names(rows: Sequence[Row]) -> bool:
     return 2 * clips > len(sample)
 
 
-def _youtube_ids(videos: Iterable[Video]) -> Iterator[tuple[str, Video]]:
+def _splits_of_youtube_ids(videos: Iterable[Video]) -> dict[str, set[str]]:
+    splits: dict[str, set[str]] = defaultdict(set)
     for video in videos:
         if clip := _CLIP.fullmatch(video.id):
-            yield clip[1], video
+            splits[clip[1]].add(video.split)
+    return splits
 
 
 @contextlib.contextmanager
 def _gc_paused() -> Iterator[None]:
-    """Without the cycle collector, which walks over all the tuples made so far again and again:
-    half of the time."""
+    """Pause the cycle collector, which would take half of the time: it visits all tuples again and
+    again."""
     was_on = gc.isenabled()
     gc.disable()
     try:
@@ -308,8 +287,7 @@ def _gc_paused() -> Iterator[None]:
 
 
 def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
-    """The videos of a source before its classes have an index, and the fields of its listing that
-    are known."""
+    """The videos of a source, and the fields of its listing that do not depend on the labels."""
     if not os.path.exists(source):
         link = f" (it is a link to {os.readlink(source)})" if os.path.islink(source) else ""
         raise InputError(f"there is no {source}{link}; give a folder, a CSV or a video")
@@ -327,13 +305,14 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
     if is_folder:
         return _from_folder(source)
     if extension(name) not in VIDEO_EXTENSIONS:
-        known = " ".join(sorted(VIDEO_EXTENSIONS))
+        extensions = " ".join(sorted(VIDEO_EXTENSIONS))
         raise InputError(
-            f"{source} is not a folder, a list or, by its extension, a video; known are {known}"
+            f"{source} is not a folder, a list or, by its extension, a video; known are {extensions}"
         )
     if escape_non_utf8(name) != name:
         raise InputError(
-            f"the name {escape_non_utf8(name)} is not UTF-8, so that no store can hold it; rename the video"
+            f"the name {escape_non_utf8(name)} is not UTF-8, so that no store can hold it; "
+            "rename the video"
         )
     return [Row(source, 0, name, "", "", file=name)], {"layout": "one video"}
 
@@ -341,16 +320,14 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
 def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     files, ignored, inodes, pictures = scanned = scan(source)
     if not files:
-        why = "; ".join(
-            f"{reason}: {len(names):,}{_named(names)}" for reason, names in ignored.items()
-        )
+        if not ignored:
+            raise InputError(f"there is no video in {source}; it is empty")
+        reasons = "; ".join(f"{reason}: {_counted(names)}" for reason, names in ignored.items())
         names = [name for names in ignored.values() for name in names]
         hint = ""
         if any(name.lower().endswith(PICTURE_EXTENSIONS) for name in names):
             hint = f". {FRAMES_HINT[0].upper()}{FRAMES_HINT[1:]}"
-        raise InputError(
-            f"there is no video in {source}; " + (f"ignored: {why}{hint}" if why else "it is empty")
-        )
+        raise InputError(f"there is no video in {source}; ignored: {reasons}{hint}")
     by_folder = split_and_class({folder(file) for file in files})
     splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
     if not classes and (tables := _tables_in(source)):
@@ -367,74 +344,75 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _tables_in(source: str) -> list[str]:
-    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list of
-    videos."""
-    folders = [
-        path for path in (source, os.path.join(source, "annotations")) if os.path.isdir(path)
-    ]
-    paths = [
-        os.path.join(path, name)
-        for path in folders
-        for name in sorted(os.listdir(path))
-        if name[0] != "."
-    ]
-    return [path for path in paths if is_table(path)]
+    """The CSVs directly in a folder or in its `annotations/` that have the columns of a list."""
+    folders = filter(os.path.isdir, (source, os.path.join(source, "annotations")))
+    return [path for folder in folders for path in files_like_lists(folder) if is_table(path)]
+
+
+def _read_lists(paths: Sequence[str], root: str) -> tuple[list[Table], str, list[str]]:
+    """The tables of lists, a description, and the notes of all without repeats."""
+    tables = [read_list(path, root) for path in paths]
+    if not any(table.rows for table in tables):
+        raise InputError(f"{paths[0]} has a header and no rows")
+    notes = dict.fromkeys(note for table in tables for note in table.notes)
+    return tables, " and ".join(map(os.path.basename, paths)), list(notes)
 
 
 def _from_lists(
     paths: Sequence[str], root: str, *, scanned: Scan | None = None
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Videos of one or several lists below `root`; `scanned` is `scan(root)` if it has been made
-    already."""
+    """Videos of one or several lists below `root`. `scanned`: `scan(root)`, if the caller has it."""
     if not os.path.isdir(root):
         raise InputError(
             f"--root {root} is not a folder; it says where the videos of {paths[0]} are"
         )
-    tables = [read_list(path, root) for path in paths]
+    tables, description, notes = _read_lists(paths, root)
     by_path = [row for table in tables if table.kind == "path" for row in table.rows]
     by_stem = [row for table in tables if table.kind != "path" for row in table.rows]
-    if not by_path and not by_stem:
-        raise InputError(f"{paths[0]} has a header and no rows")
-    # A list of paths may lie in a large folder: only the folders that it names are looked into.
+    # A list of paths may be in a large folder: only the folders that it names are scanned.
     only = None if by_stem else {row.name.partition("/")[0] for row in by_path}
     files, ignored, inodes, pictures = scanned or scan(root, only=only)
     rows = [*locate_stems(by_stem, files if by_stem else ()), *locate_paths(by_path, files, root)]
     reject_duplicates(rows, of_two_classes=any(table.kind == "clip" for table in tables))
-    found = [row for row in rows if row.file]
-    if not found:
+    located = [row for row in rows if row.file]
+    if not located:
         present = f"there are {first_few(files)}" if files else "there is no video"
         raise InputError(
-            f"none of the {len(rows):,} videos of {paths[0]} is below {root} (looked for {rows[0].name}, {present}); "
-            "say with --root where they are"
+            f"none of the {len(rows):,} videos of {paths[0]} is below {root} "
+            f"(looked for {rows[0].name}, {present}); say with --root where they are"
         )
-    notes = list(dict.fromkeys(note for table in tables for note in table.notes))
-    if spans := sum(row.span is not None for row in found):
-        whole = len(found) - spans
+    if spans := sum(row.span is not None for row in located):
         notes.append(
-            f"{spans:,} are spans of untrimmed files, cut while reading; {whole:,} are whole files"
+            f"{spans:,} are spans of untrimmed files, cut while reading; "
+            f"{len(located) - spans:,} are whole files"
         )
-        # Spans of one file next to each other, by when they begin, so that it is read in one pass.
-        first = {row.file: place for place, row in reversed([*enumerate(rows)])}
-        rows.sort(key=lambda row: (first[row.file], row.span or ()))
-    used = {row.file for row in found}
+        # Spans of one file are sorted by start and next to each other, to be read in one pass.
+        order: dict[str, int] = {}
+        for row in rows:
+            order.setdefault(row.file, len(order))
+        rows.sort(key=lambda row: (order[row.file], row.span or ()))
+    used = {row.file for row in located}
     pictures = {name: gap for name, gap in pictures.items() if name in used}
-    notes += [*describe_picture_folders(pictures), *describe_leaks(found, root, inodes)]
-    read = used | {os.path.relpath(path, root).replace(os.sep, "/") for path in paths}
-    left = {
-        why: tuple(name for name in names if name not in read) for why, names in ignored.items()
+    notes += [*describe_picture_folders(pictures), *describe_leaks(located, root, inodes)]
+    read = used | {os.path.relpath(path, root) for path in paths}
+    ignored = {
+        reason: tuple(name for name in names if name not in read)
+        for reason, names in ignored.items()
     }
     return rows, {
-        "layout": f"{' and '.join(map(os.path.basename, paths))}, files below {root}",
+        "layout": f"{description}, files below {root}",
         "unlisted": tuple(file for file in files if file not in used),
-        "ignored": {why: names for why, names in left.items() if names},
+        "ignored": {reason: names for reason, names in ignored.items() if names},
         "notes": tuple(notes),
         "picture_folders": tuple(pictures),
     }
 
 
-def _named(names: Sequence[str]) -> str:
-    return f" ({first_few(names)})" if names else ""
+def _counted(names: Sequence[str], noun: str = "") -> str:
+    """The number of names and the first of them: `12 (a, b, c, ...)`."""
+    examples = f" ({first_few(names)})" if names else ""
+    return f"{len(names):,}{noun}{examples}"
 
 
-def _count(number: int, one: str, many: str = "") -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
+def _count(number: int, noun: str, plural: str = "") -> str:
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"

@@ -1,4 +1,4 @@
-"""Long videos in windows: rows of N seconds each, or of so many frames per second."""
+"""Cut long videos into windows of N seconds, one row each."""
 
 import contextlib
 import json
@@ -19,48 +19,50 @@ from extract.listing.tables import span_id
 from extract.listing.videos import Video
 from extract.numbered import picture_paths
 from extract.options import DEFAULTS, Options
+from extract.sources import file_of
 
 if TYPE_CHECKING:
     from extract.decode.pool import Finished
 
 MAX_WINDOWS = 1_000_000  # of one file
-_ASKED_AHEAD = 256  # files
+_MAX_PENDING = 256  # files
 
 
-def settle(options: Options) -> Options:
-    """Options with `window` and `frames` that say what `fps` said, and a `stride`; `InputError` for
-    what cannot be.
+def resolve_windowing(options: Options) -> Options:
+    """The options with `window`, `stride` and `frames` instead of `fps`.
 
-    `fps` and `window` together give the frames a window, `fps` alone a window in which as many as
-    `frames` are shown.
+    `fps` and `window` together set the frames per window; `fps` alone sets a window in which
+    `frames` are shown. Raises InputError for options that contradict each other.
     """
-    window, stride, fps, frames = options.window, options.stride, options.fps, options.frames
-    for name, value, what in (
-        ("window", window, "seconds"),
-        ("stride", stride, "seconds"),
-        ("fps", fps, "frames per second"),
-    ):
+    for name, unit in {"window": "s", "stride": "s", "fps": "frames per second"}.items():
+        value = getattr(options, name)
         if value is not None and not 0.001 <= value < 1e6:  # ids count milliseconds
-            raise InputError(f"--{name} {value:g}: expected {what}, from 0.001 on")
-    if fps is not None:
-        default = frames or DEFAULTS["frames"]
-        shown = default if window is None else max(1, round(fps * window))
+            raise InputError(f"--{name} {value:g}: expected 0.001 to 1,000,000 {unit}")
+    window, stride, fps, frames = options.window, options.stride, options.fps, options.frames
+    if fps is not None and window is None:
+        frames = frames or DEFAULTS["frames"]
+        window = frames / fps
+    elif fps is not None and window is not None:
+        shown = max(1, round(fps * window))
         if frames not in (shown, None):
             raise InputError(
-                f"--fps {fps:g} shows {shown} frames in a window of {window:g} s, and --frames is {frames}; drop one"
+                f"--fps {fps:g} shows {shown} frames in a window of {window:g} s, "
+                f"and --frames is {frames}; drop one"
             )
-        window, frames = shown / fps if window is None else window, shown
+        frames = shown
     if stride is not None and (window is None or stride > window):
         raise InputError(
-            f"--stride {stride:g} is that of windows, and at most their length; give --window too"
+            f"--stride {stride:g} needs windows, and is at most their length; give --window too"
         )
     return replace(options, window=window, stride=stride or window, fps=None, frames=frames)
 
 
 def window_spans(seconds: float, window: float, stride: float) -> list[tuple[float, float]]:
-    """Where the windows of a video of N seconds begin and end, in whole milliseconds.
+    """Start and end of the windows of a video, in seconds with whole milliseconds.
 
-    seconds = 9, window = 4, stride = 4     |0   4|4    9|       a rest shorter than half a window joins the last
+    A remainder shorter than half a window is merged into the last window.
+
+    seconds = 9, window = 4, stride = 4     |0   4|4    9|
     seconds = 10, window = 4, stride = 3    |0   4|
                                                |3   7|
                                                   |6   10|
@@ -68,11 +70,11 @@ def window_spans(seconds: float, window: float, stride: float) -> list[tuple[flo
     length, window, stride = (round(1000 * value) for value in (seconds, window, stride))
     length = max(length, 1)
     whole = max(0, (length - window) // stride + 1)
-    spans = [(place * stride, place * stride + window) for place in range(whole)]
-    rest = length - spans[-1][1] if spans else length
-    if not spans or 2 * rest >= window:
+    spans = [(index * stride, index * stride + window) for index in range(whole)]
+    remainder = length - spans[-1][1] if spans else length
+    if not spans or 2 * remainder >= window:
         spans.append((whole * stride, length))
-    elif rest:
+    elif remainder:
         spans[-1] = (spans[-1][0], length)
     return [(start / 1000, end / 1000) for start, end in spans]
 
@@ -86,13 +88,13 @@ def cut_windows(
     cache: Path | None = None,
     frame_rate: float | None = None,
 ) -> list[Video]:
-    """Windows of videos, or of spans of them; a group each, where none is known, so that no split
-    tears one apart.
+    """Cut videos, or spans of them, into windows.
 
-    A file whose length cannot be had stays whole, and fails when it is read. `timeout`, `cache` and
-    `frame_rate`: see `file_lengths`. Raises InputError for a file that would be millions of windows.
+    The windows of a video are one group unless it has a group, so that no split divides it. A file
+    whose length is unknown stays whole, and fails when it is read. `timeout`, `cache` and
+    `frame_rate`: see `file_lengths`. Raises InputError for a file with more than MAX_WINDOWS.
     """
-    videos, cut = list(videos), []
+    videos, windows = list(videos), []
     lengths = file_lengths(
         (video.path for video in videos if video.span is None),
         timeout=timeout,
@@ -102,20 +104,22 @@ def cut_windows(
     for video in videos:
         seconds = lengths.get(video.path) if video.span is None else video.span[1] - video.span[0]
         if seconds is None:
-            cut.append(video)
+            windows.append(video)
             continue
         if seconds / stride > MAX_WINDOWS:
             raise InputError(
-                f"{video.id} lasts {seconds:,.0f} s, which is {seconds / stride:,.0f} windows; expected at most "
-                f"{MAX_WINDOWS:,} per file, give a longer --window or --stride"
+                f"{video.id} lasts {seconds:,.0f} s, which is {seconds / stride:,.0f} windows; "
+                f"expected at most {MAX_WINDOWS:,} per file, give a longer --window or --stride"
             )
-        begin, file = (
-            (video.span[0], video.id.rpartition("#")[0]) if video.span else (0.0, video.id)
-        )
+        offset, file = 0.0, video.id
+        if video.span:
+            offset, file = video.span[0], file_of(video.id)
         for start, end in window_spans(seconds, window, stride):
-            span = round(begin + start, 3), round(begin + end, 3)
-            cut.append(replace(video, id=span_id(file, span), group=video.group or file, span=span))
-    return cut
+            span = round(offset + start, 3), round(offset + end, 3)
+            windows.append(
+                replace(video, id=span_id(file, span), group=video.group or file, span=span)
+            )
+    return windows
 
 
 def file_lengths(
@@ -125,70 +129,73 @@ def file_lengths(
     cache: Path | None = None,
     frame_rate: float | None = None,
 ) -> dict[str, float | None]:
-    """Seconds that each file lasts, None for one that cannot be read or does not answer in time.
+    """Seconds that each file lasts, None for one that cannot be read or hangs.
 
-    Files are opened in child processes, each under the deadline of decoding (`timeout`, see
-    `time_limit`). What is learned is kept in `cache` (JSON lines: path, size, modification time,
-    seconds), so that a restart opens nothing that has not changed. A folder of numbered pictures
-    lasts as long as they do at `frame_rate` (Hz).
+    Args:
+        timeout: seconds per file, see `time_limit`. Files are opened in child processes.
+        cache: JSON lines [path, size, modification time, seconds] of earlier calls, to be extended:
+            a restart opens only files that have changed.
+        frame_rate: pictures per second of folders of numbered pictures.
     """
     from extract.decode.jobs import decode_job
     from extract.decode.pool import SubprocessPool
 
-    known = _read_cache(cache)
+    cached = _read_cache(cache)
     lengths: dict[str, float | None] = {}
-    unknown: dict[str, list[int]] = {}
+    unknown: dict[str, tuple[int, int]] = {}
     for path in dict.fromkeys(paths):
-        size, changed, seconds = known.get(path, (-1, -1, None))
+        lengths[path] = None
         try:
-            info = os.stat(path)
-            if stat.S_ISDIR(info.st_mode):
-                pictures = len(picture_paths(path))
-                lengths[path] = pictures / frame_rate if pictures and frame_rate else None
+            status = os.stat(path)
+            if stat.S_ISDIR(status.st_mode):
+                if frame_rate is not None:
+                    lengths[path] = len(picture_paths(path)) / frame_rate or None
                 continue
-        except (OSError, ValueError):  # reading it says why
-            lengths[path] = None
+        except (OSError, ValueError):  # decoding will report it
             continue
-        if (size, changed) == (info.st_size, info.st_mtime_ns):
+        size, changed, seconds = cached.get(path, (-1, -1, None))
+        if (size, changed) == (status.st_size, status.st_mtime_ns):
             lengths[path] = seconds
         else:
-            unknown[path] = [info.st_size, info.st_mtime_ns]
+            unknown[path] = status.st_size, status.st_mtime_ns
     if not unknown:
         return lengths
-    children = min(len(unknown), available_cores())
-    asked: deque[tuple[str, Future[Finished]]] = deque()
+    pending: deque[tuple[str, Future[Finished]]] = deque()
     with (
-        SubprocessPool(decode_job, slot_bytes=1, workers=children, timeout=timeout) as pool,
-        contextlib.nullcontext()
-        if cache is None
-        else cache.open("a", encoding="utf-8", buffering=1) as file,
+        SubprocessPool(
+            decode_job,
+            slot_bytes=1,
+            workers=min(len(unknown), available_cores()),
+            timeout=timeout,
+        ) as pool,
+        open(cache or os.devnull, "a", encoding="utf-8", buffering=1) as file,
         progress(total=len(unknown), desc="lengths", unit="file", leave=False) as bar,
     ):
         for number, path in enumerate(unknown, 1):
-            asked.append((path, pool.submit((path, [], None))))
-            while asked and (number == len(unknown) or len(asked) > _ASKED_AHEAD):
-                first, future = asked.popleft()
+            pending.append((path, pool.submit((path, [], None))))
+            while pending and (number == len(unknown) or len(pending) > _MAX_PENDING):
+                first, future = pending.popleft()
                 with future.result() as finished:
                     lengths[first] = finished.result
-                if file is not None and lengths[first] is not None:
+                if lengths[first] is not None:
                     file.write(json.dumps([first, *unknown[first], lengths[first]]) + "\n")
                 bar.update()
     return lengths
 
 
 def lengths_path(store: str) -> Path:
-    """Where the lengths of videos are kept: beside their store."""
+    """The cache of the lengths of videos, next to their store."""
     path = Path(f"{store.rstrip('/')}.lengths")
     make_folder(path.parent)
     return path
 
 
 def _read_cache(cache: Path | None) -> dict[str, tuple[int, int, float]]:
-    """What earlier runs learned; a line that a kill cut short is left out."""
-    known: dict[str, tuple[int, int, float]] = {}
+    """Size, modification time and seconds by path; a line that a kill cut short is left out."""
+    cached: dict[str, tuple[int, int, float]] = {}
     if cache is not None and cache.exists():
         for line in cache.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 path, size, changed, seconds = json.loads(line)
-                known[path] = size, changed, float(seconds)
-    return known
+                cached[path] = size, changed, float(seconds)
+    return cached

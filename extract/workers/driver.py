@@ -29,7 +29,7 @@ from extract.decode.container import check_file
 from extract.device import count_gpus
 from extract.listing.pictures import refuse_needless_rate, require_frame_rate
 from extract.listing.videos import Listing, Video, list_videos
-from extract.listing.windows import cut_windows, lengths_path, settle
+from extract.listing.windows import cut_windows, lengths_path, resolve_windowing
 from extract.options import Options
 from extract.store import (
     FAILED,
@@ -63,7 +63,7 @@ def extract(options: Options) -> int:
     """
     check_ranges(options)
     if options.window is not None or options.stride is None:  # else the store says the window
-        settle(options)
+        resolve_windowing(options)
     if threading.current_thread() is threading.main_thread():
         # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -82,7 +82,9 @@ def extract(options: Options) -> int:
 
 def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
     store = _open_if_exists(options.out)
-    settings = continue_options(options, store) if store else settle(options).with_defaults()
+    settings = (
+        continue_options(options, store) if store else resolve_windowing(options).with_defaults()
+    )
     require_frame_rate(listing.source, listing.picture_folders, settings.frame_rate)
     videos = _choose_videos(settings, listing)
     log, nonce = RunLog(settings.out), uuid.uuid4().hex

@@ -12,7 +12,7 @@ from typing import Any
 
 from extract import InputError
 from extract.backbone.networks import absolute_name
-from extract.listing.windows import settle
+from extract.listing.windows import resolve_windowing
 from extract.options import DEFAULTS, Options
 from extract.store import FeatureStore, RunLog, difference
 
@@ -32,7 +32,7 @@ def continue_options(options: Options, store: FeatureStore) -> Any:
     completed = replace(options, **missing)
     if options.fps is not None:  # says the window, or the frames in one
         frames = options.frames if options.window is not None else completed.frames
-        completed = settle(replace(completed, window=options.window, frames=frames))
+        completed = resolve_windowing(replace(completed, window=options.window, frames=frames))
         _refuse_others(store, recorded, {name: getattr(completed, name) for name in recorded})
     taken = {name: value for name, value in missing.items() if value != DEFAULTS.get(name)}
     if taken:

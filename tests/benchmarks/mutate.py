@@ -152,11 +152,13 @@ MUTATIONS = [
         "np.maximum(np.diff(edges) - 1, 1)",
         "tests/extract/test_sampling.py",
     ),
-    Mutation(WINDOWS, "2 * rest >= window", "2 * rest > window", f"{SPAN_TESTS} -k windows"),
+    Mutation(
+        WINDOWS, "2 * remainder >= window", "2 * remainder > window", f"{SPAN_TESTS} -k windows"
+    ),
     Mutation(
         WINDOWS,
-        "2 * rest >= window",
-        "2 * rest >= window - 2",
+        "2 * remainder >= window",
+        "2 * remainder >= window - 2",
         f"{SPAN_TESTS} -k windows",
     ),
     Mutation(

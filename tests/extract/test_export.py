@@ -75,6 +75,6 @@ def test_parquet_holds_the_same_and_both_come_back(store, tmp_path):
 
 def test_one_vector_belongs_to_npy(store, tmp_path):
     with pytest.raises(
-        InputError, match=r"--one-vector is that of --to npy; --to \S*out has its own form"
+        InputError, match=r"--one-vector needs --to npy; --to \S*out has its own form"
     ):
         main(Options(store.path, tmp_path / "out", one_vector=True))

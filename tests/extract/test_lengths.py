@@ -57,7 +57,7 @@ def test_lengths_are_kept_beside_the_store_and_a_changed_file_is_opened_again(
 
 
 def test_many_files_are_asked_a_few_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr("extract.listing.windows._ASKED_AHEAD", 3)
+    monkeypatch.setattr("extract.listing.windows._MAX_PENDING", 3)
     source = write_pictures(tmp_path / "a.mp4", (64, 48), 10)
     names = [tmp_path / f"{n}.mp4" for n in range(9)]
     for name in names:

@@ -285,11 +285,11 @@ def test_a_span_with_two_labels_is_refused_by_name(tmp_path, present):
     ("content", "message"),
     [
         ("[1, 2", "is not JSON"),
-        ("[1, 2]", "is not a list of videos that is known"),
-        ('{"a": 1}', "is not a list of videos that is known"),
+        ("[1, 2]", "is not a list of videos in a known format"),
+        ('{"a": 1}', "is not a list of videos in a known format"),
         (
             '[{"id": "1"}, {"label": "x"}]',
-            r"entry 2 is \{'label': 'x'\}, expected an object with an id",
+            r"entry 2: expected an object with an id, found \{'label': 'x'\}",
         ),
         (activitynet(a={"subset": "dev"}), r"entry 1 \(a\): the split 'dev' is unknown"),
         (

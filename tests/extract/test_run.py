@@ -406,7 +406,7 @@ def test_export_gives_what_was_stored(undisturbed, tmp_path):
         np.testing.assert_array_equal(file["features"][:], store.read(slice(0, 12)))
         assert file["ids"].asstr()[3] == store.ids[3]
         assert file["labels"][:].tolist() == store.labels.tolist()
-    with pytest.raises(InputError, match=r"all\.h5 is there already"):
+    with pytest.raises(InputError, match=r"all\.h5 already exists"):
         export(ExportOptions(store=str(undisturbed), to=tmp_path / "all.h5"))
 
 

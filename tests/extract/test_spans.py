@@ -22,7 +22,7 @@ from extract.decode.packets import VideoFile, duration_of
 from extract.decode.reader import FrameTimes
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
-from extract.listing.windows import cut_windows, settle, window_spans
+from extract.listing.windows import cut_windows, resolve_windowing, window_spans
 from extract.options import Options
 from extract.sampling import segment_centres
 from extract.workers.blocks import jobs_of
@@ -494,7 +494,7 @@ def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
 
 def test_frames_a_second_are_windows(tmp_path):
     def settled(**changed) -> tuple:
-        options = settle(Options(tmp_path, "x.zarr", **changed)).with_defaults()
+        options = resolve_windowing(Options(tmp_path, "x.zarr", **changed)).with_defaults()
         return options.window, options.stride, options.frames, options.fps
 
     assert settled() == (None, None, 25, None)
@@ -508,13 +508,13 @@ def test_frames_a_second_are_windows(tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"window": 0.0}, "--window 0: expected seconds, from 0.001 on"),
+        ({"window": 0.0}, "--window 0: expected 0.001 to 1,000,000 s"),
         ({"window": float("nan")}, "--window nan"),
         ({"window": 10.0, "stride": -1.0}, "--stride -1"),
-        ({"fps": float("inf")}, "--fps inf: expected frames per second"),
+        ({"fps": float("inf")}, "--fps inf: expected 0.001 to 1,000,000 frames per second"),
         (
             {"stride": 2.0},
-            "--stride 2 is that of windows, and at most their length; give --window too",
+            "--stride 2 needs windows, and is at most their length; give --window too",
         ),
         (
             {"window": 4.0, "fps": 8.0, "frames": 25},
@@ -524,12 +524,12 @@ def test_frames_a_second_are_windows(tmp_path):
             {"window": 4.0, "fps": 8.0, "frames": 16},
             "--fps 8 shows 32 frames in a window of 4 s, and --frames is 16",
         ),
-        ({"window": 2.0, "stride": 3.0}, "--stride 3 is that of windows, and at most their length"),
+        ({"window": 2.0, "stride": 3.0}, "--stride 3 needs windows, and is at most their length"),
     ],
 )
 def test_windows_that_cannot_be(tmp_path, changed, message):
     with pytest.raises(InputError, match=re.escape(message)):
-        settle(Options(tmp_path, "x.zarr", **changed))
+        resolve_windowing(Options(tmp_path, "x.zarr", **changed))
 
 
 def test_memory_does_not_grow_with_the_number_of_spans(tmp_path):

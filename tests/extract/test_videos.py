@@ -128,7 +128,7 @@ def test_labels_of_a_file_give_the_indices_in_any_spelling(tmp_path):
         (b"", "line 1 is empty"),
         (b"a\nb\na\n", "names 'a' twice, in lines 1 and 3"),
         (b"\xff\xfe", r"labels\.txt is not UTF-8"),
-        (b"a b\na_b\n", "'a b' and 'a_b' cannot be told apart where they are written 'a_b'"),
+        (b"a b\na_b\n", "'a b' and 'a_b' cannot be told apart: both may be written 'a_b'"),
         (b"b\n", "1 of 1 names are not in the labels of .*labels.txt: 'a'"),
     ],
 )
@@ -140,7 +140,7 @@ def test_labels_that_cannot_be_meant(tmp_path, content, message):
 
 def test_an_unknown_choice_of_labels_is_answered_with_the_known(tmp_path):
     with pytest.raises(
-        InputError, match="kinetics800: there is no such file; known are auto, kinetics700"
+        InputError, match="kinetics800: there is no such file; expected auto, kinetics700"
     ):
         list_videos(touch(tmp_path, "a/x.mp4"), labels="kinetics800")
 
@@ -853,7 +853,7 @@ def test_youtube_ids_in_two_splits_are_named_and_found_between_listings(tmp_path
     )
     listing = list_videos(tmp_path)
     assert listing.youtube_ids_in_two_splits() == {"aaaaaaaaaaa": ("train", "val")}
-    assert "youtube ids that stand in two splits: 1 (aaaaaaaaaaa: train, val)" in listing.report()
+    assert "youtube ids in two splits: 1 (aaaaaaaaaaa: train, val)" in listing.report()
     train, val = ([v for v in listing.videos if v.split == split] for split in ("train", "val"))
     assert shared_youtube_ids(train, val) == ("aaaaaaaaaaa",)
 
@@ -872,7 +872,7 @@ def test_the_report_counts_by_split_and_class(tmp_path):
     assert report.splitlines()[1:] == [
         "10 videos listed, 10 found, 0 missing",
         "3 classes: the sorted names",
-        "split    listed    found   unlabeled  classes   min, median, max a class",
+        "split    listed    found   unlabeled  classes   min, median, max per class",
         "train         8        8           0        3   1, 2, 5",
         "val           1        1           0        1   1, 1, 1",
         "test          1        1           1        0   -",
