@@ -10,14 +10,11 @@ from extract.options import Options
 def main(options: Options) -> int:
     from extract.workers.driver import extract
 
-    if str(options.weights).endswith(".pt") and options.backbone == Options.backbone:
-        from extract.backbone.weights import (
-            recorded_backbone,
-        )  # imports timm, which a second start does not need
+    if str(options.weights).endswith(".pt") and options.backbone is None:
+        # Imports timm, which a run that continues a store may not need.
+        from extract.backbone.weights import recorded_backbone
 
-        name = recorded_backbone(options.weights)
-        if name is not None:
-            options = replace(options, backbone=name)
+        options = replace(options, backbone=recorded_backbone(options.weights))
     return extract(options)
 
 

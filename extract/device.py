@@ -1,4 +1,4 @@
-"""The device that work runs on."""
+"""Choose the device to run on, without importing torch if only the CPU is possible."""
 
 import ctypes
 import sys
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def choose_device(name: str) -> "torch.device":
     """The torch device for `--device name`; `auto` is a GPU if there is one.
 
-    Raises InputError for a device that is not there: never falls back to another one.
+    Raises InputError for a device that does not exist: there is no fallback to another one.
     """
     import torch
 
@@ -28,14 +28,17 @@ def choose_device(name: str) -> "torch.device":
         raise InputError(f"--device {name!r} is not known; give auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
-            f"--device {name}: this machine shows {torch.cuda.device_count()} GPUs to PyTorch; use cpu or auto"
+            f"--device {name}: PyTorch sees {torch.cuda.device_count()} GPUs on this machine; "
+            "use cpu or auto"
         )
     return device
 
 
 def runs_on_cpu(name: str) -> bool:
-    """Whether `choose_device(name)` is the CPU. Imports torch only if a GPU is possible. InputError
-    as there."""
+    """Whether `choose_device(name)` is the CPU. Imports torch only if a GPU is possible.
+
+    Raises InputError as `choose_device`.
+    """
     if name == "cpu" or (name == "auto" and not _has_gpu_driver()):
         return True
     return choose_device(name).type == "cpu"
@@ -51,8 +54,7 @@ def count_gpus() -> int:
 
 
 def _has_gpu_driver() -> bool:
-    """Without a driver no GPU can be used, which is known without the seconds that importing torch
-    takes."""
+    """Whether a GPU driver is installed, without the seconds that importing torch takes."""
     if "torch" in sys.modules or Path("/dev/kfd").exists():  # /dev/kfd: AMD's driver
         return True
     for library in ("libcuda.so.1", "nvcuda.dll"):

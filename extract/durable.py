@@ -1,10 +1,9 @@
-"""Files that are whole and on the disk once they have their names, whatever becomes of the process
-or of the power.
+"""Atomic, durable file writes: complete and on the disk across crashes and power loss.
 
     write `a.<32 hex digits>.partial` -> fsync it -> rename it to `a` -> fsync the folder
 
-Without the first fsync a name may be on the disk before what it names; without the second the name
-may be lost again.
+Without the first fsync, the name may be on the disk before the content; without the second, the
+name may be lost again.
 """
 
 import contextlib
@@ -23,19 +22,17 @@ from extract import RunError, StrPath
 from extract.cli import describe_os_error
 
 LOCK = ".lock"
-# Only we name files like this: what looks so and belongs to no running process was left by a run
-# that was killed.
+# Only this package names files like this. Without a running writer, such a file is from a killed run.
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 
 @contextlib.contextmanager
-def writing(path: StrPath) -> Iterator[None]:
-    """What keeps `path` from being written (a full disk, a quota, no permission) comes out as a
-    RunError naming it."""
+def os_errors_as_run_error(path: StrPath) -> Iterator[None]:
+    """Turn an error of writing `path` (full disk, quota, no permission) into a RunError with it."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        cause: BaseException | None = error  # torch raises a RuntimeError over what the system said
+        cause: BaseException | None = error  # torch raises a RuntimeError from an OSError
         while cause is not None and not isinstance(cause, OSError):
             cause = cause.__context__
         if cause is None or isinstance(error, RunError):
@@ -45,15 +42,15 @@ def writing(path: StrPath) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replacing(path: StrPath) -> Iterator[Path]:
-    """A name next to `path`, to make a file or a folder there; on the way out it is on the disk as
-    `path`, or gone.
+    """Yield a path next to `path` to write a file or a folder to. On exit it is renamed to `path`,
+    and on the disk; after an error it is removed.
 
-    The name is unique, so that several processes may write `path` at the same time, and no file of
-    the user's has it. Missing folders are made. Raises RunError.
+    The name is unique, so that several processes may write `path` at the same time. Missing folders
+    are made. Raises RunError.
     """
     path = Path(path)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
-    with writing(path):
+    with os_errors_as_run_error(path):
         make_folder(path.parent)
         try:
             yield partial
@@ -66,22 +63,24 @@ def replacing(path: StrPath) -> Iterator[Path]:
         sync(path.parent)
 
 
-def remove_leftovers(folder: Path, of: str = "") -> None:
-    """Remove what killed runs left half-written in `folder`, or only what was to become `of`. For
-    the lock's holder."""
+def remove_leftovers(folder: Path, target: str = "") -> None:
+    """Remove the partial files of killed runs in `folder`, or only those of the name `target`.
+
+    The caller holds the lock.
+    """
     for path in folder.iterdir():
-        if is_leftover(path.name) and (not of or _LEFTOVER.sub("", path.name) == of):
+        if is_leftover(path.name) and (not target or _LEFTOVER.sub("", path.name) == target):
             _remove(path)
 
 
 def is_leftover(name: str) -> bool:
-    """Whether a file of this name is one that `replacing` was writing."""
+    """Whether this is the name of a partial file of `replacing`."""
     return bool(_LEFTOVER.search(name))
 
 
 def take_lock(file: IO) -> bool:
-    """Whether this open file could be locked; the kernel releases it when the file is closed or the
-    process ends."""
+    """Lock an open file, and return whether that worked. The kernel releases the lock when the file
+    is closed or the process ends."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,17 +90,16 @@ def take_lock(file: IO) -> bool:
 
 @contextlib.contextmanager
 def locked(folder: StrPath) -> Iterator[None]:
-    """Hold a folder that one process at a time may write; it is made if it is missing.
+    """Lock a folder that one process at a time may write. It is made if it is missing.
 
-    The kernel releases the lock when the process ends, however it ends. A folder that was made for
-    this and into which nothing was written is removed again. RunError names the process that holds
-    it already.
+    The kernel releases the lock when the process ends, even if it is killed. A folder that was made
+    here and is still empty on exit is removed. RunError names the process that holds the lock.
     """
     folder = Path(folder)
     existed = folder.is_dir()
     make_folder(folder)
     lock = folder / LOCK
-    with writing(lock):
+    with os_errors_as_run_error(lock):
         file = lock.open("a+", encoding="utf-8")
     with file:
         if not take_lock(file):
@@ -109,13 +107,15 @@ def locked(folder: StrPath) -> Iterator[None]:
             holder = file.read().strip() or "another process"
             raise RunError(
                 f"{folder} is being written by {holder}; wait for it, stop it, or give another name"
-            ) from None
+            )
         if not os.fstat(file.fileno()).st_nlink:
             raise RunError(
                 f"{folder} was just removed by another process; run the same command again"
             )
         remove_leftovers(folder)
-        with contextlib.suppress(OSError):  # a full disk: only the message of others is poorer
+        with contextlib.suppress(
+            OSError
+        ):  # on a full disk, other processes see no name of this one
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -123,9 +123,9 @@ def locked(folder: StrPath) -> Iterator[None]:
             yield
         finally:
             with contextlib.suppress(OSError):
-                lock.unlink()  # a process that opened it meanwhile sees that it is gone
+                lock.unlink()  # a process that has opened it meanwhile sees no link to it
                 if not existed:
-                    folder.rmdir()  # if nothing is in it
+                    folder.rmdir()  # unless it holds files
 
 
 def _remove(path: Path) -> None:
@@ -136,27 +136,25 @@ def _remove(path: Path) -> None:
 
 
 def replace_file(path: StrPath, content: Any) -> None:
-    """Write `content` (text, or bytes of any kind) to a file that appears whole or not at all.
-    Raises RunError."""
+    """Write `content` (text or bytes) to a file, completely or not at all. Raises RunError."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def append(file: int, path: StrPath, content: bytes) -> None:
     """Append all of `content` to an open file and sync it. Raises RunError naming `path`."""
-    with writing(path):
+    with os_errors_as_run_error(path):
         while content:
-            content = content[
-                os.write(file, content) :
-            ]  # a disk that becomes full takes a part first
+            written = os.write(file, content)  # less than all if the disk becomes full
+            content = content[written:]
         os.fsync(file)
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it; each new name is on the disk. Raises RunError."""
+    """Make a folder and its parents, and sync each new name to the disk. Raises RunError."""
     if not path.is_dir():
         make_folder(path.parent)
-        with writing(path):
+        with os_errors_as_run_error(path):
             path.mkdir(exist_ok=True)
             sync(path.parent)
 
@@ -167,7 +165,7 @@ def sync(path: StrPath) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems of networks cannot sync a folder, and do not need to.
+        # Some network file systems cannot sync a folder, and do not need to.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
             raise
     finally:
@@ -175,7 +173,7 @@ def sync(path: StrPath) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """`sync` for a file, or for all that is in a folder and the folder itself."""
+    """`sync` a file, or a folder with everything in it."""
     for inside in path.iterdir() if path.is_dir() else ():
         sync_tree(inside)
     sync(path)

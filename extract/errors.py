@@ -1,10 +1,9 @@
-"""The errors that a user of this package can meet: wrong input, and failures at run time."""
+"""The errors that commands report without a traceback."""
 
 
 class InputError(ValueError):
-    """Wrong usage or input (exit status 2): the message says what was wrong, with the value, and
-    what to do."""
+    """Wrong usage or input (exit status 2). The message names the wrong value and the remedy."""
 
 
 class RunError(RuntimeError):
-    """Something failed at run time, such as damage, a locked store, a full disk (exit status 1)."""
+    """A failure at run time (exit status 1), such as damage, a locked store or a full disk."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from extract import InputError
 from extract.cli import first_few, progress, run_command
+from extract.commands import command_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -174,12 +175,34 @@ def _ingest(
 ) -> int:
     import numpy as np
 
-    from extract.store import FAILED, PENDING, RunLog
+    from extract.store import FAILED, PENDING, FeatureStore, RunLog
     from extract.store.summary import check_space, status_table
+    from extract.workers.reconcile import columns_of
 
-    options = _continue_options(options)
+    exists = Path(options.out).exists()
+    if exists:
+        store = FeatureStore.open(options.out, writable=True)
+        name = options.name or store.provenance.get("backbone", "")
+        options = replace(options, frames=options.frames or store.frames_per_video, name=name)
     frames, dim = _choose_shape(options, files, names)
-    store = _open_or_create(options, listing, frames=frames, dim=dim)
+    provenance = {
+        "source": "extract.ingest",
+        "backbone": options.name or UNNAMED,
+        "sampling": {"frames": frames, "from": "rows of the array: the middles of equal segments"},
+    }
+    if exists:
+        _continue(options, store, listing, provenance, dim)
+    else:
+        store = FeatureStore.create(
+            options.out,
+            **columns_of(listing.videos),
+            classes=listing.classes,
+            views=["center"],
+            frames=frames,
+            dim=dim,
+            block_size=min(4096, max(64, _SHARD_BYTES // (2 * frames * dim))),
+            provenance=provenance,
+        )
     RunLog(options.out).write(
         "start", process=os.getpid(), host=socket.gethostname(), options=vars(options)
     )
@@ -199,19 +222,8 @@ def _ingest(
             f"{len(failed):,} of {len(store):,} videos are unusable, more than --max-failed allows"
         )
         return 3
-    print(f"Next: python -m aggregate.train --agg tsn --features {options.out}")
+    print(f"Next: {command_line('aggregate.train', agg='tsn', features=options.out)}")
     return 0
-
-
-def _continue_options(options: Options) -> Options:
-    """The options, with the frames and the name of an existing store if these are not given."""
-    from extract.store import FeatureStore
-
-    if not Path(options.out).exists():
-        return options
-    store = FeatureStore.open(options.out)
-    name = options.name or store.provenance.get("backbone", "")
-    return replace(options, frames=options.frames or store.frames_per_video, name=name)
 
 
 def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]) -> "Shape":
@@ -248,38 +260,21 @@ def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]
     return options.frames or next(iter(lengths)), widths.most_common(1)[0][0]
 
 
-def _open_or_create(
-    options: Options, listing: "Listing", *, frames: int, dim: int
-) -> "FeatureStore":
-    """The store, with a row for every video of the listing. InputError if it was made otherwise."""
+def _continue(
+    options: Options,
+    store: "FeatureStore",
+    listing: "Listing",
+    provenance: dict[str, Any],
+    dim: int,
+) -> None:
+    """Bring the rows of a store up to its listing. InputError if the store was made otherwise."""
     from extract.options import Options as ExtractOptions
-    from extract.store import FeatureStore, difference
     from extract.store.corrections import complete_correction
-    from extract.workers.reconcile import append_new, columns_of, reconcile
+    from extract.workers.reconcile import append_new, reconcile
+    from extract.workers.settings import refuse_other_settings
 
-    provenance = {
-        "source": "extract.ingest",
-        "backbone": options.name or UNNAMED,
-        "sampling": {"frames": frames, "from": "rows of the array: the middles of equal segments"},
-    }
-    if not Path(options.out).exists():
-        return FeatureStore.create(
-            options.out,
-            **columns_of(listing.videos),
-            classes=listing.classes,
-            views=["center"],
-            frames=frames,
-            dim=dim,
-            block_size=min(4096, max(64, _SHARD_BYTES // (2 * frames * dim))),
-            provenance=provenance,
-        )
-    store = FeatureStore.open(options.out, writable=True)
-    lines = difference({**store.provenance, "width": store.dim}, {**provenance, "width": dim})
-    if lines:
-        text = "\n  ".join(lines)
-        raise InputError(
-            f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out"
-        )
+    recorded = {**store.provenance, "width": store.dim}
+    refuse_other_settings(store, recorded, {**provenance, "width": dim})
     complete_correction(store)
     extract_options = ExtractOptions(
         options.labels,
@@ -289,7 +284,6 @@ def _open_or_create(
     )
     reconcile(extract_options, store, listing, listing.videos)
     append_new(store, listing.videos, listing.classes)
-    return store
 
 
 def _write_blocks(store: "FeatureStore", files: "FeatureFiles", names: dict[str, str]) -> None:

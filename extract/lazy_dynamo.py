@@ -1,5 +1,5 @@
-"""torch's compiler, not imported until something needs it: half of the start-up of commands that
-compile nothing."""
+"""Import torch._dynamo on first use only: it takes half of the start-up of commands that compile
+nothing."""
 
 import importlib
 import sys
@@ -11,28 +11,25 @@ DYNAMO, DYNAMO_UTILS = "torch._dynamo", "torch._dynamo.utils"
 
 
 class _LazyModule(ModuleType):
-    """Takes the place of a module of the compiler, which is imported when any other of its names is
-    used."""
+    """A stand-in for a module of torch, which is imported once an attribute is missing here."""
 
     def __getattr__(self, name: str) -> Any:
-        # The import system looks at the __path__ of a package when one of its modules is imported.
+        # The import system reads the __path__ of a package to import a submodule.
         if name.startswith("__") and (name, self.__name__) != ("__path__", DYNAMO):
             raise AttributeError(name)
         return getattr(_import_really(self.__name__), name)
 
 
 def defer_dynamo_import() -> None:
-    """Call it before an optimizer is made or torchvision imported: both import torch._dynamo
-    without compiling.
+    """Call this before an optimizer is made or torchvision is imported: both import torch._dynamo
+    without compiling anything.
 
-    It is then imported by the first use of more than they use, such as torch.compile or
-    torch.export.
+    Other uses, such as torch.compile or torch.export, then import it.
     """
     if DYNAMO in sys.modules:
         return
     dynamo, utils = _LazyModule(DYNAMO), _LazyModule(DYNAMO_UTILS)
-    # Optimizers mark functions that are not to be compiled, and the ends of graphs: nothing to do
-    # without it.
+    # Optimizers exclude functions from compilation and mark graph breaks: no-ops without dynamo.
     dynamo.disable = _identity  # type: ignore[attr-defined]
     dynamo.graph_break = lambda *_, **__: None  # type: ignore[attr-defined]
 

@@ -1,5 +1,4 @@
-"""Which file names make a video of a folder: numbered pictures of one pattern, such as
-`img_00001.jpg`."""
+"""Folders of numbered pictures, such as `img_00001.jpg`, that are read as one video."""
 
 import os
 import re
@@ -12,11 +11,10 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)(\.[a-z]+)", re.DOTALL)
 
 
 def numbered_pictures(names: Iterable[str]) -> dict[int, str]:
-    """The pictures among the names of a folder by their number, ascending; {} if they are not video.
+    """The pictures of a folder by number, ascending; {} if they are not a video.
 
-    They are one if there are at least two, each has digits at the end of its stem, all have the
-    same text before the digits and the same extension, and no number appears twice. Hidden names do
-    not count.
+    They are a video if there are at least two, each stem ends with digits, all have the same text
+    before the digits and the same extension, and no number appears twice. Hidden files are ignored.
     """
     by_number: dict[int, str] = {}
     patterns = set()
@@ -33,7 +31,7 @@ def numbered_pictures(names: Iterable[str]) -> dict[int, str]:
 
 
 def gaps(by_number: dict[int, str]) -> str:
-    """What is missing in the numbering, "" if nothing is."""
+    """Describe the missing numbers, "" if there are none."""
     numbers = list(by_number)
     count = numbers[-1] - numbers[0] + 1 - len(numbers)
     if not count:
@@ -45,9 +43,6 @@ def gaps(by_number: dict[int, str]) -> str:
 
 
 def picture_paths(folder: StrPath) -> list[str]:
-    """The pictures of a folder as paths, in the order of their numbers; [] if they are not video.
-
-    Raises OSError.
-    """
+    """Paths of the pictures of a folder by number; [] if they are not a video. Raises OSError."""
     root = os.fspath(folder)
     return [os.path.join(root, name) for name in numbered_pictures(os.listdir(root)).values()]

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-# What a store records is None until it is given: a store that is continued says it then, else these
-# do.
+# Settings that a store records are None unless given. Their values then come from the store that is
+# continued, or from here for a new one.
 DEFAULTS: dict[str, Any] = {
     "backbone": "legacy_seresnext101_32x4d",
     "weights": "pretrained",
@@ -27,9 +27,9 @@ class Options:
     """Run a frozen backbone over sampled frames of every video and store the features.
 
     Run it again to continue, to add new videos, or (--retry-failed) to try failed ones again. A
-    store that is continued keeps the settings that it was begun with: they need not be given again,
-    and other ones are refused. Labels, splits and groups that were corrected in the listing are
-    corrected in the store; nothing is decoded for them.
+    store keeps the settings that it was created with: they need not be given again, and different
+    ones are refused. Labels, splits and groups that were corrected in the listing are corrected in
+    the store without decoding.
     """
 
     videos: Path
@@ -38,78 +38,76 @@ class Options:
     out: str
     """The feature store: a folder, or a URL that fsspec knows (s3://bucket/feats.zarr)."""
     root: Path | None = None
-    """With a CSV: the folder its videos lie in (default: the CSV's own)."""
+    """With a CSV: the folder of its videos (default: the CSV's own)."""
     labels: str = "auto"
-    """auto (Kinetics-700's list where all names are in it, else the sorted names), kinetics700, or
-    a file of lines."""
+    """auto (the Kinetics-700 list if all names are in it, else the sorted names), kinetics700, or a
+    file with a class per line."""
     backbone: str | None = None
     """A timm model, torchvision/NAME (video models), or hf/FOLDER_OR_ID (V-JEPA 2, VideoMAE,
     TimeSformer, ViViT)."""
     weights: str | None = None
-    """pretrained (new store), random, or a file (.pth, .safetensors, or a checkpoint of our own
-    fine-tuning)."""
+    """pretrained (new store), random, or a file (.pth, .safetensors, or a checkpoint of `hgnl
+    finetune`)."""
     image_size: int | None = None
-    """Pixels per side, of a timm model that takes another size than it was trained at."""
+    """Pixels per side, for a timm model that accepts a size other than that of its training."""
     clip_frames: int | None = None
-    """Frames per clip, of a clip-wise backbone (default: its own)."""
+    """Frames per clip of a clip-wise backbone (default: its own)."""
     clip_fps: float | None = None
     """Frames per second in a clip (default: the backbone's own)."""
     per_clip: Literal["mean", "time"] | None = None
     """Rows of features per clip: one (new store), or one per temporal position of a clip-wise
     backbone."""
     frames: int | None = None
-    """Frames per video: the middle of that many equal segments (new store: 25)."""
+    """Frames per video: the middles of N equal segments (new store: 25)."""
     window: float | None = None
-    """Cut each video into windows of N seconds, a row each (a rest shorter than half a window
-    joins the last)."""
+    """Cut each video into windows of N seconds, a row each (a remainder shorter than half a window
+    is merged into the last)."""
     stride: float | None = None
     """Seconds from one window to the next (default: as long as a window)."""
     fps: float | None = None
-    """Frames a second, in windows: of --window seconds, or else so long that --frames are shown in
-    them."""
+    """Frames per second in windows: of --window seconds, or else as long as --frames take."""
     frame_rate: float | None = None
-    """Pictures per second, of videos that are folders of numbered pictures (img_00001.jpg ...)."""
+    """Pictures per second of folders of numbered pictures (img_00001.jpg ...)."""
     crops: Literal[1, 3, 10] | None = None
-    """Views of each frame: center (new store); center and both ends; corners and center, each
-    flipped."""
+    """Views of each frame. 1: center (new store); 3: center and both ends; 10: corners and center,
+    each also flipped."""
     augment_passes: int | None = None
-    """Further views for training: a random frame of each segment, a random crop, a random flip (new
-    store: 0)."""
+    """Additional views for training: a random frame of each segment, a random crop, a random flip
+    (new store: 0)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] | None = None
-    """auto (new store): fp16 on a GPU; on a CPU bf16 or else fp32. int8: calibrated on some of the
-    videos."""
+    """auto (new store): fp16 on a GPU; on a CPU bf16 if it has it, else fp32. int8: calibrated on
+    some of the videos."""
     engine: Literal["auto", "openvino", "torch"] | None = None
-    """What runs the backbone. auto (new store): OpenVINO on a CPU (PyTorch if it cannot), PyTorch
-    on a GPU."""
+    """Runtime of the backbone. auto (new store): OpenVINO on a CPU (PyTorch if it cannot run the
+    model), PyTorch on a GPU."""
     form: Literal["auto", "eager", "graphs", "compiled"] | None = None
-    """How a GPU runs the backbone. auto: the faster of eager and graphs, same bytes; compiled:
-    minutes to start."""
+    """Execution on a GPU. auto: the faster of eager and graphs, which give the same bytes;
+    compiled: takes minutes to start."""
     decoder: Literal["pyav", "decord", "torchcodec-cuda"] | None = None
-    """What reads the videos (new store: pyav). torchcodec-cuda: NVDEC; what it cannot is read by
-    pyav, and named."""
+    """Decoder of the videos (new store: pyav). torchcodec-cuda: NVDEC; videos that it cannot decode
+    are decoded by pyav, and named."""
     workers: int | None = None
-    """Backbones that run side by side (default: one a visible GPU, else one). More than one start
+    """Backbones that run in parallel (default: one per visible GPU, else one). More than one start
     Ray."""
     address: str | None = None
     """A Ray cluster (auto, or host:port) to spread the work over."""
     threads: int | None = None
-    """CPU cores that a worker uses (default: all that this process may use)."""
+    """CPU cores per worker (default: all that this process may use)."""
     decode_workers: int | None = None
-    """Decoding processes a worker (default: its share of the cores)."""
+    """Decoding processes per worker (default: its share of the cores)."""
     video_timeout: float = 60.0
     """Seconds after which a video is given up, plus one for each 10 s of video."""
     block_size: int | None = None
-    """Videos that are done, stored and resumed together (new store: 64)."""
+    """Videos that are processed, stored and resumed together (new store: 64)."""
     retry_failed: bool = False
     """Try videos again that failed in an earlier run."""
     retry_changed: bool = False
-    """Extract videos again whose file is not the one that was read: another one has taken its
-    name."""
+    """Extract videos again if their files have been replaced."""
     drop_unlisted: bool = False
-    """Take videos that are no longer listed out of what is trained on and scored (until they are
-    listed again)."""
+    """Take videos that are no longer listed out of training and scores, until they are listed
+    again."""
     limit: int | None = None
     """Only the first N videos."""
     max_failed: float = 0.05
@@ -118,7 +116,6 @@ class Options:
     """Seed for random weights and augmentation (new store: 0)."""
 
     def with_defaults(self) -> Any:
-        """These options with a value for each setting (typed Any: no setting is None any more)."""
-        return replace(
-            self, **{name: value for name, value in DEFAULTS.items() if getattr(self, name) is None}
-        )
+        """These options with defaults for missing settings (typed Any: no setting is None now)."""
+        missing = {name for name in DEFAULTS if getattr(self, name) is None}
+        return replace(self, **{name: DEFAULTS[name] for name in missing})

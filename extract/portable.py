@@ -1,8 +1,7 @@
-"""What operating systems do differently, each with a way that every POSIX system has beside Linux's
-own.
+"""Functions that depend on the operating system: one implementation for Linux, one for any POSIX
+system such as macOS.
 
-Linux on x86-64 and aarch64 has all of it; macOS takes the other ways. HGNL_PORTABLE=1 takes them on
-Linux too, which is how they are tested.
+HGNL_PORTABLE=1 selects the second on Linux too, for tests.
 """
 
 import contextlib
@@ -20,12 +19,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def shared_memory(size: int) -> int:
-    """A file descriptor of `size` bytes that a child process can map: memory, or elsewhere a file
-    without a name."""
+    """A file descriptor of `size` bytes that child processes can map: memory, or a temporary file."""
     if ON_LINUX:
-        descriptor = os.memfd_create(
-            "decoded-frames"
-        )  # not /dev/shm, which is 64 MB in many containers
+        descriptor = os.memfd_create("decoded-frames")  # /dev/shm is 64 MB in many containers
     else:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
@@ -34,8 +30,8 @@ def shared_memory(size: int) -> int:
 
 
 def end_with_parent() -> None:
-    """End this process when its parent ends, also on kill -9: by the kernel, or elsewhere by a
-    thread that looks."""
+    """End this process when its parent ends, even by kill -9: by the kernel, or by a thread that
+    polls."""
     if ON_LINUX:
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -51,14 +47,13 @@ def end_with_parent() -> None:
 
 
 def advise(libc: ctypes.CDLL, address: int, length: int, advice: int) -> None:
-    """Tell the kernel how mapped memory will be read. Only advice: without it reading still
-    works."""
+    """Tell the kernel how mapped memory will be read. Has no effect elsewhere."""
     if ON_LINUX:
         libc.madvise(address, length, advice)
 
 
 def read_proc(name: str) -> str:
-    """The text of /proc/NAME, empty without one."""
+    """The text of /proc/NAME, "" if it does not exist."""
     if not ON_LINUX:
         return ""
     try:
@@ -68,7 +63,7 @@ def read_proc(name: str) -> str:
 
 
 def memory_available() -> int:
-    """Bytes that the page cache could take: what Linux says, or half of the memory there is."""
+    """Bytes that the page cache could use: as reported by Linux, or half of all memory."""
     for line in read_proc("meminfo").splitlines():
         if line.startswith("MemAvailable"):
             return 1024 * int(line.split()[1])

@@ -1,4 +1,4 @@
-"""Frame indices as pure functions of the number of frames (numpy only; nothing here opens a video).
+"""Sample frame indices from the number of frames.
 
 num_frames = 10, num_segments = 4        |0 1|2 3 4|5 6|7 8 9|
 segment_centres                            1   3     6   8
@@ -23,7 +23,7 @@ def segment_random(num_frames: int, num_segments: int, rng: np.random.Generator)
     ascending.
 
     Every frame can be drawn, the last ones too. With fewer frames than segments, empty segments
-    give their first frame, so that every frame is there and some repeat.
+    give their first frame, so that every frame is included and some repeat.
     """
     _check(num_frames, num_segments)
     edges = np.arange(num_segments + 1, dtype=np.int64) * num_frames // num_segments

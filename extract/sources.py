@@ -1,9 +1,8 @@
-"""What identifies the file that a row's features were made from: its size and a digest of both
-ends.
+"""Identify the file that a row's features were made from, by its size and a digest of both ends.
 
-A digest of the whole file would read every byte again. The first and last 64 kB and the size tell
-apart what people replace a video by: another encoding, a longer download, another clip. What they
-do not tell: a file of the same size with other bytes only in the middle.
+A digest of the whole file would read every byte again. The first and last 64 kB and the size detect
+usual replacements: another encoding, a longer download, another clip. They do not detect changed
+bytes in the middle of a file of the same size.
 
 A folder of numbered pictures is identified by the names and sizes of all, and both ends of the first
 and the last.
@@ -22,11 +21,10 @@ END_BYTES = 1 << 16  # of each end of a file
 
 
 class Source(NamedTuple):
-    """The file of a row as it was when it was read: size (bytes), digest (64 bits), time of change
-    (ns)."""
+    """The file of a row as it was when it was read; -1 for unknown."""
 
-    size: int = -1  # -1: unknown
-    digest: int = -1
+    size: int = -1  # bytes
+    digest: int = -1  # 64 bits
     mtime_ns: int = -1
 
     @property
@@ -39,30 +37,27 @@ _SPAN_ID = re.compile(r"(.+)#\d+-\d+", re.DOTALL)
 
 
 def file_of(row_id: str) -> str:
-    """The file of a row by its id, which for a span ends with its milliseconds:
-    `a.mp4#2000-5000`."""
+    """The file of a row, from its id: that of a span ends with milliseconds, `a.mp4#2000-5000`."""
     span = _SPAN_ID.fullmatch(row_id)
     return span[1] if span else row_id
 
 
 def read_source(path: StrPath) -> Source:
-    """Size, digest and time of change of a file; `UNKNOWN` for what cannot be read or is not a
-    file.
+    """Size, digest and modification time of a file; `UNKNOWN` if it cannot be read.
 
-    Reads at most 128 kB, of a folder twice that.
+    Reads at most 128 kB of a file, and twice that of a folder of pictures.
     """
     try:
         if os.path.isdir(path):
             return _read_pictures(path)
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would never return
             return UNKNOWN
         with open(path, "rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             ends = os.pread(file.fileno(), END_BYTES, 0)
             if status.st_size > END_BYTES:
-                ends += os.pread(
-                    file.fileno(), END_BYTES, max(END_BYTES, status.st_size - END_BYTES)
-                )
+                last = max(END_BYTES, status.st_size - END_BYTES)
+                ends += os.pread(file.fileno(), END_BYTES, last)
     except OSError:
         return UNKNOWN
     digest = hashlib.blake2b(ends, digest_size=8, key=str(status.st_size).encode()).digest()
@@ -70,9 +65,9 @@ def read_source(path: StrPath) -> Source:
 
 
 def stat_source(path: StrPath) -> tuple[int, int]:
-    """Size and time of change, as `Source` has them, without reading; size 0 for what is not a video.
+    """Size and modification time as in `Source`, without reading; size 0 if it is not a file.
 
-    Of a folder, the size of its numbered pictures together and the latest change. Raises OSError.
+    For a folder, the total size of its numbered pictures and the latest time. Raises OSError.
     """
     status = os.stat(path)
     if not stat.S_ISDIR(status.st_mode):

@@ -1,5 +1,4 @@
-"""python -m extract.status feats.zarr: what is in a store, what failed and why, how fast it
-went."""
+"""python -m extract.status feats.zarr: the contents of a store, failures, size and speed."""
 
 import sys
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from extract.cli import run_command
 
 @dataclass(frozen=True)
 class Options:
-    """Show counts by split, reasons of failures, size and speed of a feature store."""
+    """Show counts by split, failure reasons, size and speed of a feature store."""
 
     store: Annotated[str, tyro.conf.Positional]
     """The feature store."""

@@ -1,5 +1,5 @@
-"""python -m extract.verify feats.zarr [--repair] [--sources]: check every stored byte, and the
-videos themselves."""
+"""python -m extract.verify feats.zarr [--repair] [--sources]: check all bytes of a store, and
+whether its videos have changed."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ MAX_PRINTED = 20
 
 @dataclass(frozen=True)
 class Options:
-    """Check every stored byte against its checksum; exit status 1 if something is damaged, lost or
+    """Check every stored byte against its checksum. Exit status 1 if something is damaged, lost or
     replaced."""
 
     store: Annotated[str, tyro.conf.Positional]
@@ -32,48 +32,40 @@ class Options:
     """Set the blocks of damaged videos back to pending, so that the next extraction does them
     again."""
     sources: bool = False
-    """Read size and both ends of every video too: is it still the file that its features were made
-    from?"""
+    """Also read size and both ends of every video, to check that it is still the file that its
+    features were made from."""
     root: Path | None = None
     """With --sources: the folder that ids are paths below (default: that of the last extraction,
     from the log)."""
 
 
 def main(options: Options) -> int:
-    from extract.store import is_remote, lock_store
+    from extract.store import FeatureStore, is_remote, lock_store
     from extract.store.damage import damaged_columns
 
     if is_remote(options.store):
-        raise InputError(f"{options.store} is remote; verify it where it lies on a disk")
-    store = _open(options)
+        raise InputError(f"{options.store} is remote; verify a copy of it on a disk")
+    FeatureStore.open(options.store, writable=options.repair)  # before the lock makes a file
     with lock_store(options.store) if options.repair else contextlib.nullcontext():
-        store = _open(options)  # as it is under the lock
+        store = FeatureStore.open(options.store, writable=options.repair)
         if columns := damaged_columns(store):
-            _print_some([f"damaged: {line}" for line in columns])
-            print(
-                "--repair cannot bring these back, since no extraction makes them from one video alone"
-            )
+            _print_first([f"damaged: {line}" for line in columns])
+            print("--repair cannot restore these: no extraction makes them from one video alone")
             return 1
         damaged = _check_shards(options, store)
     replaced = _check_sources(options, store) if options.sources else 0
     return 1 if replaced or (damaged and not options.repair) else 0
 
 
-def _open(options: Options) -> "FeatureStore":
-    from extract.store import FeatureStore
-
-    return FeatureStore.open(options.store, writable=options.repair)
-
-
-def _print_some(lines: Sequence[str]) -> None:
-    print("\n".join(lines[:MAX_PRINTED]))
+def _print_first(lines: Sequence[str]) -> None:
+    for line in lines[:MAX_PRINTED]:
+        print(line)
     if len(lines) > MAX_PRINTED:
         print(f"... and {len(lines) - MAX_PRINTED} more")
 
 
 def _check_shards(options: Options, store: "FeatureStore") -> int:
-    """The number of videos whose features are damaged, after repairing them if that is an
-    option."""
+    """Number of videos with damaged features, which --repair sets back to pending."""
     import numpy as np
 
     from extract.store import PENDING
@@ -81,20 +73,17 @@ def _check_shards(options: Options, store: "FeatureStore") -> int:
     damaged: dict[int, str] = {}
     for block in progress(range(store.num_blocks), unit="shard"):
         damaged |= store.damaged_rows(block)
-    if damaged:
-        _print_some(
-            [
-                f"damaged: {store.ids[row]} (row {row}): {why}"
-                for row, why in sorted(damaged.items())
-            ]
-        )
+    _print_first(
+        [f"damaged: {store.ids[row]} (row {row}): {damaged[row]}" for row in sorted(damaged)]
+    )
     committed = int((store.status != PENDING).sum())
     print(
-        f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, {len(damaged):,} damaged"
+        f"{committed:,} finished videos in {store.num_blocks:,} blocks checked, "
+        f"{len(damaged):,} damaged"
     )
     if damaged and not options.repair:
         print(f"Next: {command_line('extract.verify', options.store, repair=True)}")
-    if damaged and options.repair:
+    elif damaged:
         blocks = {row // store.block_size for row in damaged}
         store.set_status(np.concatenate([store.block_rows(block) for block in blocks]), PENDING)
         print(f"{len(blocks)} blocks are pending again; run the extraction once more to fill them")
@@ -102,44 +91,45 @@ def _check_shards(options: Options, store: "FeatureStore") -> int:
 
 
 def _check_sources(options: Options, store: "FeatureStore") -> int:
-    """The number of videos that are not the files that their features were made from, or are not
-    there any more."""
-    from extract.sources import Source, file_of, read_source
+    """Number of files that are missing, or are not those that the features were made from."""
+    from extract.sources import file_of, read_source
 
-    root = options.root or _recorded_root(options.store)
-    recorded: dict[str, Source] = {}
-    for row_id, (size, digest) in zip(store.ids.tolist(), store.sources.tolist(), strict=True):
-        if size >= 0:
-            recorded[file_of(row_id)] = Source(size, digest)
+    root = options.root or _recorded_root(store)
+    files = list(map(file_of, store.ids.tolist()))
+    recorded = {
+        file: (size, digest)
+        for file, (size, digest) in zip(files, store.sources.tolist(), strict=True)
+        if size >= 0
+    }
     lines = []
-    for file, source in progress(recorded.items(), unit="file"):
-        now = read_source(os.path.join(root, file))
-        if not now.known:
+    for file, (size, digest) in progress(recorded.items(), unit="file"):
+        source = read_source(os.path.join(root, file))
+        if not source.known:
             lines.append(f"lost: {file} cannot be read below {root}")
-        elif now[:2] != source[:2]:
+        elif source[:2] != (size, digest):
             lines.append(
-                f"replaced: {file} has {now.size:,} bytes, {source.size:,} were recorded; another file"
+                f"replaced: {file} has {source.size:,} bytes, {size:,} were recorded; another file"
             )
-    if lines:
-        _print_some(lines)
-    unknown = len({file_of(row_id) for row_id in store.ids.tolist()}) - len(recorded)
-    without = f"; {unknown:,} have no record" if unknown else ""
-    print(f"{len(recorded):,} files below {root} checked, {len(lines):,} lost or replaced{without}")
+    _print_first(lines)
+    unrecorded = len(set(files)) - len(recorded)
+    note = f"; {unrecorded:,} have no record" if unrecorded else ""
+    print(f"{len(recorded):,} files below {root} checked, {len(lines):,} lost or replaced{note}")
     return len(lines)
 
 
-def _recorded_root(store: str) -> Path:
-    """The folder that ids are paths below, as the last extraction was given it."""
+def _recorded_root(store: "FeatureStore") -> Path:
+    """The folder that ids are paths below, as recorded by the last extraction."""
     from extract.store import RunLog
+    from extract.workers.settings import logged_options
 
-    runs = [run["options"] for run in RunLog.records(store) if isinstance(run.get("options"), dict)]
-    if not runs or not runs[-1].get("videos"):
+    options = next(iter(logged_options(store)), {})
+    if not options.get("videos"):
         raise InputError(
-            f"{RunLog.path(store)} names no extraction; say with --root where the videos are"
+            f"{RunLog.path(store.path)} names no extraction; say with --root where the videos are"
         )
-    if runs[-1].get("root"):
-        return Path(runs[-1]["root"])
-    videos = Path(runs[-1]["videos"])
+    if options.get("root"):
+        return Path(options["root"])
+    videos = Path(options["videos"])
     return videos if videos.is_dir() else videos.parent
 
 

@@ -20,7 +20,7 @@ from aggregate.training.options import plain
 from aggregate.training.sources import Source, attention_text
 from extract import InputError
 from extract.cli import progress
-from extract.durable import LOCK, is_leftover, replace_file, writing
+from extract.durable import LOCK, is_leftover, os_errors_as_run_error, replace_file
 from extract.store import difference
 
 # Below this |s F_o| / |F| attention changes nothing that matters.
@@ -216,7 +216,7 @@ class Run:
         training = {"epoch": self.epoch, "history": self.history, "learners": states}
         self._checkpoint(first, first.tested_state(), training).save(self.out / "last.pt")
         replace_file(self.out / "metrics.csv", csv_of(self.history))
-        with writing(self.out / "events.out.tfevents"):
+        with os_errors_as_run_error(self.out / "events.out.tfevents"):
             if self._board is None:
                 self._board = SummaryWriter(str(self.out), purge_step=self.epoch - 1)
             for name, value in row.items():

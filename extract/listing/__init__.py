@@ -1,1 +1,1 @@
-"""What there is to extract: folders, CSV files and label lists become a listing of videos."""
+"""List the videos to extract, from folders, CSV files and label lists."""

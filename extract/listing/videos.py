@@ -105,10 +105,10 @@ class Listing:
 
     def report(self) -> str:
         """A table of listed, found and missing videos per split, and the files that were ignored."""
-        found, missing = len(self.videos), len(self.missing)
+        present, missing = len(self.videos), len(self.missing)
         lines = [
             f"{self.source}: {self.layout}",
-            f"{_count(found + missing, 'video')} listed, {found:,} found, "
+            f"{_count(present + missing, 'video')} listed, {present:,} found, "
             f"{_counted([video.id for video in self.missing], ' missing')}",
             f"{_count(len(self.classes), 'class', 'classes')}: {self.labels_from}",
             *self.notes,
@@ -131,7 +131,7 @@ class Listing:
             f"{'split':<6}{'listed':>9}{'found':>9}{'unlabeled':>12}{'classes':>9}   "
             "min, median, max per class"
         )
-        found = Counter(video.split for video in self.videos)
+        present = Counter(video.split for video in self.videos)
         missing = Counter(video.split for video in self.missing)
         unlabeled = Counter(video.split for video in self.videos if video.label < 0)
         empty = []
@@ -142,7 +142,7 @@ class Listing:
             if positive:
                 spread = f"{min(positive):,}, {median(positive):,.6g}, {max(positive):,}"
             yield (
-                f"{split or '-':<6}{found[split] + missing[split]:>9,}{found[split]:>9,}"
+                f"{split or '-':<6}{present[split] + missing[split]:>9,}{present[split]:>9,}"
                 f"{unlabeled[split]:>12,}{len(positive):>9,}   {spread}"
             )
             if 0 < len(positive) < len(counts):

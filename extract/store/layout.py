@@ -16,7 +16,7 @@ import zarr
 from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from extract import InputError
-from extract.durable import replace_file, sync, writing
+from extract.durable import os_errors_as_run_error, replace_file, sync
 from extract.sources import UNKNOWN, Source
 
 PENDING, OK, PARTIAL, FAILED = 0, 1, 2, 3
@@ -165,7 +165,7 @@ class SyncedFolder(zarr.storage.LocalStore):
     def delete_sync(self, key: str) -> None:
         path = self.root / key  # of a chunk
         if path.exists():
-            with writing(path):
+            with os_errors_as_run_error(path):
                 path.unlink()
                 sync(path.parent)
 

@@ -42,9 +42,7 @@ class FolderLock:
                 f"{path} is being written by {holder}; wait for it or stop it first"
             ) from None
         store = log_path.with_suffix("")  # its name is the store's and .log
-        remove_leftovers(
-            store.parent, of=store.name
-        )  # of a run that was killed while it made the store
+        remove_leftovers(store.parent, store.name)  # of a run that was killed making the store
 
     def ensure_held(self) -> None:
         """The kernel keeps it."""

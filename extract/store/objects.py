@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from extract import InputError, RunError
-from extract.durable import replace_file, sync, writing
+from extract.durable import os_errors_as_run_error, replace_file, sync
 from extract.store.layout import is_remote
 
 # Their errors are not OSError; everything else that storage raises is.
@@ -75,7 +75,7 @@ def remove_object(path: str) -> None:
             if system.exists(name):
                 system.rm_file(name)
     elif os.path.lexists(path):
-        with writing(path):
+        with os_errors_as_run_error(path):
             os.unlink(path)
             sync(os.path.dirname(path))
 

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from extract.durable import writing
+from extract.durable import os_errors_as_run_error
 from extract.store.layout import is_remote
 
 
@@ -27,7 +27,7 @@ class RunLog:
         if self._path is None:
             return
         record = {"event": event, "time": round(time.time(), 3), **fields}
-        with writing(self._path), self._path.open("ab+") as file:
+        with os_errors_as_run_error(self._path), self._path.open("ab+") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
             cut = file.read() not in (b"", b"\n")  # by a kill or a full disk
             file.write(b"\n" * cut + json.dumps(record, default=str).encode() + b"\n")

@@ -26,14 +26,16 @@ def continue_options(options: Options, store: FeatureStore) -> Any:
     given = {name: getattr(options, name) for name in recorded}
     missing = {name: recorded[name] for name, value in given.items() if value is None}
     missing |= {name: recorded[name] for name in ("precision", "engine") if given[name] == "auto"}
-    _refuse_others(store, recorded, given | missing, _other_weights(options.weights, store))
+    refuse_other_settings(store, recorded, given | missing, _other_weights(options.weights, store))
     if options.weights is None:
         missing["weights"] = _recorded_weights(store)
     completed = replace(options, **missing)
     if options.fps is not None:  # says the window, or the frames in one
         frames = options.frames if options.window is not None else completed.frames
         completed = resolve_windowing(replace(completed, window=options.window, frames=frames))
-        _refuse_others(store, recorded, {name: getattr(completed, name) for name in recorded})
+        refuse_other_settings(
+            store, recorded, {name: getattr(completed, name) for name in recorded}
+        )
     taken = {name: value for name, value in missing.items() if value != DEFAULTS.get(name)}
     if taken:
         flags = (f"--{name.replace('_', '-')} {value}" for name, value in taken.items())
@@ -43,15 +45,16 @@ def continue_options(options: Options, store: FeatureStore) -> Any:
 
 def check_provenance(store: FeatureStore, provenance: dict[str, Any]) -> None:
     """InputError for settings that are known only once the backbone is loaded, and differ."""
-    _refuse_others(store, store.provenance, provenance)
+    refuse_other_settings(store, store.provenance, provenance)
 
 
-def _refuse_others(
+def refuse_other_settings(
     store: FeatureStore,
     recorded: dict[str, Any],
     now: dict[str, Any],
     lines: Sequence[str] = (),
 ) -> None:
+    """InputError with the settings that differ, if any; `lines` name further ones."""
     if lines := [*difference(recorded, now), *lines]:
         text = "\n  ".join(lines)
         raise InputError(

@@ -186,7 +186,7 @@ def test_a_gpu_that_is_gone_is_named(tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 2
-    assert "--device cuda: this machine shows 0 GPUs to PyTorch; use cpu or auto" in done.stderr
+    assert "--device cuda: PyTorch sees 0 GPUs on this machine; use cpu or auto" in done.stderr
 
 
 WITHOUT_OPENVINO = """

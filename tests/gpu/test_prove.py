@@ -47,7 +47,7 @@ def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path
     tests = prove.run_tests(env, tmp_path, seconds=120, only=only)
     assert tests["passed"] == 0
     assert len(tests["not passed"]) == 1
-    assert "this machine shows 0 GPUs to PyTorch" in tests["not passed"][0]
+    assert "PyTorch sees 0 GPUs on this machine" in tests["not passed"][0]
 
 
 def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
