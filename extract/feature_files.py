@@ -309,10 +309,7 @@ class _Parquet(FeatureFiles):
             ) from None
         schema = self._file.schema_arrow
         id_columns = [name for name in ("id", "path") if name in schema.names]
-        list_types = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
-        lists = [
-            field.name for field in schema if any(is_list(field.type) for is_list in list_types)
-        ]
+        lists = [field.name for field in schema if pa.types.is_nested(field.type)]
         if "features" in lists:
             lists = ["features"]
         if not id_columns or len(lists) != 1:

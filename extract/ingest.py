@@ -97,18 +97,18 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
     counts = Counter(map(_base, files.names))
     by_base = {_base(name): name for name in files.names if counts[_base(name)] == 1}
     by_name = {name: name for name in files.names}
+
+    def match(keys: list[str], names: dict[str, str]) -> dict[str, str]:
+        pairs = zip(ids, keys, strict=True)
+        return {video_id: names[key] for video_id, key in pairs if key in names}
+
     comparisons = {
-        "the id": (ids, by_name),
-        "the id without the video's extension": (stems, by_name),
-        "the file name without extension": (bases, by_base),
+        "the id": match(ids, by_name),
+        "the id without the video's extension": match(stems, by_name),
+        "the file name without extension": match(bases, by_base),
     }
-    matches: dict[str, str] = {}
-    for description, (keys, names) in comparisons.items():
-        candidate = {
-            video_id: names[key] for video_id, key in zip(ids, keys, strict=True) if key in names
-        }
-        if len(candidate) > len(matches):
-            matches, matched_by = candidate, description
+    matched_by = max(comparisons, key=lambda description: len(comparisons[description]))
+    matches = comparisons[matched_by]
     if not matches:
         ending = _common_ending(bases[0], by_base)
         if not ending:
@@ -116,11 +116,7 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
                 f"none of the {len(ids):,} videos of {listing.source} has features: it lists "
                 f"{first_few(ids)}, and there are {first_few(files.names)}"
             )
-        matches = {
-            video_id: by_base[base + ending]
-            for video_id, base in zip(ids, bases, strict=True)
-            if base + ending in by_base
-        }
+        matches = match([base + ending for base in bases], by_base)
         matched_by = f"the file name with the ending {ending}"
     id_of: dict[str, str] = {}
     for video_id, name in matches.items():

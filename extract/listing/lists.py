@@ -52,10 +52,11 @@ def read_list(path: str, root: str) -> Table:
         return read_table(path, root, header, layout)
     if separator := _separator_of_pairs(path, root):
         return _read_pairs(path, root, separator)
-    columns = "; ".join(", ".join(sorted(layout.needed)) for layout in LAYOUTS)
+    needed = "; ".join(", ".join(sorted(layout.needed)) for layout in LAYOUTS)
     raise InputError(
-        f"{path} has the columns {', '.join(header.columns) or '(none)'}; needed are those of one of: {columns}; "
-        "or lines `path label` without a header, or the JSON of ActivityNet or Something-Something"
+        f"{path} has the columns {', '.join(header.columns) or '(none)'}; needed are those of one "
+        f"of: {needed}; or lines `path label` without a header, or the JSON of ActivityNet or "
+        "Something-Something"
     )
 
 
@@ -64,42 +65,39 @@ def is_table(path: str) -> bool:
     return extension(path) == "csv" and layout_of(read_header(path)) is not None
 
 
-def lists_of(path: str) -> list[str]:
-    """The files that are read with one file: both of a split of UCF101, all classes of a split of
-    HMDB51, else the file alone."""
-    directory, name = os.path.split(path)
+def _protocol(path: str) -> tuple[re.Pattern[str], str] | None:
+    """The pattern and the number of a train and test split of UCF101 or HMDB51."""
     for pattern in (_UCF, _HMDB):
-        if match := pattern.fullmatch(name):
-            matches = map(pattern.fullmatch, sorted(os.listdir(directory or ".")))
-            number = match["number"]
-            return [
-                os.path.join(directory, other[0])
-                for other in matches
-                if other and other["number"] == number
-            ]
-    return [path]
+        if match := pattern.fullmatch(os.path.basename(path)):
+            return pattern, match["number"]
+    return None
+
+
+def lists_of(path: str) -> list[str]:
+    """The files that are read with one file: all of a split of UCF101 or HMDB51, else itself."""
+    protocol = _protocol(path)
+    if protocol is None:
+        return [path]
+    return [file for file in files_like_lists(os.path.dirname(path)) if _protocol(file) == protocol]
 
 
 def lists_in(directory: str) -> list[str]:
     """The lists directly in a folder. `InputError` for several splits of UCF101 or HMDB51."""
     paths = files_like_lists(directory)
-    names = list(map(os.path.basename, paths))
-    for pattern in (_UCF, _HMDB):
-        matches = [match for match in map(pattern.fullmatch, names) if match]
-        if len({match["number"] for match in matches}) > 1:
-            raise InputError(
-                f"{directory} holds several protocols, such as {matches[0][0]} and "
-                f"{matches[-1][0]}; give one of these files as --videos: the others of its number "
-                "are read with it"
-            )
-        if matches:
-            return lists_of(os.path.join(directory, matches[0][0]))
-    return paths
+    protocols = {_protocol(path): path for path in paths}
+    protocols.pop(None, None)
+    if len(protocols) > 1:
+        names = " and ".join(map(os.path.basename, protocols.values()))
+        raise InputError(
+            f"{directory} holds several protocols, such as {names}; give one of these files as "
+            "--videos: the others of its number are read with it"
+        )
+    return lists_of(next(iter(protocols.values()))) if protocols else paths
 
 
 def files_like_lists(directory: str) -> list[str]:
     """Paths of the files directly in a folder with an extension of lists, sorted."""
-    names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    names = sorted(name for name in os.listdir(directory or ".") if not name.startswith("."))
     return [os.path.join(directory, name) for name in names if extension(name) in LIST_EXTENSIONS]
 
 

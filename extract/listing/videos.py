@@ -25,7 +25,7 @@ from extract.listing.folders import (
     scan,
     split_and_class,
 )
-from extract.listing.labels import choose_labels, kinetics700_labels
+from extract.listing.labels import choose_labels
 from extract.listing.leaks import describe_leaks
 from extract.listing.lists import (
     FRAMES_HINT,
@@ -40,15 +40,6 @@ from extract.listing.locate import locate_paths, locate_stems, reject_duplicates
 from extract.listing.pictures import describe_picture_folders, refuse_picture_folders
 from extract.listing.tables import Row, Table, span_id
 from extract.numbered import PICTURE_EXTENSIONS
-
-__all__ = [
-    "Listing",
-    "Video",
-    "kinetics700_labels",
-    "list_videos",
-    "shared_youtube_ids",
-    "youtube_id",
-]
 
 # The id of a clip of Kinetics, or of a span of an untrimmed video that is named by its youtube id.
 _CLIP = re.compile(
@@ -68,7 +59,7 @@ class Video:
     span: tuple[float, float] | None = None  # seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Listing:
     """The videos of a source, and the files that were left out.
 
@@ -78,14 +69,14 @@ class Listing:
 
     source: str
     layout: str  # describes how the source was read
-    videos: tuple[Video, ...] = field(repr=False)
-    classes: tuple[str, ...] = field(repr=False)
+    videos: tuple[Video, ...]
+    classes: tuple[str, ...]
     labels_from: str  # describes the source of the classes
-    missing: tuple[Video, ...] = field(default=(), repr=False)  # rows of a list without a file
-    unlisted: tuple[str, ...] = field(default=(), repr=False)  # videos in no row of the list
-    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict, repr=False)  # by reason
+    missing: tuple[Video, ...] = ()  # rows of a list without a file
+    unlisted: tuple[str, ...] = ()  # videos in no row of the list
+    ignored: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by reason
     notes: tuple[str, ...] = ()
-    picture_folders: tuple[str, ...] = field(default=(), repr=False)  # paths below the root
+    picture_folders: tuple[str, ...] = ()  # paths below the root
 
     @property
     def splits(self) -> tuple[str, ...]:

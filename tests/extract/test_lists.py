@@ -188,7 +188,8 @@ def test_ucf101_has_both_sides_and_its_groups(tmp_path):
 
 def test_several_protocols_are_asked_about(tmp_path):
     with pytest.raises(
-        InputError, match=r"several protocols, such as testlist01.txt and trainlist02.txt; give one"
+        InputError,
+        match=r"several protocols, such as trainlist01.txt and trainlist02.txt; give one",
     ):
         list_videos(ucf(tmp_path), root=tmp_path / "UCF-101")
     for name in ("trainlist02.txt", "testlist02.txt"):
@@ -201,6 +202,8 @@ def test_ucf101_without_a_folder_is_named(tmp_path):
         InputError, match=r"trainlist01\.txt line 1: 'x\.avi' has no folder, which is the class"
     ):
         list_videos(write(tmp_path / "trainlist01.txt", "x.avi 1\n"))
+    with pytest.raises(InputError, match=r"trainlist01\.txt line 1: \.\./x/y\.avi is not below"):
+        list_videos(write(tmp_path / "trainlist01.txt", "../x/y.avi 1\n"))
 
 
 def test_hmdb51_reads_all_its_classes(tmp_path):

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 from extract import InputError
 from extract.listing.folders import VIDEO_EXTENSIONS, scan
-from extract.listing.labels import spellings
+from extract.listing.labels import kinetics700_labels, spellings
 from extract.listing.leaks import describe_leaks
 from extract.listing.tables import Row
 from extract.listing.videos import (
     Listing,
     Video,
-    kinetics700_labels,
     list_videos,
     shared_youtube_ids,
     youtube_id,
