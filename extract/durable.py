@@ -22,7 +22,7 @@ from extract import RunError, StrPath
 from extract.cli import describe_os_error
 
 LOCK = ".lock"
-# Only this package names files like this. Without a running writer, such a file is from a killed run.
+# Only this package names files like this. Without a running writer, a killed run left it.
 _LEFTOVER = re.compile(r"\.[0-9a-f]{32}\.partial$")
 
 

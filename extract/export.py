@@ -54,7 +54,8 @@ def main(options: Options) -> int:
     to_npy = str(options.to) == "npy"
     if to_npy == (options.out is None):
         raise InputError(
-            f"--to {options.to} --out {options.out}: --out names the folder of --to npy, and only that"
+            f"--to {options.to} --out {options.out}: --out names the folder of --to npy, and only "
+            "that"
         )
     if options.one_vector and not to_npy:
         raise InputError(f"--one-vector needs --to npy; --to {options.to} has its own form")

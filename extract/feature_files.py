@@ -88,8 +88,8 @@ def open_features(path: Path) -> FeatureFiles:
 
 
 def check_shape(shape: tuple[int, ...], dtype: np.dtype) -> Shape:
-    """T, D of an array [T, D], [1, T, D] or [D]. UnusableError for another shape, an empty array, or
-    one that does not hold numbers."""
+    """T, D of an array [T, D], [1, T, D] or [D]. UnusableError for other shapes, empty arrays, and
+    arrays that do not hold numbers."""
     if dtype.hasobject:
         raise UnusableError("it holds objects (a pickle), which are never loaded")
     if dtype.kind not in "fiu":
@@ -235,7 +235,8 @@ def ids_beside(path: Path) -> list[str]:
         return text.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if not table.exists():
         raise InputError(
-            f"{path} does not say which videos its rows are; write their ids, one per line, into {text}"
+            f"{path} does not say which videos its rows are; write their ids, one per line, into "
+            f"{text}"
         )
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)

@@ -82,7 +82,7 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
 
     Names are compared with ids, with ids without the video's extension, and with file names without
     extension; if none of these matches, also with one ending that all share, as video_features
-    appends (`_resnet`). The comparison that matches most is used, and the listing's report names it.
+    appends (`_resnet`). The comparison with most matches is used, and the report names it.
 
     Returns:
         the listing, with the files of its features as paths, in the files' order; and the name of
@@ -140,7 +140,7 @@ def join(listing: "Listing", files: "FeatureFiles") -> "tuple[Listing, dict[str,
 
 
 def _common_ending(base: str, names: Collection[str]) -> str:
-    """What follows a video's name in the name of its features, such as `_resnet`; "" for nothing."""
+    """The part of a features' name after the video's name, such as `_resnet`; "" for none."""
     endings = sorted(name.removeprefix(base) for name in names if name.startswith(f"{base}_"))
     if len(endings) > 1:
         raise InputError(
@@ -163,7 +163,7 @@ def _base(name: str) -> str:
     return name.rpartition("/")[2]
 
 
-# -- the store ---------------------------------------------------------------------------------------
+# -- the store -------------------------------------------------------------------------------------
 
 
 def _ingest(

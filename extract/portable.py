@@ -19,7 +19,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def shared_memory(size: int) -> int:
-    """A file descriptor of `size` bytes that child processes can map: memory, or a temporary file."""
+    """A descriptor of `size` bytes that child processes can map: of memory or a temporary file."""
     if ON_LINUX:
         descriptor = os.memfd_create("decoded-frames")  # /dev/shm is 64 MB in many containers
     else:

@@ -4,8 +4,8 @@ A digest of the whole file would read every byte again. The first and last 64 kB
 usual replacements: another encoding, a longer download, another clip. They do not detect changed
 bytes in the middle of a file of the same size.
 
-A folder of numbered pictures is identified by the names and sizes of all, and both ends of the first
-and the last.
+A folder of numbered pictures is identified by the names and sizes of all, and both ends of the
+first and the last.
 """
 
 import hashlib

@@ -147,7 +147,7 @@ def _false_on_error(call: Callable[[], Any]) -> Any:
 
 
 def escape_non_utf8(path: str) -> str:
-    """The path with escapes for bytes that are not UTF-8, which stores and terminals cannot hold."""
+    """The path with escapes for bytes that are not UTF-8: stores and terminals cannot hold them."""
     return path.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 

@@ -147,7 +147,7 @@ def _spelling_index(classes: Sequence[str]) -> dict[str, int]:
 
 
 def _with_nearest(unknown: Sequence[str], index: Iterable[str]) -> str:
-    """The first unknown names, each with the most similar known one: `'yogaa' (nearest: 'yoga')`."""
+    """The first unknown names with the most similar known ones: `'yogaa' (nearest: 'yoga')`."""
     texts = list(map(repr, unknown))
     for number, name in enumerate(unknown[:5]):
         if nearest := difflib.get_close_matches(name, index, n=1):

@@ -32,8 +32,8 @@ _UCF = re.compile(r"(?:train|test)list(?P<number>\d+)\.txt")
 _HMDB = re.compile(r"(?P<class>.+)_test_split(?P<number>\d+)\.txt")
 _SEPARATORS = ("\t", ";", ",", " ")
 FRAMES_HINT = (
-    "a folder is a video if it holds numbered pictures of one pattern (img_00001.jpg, img_00002.jpg "
-    "...); give the folder around such folders, or a CSV path,label, to `extract --frame-rate`"
+    "a folder is a video if it holds numbered pictures of one pattern (img_00001.jpg, "
+    "img_00002.jpg ...); give the folder around such folders, or a CSV path,label, to `extract --frame-rate`"
 )
 
 
@@ -101,7 +101,7 @@ def files_like_lists(directory: str) -> list[str]:
     return [os.path.join(directory, name) for name in names if extension(name) in LIST_EXTENSIONS]
 
 
-# -- text without a header ---------------------------------------------------------------------------
+# -- text without a header -------------------------------------------------------------------------
 
 
 def _separator_of_pairs(path: str, root: str) -> str:
@@ -165,7 +165,8 @@ def _read_ucf(path: str, root: str) -> Table:
     """UCF101's trainlist01.txt and testlist01.txt: `ApplyEyeMakeup/v_ApplyEyeMakeup_g08_c01.avi 1`,
     without the number in the latter.
 
-    The class is the folder. The group is the name before `_c01`: the video that clips were cut from.
+    The class is the folder. The group, the video that clips were cut from, is the name before
+    `_c01`.
     """
     split = "train" if os.path.basename(path).startswith("train") else "test"
 
@@ -200,7 +201,7 @@ def _read_hmdb(path: str, label: str) -> Table:
     return Table("stem", rows, (note,) if left_out else ())
 
 
-# -- JSON --------------------------------------------------------------------------------------------
+# -- JSON ------------------------------------------------------------------------------------------
 
 
 def _read_json(path: str) -> Table:

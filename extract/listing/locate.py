@@ -68,8 +68,8 @@ def reject_duplicates(rows: Iterable[Row], *, of_two_classes: bool = False) -> N
             if earlier.label != row.label:
                 labels = f" as {earlier.label!r} and as {row.label!r}"
             raise InputError(
-                f"{earlier.location} and {row.location} both list {span_id(name, row.span)}{labels}; "
-                "a video is listed once, with one label"
+                f"{earlier.location} and {row.location} both list "
+                f"{span_id(name, row.span)}{labels}; a video is listed once, with one label"
             )
 
 

@@ -28,7 +28,7 @@ def require_frame_rate(source: str, folders: Sequence[str], rate: float | None) 
     """InputError if there are such folders and no rate (Hz)."""
     if rate is None and folders:
         raise InputError(
-            f"{source} lists folders of numbered pictures ({len(folders):,}, such as {folders[0]}); "
+            f"{source} lists folders of numbered pictures ({len(folders):,}, like {folders[0]}); "
             "say with --frame-rate how many are shown per second, or move them away"
         )
 

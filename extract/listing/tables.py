@@ -1,10 +1,11 @@
 """Tables with a header: delimited text in which each row lists a video, or a span of one.
 
     label,youtube_id,time_start,time_end,split        Kinetics (test files may lack label)
-    path,label[,start,end][,split][,group]            our own; also `id` for path, `subject` for group
+    path,label[,start,end][,split][,group]            our own; also `id` for path, `subject` for
+                                                      group
     classname,youtube_id,subset,start,end,label       HACS clips, without rows of label -1
-    video_id,start_timestamp,stop_timestamp,label     EPIC-KITCHENS, with the column to learn renamed
-                                                      to label
+    video_id,start_timestamp,stop_timestamp,label     EPIC-KITCHENS, with the column to learn
+                                                      renamed to label
 
 Columns go by the header's names, never by position; commas, semicolons or tabs separate them.
 Seconds may be written `01:02:03.450`. Every error names file and line.

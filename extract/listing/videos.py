@@ -95,7 +95,7 @@ class Listing:
         return {name: tuple(sorted(s)) for name, s in splits.items() if len(s) > 1}
 
     def report(self) -> str:
-        """A table of listed, found and missing videos per split, and the files that were ignored."""
+        """Describe listed, found and missing videos per split, and the files that were ignored."""
         present, missing = len(self.videos), len(self.missing)
         lines = [
             f"{self.source}: {self.layout}",
@@ -237,13 +237,14 @@ def youtube_id(video_id: str) -> str:
     `InputError` for other ids."""
     if not (clip := _CLIP.fullmatch(video_id)):
         raise InputError(
-            f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, extension"
+            f"{video_id!r} is not named like a clip of Kinetics: 11 characters, _<start>_<end>, "
+            "extension"
         )
     return clip[1]
 
 
 def shared_youtube_ids(first: Iterable[Video], second: Iterable[Video]) -> tuple[str, ...]:
-    """Youtube ids in both, sorted: leaks from, say, Kinetics-600's train into Kinetics-700's val."""
+    """Sorted youtube ids in both, such as leaks from Kinetics-600's train to Kinetics-700's val."""
     return tuple(
         sorted(_splits_of_youtube_ids(first).keys() & _splits_of_youtube_ids(second).keys())
     )
@@ -298,7 +299,8 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
     if extension(name) not in VIDEO_EXTENSIONS:
         extensions = " ".join(sorted(VIDEO_EXTENSIONS))
         raise InputError(
-            f"{source} is not a folder, a list or, by its extension, a video; known are {extensions}"
+            f"{source} is not a folder, a list or, by its extension, a video; known are "
+            f"{extensions}"
         )
     if escape_non_utf8(name) != name:
         raise InputError(
@@ -352,7 +354,7 @@ def _read_lists(paths: Sequence[str], root: str) -> tuple[list[Table], str, list
 def _from_lists(
     paths: Sequence[str], root: str, *, scanned: Scan | None = None
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Videos of one or several lists below `root`. `scanned`: `scan(root)`, if the caller has it."""
+    """Videos of one or several lists below `root`. scanned: `scan(root)`, if already done."""
     if not os.path.isdir(root):
         raise InputError(
             f"--root {root} is not a folder; it says where the videos of {paths[0]} are"
