@@ -429,7 +429,7 @@ def test_the_rate_is_required_and_never_needless(both, tmp_path, capsys):
     arguments = ("--videos", both, "--out", tmp_path / "f.zarr", *TINY)
     assert run(extract, *arguments) == 2
     error = capsys.readouterr().err
-    assert "lists folders of numbered pictures (2, such as " in error
+    assert "lists folders of numbered pictures (2, like " in error
     assert "say with --frame-rate how many are shown per second" in error
     assert run(extract, *arguments, "--frame-rate", 0) == 2
     assert "--frame-rate 0.0: expected more than 0" in capsys.readouterr().err
