@@ -314,7 +314,7 @@ def _read_rows(
     return their outcomes."""
 
     from extract.feature_files import UnusableError
-    from extract.sampling import segment_centres
+    from extract.sampling import segment_centers
     from extract.sources import read_source
     from extract.store import OK, Outcomes
 
@@ -328,7 +328,7 @@ def _read_rows(
         sources.append(source)
         try:
             array = files.load(name)
-            chosen = segment_centres(len(array), store.frames_per_video)
+            chosen = segment_centers(len(array), store.frames_per_video)
             out[position, 0] = _checked(array, chosen, store.dim)
         except UnusableError as error:
             outcomes.errors[position] = str(error)

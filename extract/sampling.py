@@ -1,13 +1,13 @@
 """Sample frame indices from the number of frames.
 
 num_frames = 10, num_segments = 4        |0 1|2 3 4|5 6|7 8 9|
-segment_centres                            1   3     6   8
+segment_centers                            1   3     6   8
 """
 
 import numpy as np
 
 
-def segment_centres(num_frames: int, num_segments: int) -> np.ndarray:
+def segment_centers(num_frames: int, num_segments: int) -> np.ndarray:
     """The middle frame of each of `num_segments` equal segments: int64 [num_segments], `int(i*L/n +
     L/(2n))`.
 

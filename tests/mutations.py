@@ -9,7 +9,7 @@ import numpy as np
 
 from extract.decode import VideoError, decode
 from extract.decode.container import LENIENT_METADATA
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 KINDS = ("bits", "bytes", "cut", "swap", "repeat", "zeros", "header", "tail", "remove", "bits")
 
@@ -55,7 +55,7 @@ def compare(job: tuple[str, int], out: np.ndarray) -> dict[str, Any]:
     """In a child: what `decode` makes of a file, and how that differs from decoding all of it plainly."""
     path, frames = job
     try:
-        found = decode(path, lambda count: segment_centres(count, frames))
+        found = decode(path, lambda count: segment_centers(count, frames))
     except VideoError as error:
         return {"failed": error.reason}
     if found.problem:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from extract import InputError, RunError
 from extract.portable import memory_available
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.store import PENDING, FeatureStore
 from extract.store.summary import human_bytes
 
@@ -238,7 +238,7 @@ def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndar
     """Places among `counts` [B] frames: int64 [B, n], the middle of each of n segments, or where
     `draws` falls."""
     if draws is None:
-        middles = {int(count): segment_centres(int(count), frames) for count in np.unique(counts)}
+        middles = {int(count): segment_centers(int(count), frames) for count in np.unique(counts)}
         return np.stack([middles[int(count)] for count in counts])
     edges = np.arange(frames + 1) * counts[:, None] // frames
     widths = np.maximum(np.diff(edges, axis=1), 1)

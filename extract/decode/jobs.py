@@ -41,7 +41,7 @@ from extract.decode.transform import (
     training_view,
     view_names,
 )
-from extract.sampling import segment_centres, segment_random
+from extract.sampling import segment_centers, segment_random
 
 _MAX_ROWS_PER_JOB, _MAX_SLOT_BYTES, _MAX_CLIP_SLOT_BYTES = 16, 32 << 20, 64 << 20
 # Instants of a clip are sums of floats: a frame that is shown this much later (s) counts as shown.
@@ -259,7 +259,7 @@ class _RowSampler:
             for name in plan.passes
         ]
         middles = [
-            segment_centres(num_frames, plan.frames)
+            segment_centers(num_frames, plan.frames)
             if rng is None
             else segment_random(num_frames, plan.frames, rng)
             for rng in self.rngs

@@ -31,7 +31,7 @@ from extract.commands import COMMANDS
 from extract.decode import decode
 from extract.decode.jobs import Plan
 from extract.listing.videos import list_videos
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.store import FeatureStore
 from processes import running
 
@@ -89,11 +89,11 @@ def test_a_clip_is_a_function_of_seed_epoch_and_id(videos):
     test = seen(None)
     whole = decode(
         video.path,
-        lambda count: np.clip(segment_centres(count, 3)[:, None] + [0, 1], 0, count - 1).ravel(),
+        lambda count: np.clip(segment_centers(count, 3)[:, None] + [0, 1], 0, count - 1).ravel(),
     )
     assert (
         whole.indices.reshape(3, 2)[:, 1].tolist()
-        == (segment_centres(whole.num_frames, 3) + 1).tolist()
+        == (segment_centers(whole.num_frames, 3) + 1).tolist()
     )
     assert test.any()
 

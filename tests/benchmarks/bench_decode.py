@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from extract.decode import decode
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from ffmpeg import links_to_ffmpeg
 from videos import x264_defaults
 
@@ -43,21 +43,21 @@ LIMITS = {25: {"decord": 0.75, "torchcodec": 0.85}, 3: {"decord": 0.70, "torchco
 
 
 def ours(path: str, frames: int) -> np.ndarray:
-    return decode(path, lambda count: segment_centres(count, frames)).frames
+    return decode(path, lambda count: segment_centers(count, frames)).frames
 
 
 def with_decord(path: str, frames: int) -> np.ndarray:
     import decord
 
     reader = decord.VideoReader(path, num_threads=1)
-    return reader.get_batch(segment_centres(len(reader), frames)).asnumpy()
+    return reader.get_batch(segment_centers(len(reader), frames)).asnumpy()
 
 
 def with_torchcodec(path: str, frames: int) -> np.ndarray:
     from torchcodec.decoders import VideoDecoder
 
     decoder = VideoDecoder(path, num_ffmpeg_threads=1, dimension_order="NHWC")
-    indices = segment_centres(decoder.metadata.num_frames, frames)
+    indices = segment_centers(decoder.metadata.num_frames, frames)
     return decoder.get_frames_at(indices.tolist()).data.numpy()
 
 
@@ -73,7 +73,7 @@ def measure(paths: list[str]) -> None:
     for path in paths:
         whole = everything(path)
         for frames in LIMITS:
-            wanted = np.stack([whole[index] for index in segment_centres(len(whole), frames)])
+            wanted = np.stack([whole[index] for index in segment_centers(len(whole), frames)])
             if not np.array_equal(ours(path, frames), wanted):
                 raise SystemExit(f"{path}: {frames} frames differ from decoding everything")
             times: dict[str, list[float]] = {name: [] for name in contenders}

@@ -21,7 +21,7 @@ from extract.decode.jobs import Plan, decode_job
 from extract.decode.transform import Preprocessing, resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.workers.blocks import jobs_of
 from videos import write_repeated, x264_defaults
 
@@ -60,7 +60,7 @@ def one_pass(path: str, spans: list[tuple[float, float]]) -> int:
         times = np.arange(count) * (SECONDS / count)  # at a constant rate
         places = (np.searchsorted(times, span) for span in spans)
         return np.concatenate(
-            [first + segment_centres(stop - first, FRAMES) for first, stop in places]
+            [first + segment_centers(stop - first, FRAMES) for first, stop in places]
         )
 
     def shrink(frame: np.ndarray) -> np.ndarray:

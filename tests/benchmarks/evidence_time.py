@@ -25,7 +25,7 @@ from aggregate.scores import Scores
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
 from extract.decode import decode
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 ROOT = Path(__file__).parents[2]
 CLIPS = ROOT / "pipelines" / "clips"
@@ -37,7 +37,7 @@ def pictures(name: str) -> list[np.ndarray]:
     """Some frames of every clip of a set, square, `SIZE` high; those of one clip stand together."""
     found = []
     for path in sorted((CLIPS / name / "clips").rglob("*.mp4")):
-        for frame in decode(path, lambda count: segment_centres(count, 6)).frames:
+        for frame in decode(path, lambda count: segment_centers(count, 6)).frames:
             height, width = frame.shape[:2]
             side = min(height, width)
             top, left = (height - side) // 2, (width - side) // 2

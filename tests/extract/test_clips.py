@@ -11,7 +11,7 @@ import pytest
 from extract.decode import Span, VideoError
 from extract.decode.jobs import Plan, Prepared, decode_job, remaining_jobs
 from extract.decode.transform import Preprocessing, crop_boxes, cut, resize_frame
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 SEE = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
 CLIPS = ["h264_long_gop.mp4", "h264_vfr.mp4", "h264_portrait.mp4", "h264_1frame.mp4"]
@@ -44,7 +44,7 @@ def shown_at(times: np.ndarray, instant: float, first: int, stop: int) -> int:
 def expected_clips(times: np.ndarray, span: Span | None, plan: Plan) -> list[list[int]]:
     inside = [k for k, time in enumerate(times) if span is None or span[0] <= time < span[1]]
     first, stop = inside[0], inside[-1] + 1
-    middles = first + segment_centres(len(inside), plan.frames)
+    middles = first + segment_centers(len(inside), plan.frames)
     offsets = [(k - (plan.clip_length - 1) // 2) / plan.clip_fps for k in range(plan.clip_length)]
     return [
         [shown_at(times, times[middle] + offset, first, stop) for offset in offsets]

@@ -13,14 +13,14 @@ from extract.decode.container import opened
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import duration_of
 from extract.decode.transform import Preprocessing
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from videos import decode_everything, write_video
 
 SEE = Preprocessing(32, 36, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
 
 def centers(num_frames: int) -> np.ndarray:
-    return segment_centres(num_frames, 4)
+    return segment_centers(num_frames, 4)
 
 
 def without_its_start(path: Path, source: Path) -> int:
@@ -61,7 +61,7 @@ def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_fra
     assert len(whole.frames) == 120 - 1 - lost
     alone, *later = spans_in_any_order(path)
     assert later == [alone] * 2
-    assert alone[0] == (50 + segment_centres(25, 4)).tolist()
+    assert alone[0] == (50 + segment_centers(25, 4)).tolist()
     frames = decode(path, np.arange)
     assert frames.num_frames == len(whole.frames)
     assert np.array_equal(frames.frames, whole.frames)
@@ -84,7 +84,7 @@ def test_time_that_jumps_back_goes_on(tmp_path):
     parts = [*decode_everything(first).frames, *decode_everything(second).frames]
     alone, *later = spans_in_any_order(path)
     assert later == [alone] * 2
-    assert alone[0] == (50 + segment_centres(25, 4)).tolist()
+    assert alone[0] == (50 + segment_centers(25, 4)).tolist()
     whole = decode(path, np.arange)
     assert np.array_equal(whole.frames, parts)
     np.testing.assert_allclose(whole.timestamps, np.arange(110) / 25, atol=1e-5)

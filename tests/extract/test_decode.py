@@ -18,7 +18,7 @@ import pytest
 
 from extract.decode import Decoded, VideoError, decode, decoder_version, packets
 from extract.decode import reader as decoding
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from videos import (
     DOUBTED,
     TRUSTED,
@@ -42,10 +42,10 @@ def samples(num_frames: int, *, singly: bool = True) -> Iterator[np.ndarray]:
     """What is asked of a video: all, TSN's, each frame alone, some in any order with repeats."""
     rng = np.random.default_rng(num_frames)
     yield np.arange(num_frames)
-    yield segment_centres(num_frames, 3)
+    yield segment_centers(num_frames, 3)
     yield rng.integers(0, num_frames, 7)
     if singly:
-        yield segment_centres(num_frames, 25)
+        yield segment_centers(num_frames, 25)
         yield from (rng.integers(0, num_frames, 3) for _ in range(4))
         yield from (np.array([number]) for number in range(num_frames))
 
@@ -303,8 +303,8 @@ def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
 def peak_memory(path: Path) -> float:
     """MB that a process of its own needs at most to decode 25 frames, the interpreter included."""
     program = (
-        "import sys; from extract.decode import decode; from extract.sampling import segment_centres\n"
-        "frames, _, seconds = decode(sys.argv[1], lambda n: segment_centres(n, 25))\n"
+        "import sys; from extract.decode import decode; from extract.sampling import segment_centers\n"
+        "frames, _, seconds = decode(sys.argv[1], lambda n: segment_centers(n, 25))\n"
         "print(len(frames), seconds[-1] - seconds[0])\n"
         "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])\n"
     )
@@ -356,10 +356,10 @@ def test_codec_clips_are_exact(path):
 )
 def test_what_can_be_read_of_a_damaged_clip_is_partial(name, frames, problem, broken_clips):
     whole = decode_everything(broken_clips / name)
-    decoded = decode(broken_clips / name, lambda n: segment_centres(n, 5))
+    decoded = decode(broken_clips / name, lambda n: segment_centers(n, 5))
     assert decoded.num_frames == len(whole.frames) == frames
     assert np.array_equal(
-        decoded.frames, [whole.frames[index] for index in segment_centres(frames, 5)]
+        decoded.frames, [whole.frames[index] for index in segment_centers(frames, 5)]
     )
     assert decoded.problem.startswith(problem)
 
@@ -404,7 +404,7 @@ def test_shared_clips_are_read_as_their_manifest_says(name, shared_clips):
         return
     # PyAV's column is of the first stream; FFmpeg's best is the second, as torchcodec's and decord's columns say.
     count = 390 if name == "odd/torchcodec_nasa_13013.mp4" else int(known[0])
-    decoded = decode(path, lambda n: segment_centres(n, 3))
+    decoded = decode(path, lambda n: segment_centers(n, 3))
     assert decoded.num_frames == count
     assert bool(decoded.problem) == (known[-1] == "ERR")
     shape = re.search(r"\(\d+, (\d+), (\d+), 3\)", row["decord"])  # turned as it is to be displayed
@@ -523,7 +523,7 @@ def test_a_file_that_ends_between_two_packets_is_partial(options, tmp_path):
         stream = container.streams.video[0]
         ends = [packet.pos + packet.size for packet in container.demux(stream) if packet.size]
     path.write_bytes(path.read_bytes()[: ends[9]])
-    decoded = decode(path, lambda n: segment_centres(n, 3))
+    decoded = decode(path, lambda n: segment_centers(n, 3))
     assert decoded.num_frames == 10
     assert re.search(
         r"the file ends early: it names (24|16) frames and holds 10", decoded.problem
@@ -602,7 +602,7 @@ def test_damage_ends_in_frames_or_in_words(name, tmp_path):
     for seed in range(40):
         path.write_bytes(damaged(content, np.random.default_rng(seed)))
         try:
-            decoded = decode(path, lambda n: segment_centres(n, 5))
+            decoded = decode(path, lambda n: segment_centers(n, 5))
         except VideoError:
             endings["failed"] += 1
             continue
@@ -611,7 +611,7 @@ def test_damage_ends_in_frames_or_in_words(name, tmp_path):
         assert decoded.frames.shape[3] == 3
         assert (np.diff(decoded.indices) >= 0).all()
         if not decoded.problem:  # else frames that do not decode keep their numbers
-            assert decoded.indices.tolist() == segment_centres(decoded.num_frames, 5).tolist()
+            assert decoded.indices.tolist() == segment_centers(decoded.num_frames, 5).tolist()
         assert np.isfinite(decoded.timestamps).all()
         assert (np.diff(decoded.timestamps) >= 0).all()
         assert decoded.timestamps[0] >= 0

@@ -22,7 +22,7 @@ from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.torch_engine import spread_evenly
 from extract.decode import decode
 from extract.decode.transform import Preprocessing
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 # Relative error (2-norm of the features of frames of real clips) against PyTorch in fp32, as measured; three times that
 # is allowed. In fp32 what is left is the rounding to float16.
@@ -43,7 +43,7 @@ def frames(demo_clips: Path) -> np.ndarray:
     paths = sorted((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))[::7][:10]
     return np.concatenate(
         [
-            decode(path, lambda count: segment_centres(count, 2), resize=square).frames
+            decode(path, lambda count: segment_centers(count, 2), resize=square).frames
             for path in paths
         ]
     )

@@ -17,7 +17,7 @@ from extract.decode.nvdec import TOLERANCE, GpuDecoder, resized
 from extract.decode.pool import SubprocessPool
 from extract.decode.transform import Preprocessing
 from extract.options import Options
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.store import OK, FeatureStore
 
 DECODER = "torchcodec-cpu"
@@ -97,16 +97,16 @@ def test_what_it_does_not_read_itself_it_says(codec_clips: Path, broken_clips: P
     read = []
     for path in sorted([*codec_clips.iterdir(), *broken_clips.iterdir()]):
         try:
-            got = decode(path, lambda count: segment_centres(count, 4), decoder=DECODER)
+            got = decode(path, lambda count: segment_centers(count, 4), decoder=DECODER)
         except VideoError:
             continue
-        expected = decode(path, lambda count: segment_centres(count, 4))
+        expected = decode(path, lambda count: segment_centers(count, 4))
         assert (got.indices == expected.indices).all(), path
         assert np.abs(np.asarray(got.frames).astype(int) - expected.frames).mean() < 1.5, path
         read.append(path.name)
     assert set(FINE) < set(read)
     with pytest.raises(VideoError, match="its packets may hold pictures that are never shown"):
-        decode(codec_clips / "vp8.webm", lambda count: segment_centres(count, 4), decoder=DECODER)
+        decode(codec_clips / "vp8.webm", lambda count: segment_centers(count, 4), decoder=DECODER)
 
 
 def test_resizing_is_pillows_within_a_level() -> None:
@@ -161,7 +161,7 @@ def test_why_nvdec_does_not_decode_a_video_is_said(codec_clips, monkeypatch) -> 
     with pytest.raises(VideoError, match=said):
         decode(
             codec_clips / "h264_portrait.mp4",
-            lambda count: segment_centres(count, 4),
+            lambda count: segment_centers(count, 4),
             decoder=DECODER,
         )
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extract.sampling import segment_centres, segment_random
+from extract.sampling import segment_centers, segment_random
 
 LENGTHS = st.integers(1, 2000)
 SEGMENTS = st.integers(1, 64)
@@ -25,25 +25,25 @@ SEGMENTS = st.integers(1, 64)
         (2, 3, [0, 1, 1]),
     ],
 )
-def test_segment_centres_are_tsns(num_frames, num_segments, expected):
-    assert segment_centres(num_frames, num_segments).tolist() == expected
+def test_segment_centers_are_tsns(num_frames, num_segments, expected):
+    assert segment_centers(num_frames, num_segments).tolist() == expected
 
 
-def test_segment_centres_are_the_formula():
+def test_segment_centers_are_the_formula():
     for num_frames in range(1, 2000):
         for num_segments in (1, 3, 7, 8, 10, 25):
             L, n = num_frames, num_segments
             reference = [int(i * L / n + L / (2 * n)) for i in range(n)]
-            assert segment_centres(L, n).tolist() == reference, (L, n)
+            assert segment_centers(L, n).tolist() == reference, (L, n)
 
 
-def test_segment_centres_differ_from_tsn_pytorchs_floats_only_where_those_round_a_whole_number_down():
+def test_segment_centers_differ_from_tsn_pytorchs_floats_only_where_those_round_a_whole_number_down():
     """tsn-pytorch's and mmaction2's line loses a frame where `tick / 2 + tick * i` is 14.999..., of 15 exactly."""
     for num_frames in range(1, 2000):
         for num_segments in (3, 8, 25):
             tick = num_frames / num_segments
             theirs = np.array([int(tick / 2.0 + tick * segment) for segment in range(num_segments)])
-            ours = segment_centres(num_frames, num_segments)
+            ours = segment_centers(num_frames, num_segments)
             whole = (2 * np.arange(num_segments) + 1) * num_frames % (2 * num_segments) == 0
             differ = ours != theirs
             assert not (differ & ~whole).any(), (num_frames, num_segments)
@@ -51,8 +51,8 @@ def test_segment_centres_differ_from_tsn_pytorchs_floats_only_where_those_round_
 
 
 @given(LENGTHS, SEGMENTS)
-def test_segment_centres_lie_in_the_middle_of_their_segments(num_frames, num_segments):
-    centers = segment_centres(num_frames, num_segments)
+def test_segment_centers_lie_in_the_middle_of_their_segments(num_frames, num_segments):
+    centers = segment_centers(num_frames, num_segments)
     assert centers.shape == (num_segments,)
     assert centers.dtype == np.int64
     middle = (np.arange(num_segments) + 0.5) * num_frames / num_segments
@@ -62,8 +62,8 @@ def test_segment_centres_lie_in_the_middle_of_their_segments(num_frames, num_seg
     assert (np.abs(centers - mirrored) <= 1).all()
 
 
-def test_segment_centres_of_a_day_of_video_do_not_overflow():
-    assert segment_centres(2**40, 2).tolist() == [2**38, 3 * 2**38]
+def test_segment_centers_of_a_day_of_video_do_not_overflow():
+    assert segment_centers(2**40, 2).tolist() == [2**38, 3 * 2**38]
 
 
 @given(LENGTHS, SEGMENTS, st.integers(0, 2**32))
@@ -121,6 +121,6 @@ def test_segment_random_is_a_function_of_its_generator():
 def test_nothing_to_sample_is_an_error(num_frames, num_segments):
     message = f"got {num_frames} frames and {num_segments} segments"
     with pytest.raises(ValueError, match=message):
-        segment_centres(num_frames, num_segments)
+        segment_centers(num_frames, num_segments)
     with pytest.raises(ValueError, match=message):
         segment_random(num_frames, num_segments, np.random.default_rng(0))

@@ -24,7 +24,7 @@ from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, resolve_windowing, window_spans
 from extract.options import Options
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.workers.blocks import jobs_of
 from videos import (
     DOUBTED,
@@ -52,7 +52,7 @@ def write(path: Path, content: str | bytes) -> Path:
 
 
 def centers(num_frames: int) -> np.ndarray:
-    return segment_centres(num_frames, 5)
+    return segment_centers(num_frames, 5)
 
 
 def shown_centers(times: FrameTimes) -> np.ndarray:

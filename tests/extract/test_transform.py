@@ -24,7 +24,7 @@ from extract.decode.transform import (
     training_view,
     view_names,
 )
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 SMALL = Preprocessing(size=32, resize=40, interpolation="bilinear", **IMAGENET)
@@ -301,7 +301,7 @@ def small_frames(frames: list[np.ndarray]) -> list[np.ndarray]:
 @pytest.mark.parametrize("crops", [1, 3, 10])
 def test_views_are_the_decoded_resized_and_cropped_frames(clip, crops):
     frames, times = whole_video(clip)
-    indices = segment_centres(len(frames), 4)
+    indices = segment_centers(len(frames), 4)
     small = np.stack(small_frames([frames[index] for index in indices]))
     out, seen = prepared(clip, plan(crops=crops))
     height, width = small.shape[1:3]
@@ -401,7 +401,7 @@ def test_clips_are_neighbors_around_the_sampled_frames(codec_clips):
     out = np.zeros(what.slot_bytes, np.uint8)
     [result] = decode_job((str(codec_clips / "vp9.webm"), [("id", None)], what), out)
     whole = decode(codec_clips / "vp9.webm", np.arange)
-    starts = np.clip(segment_centres(whole.num_frames, 20) - 3, 0, whole.num_frames - 8)
+    starts = np.clip(segment_centers(whole.num_frames, 20) - 3, 0, whole.num_frames - 8)
     frames = result.frame_indices[result.clips[0]]
     assert frames.tolist() == (starts[:, None] + np.arange(8)).tolist()
     assert result.indices.tolist() == [(starts + 3).tolist()]
@@ -411,7 +411,7 @@ def test_clips_are_neighbors_around_the_sampled_frames(codec_clips):
 def test_a_partial_video_says_so_and_an_unreadable_one_raises(broken_clips):
     out, seen = prepared(broken_clips / "truncated_faststart.mp4", plan())
     assert seen.num_frames == 3
-    assert seen.indices.tolist() == [segment_centres(3, 4).tolist()]
+    assert seen.indices.tolist() == [segment_centers(3, 4).tolist()]
     assert "3 readable frames" in seen.problem
     assert out.any()
     with pytest.raises(VideoError, match="empty"):

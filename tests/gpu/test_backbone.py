@@ -14,7 +14,7 @@ from device import DEVICE, PRECISIONS, PRETENDED
 from extract import RunError
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.decode import decode
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def frames_of(backbone: Backbone, count: int) -> np.ndarray:
     """Frames of a real clip: pretrained features of noise are small, and rounding them looks large."""
     size = backbone.preprocessing.size
     square = lambda frame: np.asarray(Image.fromarray(frame).resize((size, size)))  # noqa: E731
-    return decode(CLIP, lambda found: segment_centres(found, count), resize=square).frames
+    return decode(CLIP, lambda found: segment_centers(found, count), resize=square).frames
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

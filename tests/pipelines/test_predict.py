@@ -29,7 +29,7 @@ from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import duration_of
 from extract.decode.transform import crop_boxes, resize_frame
 from extract.listing.windows import window_spans
-from extract.sampling import segment_centres
+from extract.sampling import segment_centers
 from extract.store import FeatureStore
 from pipelines import predict
 from pipelines.predict import Options, timeline
@@ -121,7 +121,7 @@ def test_the_answer_is_that_of_evaluate_on_the_store(tmp_path):
 @pytest.mark.parametrize("segments", [1, 25, 40])
 def test_any_number_of_segments(segments, hgnl, clips, backbone):
     seen = predictor_of(hgnl, segments=segments)(clips[0])
-    wanted = np.unique(segment_centres(seen.windows[0].num_frames, segments))
+    wanted = np.unique(segment_centers(seen.windows[0].num_frames, segments))
     assert seen.windows[0].indices.tolist() == wanted.tolist()
     assert_same(seen.windows[0].logits, plain_logits(clips[0], wanted, hgnl, backbone))
 
@@ -174,7 +174,7 @@ def test_weights_are_the_aggregators(name, clips, tmp_path, backbone):
 def test_where_decoding_starts_over_frames_keep_their_features(name, broken_clips, hgnl, backbone):
     seen = predictor_of(hgnl, segments=9)(broken_clips / name)
     assert seen.problem
-    wanted = np.unique(segment_centres(seen.windows[0].num_frames, 9))
+    wanted = np.unique(segment_centers(seen.windows[0].num_frames, 9))
     assert_same(seen.windows[0].logits, plain_logits(broken_clips / name, wanted, hgnl, backbone))
 
 
@@ -308,7 +308,7 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
     ]
     assert len(shown) == len(seen.windows) <= len(spans)
     for window, (span, frames) in zip(seen.windows, shown, strict=True):
-        wanted = frames[np.unique(segment_centres(len(frames), 3))]
+        wanted = frames[np.unique(segment_centers(len(frames), 3))]
         assert ((window.start, window.end), window.num_frames) == (span, len(frames))
         assert window.indices.tolist() == wanted.tolist()
         np.testing.assert_allclose(window.times, everything.timestamps[wanted], atol=1e-5)
