@@ -104,13 +104,10 @@ def scan(root: str, *, only: Collection[str] | None = None) -> Scan:
                     waiting.append((path, (*parents, real)))
                 continue
             videos.append(path)
-            inode = (
-                _false_on_error(lambda entry=entry: entry.stat().st_ino)
-                if is_link
-                else entry.inode()
-            )
-            if inode:
-                inodes[path] = inode
+            if not is_link:
+                inodes[path] = entry.inode()
+            elif status := _false_on_error(entry.stat):
+                inodes[path] = status.st_ino
     by_reason = {reason: tuple(sorted(paths)) for reason, paths in ignored.items()}
     return Scan(sorted(videos), by_reason, inodes, picture_folders)
 
