@@ -12,6 +12,7 @@ import errno
 import inspect
 import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
@@ -130,6 +131,8 @@ def first_few(names: Collection[object], count: int = 3) -> str:
 
 
 LOG_SECONDS = 30.0  # between two progress lines in a log
+# tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
+_BAR_LOCK = threading.RLock()
 
 
 def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any]":
@@ -138,6 +141,8 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
     If stderr is not a terminal but a log, a line every LOG_SECONDS instead.
     """
     from tqdm import tqdm
+
+    tqdm.set_lock(_BAR_LOCK)
 
     class LogLines(tqdm):
         # No monitor thread: each call makes a new class, and each class would start one.
