@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extract.cores import available_cores
+
 # Threads of a team wait asleep: on a machine that others load, spinning makes small tensor work 20 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
@@ -17,6 +19,10 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault(
     "HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl")
 )  # converted networks, kept between runs
+# Two processes that share the suite share the cores too; each with all of them would slow down both.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    share = available_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
 # What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
 LONGEST = (
     "test_ray_pool.py",

@@ -32,6 +32,14 @@ def features(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def few_groups(tmp_path_factory) -> str:
+    """30 videos in six groups, for folds of groups that are run several times."""
+    path = tmp_path_factory.mktemp("crossval") / "few.zarr"
+    classes_store(path, videos=30, noise=4.0)
+    return str(path)
+
+
 def options(features: str, out: Path, **changes) -> crossval.Options:
     changes = QUICK | {"agg": ("tsn", "hgnl")} | changes
     groups = GROUPS if "hgnl" in changes["agg"] else {}
@@ -73,23 +81,23 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_path, monkeypatch):
+def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(few_groups, tmp_path, monkeypatch):
     """The inner run chooses the epoch; a run on all but the fold, ended there, scores the fold."""
     wanted = options(
-        features, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03)
+        few_groups, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03)
     )
     crossval.main(wanted)
-    store = FeatureStore.open(features)
+    store = FeatureStore.open(few_groups)
     folds = {fold.name: fold for fold in folds_of(store, wanted, 0)}
-    assert len(folds) == 12
-    fold = folds["g7"]
+    assert len(folds) == 6
+    fold = folds["g4"]
     splits = np.full(len(store), "", "U8")
     splits[fold.train], splits[fold.train[fold.held_out]] = "train", "val"
-    inner = relabeled(features, tmp_path / "inner.zarr", splits=splits)
+    inner = relabeled(few_groups, tmp_path / "inner.zarr", splits=splits)
     splits[fold.train], splits[fold.test] = "train", "val"
-    outer = relabeled(features, tmp_path / "outer.zarr", splits=splits)
+    outer = relabeled(few_groups, tmp_path / "outer.zarr", splits=splits)
     for head in results_of(tmp_path / "cv")["heads"]:
-        (chosen,) = [one for one in head["chosen"] if one["fold"] == "g7"]
+        (chosen,) = [one for one in head["chosen"] if one["fold"] == "g4"]
         own = {"g1": 4, "g2": 2, "m1": 8} if head["name"] == "hgnl" else {}
         rate = float(chosen["options"].split("lr=")[1].split()[0])
         single = train.Options(agg=head["name"], epochs=4, batch_size=16, lr=rate, **own)
@@ -126,13 +134,13 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(features, tmp_pa
             np.testing.assert_array_equal(together.logits[places], alone.logits)
 
 
-def test_the_reported_videos_have_no_say(features, tmp_path):
+def test_the_reported_videos_have_no_say(few_groups, tmp_path):
     """Other labels of a fold's videos change nothing of how it is scored, though much of how the others are."""
-    store = FeatureStore.open(features)
+    store = FeatureStore.open(few_groups)
     labels = store.labels.copy()
     labels[store.groups == "g4"] = (labels[store.groups == "g4"] + 1) % 3
-    other = relabeled(features, tmp_path / "other.zarr", labels=labels)
-    wanted = options(features, tmp_path / "a", folds="group", agg=("hgnl",), lr=(0.003, 0.03))
+    other = relabeled(few_groups, tmp_path / "other.zarr", labels=labels)
+    wanted = options(few_groups, tmp_path / "a", folds="group", agg=("hgnl",), lr=(0.003, 0.03))
     crossval.main(wanted)
     crossval.main(replace(wanted, features=other, out=tmp_path / "b"))
     one, two = (Scores.load(tmp_path / name / "hgnl.h5") for name in "ab")
@@ -231,13 +239,14 @@ def test_failed_videos_are_errors_and_chosen_splits_alone_count(tmp_path, capsys
 
 
 def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
-    wanted = options(features, tmp_path / "whole", epochs=(20,), seeds=(0, 1))
+    wanted = options(features, tmp_path / "whole", epochs=(8,), seeds=(0, 1), folds="2")
     crossval.main(wanted)
     cut = tmp_path / "cut"
-    flags = "--agg tsn hgnl --epochs 20 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8 --seeds 0 1"
+    flags = "--agg tsn hgnl --epochs 8 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8 --seeds 0 1"
     log = cut / "results.jsonl"
-    before = killed_after(4, f"aggregate.crossval {flags} --features {features} --out {cut}", log)
-    assert 4 <= before.count(b"\n") < 20, "killed too late to show anything"
+    command = f"aggregate.crossval {flags} --folds 2 --features {features} --out {cut}"
+    before = killed_after(2, command, log)
+    assert 2 <= before.count(b"\n") < 8, "killed too late to show anything"
     crossval.main(replace(wanted, out=cut))
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert results_of(cut) == results_of(tmp_path / "whole")
@@ -245,7 +254,7 @@ def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
         np.testing.assert_array_equal(
             Scores.load(cut / name).logits, Scores.load(tmp_path / "whole" / name).logits
         )
-    with pytest.raises(InputError, match=r"folds: '?5'? in the folder, '?3'? now"):
+    with pytest.raises(InputError, match=r"folds: '?2'? in the folder, '?3'? now"):
         crossval.main(replace(wanted, out=cut, folds="3"))
 
 
