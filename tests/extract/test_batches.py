@@ -1,11 +1,10 @@
-"""Batches under way, on a device that does not exist: slow, asynchronous, and watching what is done to its memory."""
+"""Batches under way, on a device that does not exist: it computes late, and watches what is done to its memory."""
 
 import gc
-import threading
-import time
 import tracemalloc
+from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pretend
 from extract.backbone.batches import Batches
 from extract.backbone.model import load_trunk
 from extract.backbone.torch_engine import gpu_slots, on_cpu
@@ -35,16 +35,14 @@ class ReusedError(AssertionError):
 
 @dataclass
 class FakeDevice:
-    """Computes in a thread of its own, in order, each batch in `seconds`; a batch named in `failing` raises."""
+    """Computes each batch as late as it may, when it is waited for; a batch named in `failing` raises."""
 
-    seconds: float = 0.0
+    seconds: float = 0.0  # that it says a batch took
     failing: frozenset[int] = frozenset()
-    gate: threading.Event | None = None  # nothing ends before it is set
     launched: int = 0
     most_under_way: int = 0
     under_way: int = 0
     batches: list[np.ndarray] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def slots(self, count: int, size: int) -> "list[FakeSlot]":
         return [FakeSlot(self, size) for _ in range(count)]
@@ -59,46 +57,31 @@ class FakeSlot:
             (size, PIXELS, PIXELS, 3), 77, np.uint8
         )  # rubbish that must never be seen
         self._features = np.full((size, DIM), np.nan, np.float16)
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._number: int | None = None  # of the batch that is under way
 
     def put(self, place: int, frames: np.ndarray) -> None:
-        if self._thread is not None:
+        if self._number is not None:
             raise ReusedError
         self._frames[place : place + len(frames)] = frames
 
     def launch(self, count: int) -> None:
-        if self._thread is not None:
+        if self._number is not None:
             raise ReusedError
         self._frames[count:] = 0
-        device = self._device
-        with device.lock:
-            number, device.launched = device.launched, device.launched + 1
-            device.under_way += 1
-            device.most_under_way = max(device.most_under_way, device.under_way)
         self._features[:] = np.nan
-        self._thread = threading.Thread(target=self._compute, args=(number,))
-        self._thread.start()
-
-    def _compute(self, number: int) -> None:
-        time.sleep(self._device.seconds)
-        if self._device.gate is not None:
-            assert self._device.gate.wait(60)
-        if number in self._device.failing:
-            self._error = RuntimeError(f"batch {number} is lost")
-            return
-        self._device.batches.append(self._frames.copy())
-        self._features[:] = features_of(self._frames)
+        device = self._device
+        self._number, device.launched = device.launched, device.launched + 1
+        device.under_way += 1
+        device.most_under_way = max(device.most_under_way, device.under_way)
 
     def wait(self) -> tuple[np.ndarray, float]:
-        assert self._thread is not None, "waited for a batch that is not under way"
-        self._thread.join()
-        self._thread = None
-        with self._device.lock:
-            self._device.under_way -= 1
-        error, self._error = self._error, None
-        if error:
-            raise error
+        number, self._number = self._number, None
+        assert number is not None, "waited for a batch that is not under way"
+        self._device.under_way -= 1
+        if number in self._device.failing:
+            raise RuntimeError(f"batch {number} is lost")
+        self._device.batches.append(self._frames.copy())
+        self._features[:] = features_of(self._frames)
         return self._features, self._device.seconds
 
 
@@ -146,8 +129,7 @@ def test_every_frame_gets_its_own_features(videos: list[int], size: int, slots: 
     assert device.under_way == 0
     padded = np.zeros((device.launched * size, PIXELS, PIXELS, 3), np.uint8)
     padded[: len(frames)] = frames
-    if slots == 1:  # else threads may end in any order
-        np.testing.assert_array_equal(np.concatenate([padded[:0], *device.batches]), padded)
+    np.testing.assert_array_equal(np.concatenate([padded[:0], *device.batches]), padded)
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3])
@@ -165,15 +147,12 @@ def test_so_many_batches_are_under_way_and_no_more(slots: int) -> None:
 
 def test_a_host_goes_on_while_a_device_computes() -> None:
     """Of three slots two are under way on a device that has ended nothing yet, and a third batch is being filled."""
-    device = FakeDevice(gate=threading.Event())
+    device = FakeDevice()
     frames, features = noise(5), np.zeros((5, DIM), np.float16)
     batches = Batches(device.slots(3, 2), check=accept)
-    batches.add(
-        frames, features
-    )  # two batches and a half: would never return if it waited for the device
+    batches.add(frames, features)  # two batches and a half
     assert device.under_way == 2
     assert not device.batches
-    device.gate.set()
     batches.finish()
     np.testing.assert_array_equal(features, features_of(frames))
 
@@ -193,7 +172,7 @@ def test_features_come_without_finish_once_their_batch_is_back() -> None:
 @pytest.mark.parametrize("failing", [0, 1, 4])
 def test_an_error_while_two_batches_are_under_way(failing: int) -> None:
     """It is raised once, what else was under way is waited for, and the same slots go on as if nothing had been."""
-    device = FakeDevice(seconds=0.005, failing=frozenset((failing,)))
+    device = FakeDevice(failing=frozenset((failing,)))
     frames, features = noise(5 * 3), np.zeros((15, DIM), np.float16)
     slots = device.slots(3, 3)
     batches = Batches(slots, check=accept)
@@ -267,81 +246,28 @@ def test_memory_does_not_grow() -> None:
     assert grown < 20_000
 
 
-# -- the slot of a GPU, on a CUDA that does everything at once and remembers what it was told ----------------------
+# -- the slots of a GPU, on a pretended one that does everything at once and remembers what it was asked for ---------
 
 
-class FakeCuda:
-    """Streams and events of `torch.cuda`; `calls` says what was done, on which stream."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.calls: list[str] = []
-        self.streams: list[str] = []
-        cuda = self
-
-        class Stream:
-            def __init__(self, device: torch.device):
-                self.device, self.name = device, ("copying", "computing")[len(cuda.streams)]
-                cuda.streams.append(self.name)
-
-            def synchronize(self) -> None:
-                cuda.calls.append("wait for the stream")
-
-        class Event:
-            def __init__(self, enable_timing: bool = False):
-                self.recorded = False
-
-            def record(self) -> None:
-                self.recorded = True
-                cuda.calls.append(f"record on {cuda.current}")
-
-            def wait(self) -> None:
-                assert self.recorded
-                cuda.calls.append(f"wait on {cuda.current}")
-
-            def synchronize(self) -> None:
-                assert self.recorded
-                cuda.calls.append("the host waits")
-
-            def elapsed_time(self, other: "Event") -> float:
-                assert self.recorded
-                assert other.recorded
-                return 1500.0
-
-        @contextmanager
-        def stream(one: Stream):
-            self.current = one.name
-            yield
-            self.current = "default"
-
-        empty = torch.empty
-        monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)
-        monkeypatch.setattr(
-            torch.Tensor, "record_stream", lambda tensor, one: self.calls.append("kept")
-        )
-        monkeypatch.setattr(
-            "torch.empty", lambda *shape, pin_memory=False, **rest: empty(*shape, **rest)
-        )
-        for name, fake in (("Stream", Stream), ("Event", Event), ("stream", stream)):
-            monkeypatch.setattr(f"torch.cuda.{name}", fake)
-        monkeypatch.setattr(
-            "torch.cuda.synchronize", lambda device: self.calls.append("all is there")
-        )
-        self.current = "default"
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[deque[str]]:
+    """What is done on a pretended GPU."""
+    pretend.begin(monkeypatch.setattr)
+    with pretend.CudaIsTheCpu():
+        yield pretend.calls
 
 
-def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cuda = FakeCuda(monkeypatch)
+def compute(frames: torch.Tensor) -> torch.Tensor:
+    """What `features_of` computes, by PyTorch."""
+    return frames.flatten(1)[:, :DIM].to(torch.float16) * 0.5
 
-    def run(frames: torch.Tensor) -> torch.Tensor:
-        cuda.calls.append(f"compute on {cuda.current}")
-        return torch.from_numpy(features_of(frames.numpy()))
 
+def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(calls) -> None:
     batch = torch.zeros(4, PIXELS, PIXELS, 3, dtype=torch.uint8)
-    slots = gpu_slots(run, batch, DIM, device=torch.device("cpu"), form="eager")
+    run = pretend.compute(compute)
+    slots = gpu_slots(run, batch, DIM, device=torch.device("cuda"), form="eager")
     assert len(slots) == 3
-    assert cuda.calls == ["all is there"]
+    assert [*calls] == ["all is done"]
     frames = noise(22)
     features = np.zeros((22, DIM), np.float16)
     batches = Batches(slots, check=accept)
@@ -351,54 +277,43 @@ def test_the_slots_of_a_gpu_copy_on_one_stream_and_compute_on_another(
     batches.finish()
     np.testing.assert_array_equal(features, features_of(frames))
     assert batches.seconds == 6 * 1.5
+    copying, computing = "stream 1", "stream 2"
     launch = [
-        "record on copying",
-        "wait on computing",
-        "record on computing",
-        "compute on computing",
+        f"record on {copying}",
+        f"wait on {computing}",
+        f"record on {computing}",
+        f"compute on {computing}",
+        f"record on {computing}",
     ]
-    told = [call for call in cuda.calls[1:] if call != "kept"]
-    assert told[:5] == [*launch, "record on computing"]
-    assert told[5:10] == told[:5]  # two are under way before the host waits for one
+    told = [call for call in calls if call not in ("all is done", f"kept for {copying}")]
+    assert told[:5] == launch
+    assert told[5:10] == launch  # two are under way before the host waits for one
     assert told.count("the host waits") == 6
-    assert cuda.calls.count("kept") == 1
+    assert calls.count(f"kept for {copying}") == 1
 
 
-def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    cuda, recorded = FakeCuda(monkeypatch), []
-
+def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(calls) -> None:
     def run(frames: torch.Tensor) -> torch.Tensor:
         assert torch.is_inference_mode_enabled()
-        features = torch.from_numpy(features_of(frames.numpy()))
-        recorded.append((frames, features))
-        return features
+        return compute(frames)
 
-    class Graph:
-        def replay(self) -> None:
-            frames, features = recorded[-1]
-            features.copy_(torch.from_numpy(features_of(frames.numpy())))
-
-    monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
-    monkeypatch.setattr(
-        "torch.cuda.graph", lambda graph, stream, capture_error_mode: cuda_stream(stream)
-    )
-    cuda_stream = torch.cuda.stream
     batch = torch.zeros(4, PIXELS, PIXELS, 3, dtype=torch.uint8)
-    slots = gpu_slots(run, batch, DIM, device=torch.device("cpu"), form="graphs")
-    assert len(recorded) == 4  # three that warm up, and the one that is recorded
+    run = pretend.compute(run)
+    slots = gpu_slots(run, batch, DIM, device=torch.device("cuda"), form="graphs")
+    runs = "compute on stream 2"
+    assert calls.count(runs) == 4  # three that warm up, and the one that is recorded
     frames, features = noise(30), np.zeros((30, DIM), np.float16)
     through(Batches(slots, check=accept), frames, features)
     np.testing.assert_array_equal(features, features_of(frames))
-    assert len(recorded) == 4
-    assert cuda.calls.count("the host waits") == 8
+    assert calls.count(runs) == 4
+    assert calls.count("the host waits") == 8
 
 
-def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch, request) -> None:
     """Its first half, which reads the Python; the second would make kernels for a minute."""
-    FakeCuda(monkeypatch)
-    compiler = torch.compile
+    compiler, is_available = torch.compile, torch.cuda.is_available
+    request.getfixturevalue("calls")
+    monkeypatch.setattr("torch.cuda.is_available", is_available)  # the compiler would look at it
     monkeypatch.setattr(
         "torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager")
     )
@@ -463,11 +378,10 @@ def worker_on(
 
 def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two frames that are left over of a block go with the next one's, and blocks are handed in once they are back."""
-    device = FakeDevice(gate=threading.Event())
+    device = FakeDevice()
     worker, blocks, written = worker_on(device, monkeypatch)
     assert worker.run(blocks[0]) == []
     assert device.under_way == 1  # two frames wait for the next block
-    device.gate.set()
     assert worker.run(blocks[1]) + worker.run(
         blocks[2]
     )  # the first, at the latest while the third is added

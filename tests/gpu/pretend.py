@@ -3,10 +3,14 @@
     HGNL_GPU=pretended python -m pytest tests/gpu
 
 It proves nothing about CUDA. It runs the lines that would run on a GPU, with every decision that hangs on the device:
-what is pinned, which precision, which slots, which decoder, what a graph may not do again.
+what is pinned, which precision, which slots, which decoder, what a graph may not do again. `calls` are the last calls,
+in their order and with their streams, which are numbered from 1 in the order in which they are made.
 """
 
+import itertools
 import threading
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
+calls: deque[str] = deque(maxlen=1000)
+_current = ["the default stream"]  # the last one is in use
+_numbers = itertools.count(1)
 
 
 class CudaIsTheCpu(TorchFunctionMode):
@@ -39,10 +46,10 @@ def here(value: Any) -> Any:
 
 class Stream:
     def __init__(self, device: Any = None):
-        self.device = CPU
+        self.device, self.name = CPU, f"stream {next(_numbers)}"
 
     def synchronize(self) -> None:
-        pass
+        calls.append(f"the host waits for {self.name}")
 
 
 class Event:
@@ -51,21 +58,39 @@ class Event:
 
     def record(self) -> None:
         self.recorded = True
+        calls.append(f"record on {_current[-1]}")
 
     def wait(self) -> None:
         assert self.recorded
+        calls.append(f"wait on {_current[-1]}")
 
-    synchronize = wait
+    def synchronize(self) -> None:
+        assert self.recorded
+        calls.append("the host waits")
 
     def elapsed_time(self, other: "Event") -> float:
         assert self.recorded
         assert other.recorded
-        return 1.0
+        return 1500.0
 
 
 @contextmanager
-def stream(one: Stream):
-    yield
+def stream(one: Stream) -> Iterator[None]:
+    _current.append(one.name)
+    try:
+        yield
+    finally:
+        _current.pop()
+
+
+def compute(run: Callable) -> Callable:
+    """`run`, and a line in `calls` whenever it is called."""
+
+    def called(*arguments: Any) -> Any:
+        calls.append(f"compute on {_current[-1]}")
+        return run(*arguments)
+
+    return called
 
 
 class CUDAGraph:
@@ -102,14 +127,17 @@ def graph(one: CUDAGraph, stream: Stream, capture_error_mode: str) -> Recording:
     return Recording(one)
 
 
-def begin() -> None:
-    """For the rest of this process."""
-    told: dict[str, Any] = {
+def begin(replace: Callable[[Any, str, Any], object] = setattr) -> None:
+    """For the rest of this process; with `replace=monkeypatch.setattr`, of a test, which uses `CudaIsTheCpu` itself."""
+    global _numbers
+    _numbers = itertools.count(1)
+    calls.clear()
+    fakes: dict[str, Any] = {
         "is_available": lambda: True,
         "device_count": lambda: 1,
         "get_device_name": lambda device=None: "a pretended GPU",
         "mem_get_info": lambda device=None: (8 << 30, 8 << 30),
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: calls.append("all is done"),
         "current_stream": lambda device=None: Stream(),
         "empty_cache": lambda: None,
         "manual_seed_all": lambda seed: None,
@@ -126,14 +154,15 @@ def begin() -> None:
         "CUDAGraph": CUDAGraph,
         "graph": graph,
     }
-    for name, fake in told.items():
-        setattr(torch.cuda, name, fake)
-    torch.compile = lambda run, **how: (
-        run
-    )  # it asks a real CUDA; tests/extract/test_batches.py has the compiler
-    torch.accelerator.current_accelerator = lambda check_available=False: None
-    torch.Tensor.pin_memory = lambda tensor, device=None: tensor.clone()  # type: ignore[method-assign]
-    torch.Tensor.record_stream = lambda tensor, one: None  # type: ignore[method-assign]
+    for name, fake in fakes.items():
+        replace(torch.cuda, name, fake)
+    # It asks a real CUDA; tests/extract/test_batches.py has the compiler.
+    replace(torch, "compile", lambda run, **how: run)
+    replace(torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    replace(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())
+    replace(torch.Tensor, "record_stream", lambda tensor, one: calls.append(f"kept for {one.name}"))
+    if replace is not setattr:
+        return
     run = threading.Thread.run
 
     def pretending(thread: threading.Thread) -> None:
