@@ -28,7 +28,7 @@ evidence: $(STAMP)
 	$(PY) tests/benchmarks/evidence.py
 
 fuzz: $(STAMP)
-	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py
+	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py tests/test_power.py tests/extract/test_video_models.py tests/gpu/test_prove.py
 
 # On a machine with a GPU, by the Python that has torch there; it needs no network where wheelhouse/ was brought along.
 gpu:

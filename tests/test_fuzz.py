@@ -26,10 +26,10 @@ from extract.store import FeatureStore
 from mutations import compare, mutate
 from odd_files import write_pictures
 from stores import classes_store
+from thorough import THOROUGH
 from videos import write_video
 
-ALL = os.environ.get("HGNL_FUZZ") == "all"
-VIDEOS, ODD, FILES = (2000, 1200, 500) if ALL else (400, 120, 100)
+VIDEOS, ODD, FILES = (2000, 1200, 500) if THOROUGH else (400, 120, 100)
 ROOT = Path(__file__).parent.parent
 # Seeds whose damage only decoding everything would tell: an H.264 stream lost frames of which no container, flag or log
 # says anything, and what the decoder makes of the gap depends on frames that were skipped. About 1 in 2,500.

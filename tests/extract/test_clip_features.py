@@ -13,11 +13,12 @@ from extract import export
 from extract.backbone.frozen import load_backbone
 from extract.cli import run_command
 from extract.decode.jobs import Plan, decode_job
+from extract.decode.transform import Preprocessing
 from extract.store import FeatureStore
 from pipelines import export as export_onnx
 from pipelines import predict
+from video_transformers import make_folder
 
-BACKBONE = "torchvision/r3d_18"
 CLIP = ["--clip-frames", "4", "--clip-fps", "10"]
 
 
@@ -27,19 +28,18 @@ def run(module, *arguments: object) -> int:
     )
 
 
-def extracted(videos: Path, out: Path, *more: object) -> FeatureStore:
-    backbone = [
-        "--backbone",
-        BACKBONE,
-        "--weights",
-        "random",
-        "--decode-workers",
-        "1",
-        "--frames",
-        "3",
-    ]
-    assert run(extract, "--videos", videos, "--out", out, *backbone, *CLIP, *more) == 0
+def extracted(videos: Path, out: Path, backbone: str, *more: object) -> FeatureStore:
+    settings = ["--backbone", backbone, "--decode-workers", "1", "--frames", "3", *CLIP]
+    assert run(extract, "--videos", videos, "--out", out, *settings, *more) == 0
     return FeatureStore.open(out)
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    """A network that sees clips; larger ones are in test_video_models.py."""
+    folder = tmp_path_factory.mktemp("videomae")
+    make_folder(folder, "videomae")
+    return f"hf/{folder}"
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +56,15 @@ def videos(tmp_path_factory, demo_clips: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def store(videos: Path) -> FeatureStore:
-    return extracted(videos, videos.parent / "clips.zarr")
+def store(videos: Path, backbone: str) -> FeatureStore:
+    return extracted(videos, videos.parent / "clips.zarr", backbone)
 
 
-def clips_of(path: Path, video_id: str, store: FeatureStore, frames: int = 3) -> np.ndarray:
+def clips_of(
+    path: Path, video_id: str, store: FeatureStore, preprocessing: Preprocessing
+) -> np.ndarray:
     """uint8 [T, L, size, size, 3], decoded by the job alone."""
-    backbone = load_backbone(BACKBONE, weights="random", device="cpu", clip_frames=4, clip_fps=10.0)
-    plan = Plan(frames, 1, 0, backbone.preprocessing, clip_length=4, clip_fps=10.0)
+    plan = Plan(3, 1, 0, preprocessing, clip_length=4, clip_fps=10.0)
     out = np.zeros(plan.row_bytes, np.uint8)
     [prepared] = decode_job((str(path), [(video_id, None)], plan), out)
     row = store.ids.tolist().index(video_id)
@@ -72,8 +73,10 @@ def clips_of(path: Path, video_id: str, store: FeatureStore, frames: int = 3) ->
     return prepared.pictures(out, plan)[prepared.clips[0]]
 
 
-def test_features_are_the_backbones_of_each_clip(store: FeatureStore, videos: Path) -> None:
-    assert (len(store), store.frames_per_video, store.dim) == (8, 3, 512)
+def test_features_are_the_backbones_of_each_clip(
+    store: FeatureStore, videos: Path, backbone: str
+) -> None:
+    assert (len(store), store.frames_per_video, store.dim) == (8, 3, 32)
     assert store.provenance["clips"] == {"frames": 4, "fps": 10.0, "per_clip": "mean", "rows": 1}
     name = store.ids[0]
     options = {
@@ -82,8 +85,8 @@ def test_features_are_the_backbones_of_each_clip(store: FeatureStore, videos: Pa
         "clip_frames": 4,
         "clip_fps": 10.0,
     }
-    backbone = load_backbone(BACKBONE, weights="random", **options)
-    expected = backbone(clips_of(videos / name, name, store))
+    network = load_backbone(backbone, weights="pretrained", **options)
+    expected = network(clips_of(videos / name, name, store, network.preprocessing))
     np.testing.assert_array_equal(store.gather(np.array([0]), np.arange(3))[0], expected)
 
 
@@ -91,33 +94,33 @@ def test_features_are_the_backbones_of_each_clip(store: FeatureStore, videos: Pa
     "change", [["--clip-frames", "5"], ["--clip-fps", "9"], ["--per-clip", "time"]]
 )
 def test_a_store_is_not_continued_with_other_clips(
-    store: FeatureStore, videos: Path, change: list, capsys
+    store: FeatureStore, videos: Path, backbone: str, change: list, capsys
 ) -> None:
-    backbone = ["--backbone", BACKBONE, "--weights", "random", "--frames", "3"]
-    assert run(extract, "--videos", videos, "--out", store.path, *backbone, *CLIP, *change) == 2
+    settings = ["--backbone", backbone, "--frames", "3", *CLIP]
+    assert run(extract, "--videos", videos, "--out", store.path, *settings, *change) == 2
     error = capsys.readouterr().err
     assert "was made with other settings" in error
     assert "clips" in error
 
 
-def test_a_row_per_temporal_position(videos: Path, tmp_path: Path) -> None:
-    store = extracted(
-        videos, tmp_path / "s.zarr", "--per-clip", "time", "--clip-frames", "16", "--limit", "1"
-    )
-    assert store.provenance["clips"] == {"frames": 16, "fps": 10.0, "per_clip": "time", "rows": 2}
-    assert (store.frames_per_video, store.dim) == (6, 512)
-    times = store.timestamps[0, 0].reshape(3, 2)
+def test_a_row_per_temporal_position(
+    store: FeatureStore, videos: Path, backbone: str, tmp_path: Path
+) -> None:
+    by_time = extracted(videos, tmp_path / "s.zarr", backbone, "--per-clip", "time", "--limit", "1")
+    assert by_time.provenance["clips"] == {"frames": 4, "fps": 10.0, "per_clip": "time", "rows": 2}
+    assert (by_time.frames_per_video, by_time.dim) == (6, 32)
+    times = by_time.timestamps[0, 0].reshape(3, 2)
     assert (times[:, 1] >= times[:, 0]).all()
     assert (times[:, 1] > times[:, 0]).any()
-    whole = extracted(videos, tmp_path / "w.zarr", "--clip-frames", "16", "--limit", "1")
-    rows = store.gather(np.array([0]), np.arange(6))[0].astype(float).reshape(3, 2, -1).mean(1)
-    clips = whole.gather(np.array([0]), np.arange(3))[0].astype(float)
+    assert by_time.ids[0] == store.ids[0]
+    rows = by_time.gather(np.array([0]), np.arange(6))[0].astype(float).reshape(3, 2, -1).mean(1)
+    clips = store.gather(np.array([0]), np.arange(3))[0].astype(float)
     assert np.linalg.norm(rows - clips) < 2e-2 * np.linalg.norm(clips)
 
 
-def test_views_passes_and_windows_of_clips(videos: Path, tmp_path: Path) -> None:
+def test_views_passes_and_windows_of_clips(videos: Path, backbone: str, tmp_path: Path) -> None:
     more = ["--crops", "3", "--augment-passes", "1", "--window", "0.5", "--limit", "1"]
-    store = extracted(videos, tmp_path / "s.zarr", *more)
+    store = extracted(videos, tmp_path / "s.zarr", backbone, *more)
     assert list(store.views) == ["center", "crop_left", "crop_right", "augment_0"]
     assert len(store) > 1
     inside = (store.timestamps[:, 0] >= store.starts[:, None]) & (
@@ -128,12 +131,14 @@ def test_views_passes_and_windows_of_clips(videos: Path, tmp_path: Path) -> None
     assert len({view.tobytes() for view in views}) == 4
 
 
-def test_exported_to_other_tools_with_their_stride(videos: Path, tmp_path: Path) -> None:
-    store = extracted(videos, tmp_path / "s.zarr", "--fps", "4", "--limit", "2")
+def test_exported_to_other_tools_with_their_stride(
+    videos: Path, backbone: str, tmp_path: Path
+) -> None:
+    store = extracted(videos, tmp_path / "s.zarr", backbone, "--fps", "4", "--limit", "2")
     assert run(export, store.path, "--to", "npy", "--out", tmp_path / "npy") == 0
     [array, *_] = sorted((tmp_path / "npy").rglob("*.npy"))
     record = json.loads(Path(f"{str(array)[:-4]}.json").read_text())
-    assert np.load(array).shape[1] == 512
+    assert np.load(array).shape[1] == 32
     seconds = (
         np.arange(len(record["seconds"])) * record["feat_stride"] + record["num_frames"] / 2
     ) / record["default_fps"]
@@ -142,7 +147,7 @@ def test_exported_to_other_tools_with_their_stride(videos: Path, tmp_path: Path)
 
 
 def test_a_head_on_clips_is_trained_and_sees_videos(
-    store: FeatureStore, videos: Path, tmp_path: Path, capsys, monkeypatch
+    store: FeatureStore, videos: Path, backbone: str, tmp_path: Path, capsys, monkeypatch
 ) -> None:
     arguments = [
         "--agg",
@@ -180,62 +185,42 @@ def test_a_head_on_clips_is_trained_and_sees_videos(
     assert run(predict, clip, "--checkpoint", best, "--segments", "3") == 0
     assert capsys.readouterr().out == shown
     assert run(export_onnx, "--checkpoint", best, "--out", tmp_path / "model.onnx") == 2
-    assert (
-        "sees clips of torchvision/r3d_18; only checkpoints that see single frames"
-        in capsys.readouterr().err
-    )
-    assert (
-        run(
-            finetune,
-            "--model",
-            "tsn",
-            "--videos",
-            videos,
-            "--backbone",
-            BACKBONE,
-            "--out",
-            tmp_path / "f",
-        )
-        == 2
-    )
+    refused = f"sees clips of {backbone}; only checkpoints that see single frames"
+    assert refused in capsys.readouterr().err
+    arguments = ["--model", "tsn", "--videos", videos, "--backbone", backbone]
+    assert run(finetune, *arguments, "--out", tmp_path / "f") == 2
     assert "clip-wise backbones stay frozen" in capsys.readouterr().err
 
 
 def test_more_clips_than_a_buffer_holds(
-    videos: Path, tmp_path: Path, monkeypatch, store: FeatureStore
+    videos: Path, backbone: str, tmp_path: Path, monkeypatch, store: FeatureStore
 ) -> None:
     """Buffers of one clip: every row comes in parts, and the store is the same, byte for byte."""
     monkeypatch.setattr("extract.decode.jobs._MAX_CLIP_SLOT_BYTES", 1)
-    small = extracted(videos, tmp_path / "s.zarr")
+    small = extracted(videos, tmp_path / "s.zarr", backbone)
     for name in ("frame_indices", "timestamps", "status"):
         assert np.array_equal(getattr(small, name), getattr(store, name)), name
     rows = np.arange(len(store))
     assert torch.equal(torch.from_numpy(small.read(rows)), torch.from_numpy(store.read(rows)))
 
 
-def test_videos_that_fail_leave_zeros(videos: Path, tmp_path: Path, broken_clips: Path) -> None:
+def test_videos_that_fail_leave_zeros(
+    videos: Path, backbone: str, tmp_path: Path, broken_clips: Path
+) -> None:
     folder = tmp_path / "k"
     folder.mkdir()
     (folder / "good.mp4").symlink_to(next((videos / "train").rglob("*.mp4")).resolve())
     (folder / "zero.mp4").symlink_to(broken_clips / "zero_bytes.mp4")
-    store = extracted(folder, tmp_path / "s.zarr", "--max-failed", "1")
+    store = extracted(folder, tmp_path / "s.zarr", backbone, "--max-failed", "1")
     assert store.status.tolist() == [1, 3]
     assert not store.read(np.array([1])).any()
     assert (store.frame_indices[1] == -1).all()
 
 
-def test_a_gpu_decoder_is_refused_for_clips(videos: Path, tmp_path: Path, capsys) -> None:
-    arguments = [
-        "--videos",
-        videos,
-        "--out",
-        tmp_path / "s.zarr",
-        "--backbone",
-        BACKBONE,
-        "--weights",
-        "random",
-        *CLIP,
-    ]
+def test_a_gpu_decoder_is_refused_for_clips(
+    videos: Path, backbone: str, tmp_path: Path, capsys
+) -> None:
+    arguments = ["--videos", videos, "--out", tmp_path / "s.zarr", "--backbone", backbone, *CLIP]
     assert run(extract, *arguments, "--decoder", "torchcodec-cuda") == 2
     assert not (tmp_path / "s.zarr" / "zarr.json").exists()
     assert capsys.readouterr().err

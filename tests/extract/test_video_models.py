@@ -16,10 +16,13 @@ from extract.backbone.frozen import load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.networks import absolute_name
 from extract.decode.transform import crop_boxes, cut, resize_frame
+from thorough import THOROUGH
+from video_transformers import KINDS, make_folder
 
 VIDEO_MODELS = models.list_models(module=models.video)
+# The same code as of others, in numbers that take long to draw.
+LARGER = ("mvit_v1_b", "swin3d_b", "swin3d_s")
 FEWEST_FRAMES = {"s3d": 14, "mvit_v1_b": 16, "mvit_v2_s": 16}  # of others, 2
-TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32}
 
 
 def raw_frames(count: int, height: int = 120, width: int = 160) -> np.ndarray:
@@ -54,7 +57,7 @@ def assert_near(got: Tensor, expected: Tensor, relative: float = 1e-4) -> None:
 # -- torchvision -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VIDEO_MODELS)
+@pytest.mark.parametrize("name", [m for m in VIDEO_MODELS if THOROUGH or m not in LARGER])
 def test_features_are_torchvisions_before_its_classifier(name: str) -> None:
     frames = FEWEST_FRAMES.get(name, 2)
     trunk = load_trunk(f"torchvision/{name}", weights="random", seed=3, clip_frames=frames)
@@ -212,56 +215,6 @@ def test_torchvisions_weights_without_a_network_say_what_to_fetch(
 
 transformers = pytest.importorskip("transformers")
 NORM = "encoder.layer.0.layernorm_before.weight"
-SIZES = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}, "resample": 2}
-KINDS: dict[str, tuple[Any, dict, dict]] = {
-    "videomae": (
-        transformers.VideoMAEForVideoClassification,
-        {**TINY, "intermediate_size": 64, "num_frames": 4},
-        {"image_processor_type": "VideoMAEImageProcessor", **SIZES},
-    ),
-    "timesformer": (
-        transformers.TimesformerForVideoClassification,
-        {**TINY, "intermediate_size": 64, "num_frames": 4},
-        {"image_processor_type": "VideoMAEImageProcessor", **SIZES},
-    ),
-    "vivit": (
-        transformers.VivitForVideoClassification,
-        {**TINY, "intermediate_size": 64, "num_frames": 4, "tubelet_size": [2, 16, 16]},
-        {
-            "image_processor_type": "VivitImageProcessor",
-            **SIZES,
-            "offset": True,
-            "rescale_factor": 1 / 127.5,
-        },
-    ),
-    "vjepa2": (
-        transformers.VJEPA2Model,
-        {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "crop_size": 32,
-            "frames_per_clip": 4,
-            "pred_hidden_size": 32,
-            "pred_num_attention_heads": 2,
-            "pred_num_hidden_layers": 1,
-        },
-        {"video_processor_type": "VJEPA2VideoProcessor", "crop_size": 32},
-    ),
-}
-
-
-def make_folder(folder: Path, kind: str) -> Any:
-    """A model of transformers as it is published, with its classifier, and random weights, biases included."""
-    model_class, options, processor = KINDS[kind]
-    torch.manual_seed(0)
-    model = model_class(model_class.config_class(**options)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return getattr(model, model.base_model_prefix, model)
 
 
 def tokens_of(model: Any, folder: Path, frames: np.ndarray) -> Tensor:
