@@ -3,10 +3,10 @@
 import subprocess
 import sys
 
-import pytest
-
 STEP = """
+import os
 import sys
+import traceback
 import torch
 from extract.backbone.model import load_trunk
 from aggregate.training.recipes import make_optimizer, parameter_groups, recipe
@@ -25,26 +25,41 @@ def step():
 step()
 assert "sympy" not in sys.modules, "the compiler was loaded"
 """
-
-
-def run(code: str) -> None:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize(
-    "asked",
-    [
-        "",
-        "import torch._dynamo.config; assert torch._dynamo.config.recompile_limit",
-        "from torch._dynamo.utils import counters; assert not counters['stats']",
-        "held = sys.modules['torchvision.ops.roi_align'].is_compile_supported\n"
-        "from torch._dynamo.utils import is_compile_supported as real; assert held('cpu') == real('cpu') != held",
-        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
-        "exported = torch.export.export(module, (torch.ones(1, 2),))\n"
-        "assert torch.equal(exported.module()(torch.ones(1, 2)), module(torch.ones(1, 2)))",
-        "import torch._dynamo; assert not hasattr(torch._dynamo, 'no_such_name')",
-    ],
+# Each in a process of its own, where the compiler was not asked for yet.
+ASKED = (
+    "",
+    "import torch._dynamo.config; assert torch._dynamo.config.recompile_limit",
+    "from torch._dynamo.utils import counters; assert not counters['stats']",
+    "held = sys.modules['torchvision.ops.roi_align'].is_compile_supported\n"
+    "from torch._dynamo.utils import is_compile_supported as real; assert held('cpu') == real('cpu') != held",
+    "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)) == 2",
+    "exported = torch.export.export(module, (torch.ones(1, 2),))\n"
+    "assert torch.equal(exported.module()(torch.ones(1, 2)), module(torch.ones(1, 2)))",
+    "import torch._dynamo; assert not hasattr(torch._dynamo, 'no_such_name')",
 )
-def test_the_compiler_comes_when_it_is_asked_for_and_training_goes_on(asked):
-    run(f"{STEP}\n{asked}\nstep()\nimport torch._dynamo; torch._dynamo.graph_break()")
+EACH = f"""
+for asked in {ASKED!r}:
+    if child := os.fork():
+        if os.waitpid(child, 0)[1]:
+            sys.exit(f"failed: {{asked}}")
+        continue
+    try:
+        exec(asked, globals())
+        step()
+        assert "sympy" not in sys.modules or asked
+        import torch._dynamo
+        torch._dynamo.graph_break()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+print("all")
+"""
+
+
+def test_the_compiler_comes_when_it_is_asked_for_and_training_goes_on():
+    done = subprocess.run(
+        [sys.executable, "-c", STEP + EACH], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["all"]

@@ -100,17 +100,17 @@ def test_a_listing_ends_at_once(name, tmp_path):
         "sys.exit(run_command(main, Options, prog='extract'))\n"
     )
     arguments = ["--videos", str(tmp_path), "--out", str(tmp_path / "x.zarr"), "--window", "1"]
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *arguments], start_new_session=True
-    ) as process:
-        children = []
+    begun = tmp_path / "begun"
+    command = [sys.executable, "-c", program, *arguments]
+    environment = os.environ | {"HGNL_TEST_BEGUN": str(begun)}
+    with subprocess.Popen(command, start_new_session=True, env=environment) as process:
         deadline = time.monotonic() + 100
-        while not children:
+        while not begun.exists():
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.05)
-            children = psutil.Process(process.pid).children()
-        time.sleep(1.0)
+        children = psutil.Process(process.pid).children()
+        assert children
         process.send_signal(name)
         started = time.monotonic()
         assert process.wait(60) == 130

@@ -399,17 +399,17 @@ def test_kinetics_over_untrimmed_downloads_and_trimmed_names_win(tmp_path):
     ]
 
 
-def test_a_million_spans_of_one_file_are_listed(tmp_path):
+def test_a_hundred_thousand_spans_of_one_file_are_listed(tmp_path):
     touch(tmp_path, "long.mp4")
     with (tmp_path / "l.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "label", "start", "end"])
         writer.writerows(
             ["long.mp4", f"c{number % 7}", number / 100, number / 100 + 2]
-            for number in range(1_000_000)
+            for number in range(100_000)
         )
     videos = list_videos(tmp_path / "l.csv").videos
-    assert (len(videos), videos[-1].id) == (1_000_000, "long.mp4#9999990-10001990")
+    assert (len(videos), videos[-1].id) == (100_000, "long.mp4#999990-1001990")
 
 
 # -- windows ---------------------------------------------------------------------------------------------------------
