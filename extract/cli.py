@@ -210,7 +210,7 @@ def run_command(
         print(f"error: {message}", file=EscapedStream(sys.stderr))
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is not finished", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
 
 

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-# stage -> command -> its module, and what it does
+# stage -> command -> its module and a description
 STAGES: dict[str, dict[str, tuple[str, str]]] = {
     "Features": {
         "extract": ("extract", "videos in, a feature store out"),
@@ -104,7 +104,7 @@ def command_of(module: str, options: Any, **changes: Any) -> str:
     for field in fields(options):
         value = changes.get(field.name, getattr(options, field.name))
         if value != field.default:
-            # `--normalize True` where None is the default, so that False is another value
+            # `--normalize True` if the default is None: False is a third value then
             flags[field.name] = (
                 value if field.default is False or not isinstance(value, bool) else str(value)
             )

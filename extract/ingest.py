@@ -247,7 +247,7 @@ def _choose_shape(options: Options, files: "FeatureFiles", names: dict[str, str]
         )
     if len(widths) > 1:
         counts = ", ".join(f"{width} ({count:,} videos)" for width, count in widths.most_common(5))
-        print(f"WIDTHS DIFFER: {counts}; the first is taken, videos of another one are unusable")
+        print(f"WIDTHS DIFFER: {counts}; the first is used, videos of other widths are unusable")
     if options.frames is None and len(lengths) > 1:
         raise InputError(
             f"{options.features}: videos have {min(lengths)} to {max(lengths)} rows each; "
@@ -352,7 +352,7 @@ def _checked(array: "np.ndarray", chosen: "np.ndarray", dim: int) -> "np.ndarray
     if too_large.any():
         row, column = np.argwhere(too_large)[0]
         raise UnusableError(
-            f"row {chosen[row]} holds {values[row, column]}, expected what float16 can hold"
+            f"row {chosen[row]} holds {values[row, column]}, expected a value in the range of float16"
         )
     return values
 

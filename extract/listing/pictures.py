@@ -29,7 +29,7 @@ def require_frame_rate(source: str, folders: Sequence[str], rate: float | None) 
     if rate is None and folders:
         raise InputError(
             f"{source} lists folders of numbered pictures ({len(folders):,}, like {folders[0]}); "
-            "say with --frame-rate how many are shown per second, or move them away"
+            "give --frame-rate, how many are shown per second, or move them away"
         )
 
 

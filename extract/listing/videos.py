@@ -292,7 +292,7 @@ def _rows(source: str, root: str | None) -> tuple[list[Row], dict[str, Any]]:
         return _from_lists(lists, root)
     if root is not None:
         raise InputError(
-            f"--root {root} says where the videos of a list are, and {source} holds no list"
+            f"--root {root} is the folder of a list's videos, and {source} holds no list"
         )
     if is_folder:
         return _from_folder(source)
@@ -314,13 +314,13 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     files, ignored, inodes, pictures = scanned = scan(source)
     if not files:
         if not ignored:
-            raise InputError(f"there is no video in {source}; it is empty")
+            raise InputError(f"{source} contains no video; it is empty")
         reasons = "; ".join(f"{reason}: {_counted(names)}" for reason, names in ignored.items())
         names = [name for names in ignored.values() for name in names]
         hint = ""
         if any(name.lower().endswith(PICTURE_EXTENSIONS) for name in names):
             hint = f". {FRAMES_HINT[0].upper()}{FRAMES_HINT[1:]}"
-        raise InputError(f"there is no video in {source}; ignored: {reasons}{hint}")
+        raise InputError(f"{source} contains no video; ignored: {reasons}{hint}")
     by_folder = split_and_class({folder(file) for file in files})
     splits, classes = (any(names[part] for names in by_folder.values()) for part in range(2))
     if not classes and (tables := _tables_in(source)):
@@ -357,7 +357,7 @@ def _from_lists(
     """Videos of one or several lists below `root`. scanned: `scan(root)`, if already done."""
     if not os.path.isdir(root):
         raise InputError(
-            f"--root {root} is not a folder; it says where the videos of {paths[0]} are"
+            f"--root {root} is not a folder; give the folder of the videos of {paths[0]}"
         )
     tables, description, notes = _read_lists(paths, root)
     by_path = [row for table in tables if table.kind == "path" for row in table.rows]
@@ -372,7 +372,7 @@ def _from_lists(
         present = f"there are {first_few(files)}" if files else "there is no video"
         raise InputError(
             f"none of the {len(rows):,} videos of {paths[0]} is below {root} "
-            f"(looked for {rows[0].name}, {present}); say with --root where they are"
+            f"(looked for {rows[0].name}, {present}); give their folder with --root"
         )
     if spans := sum(row.span is not None for row in located):
         notes.append(

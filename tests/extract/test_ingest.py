@@ -298,7 +298,7 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
     }
     for name, reason in {
         "nan": "row 1 holds nan",
-        "large": "row 0 holds 1000000.0, expected what float16 can hold",
+        "large": "row 0 holds 1000000.0, expected a value in the range of float16",
         "wide": "its width is 5, the store's 4",
         "empty": "it is empty: its shape is [0, 4]",
         "cube": "its shape is [2, 3, 4], expected [T, D] or [D]",
@@ -357,7 +357,7 @@ def test_tables_that_cannot_be_read(tmp_path, name, content, message):
 def test_tables_without_their_ids(tmp_path):
     np.save(tmp_path / "f.npy", np.ones((2, 4)))
     with pytest.raises(
-        InputError, match="does not say which videos its rows are; write their ids, one per"
+        InputError, match="does not name the videos of its rows; write their ids, one per"
     ):
         open_features(tmp_path / "f.npy")
     write(tmp_path / "f.csv", "name,label\na,b\n")

@@ -430,7 +430,7 @@ def test_the_rate_is_required_and_never_needless(both, tmp_path, capsys):
     assert run(extract, *arguments) == 2
     error = capsys.readouterr().err
     assert "lists folders of numbered pictures (2, like " in error
-    assert "say with --frame-rate how many are shown per second" in error
+    assert "give --frame-rate, how many are shown per second" in error
     assert run(extract, *arguments, "--frame-rate", 0) == 2
     assert "--frame-rate 0.0: expected more than 0" in capsys.readouterr().err
     only = ("--videos", both / "walk" / "z.mp4", "--out", tmp_path / "f.zarr", *TINY)

@@ -401,7 +401,7 @@ def test_lost_sources_are_named_by_verify(here, capsys):
     assert verify(VerifyOptions(str(here / "f.zarr"), sources=True)) == 1
     assert "lost: c.mp4 cannot be read below" in capsys.readouterr().out
     RunLog.path(here / "f.zarr").unlink()
-    with pytest.raises(InputError, match="say with --root where the videos are"):
+    with pytest.raises(InputError, match="give the folder of the videos with --root"):
         verify(VerifyOptions(str(here / "f.zarr"), sources=True))
     assert verify(VerifyOptions(str(here / "f.zarr"), sources=True, root=here / "clips")) == 1
 

@@ -143,7 +143,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr(importlib.import_module("extract.status"), "main", interrupted)
     assert main(["status", "feats.zarr"]) == 130
-    assert "the same command goes on with what is not finished" in capsys.readouterr().err
+    assert "run the same command again to continue" in capsys.readouterr().err
 
 
 # -- in a folder with modules of the user's own --------------------------------------------------------------------
