@@ -74,7 +74,7 @@ def program(module: str) -> list[str]:
     """The start of a command line for `module`: `hgnl train`, or `.venv/bin/python -m
     aggregate.train`."""
     main_spec = getattr(sys.modules["__main__"], "__spec__", None)
-    name = next((name for name, target in COMMANDS.items() if target == module), None)
+    name = {target: name for name, target in COMMANDS.items()}.get(module)
     if name is None or (main_spec is not None and main_spec.name.split(".")[0] in _PACKAGES):
         return [sys.orig_argv[0], "-m", module]
     script = sys.argv[0]

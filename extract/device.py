@@ -57,10 +57,8 @@ def _has_gpu_driver() -> bool:
     """Whether a GPU driver is installed, without the seconds that importing torch takes."""
     if "torch" in sys.modules or Path("/dev/kfd").exists():  # /dev/kfd: AMD's driver
         return True
-    for library in ("libcuda.so.1", "nvcuda.dll"):
-        try:
-            ctypes.CDLL(library)
-        except OSError:
-            continue
-        return True
-    return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
