@@ -108,6 +108,14 @@ def _mean_vectors(store: "FeatureStore") -> "Iterator[tuple[np.ndarray, np.ndarr
         yield rows, np.einsum("btd,bt->bd", features[:, 0].astype(np.float32), weights)
 
 
+def _fill(array: Any, blocks: "Iterator[tuple[np.ndarray, np.ndarray]]") -> None:
+    """Write the values of blocks to an array, one after the other."""
+    filled = 0
+    for rows, values in blocks:
+        array[filled : filled + len(rows)] = values
+        filled += len(rows)
+
+
 def _columns_of(store: "FeatureStore", rows: "np.ndarray") -> dict[str, list[str]]:
     names = [*store.classes, ""]
     return {
@@ -122,14 +130,12 @@ def _write_vectors(store: "FeatureStore", folder: Path) -> None:
     import numpy as np
     import pandas as pd
 
-    filled, usable = 0, np.flatnonzero(store.usable)
+    usable = np.flatnonzero(store.usable)
     with replacing(folder) as partial:
         partial.mkdir()
         shape = (len(usable), store.dim)
         vectors = np.lib.format.open_memmap(partial / "vectors.npy", "w+", np.dtype("<f4"), shape)
-        for rows, means in _mean_vectors(store):
-            vectors[filled : filled + len(rows)] = means
-            filled += len(rows)
+        _fill(vectors, _mean_vectors(store))
         vectors.flush()
         table = pd.DataFrame(_columns_of(store, usable))
         table.to_csv(partial / "vectors.csv", index=False)
@@ -168,15 +174,13 @@ def _write_hdf5(store: "FeatureStore", path: Path) -> None:
     import h5py
     import numpy as np
 
-    rows, filled = np.flatnonzero(store.usable), 0
+    rows = np.flatnonzero(store.usable)
     names = ("ids", "splits", "groups", "labels", "num_frames", "frame_indices", "timestamps")
     columns = {name: getattr(store, name)[rows] for name in names}
     columns |= {name: np.array(getattr(store, name), dtype=object) for name in ("classes", "views")}
     with replacing(path) as partial, h5py.File(partial, "w") as file:
-        file.create_dataset("features", (len(rows), *store.video_shape), dtype="f2")
-        for done, features in _finished(store):
-            file["features"][filled : filled + len(done)] = features
-            filled += len(done)
+        dataset = file.create_dataset("features", (len(rows), *store.video_shape), dtype="f2")
+        _fill(dataset, _finished(store))
         for name, values in columns.items():
             text = values.dtype.kind not in "if"
             dtype = h5py.string_dtype() if text else values.dtype

@@ -75,8 +75,8 @@ def choose_labels(
     classes = tuple(numbered.values())
     index = _spelling_index(classes)
     if names and _are_integers(names) and not _are_integers(classes):
-        index |= {str(number): label for label, number in enumerate(numbered)}
-        index |= {name: index[str(int(name))] for name in names if str(int(name)) in index}
+        label_of = {number: label for label, number in enumerate(numbered)}
+        index |= {name: label_of[int(name)] for name in names if int(name) in label_of}
         source += f", by number ({min(numbered)} to {max(numbered)})"
     if unknown := sorted(name for name in names if name not in index):
         raise InputError(
@@ -101,7 +101,8 @@ def _choose_automatically(
         classes = tuple(sorted(names, key=lambda name: (int(name), name)))
         source = "the integers in their order"
         largest = int(classes[-1])
-        if absent := largest + 1 - len(classes):
+        absent = largest + 1 - len(classes)
+        if absent > 0:
             source += f" (of 0 to {largest:,}, {absent:,} are absent: the index is not the integer)"
     else:
         classes, source = tuple(sorted(names)), "the sorted names"
