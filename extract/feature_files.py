@@ -235,7 +235,8 @@ def ids_beside(path: Path) -> list[str]:
         return text.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     if not table.exists():
         raise InputError(
-            f"{path} does not name the videos of its rows; write their ids, one per line, into {text}"
+            f"{path} does not name the videos of its rows; write their ids, one per line, into "
+            f"{text}"
         )
     with table.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)

@@ -352,7 +352,8 @@ def _checked(array: "np.ndarray", chosen: "np.ndarray", dim: int) -> "np.ndarray
     if too_large.any():
         row, column = np.argwhere(too_large)[0]
         raise UnusableError(
-            f"row {chosen[row]} holds {values[row, column]}, expected a value in the range of float16"
+            f"row {chosen[row]} holds {values[row, column]}, expected a value in the range of "
+            "float16"
         )
     return values
 

@@ -125,7 +125,8 @@ def _recorded_root(store: "FeatureStore") -> Path:
     options = next(iter(logged_options(store)), {})
     if not options.get("videos"):
         raise InputError(
-            f"{RunLog.path(store.path)} records no extraction; give the folder of the videos with --root"
+            f"{RunLog.path(store.path)} records no extraction; "
+            "give the folder of the videos with --root"
         )
     if options.get("root"):
         return Path(options["root"])

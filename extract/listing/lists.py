@@ -33,7 +33,8 @@ _HMDB = re.compile(r"(?P<class>.+)_test_split(?P<number>\d+)\.txt")
 _SEPARATORS = ("\t", ";", ",", " ")
 FRAMES_HINT = (
     "a folder is a video if it holds numbered pictures of one pattern (img_00001.jpg, "
-    "img_00002.jpg ...); give the folder around such folders, or a CSV path,label, to `extract --frame-rate`"
+    "img_00002.jpg ...); give the folder around such folders, or a CSV path,label, "
+    "to `extract --frame-rate`"
 )
 
 
