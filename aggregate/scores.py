@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from extract import InputError
+from extract import InputError, StrPath
 from extract.commands import command_line
 from extract.durable import replace_file
 from extract.sources import file_of
@@ -161,12 +161,12 @@ class Scores:
             videos.tolist(), self.classes, means, labels, source, self.segments, groups=groups
         )
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write a scores file with these logits; it appears whole or not at all."""
         save_scores(path, [self])
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], segments: int | None = None) -> "Scores":
+    def load(cls, path: StrPath, segments: int | None = None) -> "Scores":
         """Read a scores file: the logits of `segments`, by default the largest number there is.
 
         Raises InputError naming the file, and what is wrong with it.
@@ -225,7 +225,7 @@ def refuse_training_scores(scores: Scores, name: str) -> None:
         )
 
 
-def save_scores(path: str | os.PathLike[str], several: Sequence[Scores]) -> None:
+def save_scores(path: StrPath, several: Sequence[Scores]) -> None:
     """Write one file of the same videos seen with several numbers of segments."""
     import h5py
 
@@ -257,7 +257,7 @@ def _checksum(image: bytes) -> bytes:
     return f"{SCHEMA} {hashlib.sha256(image).hexdigest()}\n".encode().ljust(_USER_BLOCK, b"\0")
 
 
-def _check_whole(path: str | os.PathLike[str]) -> None:
+def _check_whole(path: StrPath) -> None:
     """InputError for a damaged file: HDF5 hangs or crashes over some of those. Files of older
     versions cannot tell."""
     content = Path(path).read_bytes()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extract import InputError
+from extract import InputError, StrPath
 from extract.listing.videos import youtube_id
 
 Entries = list[tuple[str, float]]  # label and score of what a submission says of one video
@@ -39,12 +39,12 @@ def is_clip(name: str) -> bool:
         return False
 
 
-def is_scores(path: str | os.PathLike[str]) -> bool:
+def is_scores(path: StrPath) -> bool:
     """Whether a file is meant as a scores file, by its extension."""
     return os.fspath(path).lower().endswith((".h5", ".hdf5"))
 
 
-def read_text(path: str | os.PathLike[str]) -> str:
+def read_text(path: StrPath) -> str:
     """InputError where there is no such file, or it is not text."""
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}")
@@ -54,7 +54,7 @@ def read_text(path: str | os.PathLike[str]) -> str:
         raise InputError(f"{path} is not UTF-8 text ({error})") from None
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
+def read_json(path: StrPath) -> Any:
     """InputError where the file is not JSON, or an object holds a key twice."""
 
     def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise InputError(f"{path} is not JSON: {error}") from None
 
 
-def read_submission(path: str | os.PathLike[str]) -> dict[str, Entries]:
+def read_submission(path: StrPath) -> dict[str, Entries]:
     """What a submission says of each video; InputError for a file, a video or an entry that is not
     as it must be."""
     submission = read_json(path)
@@ -90,7 +90,7 @@ def read_submission(path: str | os.PathLike[str]) -> dict[str, Entries]:
     }
 
 
-def _must_be(where: str | os.PathLike[str], found: Mapping[str, Any], **kinds: type) -> None:
+def _must_be(where: StrPath, found: Mapping[str, Any], **kinds: type) -> None:
     for name, kind in kinds.items():
         if not isinstance(found.get(name), kind):
             raise InputError(

@@ -18,7 +18,7 @@ from ensemble.entries import (
     read_text,
     submission_ids,
 )
-from extract import InputError
+from extract import InputError, StrPath
 from extract.listing.folders import SPLITS
 from extract.listing.lists import read_list
 from extract.listing.videos import youtube_id
@@ -48,7 +48,7 @@ class Grade:
         return "\n".join([*lines, *self.notes])
 
 
-def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collection[str]]) -> Grade:
+def grade_submission(path: StrPath, truth: Mapping[str, Collection[str]]) -> Grade:
     """The challenge's errors against `truth`, the labels of each video, any of which will do.
 
     As the official script counts: a video that is missing is wrong, a further one is ignored, a
@@ -88,7 +88,7 @@ def grade_submission(path: str | os.PathLike[str], truth: Mapping[str, Collectio
     return Grade(*errors, len(truth) - len(missing), len(truth), extra, tuple(notes))
 
 
-def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[str]]:
+def read_truth(path: StrPath, split: str = "") -> dict[str, set[str]]:
     """The labels of each video of a split, by the id it is submitted under.
 
     From the challenge's JSON (`database`), Kinetics' own JSON (a video's `annotations` and
@@ -103,7 +103,7 @@ def read_truth(path: str | os.PathLike[str], split: str = "") -> dict[str, set[s
     return truth
 
 
-def read_ids(path: str | os.PathLike[str], split: str = "") -> list[str]:
+def read_ids(path: StrPath, split: str = "") -> list[str]:
     """The videos that a submission has to hold: of a scores file, of what `read_truth` reads, or
     one a line of text.
 

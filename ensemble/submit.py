@@ -13,7 +13,6 @@ video that failed gets a neutral entry: the first five classes at very nearly 1/
 
 import json
 import math
-import os
 import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ensemble.entries import Entries, is_clip, is_scores, read_submission, submission_ids
-from extract import InputError
+from extract import InputError, StrPath
 from extract.cli import run_command
 from extract.durable import replace_file
 from extract.listing.labels import choose_labels
@@ -54,9 +53,7 @@ class Checked:
         return f"{self.videos:,} videos{more}"
 
 
-def write_submission(
-    scores: "Scores", path: str | os.PathLike[str], *, external_data: str = PRETRAINED
-) -> int:
+def write_submission(scores: "Scores", path: StrPath, *, external_data: str = PRETRAINED) -> int:
     """Write the five best labels of every video; returns how many failed ones got a neutral entry.
 
     Scores written are probabilities. `external_data` says what else the models have seen, "" is
@@ -101,7 +98,7 @@ def neutral_entries(classes: Sequence[str]) -> Entries:
 
 
 def check_submission(
-    path: str | os.PathLike[str], classes: Sequence[str], ids: Collection[str] | None = None
+    path: StrPath, classes: Sequence[str], ids: Collection[str] | None = None
 ) -> Checked:
     """Raise InputError, naming the first bad entry, unless the challenge would accept and rank the
     file as it is meant.

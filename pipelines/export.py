@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract import InputError, RunError
+from extract import InputError, RunError, StrPath
 from extract.cli import run_command
 from extract.commands import install_command
 from extract.durable import replacing
@@ -83,7 +83,7 @@ def main(options: Options) -> int:
     return 0
 
 
-def export(model: "FrameModel", checkpoint: "Checkpoint", out: str | os.PathLike[str]) -> str:
+def export(model: "FrameModel", checkpoint: "Checkpoint", out: StrPath) -> str:
     """Write `model` (of `model_from_record`) with the checkpoint's metadata; returns what `_check`
     says of it.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from extract import InputError, RunError
+from extract import InputError, RunError, StrPath
 from extract.backbone.frozen import NotFiniteError
 from extract.cli import progress
 from extract.decode import VideoError
@@ -125,7 +125,7 @@ class Predictor:
 
     def __call__(
         self,
-        path: str | os.PathLike[str],
+        path: StrPath,
         *,
         window: float | None = None,
         stride: float | None = None,
@@ -179,7 +179,7 @@ class Predictor:
         return self._subprocess(self._video_timeout)
 
     def _decoded(
-        self, path: str | os.PathLike[str], spans: "list[Span | None]"
+        self, path: StrPath, spans: "list[Span | None]"
     ) -> "Iterator[tuple[Span | None, Iterable[Part]]]":
         """Each span, and what a child decoded of it: one part, or of clips as many as buffers
         need."""
@@ -206,7 +206,7 @@ class Predictor:
         yield prepared, prepared.pictures(buffer, self._plan)
 
     def _answer(
-        self, path: str | os.PathLike[str], span: "Span | None", parts: "Iterable[Part]"
+        self, path: StrPath, span: "Span | None", parts: "Iterable[Part]"
     ) -> tuple[Window, np.ndarray]:
         """What the model says of one window, and the pictures uint8 [n, size, size, 3] of the
         frames that it saw."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from aggregate.models import VideoClassifier, build, sees_order
-from extract import InputError
+from extract import InputError, StrPath
 from extract.commands import command_line
 from extract.durable import replacing
 
@@ -72,7 +72,7 @@ class Checkpoint:
         )
         return (self.frames,)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: StrPath) -> None:
         """Write it; the file appears whole or not at all. Raises RunError."""
         content = {name: value for name, value in vars(self).items() if name != "path"}
         # To a file of ours: torch's own says nothing of a disk that is full.
@@ -80,7 +80,7 @@ class Checkpoint:
             torch.save({"format": FORMAT, "version": VERSION, **content}, file)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "Checkpoint":
+    def load(cls, path: StrPath) -> "Checkpoint":
         """Read one, never unpickling anything but tensors and plain values. Raises InputError
         naming the file."""
         if not Path(path).is_file():

@@ -15,7 +15,6 @@ import hashlib
 import importlib.metadata
 import io
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ import numpy as np
 import torch
 
 from aggregate.training.splits import ListedVideos, choose_rows
-from extract import InputError
+from extract import InputError, StrPath
 from extract.cli import first_few
 from extract.store import FAILED, FeatureStore, difference
 
@@ -91,7 +90,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def sha256_of(path: str | os.PathLike[str] | None) -> str:
+def sha256_of(path: StrPath | None) -> str:
     """The SHA-256 of a file; "" for none."""
     if path is None:
         return ""

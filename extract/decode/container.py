@@ -11,6 +11,7 @@ from typing import Any
 import av
 from av.format import ContainerFormat
 
+from extract import StrPath
 from extract.sources import stat_source
 
 # A title that is not UTF-8 is not a reason to refuse a video; since PyAV 19 it never is.
@@ -56,7 +57,7 @@ REFUSED_FORMATS = frozenset(
 class VideoError(Exception):
     """A video that cannot be read: `path`, and a `reason` that a person understands."""
 
-    def __init__(self, path: str | os.PathLike[str], reason: str):
+    def __init__(self, path: StrPath, reason: str):
         super().__init__(path, reason)
         self.path, self.reason = os.fspath(path), reason
 

@@ -30,6 +30,7 @@ import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
 
+from extract import StrPath
 from extract.decode.container import (
     DECODE_ERRORS,
     VideoError,
@@ -128,7 +129,7 @@ class Decoded:
 
 
 def decode(
-    path: str | os.PathLike[str],
+    path: StrPath,
     sample: Callable[[int], np.ndarray],
     *,
     span: Span | None = None,
@@ -152,7 +153,7 @@ def decode(
 
 
 def decode_spans(
-    path: str | os.PathLike[str],
+    path: StrPath,
     wanted: Sequence[tuple[Span | None, Sampler]],
     *,
     resize: Resize | None = None,
@@ -252,7 +253,7 @@ def decoder_version(decoder: str) -> str:
 
 def _decode(
     file: VideoFile,
-    path: str | os.PathLike[str],
+    path: StrPath,
     wanted: Sequence[tuple[Span | None, Sampler]],
     left: list[int],
     resize: Resize | None,

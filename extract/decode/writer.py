@@ -1,17 +1,17 @@
 """Frames in, a video file out: the counterpart of `decode`, for videos that the house makes
 itself."""
 
-import os
 from collections.abc import Iterable
 from fractions import Fraction
 
 import av
 import numpy as np
 
+from extract import StrPath
 from extract.durable import replacing
 
 
-def write_video(path: str | os.PathLike[str], frames: Iterable[np.ndarray], *, rate: float) -> None:
+def write_video(path: StrPath, frames: Iterable[np.ndarray], *, rate: float) -> None:
     """Write uint8 [H, W, 3] RGB frames, H and W even, as H.264 in MP4 at `rate` frames per second.
 
     The file appears whole or not at all. Raises ValueError for no frame, and for sizes that differ
