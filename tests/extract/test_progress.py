@@ -28,6 +28,11 @@ class FakePool:
         return self.frames
 
 
+def states(screen: io.StringIO) -> set[str]:
+    """What a bar has shown before its picture: how far it was."""
+    return {part.partition("|")[0] for part in screen.getvalue().split("\r")}
+
+
 def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
@@ -35,10 +40,12 @@ def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
     monkeypatch.setattr(driver, "SECONDS_PER_MOVE", 0.02)
     totals = Counter()
     with driver._shown_progress(FakePool(), totals, 300, FakeStore()):
-        time.sleep(1.5)  # a bar appears after a second
-        moved = screen.getvalue()
+        deadline = time.monotonic() + 60
+        while len(states(screen)) < 7 and time.monotonic() < deadline:
+            time.sleep(0.05)  # a bar appears after a second
+        moved = states(screen)
         totals.update(videos=300, failed=2)
-    assert len({part.partition("|")[0] for part in moved.split("\r")}) > 5
+    assert len(moved) > 5
     last = screen.getvalue().strip().splitlines()[-1]
     assert "3000/3000" in last
     assert "300 of 300 videos, 2 failed" in last

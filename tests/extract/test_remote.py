@@ -264,29 +264,41 @@ def test_a_lease_whose_put_succeeded_without_an_answer_is_ours(s3, quick, monkey
 def test_a_lease_outlives_a_gap_of_the_network(s3, quick, monkeypatch):
     from botocore.exceptions import EndpointConnectionError
 
-    monkeypatch.setattr(remote, "LEASE_TIMEOUT", 8.0)
-    real, gap = Lease._put, threading.Event()
+    monkeypatch.setattr(remote, "LEASE_TIMEOUT", 60.0)
+    real, gap, lost, renewed = (
+        Lease._put,
+        threading.Event(),
+        threading.Semaphore(0),
+        threading.Semaphore(0),
+    )
 
     def put(self, number, record, mode="overwrite"):
         if gap.is_set():
+            lost.release()
             raise EndpointConnectionError(endpoint_url="https://s3.example")
         real(self, number, record, mode)
+        renewed.release()
 
     monkeypatch.setattr(Lease, "_put", put)
     with contextlib.closing(Lease("s3://videos/gap.zarr")) as lease:
         gap.set()
-        time.sleep(0.6)
+        for _ in range(5):
+            assert lost.acquire(timeout=60)
         assert lease._thread.is_alive()
         lease.ensure_held()
-        renewed = lease._renewed
+        before = lease._renewed
+        while renewed.acquire(blocking=False):
+            pass
         gap.clear()
-        deadline = time.monotonic() + 5
-        while lease._renewed == renewed and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert lease._renewed > renewed
+        for _ in range(2):  # once the second has begun, the first is recorded
+            assert renewed.acquire(timeout=60)
+        assert lease._renewed > before
+        while lost.acquire(blocking=False):
+            pass
         gap.set()
+        for _ in range(2):
+            assert lost.acquire(timeout=60)
         lease._renewed -= 100
-        time.sleep(0.3)
         with pytest.raises(
             RunError,
             match=r"lost its lease, with its network \(EndpointConnectionError: .*s3\.example",

@@ -151,31 +151,30 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed
     assert committed_blocks(out) <= 12 + kills
 
 
-def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path):
-    stop = threading.Event()
-    killed = 0
+def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path, monkeypatch):
+    """Killed after each of the first three blocks, while there are others in hand or to come."""
+    killed: list[int] = []
+    commit = FeatureStore.commit
 
-    def killer() -> None:
-        nonlocal killed
-        while not stop.wait(0.3):
-            for child in psutil.Process().children(recursive=True):
-                with contextlib.suppress(
-                    psutil.NoSuchProcess
-                ):  # it ended meanwhile, or is a zombie
-                    if "extract.decode.pool" in " ".join(child.cmdline()) and killed < 3:
-                        child.kill()
-                        killed += 1
-                        break
+    def commit_and_kill(self, outcomes):
+        commit(self, outcomes)
+        for child in decode_children() if len(killed) < 3 else ():
+            child.kill()
+            killed.append(child.pid)
 
-    thread = threading.Thread(target=killer)
-    thread.start()
-    try:
-        assert main(options(clips, tmp_path / "a.zarr")) == 0
-    finally:
-        stop.set()
-        thread.join()
+    monkeypatch.setattr(FeatureStore, "commit", commit_and_kill)
+    assert main(options(clips, tmp_path / "a.zarr")) == 0
     assert killed
     assert store_digest(tmp_path / "a.zarr") == store_digest(undisturbed)
+
+
+def decode_children() -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
+            if "extract.decode.pool" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def test_broken_and_odd_files_end_with_the_right_status(
@@ -328,10 +327,9 @@ def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
     def stopper() -> None:
         while not committed_blocks(tmp_path / "a.zarr") and not stopped.is_set():
             time.sleep(0.001)
-        for child in psutil.Process().children(recursive=True):
-            if "extract.decode.pool" in " ".join(child.cmdline()):
-                child.send_signal(signal.SIGSTOP)
-                stopped.set()
+        for child in decode_children():
+            child.send_signal(signal.SIGSTOP)
+            stopped.set()
 
     thread = threading.Thread(target=stopper)
     thread.start()
