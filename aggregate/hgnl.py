@@ -1,17 +1,19 @@
-"""Hierarchical group-wise non-local (HG-NL): eq. 7-8 of the paper, then eq. 5 and 6, in their
-pooled form.
+"""Hierarchical group-wise non-local module (HG-NL) in its pooled form.
 
-    m channels   |      0      |      1      |      2      |      3      |   g2 secondary groups: a map A, a W_v each
-    (g1=8, g2=4) |  0   |  1   |  2   |  3   |  4   |  5   |  6   |  7   |   g1 primary groups: a W_q, a W_k each
+It is eq. 7-8 of the paper, then eq. 5 and 6. For g1 = 8 primary and g2 = 4 secondary groups:
 
-Secondary group h owns the r = g1/g2 primary groups r h .. r h + r - 1, and its map sums their
-products (Gmm):
+    m channels  |      0      |      1      |      2      |      3      |   g2 groups: A and W_v
+                |  0   |  1   |  2   |  3   |  4   |  5   |  6   |  7   |   g1 groups: W_q and W_k
 
-    A_h = ReLU(sum of Q_i^T K_i over the primary groups i of h)  (7)        F_o,h = V_h A_h  (8)
+Secondary group h owns the r = g1/g2 primary groups r h .. r h + r - 1, and its attention map A_h
+sums their products (Gmm):
 
-F_v needs only the row sums of A: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h sum(w_h)` with `w =
-A 1 / n`. So W_v is applied to one vector a video, and no n x n x m product is made. Tests hold the
-two forms together, gradients too.
+    A_h = ReLU(sum of Q_i^T K_i over the primary groups i of h)  (7)
+    F_o,h = V_h A_h                                              (8)
+
+F_v needs only the row sums of A: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h sum(w_h)` with
+`w = A 1 / n`. So W_v is applied to one vector per video, and the n x n x m product V A is never
+computed. Tests compare values and gradients with the literal form.
 """
 
 from typing import Literal
@@ -21,7 +23,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 
-from aggregate.pooling import Features, Frames, Mask, average, blank_masked, frame_counts
+from aggregate.masks import Features, Frames, Mask, average, blank_masked, frame_counts
 from extract import InputError
 
 NORMS = ("none", "n", "n_over_train")
@@ -32,8 +34,7 @@ STARTS = ("random", "average")
 def masked_row_sums(
     A: Float[Tensor, "maps time time"], mask: Bool[Tensor, "maps time"] | None
 ) -> Float[Tensor, "maps time"]:
-    """`A 1` over the valid frames: column j counts where frame j is valid, row i is 0 where frame i
-    is not."""
+    """`A 1` over the valid frames; 0 for the rows of masked frames."""
     if mask is None:
         return A.sum(-1)
     valid = mask.to(A.dtype)
@@ -43,10 +44,9 @@ def masked_row_sums(
 def softmax_columns(
     scores: Float[Tensor, "maps time time"], mask: Bool[Tensor, "maps time"] | None
 ) -> Float[Tensor, "maps time time"]:
-    """Softmax over the FIRST index of A, so that its columns, which F_o = V A mixes the frames by,
-    sum to 1.
+    """Softmax over the FIRST index of A: in F_o = V A each column holds weights that sum to 1.
 
-    Over the last index the rows would sum to 1, `w` would be 1/n for every frame and attention
+    Over the last index the rows would sum to 1: `w` would be 1/n for every frame, and attention
     would vanish in eq. 6.
     """
     if mask is not None:
@@ -55,12 +55,11 @@ def softmax_columns(
 
 
 class GroupedLinear(nn.Module):
-    """The weights of a grouped 1x1 convolution: `weight [out, in/groups]`, `bias [out]`, groups
-    contiguous.
+    """The parameters of a grouped 1x1 convolution: `weight [out, in/groups]` and `bias [out]`.
 
     `shared` keeps one set for all groups: `weight [out/groups, in/groups]`, `bias [out/groups]`.
-    Initialized as torch's Conv1d. It has no forward: HG-NL uses its `blocks` in batched products of
-    its own.
+    They are initialized as in torch's Conv1d. There is no `forward`: HG-NL multiplies `blocks`
+    itself, in batched products.
     """
 
     def __init__(self, in_dim: int, out_dim: int, *, groups: int, shared: bool) -> None:
@@ -73,30 +72,33 @@ class GroupedLinear(nn.Module):
         self.shared = shared
 
     def blocks(self) -> tuple[Float[Tensor, "groups out in"], Float[Tensor, "groups 1 out"]]:
-        """Weight and bias of each group (views)."""
+        """Weight and bias of each group, as views."""
         if self.shared:
             return self.weight.expand(self.groups, -1, -1), self.bias.expand(self.groups, 1, -1)
         return self.weight.unflatten(0, (self.groups, -1)), self.bias.view(self.groups, 1, -1)
 
 
 class HGNonLocal(nn.Module):
-    """HG-NL (eq. 7, 8, 5, 6): g2 attention maps without softmax, from W_q and W_k of g1 groups and
-    W_v of g2.
+    """HG-NL (eq. 7, 8, 5, 6): g2 attention maps; W_q and W_k have g1 groups, W_v has g2.
 
-    `inner_dim` is m1, m/8 by default. `shared` uses one set of weights for all groups of a layer
-    (Table 1's last column). `norm` is about n: with the un-normalized ReLU map the attention term
-    grows with it. "none" is the paper, "n" divides A by n, "n_over_train" multiplies it by
-    `train_frames` / n, which leaves training as in the paper. `attention="softmax"` puts eq. 3's
-    softmax instead of the ReLU, for an ablation the paper lacks. `normalize` gives W_q and W_k
-    frames of mean 0 and variance 1 over their channels (layer norm without parameters), so that
-    products have one size whatever the backbone; the paper does not. `start` is how the layers
-    begin: "random" as torch's convolutions, or "average": W_v is the identity and W_k (softmax) or
-    W_q (ReLU) is 0, so that all frames have the same weight and attention grows out of that.
-    `scale_init` is s before training: at 0 the module is the average of TSN. `scale_scores` divides
-    the scores by sqrt(m1/g2), the length of the products they sum, which the paper does not.
+    The defaults are the paper's module. The other values are not in the paper.
 
-    Raises InputError for groups that do not divide, saying which, and for an unknown or meaningless
-    option.
+    Args:
+        inner_dim: m1, by default m/8.
+        shared: use one set of weights for all groups of a layer (Table 1's last column).
+        norm: how the ReLU map is normalized. "none" is the paper: the attention term grows with
+            the number of frames n. "n" divides A by n. "n_over_train" multiplies A by
+            `train_frames` / n, so that training is as in the paper.
+        attention: "softmax" takes the softmax of eq. 3 instead of the ReLU, for an ablation.
+        train_frames: the number of frames in training, for `norm`.
+        normalize: normalize the input of W_q and W_k to mean 0 and variance 1 over channels (layer
+            norm without parameters), so that products have the same scale for every backbone.
+        start: initialization. "random" is that of torch's convolutions. "average" gives all frames
+            the same weight: W_v is the identity, and W_k (softmax) or W_q (ReLU) is 0.
+        scale_init: s before training; at 0 the module is TSN's average.
+        scale_scores: divide the scores by sqrt(m1/g2), the square root of their length.
+
+    Raises InputError for groups that do not divide, and for an unknown or unfit option.
     """
 
     def __init__(
@@ -118,29 +120,23 @@ class HGNonLocal(nn.Module):
         super().__init__()
         inner_dim = dim // 8 if inner_dim is None else inner_dim
         check_groups(dim, inner_dim, g1=g1, g2=g2)
-        options = (
+        for name, value, choices in (
             ("norm", norm, NORMS),
             ("attention", attention, ATTENTIONS),
             ("start", start, STARTS),
-        )
-        for name, value, known in options:
-            if value not in known:
-                raise InputError(f"{name} {value!r} is not known; known are {', '.join(known)}")
+        ):
+            if value not in choices:
+                raise InputError(f"{name} {value!r} is not known; known are {', '.join(choices)}")
         if attention == "softmax" and norm != "none":
             raise InputError(
-                f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalized: norm must be 'none'"
+                f"norm {norm!r} is for the ReLU map; attention 'softmax' is normalized: "
+                "norm must be 'none'"
             )
         if train_frames < 1:
-            raise InputError(
-                f"train_frames is {train_frames}; it is the number of frames in training, at least 1"
-            )
+            raise InputError(f"train_frames is {train_frames}; expected at least 1")
         self.out_dim, self.g1, self.g2 = dim, g1, g2
-        self.norm, self.attention, self.train_frames, self.normalize = (
-            norm,
-            attention,
-            train_frames,
-            normalize,
-        )
+        self.norm, self.attention = norm, attention
+        self.train_frames, self.normalize = train_frames, normalize
         self.query = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_q
         self.key = GroupedLinear(dim, inner_dim, groups=g1, shared=shared)  # W_k
         self.value = GroupedLinear(dim, dim, groups=g2, shared=shared)  # W_v
@@ -151,14 +147,14 @@ class HGNonLocal(nn.Module):
             self._start_as_average()
 
     def differences(self) -> list[str]:
-        """What of this module differs from the paper's HG-NL or NL, one phrase each."""
+        """How this module differs from the paper's HG-NL or NL, one phrase per difference."""
         phrases = []
         if self.attention == "softmax" and self.g1 > 1:
             phrases.append("softmax instead of the ReLU of eq. 7")
-        if self.norm != "none":
-            phrases.append(
-                {"n": "A divided by n", "n_over_train": "A multiplied by n_train/n"}[self.norm]
-            )
+        if self.norm == "n":
+            phrases.append("A divided by n")
+        if self.norm == "n_over_train":
+            phrases.append("A multiplied by n_train/n")
         if self.normalize:
             phrases.append("W_q and W_k see frames of mean 0 and variance 1")
         if self.start == "average":
@@ -178,9 +174,10 @@ class HGNonLocal(nn.Module):
             self.key.weight.zero_()
             self.key.bias.zero_()
             return
-        # ReLU: scores of 0 would never leave it, and random ones weigh frames at random. Here W_q
-        # is 0, so that every score is near one positive value, b_q . b_k, at which F_o is the mean
-        # of F. Their product is small although both are large enough for W_k and W_q to learn from.
+        # The ReLU has no gradient for scores of 0, and random scores would weight frames at random.
+        # So W_q is 0 and every score is close to one positive value, b_q . b_k, at which F_o is the
+        # mean of F. b_q and b_k are large enough for W_k and W_q to get gradients, but nearly
+        # orthogonal, so that their product is small.
         level = (1 if self.norm == "n" else 1 / self.train_frames) / self.score_factor
         b_q, b_k = self.query.bias, self.key.bias
         channels = self.query.out_dim // self.g2
@@ -196,29 +193,25 @@ class HGNonLocal(nn.Module):
         self.key.weight.mul_(0.03 * level)  # at 0 all maps would stay of rank 2
 
     def _scores(self, x: Frames) -> Float[Tensor, "maps time time"]:
-        """Gmm(Q, K) of eq. 7, `maps` = g2 x batch: [h, b, i, j] = q_i . k_j over the channels of
-        secondary group h.
+        """Gmm(Q, K) of eq. 7: [h, b, i, j] = q_i . k_j over the channels of secondary group h.
 
-        No copy is made of `x`, `Q` or `K`: batched matrix products take a primary group as the
-        strided view it is.
+        `maps` is g2 x batch. `x`, Q and K are not copied: a primary group is a strided view, which
+        batched matrix products accept.
         """
         if self.normalize:
             x = layer_norm(x, x.shape[-1:])
         ratio = self.g1 // self.g2
         (w_q, b_q), (w_k, b_k) = self.query.blocks(), self.key.blocks()
-        weight, bias = (
-            torch.cat([w_q, w_k], 1).transpose(1, 2),
-            torch.cat([b_q, b_k], 2),
-        )  # one pass over x for both
-        groups = x.reshape(-1, self.g1, x.shape[2] // self.g1).transpose(
-            0, 1
-        )  # [g1, batch x time, dim/g1]
+        # One pass over x for Q and K.
+        weight = torch.cat([w_q, w_k], 1).transpose(1, 2)
+        bias = torch.cat([b_q, b_k], 2)
+        # [g1, batch x time, dim/g1]
+        groups = x.reshape(-1, self.g1, x.shape[2] // self.g1).transpose(0, 1)
         scores: Tensor | None = None
         for first in range(ratio):  # the first, second ... primary group of every secondary group
             turn = slice(first, None, ratio)
-            pair = torch.baddbmm(
-                bias[turn], groups[turn], weight[turn]
-            )  # [g2, batch x time, 2 m1/g1]
+            # [g2, batch x time, 2 m1/g1]
+            pair = torch.baddbmm(bias[turn], groups[turn], weight[turn])
             q, k = pair.view(-1, x.shape[1], pair.shape[2]).chunk(2, -1)
             k = k.transpose(1, 2)
             scores = torch.bmm(q, k) if scores is None else torch.baddbmm(scores, q, k)
@@ -226,27 +219,27 @@ class HGNonLocal(nn.Module):
         return scores if self.score_factor == 1 else scores * self.score_factor
 
     def _weights(self, x: Frames, mask: Mask) -> Float[Tensor, "groups batch time"]:
-        """w = A 1 / n of each secondary group, `norm` included."""
+        """w = A 1 / n of each secondary group, normalized as `norm` says."""
         maps_mask = None if mask is None else mask.repeat(self.g2, 1)
         scores = self._scores(x)
-        A = (
-            scores.relu() if self.attention == "relu" else softmax_columns(scores, maps_mask)
-        )  # eq. 7
+        if self.attention == "relu":
+            A = scores.relu()  # eq. 7
+        else:
+            A = softmax_columns(scores, maps_mask)
         n = frame_counts(x, mask)
         factor = {"none": 1, "n": 1 / n, "n_over_train": self.train_frames / n}[self.norm]
         return masked_row_sums(A, maps_mask).view(self.g2, *x.shape[:2]) * (factor / n)
 
     def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch groups time"]:
-        """w = A 1 / n of the g2 maps: how much of each frame's V is in the mean of F_o; 0 for
-        masked frames."""
+        """w = A 1 / n of each map: the weight of each frame's V in the mean of F_o; 0 if masked."""
         return self._weights(blank_masked(x, mask), mask).transpose(0, 1)
 
     def terms(
         self, x: Frames, mask: Mask = None, *, even: bool = False
     ) -> tuple[Features, Features]:
-        """The means over frames of F and of F_o: eq. 6 is the first plus s times the second.
+        """The means of F and of F_o over frames; eq. 6 is the first plus s times the second.
 
-        `even` gives every frame the mean weight of its video and group.
+        `even` replaces each frame's weight by the mean over the frames of its video and group.
         """
         x = blank_masked(x, mask)
         weights = self._weights(x, mask)
@@ -254,19 +247,16 @@ class HGNonLocal(nn.Module):
             valid = torch.ones_like(weights) if mask is None else mask.to(weights.dtype)
             weights = weights.sum(-1, keepdim=True) * valid / valid.sum(-1, keepdim=True)
         channels = x.chunk(self.g2, -1)  # views
-        pooled = torch.cat(
-            [torch.bmm(w[:, None], F) for w, F in zip(weights, channels, strict=True)], 1
-        )  # F_h w_h
+        # F_h w_h
+        pooled = [torch.bmm(w[:, None], F) for w, F in zip(weights, channels, strict=True)]
         w_v, b_v = self.value.blocks()
-        attended = torch.bmm(
-            pooled.transpose(0, 1), w_v.transpose(1, 2)
-        )  # eq. 8 averaged over frames
+        # eq. 8, averaged over frames
+        attended = torch.bmm(torch.cat(pooled, 1).transpose(0, 1), w_v.transpose(1, 2))
         attended = attended + b_v * weights.sum(-1, keepdim=True)
         return average(x, mask), attended.transpose(0, 1).flatten(1)
 
     def with_even_weights(self, x: Frames, mask: Mask = None) -> Features:
-        """F_v if all frames of a video had the mean of its weights: what is left without
-        attention."""
+        """F_v without attention: all frames of a video have the same weight, the mean."""
         mean, attended = self.terms(x, mask, even=True)
         return mean + self.scale * attended
 
@@ -276,17 +266,18 @@ class HGNonLocal(nn.Module):
 
 
 def check_groups(dim: int, inner_dim: int, *, g1: int, g2: int) -> None:
-    """Raises InputError that says which number does not divide which."""
+    """Raise InputError if the groups do not divide the channels, or each other."""
     if min(dim, inner_dim, g1, g2) < 1:
         raise InputError(
             f"dim {dim}, inner_dim {inner_dim}, g1 {g1} and g2 {g2} must all be at least 1"
         )
     if g1 % g2:
         raise InputError(
-            f"g2 {g2} does not divide g1 {g1}; a secondary group is a whole number of primary groups"
+            f"g2 {g2} does not divide g1 {g1}; "
+            "a secondary group is a whole number of primary groups"
         )
     for name, size in (("dim", dim), ("inner_dim (m1)", inner_dim)):
         if size % g1:
             raise InputError(
-                f"g1 {g1} does not divide {name} {size}; choose g1 (and with it g2) or inner_dim to fit"
+                f"g1 {g1} does not divide {name} {size}; change g1 (and g2 with it) or inner_dim"
             )

@@ -1,9 +1,13 @@
-"""The non-local module (NL) as an aggregator of frame features: eq. 3-6 of the paper, in their
-pooled form.
+"""The non-local module (NL) as an aggregator of frame features: eq. 3-6 of the paper.
 
-Literally, with `F [m, n]` (m channels, n frames), `Q = W_q F`, `K = W_k F`, `V = W_v F`:
+With `F [m, n]` (m channels, n frames), `Q = W_q F`, `K = W_k F` and `V = W_v F`:
 
-    A = softmax(Q^T K)  (3)    F_o = V A  (4)    F_weight = s F_o + F  (5)    F_v = mean over frames of F_weight  (6)
+    A = softmax(Q^T K)              (3)
+    F_o = V A                       (4)
+    F_weight = s F_o + F            (5)
+    F_v = mean of F_weight over frames  (6)
+
+The code computes the pooled form, see `aggregate/hgnl.py`.
 """
 
 from typing import Literal
@@ -12,10 +16,10 @@ from aggregate.hgnl import HGNonLocal
 
 
 class NonLocal(HGNonLocal):
-    """NL: one attention map for all channels (eq. 3-6; Wang et al. 2018). It is HG-NL of one group,
-    with softmax.
+    """NL: one attention map for all channels (eq. 3-6; Wang et al. 2018).
 
-    `inner_dim` is m1: m/2 (the default) or m/8 in the paper. The options after it are HG-NL's.
+    It is HG-NL with one group and softmax. `inner_dim` is m1: m/2 (the default) or m/8 in the
+    paper. For the other options see `HGNonLocal`.
     """
 
     def __init__(

@@ -1,52 +1,14 @@
-"""Aggregators without pairs of frames: average (TSN), max, and a weighted average with learned
-attention.
+"""Aggregators that pool each frame by itself: average (TSN), max, and learned frame weights.
 
-All map `x [batch, time, dim]` to `[batch, dim]` for any `time`. `mask [batch, time]` is False for
-frames that are not to be counted (the repeated frames of short videos, padding); such frames count
-for nothing, whatever they hold.
+Each maps `x [batch, time, dim]` to `[batch, dim]`, for any `time`. Masked frames do not count,
+whatever values they hold (see `aggregate/masks.py`).
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
-Frames = Float[Tensor, "batch time dim"]
-Mask = Bool[Tensor, "batch time"] | None
-Features = Float[Tensor, "batch dim"]  # F_v: one vector a video
-
-
-def blank_masked(x: Frames, mask: Mask) -> Frames:
-    """`x` with its masked frames at zero, so that not even a NaN in them can reach a sum.
-
-    `mask=None` costs nothing. Raises ValueError for a mask of another shape and, on a CPU, for a
-    video without any valid frame: to look would be to wait for a GPU, and there such a video is not
-    finite afterwards.
-    """
-    if mask is None:
-        return x
-    if mask.shape != x.shape[:2]:
-        raise ValueError(
-            f"the mask is {list(mask.shape)}; for features {list(x.shape)} it must be {list(x.shape[:2])}"
-        )
-    # An exported graph cannot branch on values: there the caller answers for its mask.
-    if mask.is_cpu and not torch.compiler.is_compiling() and not (valid := mask.any(1)).all():
-        rows = (~valid).nonzero().flatten().tolist()
-        raise ValueError(
-            f"no frame is valid in row {rows[0]} of the mask ({len(rows)} such rows of {len(mask)})"
-        )
-    return x.masked_fill(~mask[..., None], 0)
-
-
-def frame_counts(x: Frames, mask: Mask) -> Tensor | int:
-    """n of the equations, valid frames only: an int without a mask, else `[batch, 1]` in the dtype
-    of `x`."""
-    return x.shape[1] if mask is None else mask.sum(1, keepdim=True).to(x.dtype)
-
-
-def average(x: Frames, mask: Mask = None) -> Features:
-    """Mean over the valid frames. The masked frames of `x` must be zero already
-    (`blank_masked`)."""
-    return x.mean(1) if mask is None else x.sum(1) / frame_counts(x, mask)
+from aggregate.masks import Features, Frames, Mask, average, blank_masked
 
 
 class Average(nn.Module):
@@ -74,11 +36,10 @@ class Max(nn.Module):
 
 
 class WeightedAverage(nn.Module):
-    """`sum_t a_t f_t` with `a = softmax over frames of w . f_t`. w is learned; it starts at 0,
-    which is TSN.
+    """`sum_t a_t f_t` with `a = softmax over frames of w . f_t`; w is learned.
 
-    Each frame is weighed by itself: the "weighted averaging" of the paper's introduction, without
-    looking at pairs.
+    This is the "weighted averaging" of the paper's introduction: each frame is weighted by itself,
+    without comparing pairs of frames. w starts at 0, which is TSN.
     """
 
     def __init__(self, dim: int) -> None:
@@ -88,7 +49,7 @@ class WeightedAverage(nn.Module):
         nn.init.zeros_(self.score.weight)
 
     def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch 1 time"]:
-        """How much each frame counts; sums to 1 over the valid frames, 0 elsewhere."""
+        """The weight of each frame: sums to 1 over the valid frames, 0 for masked ones."""
         scores = self.score(blank_masked(x, mask)).squeeze(-1)
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)

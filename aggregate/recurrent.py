@@ -1,20 +1,22 @@
-"""A small GRU over the frames of a video (Cho et al. 2014): the simplest head that sees their
-order."""
+"""A small GRU over the frames of a video: the simplest aggregator that sees their order.
+
+Cho et al. 2014, arXiv 1406.1078.
+"""
 
 from torch import nn
 
-from aggregate.pooling import Features, Frames, Mask, average, blank_masked
-from aggregate.stnet import valid_first
+from aggregate.masks import Features, Frames, Mask, average, blank_masked, valid_first
 from extract import InputError
 
 
 class GatedRecurrent(nn.Module):
-    """Layer norm, one GRU layer, the mean of its states: `x [batch, time, dim]` to `[batch,
-    inner_dim]`.
+    """Layer norm, one GRU layer, and the mean of its states over time.
 
-    A mask takes frames out: the GRU runs over the valid ones alone, in their order.
-    Parameters: 2 D + 3 H (D + H + 2) for D channels and H = `inner_dim`, by default 256.
-    Raises InputError for an `inner_dim` below 1.
+    Maps `x [batch, time, dim]` to `[batch, inner_dim]`; the default `inner_dim` is 256. With a
+    mask, the GRU runs over the valid frames only, in their order.
+
+    With D = `dim` and H = `inner_dim` it has 2 D + 3 H (D + H + 2) parameters. Raises InputError
+    for an `inner_dim` below 1.
     """
 
     sees_order = True

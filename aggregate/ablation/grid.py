@@ -20,11 +20,10 @@ import torch
 
 from aggregate.ablation.compare import ATTENTION
 from aggregate.ablation.probes import video_vectors
-from aggregate.complexity import madds_by_formula
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.data.joined import open_features
-from aggregate.literal import count
-from aggregate.metrics import ranks, summarize_places
+from aggregate.madds import count_aggregator, madds_by_formula
+from aggregate.metrics import ranks, summarize_ranks
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.configurations import Configuration
 from aggregate.training.learner import Learner
@@ -38,12 +37,12 @@ from extract.store import FeatureStore
 
 @dataclass(frozen=True)
 class Result:
-    """A finished configuration. `places` int32 [3, N]: of each validation video its row of the
+    """A finished configuration. `label_ranks` int32 [3, N]: of each validation video its row of the
     store and the rank of its true label with the segments of training and with all; None for a
     model that diverged."""
 
     row: dict[str, Any]
-    places: np.ndarray | None
+    label_ranks: np.ndarray | None
 
 
 class GridTrainer:
@@ -92,7 +91,7 @@ class GridTrainer:
         held = self._held[False]
         if (segments, vector) not in self._vectors:
             every = video_vectors(held, segments, vector)
-            check_finite(self.store, held.rows[held.good & ~np.isfinite(every).all(axis=1)])
+            check_finite(self.store, held.rows[held.usable & ~np.isfinite(every).all(axis=1)])
             self._vectors[segments, vector] = every
         return self._vectors[segments, vector][np.searchsorted(held.rows, rows)]
 
@@ -208,7 +207,7 @@ def _measured(learner: Learner, ranked: list[np.ndarray], source: CachedFeatures
     labels with few segments and with all."""
     row: dict[str, Any] = {"best_epoch": learner.best_epoch}
     for suffix, places in zip(("at_frames", "at_all"), ranked, strict=True):
-        summary = summarize_places(
+        summary = summarize_ranks(
             places, source.labels, len(source.testing.store.classes), source.groups
         )
         for name in ("top1", "top5", "average_error"):
@@ -236,7 +235,6 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
         if options.agg == "nl":
             flags["m1"] = len(aggregator.key.weight)  # type: ignore
         table_2 = sum(madds_by_formula(aggregator, frames=frames))  # type: ignore[arg-type]
-    counted = count(lambda: aggregator.eval()(torch.empty(1, frames, store.dim, device="meta")))
     recipe = ("optimizer", "lr", "weight_decay", "epochs", "batch_size", "dropout", "standardize")
     return {
         "name": one.name,
@@ -248,6 +246,6 @@ def describe(one: Configuration, store: FeatureStore) -> dict[str, Any]:
         **{name: getattr(one.recipe, name) for name in recipe},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "aggregator_parameters": sum(parameter.numel() for parameter in aggregator.parameters()),
-        "madds": sum(counted.products) + counted.rest,
+        "madds": count_aggregator(aggregator, dim=store.dim, frames=frames).total,
         "madds_table2": table_2,
     }

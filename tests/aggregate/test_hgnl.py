@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregate.hgnl import ATTENTIONS, NORMS, HGNonLocal
-from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
 from extract import InputError
+from literal import literal_form
 from tolerance import assert_close
 
 

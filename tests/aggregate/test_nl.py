@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregate.literal import literal_form
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
 from extract import InputError
+from literal import literal_form
 from tolerance import assert_close
 
 

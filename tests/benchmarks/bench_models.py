@@ -3,7 +3,7 @@
 Method: dim 2048, m1 256, g1 16, g2 8, 256 videos a batch, 700 classes, 2 CPU threads; the step of `aggregate.fit`
 (forward, backward, clipping where the recipe has it, update), with both recipes. The contenders take turns in one
 process, the order rotating; the first turns do not count, and the figure is the median of the ratios within a turn. TSN
-takes part twice: the ratio of the two is 1 but for noise. The literal form (`aggregate.literal`: grouped Conv1d, all of
+takes part twice: the ratio of the two is 1 but for noise. The literal form (`tests/literal.py`: grouped Conv1d, all of
 V, n x n products) runs on the same features, [batch, time, dim], which the bound is on; and on features laid out as its
 convolutions like them, [batch, dim, time], which nobody hands it but which flatters it most. Operations are counted by
 PyTorch over matrix products and convolutions. Wants an idle machine: where others use the cores, two threads wait for
@@ -24,10 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aggregate.data.features import Batch
 from aggregate.hgnl import HGNonLocal
-from aggregate.literal import literal_form
 from aggregate.models import build
 from aggregate.training.learner import Learner
 from aggregate.training.recipes import Recipe
+from literal import literal_form
 
 DIM, CLASSES, BATCH, THREADS, WARM_UP = 2048, 700, 256, 2, 3
 _COMMON = {"lr": 1e-3, "weight_decay": 5e-4, "epochs": 8, "batch_size": BATCH, "dropout": 0.5}

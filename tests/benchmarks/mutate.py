@@ -319,8 +319,8 @@ MUTATIONS = [
     ),
     Mutation(
         SCORES,
-        "name or group_of_file.get(file, file)",
-        "name or file",
+        "group or group_of_file.get(file, file)",
+        "group or file",
         f"tests/aggregate/test_scores.py {CROSSVAL_TESTS} -k 'groups or windows'",
     ),
     Mutation(
@@ -357,19 +357,19 @@ MUTATIONS = [
     ),
     Mutation(
         METRICS,
-        "place[np.isnan(part).any(axis=1)] = classes",
-        "pass",
+        "np.where(failed, classes, ahead.sum(axis=1))",
+        "ahead.sum(axis=1)",
         f"{METRICS_TESTS} -k 'obvious or failed'",
     ),
     Mutation(
         METRICS,
-        "(places >= min(5, classes)).astype(float)",
-        "(places > min(5, classes)).astype(float)",
+        "(label_ranks >= min(5, classes)).astype(float)",
+        "(label_ranks > min(5, classes)).astype(float)",
         f"{METRICS_TESTS} -k 'challenge'",
     ),
     Mutation(
         METRICS,
-        "np.count_nonzero(\n        counts, axis=-1\n    )",
+        "np.count_nonzero(counts, axis=-1)",
         "counts.shape[-1]",
         f"{METRICS_TESTS} -k 'mean_class or one_by_one'",
     ),
@@ -533,8 +533,8 @@ MUTATIONS = [
     ),
     Mutation(
         "aggregate/models.py",
-        "target.weight[row] = weight[source]",
-        "target.weight[row] = 0 * weight[source]",
+        "target.weight[row] = weight[source_rows[name]]",
+        "target.weight[row] = 0 * weight[source_rows[name]]",
         "tests/aggregate/test_finetune.py -k then_extract",
     ),
     Mutation(
