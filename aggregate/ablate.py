@@ -85,7 +85,7 @@ def main(options: Options) -> int:
         shares.sort(key=lambda share: training_cost(share, store), reverse=True)
         for results in _train_passes(shares, prepare, processes, threads):
             for result in results:
-                records.add(result.row, result.places)
+                records.add(result.row, result.label_ranks)
             done = len(_write_table(options.out, wanted, records))
             print(f"done      {done} of {len(wanted)}", flush=True)
         rows = _write_table(options.out, wanted, records)

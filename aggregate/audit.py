@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 SCHEMA = "hgnl-audit/1"
-PRINTED = 10  # rows of each table that the terminal shows
+MAX_PRINTED = 10  # rows of each table that the terminal shows
 
 
 @dataclass(frozen=True)
 class Options:
-    """Look for near-duplicate videos across splits and groups, and for labels that look wrong."""
+    """Find near-duplicate videos across splits and groups, and labels that look wrong."""
 
     features: str | tuple[str, ...] = "feats.zarr"
     """The feature store of `python -m extract`; several are joined by id, their channels side by
@@ -44,33 +44,28 @@ def main(options: Options) -> None:
     from aggregate.data.joined import open_features
     from aggregate.duplicates import near_duplicates
     from aggregate.metrics import csv_of, independent_units
-    from aggregate.scores import Scores, group_keys
+    from aggregate.scores import group_keys
     from extract.durable import replace_file
 
-    if not 0 < options.false_alarms < 1:
-        raise InputError(
-            f"--false-alarms {options.false_alarms:g}: expected a fraction between 0 and 1"
-        )
-    scores = None if options.scores is None else held_out_scores(Scores.load(options.scores))
+    labels = [] if options.scores is None else label_issues(_held_out_scores(options.scores))
     store = open_features(options.features)
     rows = np.flatnonzero(store.usable)
     keys = group_keys(store.ids[rows], store.groups[rows])
     queries, scope = _queries(store.splits[rows])
-    found = near_duplicates(
+    pairs = near_duplicates(
         mean_features(store, rows),
         independent_units(keys),
         queries=queries,
         false_alarms=options.false_alarms,
     )
-    duplicates = _describe_pairs(store, rows, keys, found)
-    labels = [] if scores is None else label_issues(scores)
+    duplicates = _describe_pairs(store, rows, keys, pairs)
     record = {
         "schema": SCHEMA,
         "features": options.features,
         "scores": None if options.scores is None else str(options.scores),
         "videos": len(rows),
         "scope": scope,
-        "threshold": found.threshold,
+        "threshold": pairs.threshold,
         "duplicates": duplicates,
         "labels": labels,
     }
@@ -80,17 +75,17 @@ def main(options: Options) -> None:
     print(_summary(record, options.out))
 
 
-def held_out_scores(scores: "Scores") -> "Scores":
-    """`scores`, if they can contradict a label: they have labels, and not from the training
-    videos."""
+def _held_out_scores(path: Path) -> "Scores":
+    """Load scores; raise InputError if they have no labels, or are of the training videos."""
+    from aggregate.scores import Scores
+
+    scores = Scores.load(path)
     if scores.labels is None or (scores.labels < 0).all():
-        raise InputError(
-            "--scores: the file has no labels, so there is nothing that it can contradict"
-        )
+        raise InputError("--scores: the file has no labels, so there is nothing to check")
     if scores.source.get("trained_on"):
         raise InputError(
-            "--scores: these are scores of the videos that the model was trained on, which agree with "
-            "their labels; give out-of-fold scores, as aggregate.crossval writes them"
+            "--scores: these are scores of the videos that the model was trained on, which agree "
+            "with their labels; give out-of-fold scores, as aggregate.crossval writes them"
         )
     return scores
 
@@ -99,8 +94,8 @@ def label_issues(scores: "Scores") -> list[dict[str, Any]]:
     """Labels that `scores` contradict with confidence, the clearest first.
 
     Confident learning (Northcutt et al. 2021): a class is confident about a video if its
-    probability reaches the mean over the videos that carry its label. A label is listed if another
-    class is confident and more probable than the label.
+    probability reaches the mean over the videos with its label. A label is listed if another class
+    is confident and more probable than the label.
     """
     import numpy as np
     from scipy.special import softmax
@@ -111,27 +106,26 @@ def label_issues(scores: "Scores") -> list[dict[str, Any]]:
     num_classes = probabilities.shape[1]
     own = probabilities[np.arange(len(rows)), labels]
     counts = np.bincount(labels, minlength=num_classes)
-    # A class without an example is never confident.
     bar = np.bincount(labels, own, minlength=num_classes) / np.maximum(counts, 1)
+    # A class without an example is never confident.
     confident = np.where((probabilities >= bar) & (counts > 0), probabilities, -1)
-    suggested = confident.argmax(axis=1)
-    best = confident.max(axis=1)
+    suggested, best = confident.argmax(axis=1), confident.max(axis=1)
     wrong = np.flatnonzero((suggested != labels) & (best > own))
     wrong = wrong[np.argsort(own[wrong] - best[wrong], kind="stable")]
     return [
         {
-            "id": scores.ids[rows[place]],
-            "label": scores.classes[labels[place]],
-            "suggested": scores.classes[suggested[place]],
-            "probability_of_label": round(float(own[place]), 4),
-            "probability_of_suggested": round(float(best[place]), 4),
+            "id": scores.ids[rows[index]],
+            "label": scores.classes[labels[index]],
+            "suggested": scores.classes[suggested[index]],
+            "probability_of_label": round(float(own[index]), 4),
+            "probability_of_suggested": round(float(best[index]), 4),
         }
-        for place in wrong
+        for index in wrong
     ]
 
 
 def _queries(splits: "np.ndarray") -> tuple["np.ndarray | None", str]:
-    """The rows whose partners are looked for, None for all, and a description of the choice."""
+    """The rows that are compared with all rows (None: all of them), and a description."""
     import numpy as np
 
     counts = Counter(splits.tolist())
@@ -145,26 +139,26 @@ def _queries(splits: "np.ndarray") -> tuple["np.ndarray | None", str]:
 def _describe_pairs(
     store: "FeatureStore", rows: "np.ndarray", keys: "np.ndarray", pairs: "Pairs"
 ) -> list[dict[str, Any]]:
-    described = []
-    for (a, b), similarity, ratio in zip(pairs.rows, pairs.similarity, pairs.ratio, strict=True):
-        first, second = rows[a], rows[b]
-        splits = sorted({store.splits[first], store.splits[second]})
+    """One line per pair; pairs across splits come first, since they leak."""
+    lines = []
+    for pair, similarity, ratio in zip(pairs.rows, pairs.similarity, pairs.ratio, strict=True):
+        splits = sorted(set(store.splits[rows[pair]]))
         line = {
             "across": "/".join(splits) if len(splits) > 1 else "groups",
             "similarity": round(float(similarity), 4),
             "ratio": round(float(ratio), 4),
         }
-        for name, row, place in (("a", first, a), ("b", second, b)):
+        for name, index in zip("ab", pair, strict=True):
+            row = rows[index]
             label = int(store.labels[row])
             line |= {
                 f"id_{name}": str(store.ids[row]),
                 f"split_{name}": str(store.splits[row]),
-                f"group_{name}": str(keys[place]),
+                f"group_{name}": str(keys[index]),
                 f"label_{name}": store.classes[label] if label >= 0 else "",
             }
-        described.append(line)
-    # Pairs across splits first: they leak.
-    return sorted(described, key=lambda line: line["across"] == "groups")
+        lines.append(line)
+    return sorted(lines, key=lambda line: line["across"] == "groups")
 
 
 def _summary(record: dict[str, Any], out: Path) -> str:
@@ -172,11 +166,11 @@ def _summary(record: dict[str, Any], out: Path) -> str:
     across = sum(line["across"] != "groups" for line in duplicates)
     differ = sum(line["label_a"] != line["label_b"] for line in duplicates)
     lines = [
-        f"{record['videos']:,} videos, {record['scope']}: {len(duplicates):,} pairs are nearly identical "
-        f"(distance below {record['threshold']:.2f} of the usual one), {across:,} of them across splits, "
-        f"{differ:,} with different labels"
+        f"{record['videos']:,} videos, {record['scope']}: {len(duplicates):,} pairs are nearly "
+        f"identical (distance below {record['threshold']:.2f} of the usual one), "
+        f"{across:,} of them across splits, {differ:,} with different labels"
     ]
-    for line in duplicates[:PRINTED]:
+    for line in duplicates[:MAX_PRINTED]:
         lines.append(f"  {line['ratio']:.2f}  {line['across']}: {line['id_a']} | {line['id_b']}")
     if record["scores"] is None:
         lines.append(
@@ -186,7 +180,7 @@ def _summary(record: dict[str, Any], out: Path) -> str:
         lines.append(
             f"{len(labels):,} labels are contradicted with confidence by {record['scores']}"
         )
-    for line in labels[:PRINTED]:
+    for line in labels[:MAX_PRINTED]:
         lines.append(
             f"  {line['id']}: {line['label']} {line['probability_of_label']:.2f}, "
             f"{line['suggested']} {line['probability_of_suggested']:.2f}"

@@ -1,9 +1,9 @@
-"""Pairs of nearly identical videos, found in their mean features (numpy only).
+"""Find pairs of nearly identical videos by their mean features (numpy only).
 
-Cosine similarity of raw features says little: all videos of one gym are alike. So features are
-whitened first (Jegou and Chum 2012), and a distance is compared with the distances that are usual
-around its two videos. How close two different videos come by chance is estimated on the store
-itself, from its intrinsic dimension (Levina and Bickel 2004).
+Cosine similarity of raw features means little: all videos from one gym are similar. So features are
+whitened first (Jegou and Chum 2012), and each distance is compared with the usual distances around
+its two videos. How close two different videos come by chance is estimated from the store itself,
+by its intrinsic dimension (Levina and Bickel 2004).
 """
 
 from collections.abc import Iterator
@@ -12,24 +12,20 @@ from dataclasses import dataclass
 import numpy as np
 
 COMPONENTS = 64  # principal components that are kept
-SHRINKAGE = 0.1  # of the whitening, as a part of the mean variance
-SAMPLE = 20_000  # rows that covariances and usual distances are estimated on
-NEIGHBORS = 5  # that the usual distance around a video is taken from
-BLOCK = 2048  # rows of a block of similarities
+SHRINKAGE = 0.1  # added to each variance, as a fraction of the mean variance
+SAMPLE = 20_000  # rows for the estimates of covariance and usual distances
+NEIGHBORS = 5  # nearest rows that the usual distance around a video is estimated from
+BLOCK = 2048  # rows per block of similarities
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Pairs of rows, the most alike first.
+    """P pairs of rows, the most similar first."""
 
-    rows int [P, 2]; similarity [P], the cosine of the whitened features; ratio [P], the distance
-    divided by the usual distance around both videos; threshold, the largest ratio that was kept.
-    """
-
-    rows: np.ndarray
-    similarity: np.ndarray
-    ratio: np.ndarray
-    threshold: float
+    rows: np.ndarray  # int [P, 2]
+    similarity: np.ndarray  # [P], the cosine of the whitened features
+    ratio: np.ndarray  # [P], the distance divided by the usual distance around both videos
+    threshold: float  # the largest ratio that is kept
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -44,12 +40,15 @@ def near_duplicates(
 ) -> Pairs:
     """Find pairs of rows of different units whose features are closer than chance explains.
 
-    features: float [N, D], one vector per video. units: int [N]; rows of one unit (a subject, a
-    file) are never paired. queries: the rows whose partners are looked for, int [Q], by default
-    all; Q x N similarities are computed in blocks. false_alarms: the expected fraction of videos
-    with a chance pair, under the assumption of a locally uniform density.
+    With fewer than NEIGHBORS + 2 rows, no usual distance can be estimated, and no pair is found.
 
-    Fewer than NEIGHBORS + 2 rows have no usual distance: there are no pairs then.
+    Args:
+        features: float [N, D], one vector per video.
+        units: int [N]; rows of one unit (a subject, a file) are never paired.
+        queries: int [Q], the rows to find partners for, by default all. Q x N similarities are
+            computed in blocks.
+        false_alarms: the expected fraction of videos with a chance pair, assuming that the density
+            of features is locally uniform.
     """
     count = len(features)
     queries = np.arange(count) if queries is None else np.asarray(queries)
@@ -59,14 +58,16 @@ def near_duplicates(
     usual, dimension = usual_distances(vectors, units)
     # P(nearest < r x fourth nearest) = 1 - (1 - r^m)^3, which is about 3 r^m.
     threshold = float((false_alarms / 3) ** (1 / dimension))
-    # similarity >= 1 - threshold * c_a * c_b with c = sqrt(usual) is one product of longer vectors.
+    # similarity >= 1 - threshold * c_a * c_b, with c = sqrt(usual), is one product of vectors that
+    # have one component more.
     reach = np.sqrt(threshold * usual)[:, None]
-    longer = np.concatenate([vectors, reach], axis=1).astype(np.float32)
-    first = np.full(count, count)  # a pair of two queries is found once
-    first[queries] = np.arange(len(queries))
+    extended = np.concatenate([vectors, reach], axis=1).astype(np.float32)
+    query_number = np.full(count, count)
+    query_number[queries] = np.arange(len(queries))
     parts = []
-    for rows, columns in _products(longer, queries):
-        keep = (units[rows] != units[columns]) & (first[rows] < first[columns])
+    for rows, columns in _products(extended, queries):
+        once = query_number[rows] < query_number[columns]  # pairs of two queries are found twice
+        keep = (units[rows] != units[columns]) & once
         parts.append(np.stack([rows[keep], columns[keep]], axis=1))
     pairs = np.concatenate(parts)
     similarity = np.einsum("ij,ij->i", vectors[pairs[:, 0]], vectors[pairs[:, 1]])
@@ -76,7 +77,7 @@ def near_duplicates(
 
 
 def whiten(features: np.ndarray) -> np.ndarray:
-    """Center, keep the leading components, scale them alike, normalize: float32 [N, K]."""
+    """Whiten features with PCA, then normalize each row: float32 [N, K]."""
     sample = features[_sample(len(features))]
     center = sample.mean(axis=0)
     deviations = (sample - center).astype(np.float64)
@@ -93,10 +94,10 @@ def whiten(features: np.ndarray) -> np.ndarray:
 
 
 def usual_distances(vectors: np.ndarray, units: np.ndarray) -> tuple[np.ndarray, float]:
-    """The distance (1 - cosine) [N] to the fourth nearest row of another unit, and the dimension.
+    """Distance (1 - cosine) [N] to the fourth nearest row of another unit; intrinsic dimension.
 
-    The nearest row is left out of the estimate of the dimension: it may be a duplicate. With a
-    sample of n of N rows, distances are scaled by (n/N)^(1/dimension).
+    The dimension is estimated without the nearest row, which may be a duplicate. With a sample of n
+    of N rows, distances are scaled by (n/N)^(1/dimension).
     """
     count = len(vectors)
     sample = _sample(count)
@@ -107,25 +108,25 @@ def usual_distances(vectors: np.ndarray, units: np.ndarray) -> tuple[np.ndarray,
         distances[units[part][:, None] == units[sample][None]] = np.inf
         nearest[part] = np.sort(np.partition(distances, NEIGHBORS - 1, axis=1)[:, :NEIGHBORS])
     nearest = nearest.clip(1e-6)
-    whole = nearest[np.isfinite(nearest).all(axis=1)]
-    if not len(whole):
+    complete = nearest[np.isfinite(nearest).all(axis=1)]
+    if not len(complete):
         return np.full(count, 1.0), 1.0
-    logs = np.log(whole)
-    spacings = [place * (logs[:, place] - logs[:, place - 1]) for place in range(2, NEIGHBORS)]
+    numbers = np.arange(2, NEIGHBORS, dtype=np.float32)
+    spacings = numbers * np.diff(np.log(complete)[:, 1:], axis=1)
     # Each spacing is exponential with mean 1/m. The median resists clusters of duplicates.
     dimension = np.log(2) / max(float(np.median(spacings)), 1e-6)
-    usual = np.where(np.isfinite(nearest[:, 3]), nearest[:, 3], np.median(whole[:, 3]))
+    usual = np.where(np.isfinite(nearest[:, 3]), nearest[:, 3], np.median(complete[:, 3]))
     return usual * (len(sample) / count) ** (1 / dimension), dimension
 
 
 def _products(vectors: np.ndarray, queries: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (rows, columns) whose product is at least 1, a block of queries at a time."""
+    """Pairs (rows, columns) whose product is at least 1, block by block."""
     for start in range(0, len(queries), BLOCK):
         rows = queries[start : start + BLOCK]
         for left in range(0, len(vectors), 8 * BLOCK):
             product = vectors[rows] @ vectors[left : left + 8 * BLOCK].T
-            places, columns = np.nonzero(product >= 1)
-            yield rows[places], columns + left
+            hits, columns = np.nonzero(product >= 1)
+            yield rows[hits], columns + left
 
 
 def _sample(count: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from aggregate.metrics import (
     challenge_errors,
     independent_units,
     paired_bootstrap,
-    summarize_places,
+    summarize_ranks,
 )
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
@@ -160,7 +160,7 @@ class Ranking:
         return challenge_errors(places, len(self.aligned.classes))
 
     def summary(self, places: np.ndarray) -> Summary:
-        return summarize_places(
+        return summarize_ranks(
             places, self.aligned.labels[self.rows], len(self.aligned.classes), self.groups
         )
 

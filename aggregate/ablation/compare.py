@@ -56,7 +56,7 @@ def summarize(rows: Sequence[Row], places: Places, groups: np.ndarray | None = N
     `interval_over` says what an interval is about: "seeds" (Student's t over the seeds), or, with
     one seed, "videos" (the bootstrap of that row). `difference` is top-1 with all segments minus
     the first configuration's, of the same seeds and videos, with a bootstrap interval over
-    `groups`, the keys of the store's rows: `places` are `Result.places` by name and seed.
+    `groups`, the keys of the store's rows: `places` are `Result.label_ranks` by name and seed.
     """
     names = list(dict.fromkeys(row["name"] for row in rows))
     summary = []

@@ -33,7 +33,7 @@ class Outcomes(NamedTuple):
     """What one aggregator predicted for N videos with some number of segments, by each of S seeds
     or draws."""
 
-    places: np.ndarray  # int [S, N]: the rank of the true label, C for a video that failed
+    label_ranks: np.ndarray  # int [S, N]: the rank of the true label, C for a video that failed
     predicted: np.ndarray  # int [S, N]: the class that ranks first, C for a video that failed
     tested: np.ndarray  # bool [S, N]
 
@@ -144,11 +144,11 @@ def measures(
     """Means over seeds (or draws) with bootstrap intervals over `groups` [N]; of top-1 and macro F1
     also Student's interval over seeds, and of top-1 the difference to the `baseline`'s, paired over
     videos."""
-    first = ours.places == 0
+    first = ours.label_ranks == 0
     outcomes = {
         "top1": first,
-        "top5": ours.places < min(5, classes),
-        "average_error": challenge_errors(ours.places, classes),
+        "top5": ours.label_ranks < min(5, classes),
+        "average_error": challenge_errors(ours.label_ranks, classes),
     }
     measured = {
         name: asdict(_over_videos(values, ours.tested, groups)) for name, values in outcomes.items()
@@ -163,7 +163,7 @@ def measures(
         name: asdict(over_seeds(values)) if len(values) > 1 else None
         for name, values in by_seed.items()
     }
-    gained = None if baseline is None else first.astype(float) - (baseline.places == 0)
+    gained = None if baseline is None else first.astype(float) - (baseline.label_ranks == 0)
     difference = None if gained is None else asdict(_over_videos(gained, ours.tested, groups))
     return measured | {
         "by_seed": by_seed["top1"],

@@ -121,7 +121,7 @@ def video_vectors(features: StoredFeatures, segments: int, vector: str) -> np.nd
     videos."""
     dim = features.store.dim
     vectors = np.full((len(features), dim * (1 + (vector == "mean-std"))), np.nan, np.float32)
-    start, good = 0, np.flatnonzero(features.good)
+    start, good = 0, np.flatnonzero(features.usable)
     for views in features.test_batches(frames=segments, batch_size=_BATCH):
         x = np.concatenate(
             [view.x.cpu().float().numpy() for view in views], axis=1

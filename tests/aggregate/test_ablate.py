@@ -125,9 +125,9 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
         reported = json.loads((tmp_path / str(one.options.seed) / "results.json").read_text())
         assert result.row["top1_at_all"] == reported["tsn"]["6"]["top1"]["value"]
         np.testing.assert_array_equal(
-            result.places[0], choose_rows(store, one.options, one.options.seed)[1]
+            result.label_ranks[0], choose_rows(store, one.options, one.options.seed)[1]
         )
-    assert choose_rows(store, share[0].options, 0)[1].tolist() != result.places[0].tolist()
+    assert choose_rows(store, share[0].options, 0)[1].tolist() != result.label_ranks[0].tolist()
 
 
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
@@ -392,7 +392,7 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
     trainer.begin = damaged
     good, bad = trainer.run(share)
     assert bad.row["status"] in ("scores are not finite in epoch 1", "the loss is nan in epoch 1")
-    assert bad.places is None
+    assert bad.label_ranks is None
     assert good.row["status"] == "done"
 
 

@@ -58,8 +58,8 @@ def test_the_file_is_plain_hdf5(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"ids": ["a", "b", "a", "c"]}, "id 'a' stands 2 times"),
-        ({"classes": ["a", "b", "a"]}, "class 'a' stands 2 times"),
+        ({"ids": ["a", "b", "a", "c"]}, "id 'a' appears 2 times"),
+        ({"classes": ["a", "b", "a"]}, "class 'a' appears 2 times"),
         ({"logits": np.zeros((4, 2))}, r"logits are \[4, 2\]"),
         ({"ids": [], "logits": np.zeros((0, 3))}, "there are 0 videos and 3 classes"),
         ({"classes": [], "logits": np.zeros((4, 0))}, "there are 4 videos and 0 classes"),
@@ -82,7 +82,7 @@ def test_scores_that_do_not_fit_are_refused_with_the_first_offender(changes, mes
 
 
 def test_files_that_are_no_scores_are_named(tmp_path):
-    with pytest.raises(InputError, match="there is no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         Scores.load(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("hello")
     with pytest.raises(InputError, match=r"text\.h5 is not a scores file"):
@@ -96,7 +96,7 @@ def test_files_that_are_no_scores_are_named(tmp_path):
         Scores.load(tmp_path / "s.h5", 25)
     with h5py.File(tmp_path / "s.h5", "a") as file:
         file["logits/3"][1, 1] = np.inf
-    with pytest.raises(InputError, match=r"s\.h5 was damaged, or changed by another program"):
+    with pytest.raises(InputError, match=r"s\.h5 was damaged or changed by another program"):
         Scores.load(tmp_path / "s.h5")
     (tmp_path / "s.h5").write_bytes(
         (tmp_path / "s.h5").read_bytes()[512:]

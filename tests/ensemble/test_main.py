@@ -184,7 +184,7 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
         (["--submission", "tsn.h5"], "tsn.h5 would be written over an input"),
         (["--scores", "tsn.h5", "tsn.h5"], "--scores: tsn.h5 is given twice"),
         (["--scores", "tsn.h5", "link.h5"], "--scores: link.h5 is given twice"),
-        (["--scores", "none.h5"], "none.h5 is not a scores file: there is no such file"),
+        (["--scores", "none.h5"], "none.h5 is not a scores file (it does not exist)"),
     ],
 )
 def test_wrong_usage_says_what_to_do(files, monkeypatch, capsys, args, message):
