@@ -1,4 +1,4 @@
-"""Features (or frames) -> checkpoints -> scores (`python -m aggregate.train`)."""
+"""Aggregators of frame features: training, evaluation and scores (`python -m aggregate.train`)."""
 
 import sys
 from importlib.util import find_spec

@@ -1,5 +1,4 @@
-"""python -m aggregate.finetune: TSN, NL, HG-NL and StNet trained end to end, from videos through
-the backbone."""
+"""python -m aggregate.finetune: train a backbone and its aggregator, or StNet, on videos."""
 
 import sys
 from collections.abc import Iterator
@@ -19,11 +18,13 @@ from aggregate.training.options import (
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
 from extract import InputError, RunError
-from extract.cli import run_command
+from extract.cli import check_ranges, run_command
 from extract.commands import command_line
 from extract.cores import available_cores
 
 if TYPE_CHECKING:
+    import torch
+
     from aggregate.endtoend import FrameModel
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.learner import Learner
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     """Train a backbone together with its aggregator, or StNet, on videos; run again to resume.
 
-    Where no recipe is named it is the paper's: TSN 40 epochs, NL and HG-NL 8, StNet 20.
+    The recipe is the paper's: 40 epochs for TSN, 8 for NL and HG-NL, 20 for StNet.
     """
 
     model: Aggregator | Literal["stnet"]
@@ -45,21 +46,21 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     """The run folder (default: runs/finetune-MODEL)."""
     backbone: str = "legacy_seresnext101_32x4d"
     weights: str = "pretrained"
-    """Where the backbone starts: pretrained, random, or a file."""
+    """The weights that the backbone starts from: pretrained, random, or a file."""
     init: Path | None = None
     """A checkpoint to start from: of cached features (same backbone and weights), or fine-tuned
-    (its backbone too)."""
+    (with its backbone)."""
     frames_per_segment: int = 1
-    """stnet: N, the frames of a super-image."""
+    """stnet: N, the frames per super-image."""
     backbone_lr: float = 1.0
-    """What --lr is multiplied by for the backbone; 0 freezes it."""
+    """Factor on --lr for the backbone; 0 freezes it."""
     micro_batch: int = 16
-    """Videos that go through the network at once; gradients of a batch are added up."""
+    """Videos that go through the network at once; the gradients of a batch are accumulated."""
     train_batch_norm: bool = False
-    """Train all batch norms of the backbone; by default all but the first keep their statistics
-    (partial BN)."""
+    """Train all batch norms of the backbone; by default all but the first are frozen (partial
+    BN)."""
     checkpoint_activations: bool = False
-    """Compute activations of the backbone again in the backward pass: less memory, more time."""
+    """Recompute the backbone's activations in the backward pass: less memory, more time."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU."""
     device: str = "auto"
@@ -75,7 +76,12 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
 
 
 def main(options: Options) -> int:
-    _check(options)
+    check_ranges(options)
+    if options.model != "stnet" and options.frames_per_segment > 1:
+        raise InputError(
+            f"--frames-per-segment {options.frames_per_segment} is for stnet, "
+            f"not for {options.model}"
+        )
     if options.workers > 1 or options.address is not None:
         _train_with_ray(options)
     else:
@@ -83,65 +89,55 @@ def main(options: Options) -> int:
     return 0
 
 
-def _check(options: Options) -> None:
-    for name in ("frames", "frames_per_segment", "micro_batch", "workers"):
-        if getattr(options, name) < 1:
-            raise InputError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; expected at least 1"
-            )
-    if options.model != "stnet" and options.frames_per_segment > 1:
-        raise InputError(
-            f"--frames-per-segment {options.frames_per_segment} is for stnet, not for {options.model}"
-        )
-    if options.backbone_lr < 0:
-        raise InputError(f"--backbone-lr {options.backbone_lr:g}: expected 0 or more")
-
-
 def train(options: Options, *, rank: int = 0, world: int = 1) -> None:
-    """Train to the end as one process, `rank` of `world`; rank 0 prints and writes."""
+    """Train to the end as process `rank` of `world`; rank 0 prints and writes."""
     import torch
 
     from extract.durable import locked
 
-    alone = locked(options.folder) if rank == 0 else nullcontext()  # the others write nothing
-    with alone, prepare(options, rank=rank, world=world) as run:
-        training: Any = run.source.training
+    folder_lock = locked(options.folder) if rank == 0 else nullcontext()
+    with folder_lock, prepare(options, rank=rank, world=world) as run:
         try:
             run.train()
-            if run.writes and training.failed:
-                some = [
-                    f"{training.videos[place].id}: {why}"
-                    for place, why in list(training.failed.items())[:3]
-                ]
-                count = f"{len(training.failed)} of {len(training.videos)} training videos"
-                print(f"{count} were left out: {'; '.join(some)}")
+            if run.writes:
+                _print_failed(run.source.training)
             run.report()  # every process tests its share
         except RuntimeError as error:  # torch.OutOfMemoryError is one
-            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(
-                error
-            ):
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
+            if not out_of_memory and "can't allocate memory" not in str(error):
                 raise
             raise RunError(
-                f"{run.learners[0].device} has too little memory for {options.micro_batch} videos of {options.frames} "
-                f"frames at once; try --micro-batch {max(1, options.micro_batch // 2)}, which changes nothing else"
+                f"{run.learners[0].device} has too little memory for {options.micro_batch} videos "
+                f"of {options.frames} frames at once; try "
+                f"--micro-batch {max(1, options.micro_batch // 2)}, which changes nothing else"
             ) from None
         if run.writes:
-            best = run.out / "best.pt"
-            listing: dict[str, Any] = {"videos": options.videos, "root": options.root}
-            if options.labels != "auto":
-                listing |= {"labels": options.labels}
-            tested = {**listing, "checkpoint": best, "split": "held-out", "out": f"{run.out}.h5"}
-            print(f"Next: {command_line('aggregate.evaluate', **tested)}")
-            if options.model != "stnet":
-                store = {"backbone": options.backbone, "weights": best, "out": f"{run.out}.zarr"}
-                print("or, to train heads on the features of its backbone:")
-                print(command_line("extract", **listing, **store))
+            _print_next_commands(options, run.out)
+
+
+def _print_failed(training: Any) -> None:
+    if training.failed:
+        failures = [f"{training.videos[row].id}: {why}" for row, why in training.failed.items()]
+        count = f"{len(failures)} of {len(training.videos)} training videos"
+        print(f"{count} were left out: {'; '.join(failures[:3])}")
+
+
+def _print_next_commands(options: Options, out: Path) -> None:
+    best = out / "best.pt"
+    listing: dict[str, Any] = {"videos": options.videos, "root": options.root}
+    if options.labels != "auto":
+        listing |= {"labels": options.labels}
+    tested = {**listing, "checkpoint": best, "split": "held-out", "out": f"{out}.h5"}
+    print(f"Next: {command_line('aggregate.evaluate', **tested)}")
+    if options.model != "stnet":
+        store = {"backbone": options.backbone, "weights": best, "out": f"{out}.zarr"}
+        print("or, to train heads on the features of its backbone:")
+        print(command_line("extract", **listing, **store))
 
 
 @contextmanager
 def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run]":
-    """The run of `options`, at the epoch its folder is at; its decoding processes end with it."""
-    import numpy as np
+    """The run of `options`, resumed if its folder holds one; its decoding processes end with it."""
     import torch
 
     from aggregate.data.frames import VideoFrames, clip_pool
@@ -161,64 +157,66 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
     last = open_folder(options.folder, options)
-    listing = list_videos(options.videos, labels=options.labels, root=options.root)
+    listing = ListedVideos(list_videos(options.videos, labels=options.labels, root=options.root))
     classes = list(listing.classes)
-    listed = ListedVideos(listing)
-    chosen = choose_or_continue(listed, options, options.seed, options.folder, last)
+    chosen = choose_or_continue(listing, options, options.seed, options.folder, last)
     videos = [listing.videos[row] for row in chosen.train]
-    val_videos = [listing.videos[row] for row in chosen.validate]
+    val_videos = [listing.videos[row] for row in chosen.validate[rank::world]]
     schedule = _recipe(options, len(videos))
-    model, frozen, features = build_model(options, classes, schedule.dropout, tell=rank == 0)
-    model.to(device).net.to(memory_format=torch.channels_last)
-    learner = _learner(options, model, schedule, len(videos), frozen, device, rank, world)
+    learner, features = _learner(options, classes, schedule, len(videos), device, rank, world)
+    model: Any = learner.model
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
-    data = record(listed, chosen, init=options.init, recipe=schedule)
+    data = record(listing, chosen, init=options.init, recipe=schedule)
     if last is not None:
-        refuse_other_data(options.folder, last, listed, features, data)
+        refuse_other_data(options.folder, last, listing, features, data)
     common = {"classes": classes, "features": features, "frames": options.frames, "data": data}
-    with clip_pool(
-        plan, workers=cores, timeout=options.video_timeout, nice=10 * (device.type == "cpu")
-    ) as pool:
-        training = VideoFrames(videos, plan, pool)
-        testing = VideoFrames(val_videos[rank::world], plan, pool)
-        labels = np.array([video.label for video in val_videos])
-        groups = group_keys(listed.ids, listed.groups)[chosen.validate]
+    nice = 10 * (device.type == "cpu")
+    with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=nice) as pool:
         source = DecodedVideos(
-            training, testing, labels, groups, len(classes), options.frames, learner
+            VideoFrames(videos, plan, pool),
+            VideoFrames(val_videos, plan, pool),
+            listing.labels[chosen.validate],
+            group_keys(listing.ids, listing.groups)[chosen.validate],
+            len(classes),
+            options.frames,
+            learner,
         )
         run = Run(
             options.folder, options, [learner], source, common=common, segments=(options.frames,)
         )
-        run.videos_csv = videos_csv(listed, chosen)
+        run.videos_csv = videos_csv(listing, chosen)
         run.resume(last)
         if rank == 0:
-            where = f"{_parameters(model)} on {device} in {learner.precision}, {world} process(es)"
-            print(
-                f"videos    {chosen.description}\nmodel     {options.model} over {options.backbone}, {where}"
-            )
+            sizes = f"{_count(model, trained=True):,} of {_count(model):,} parameters trained"
+            execution = f"{device} in {learner.precision}, {world} process(es)"
+            print(f"videos    {chosen.description}")
+            print(f"model     {options.model} over {options.backbone}, {sizes} on {execution}")
             print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
 
 
 def _learner(
     options: Options,
-    model: "FrameModel",
+    classes: list[str],
     schedule: Recipe,
-    videos: int,
-    frozen: list[Any],
-    device: Any,
+    num_videos: int,
+    device: "torch.device",
     rank: int,
     world: int,
-) -> "Learner":
-    """The model with its optimizer, to train on `videos` videos."""
+) -> "tuple[Learner, dict[str, Any]]":
+    """The model with its optimizer, and the record of its backbone."""
+    import torch
+
     from aggregate.training.learner import Learner
 
-    return Learner(
+    model, frozen, features = build_model(options, classes, schedule.dropout, verbose=rank == 0)
+    model.to(device).net.to(memory_format=torch.channels_last)
+    learner = Learner(
         name=options.model,
         model=model,
         recipe=schedule,
-        steps_per_epoch=-(-videos // schedule.batch_size),
+        steps_per_epoch=-(-num_videos // schedule.batch_size),
         seed=options.seed,
         device=device,
         groups=_parameter_groups(model, schedule, options.backbone_lr),
@@ -228,21 +226,29 @@ def _learner(
         rank=rank,
         world=world,
     )
+    return learner, features
+
+
+def _count(model: "FrameModel", *, trained: bool = False) -> int:
+    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _recipe(options: Options, videos: int) -> Recipe:
-    # The paper's 256 where there are enough videos for some steps an epoch; tsn-pytorch's limit of
-    # the gradient.
-    few = min(256, max(8, 1 << (max(videos // 8, 1).bit_length() - 1)))
-    changes = changes_of(options) | {"batch_size": options.batch_size or few, "clip": 20.0}
+    """The paper's recipe, with smaller batches if there are few videos.
+
+    Gradients are clipped as in tsn-pytorch.
+    """
+    power_of_two = 1 << (max(videos // 8, 1).bit_length() - 1)
+    batch_size = options.batch_size or min(256, max(8, power_of_two))
+    changes = changes_of(options) | {"batch_size": batch_size, "clip": 20.0}
     return recipe("paper", options.model, videos=videos, **changes)
 
 
 def build_model(
-    options: Options, classes: list[str], dropout: float, *, tell: bool = True
+    options: Options, classes: list[str], dropout: float, *, verbose: bool = True
 ) -> "tuple[FrameModel, list[Any], dict[str, Any]]":
-    """The network with its start (backbone weights, then what --init holds), its frozen batch
-    norms, and the record of its backbone."""
+    """The model with its initial weights, its frozen batch norms, and its backbone's record."""
     import torch
 
     from aggregate.endtoend import (
@@ -252,26 +258,25 @@ def build_model(
         check_backbone,
         freeze_batch_norms,
     )
-    from aggregate.models import carry_over
+    from aggregate.models import carry_over, strip_prefix
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.manifest import sha256_of
     from extract.backbone.model import load_trunk
     from extract.decode.transform import is_clip_wise
 
-    init = None if options.init is None else Checkpoint.load(options.init)
-    with_backbone = init is not None and init.holds_backbone
     if is_clip_wise(options.backbone):
         raise InputError(
-            f"--backbone {options.backbone}: clip-wise backbones stay frozen; extract their features with "
-            "hgnl extract, and train a head with hgnl train"
+            f"--backbone {options.backbone}: clip-wise backbones stay frozen; extract their "
+            "features with hgnl extract, and train a head with hgnl train"
         )
-    # The backbone of --init is loaded below, into the network with the shapes of its training.
+    init = None if options.init is None else Checkpoint.load(options.init)
+    tuned = init if init is not None and init.holds_backbone else None
+    # The backbone of a fine-tuned --init is loaded below, once the network has its shapes.
     trunk = load_trunk(
-        options.backbone, weights="random" if with_backbone else options.weights, seed=options.seed
+        options.backbone, weights="random" if tuned else options.weights, seed=options.seed
     )
-    if init is not None and not with_backbone:
-        # A classifier starts from the very features it was trained on, or not at all.
-        check_backbone(init, trunk)
+    if init is not None and tuned is None:
+        check_backbone(init, trunk)  # a classifier fits the features it was trained on only
     torch.manual_seed(options.seed)
     own: dict[str, Any] = {"frames_per_segment": options.frames_per_segment}
     if options.model != "stnet":
@@ -280,17 +285,18 @@ def build_model(
     own |= {"name": options.model, "num_classes": len(classes), "dropout": dropout}
     own["dim"] = trunk.dim
     net: Any = build_net(own, trunk.module)
-    if init is not None and with_backbone:
-        _load_backbone(net, init, options)
-        trunk = replace(
-            trunk, weights={"name": Path(init.path).name, "sha256": sha256_of(init.path)}
-        )
+    if tuned is not None:
+        _check_tuned(tuned, options, net)
+        net.backbone.load_state_dict(strip_prefix(tuned.state_dict, "backbone."))
+        weights = {"name": Path(tuned.path).name, "sha256": sha256_of(tuned.path)}
+        trunk = replace(trunk, weights=weights)
     if init is not None:
-        kept = init.state_dict.items()
-        blocks = {name: value for name, value in kept if name.startswith("after_res")}
-        net.load_state_dict(blocks, strict=False)  # of a StNet, in a StNet
+        temporal_blocks = {
+            name: tensor for name, tensor in init.state_dict.items() if name.startswith("after_res")
+        }
+        net.load_state_dict(temporal_blocks, strict=False)  # those of a StNet, if it is one too
         carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
-        if tell:
+        if verbose:
             print(f"init      {options.init}: {carried}")
     frozen = [] if options.train_batch_norm else freeze_batch_norms(net.backbone)
     if options.backbone_lr == 0:
@@ -307,9 +313,8 @@ def _checkpoint_activations(backbone: Any, name: str) -> None:
         raise InputError(f"--checkpoint-activations: timm's {name} does not know how to") from None
 
 
-def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:
-    """Start the backbone of `net` from the one that a fine-tuned checkpoint holds. InputError for
-    another one."""
+def _check_tuned(init: "Checkpoint", options: Options, net: Any) -> None:
+    """Raise InputError unless the backbone in a fine-tuned checkpoint fits that of `net`."""
     backbone = init.features["backbone"]
     if backbone != options.backbone:
         raise InputError(
@@ -318,14 +323,10 @@ def _load_backbone(net: Any, init: "Checkpoint", options: Options) -> None:
     # A StNet has widened the first convolution for the frames of a segment.
     theirs, ours = (held.get("frames_per_segment", 1) for held in (init.options, net.options))
     if theirs != ours:
-        hint = f"pass --model stnet --frames-per-segment {theirs}, or another --init"
         raise InputError(
-            f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; {hint}"
+            f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; "
+            f"pass --model stnet --frames-per-segment {theirs}, or another --init"
         )
-    held = {name: value for name, value in init.state_dict.items() if name.startswith("backbone.")}
-    net.backbone.load_state_dict(
-        {name.removeprefix("backbone."): value for name, value in held.items()}
-    )
 
 
 def _parameter_groups(
@@ -334,40 +335,34 @@ def _parameter_groups(
     from torch import nn
 
     net: Any = model.net
-    rest = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
-    return parameter_groups(rest, schedule) + parameter_groups(
-        net.backbone, schedule, lr_scale=backbone_lr
-    )
-
-
-def _parameters(model: "FrameModel") -> str:
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"{trained:,} of {sum(parameter.numel() for parameter in model.parameters()):,} parameters trained"
+    head = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
+    backbone_groups = parameter_groups(net.backbone, schedule, lr_scale=backbone_lr)
+    return parameter_groups(head, schedule) + backbone_groups
 
 
 def _train_with_ray(options: Options) -> None:
-    """Data parallel: `workers` processes of Ray Train, each with its share of every batch."""
+    """Train data-parallel in `workers` processes of Ray Train."""
     import ray
     from ray.train import RunConfig, ScalingConfig, TrainingFailedError, get_context
     from ray.train.torch import TorchConfig, TorchTrainer
 
     from extract.workers.ray_pool import job_config
 
-    # Workers have another working directory.
-    there: dict[str, Any] = {name: getattr(options, name) for name in ("videos", "root", "init")}
-    there = {name: path.resolve() for name, path in there.items() if path is not None}
+    # Workers have another working directory, so every path must be absolute.
+    absolute: dict[str, Any] = {"out": options.folder.resolve()}
+    for name in ("videos", "root", "init"):
+        if (path := getattr(options, name)) is not None:
+            absolute[name] = path.resolve()
     for name in ("weights", "labels"):
-        if Path(getattr(options, name)).is_file():
-            there[name] = str(Path(getattr(options, name)).resolve())
-    options = replace(options, out=options.folder.resolve(), **there)
+        if (path := Path(getattr(options, name))).is_file():
+            absolute[name] = str(path.resolve())
+    options = replace(options, **absolute)
     with prepare(options):
-        pass  # what is wrong with the options is said here, in words, before processes start
+        pass  # options that are wrong raise here, before processes start
     if not ray.is_initialized():
         ray.init(address=options.address, log_to_driver=True, job_config=job_config())
-    gpus = ray.cluster_resources().get("GPU", 0) >= options.workers and options.device in (
-        "auto",
-        "cuda",
-    )
+    enough_gpus = ray.cluster_resources().get("GPU", 0) >= options.workers
+    gpus = enough_gpus and options.device in ("auto", "cuda")
     trainer = TorchTrainer(
         lambda: train(
             options, rank=get_context().get_world_rank(), world=get_context().get_world_size()

@@ -1,5 +1,4 @@
-"""python -m aggregate.train: a feature store in, a trained classifier and a comparison with plain
-averaging out."""
+"""python -m aggregate.train: train a head on stored features and compare it with averaging."""
 
 import sys
 from dataclasses import fields, replace
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run
     from extract.store import FeatureStore
@@ -35,8 +35,7 @@ def main(options: Options) -> int:
 
 
 def _next_command(options: Options, run: "Run") -> str:
-    """Test the model on the videos that validated it, by the name of their split if they have
-    one."""
+    """The command that tests the model on its validation videos."""
     import numpy as np
 
     testing: Any = run.source.testing
@@ -47,9 +46,10 @@ def _next_command(options: Options, run: "Run") -> str:
 
 
 def prepare(options: Options) -> "Run":
-    """The run that `options` ask for, at the epoch where its folder stands."""
+    """The run of `options`, resumed if its folder holds one."""
     from aggregate.data.features import StoredFeatures
     from aggregate.data.joined import open_features
+    from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.manifest import (
         choose_or_continue,
         record,
@@ -66,32 +66,31 @@ def prepare(options: Options) -> "Run":
     device = choose_device(options.device)
     last = open_folder(out, options)
     chosen = choose_or_continue(store, options, options.seed, out, last)
-    if last is not None and last.data is not None and options.precision == "auto":
-        # `auto` depends on the device: a run that goes on keeps what it was begun with.
-        begun = replace(options, precision=last.data["recipe"]["precision"])
-    else:
-        begun = options
-    configuration = configured(options.agg, begun, videos=len(chosen.train))
-    training = StoredFeatures(
-        store, chosen.train, device=device, placement=options.placement, training=True
+    precision = options.precision
+    if last is not None and last.data is not None and precision == "auto":
+        # `auto` depends on the device: a run that is resumed keeps its precision.
+        precision = last.data["recipe"]["precision"]
+    configuration = configured(
+        options.agg, replace(options, precision=precision), videos=len(chosen.train)
     )
-    testing = StoredFeatures(store, chosen.validate, device=device, placement=options.placement)
+    execution: Any = {"device": device, "placement": options.placement}
+    training = StoredFeatures(store, chosen.train, training=True, **execution)
+    testing = StoredFeatures(store, chosen.validate, **execution)
     print(
         f"features  {store!r}\nvideos    {chosen.description}\n"
-        f"training  {training.words}; {len(training.views)} views; on {device}\n"
+        f"training  {training.placement_note}; {len(training.views)} views; on {device}\n"
         f"recipe    {options.recipe}: {configuration.recipe}"
     )
-    if options.init is not None and not options.init.is_file():
-        raise InputError(f"--init {options.init}: there is no checkpoint {options.init}")
+    init = None if options.init is None else Checkpoint.load(options.init)
     data = record(store, chosen, init=options.init, recipe=configuration.recipe)
     if last is not None:
         refuse_other_data(out, last, store, store.provenance, data)
-    learners, references = _learners_and_baselines(configuration, store, device, training.labels)
+    learners, references = _learners_and_baselines(
+        configuration, init, store, device, training.labels
+    )
     module: Any = learners[0].model.aggregator
     if hasattr(module, "differences"):
-        print(
-            f"head      {options.agg} as in the paper{''.join(f'; {one}' for one in module.differences())}"
-        )
+        print("; ".join([f"head      {options.agg} as in the paper", *module.differences()]))
     source = configuration.source(training, testing)
     common = {
         "classes": list(store.classes),
@@ -110,28 +109,27 @@ def prepare(options: Options) -> "Run":
 
 def _learners_and_baselines(
     configuration: Configuration,
+    init: "Checkpoint | None",
     store: "FeatureStore",
     device: "torch.device",
     labels: "np.ndarray",
 ) -> "tuple[list[Learner], dict[str, torch.nn.Module]]":
-    """The learner asked for, beside it the mean-pool baseline and the control, on the same batches;
-    and the TSN of --init as it is, which then is the baseline."""
-    from aggregate.training.checkpoint import Checkpoint
+    """The learner of `configuration` with its baseline and control, and finished models to compare.
 
+    All learners train on the same batches. If --init is a TSN, it is the baseline as it is.
+    """
     options = configuration.options
-    init = None if options.init is None else Checkpoint.load(options.init)
     if init is not None:
         init.check_features(store.provenance, store.dim, store.path)
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print(
-            "note      the paper starts its 8 epochs from a trained TSN; without --init this starts fresh"
+            "note      the paper starts its 8 epochs from a trained TSN; "
+            "without --init this starts fresh"
         )
     learners = [configuration.learner(store, device, labels=labels, init=init)]
     references: dict[str, torch.nn.Module] = {}
-    defaults: dict[str, Any] = {
-        one.name: one.default for one in fields(HeadOptions) if one.name != "frames"
-    }
-    tsn = replace(options, agg="tsn", **defaults)
+    defaults: Any = {field.name: field.default for field in fields(HeadOptions)}
+    tsn = replace(options, **(defaults | {"agg": "tsn", "frames": options.frames}))
     from_tsn = init is not None and init.options["name"] == "tsn"
     if options.agg != "tsn":
         if init is not None and from_tsn and init.classes == list(store.classes):

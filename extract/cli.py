@@ -60,6 +60,7 @@ AT_LEAST_0 = ("seed", "seeds", "augment_passes", "weight_decay", "backbone_lr", 
 AT_LEAST_1 = (
     "frames",
     "clip_frames",
+    "frames_per_segment",
     "image_size",
     "segments",
     "block_size",

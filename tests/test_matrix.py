@@ -498,8 +498,8 @@ def test_a_fine_tuning_goes_on(column, tuning, tmp_path, monkeypatch, capsys):
 # -- scores --------------------------------------------------------------------------------------------------------
 
 NOTE = (
-    r"note: the label, split or group of 1 of these videos is another than when the model was "
-    r"trained \(v/0053\.mp4\)"
+    r"note: the label, split or group of 1 of these videos has changed since "
+    r"the model was trained \(v/0053\.mp4\)"
 )
 CELLS["evaluate"] = {
     "file replaced": harmless(

@@ -1,1 +1,1 @@
-"""Batches to train and test on: cached features, or frames decoded from videos."""
+"""Training and test batches: cached features, or frames decoded from videos."""

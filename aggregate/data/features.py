@@ -1,14 +1,15 @@
-"""Batches from a feature store: random segments to train on, fixed ones to test on, built ahead of
-the step.
+"""Batches from a feature store: random segments to train on, fixed segments to test on.
 
-    cached frames   0 1 2 3 4 5 6 7 | 8 9 ... 15 | 16 ... 24      T = 25 (fewer where a short video repeats frames)
-    training, n=3         5                11           20          a random one of each segment, from a random view
-    testing, n=3          4                12           20          the middle one of each segment, every view
+    stored frames    0 1 2 3 4 5 6 7 | 8 9 ... 15 | 16 ... 24    T = 25
+    training, n = 3         5              11           20       random, of a random view
+    testing, n = 3          4              12           20       the middle, of every view
 
-What a training batch holds is a function of (seed, epoch, place in the split) and of nothing else.
+A video that repeats frames because it is short has fewer than T. Batches are prepared ahead by a
+thread. A training batch is a function of (seed, epoch, position in the split) only.
 """
 
 import copy
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -29,31 +30,28 @@ Placement = Literal["auto", "device", "memory", "mmap"]
 Item = TypeVar("Item")
 
 BATCHES_PREFETCHED = 3
-# `auto` copies into memory what is smaller; a larger store stays on disk, mapped, and the page
-# cache decides.
+# `auto` copies smaller features into memory. Larger ones are memory-mapped, through the page cache.
 _MEMORY_LIMIT = 1 << 30
-# Of a GPU's free memory `auto` gives this to features: all of Kinetics-700's (56 GB) fit into 80.
-_GPU_SHARE = 0.8
+# The fraction of a GPU's free memory for features: those of Kinetics-700 (56 GB) fit into 80 GB.
+_GPU_FRACTION = 0.8
 
 
 @dataclass(frozen=True)
 class Batch:
-    """x [B, n, D] half precision, mask bool [B, n] or None where all count, labels int64 [B]; rows
-    of the store [B]."""
+    """One view of B videos, n frames of each."""
 
-    x: Tensor
-    mask: Tensor | None
-    labels: Tensor
-    rows: np.ndarray
+    x: Tensor  # [B, n, D] of half precision
+    mask: Tensor | None  # bool [B, n]; None if every frame is valid
+    labels: Tensor  # int64 [B]
+    rows: np.ndarray  # of the store: [B]
 
 
 class StoredFeatures:
-    """The videos `rows` of a store, with their features on the device, in memory, or memory-mapped.
+    """The videos `rows` of a store, with features on the device, in memory, or memory-mapped.
 
-    `placement` is what was taken, `words` says it with its reason. Videos that failed in extraction
-    are left out of tests and may not be trained on. Raises InputError where there is no row, where
-    more frames are asked for than are stored, and RunError for a video that is not extracted yet,
-    naming it.
+    `placement_note` describes where they are, and why. Videos that failed in extraction are left
+    out of tests and must not be trained on. Raises InputError if there is no row, or if more frames
+    are requested than are stored, and RunError for a video that is not extracted yet, naming it.
     """
 
     def __init__(
@@ -70,42 +68,46 @@ class StoredFeatures:
         pending = rows[store.status[rows] == PENDING]
         if len(pending):
             raise RunError(
-                f"{store.path}: {store.ids[pending[0]]} and {len(pending) - 1:,} more are not extracted yet; "
-                "run the extraction to its end"
+                f"{store.path}: {store.ids[pending[0]]} and {len(pending) - 1:,} more are not "
+                "extracted yet; run the extraction to its end"
             )
         self.store, self.device = store, torch.device(device)
         self.views = training_views(store) if training else evaluation_views(store)
-        self._choose(np.asarray(rows), np.arange(len(rows)))
-        size = len(rows) * len(self.views) * store.frames_per_video * store.dim * 2
-        self.placement, self.words = _placed(size, self.device, placement)
+        self._select(np.asarray(rows), np.arange(len(rows)))
+        shape = (len(rows), len(self.views), store.frames_per_video, store.dim)
+        size = 2 * math.prod(shape)
+        self.placement, self.placement_note = _place(size, self.device, placement)
         if self.placement == "mmap" and size > memory_available():
             store.disable_readahead()
-            self.words += "; larger than memory, so without reading ahead"
-        self._held: Tensor | None = None  # [n, views, T, D]
-        if self.placement != "mmap":
-            shape = (len(rows), len(self.views), store.frames_per_video, store.dim)
-            where = self.device if self.placement == "device" else None
-            self._held = torch.empty(shape, dtype=torch.float16, device=where)
-            slots = np.arange(store.frames_per_video)
-            for start in range(0, len(rows), 256):
-                for place, view in enumerate(self.views.tolist()):
-                    part = store.gather(self.rows[start : start + 256], slots, view)
-                    self._held[start : start + 256, place] = torch.from_numpy(part)
+            self.placement_note += "; larger than memory, so without reading ahead"
+        self._cached = None if self.placement == "mmap" else self._load(shape)
 
-    def _choose(self, rows: np.ndarray, at: np.ndarray) -> None:
-        self.rows, self._at = rows, at  # of the store, and in what is held
+    def _load(self, shape: tuple[int, int, int, int]) -> Tensor:
+        """All features, [rows, views, T, D], in memory or on the device."""
+        device = self.device if self.placement == "device" else None
+        loaded = torch.empty(shape, dtype=torch.float16, device=device)
+        slots = np.arange(shape[2])
+        for start in range(0, len(self.rows), 256):
+            part = slice(start, start + 256)
+            for number, view in enumerate(self.views.tolist()):
+                features = self.store.gather(self.rows[part], slots, view)
+                loaded[part, number] = torch.from_numpy(features)
+        return loaded
+
+    def _select(self, rows: np.ndarray, cache_index: np.ndarray) -> None:
+        self.rows, self._cache_index = rows, cache_index
         self.labels = self.store.labels[rows].astype(np.int64)
-        self.good = self.store.usable[rows]
-        # A video shorter than its slots repeats frames; all others are spared the search for
-        # repeats.
-        self._short = self.store.num_frames[rows] < self.store.frames_per_video
+        self.usable = self.store.usable[rows]
+        # Only a video with fewer frames than slots repeats frames; others need no search for them.
+        self._has_repeats = self.store.num_frames[rows] < self.store.frames_per_video
 
     def subset(self, rows: np.ndarray) -> "StoredFeatures":
-        """Some of the same videos, in the order given; what is held is shared."""
+        """Some of these videos, in the order of `rows`; cached features are shared."""
         order = np.argsort(self.rows)
-        few = copy.copy(self)
-        few._choose(rows, self._at[order[np.searchsorted(self.rows, rows, sorter=order)]])
-        return few
+        index = order[np.searchsorted(self.rows, rows, sorter=order)]
+        subset = copy.copy(self)
+        subset._select(rows, self._cache_index[index])
+        return subset
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,160 +115,152 @@ class StoredFeatures:
     def train_batches(
         self, *, epoch: int, frames: int, batch_size: int, seed: int, balanced: bool = False
     ) -> Iterator[Batch]:
-        """One epoch in random order, `frames` random segments of each video, ready before they are
-        needed.
+        """One epoch in random order, with random frames of `frames` segments of each video.
 
-        If `balanced`, an epoch is as long and has as many videos of each class: of large classes a
-        random part, those of small ones several times.
+        If `balanced`, the epoch has the same length but equally many videos of each class: a random
+        part of large classes, while videos of small classes are repeated.
         """
         self._check_frames(frames)
         rng = np.random.default_rng((seed, epoch, 0))
         order = balanced_order(self.labels, rng) if balanced else rng.permutation(len(self))
-        # Row i belongs to video i, whatever the number of videos.
-        draws = np.random.default_rng((seed, epoch, 1)).random(
-            (len(self), frames + 1), dtype=np.float32
-        )
-        view = (draws[:, -1] * len(self.views)).astype(np.int64)
-        batches = in_batches(order, batch_size)
+        # Row i belongs to video i, however many videos there are.
+        shape = (len(self), frames + 1)
+        draws = np.random.default_rng((seed, epoch, 1)).random(shape, dtype=np.float32)
+        views = (draws[:, -1] * len(self.views)).astype(np.int64)
         return prefetched(
-            self._batch(places, frames, view[places], draws[places, :-1]) for places in batches
+            self._batch(videos, frames, views[videos], draws[videos, :-1])
+            for videos in in_batches(order, batch_size)
         )
 
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
-        """Videos that did not fail, in order; of each batch one `Batch` a view, of the middles of
-        `frames` segments."""
+        """Videos that did not fail, in order: per batch, one `Batch` per view.
+
+        They hold the middle frames of `frames` segments.
+        """
         self._check_frames(frames)
-        batches, views = (
-            in_batches(np.flatnonzero(self.good), batch_size),
-            np.arange(len(self.views)),
-        )
         return prefetched(
-            [self._batch(rows, frames, view.repeat(len(rows))) for view in views]
-            for rows in batches
+            [
+                self._batch(videos, frames, np.full(len(videos), view))
+                for view in range(len(self.views))
+            ]
+            for videos in in_batches(np.flatnonzero(self.usable), batch_size)
         )
 
     def _check_frames(self, frames: int) -> None:
         stored = self.store.frames_per_video
         if not 1 <= frames <= stored:
             raise InputError(
-                f"{frames} segments asked for; {self.store.path} holds {stored} frames per video (extract --frames)"
+                f"{frames} segments requested; {self.store.path} holds {stored} frames per video "
+                "(extract --frames)"
             )
 
     def _batch(
-        self, places: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None = None
+        self, videos: np.ndarray, frames: int, view: np.ndarray, draws: np.ndarray | None = None
     ) -> Batch:
-        """`draws` float32 [B, n] below 1 choose within the segments; None takes the middles."""
-        rows, stored = self.rows[places], self.store.frames_per_video
+        """The batch of `videos`, indices into `rows`, with the `view` of each.
+
+        `draws` float32 [B, n] below 1 choose frames within the segments; None takes the middles.
+        """
+        rows, stored = self.rows[videos], self.store.frames_per_video
         stored_view = self.views[view]
         slots = _slots(np.full(len(rows), stored), frames, draws)
         mask = None
-        short = np.flatnonzero(self._short[places])
+        short = np.flatnonzero(self._has_repeats[videos])
         if len(short):
-            # Segments are laid over the distinct frames only, so that a repeat stands in no frame's
-            # place.
+            # Segments cover the distinct frames only, so that repeats displace no frame.
             new = self.store.mask(rows[short], np.arange(stored), stored_view[short])
             distinct = np.argsort(~new, axis=1, kind="stable")
-            chosen = _slots(
-                np.maximum(new.sum(axis=1), 1), frames, None if draws is None else draws[short]
-            )
+            counts = np.maximum(new.sum(axis=1), 1)
+            chosen = _slots(counts, frames, None if draws is None else draws[short])
             slots[short] = np.take_along_axis(distinct, chosen, axis=1)
             mask = self.store.mask(rows, slots, stored_view)
             if mask.all():
                 mask = None
         return Batch(
-            x=self._read(places, view, slots),
-            mask=None if mask is None else self._there(mask),
-            labels=self._there(self.labels[places]),
+            x=self._read(videos, view, slots),
+            mask=None if mask is None else self._to_device(mask),
+            labels=self._to_device(self.labels[videos]),
             rows=rows,
         )
 
-    def _read(self, places: np.ndarray, view: np.ndarray, slots: np.ndarray) -> Tensor:
-        if self._held is None:
-            return self._there(self.store.gather(self.rows[places], slots, self.views[view]))
-        index = (self._at[places][:, None], view[:, None], slots)
-        if (
-            self._held.device.type == "cpu"
-        ):  # numpy copies in one thread, which beside training is the faster way
-            return self._there(self._held.numpy()[index])
-        at, seen, frames = self._there(np.stack(np.broadcast_arrays(*index))).unbind()
-        return self._held[at, seen, frames]
+    def _read(self, videos: np.ndarray, view: np.ndarray, slots: np.ndarray) -> Tensor:
+        if self._cached is None:
+            return self._to_device(self.store.gather(self.rows[videos], slots, self.views[view]))
+        index = (self._cache_index[videos][:, None], view[:, None], slots)
+        if self._cached.device.type == "cpu":
+            # numpy copies in one thread, which is faster next to training.
+            return self._to_device(self._cached.numpy()[index])
+        on_device = self._to_device(np.stack(np.broadcast_arrays(*index)))
+        return self._cached[on_device.unbind()]
 
-    def _there(self, array: np.ndarray) -> Tensor:
-        return there(torch.from_numpy(array), self.device)
+    def _to_device(self, array: np.ndarray) -> Tensor:
+        return to_device(torch.from_numpy(array), self.device)
 
 
-def there(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`. A GPU copies from pinned memory when it comes to it, so that nobody waits for
-    the steps before."""
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to `device`, without waiting for a GPU: it copies from pinned memory in its own time."""
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """As many places as there are labels [N], in random order, with the same number of each class
-    (or one more)."""
+    """N indices into `labels` [N] in random order: equally many of each class, or one more."""
     present = rng.permutation(np.unique(labels))
-    shares = np.diff(np.arange(len(present) + 1) * len(labels) // len(present))
-    places = []
-    for label, share in zip(present, shares, strict=True):
+    quotas = np.diff(np.arange(len(present) + 1) * len(labels) // len(present))
+    parts = []
+    for label, quota in zip(present, quotas.tolist(), strict=True):
         own = np.flatnonzero(labels == label)
-        rounds = [rng.permutation(own) for _ in range(-(-int(share) // len(own)))]
-        places += [part[: int(share) - number * len(own)] for number, part in enumerate(rounds)]
-    return rng.permutation(np.concatenate(places))
+        rounds = [rng.permutation(own) for _ in range(-(-quota // len(own)))]
+        parts.append(np.concatenate(rounds)[:quota])
+    return rng.permutation(np.concatenate(parts))
 
 
-def in_batches(places: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """`batch_size` of them at a time."""
-    return (places[start : start + batch_size] for start in range(0, len(places), batch_size))
+def in_batches(indices: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    """`batch_size` of `indices` at a time."""
+    return (indices[start : start + batch_size] for start in range(0, len(indices), batch_size))
 
 
 def training_views(store: FeatureStore) -> np.ndarray:
-    """The views training draws from: the augmented passes where there are any, else all crops."""
-    augmented = [place for place, name in enumerate(store.views) if name.startswith("augment_")]
-    return np.array(augmented or range(store.num_views))
+    """The views for training: the augmented passes, or all crops if there is none."""
+    augmented = np.setdiff1d(np.arange(store.num_views), evaluation_views(store))
+    return augmented if len(augmented) else np.arange(store.num_views)
 
 
 def evaluation_views(store: FeatureStore) -> np.ndarray:
-    """The crops whose logits a test averages: all views but the augmented passes."""
-    return np.array(
-        [place for place, name in enumerate(store.views) if not name.startswith("augment_")]
-    )
+    """The views whose logits a test averages: all but the augmented passes."""
+    return np.flatnonzero([not name.startswith("augment_") for name in store.views])
 
 
 def _slots(counts: np.ndarray, frames: int, draws: np.ndarray | None) -> np.ndarray:
-    """Places among `counts` [B] frames: int64 [B, n], the middle of each of n segments, or where
-    `draws` falls."""
+    """Choose among `counts` [B] frames: int64 [B, n], the middle of each segment, or by `draws`."""
     if draws is None:
-        middles = {int(count): segment_centers(int(count), frames) for count in np.unique(counts)}
-        return np.stack([middles[int(count)] for count in counts])
+        middles = {count: segment_centers(count, frames) for count in np.unique(counts).tolist()}
+        return np.stack([middles[count] for count in counts.tolist()])
     edges = np.arange(frames + 1) * counts[:, None] // frames
     widths = np.maximum(np.diff(edges, axis=1), 1)
     return edges[:, :-1] + (draws * widths).astype(np.int64)
 
 
-def _placed(size: int, device: torch.device, placement: Placement) -> tuple[str, str]:
-    """Where features of `size` bytes go, and that in words."""
+def _place(size: int, device: torch.device, placement: Placement) -> tuple[str, str]:
+    """Choose the placement of features of `size` bytes; returns it with a description."""
     chosen: str = placement
-    reason = "as asked"
+    reason = "as requested"
     if placement == "auto":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-        if size <= _GPU_SHARE * free:
+        limit = human_bytes(_MEMORY_LIMIT)
+        if size <= _GPU_FRACTION * free:
             chosen, reason = "device", f"{human_bytes(free)} are free there"
         elif size <= _MEMORY_LIMIT:
-            chosen, reason = "memory", f"less than {human_bytes(_MEMORY_LIMIT)}"
+            chosen, reason = "memory", f"less than {limit}"
         else:
-            chosen, reason = (
-                "mmap",
-                f"more than {human_bytes(_MEMORY_LIMIT)}: read as needed, through the page cache",
-            )
+            chosen, reason = "mmap", f"more than {limit}: read as needed, through the page cache"
     where = {"device": f"on {device}", "memory": "in memory", "mmap": "memory-mapped"}[chosen]
     return chosen, f"{human_bytes(size)} {where} ({reason})"
 
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:
-    """The same items, made by a thread up to `depth` before they are asked for; its error is raised
-    here."""
+    """The same items, made by a thread up to `depth` ahead; an error in it is raised here."""
     iterator, done = iter(items), object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches-ahead")
     try:

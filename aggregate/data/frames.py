@@ -1,5 +1,4 @@
-"""Batches from videos, for end-to-end training and its test: decoded by extraction's own children
-and deadlines."""
+"""Batches of frames for end-to-end training and its test, decoded by child processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -18,16 +17,18 @@ from extract.listing.videos import Video
 
 
 def new_segments(clips: np.ndarray) -> np.ndarray:
-    """bool [T] of clips [T, L]: False for one that repeats an earlier one's frames (a video shorter
-    than T)."""
+    """bool [T] for clips [T, L]: False for a clip with the frames of an earlier one.
+
+    Videos with fewer than T clips have such repeats.
+    """
     same = (clips[:, None] == clips[None]).all(axis=2)
     return ~np.tril(same, k=-1).any(axis=1)
 
 
 def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
-    """Processes that decode the clips of `plan`; use it in `with`.
+    """Processes that decode the clips of `plan`; a context manager.
 
-    A buffer holds one row, but of a clip-wise backbone at most 64 MB of it, or one clip: see
+    A buffer holds one row. For a clip-wise backbone it holds at most 64 MB of it, or one clip: see
     `row_parts`.
     """
     slot_bytes = plan.row_bytes if plan.clip_fps is None else plan.slot_bytes
@@ -39,11 +40,11 @@ def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0)
 def row_parts(
     job: Job, future: "Future[Finished]", leftovers: SubprocessPool
 ) -> Iterator[tuple[Prepared, np.ndarray]]:
-    """The only row of a job, in parts that a buffer holds, each with its pictures (valid until the
-    next part).
+    """The only row of a job, in parts that fit into a buffer, each with its pictures.
 
-    leftovers: does what had no room. It is a pool of its own, since jobs that were queued behind
-    this one may fill the buffers that the rest would wait for. Raises VideoError.
+    Pictures are valid until the next part. `leftovers` decodes the parts after the first. It is a
+    pool of its own: in the first pool, jobs queued after this one could fill all buffers, and the
+    next part would wait for one forever. Raises VideoError.
     """
     more = [job]
     while more:
@@ -61,9 +62,8 @@ def row_parts(
 class VideoFrames:
     """The videos of a split, decoded by `pool`, which several splits may share.
 
-    Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and as `rows` the places in
-    `videos`. A video that could not be decoded is left out; `failed` maps its place to the reason,
-    as found so far.
+    Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and `rows`, indices into
+    `videos`. A video that cannot be decoded is left out; `failed` maps its index to the reason.
     """
 
     videos: Sequence[Video]
@@ -74,61 +74,58 @@ class VideoFrames:
     def train_batches(
         self, *, epoch: int, batch_size: int, seed: int, rank: int = 0, world: int = 1
     ) -> Iterator[Batch]:
-        """One epoch in random order: batches of `batch_size` videos, of which this process takes
-        every `world`-th.
+        """One epoch in random order: every `world`-th video of each batch of `batch_size`.
 
-        Every process gets the same number of batches; its part of one may be empty. The order is a
-        function of (seed, epoch), a video's frames and view of (seed, epoch, id). Raises RunError
-        where not one video can be decoded.
+        Every process gets the same number of batches, and its part of one may be empty. The order
+        is a function of (seed, epoch), and a video's frames and view of (seed, epoch, id). Raises
+        RunError if no video can be decoded.
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
-        batches = (places[rank::world] for places in in_batches(order, batch_size))
-        for places, views in self._batches(batches, replace(self.plan, seed=seed, epoch=epoch)):
-            yield views[0]
-            if len(places) and len(self.failed) == len(self.videos):
-                name, reason = self.videos[places[0]].id, self.failed[int(places[0])]
+        batches = (rows[rank::world] for rows in in_batches(order, batch_size))
+        for rows, [batch] in self._batches(batches, replace(self.plan, seed=seed, epoch=epoch)):
+            yield batch
+            if len(rows) and len(self.failed) == len(self.videos):
+                name, reason = self.videos[rows[0]].id, self.failed[int(rows[0])]
                 raise RunError(
                     f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}"
                 )
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
-        """All videos in order, middle frames; of each batch one `Batch` a crop."""
+        """All videos in order, middle frames: per batch, one `Batch` per crop."""
         batches = in_batches(np.arange(len(self.videos)), batch_size)
         return (views for _, views in self._batches(batches, self.plan) if len(views[0].rows))
 
     def _batches(
         self, batches: Iterable[np.ndarray], plan: Plan
     ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
-        def queued(places: np.ndarray) -> tuple[np.ndarray, list]:
-            videos = [self.videos[place] for place in places]
-            return places, [
-                self.pool.submit((video.path, [(video.id, video.span)], plan)) for video in videos
-            ]
+        def submit(rows: np.ndarray) -> tuple[np.ndarray, list]:
+            videos = [self.videos[row] for row in rows]
+            jobs: list[Job] = [(video.path, [(video.id, video.span)], plan) for video in videos]
+            return rows, [self.pool.submit(job) for job in jobs]
 
-        # The next batch is queued before one is handed out; the slots of the children's memory hold
-        # both back.
-        for (places, futures), _ in pairwise(chain(map(queued, batches), [(np.empty(0, int), [])])):
-            yield places, self._collect(places, futures, plan)
+        # A batch is queued before the previous one is yielded; the children's buffers limit both.
+        for (rows, futures), _ in pairwise(chain(map(submit, batches), [(np.empty(0, int), [])])):
+            yield rows, self._collect(rows, futures, plan)
 
-    def _collect(self, places: np.ndarray, futures: list, plan: Plan) -> list[Batch]:
-        frames = np.empty((len(places), *plan.shape), np.uint8)
+    def _collect(self, rows: np.ndarray, futures: list, plan: Plan) -> list[Batch]:
+        frames = np.empty((len(rows), *plan.shape), np.uint8)
         masks: list[np.ndarray] = []
-        good: list[int] = []
-        for place, future in zip(places.tolist(), futures, strict=True):
+        decoded: list[int] = []
+        for row, future in zip(rows.tolist(), futures, strict=True):
             with future.result() as finished:
-                [prepared] = finished.result or [
-                    VideoError(self.videos[place].path, finished.failure)
-                ]
+                failure = VideoError(self.videos[row].path, finished.failure)
+                [prepared] = finished.result or [failure]
                 if isinstance(prepared, VideoError):
-                    self.failed[place] = prepared.reason
+                    self.failed[row] = prepared.reason
                     continue
                 pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
-                frames[len(good)] = pictures[prepared.clips]
+                frames[len(decoded)] = pictures[prepared.clips]
                 masks.append(new_segments(prepared.clips[0]))
-                good.append(place)
-        x = torch.from_numpy(frames[: len(good)])
+                decoded.append(row)
+        x = torch.from_numpy(frames[: len(decoded)])
         mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.frames))
-        labels = torch.tensor([self.videos[place].label for place in good], dtype=torch.int64)
+        labels = torch.tensor([self.videos[row].label for row in decoded], dtype=torch.int64)
         return [
-            Batch(x[:, crop], mask, labels, np.array(good, int)) for crop in range(plan.num_views)
+            Batch(x[:, crop], mask, labels, np.array(decoded, int))
+            for crop in range(plan.num_views)
         ]

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from aggregate.data.features import Batch, there
+from aggregate.data.features import Batch, to_device
 from aggregate.training.recipes import Recipe, make_optimizer, parameter_groups, set_lr
 
 
@@ -121,7 +121,7 @@ class Learner:
             together: Any = nullcontext() if last or self.world == 1 else self.parallel.no_sync()  # type: ignore
             with together, autocast(self.device, self.precision):
                 logits = self.parallel(batch.x[part], mask)
-                labels = there(batch.labels[part], self.device)
+                labels = to_device(batch.labels[part], self.device)
                 loss = self._criterion(logits.float(), labels)
                 # DDP averages over processes; this makes it the mean over the whole batch, however
                 # it is spread.

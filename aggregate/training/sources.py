@@ -56,7 +56,7 @@ class CachedFeatures:
 
     def attention(self, model: nn.Module) -> dict[str, float]:
         """`attention` over the first 1,024 validation videos that can be read."""
-        few = self.testing.subset(self.testing.rows[self.testing.good][:1024])
+        few = self.testing.subset(self.testing.rows[self.testing.usable][:1024])
         batches = few.test_batches(frames=self.frames, batch_size=self.batch_size)
         return attention(model, ((views[0].x, views[0].mask) for views in batches))
 
@@ -154,20 +154,20 @@ def logits_of(
     not finite.
     """
     store = features.store
-    if not features.good.any():
+    if not features.usable.any():
         count = f"all {len(features)} videos"
         raise InputError(
             f"{store.path}: {count} failed in extraction; see `{command_line('extract.status', store.path)}`"
         )
     batches = features.test_batches(frames=segments, batch_size=batch_size)
-    total = -(-int(features.good.sum()) // batch_size)
+    total = -(-int(features.usable.sum()) // batch_size)
     seen, predicted = predict(models, progress(batches, total=total, unit="batch", leave=False))
     several = []
     for scores in predicted:
         wrong = seen[~np.isfinite(scores).all(axis=(1, 2))]
         check_finite(store, wrong)
         logits = np.full((len(features), *scores.shape[1:]), np.nan, np.float32)
-        logits[features.good] = np.nan if len(wrong) else scores
+        logits[features.usable] = np.nan if len(wrong) else scores
         several.append(logits)
     return several
 

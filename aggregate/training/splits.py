@@ -25,11 +25,11 @@ class ListedVideos:
         self.groups = np.array([video.group for video in listing.videos])
         self.status = np.ones(len(listing.videos), "i1")
         self.listed = np.ones(len(listing.videos), bool)
-        self._videos, self._digests = listing.videos, dict[str, str]()
+        self.videos, self._digests = listing.videos, dict[str, str]()
 
     def file_digests(self, rows: np.ndarray) -> list[str]:
         """What tells the files of these rows from others of the same names."""
-        paths = [self._videos[row].path for row in rows.tolist()]
+        paths = [self.videos[row].path for row in rows.tolist()]
         new = list(dict.fromkeys(path for path in paths if path not in self._digests))
         with ThreadPoolExecutor(16) as pool:
             sources = pool.map(read_source, new)

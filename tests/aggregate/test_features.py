@@ -123,7 +123,7 @@ def test_a_store_larger_than_memory_is_read_without_reading_ahead(store, monkeyp
     monkeypatch.setattr("aggregate.data.features.memory_available", lambda: 1000)
     fresh = FeatureStore.open(store.path)
     features = StoredFeatures(fresh, np.arange(40), placement="mmap")
-    assert "larger than memory" in features.words
+    assert "larger than memory" in features.placement_note
     plain = StoredFeatures(store, np.arange(40), placement="memory")
     (views,), (expected,) = (
         one.test_batches(frames=FRAMES, batch_size=40) for one in (features, plain)

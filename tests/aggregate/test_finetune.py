@@ -460,7 +460,7 @@ def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path)
     ("model", "changes", "message"),
     [
         ("tsn", {"frames_per_segment": 2}, "--frames-per-segment 2 is for stnet"),
-        ("tsn", {"micro_batch": 0}, "--micro-batch is 0"),
+        ("tsn", {"micro_batch": 0}, "--micro-batch 0: expected at least 1"),
         ("tsn", {"backbone": "resnet5O"}, "resnet5O"),
         ("hgnl", {"g1": 5}, "g2 2 does not divide g1 5"),
         ("stnet", {"backbone": "test_vit"}, "four stages"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from aggregate.data.features import Batch, StoredFeatures, there
+from aggregate.data.features import Batch, StoredFeatures, to_device
 from aggregate.endtoend import FrameModel, build_net
 from aggregate.models import build
 from aggregate.training.learner import Learner
@@ -94,10 +94,10 @@ def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch) -> None:
         torch.Tensor, "to", lambda tensor, *where, **how: done.append((*where, how)) or tensor
     )
     gpu = torch.device("cuda", 0)
-    there(torch.zeros(3), gpu)
+    to_device(torch.zeros(3), gpu)
     assert done == ["pinned", (gpu, {"non_blocking": True})]
     done.clear()
-    there(torch.zeros(3), torch.device("cpu"))
+    to_device(torch.zeros(3), torch.device("cpu"))
     assert done == [(torch.device("cpu"), {"non_blocking": True})]
 
 

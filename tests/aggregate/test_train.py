@@ -232,7 +232,7 @@ def test_other_options_in_the_same_folder_are_refused(features, tmp_path):
     ("changes", "message"),
     [
         ({"train_split": "training"}, "has no such split; it has 'train', 'val'"),
-        ({"frames": 7}, "7 segments asked for"),
+        ({"frames": 7}, "7 segments requested"),
         ({"g1": 8}, "--g1 8 means nothing to --agg tsn"),
         ({"lr": -1.0}, "--lr is -1.0"),
         ({"epochs": 0}, "--epochs is 0"),
