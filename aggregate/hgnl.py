@@ -148,22 +148,16 @@ class HGNonLocal(nn.Module):
 
     def differences(self) -> list[str]:
         """How this module differs from the paper's HG-NL or NL, one phrase per difference."""
-        phrases = []
-        if self.attention == "softmax" and self.g1 > 1:
-            phrases.append("softmax instead of the ReLU of eq. 7")
-        if self.norm == "n":
-            phrases.append("A divided by n")
-        if self.norm == "n_over_train":
-            phrases.append("A multiplied by n_train/n")
-        if self.normalize:
-            phrases.append("W_q and W_k see frames of mean 0 and variance 1")
-        if self.start == "average":
-            phrases.append("training starts with the same weight for every frame")
-        if self.scale_init:
-            phrases.append(f"s starts at {self.scale_init:g}, not 0")
-        if self.score_factor != 1:
-            phrases.append("scores divided by the root of their length")
-        return phrases
+        phrases = {
+            "softmax instead of the ReLU of eq. 7": self.attention == "softmax" and self.g1 > 1,
+            "A divided by n": self.norm == "n",
+            "A multiplied by n_train/n": self.norm == "n_over_train",
+            "W_q and W_k see frames of mean 0 and variance 1": self.normalize,
+            "training starts with the same weight for every frame": self.start == "average",
+            f"s starts at {self.scale_init:g}, not 0": self.scale_init != 0,
+            "scores divided by the root of their length": self.score_factor != 1,
+        }
+        return [phrase for phrase, differs in phrases.items() if differs]
 
     @torch.no_grad()
     def _start_as_average(self) -> None:
@@ -221,11 +215,8 @@ class HGNonLocal(nn.Module):
     def _weights(self, x: Frames, mask: Mask) -> Float[Tensor, "groups batch time"]:
         """w = A 1 / n of each secondary group, normalized as `norm` says."""
         maps_mask = None if mask is None else mask.repeat(self.g2, 1)
-        scores = self._scores(x)
-        if self.attention == "relu":
-            A = scores.relu()  # eq. 7
-        else:
-            A = softmax_columns(scores, maps_mask)
+        A = self._scores(x)
+        A = A.relu() if self.attention == "relu" else softmax_columns(A, maps_mask)  # eq. 7 or 3
         n = frame_counts(x, mask)
         factor = {"none": 1, "n": 1 / n, "n_over_train": self.train_frames / n}[self.norm]
         return masked_row_sums(A, maps_mask).view(self.g2, *x.shape[:2]) * (factor / n)
@@ -234,13 +225,8 @@ class HGNonLocal(nn.Module):
         """w = A 1 / n of each map: the weight of each frame's V in the mean of F_o; 0 if masked."""
         return self._weights(blank_masked(x, mask), mask).transpose(0, 1)
 
-    def terms(
-        self, x: Frames, mask: Mask = None, *, even: bool = False
-    ) -> tuple[Features, Features]:
-        """The means of F and of F_o over frames; eq. 6 is the first plus s times the second.
-
-        `even` replaces each frame's weight by the mean over the frames of its video and group.
-        """
+    def _aggregate(self, x: Frames, mask: Mask, *, even: bool = False) -> Features:
+        """F_v; `even` replaces frame weights by their mean over the frames of a video and group."""
         x = blank_masked(x, mask)
         weights = self._weights(x, mask)
         if even:
@@ -253,16 +239,14 @@ class HGNonLocal(nn.Module):
         # eq. 8, averaged over frames
         attended = torch.bmm(torch.cat(pooled, 1).transpose(0, 1), w_v.transpose(1, 2))
         attended = attended + b_v * weights.sum(-1, keepdim=True)
-        return average(x, mask), attended.transpose(0, 1).flatten(1)
+        return average(x, mask) + self.scale * attended.transpose(0, 1).flatten(1)  # eq. 5 and 6
 
     def with_even_weights(self, x: Frames, mask: Mask = None) -> Features:
         """F_v without attention: all frames of a video have the same weight, the mean."""
-        mean, attended = self.terms(x, mask, even=True)
-        return mean + self.scale * attended
+        return self._aggregate(x, mask, even=True)
 
     def forward(self, x: Frames, mask: Mask = None) -> Features:
-        mean, attended = self.terms(x, mask)
-        return mean + self.scale * attended  # eq. 5 and 6
+        return self._aggregate(x, mask)
 
 
 def check_groups(dim: int, inner_dim: int, *, g1: int, g2: int) -> None:

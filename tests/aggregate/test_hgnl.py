@@ -181,7 +181,7 @@ def test_attention_grows_with_n_for_identical_frames_unless_normalized():
     frame = torch.randn(32, 1, 16, dtype=torch.float64)  # of few, the ReLU may leave nothing
     by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in NORMS}
     at = {
-        (norm, n): module.terms(frame.expand(-1, n, -1))[1]
+        (norm, n): (module(frame.expand(-1, n, -1)) - frame[:, 0]) / module.scale
         for norm, module in by_norm.items()
         for n in (1, 3, 25)
     }
