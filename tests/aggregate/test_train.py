@@ -239,7 +239,7 @@ def test_other_options_in_the_same_folder_are_refused(features, tmp_path):
         ({"control": True}, "give --init tsn.pt"),
         ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
-        ({"device": "cuda:9"}, "this machine shows"),
+        ({"device": "cuda:9"}, "PyTorch sees"),
     ],
 )
 def test_wrong_options_are_named(changes, message, features, tmp_path):
