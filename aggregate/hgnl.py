@@ -177,7 +177,7 @@ class HGNonLocal(nn.Module):
         channels = self.query.out_dim // self.g2
         size = (level / channels) ** 0.5
         if self.query.out_dim // self.g1 % 2 == 0:  # halves of an odd number do not cancel
-            size = max(0.3, size)
+            size = max(0.15, size)
         cosine = min(1.0, level / (size**2 * channels))
         along = torch.randint(0, 2, b_q.shape) * 2.0 - 1
         across = along * (1 - 2.0 * (torch.arange(len(along)) % 2))
