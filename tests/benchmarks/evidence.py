@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -26,12 +27,14 @@ import torch
 from evidence_page import Facts, write_page
 from evidence_time import render
 
+from aggregate.ablation.processes import run_side_by_side
 from aggregate.data.features import StoredFeatures
 from aggregate.models import build, carry_over
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
 from aggregate.training.recipes import head_options, recipe
 from aggregate.training.sources import attention, logits_of
+from extract.cores import available_cores
 from extract.store import FeatureStore
 
 ROOT = Path(__file__).parent.parent.parent
@@ -76,7 +79,6 @@ ORDER = [Model(name, name) for name in ("tsn", "hgnl", "txb", "gru", "attentive"
 SOFTMAX = Model("hgnl, softmax", "hgnl", {"attention": "softmax", "norm": "none"})
 PAPER = {"recipe": "paper", "standardize": False}
 VARIANTS = [
-    SOFTMAX,
     Model("hgnl as the paper's", "hgnl", **PAPER),
     Model("hgnl, frames not normalized", "hgnl", {"normalize": False}),
     Model("hgnl, random start", "hgnl", {"start": "random"}),
@@ -87,6 +89,7 @@ VARIANTS = [
     Model("tsn, as many epochs more", "tsn", init="tsn"),
     Model("hgnl from that TSN", "hgnl", init="tsn"),
 ]
+MODELS = list({model.name: model for model in (*HEADS, SOFTMAX, *VARIANTS)}.values())
 VARIED = ("untrimmed_3", "untrimmed_16")
 
 
@@ -141,64 +144,62 @@ def small(dim: int, agg: str) -> dict:
     }.get(agg, {})
 
 
-def run(work: Path, task: Task, models: list[Model], until: float) -> bool:
-    """Train what is not done, a pass a seed; scores at few and at all segments go to `<task>/<model>_<seed>.npz`.
+def missing(
+    work: Path, task: Task, models: list[Model]
+) -> Iterator[tuple[str, tuple[str, ...], int]]:
+    """Task, models and seed of each pass over the videos whose results are not in `work` yet."""
+    seeds = {m.name: m.seeds + task.more_seeds * (m.seeds == CHEAP) for m in models}
+    for seed in range(max(seeds.values())):
+        names = tuple(
+            name
+            for name, count in seeds.items()
+            if seed < count and not (work / "results" / task.name / f"{name}_{seed}.npz").exists()
+        )
+        if names:
+            yield task.name, names, seed
 
-    False where the clock came to `until` before all was done.
-    """
+
+def run(
+    state: tuple[Path, dict[str, Task]], job: tuple[str, tuple[str, ...], int]
+) -> tuple[str, float]:
+    """Train the models of a job; scores at few and at all segments go to `<task>/<model>_<seed>.npz`."""
+    (work, tasks_by_name), (name, model_names, seed) = state, job
+    task = tasks_by_name[name]
     segments = sorted({min(3, task.store.frames_per_video), task.store.frames_per_video})
     folder = work / "results" / task.name
     folder.mkdir(parents=True, exist_ok=True)
-    seeds = {m.name: m.seeds + task.more_seeds * (m.seeds == CHEAP) for m in models}
-    for seed in range(max(seeds.values())):
-        wanted = [
-            m
-            for m in models
-            if seed < seeds[m.name] and not (folder / f"{m.name}_{seed}.npz").exists()
-        ]
-        if not wanted:
-            continue
-        if time.perf_counter() > until:
-            return False
-        began = time.perf_counter()
-        roots = [m for m in models if m.name in {one.init for one in wanted}]
-        parts: dict[str, list] = {model.name: [] for model in wanted}
-        for train, test in task.folds:
-            first = {m.name: m for m in (*roots, *wanted) if not m.init}
-            nets = trained(task, train, list(first.values()), seed, {})
-            if later := [m for m in wanted if m.init]:
-                nets |= trained(task, train, later, seed, nets)
-            held = StoredFeatures(task.store, test)
-            several = {
-                n: logits_of([nets[m.name] for m in wanted], held, segments=n, batch_size=64)
-                for n in segments
-            }
-            for place, model in enumerate(wanted):
-                batches = held.test_batches(frames=segments[0], batch_size=64)
-                found = attention(
-                    nets[model.name], ((views[0].x, views[0].mask) for views in batches)
-                )
-                scores = [several[n][place].mean(1) for n in segments]
-                parts[model.name].append(
-                    (test, task.store.labels[test], *scores, found.get("changed", np.nan))
-                )
-        for name, folds in parts.items():
-            rows, labels, *scores, used = (list(column) for column in zip(*folds, strict=True))
-            joined = {
-                f"at{n}": np.concatenate(one) for n, one in zip(segments, scores, strict=True)
-            }
-            np.savez(
-                folder / f"{name}_{seed}.npz",
-                rows=np.concatenate(rows),
-                labels=np.concatenate(labels),
-                attention=np.mean(used),
-                **joined,
+    models = [model for model in MODELS if model.name in model_names]
+    began = time.perf_counter()
+    roots = [m for m in MODELS if m.name in {model.init for model in models}]
+    parts: dict[str, list] = {model.name: [] for model in models}
+    for train, test in task.folds:
+        first = {m.name: m for m in (*roots, *models) if not m.init}
+        nets = trained(task, train, list(first.values()), seed, {})
+        if later := [m for m in models if m.init]:
+            nets |= trained(task, train, later, seed, nets)
+        features = StoredFeatures(task.store, test)
+        scores_at = {
+            n: logits_of([nets[m.name] for m in models], features, segments=n, batch_size=64)
+            for n in segments
+        }
+        for number, model in enumerate(models):
+            batches = features.test_batches(frames=segments[0], batch_size=64)
+            use = attention(nets[model.name], ((views[0].x, views[0].mask) for views in batches))
+            scores = [scores_at[n][number].mean(1) for n in segments]
+            parts[model.name].append(
+                (test, task.store.labels[test], *scores, use.get("changed", np.nan))
             )
-        print(
-            f"{task.name}, seed {seed}: {len(wanted)} models in {time.perf_counter() - began:.0f} s",
-            flush=True,
+    for model_name, folds in parts.items():
+        rows, labels, *scores, changed = (list(column) for column in zip(*folds, strict=True))
+        joined = {f"at{n}": np.concatenate(part) for n, part in zip(segments, scores, strict=True)}
+        np.savez(
+            folder / f"{model_name}_{seed}.npz",
+            rows=np.concatenate(rows),
+            labels=np.concatenate(labels),
+            attention=np.mean(changed),
+            **joined,
         )
-    return True
+    return f"{task.name}, seed {seed}: {len(models)} models", time.perf_counter() - began
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
@@ -327,6 +328,11 @@ def tasks(work: Path) -> Iterator[Task]:
         yield Task(f"order_{motion}", f"{motion}: there or back", store, split(store), 4)
 
 
+def opened(work: Path) -> tuple[Path, dict[str, Task]]:
+    """The state of a process that trains: the folder, and its tasks by name."""
+    return work, {task.name: task for task in tasks(work)}
+
+
 def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
     """What to train: the cheap heads, heads that may see order, variants of HG-NL, the other heads."""
     apart = [task for task in known if not task.name.startswith("order_")]
@@ -337,7 +343,7 @@ def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
             yield task, ORDER
     for task in apart:
         if task.name in VARIED:
-            yield task, [*VARIANTS, HEADS[0]]
+            yield task, VARIANTS
     for head in HEADS:
         for task in apart if head.seeds < CHEAP else ():
             yield task, [head]
@@ -385,19 +391,23 @@ def main() -> None:
     parser.add_argument(
         "--page-only", action="store_true", help="train nothing, write the page of what there is"
     )
-    parser.add_argument(
-        "--minutes", type=float, default=1e9, help="stop after so many, with exit status 75"
-    )
     parser.add_argument("--out", type=Path, default=ROOT / "EVIDENCE.md")
     chosen = parser.parse_args()
     chosen.work.mkdir(parents=True, exist_ok=True)
-    known, until = list(tasks(chosen.work)), time.perf_counter() + 60 * chosen.minutes
+    known = list(tasks(chosen.work))
     commits(chosen.work, add=not chosen.page_only)
-    for task, models in [] if chosen.page_only else plan(known):
-        if (task.name in chosen.sets or not chosen.sets) and not run(
-            chosen.work, task, models, until
-        ):
-            sys.exit(75)
+    jobs = [
+        job
+        for task, models in ([] if chosen.page_only else plan(known))
+        if task.name in chosen.sets or not chosen.sets
+        for job in missing(chosen.work, task, models)
+    ]
+    processes = min(available_cores(), len(jobs) or 1)
+    results = run_side_by_side(
+        run, jobs, prepare=partial(opened, chosen.work), processes=processes, threads=1
+    )
+    for _, (name, seconds) in results:
+        print(f"{name} in {seconds:.0f} s", flush=True)
     facts = [
         Facts(t.name, t.title, t.store.frames_per_video, len(t.folds), scenes(t)) for t in known
     ]
