@@ -403,8 +403,14 @@ def main() -> None:
         for job in missing(chosen.work, task, models)
     ]
     processes = min(available_cores(), len(jobs) or 1)
+    import evidence  # this module by a name that another process can import
+
     results = run_side_by_side(
-        run, jobs, prepare=partial(opened, chosen.work), processes=processes, threads=1
+        evidence.run,
+        jobs,
+        prepare=partial(evidence.opened, chosen.work),
+        processes=processes,
+        threads=1,
     )
     for _, (name, seconds) in results:
         print(f"{name} in {seconds:.0f} s", flush=True)
