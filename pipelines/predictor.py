@@ -245,7 +245,7 @@ class Predictor:
         rows, clips = self._clips.rows, []
         before: set[bytes] = set()
         for prepared, pictures in parts:
-            middles = prepared.middles_of(rows).reshape(-1, rows)
+            middles = prepared.middles(rows).reshape(-1, rows)
             for clip, middle in zip(prepared.clips[0], middles, strict=True):
                 if (frames := prepared.frame_indices[clip].tobytes()) in before:
                     continue

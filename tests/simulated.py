@@ -1,13 +1,11 @@
 """A worker whose decoding and backbone are sleeps, as long as they take on machines that are not at hand."""
 
 import time
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from decode_jobs import crash_on_a_gpu
-from extract.backbone.frozen import Backbone
 from extract.decode.transform import Preprocessing
 from extract.workers.worker import Worker
 from simulated_decoding import sleep_to_decode
@@ -34,7 +32,8 @@ class SleepingBatches:
 class SleepingBackbone:
     """As much of a Backbone as a worker uses."""
 
-    device, dim, precision = "cpu", DIM, "fp32"
+    device, dim, precision, clips = "cpu", DIM, "fp32", None
+    clip_options: dict[str, Any] = {}  # noqa: RUF012
     preprocessing = Preprocessing(SIZE, SIZE, "bilinear", (0.5,) * 3, (0.5,) * 3)
 
     def batches(self, **_: object) -> SleepingBatches:
@@ -50,9 +49,8 @@ class SleepingBackbone:
 class SimulatedWorker(Worker):
     decode_job = staticmethod(sleep_to_decode)
 
-    @cached_property
-    def _backbone(self) -> Backbone:
-        return SleepingBackbone()  # type: ignore[return-value]
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments, backbone=SleepingBackbone())  # type: ignore[arg-type]
 
 
 class CrashingWorker(Worker):

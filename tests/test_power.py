@@ -25,7 +25,7 @@ from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.store import OK, FeatureStore, Outcomes
 from extract.workers import driver
-from extract.workers.blocks import Done
+from extract.workers.blocks import BackboneInfo, BlockResult
 from power import FullDisk, PowerCuts
 from stores import classes_store, store_digest
 
@@ -44,7 +44,7 @@ class FakeWorker:
 
     def describe(self):
         provenance = {"precision": "fp32", "views": ["center"]}
-        return {"provenance": provenance, "dim": DIM, "frames": FRAMES, "words": ""}
+        return BackboneInfo(provenance, FRAMES, DIM, 0, FRAMES, "")
 
     def check(self, nonce, video, version):
         pass
@@ -64,7 +64,7 @@ class FakeWorker:
                 np.zeros(shape, "<f4"),
             )
             seconds = dict.fromkeys(("decode", "wait", "device", "write"), 0.0)
-            yield [Done(block.number, outcome, "here", len(rows), seconds)]
+            yield [BlockResult(block.number, outcome, "here", len(rows), seconds)]
 
     def close(self):
         pass

@@ -12,7 +12,7 @@ from aggregate.data.features import Batch, in_batches
 from extract import RunError
 from extract.decode import VideoError
 from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
-from extract.decode.pool import Finished, SubprocessPool
+from extract.decode.pool import JobResult, SubprocessPool
 from extract.listing.videos import Video
 
 
@@ -38,7 +38,7 @@ def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0)
 
 
 def row_parts(
-    job: Job, future: "Future[Finished]", leftovers: SubprocessPool
+    job: Job, future: "Future[JobResult]", leftovers: SubprocessPool
 ) -> Iterator[tuple[Prepared, np.ndarray]]:
     """The only row of a job, in parts that fit into a buffer, each with its pictures.
 

@@ -1,5 +1,4 @@
-"""A video and frame indices in, frames out: reading, cropping, and subprocesses that can be
-killed."""
+"""Decode frames of videos: readers, resizing and cropping, and killable child processes."""
 
 from extract.decode.container import VideoError
 from extract.decode.packets import Span

@@ -1,4 +1,4 @@
-"""Videos as decord reads them (`--decoder decord`)."""
+"""Read videos with decord (`--decoder decord`)."""
 
 import os
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from extract.decode.packets import VideoFile
 
 
 class DecordFile(VideoFile):
-    """A video as decord reads it."""
+    """A video that decord reads."""
 
-    slack = 1e-4  # its times are float32
+    time_tolerance = 1e-4  # its times are float32
 
     def __init__(self, path):
         decord = import_decord()
@@ -37,11 +37,9 @@ class DecordFile(VideoFile):
         try:
             yield
         except self._errors as error:
-            lines = [
-                line.strip() for line in str(error).splitlines() if not line.startswith("Stack")
-            ]
-            words = next(filter(None, lines), type(error).__name__)
-            raise VideoError(self._path, f"decord cannot read it: {words}") from None
+            lines = str(error).partition("\nStack")[0].splitlines()
+            message = next(filter(None, map(str.strip, lines)), type(error).__name__)
+            raise VideoError(self._path, f"decord cannot read it: {message}") from None
 
 
 def import_decord():

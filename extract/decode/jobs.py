@@ -1,26 +1,26 @@
-"""A decode job: a file and rows of it in; the pictures that a backbone sees of every row out.
+"""A decode job: one file and rows of it in, the pictures that a backbone sees of each row out.
 
-The one job of extraction, fine-tuning, evaluation on videos and prediction. It runs in a decode
-child (numpy and Pillow, no torch), which hands back two things:
+Extraction, fine-tuning, evaluation on videos and prediction all use it. It runs in a child process
+(numpy and Pillow, no torch), which returns two things:
 
-- pictures: every distinct picture of a row once, uint8 [P, size, size, 3], at the row's place in the child's buffer;
-- `Prepared`: which frames they are, and `clips` [V, T, L], which of them form each clip.
+- pictures: every distinct picture of a row once, uint8 [P, size, size, 3], in the child's buffer;
+- `Prepared`: which frames they show, and `clips` [V, T, L], which pictures form each clip.
 
-A view is one crop, or one random pass, of T clips. A clip is L frames; frame-wise backbones have L
-= 1. To take clips in another way (at a model's own rate, say), change `_RowSampler`: it gets the
-time of every frame, and may choose a frame for any number of clips.
+A view is one crop, or one random pass, of T clips. A clip is L frames; L = 1 for frame-wise
+backbones. To choose clips in another way (at a model's own rate, say), change `_RowSampler`: it
+gets the time of every frame, and may use a frame in any number of clips.
 
-The clips of a clip-wise backbone are taken at its own rate: around a sampled frame, the frames
-shown at instants 1 / clip_fps apart. Their rows are packed into the buffer one after the other.
-What does not fit is left to another job.
+Clip-wise backbones have their own frame rate: a clip consists of the frames that are shown at
+instants 1 / clip_fps apart, around a sampled frame. Their rows are packed into the buffer one after
+the other. Rows and clips that do not fit are left to another job.
 
-T = 3, L = 2:   |....ab....|.ab.......|......ab..|      a random pass: a random place in each segment
-                |....ab....|....ab....|....ab....|      evaluation: the middle of each
+T = 3, L = 2:   |....ab....|.ab.......|......ab..|      random pass: anywhere in each segment
+                |....ab....|....ab....|....ab....|      evaluation: the middle of each segment
 """
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -30,7 +30,7 @@ import numpy as np
 from extract import InputError
 from extract.decode.container import VideoError
 from extract.decode.packets import Span, duration_of
-from extract.decode.reader import Decoded, FrameTimes, decode_spans
+from extract.decode.reader import Decoded, decode_spans
 from extract.decode.transform import (
     Preprocessing,
     augmentation_rng,
@@ -39,12 +39,11 @@ from extract.decode.transform import (
     mirrored,
     resize_frame,
     training_view,
-    view_names,
 )
 from extract.sampling import segment_centers, segment_random
 
 _MAX_ROWS_PER_JOB, _MAX_SLOT_BYTES, _MAX_CLIP_SLOT_BYTES = 16, 32 << 20, 64 << 20
-# Instants of a clip are sums of floats: a frame that is shown this much later (s) counts as shown.
+# The instants of a clip are sums of floats. A frame counts as shown if it is this much later (s).
 _INSTANT_TOLERANCE = 1e-6
 
 
@@ -52,8 +51,8 @@ _INSTANT_TOLERANCE = 1e-6
 class Plan:
     """Which pictures to prepare of each row.
 
-    With an `epoch` (training) one random pass, which is a function of (seed, id of the row, epoch),
-    and nothing else.
+    With an `epoch` (training) there is one random pass. It depends on (seed, id of the row, epoch)
+    only.
     """
 
     frames: int  # T, clips per view
@@ -65,7 +64,7 @@ class Plan:
     clip_length: int = 1  # L
     epoch: int | None = None
     clip_fps: float | None = None  # frames of a clip per second; None: consecutive frames
-    first_clip: int = 0  # of each row: those before it are in another job's buffer
+    first_clip: int = 0  # of each row; earlier clips are in the buffer of another job
     frame_rate: float | None = None  # of folders of numbered pictures (Hz)
 
     def __post_init__(self) -> None:
@@ -76,16 +75,19 @@ class Plan:
             )
 
     @property
-    def passes(self) -> list[int | str | None]:
-        """Of each choice of frames, None for the middle ones, else what its random numbers are
-        named after."""
-        return (
-            [None, *range(self.augment_passes)] if self.epoch is None else [f"epoch {self.epoch}"]
-        )
+    def passes(self) -> dict[int | str | None, int]:
+        """The number of views per choice of frames.
+
+        None stands for the middle frames. Other keys seed the random numbers of a random pass.
+        """
+        if self.epoch is not None:
+            return {f"epoch {self.epoch}": 1}
+        passes: dict[int | str | None, int] = {None: self.crops}
+        return passes | dict.fromkeys(range(self.augment_passes), 1)
 
     @property
     def num_views(self) -> int:
-        return 1 if self.epoch is not None else len(view_names(self.crops, self.augment_passes))
+        return sum(self.passes.values())
 
     @property
     def shape(self) -> tuple[int, int, int, int, int, int]:
@@ -94,37 +96,41 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Of the pictures of one row, if all are distinct: the stride of rows in the buffer."""
+        """Size of one row if all of its pictures are distinct. Rows start this far apart."""
         return math.prod(self.shape)
 
     @property
     def rows_per_job(self) -> int:
-        """Spans of one file that a decode child does in one pass; what is decoded twice between
-        passes is little."""
+        """Spans of one file that a child decodes in one pass. Little is decoded twice between
+        passes."""
         if self.clip_fps is not None:
             return _MAX_ROWS_PER_JOB
         return max(1, min(_MAX_ROWS_PER_JOB, _MAX_SLOT_BYTES // self.row_bytes))
 
     @property
     def slot_bytes(self) -> int:
-        """Of a job's buffer. Clips share frames, so theirs may hold less than all rows: one clip of
-        each view fits."""
+        """Size of a job's buffer.
+
+        Clips share frames, so theirs may be smaller than the rows. One clip of each view fits.
+        """
         if self.clip_fps is None:
             return self.rows_per_job * self.row_bytes
-        return max(
-            self.row_bytes // self.frames,
-            min(_MAX_ROWS_PER_JOB * self.row_bytes, _MAX_CLIP_SLOT_BYTES),
-        )
+        one_clip = self.row_bytes // self.frames
+        return max(one_clip, min(_MAX_ROWS_PER_JOB * self.row_bytes, _MAX_CLIP_SLOT_BYTES))
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What was decoded of a row: P pictures, and the clips that they form.
 
-    frame_indices int32 [P] and frame_times float32 [P] (s), of the frame that each picture shows;
-    clips int32 [V, T, L], positions in the pictures; num_frames that can be shown; problem, why the
-    row is partial, if it is; end, when the last frame of the file goes (s); note, what else is to
-    be recorded of it.
+    frame_indices: int32 [P], the frame that each picture shows.
+    frame_times: float32 [P], when it is shown (s).
+    clips: int32 [V, T, L], positions in the pictures.
+    num_frames: how many frames can be shown.
+    problem: why the row is partial, or "".
+    end: when the last frame of the file ends (s).
+    note: a remark to be stored with the features.
+    first_picture: of the row, in the buffer of its job.
     """
 
     frame_indices: np.ndarray = field(repr=False)
@@ -134,65 +140,62 @@ class Prepared:
     problem: str = ""
     end: float = math.nan
     note: str = ""
-    first_picture: int = 0  # of the row, in the buffer
+    first_picture: int = 0
 
-    @property
-    def middles(self) -> np.ndarray:
-        """int32 [V, T]: the picture in the middle of each clip."""
-        return self.middles_of(1)
-
-    def middles_of(self, parts: int) -> np.ndarray:
-        """int32 [V, T * parts]: the picture in the middle of each of the equal parts of each
-        clip."""
+    def middles(self, parts: int = 1) -> np.ndarray:
+        """int32 [V, T * parts]: cut each clip into equal parts, and take the picture in the middle
+        of each."""
         edges = np.arange(parts + 1) * self.clips.shape[2] // parts
         return self.clips[:, :, (edges[:-1] + edges[1:] - 1) // 2].reshape(len(self.clips), -1)
 
     @property
     def indices(self) -> np.ndarray:
         """int32 [V, T]: the frame in the middle of each clip."""
-        return self.frame_indices[self.middles]
+        return self.frame_indices[self.middles()]
 
     @property
     def timestamps(self) -> np.ndarray:
-        """float32 [V, T]: when it is shown (s)."""
-        return self.frame_times[self.middles]
+        """float32 [V, T]: when that frame is shown (s)."""
+        return self.frame_times[self.middles()]
 
     def pictures(self, buffer: Any, plan: Plan) -> Any:
         """uint8 [P, height, width, 3] of the row, in the buffer of its job."""
-        size = math.prod(plan.preprocessing.frame_shape)
-        row = buffer[self.first_picture * size :][: len(self.frame_indices) * size]
-        return row.reshape(-1, *plan.preprocessing.frame_shape)
+        pictures = _as_pictures(buffer, plan)
+        return pictures[self.first_picture :][: len(self.frame_indices)]
 
 
-Job = tuple[
-    str, list[tuple[str, Span | None]], Plan
-]  # a path, rows (id, span) of that file, what to prepare of each
+# A path, rows (id, span) of that file, and what to prepare of each row.
+Job = tuple[str, list[tuple[str, Span | None]], Plan]
+Results = list[Prepared | VideoError | None]  # None: the buffer had no room for the row
 
 
 def decode_job(job: Job, out: Any) -> Any:
-    """Decode n rows of one file in one pass over it, as a decode child does: n of Prepared,
-    VideoError, or None.
+    """Decode n rows of one file in one pass, as a child process does.
 
-    Without rows, seconds: how long the file lasts (raises VideoError). out: flat uint8, on a GPU if
-    the decoder is there; the pictures of row k begin at k * plan.row_bytes, those of clips with a
-    rate where the row before ends. None: `out` had no room for that row; the first row of a job may
-    hold fewer clips than its plan for the same reason. `remaining_jobs` do the rest.
+    Args:
+        out: the buffer, flat uint8; on a GPU if the decoder is there. The pictures of row k begin
+            at k * plan.row_bytes; with a `clip_fps`, where those of the row before end.
+
+    Returns:
+        `Results` of the n rows. The buffer may have no room for the last rows, or for all clips of
+        the first row; see `remaining_jobs`. Without rows: the seconds that the file lasts (raises
+        VideoError).
     """
     path, rows, plan = job
     if not rows:
         return duration_of(path)
-    size = math.prod(plan.preprocessing.frame_shape)
-    pictures = out[: len(out) // size * size].reshape(-1, *plan.preprocessing.frame_shape)
+    pictures = _as_pictures(out, plan)
     used = [0] * len(rows)
     samplers = [
         _RowSampler(plan, row_id, row, used, len(pictures)) for row, (row_id, _) in enumerate(rows)
     ]
+    requests = [(span, sampler) for (_, span), sampler in zip(rows, samplers, strict=True)]
     packed = 0
     results: dict[int, Prepared | VideoError] = {}
     try:
         for row, decoded in decode_spans(
             path,
-            [(span, sampler) for (_, span), sampler in zip(rows, samplers, strict=True)],
+            requests,
             resize=lambda frame: resize_frame(frame, plan.preprocessing),
             decoder=plan.decoder,
             frame_rate=plan.frame_rate,
@@ -200,19 +203,23 @@ def decode_job(job: Job, out: Any) -> Any:
             if isinstance(decoded, VideoError):
                 results[row] = decoded
                 continue
-            first = row * plan.row_bytes // size if plan.clip_fps is None else packed
-            results[row] = prepared = _write_pictures(
-                decoded, plan, samplers[row].rngs, pictures, first
-            )
+            first = row * math.prod(plan.shape[:3]) if plan.clip_fps is None else packed
+            prepared = _write_pictures(decoded, plan, samplers[row].rngs, pictures, first)
+            results[row] = prepared
             packed += len(prepared.frame_indices)
     except VideoError as error:  # of the whole file
-        for row in range(len(rows)):
-            results.setdefault(row, error)
+        results = {row: results.get(row, error) for row in range(len(rows))}
     return [results.get(row) for row in range(len(rows))]
 
 
-def used_bytes(plan: Plan, results: list[Prepared | VideoError | None]) -> int:
-    """Of a job's buffer, those up to the end of the last row."""
+def _as_pictures(buffer: Any, plan: Plan) -> Any:
+    """The whole pictures in a flat buffer: uint8 [pictures, height, width, 3]."""
+    shape = plan.preprocessing.frame_shape
+    return buffer[: len(buffer) // math.prod(shape) * math.prod(shape)].reshape(-1, *shape)
+
+
+def used_bytes(plan: Plan, results: Results) -> int:
+    """The part of a job's buffer up to the end of the last row."""
     ends = [
         result.first_picture + len(result.frame_indices)
         for result in results
@@ -221,79 +228,74 @@ def used_bytes(plan: Plan, results: list[Prepared | VideoError | None]) -> int:
     return max(ends, default=0) * math.prod(plan.preprocessing.frame_shape)
 
 
-def remaining_jobs(job: Job, results: list[Prepared | VideoError | None]) -> list[Job]:
-    """Jobs for what the buffer of `job` had no room for: the other clips of its first row, and the
-    rows after it."""
+def remaining_jobs(job: Job, results: Results) -> list[Job]:
+    """Jobs for what did not fit into the buffer: further clips of the first row, and later rows."""
     path, rows, plan = job
     jobs: list[Job] = []
-    first = results[0]
-    if (
-        isinstance(first, Prepared)
-        and (done := plan.first_clip + first.clips.shape[1]) < plan.frames
-    ):
-        jobs.append((path, rows[:1], replace(plan, first_clip=done)))
-    left = [row for row, result in zip(rows, results, strict=True) if result is None]
-    return [*jobs, (path, left, plan)] if left else jobs
+    if isinstance(results[0], Prepared):
+        done = plan.first_clip + results[0].clips.shape[1]
+        if done < plan.frames:
+            jobs.append((path, rows[:1], replace(plan, first_clip=done)))
+    pending = [row for row, result in zip(rows, results, strict=True) if result is None]
+    return [*jobs, (path, pending, plan)] if pending else jobs
 
 
 class _RowSampler:
     """Chooses the frames of one row: int64 [passes, T, L].
 
-    used: pictures of each row of the job, of at most `room` together. A row that has no room gets
-    no frames.
+    used: the number of pictures of each row of the job, shared by all of its samplers. Together
+    they may have `capacity`. A row for which there is no room gets no frames.
 
-    Random generators are made at each call, so a row's frames do not depend on what was decoded
-    before. `rngs` keeps them, as they are after choosing frames, for the random crop of each pass;
+    A call makes new random generators, so a row's frames do not depend on what was decoded before.
+    `rngs` keeps them in the state after choosing frames, for the random crop of each pass; they are
     None for evaluation.
     """
 
-    def __init__(self, plan: Plan, row_id: str, row: int, used: list[int], room: int):
+    def __init__(self, plan: Plan, row_id: str, row: int, used: list[int], capacity: int):
         self._plan, self._row_id = plan, row_id
-        self._row, self._used, self._room = row, used, room
+        self._row, self._used, self._capacity = row, used, capacity
         self.rngs: list[np.random.Generator | None] = []
 
-    def __call__(self, times: FrameTimes) -> np.ndarray:
-        plan, num_frames = self._plan, times.num_frames
+    def __call__(self, times: np.ndarray) -> np.ndarray:
+        plan, num_frames, length = self._plan, len(times), self._plan.clip_length
         self.rngs = [
             None if name is None else augmentation_rng(plan.seed, self._row_id, name)
             for name in plan.passes
         ]
-        middles = [
-            segment_centers(num_frames, plan.frames)
-            if rng is None
-            else segment_random(num_frames, plan.frames, rng)
-            for rng in self.rngs
-        ]
-        length = plan.clip_length
-        if plan.clip_fps is not None:
-            instants = (np.arange(length) - (length - 1) // 2) / plan.clip_fps + _INSTANT_TOLERANCE
-            shown = (
-                np.searchsorted(
-                    times.seconds, times.seconds[np.stack(middles)][..., None] + instants, "right"
-                )
-                - 1
-            )
-            return self._that_fit(np.clip(shown, 0, num_frames - 1)[:, plan.first_clip :])
-        # Neighbors around the chosen frame, moved inside where the video begins or ends.
-        start = np.clip(np.stack(middles) - (length - 1) // 2, 0, max(num_frames - length, 0))
-        return np.minimum(start[..., None] + np.arange(length), num_frames - 1)
+        middles = np.stack(
+            [
+                segment_centers(num_frames, plan.frames)
+                if rng is None
+                else segment_random(num_frames, plan.frames, rng)
+                for rng in self.rngs
+            ]
+        )
+        if plan.clip_fps is None:
+            # Neighbors of the chosen frame, moved inwards at the start and the end of the video.
+            start = np.clip(middles - (length - 1) // 2, 0, max(num_frames - length, 0))
+            return np.minimum(start[..., None] + np.arange(length), num_frames - 1)
+        offsets = (np.arange(length) - (length - 1) // 2) / plan.clip_fps + _INSTANT_TOLERANCE
+        instants = times[middles][..., None] + offsets
+        shown = np.searchsorted(times, instants, "right") - 1
+        return self._that_fit(np.clip(shown, 0, num_frames - 1)[:, plan.first_clip :])
 
     def _that_fit(self, clips: np.ndarray) -> np.ndarray:
-        """The first of the clips [passes, T, L] whose pictures there is room for: all, or of the
-        first row some."""
-        views = [self._plan.num_views - self._plan.augment_passes] + [1] * self._plan.augment_passes
+        """The first of the clips [passes, T, L] for which there is room.
 
-        def pictures(count: int) -> int:
-            return sum(
-                len(np.unique(clip[:count])) * number
-                for clip, number in zip(clips, views, strict=True)
-            )
+        That is all or none; of the first row of a job it may be some.
+        """
+        num_views = self._plan.passes.values()
+
+        def num_pictures(count: int) -> int:
+            distinct = (len(np.unique(clip[:count])) for clip in clips)
+            return sum(n * views for n, views in zip(distinct, num_views, strict=True))
 
         self._used[self._row] = 0
-        room, count = self._room - sum(self._used), clips.shape[1]
-        if pictures(count) > room:
-            count = 0 if any(self._used) else bisect_right(range(count), room, key=pictures) - 1
-        self._used[self._row] = pictures(count)
+        room, count = self._capacity - sum(self._used), clips.shape[1]
+        if num_pictures(count) > room:
+            is_first = not any(self._used)
+            count = bisect_right(range(count), room, key=num_pictures) - 1 if is_first else 0
+        self._used[self._row] = num_pictures(count)
         return clips[:, :count]
 
 
@@ -304,17 +306,16 @@ def _write_pictures(
     buffer: Any,
     first_picture: int,
 ) -> Prepared:
-    """Write each view's distinct pictures into the buffer, uint8 [pictures, height, width, 3], view
-    after view."""
+    """Write the distinct pictures of each view into the buffer, uint8 [pictures, H, W, 3]."""
     height, width = decoded.frames.shape[1:3]
     out = buffer[first_picture:]
     count, shown, clips = 0, [], []
     for rng, choice in zip(rngs, decoded.choice, strict=True):
         distinct, positions = np.unique(choice, return_inverse=True)
-        whole = len(distinct) == len(decoded.frames)
-        frames = decoded.frames if whole else decoded.frames[distinct]
-        for view in _views(height, width, plan, rng):
-            view(frames, out[count : count + len(distinct)])
+        uses_all = len(distinct) == len(decoded.frames)
+        frames = decoded.frames if uses_all else decoded.frames[distinct]
+        for write_view in _views(height, width, plan, rng):
+            write_view(frames, out[count : count + len(distinct)])
             shown.append(distinct)
             clips.append(count + positions.reshape(choice.shape))
             count += len(distinct)
@@ -333,20 +334,19 @@ def _write_pictures(
 
 def _views(
     height: int, width: int, plan: Plan, rng: np.random.Generator | None
-) -> Iterator[Callable[[Any, Any], None]]:
-    """Of a pass, functions that write frames [n, H, W, 3] as a view shows them: [n, size, size,
-    3]."""
+) -> list[Callable[[Any, Any], None]]:
+    """Functions that write the frames [n, H, W, 3] of a pass as one of its views shows them."""
 
     def write_crop(frames: Any, out: Any, *, box: tuple[int, int, int, int], flip: bool) -> None:
         crops = cut(frames, box, plan.preprocessing)
         out[:] = mirrored(crops) if flip else crops
 
-    def write_random(frames: Any, out: Any, *, view_of: Callable[[Any], Any]) -> None:
+    def write_random(frames: Any, out: Any) -> None:
         for number, frame in enumerate(frames):
-            out[number] = view_of(frame)
+            out[number] = random_view(frame)
 
     if rng is None:
-        for box, flip in crop_boxes(height, width, plan.preprocessing, plan.crops):
-            yield partial(write_crop, box=box, flip=flip)
-    else:
-        yield partial(write_random, view_of=training_view(height, width, plan.preprocessing, rng))
+        boxes = crop_boxes(height, width, plan.preprocessing, plan.crops)
+        return [partial(write_crop, box=box, flip=flip) for box, flip in boxes]
+    random_view = training_view(height, width, plan.preprocessing, rng)
+    return [write_random]

@@ -1,15 +1,14 @@
-"""Videos decoded on a GPU: torchcodec's NVDEC, resized and cropped there, straight into the
-backbone's batches.
+"""Decode videos on a GPU with NVDEC (torchcodec); frames are resized and cropped there.
 
-Which frames there are, and when they are shown, is learned as for PyAV (`PacketDecoder`), so the
-same frames are seen; only their colors differ, since NVDEC converts them in its own way. What it
-cannot decode, PyAV's children do, and the record of the video says so.
+The list of frames and their times come from the packets, as for PyAV (`PacketDecoder`), so both
+decode the same frames. Only the colors differ, because NVDEC converts them in another way. Child
+processes decode with PyAV what NVDEC cannot, and a note in the store says so.
 """
 
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -23,17 +22,16 @@ from extract.sources import read_source
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from extract.decode.pool import Finished, SubprocessPool
+    from extract.decode.pool import JobResult, SubprocessPool
 
-# Levels of 255: the mean difference of a prepared frame from PyAV's, at most. torchcodec's own
-# tests hold every value of NVDEC's pictures to 2 levels of FFmpeg's; tests/gpu/test_extract.py
-# asserts ours.
+# The largest mean difference between a prepared frame and PyAV's, in levels of 255. torchcodec's
+# own tests allow 2 levels between NVDEC and FFmpeg; tests/gpu/test_extract.py asserts ours.
 TOLERANCE = 2
-_AT_ONCE = 32  # frames in their own size on the GPU
+_FRAMES_PER_CALL = 32  # that are on the GPU in their original size
 
 
 class TorchcodecFile(VideoFile):
-    """Frames as `PacketDecoder` finds them, as uint8 tensors [H, W, 3] on `device`."""
+    """The frames of `PacketDecoder` as uint8 tensors [H, W, 3] on `device`."""
 
     def __init__(self, path: Any, *, device: str):
         from torchcodec.decoders import VideoDecoder
@@ -44,10 +42,10 @@ class TorchcodecFile(VideoFile):
         with _runtime_errors_as_unreliable():
             self._decoder = VideoDecoder(os.fspath(path), device=device, dimension_order="NHWC")
         if self._decoder.cpu_fallback:
-            about = self._decoder.metadata
-            why = str(self._decoder.cpu_fallback).rpartition(": ")[-1]
+            video = self._decoder.metadata
+            reason = str(self._decoder.cpu_fallback).rpartition(": ")[-1]
             raise UnreliablePacketsError(
-                f"NVDEC does not decode {about.codec} of {about.width} x {about.height} ({why})"
+                f"NVDEC does not decode {video.codec} of {video.width} x {video.height} ({reason})"
             )
         if len(self._decoder) != len(self.times):
             raise UnreliablePacketsError(
@@ -56,33 +54,30 @@ class TorchcodecFile(VideoFile):
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
         first = self._decoder.metadata.begin_stream_seconds
-        for start in range(0, len(indices), _AT_ONCE):
-            some = indices[start : start + _AT_ONCE]
+        for start in range(0, len(indices), _FRAMES_PER_CALL):
+            chunk = indices[start : start + _FRAMES_PER_CALL]
             with _runtime_errors_as_unreliable():
-                frames = self._decoder.get_frames_at(some)
-            if abs(frames.pts_seconds.numpy() - first - self.times[some]).max() > 1e-3:
+                frames = self._decoder.get_frames_at(chunk)
+            if abs(frames.pts_seconds.numpy() - first - self.times[chunk]).max() > 1e-3:
                 raise UnreliablePacketsError("torchcodec shows its frames at other times")
-            yield from zip(some, frames.data, strict=True)
+            yield from zip(chunk, frames.data, strict=True)
 
 
 @contextmanager
 def _runtime_errors_as_unreliable() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # torchcodec's for everything: `function, file:line, words`
-        raise UnreliablePacketsError(
-            f"torchcodec: {str(error).splitlines()[0].split(', ', 2)[-1]}"
-        ) from None
+    except RuntimeError as error:  # torchcodec's errors begin with `function, file:line, `
+        message = str(error).splitlines()[0].split(", ", 2)[-1]
+        raise UnreliablePacketsError(f"torchcodec: {message}") from None
 
 
 class GpuDecoder:
-    """Does `function`, which `children` do, on `device`, as `SubprocessPool.help` asks; they do
-    what it cannot.
+    """Runs decode jobs on a GPU, and in child processes if the GPU cannot.
 
-    A job is (path, rows, plan), its results are VideoErrors or have a `note` (see jobs.py). After
-    the time that a child would have (`time_limit`) no answer is waited for; its thread is left to
-    itself. A plan that asks for pyav goes to the children at once: workers died over it, and a
-    crash on a GPU is one of its process.
+    Each job has the deadline of a child (`time_limit`), after which its thread is abandoned. A job
+    whose plan asks for pyav goes to the children at once: it was in progress when workers died, and
+    a crash on a GPU takes its whole process along.
     """
 
     def __init__(
@@ -93,74 +88,63 @@ class GpuDecoder:
         *,
         timeout: float,
     ):
-        self._children, self._function, self._device, self._timeout = (
-            children,
-            function,
-            device,
-            timeout,
-        )
+        self._children, self._function = children, function
+        self._device, self._timeout = device, timeout
 
-    def __call__(self, job: tuple[str, Any, Any]) -> "Finished":
-        path, rows, plan = job
-        if os.path.isdir(path):  # of pictures, which no video decoder reads
-            return (
-                self._children.submit((path, rows, replace(plan, decoder="pyav"))).result().taken()
-            )
+    def __call__(self, job: tuple[str, Any, Any]) -> "JobResult":
+        path, _, plan = job
+        if os.path.isdir(path):  # numbered pictures, which no video decoder reads
+            return self._fall_back(job)
         if plan.decoder == "pyav":
             return self._fall_back(job, "workers died with it in hand")
-        answer: Future[Finished] = Future()
-        threading.Thread(target=self._decode, args=(job, answer), daemon=True).start()
-        allowed = time_limit(self._timeout, job[0])
-        wait([answer], timeout=allowed)
+        future: Future[JobResult] = Future()
+        threading.Thread(target=self._decode, args=(job, future), daemon=True).start()
+        allowed = time_limit(self._timeout, path)
         try:
-            return answer.result(timeout=0)
+            return future.result(timeout=allowed)
         except TimeoutError:
-            why = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
-        except Exception as error:  # of the GPU, say: whatever it is, PyAV has the last word
-            why = (
-                getattr(error, "reason", None) or f"{type(error).__name__}: {error}".splitlines()[0]
-            )
-        return self._fall_back(job, why)
+            reason = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
+        except Exception as error:  # whatever fails on the GPU, PyAV may still decode it
+            first_line = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = getattr(error, "reason", None) or first_line
+        return self._fall_back(job, reason)
 
-    def _fall_back(self, job: tuple[str, Any, Any], why: str) -> "Finished":
+    def _fall_back(self, job: tuple[str, Any, Any], reason: str = "") -> "JobResult":
         path, rows, plan = job
-        note = f"decoded by PyAV: {why}"
-        finished = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
-        done = [
-            one
-            if isinstance(one, VideoError)
-            else replace(one, note="; ".join(filter(None, (note, one.note))))
-            for one in finished.result or ()
+        by_pyav = self._children.submit((path, rows, replace(plan, decoder="pyav"))).result()
+        note = f"decoded by PyAV: {reason}" if reason else ""
+        results = [
+            row
+            if isinstance(row, VideoError)
+            else replace(row, note="; ".join(filter(None, (note, row.note))))
+            for row in by_pyav.result or ()
         ]
-        return replace(finished.taken(), result=done)
+        return replace(by_pyav.detach(), result=results)
 
-    def _decode(self, job: tuple[str, Any, Any], answer: Future) -> None:
+    def _decode(self, job: tuple[str, Any, Any], future: Future) -> None:
         import torch
 
-        from extract.decode.pool import (
-            Finished,
-        )  # which its own process runs as a program
+        # Not at the top: children run pool.py as a program, which nothing may import before.
+        from extract.decode.pool import JobResult
 
         path, rows, plan = job
         source = read_source(path)
         try:
             out = torch.empty(plan.slot_bytes, dtype=torch.uint8, device=self._device)
-            done = self._function(
-                (path, rows, replace(plan, decoder=f"torchcodec-{self._device}")), out
-            )
-            for one in done:
-                if isinstance(one, VideoError):
-                    raise one
+            on_gpu = replace(plan, decoder=f"torchcodec-{self._device}")
+            prepared = self._function((path, rows, on_gpu), out)
+            for row in prepared:
+                if isinstance(row, VideoError):
+                    raise row
             if out.is_cuda:  # batches are copied on another stream than this thread's
                 torch.cuda.current_stream(out.device).synchronize()
-            answer.set_result(Finished(done, out, source=source))
+            future.set_result(JobResult(prepared, out, source=source))
         except Exception as error:
-            answer.set_exception(error)
+            future.set_exception(error)
 
 
 def torchcodec_version(device: str) -> str:
-    """For the store's record. Raises InputError where there is no CUDA device or no torchcodec that
-    loads."""
+    """For the store. Raises InputError without a CUDA device or a working torchcodec."""
     import torch
 
     if device.startswith("cuda") and not torch.cuda.is_available():
@@ -169,9 +153,10 @@ def torchcodec_version(device: str) -> str:
         )
     try:
         import torchcodec
-    except (ImportError, RuntimeError) as error:  # RuntimeError: there is no FFmpeg it can load
+    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no FFmpeg to load
+        first_line = str(error).strip().partition("\n")[0]
         raise InputError(
-            f"--decoder torchcodec-cuda: torchcodec cannot be used ({str(error).strip().partition(chr(10))[0]}); "
+            f"--decoder torchcodec-cuda: torchcodec cannot be used ({first_line}); "
             f"{install_command('gpu')}, and FFmpeg's shared libraries; or use --decoder pyav"
         ) from None
     return (
@@ -188,7 +173,7 @@ def stacked(pictures: "list[Tensor]") -> "Tensor":
 def resized(
     frames: "Tensor", size: tuple[int, int], interpolation: str, *, antialias: bool = True
 ) -> "Tensor":
-    """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], as Pillow does within a level."""
+    """uint8 [..., H, W, 3] -> [..., size[1], size[0], 3], within one level of Pillow."""
     from torchvision.transforms.v2 import InterpolationMode
     from torchvision.transforms.v2.functional import resize
 

@@ -1,12 +1,13 @@
-"""A video by its packets: which frames there are, and the wanted ones decoded without the others.
+"""Decode selected frames of a video from its packets, without decoding the others.
 
-What packets say is believed only where it is what decoding everything would say;
-`UnreliablePacketsError` says why not.
+The packets are trusted only if they describe the same frames that decoding everything would give.
+Otherwise `UnreliablePacketsError` says why not.
 """
 
 import contextlib
 import math
 from array import array
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from itertools import pairwise
@@ -27,123 +28,125 @@ from extract.decode.container import (
     opened,
 )
 
-Span = tuple[float, float]  # seconds after the first frame of a file: start <= time < end
+Span = tuple[float, float]  # start <= time < end, in seconds after the first frame of a file
 
-# Codecs whose decoders leave out frames that nothing refers to, and only those, when told NONREF.
+# With skip_frame NONREF, decoders of these codecs skip exactly the frames that no other frame
+# refers to.
 _SKIPPING = frozenset(("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4"))
-# A packet of these may hold a picture that is never shown, so packets are not frames.
+# A packet of these codecs may hold a picture that is never shown, so packets are not frames.
 _HIDDEN_PICTURES = frozenset(("vp8",))
-# Containers that hold the time at which a frame is presented. Elsewhere (AVI, ASF, MXF, bare
-# streams) FFmpeg numbers packets as they come, which is wrong where frames are reordered; only of
-# MPEG-4 it looks up which they are.
+# Containers that store the presentation time of a frame. In others (AVI, ASF, MXF, bare streams)
+# FFmpeg numbers the packets in file order, which is wrong for reordered frames. MPEG-4 is the
+# exception: FFmpeg finds out which frames are reordered.
 _TIMED = frozenset(("mov", "matroska", "mpegts", "mpeg", "flv", "nut"))
-# Containers with an index of their packets, so that the last ones are found without reading the
-# others.
+# Containers with an index of packets: the last packets are found without reading the others.
 _INDEXED = frozenset(("mov", "matroska"))
 _REORDERING = frozenset(("h264", "hevc"))
-# DivX and XviD put two frames of MPEG-4 in one packet of an AVI and let a packet of at most this
-# many bytes follow.
+# DivX and XviD put two MPEG-4 frames into one packet of an AVI, and a packet of at most this many
+# bytes after it.
 _PLACEHOLDER_BYTES = 19
-# What H.264 says where decoding starts at a key frame, of references from before it that are to be
-# forgotten.
+# Logged by the H.264 decoder after a seek to a key frame, about references that precede it.
 _BENIGN_WARNING = "mmco: unref short failure"
-# How much later than a container's own start the first frame may come, unmentioned (s).
+# If the first frame comes later than this after the container's start (s), a note says so.
 _NOTED_OFFSET = 0.1
-# Packets that stay in memory between the two passes; a longer video is read from its file twice.
+# Packets up to this size are kept in memory between the two passes. Larger files are read twice.
 _KEPT_BYTES = 64 << 20
 
 
 class UnreliablePacketsError(Exception):
-    """Packets do not tell which frames there are, or a wanted frame did not come out of them."""
+    """The packets do not tell which frames there are, or a requested frame was not decoded."""
 
 
 class VideoFile:
-    """What each way of reading a file offers, once it has been looked through: when frames are
-    shown, and the frames.
+    """The frames of a file and their times. The base class of every way to read one.
 
-    times float64 [num_frames]: when every frame is shown, ascending, seconds after the first; end:
-    when the last goes.
+    times: float64 [num_frames], when each frame is shown, ascending, seconds after the first.
+    end: when the last frame ends (s).
     """
 
     times: np.ndarray
     end: float
-    slack = 0.0  # by how much times may be too small
-    numbers: np.ndarray | None = (
-        None  # int [num_frames], of each in the file, if some frames of it are missing
-    )
-    offset = 0.0  # of the first frame, after the container's own start (s)
-    clock_note = ""  # what else is to be known of the times
+    time_tolerance = 0.0  # `times` may be too small by this much (s)
+    numbers: np.ndarray | None = None  # int [num_frames] in the file, if some frames are missing
+    offset = 0.0  # of the first frame from the container's own start (s)
+    clock_note = ""  # a remark on `times`
 
     def problem(self, span: Span | None) -> str:
-        """What is wrong with the file, as far as a span is concerned: that it ends before the span
-        does."""
-        last_frame = self.end - float(
-            self.times[-1]
-        )  # a span may end while another frame would have been shown
+        """What is wrong with the file as far as a span is concerned, e.g. that it ends too early.
+
+        A span may end while one more frame would have been shown.
+        """
+        last_frame = self.end - float(self.times[-1])
         if span is None or span[1] <= self.end + max(last_frame, 0.0) + 1e-3:
             return ""
         return f"the file ends at {self.end:.3f} s, the span at {span[1]:g} s"
 
     def note(self, span: Span | None) -> str:
-        """What is to be recorded of a span, or of the whole file, that is not damage."""
+        """A remark on a span, or on the whole file, that does not concern damage."""
         notes = [self.clock_note] if self.clock_note else []
         if span is not None and self.offset > _NOTED_OFFSET:
             notes.append(
-                f"times count from the first frame, {self.offset:.2f} s after the start of a player's clock"
+                f"times count from the first frame, {self.offset:.2f} s after the start of a "
+                "player's clock"
             )
         return "; ".join(notes)
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, Any]]:
-        """Frames (ascending indices) as RGB, turned as they are displayed; UnreliablePacketsError
-        if one is doubted."""
+        """Frames by ascending index, as RGB and rotated for display.
+
+        Raises UnreliablePacketsError if one of them may be wrong.
+        """
         raise NotImplementedError
 
 
 class PacketDecoder(VideoFile):
-    """A video by its packets, which go by their numbers in the file's order; those of a small file
-    stay in memory.
+    """Reads a video by its packets, which are numbered in file order.
 
-    Raises UnreliablePacketsError.
+    The packets of a small file stay in memory. Raises UnreliablePacketsError.
     """
 
     def __init__(self, path):
         self._path = path
-        self.pts, self._sizes, self._key, self._order = (
-            array("q"),
-            array("l"),
-            bytearray(),
-            array("l"),
-        )
+        self.pts, self._sizes, self._is_key = array("q"), array("l"), bytearray()
+        self._order = array("l")  # packet numbers of the frames in presentation order
         self._kept: list[av.Packet] = []
         container, stream = open_video(path)
-        self._opened: Any = container, stream  # until frames are asked for
+        self._opened: Any = container, stream  # until frames are requested
         try:
             stop = self._read(container, stream)
         except UnreliablePacketsError:
             container.close()
             raise
-        if not self._key[0] or self.pts[self._order[0]] < self.pts[0]:
-            self._leave_out_undecodable_start()
-        first = self.pts[self._order[0]]
-        self.times = seconds(np.array(self.pts)[self._order] - first, stream.time_base)
-        self.offset = offset_of(container, stream, first)
-        self.end = last_frame_end(self.times, float(seconds(stop - first, stream.time_base)))
+        if not self._is_key[0] or self.pts[self._order[0]] < self.pts[0]:
+            self._skip_undecodable_start()
+        shown = np.array(self.pts)[self._order]
+        self.times = to_seconds(shown - shown[0], stream.time_base)
+        self.offset = start_offset(container, stream, int(shown[0]))
+        last_end = float(to_seconds(stop - int(shown[0]), stream.time_base))
+        self.end = max(last_end, last_frame_end(self.times))
 
     def pictures(self, indices: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         (container, stream), self._opened = self._opened or open_video(self._path), None
         with container:
-            wanted = {self._order[index]: index for index in indices}
-            by_time = {self.pts[number]: index for number, index in wanted.items()}
-            to_rgb = VideoReformatter()
-            for frame in self._frames(stream.codec_context, sorted(wanted)):
-                index = by_time.pop(frame.pts, None)  # type: ignore[arg-type]
+            numbers = sorted(self._order[index] for index in indices)
+            index_of = {self.pts[self._order[index]]: index for index in indices}
+            reformatter = VideoReformatter()
+            for frame in self._frames(stream.codec_context, numbers):
+                index = index_of.pop(frame.pts, None)  # type: ignore[arg-type]
                 if index is not None:
-                    check_size(self._path, frame.width, frame.height)
-                    yield index, upright(frame, to_rgb)
+                    yield index, to_rgb(self._path, frame, reformatter)
 
-    def _leave_out_undecodable_start(self) -> None:
-        """The file begins in the middle of a group of pictures: its first frame is the first one
-        that decodes."""
+    def frame_numbers(self, stamps: Sequence[int]) -> np.ndarray | None:
+        """int [n]: the indices of the frames with these time stamps.
+
+        None if a time stamp is not in the file, or if they are not ascending.
+        """
+        index_of = {self.pts[number]: index for index, number in enumerate(self._order)}
+        indices = np.array([index_of.get(stamp, -1) for stamp in stamps])
+        return indices if (indices >= 0).all() and (np.diff(indices) > 0).all() else None
+
+    def _skip_undecodable_start(self) -> None:
+        """The file begins within a group of pictures: start with the first frame that decodes."""
         with opened(self._path) as (container, stream):
             try:
                 frames = (frame for packet in container.demux(stream) for frame in packet.decode())
@@ -152,19 +155,21 @@ class PacketDecoder(VideoFile):
                 raise UnreliablePacketsError(
                     f"decoding its start ends with: {error_text(error)}"
                 ) from None
-        left_out = [number for number in self._order if first is None or self.pts[number] < first]
         if first is None or first not in self.pts:
             raise UnreliablePacketsError("its first frame that decodes is not one of its packets")
-        self._order = self._order[len(left_out) :]
-        if left_out:
-            self.clock_note = undecodable_start(len(left_out))
+        skipped = sum(self.pts[number] < first for number in self._order)
+        self._order = self._order[skipped:]
+        if skipped:
+            self.clock_note = (
+                f"its first {skipped} frames cannot be decoded: it begins in the middle of a group "
+                "of pictures"
+            )
 
     def _read(self, container, stream) -> int:
-        """Look at every packet, without decoding; returns the time stamp at which the last frame
-        goes."""
+        """Read all packets without decoding. Returns the time stamp when the last frame ends."""
         if stream.codec_context.name in _HIDDEN_PICTURES:
             raise UnreliablePacketsError("its packets may hold pictures that are never shown")
-        total, stop, latest = 0, -math.inf, -math.inf
+        total_bytes, stop, latest = 0, -math.inf, -math.inf
         try:
             for packet in container.demux(stream):
                 if not packet.size:
@@ -175,101 +180,93 @@ class PacketDecoder(VideoFile):
                     raise UnreliablePacketsError("a packet is damaged")
                 if packet.dts is not None:
                     if packet.dts < latest:
-                        raise UnreliablePacketsError(
-                            "its packets do not come in the order in which they are decoded"
-                        )
+                        raise UnreliablePacketsError("its packets are not in decoding order")
                     latest = packet.dts
-                if not packet.is_discard:  # an edit list hides the others
+                if not packet.is_discard:  # packets that an edit list hides
                     self._order.append(len(self.pts))
                     stop = max(stop, packet.pts + (packet.duration or 0))
                 self.pts.append(packet.pts)
-                self._key.append(packet.is_keyframe)
+                self._is_key.append(packet.is_keyframe)
                 self._sizes.append(packet.size)
-                total += packet.size
-                if total <= _KEPT_BYTES:
+                total_bytes += packet.size
+                if total_bytes <= _KEPT_BYTES:
                     self._kept.append(packet)
         except DECODE_ERRORS as error:
             raise UnreliablePacketsError(f"reading it ends with: {error_text(error)}") from None
-        if total > _KEPT_BYTES:
+        if total_bytes > _KEPT_BYTES:
             self._kept.clear()
-        shown = np.array(self.pts)[self._order] if self._order else np.empty(0)
-        if len(np.unique(shown)) != len(shown) or not len(shown):
-            raise UnreliablePacketsError("its time stamps are not one a frame")
-        if early := truncation(container, stream, len(self.pts)):
-            raise UnreliablePacketsError(early)
+        shown = np.array(self.pts)[self._order]
+        if not len(shown) or len(np.unique(shown)) != len(shown):
+            raise UnreliablePacketsError("its frames do not have a time stamp each")
+        if reason := truncation(container, stream, len(self.pts)):
+            raise UnreliablePacketsError(reason)
         if _order_is_guessed(container, stream, self.pts, self._sizes):
             raise UnreliablePacketsError("its time stamps are those of packets, not of frames")
         self._order = array("l", np.array(self._order)[np.argsort(shown)].tolist())
         return int(stop)
 
-    def numbers_of(self, stamps: Sequence[int]) -> np.ndarray | None:
-        """int [n]: the numbers of frames with these time stamps, None if they are not ascending or
-        not all in it."""
-        number = {self.pts[packet]: index for index, packet in enumerate(self._order)}
-        numbers = np.array([number.get(stamp, -1) for stamp in stamps])
-        return numbers if (numbers >= 0).all() and (np.diff(numbers) > 0).all() else None
+    def _frames(self, context, numbers: list[int]) -> Iterator[av.VideoFrame]:
+        """Decode the packets with these ascending numbers and the packets that they refer to.
 
-    def _frames(self, context, wanted: list[int]) -> Iterator[av.VideoFrame]:
-        """Frames that come out when `wanted` packets (numbers, ascending) and what they refer to
-        are decoded."""
-        skips, chosen = context.name in _SKIPPING, set(wanted)
-        keys = np.flatnonzero(np.frombuffer(self._key, bool)).tolist()
-        again = None if self._kept else _Redemuxer(self._path, self.pts, self._sizes)
-        position = key_place = 0
-        sought: set[int] = set()
-        latest: int | None = None
-        wanted_times = {self.pts[number] for number in wanted}
+        Yields every frame that the decoder returns, in the order of time stamps.
+        """
+        requested = set(numbers)
+        requested_times = {self.pts[number] for number in numbers}
+        can_skip = context.name in _SKIPPING
+        keys = np.flatnonzero(np.frombuffer(self._is_key, bool)).tolist()
+        redemuxer = None if self._kept else _Redemuxer(self._path, self.pts, self._sizes)
+        seek_times: set[int] = set()  # of the key frames at which decoding started anew
+        position, latest = 0, -math.inf
 
         def decoded(packet: av.Packet | None) -> Iterator[av.VideoFrame]:
             nonlocal latest
-            # Frames shown before a key frame that was sought are damaged: what they refer to was
-            # not decoded.
-            before = max(sought) if sought else None
-            complaints = av.logging.get_last_error()[0]
+            # Frames shown before such a key frame are damaged: their references were not decoded.
+            last_seek = max(seek_times, default=-math.inf)
+            errors_before = av.logging.get_last_error()[0]
             frames = context.decode(packet)
-            # Not all that a decoder patches up is marked, but all is logged.
-            count, last = av.logging.get_last_error()
-            if count > complaints and (before is None or _BENIGN_WARNING not in str(last)):
-                raise UnreliablePacketsError("its decoder complains")
+            # The decoder does not mark every frame that it repaired, but it logs all of them.
+            errors, message = av.logging.get_last_error()
+            is_benign = seek_times and _BENIGN_WARNING in str(message)
+            if errors > errors_before and not is_benign:
+                raise UnreliablePacketsError("the decoder logged errors")
             for frame in frames:
-                if frame.pts in sought and not frame.key_frame:
-                    raise UnreliablePacketsError("a packet is called a key frame and is none")
-                if frame.pts is None or (latest is not None and frame.pts <= latest):
+                if frame.pts in seek_times and not frame.key_frame:
+                    raise UnreliablePacketsError("a packet is marked as a key frame but is not one")
+                if frame.pts is None or frame.pts <= latest:
                     raise UnreliablePacketsError("frames are not in the order of their time stamps")
-                needed = before is None or frame.pts >= before or frame.pts in wanted_times
+                needed = frame.pts >= last_seek or frame.pts in requested_times
                 if frame.is_corrupt and needed:
                     raise UnreliablePacketsError(f"the frame at time {frame.pts} is corrupt")
                 latest = frame.pts
                 yield frame
 
         try:
-            for number in wanted:
-                start = position
-                while key_place < len(keys) and keys[key_place] <= number:
-                    # A frame shown before its key frame may refer to what lies before that.
-                    if self.pts[keys[key_place]] <= self.pts[number]:
-                        start = max(start, keys[key_place])
-                    key_place += 1
+            for number in numbers:
+                # A frame shown before its key frame may refer to packets before that.
+                upcoming = keys[bisect_left(keys, position) : bisect_right(keys, number)]
+                usable = [key for key in upcoming if self.pts[key] <= self.pts[number]]
+                start = max(usable, default=position)
                 if start > position + 1:
-                    yield from decoded(None)  # what the decoder still holds back
+                    yield from decoded(None)  # the frames that the decoder still holds
                     context.flush_buffers()
                     position = start
-                    sought.add(self.pts[start])
+                    seek_times.add(self.pts[start])
                 while position <= number:
-                    if skips:
-                        context.skip_frame = "DEFAULT" if position in chosen else "NONREF"
-                    yield from decoded(again.packet(position) if again else self._kept[position])
+                    if can_skip:
+                        context.skip_frame = "DEFAULT" if position in requested else "NONREF"
+                    packet = redemuxer.packet(position) if redemuxer else self._kept[position]
+                    yield from decoded(packet)
                     position += 1
             yield from decoded(None)
         except DECODE_ERRORS as error:
             raise UnreliablePacketsError(f"decoding ends with: {error_text(error)}") from None
         finally:
-            if again:
-                again.close()
+            if redemuxer:
+                redemuxer.close()
 
 
 def _order_is_guessed(container, stream, pts: Sequence[int], sizes: Sequence[int]) -> bool:
-    """Whether frames may come in another order than time stamps say."""
+    """Whether the order of frames may differ from the order of the time stamps."""
     codec = stream.codec_context
     if not (codec.has_b_frames or codec.name in _REORDERING):
         return False
@@ -277,26 +274,28 @@ def _order_is_guessed(container, stream, pts: Sequence[int], sizes: Sequence[int
         return True
     if container.format.name.split(",")[0] in _TIMED:
         return False
-    return codec.name != "mpeg4" or all(one < next_one for one, next_one in pairwise(pts))
+    return codec.name != "mpeg4" or all(first < second for first, second in pairwise(pts))
 
 
 class _Redemuxer:
-    """Packets of a file too large to keep, read once more; forward only, a gap ends at a key frame
-    that is sought."""
+    """Reads the packets of a large file a second time, forward only.
+
+    A gap in the requested numbers must end at a key frame, to which it seeks.
+    """
 
     def __init__(self, path, pts: Sequence[int], sizes: Sequence[int]):
         self._container, self._stream = open_video(path)
         self._pts, self._sizes = pts, sizes
-        self._next, self._read = 0, self._container.demux(self._stream)
+        self._next, self._packets = 0, self._container.demux(self._stream)
 
     def packet(self, number: int) -> av.Packet:
         if number != self._next:
             self._container.seek(self._pts[number], stream=self._stream)
-            self._read = self._container.demux(self._stream)
+            self._packets = self._container.demux(self._stream)
         self._next = number + 1
-        for packet in self._read:
-            # The size too: after seeking in a program stream, FFmpeg may give time stamps to other
-            # packets than before.
+        for packet in self._packets:
+            # Compare the size too: after a seek in a program stream, FFmpeg may assign time stamps
+            # to other packets than before.
             if packet.size == self._sizes[number] and packet.pts == self._pts[number]:
                 return packet
         raise UnreliablePacketsError(f"packet {number} is not found again")
@@ -305,56 +304,57 @@ class _Redemuxer:
         self._container.close()
 
 
-def truncation(container, stream, packets: int) -> str:
-    """Says so where an MP4 holds fewer packets than its index does, which leaves out what an edit
-    list never needs."""
+def truncation(container, stream, num_packets: int) -> str:
+    """A message if an MP4 has fewer packets than its index, else "".
+
+    The index leaves out packets that an edit list never needs.
+    """
     if "mp4" not in container.format.name:
         return ""
-    named = sum(1 for entry in stream.index_entries if entry.size)
-    return (
-        f"the file ends early: it names {named} frames and holds {packets}"
-        if packets < named
-        else ""
-    )
+    indexed = sum(1 for entry in stream.index_entries if entry.size)
+    if num_packets >= indexed:
+        return ""
+    return f"the file ends early: it names {indexed} frames and holds {num_packets}"
 
 
-def upright(frame: av.VideoFrame, to_rgb: VideoReformatter) -> np.ndarray:
-    """A frame as RGB, turned as it is to be displayed."""
-    picture = to_rgb.reformat(frame, format="rgb24").to_ndarray()
-    turns = (
-        round(frame.rotation / 90) % 4
-    )  # the display matrix turns counter-clockwise, as np.rot90 does
+def to_rgb(path, frame: av.VideoFrame, reformatter: VideoReformatter) -> np.ndarray:
+    """A frame as RGB uint8 [H, W, 3], rotated for display. VideoError if it is too large."""
+    check_size(path, frame.width, frame.height)
+    picture = reformatter.reformat(frame, format="rgb24").to_ndarray()
+    turns = round(frame.rotation / 90) % 4  # counterclockwise, like np.rot90
     return np.rot90(picture, turns) if turns else picture
 
 
 def duration_of(path: str) -> float:
-    """Seconds from a video's first frame to the end of its last, by packets that exist.
+    """Seconds from a video's first frame to the end of its last, from packets that exist.
 
-    MP4 and Matroska files have an index: only their last packets are read. Others are read as a
-    whole. Raises VideoError for a file that is not a video, has no packet that can be read, or
-    claims an impossible length.
+    MP4 and Matroska files have an index, so only their last packets are read. Other files are read
+    completely. Raises VideoError if the file is not a video, has no readable packet, or claims an
+    impossible length.
     """
     check_file(path)
     with opened(path) as (container, stream):
-        indexed = container.format.name.split(",")[0] in _INDEXED
-        if not indexed:
+        is_indexed = container.format.name.split(",")[0] in _INDEXED
+        if not is_indexed:
             with contextlib.suppress(UnreliablePacketsError):
                 return PacketDecoder(path).end
-        length = _length_by_packets(container, stream, seek=indexed)
-        if length is None and indexed:  # the index is damaged
+        duration = _duration_by_packets(container, stream, seek=is_indexed)
+        if duration is None and is_indexed:  # the index is damaged
             container.seek(0, stream=stream)
-            length = _length_by_packets(container, stream, seek=False)
-    if length is None:
+            duration = _duration_by_packets(container, stream, seek=False)
+    if duration is None:
         raise VideoError(path, "not one packet of its video can be read")
-    check_length(path, length)
-    return length
+    check_length(path, duration)
+    return duration
 
 
-def _length_by_packets(container, stream, *, seek: bool) -> float | None:
-    """None if there is no packet with a time stamp. Where time stamps jump back, times go on (see
-    `carry_on`)."""
+def _duration_by_packets(container, stream, *, seek: bool) -> float | None:
+    """Seconds, or None if no packet has a time stamp.
+
+    If time stamps jump back, the parts before and after the jump are added up.
+    """
     usual = round(1 / (stream.average_rate * stream.time_base)) if stream.average_rate else 1
-    parts: list[list[int]] = []  # [first time stamp, end] between jumps back
+    parts: list[list[int]] = []  # [first time stamp, end]
     latest = -math.inf
     with contextlib.suppress(*DECODE_ERRORS, ValueError):
         first = stream.start_time
@@ -364,12 +364,10 @@ def _length_by_packets(container, stream, *, seek: bool) -> float | None:
         for packet in container.demux(stream):
             if packet.pts is None or not packet.size or packet.is_discard:
                 continue
-            if packet.dts is not None:
-                if packet.dts < latest or not parts:
-                    parts.append([packet.pts, packet.pts])
-                latest = packet.dts
-            elif not parts:
+            dts = latest if packet.dts is None else packet.dts
+            if dts < latest or not parts:
                 parts.append([packet.pts, packet.pts])
+            latest = dts
             start, end = parts[-1]
             parts[-1] = [min(start, packet.pts), max(end, packet.pts + (packet.duration or usual))]
     if not parts:
@@ -379,38 +377,42 @@ def _length_by_packets(container, stream, *, seek: bool) -> float | None:
     return float(sum(end - start for start, end in parts) * stream.time_base)
 
 
-def carry_on(times: np.ndarray, usual: float) -> tuple[np.ndarray, list[float]]:
-    """Times that jump back (s), with each part after a jump moved behind the one before; and when
-    they jumped.
+def remove_jumps(times: np.ndarray, usual: float) -> tuple[np.ndarray, list[float]]:
+    """Move each part of `times` (s) that follows a jump back behind the part before it.
 
-    `usual` is how long a frame is shown, if the times do not say it.
+    usual: the duration of a frame, if the times do not tell it (s).
+
+    Returns:
+        the ascending times, and those at which a jump was removed.
     """
     steps = np.diff(times)
     forward = steps[steps > 0]
     step = float(np.median(forward)) if len(forward) else usual
     moved = np.concatenate([[0.0], np.cumsum(np.where(steps > 0, steps, step))])
-    return moved, [float(moved[place + 1]) for place in np.flatnonzero(steps <= 0)]
+    return moved, moved[1:][steps <= 0].tolist()
 
 
-def offset_of(container, stream, first: int) -> float:
-    """By how much the first frame (its time stamp) comes after the container's own start, in
-    seconds."""
-    return float(seconds(first, stream.time_base)) - (container.start_time or 0) / av.time_base
+def start_offset(container, stream, first: int) -> float:
+    """Seconds from the container's own start to the first frame, whose time stamp is `first`."""
+    return float(to_seconds(first, stream.time_base)) - (container.start_time or 0) / av.time_base
 
 
-def undecodable_start(count: int) -> str:
-    return f"its first {count} frames cannot be decoded: it begins in the middle of a group of pictures"
-
-
-def seconds(ticks, base: Fraction):
-    """Time stamps in seconds. One rounding: a frame at 2 s is at 2.0 whatever the time base, and
-    spans begin there."""
+def to_seconds(ticks, base: Fraction):
+    """Time stamps in seconds, rounded once: in any time base, a frame at 2 s is at exactly 2.0."""
     return ticks * base.numerator / base.denominator
 
 
-def last_frame_end(times: np.ndarray, known: float = 0.0) -> float:
-    """When the last of frames at `times` goes: when its packet says, at least after as long as is
-    usual."""
-    return max(
-        known, float(times[-1]) + (float(np.median(np.diff(times))) if len(times) > 1 else 0.0)
-    )
+def frame_range(times: np.ndarray, span: Span | None, tolerance: float = 0.0) -> tuple[int, int]:
+    """Indices of the first frame that is shown in a span, and of the one after the last.
+
+    tolerance: `times` may be too small by this much (s). Without a span: all frames.
+    """
+    limits = np.subtract(span or (-np.inf, np.inf), tolerance)
+    first, stop = np.searchsorted(times, limits).tolist()
+    return first, stop
+
+
+def last_frame_end(times: np.ndarray) -> float:
+    """When the last frame ends, if it is shown as long as the median frame (s)."""
+    usual = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return float(times[-1]) + usual

@@ -1,4 +1,4 @@
-"""A folder of numbered pictures as a video: its pictures are its frames, decoded by Pillow."""
+"""Read a folder of numbered pictures as a video. Pillow decodes its frames."""
 
 import os
 import warnings
@@ -9,20 +9,19 @@ import numpy as np
 
 from extract.cli import first_few
 from extract.decode.container import MAX_PIXELS, VideoError, check_file, check_size, error_text
-from extract.decode.packets import Span, UnreliablePacketsError, VideoFile
+from extract.decode.packets import Span, UnreliablePacketsError, VideoFile, frame_range
 from extract.numbered import gaps, numbered_pictures
 
-# Orientations of EXIF that swap width and height.
-_ON_THEIR_SIDE = (5, 6, 7, 8)
-_ORIENTATION = 0x0112
+_EXIF_ORIENTATION = 0x0112
+_SWAPS_SIDES = (5, 6, 7, 8)  # orientations that swap width and height
 
 
 class PictureFolder(VideoFile):
-    """Frame k is the picture with the k-th smallest number, shown from k / rate on; rate in Hz.
+    """Frame k is the picture with the k-th smallest number, and is shown from k / rate on (Hz).
 
-    Of a picture that is damaged or has another size than the first, `pictures` raises
-    UnreliablePacketsError. With `only_good`, all are decoded beforehand, and those that are damaged
-    or have another size than most are left out.
+    `pictures` raises UnreliablePacketsError for a picture that is damaged or has another size than
+    the first. With `only_good`, all pictures are decoded beforehand, and those that are damaged or
+    differ in size from most are left out.
     """
 
     def __init__(self, path, *, rate: float, only_good: bool = False):
@@ -34,11 +33,11 @@ class PictureFolder(VideoFile):
         if not by_number:
             raise VideoError(path, "is a folder, but not one of numbered pictures of one pattern")
         self._names = list(by_number.values())
-        self._every = np.arange(len(self._names)) / rate
-        self.times, self.end = self._every, len(self._names) / rate
+        self._all_times = np.arange(len(self._names)) / rate
+        self.times, self.end = self._all_times, len(self._names) / rate
         if missing := gaps(by_number):
             self.clock_note = f"{missing}; times count the pictures that exist"
-        self._damage: dict[int, str] = {}
+        self._damage: dict[int, str] = {}  # what is wrong with a picture, by its position
         if only_good:
             self._leave_out_damaged()
         else:
@@ -48,17 +47,19 @@ class PictureFolder(VideoFile):
         for index in indices:
             number = index if self.numbers is None else int(self.numbers[index])
             picture = self._decoded(number)
-            size = picture.shape[1::-1]
-            if size != self._size:
+            if picture.shape[1::-1] != self._size:
                 raise UnreliablePacketsError(f"{self._names[number]} has another size")
             yield index, picture
 
     def problem(self, span: Span | None) -> str:
-        first, stop = (0, len(self._every)) if span is None else np.searchsorted(self._every, span)
+        first, stop = frame_range(self._all_times, span)
         damaged = [number for number in self._damage if first <= number < stop]
         reasons = [f"{self._names[number]} {self._damage[number]}" for number in damaged]
-        lost = f"{len(damaged)} of {stop - first} pictures are damaged ({first_few(reasons)})"
-        return "; ".join(filter(None, (lost if damaged else "", super().problem(span))))
+        problems = [super().problem(span)]
+        if damaged:
+            count = f"{len(damaged)} of {stop - first} pictures are damaged"
+            problems.insert(0, f"{count} ({first_few(reasons)})")
+        return "; ".join(filter(None, problems))
 
     def _leave_out_damaged(self) -> None:
         sizes: dict[int, tuple[int, ...]] = {}
@@ -79,12 +80,13 @@ class PictureFolder(VideoFile):
                 )
         self._damage = dict(sorted(self._damage.items()))
         good = [number for number in sizes if number not in self._damage]
-        self.numbers, self.times = np.array(good), self._every[good]
+        self.numbers, self.times = np.array(good), self._all_times[good]
 
     def _decoded(self, number: int, *, header_only: bool = False):
-        """The picture as RGB uint8 [height, width, 3], upright; or its (width, height).
+        """A picture as RGB uint8 [height, width, 3], rotated for display.
 
-        Raises UnreliablePacketsError if it is damaged or too large.
+        With `header_only`, only its (width, height). Raises UnreliablePacketsError if it is damaged
+        or too large.
         """
         from PIL import Image, ImageOps
 
@@ -97,10 +99,12 @@ class PictureFolder(VideoFile):
                 with Image.open(path, formats=("JPEG", "PNG")) as image:
                     check_size(path, *image.size)
                     if image.mode[0] in "IF":
-                        raise VideoError(path, f"has {image.mode} pixels; expected 8 bits a color")
+                        raise VideoError(
+                            path, f"has {image.mode} pixels; expected 8 bits per color"
+                        )
                     if header_only:
-                        turned = image.getexif().get(_ORIENTATION) in _ON_THEIR_SIDE
-                        return image.size[::-1] if turned else image.size
+                        is_turned = image.getexif().get(_EXIF_ORIENTATION) in _SWAPS_SIDES
+                        return image.size[::-1] if is_turned else image.size
                     return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
         except VideoError as error:
             reason = error.reason
@@ -108,8 +112,6 @@ class PictureFolder(VideoFile):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             reason = f"has more than {MAX_PIXELS:,} pixels"
-        except (
-            Exception
-        ) as error:  # a damaged picture may raise anything in one of Pillow's parsers
+        except Exception as error:  # Pillow's parsers may raise anything for a damaged picture
             reason = f"cannot be decoded: {error_text(error).replace(path, name)}"
         raise UnreliablePacketsError(f"{name} {reason}")

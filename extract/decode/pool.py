@@ -1,13 +1,14 @@
-"""Decoding in child processes that can be killed, with frames handed back through shared memory.
+"""Decode in child processes that can be killed; frames come back through shared memory.
 
-A decoder can hang for ever, hold Python's lock while it does, or crash: nothing inside a process
-helps against that. So each child is a process of its own with one thread here that talks to it:
+A decoder may hang forever, hold Python's lock meanwhile, or crash. Only killing the process helps.
+So each child is a process, and a thread here talks to it:
 
     submit(job) -> queue -> thread: job -> child ... result -> Future
-                            deadline passed, or child dead -> SIGKILL, a fresh child, the job's failure in words
+                            after the deadline, or if the child dies: SIGKILL, a new child, and
+                            the job fails with a message
 
 A child starts in under half a second (it never imports torch), ends with its parent even on kill
--9, and writes into slots of memory that both see, so frames are not copied through a pipe.
+-9, and writes into slots of shared memory, so frames are not copied through a pipe.
 """
 
 import contextlib
@@ -34,162 +35,152 @@ from extract.decode.container import MAX_PIXELS, time_limit
 from extract.portable import end_with_parent, shared_memory
 from extract.sources import UNKNOWN, Source, read_source
 
-# function(job, out) -> picklable result: `out` is a flat uint8 array of the slot's size to write
-# into
+# function(job, out) returns anything that can be pickled, and writes into `out`: a slot, flat uint8
 Function = Callable[[Any, np.ndarray], Any]
 
-SLOTS_A_CHILD = 4  # it decodes ahead until they are full and not yet released
-ATTEMPTS = (
-    3  # at a job whose child dies: someone may have killed it for other reasons than this video
-)
+SLOTS_PER_CHILD = 4  # results that a child computes ahead until they are released
+ATTEMPTS = 3  # at a job whose child dies: it may have been killed for reasons other than the video
 SECONDS_TO_START = 60.0
 _PROGRAM_BYTES = 1 << 29
 
 
 @dataclass
-class Finished:
-    """The end of a job: `result` and `buffer` (uint8, valid until `release`, perhaps on a GPU), or
-    `failure`."""
+class JobResult:
+    """The result of a job, or its `failure`.
+
+    buffer: uint8, valid until `release`; on a GPU if it was decoded there.
+    source: identifies the file of the job, as it was before it was read.
+    """
 
     result: Any = None
     buffer: Any = field(default_factory=lambda: np.empty(0, np.uint8), repr=False)
     failure: str = ""
     cpu_seconds: float = 0.0
-    source: Source = (
-        UNKNOWN  # the file that the job's first value names, as it was before it was read
-    )
+    source: Source = UNKNOWN
     _free: Callable[[], None] | None = field(default=None, repr=False)
 
     def release(self) -> None:
-        """Give the slot back; `buffer` must not be read afterwards."""
+        """Free the slot. `buffer` must not be read afterwards."""
         free, self._free = self._free, None
         if free is not None:
             self.buffer = np.empty(0, np.uint8)
             free()
 
-    def taken(self, count: int | None = None) -> "Finished":
-        """The same with a copy of (the first `count` bytes of) the buffer; the slot is given
-        back."""
-        kept = replace(self, buffer=self.buffer[:count].copy(), _free=None)
+    def detach(self, num_bytes: int | None = None) -> "JobResult":
+        """Copy the first `num_bytes` of the buffer (default: all), and free the slot."""
+        detached = replace(self, buffer=self.buffer[:num_bytes].copy(), _free=None)
         self.release()
-        return kept
+        return detached
 
-    def __enter__(self) -> "Finished":
+    def __enter__(self) -> "JobResult":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
 
 
-_Do = Callable[
-    [Any, int], Finished | None
-]  # job, slot -> its end, or None where no more can be done
-_Slots = queue.SimpleQueue[int | None]  # those that hold no result; None ends their thread
+_Run = Callable[[Any, int], JobResult | None]  # of a job and a slot; None: the executor is lost
+_Slots = queue.SimpleQueue[int | None]  # free slots of a thread; None ends it
 
 
 class SubprocessPool:
-    """Child processes that run `function` over jobs, in the order of `submit`, each under a
-    deadline.
+    """Child processes that run `function` over jobs, in the order of `submit`.
 
-    A job is a tuple that begins with the path of its file, which says how long it may take
-    (`time_limit`); then its child is killed and the job fails. A job whose child dies is tried
-    again. `nice` lowers the children's priority.
+    A job is a tuple that begins with the path of its file, which sets its deadline (`time_limit`).
+    After the deadline its child is killed and the job fails. A job whose child dies is tried again.
+    `nice` lowers the priority of the children.
     """
 
     def __init__(
         self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0
     ):
-        self._jobs: queue.SimpleQueue[tuple[Any, Future[Finished]] | None] = queue.SimpleQueue()
-        same: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
-        self._one_more = partial(SubprocessPool, function, workers=1, **same)
+        self._jobs: queue.SimpleQueue[tuple[Any, Future[JobResult]] | None] = queue.SimpleQueue()
+        settings: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
+        self._single_child_pool = partial(SubprocessPool, function, workers=1, **settings)
         self._slots: list[_Slots] = []  # of each thread
-        self._children = [_Child(function, **same) for _ in range(workers)]
+        self._children = [_Child(function, **settings) for _ in range(workers)]
         self._threads = [
-            self._start(child.do, SLOTS_A_CHILD, child.begin) for child in self._children
+            self._start_thread(child.run, SLOTS_PER_CHILD, child.prestart)
+            for child in self._children
         ]
 
-    def submit(self, job: Any) -> "Future[Finished]":
-        """Queue a job; its future never raises for what is wrong with a video, see
-        `Finished.failure`."""
-        future: Future[Finished] = Future()
+    def submit(self, job: Any) -> "Future[JobResult]":
+        """Queue a job. Problems with a video do not raise; they are in `JobResult.failure`."""
+        future: Future[JobResult] = Future()
         self._jobs.put((job, future))
         return future
 
-    def help(self, elsewhere: Callable[[Any], Finished], *, at_once: int) -> None:
-        """Have jobs done elsewhere too: `elsewhere(job)`, so many at once, until it raises and the
-        help is over."""
+    def add_remote_executor(self, execute: Callable[[Any], JobResult], *, concurrency: int) -> None:
+        """Also run jobs by `execute(job)`, several at a time, until it raises."""
 
-        def helped(job: Any, _: int) -> Finished | None:
+        def run(job: Any, _: int) -> JobResult | None:
             with contextlib.suppress(Exception):
-                return elsewhere(job)
+                return execute(job)
             return None
 
-        for _ in range(at_once):
-            self._start(helped, SLOTS_A_CHILD // 2)
+        for _ in range(concurrency):
+            self._start_thread(run, SLOTS_PER_CHILD // 2)
 
-    def alone(self, job: Any) -> Finished:
-        """Do a job now, in a child of its own: behind others in the queue it might wait for slots
-        that those fill."""
+    def run_isolated(self, job: Any) -> JobResult:
+        """Run a job now, in a new child. In the queue it might wait for slots that jobs before it
+        fill."""
         try:
-            with self._one_more() as pool:
-                return pool.submit(job).result().taken()
+            with self._single_child_pool() as pool:
+                return pool.submit(job).result().detach()
         except RunError as error:
-            return Finished(failure=str(error))
+            return JobResult(failure=str(error))
 
     def close(self) -> None:
-        """Kill the children. Jobs that have not ended are cancelled."""
+        """Kill the children. Unfinished jobs are canceled."""
         for child in self._children:
             child.kill()
         with contextlib.suppress(queue.Empty):
-            while waiting := self._jobs.get_nowait():
-                waiting[1].cancel()
+            while item := self._jobs.get_nowait():
+                item[1].cancel()
         for slots in self._slots:
             slots.put(None)
             self._jobs.put(None)
-        for thread, child in zip(
-            self._threads, self._children, strict=True
-        ):  # help on its way is not waited for
+        # Threads of remote executors are not waited for.
+        for thread, child in zip(self._threads, self._children, strict=True):
             thread.join()
-            child.end()
+            child.shutdown()
         self._threads, self._children = [], []
 
-    def _start(
-        self, do: _Do, count: int, begin: Callable[[], None] = lambda: None
+    def _start_thread(
+        self, run: _Run, num_slots: int, prestart: Callable[[], None] = lambda: None
     ) -> threading.Thread:
-        """Have a thread do jobs, of which it holds at most so many results."""
+        """Start a thread that runs jobs. It holds at most `num_slots` results."""
         slots: _Slots = queue.SimpleQueue()
-        for slot in range(count):
+        for slot in range(num_slots):
             slots.put(slot)
         self._slots.append(slots)
         thread = threading.Thread(
-            target=self._work, args=(begin, do, slots), name="decode", daemon=True
+            target=self._work, args=(prestart, run, slots), name="decode", daemon=True
         )
         thread.start()
         return thread
 
-    def _work(self, begin: Callable[[], None], do: _Do, slots: _Slots) -> None:
-        begin()
-        done: Finished | None = Finished()
-        # The slot first: a job must not wait here while another thread could do it.
-        while (
-            done and (slot := slots.get()) is not None and (waiting := self._jobs.get()) is not None
-        ):
-            job, future = waiting
+    def _work(self, prestart: Callable[[], None], run: _Run, slots: _Slots) -> None:
+        prestart()
+        is_lost = False
+        # Take a slot first: a job must not wait here while another thread could run it.
+        while not is_lost and (slot := slots.get()) is not None and (item := self._jobs.get()):
+            job, future = item
             if not future.set_running_or_notify_cancel():
                 slots.put(slot)
                 continue
             try:
-                done = do(job, slot)
-                finished = done or self.alone(job)
+                result = run(job, slot)
+                is_lost = result is None
+                result = result or self.run_isolated(job)
             except BaseException as error:
                 slots.put(slot)
                 future.set_exception(error)
                 continue
-            if finished.failure:
+            if result.failure:
                 slots.put(slot)
-            future.set_result(
-                replace(finished, _free=None if finished.failure else partial(slots.put, slot))
-            )
+            free = None if result.failure else partial(slots.put, slot)
+            future.set_result(replace(result, _free=free))
 
     def __enter__(self) -> "SubprocessPool":
         return self
@@ -199,80 +190,74 @@ class SubprocessPool:
 
 
 class _ChildDiedError(Exception):
-    """The child ended before its job did; the message says how."""
+    """The child ended before its job did. The message says how."""
 
 
 class _Child:
-    """One child after the other, and the slots of memory they share with this process."""
+    """A child process, its successors if it has to be killed, and the memory shared with them."""
 
     def __init__(self, function: Function, *, slot_bytes: int, timeout: float, nice: int):
         self._timeout, self._setup = timeout, pickle.dumps((function, slot_bytes, nice))
-        self._memory = shared_memory(SLOTS_A_CHILD * slot_bytes)
-        self._seen = _mapped(self._memory, slot_bytes)
+        self._memory = shared_memory(SLOTS_PER_CHILD * slot_bytes)
+        self._buffers = _mapped(self._memory, slot_bytes)
         self._closed = False
         self._process: subprocess.Popen | None = None
         self._pipe: Connection | None = None
 
-    def begin(self) -> None:
-        """Start before there is a job: the caller may be loading its backbone."""
-        with contextlib.suppress(
-            _ChildDiedError, RunError
-        ):  # what stays wrong, the first job meets again and says
+    def prestart(self) -> None:
+        """Start before the first job, while the caller loads its backbone, for example."""
+        with contextlib.suppress(_ChildDiedError, RunError):  # the first job reports it
             self._start()
 
-    def do(self, job: Any, slot: int) -> Finished:
+    def run(self, job: Any, slot: int) -> JobResult:
         for _ in range(ATTEMPTS):
             try:
-                return self._ask(job, slot)
+                return self._request(job, slot)
             except _ChildDiedError as error:
-                how = str(error)
+                description = str(error)
                 self._stop()
                 if self._closed:
-                    return Finished(failure="cancelled")
-        return Finished(failure=f"the decoding process died {ATTEMPTS} times ({how})")
+                    return JobResult(failure="cancelled")
+        return JobResult(failure=f"the decoding process died {ATTEMPTS} times ({description})")
 
     def kill(self) -> None:
-        """For good; who waits for the child sees it die."""
+        """Kill the child for good. The thread that waits for it sees it die."""
         self._closed = True
         if (process := self._process) is not None:
             process.kill()
 
-    def end(self) -> None:
+    def shutdown(self) -> None:
         self._stop()
         os.close(self._memory)
 
-    def _ask(self, job: Any, slot: int) -> Finished:
+    def _request(self, job: Any, slot: int) -> JobResult:
         pipe = self._pipe or self._start()
         allowed = time_limit(self._timeout, job[0])
         try:
             pipe.send((slot, job))
             if pipe.poll(allowed):
                 result, failure, cpu_seconds, source = pipe.recv()
-                return Finished(result, self._seen[slot], failure, cpu_seconds, source)
+                return JobResult(result, self._buffers[slot], failure, cpu_seconds, source)
         except (EOFError, OSError):
-            raise _ChildDiedError(self._how_it_ended()) from None
+            raise _ChildDiedError(_describe_exit(self._exit_status())) from None
         self._stop()
-        return Finished(
-            failure=f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow"
+        return JobResult(
+            failure=f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too "
+            "slow"
         )
 
     def _start(self) -> Connection:
-        pipe, theirs = Pipe()
-        with theirs:
+        pipe, child_end = Pipe()
+        with child_end:
+            descriptors = child_end.fileno(), self._memory
+            module = ["-P", "-m", "extract.decode.pool"]
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-m",
-                    "extract.decode.pool",
-                    str(theirs.fileno()),
-                    str(self._memory),
-                ],
-                pass_fds=(theirs.fileno(), self._memory),
+                [sys.executable, *module, *map(str, descriptors)],
+                pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
-        if self._closed:  # while it was being started, so that `close` did not see it
+        if self._closed:  # `kill` was called during the start and did not see this process
             self._process.kill()
         try:
             pipe.send_bytes(self._setup)
@@ -281,70 +266,71 @@ class _Child:
             pipe.recv()
         except (EOFError, OSError):
             pipe.close()
-            how = self._how_it_ended()
-            broken = how.startswith("exit status") and not self._closed
+            status = self._exit_status()
             self._stop()
-            if not broken:
-                raise _ChildDiedError(how) from None
+            description = _describe_exit(status)
+            if self._closed or status is None or status < 0:
+                raise _ChildDiedError(description) from None
             raise RunError(
-                f"a decode process does not start ({how}); its error stands above"
+                f"a decode process does not start ({description}); its error is printed above"
             ) from None
         self._pipe = pipe
         return pipe
 
-    def _how_it_ended(self) -> str:
+    def _exit_status(self) -> int | None:
         assert self._process is not None
-        try:
-            code = self._process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            return "it does not answer"
-        return (
-            f"signal {-code}, {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
-        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._process.wait(timeout=1)
+        return None
 
     def _stop(self) -> None:
         if self._pipe is not None:
             self._pipe.close()
         if self._process is not None:
-            self._process.kill()  # SIGKILL also ends a stopped process, and one that holds Python's lock
+            self._process.kill()  # SIGKILL ends a process that is stopped or holds Python's lock
             self._process.wait()
         self._pipe = self._process = None
 
 
+def _describe_exit(status: int | None) -> str:
+    if status is None:
+        return "it does not answer"
+    if status < 0:
+        return f"signal {-status}, {signal.Signals(-status).name}"
+    return f"exit status {status}"
+
+
 def _mapped(memory: int, slot_bytes: int) -> np.ndarray:
     """Memory that parent and child share: uint8 [slots, slot_bytes]."""
-    return np.frombuffer(mmap.mmap(memory, SLOTS_A_CHILD * slot_bytes), np.uint8).reshape(
-        SLOTS_A_CHILD, slot_bytes
-    )
+    mapping = mmap.mmap(memory, SLOTS_PER_CHILD * slot_bytes)
+    return np.frombuffer(mapping, np.uint8).reshape(SLOTS_PER_CHILD, slot_bytes)
 
 
-# -- in the child --------------------------------------------------------------------------------------------------
+# -- in the child ----------------------------------------------------------------------------------
 
 
 def memory_limit(slot_bytes: int) -> int:
-    """Bytes of its own that a child may take: Python and FFmpeg, a picture before and after
-    resizing, and decoders'.
+    """Bytes that a child may allocate: for Python and FFmpeg, the decoder's pictures, and a picture
+    before and after resizing.
 
-    A decoder holds 16 pictures that others refer to and some on their way, of 1.5 bytes per pixel.
+    A decoder holds 16 reference pictures and a few others, of 1.5 bytes per pixel.
     """
     return _PROGRAM_BYTES + 32 * MAX_PIXELS + 2 * slot_bytes
 
 
 def _limit_memory(slot_bytes: int) -> None:
-    """So that a file that takes more fails alone, and not whatever the kernel chooses to kill for
-    it."""
-    with contextlib.suppress(
-        ImportError, ValueError, OSError
-    ):  # a platform without, or a lower limit of the user's
+    """Make a file that needs more memory fail alone, before the kernel kills any other process."""
+    # Platforms without such a limit, or a lower limit set by the user.
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
-        _, most = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit(slot_bytes), most))
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (memory_limit(slot_bytes), hard_limit))
 
 
 def _serve(pipe: Connection, memory: int) -> None:
-    """Do jobs until the parent is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to decide
+    """Run jobs until the parent is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C does
     end_with_parent()
     function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
     os.nice(nice)
@@ -358,13 +344,14 @@ def _serve(pipe: Connection, memory: int) -> None:
         try:
             result = function(job, slots[slot])
         except MemoryError:
-            failure = f"decoding it takes more than the {memory_limit(slot_bytes) / 1e9:.1f} GB that a process may take"
+            allowed = f"{memory_limit(slot_bytes) / 1e9:.1f} GB that a process may take"
+            failure = f"decoding it takes more than the {allowed}"
         except Exception as error:
             failure = getattr(error, "reason", None) or f"{type(error).__name__}: {error}"
         pipe.send((result, failure, time.process_time() - started, source))
 
 
 if __name__ == "__main__":
-    # The parent is gone, or has no use for us any more.
+    # These errors mean that the parent is gone, or has closed its end of the pipe.
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         _serve(Connection(int(sys.argv[1])), int(sys.argv[2]))

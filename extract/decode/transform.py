@@ -1,8 +1,7 @@
-"""What a backbone sees of a frame: resizing, padding, evaluation crops and the training view (numpy
-and Pillow).
+"""Resizing, padding, evaluation crops and the training view of frames, as a backbone sees them.
 
-Runs in the decode children. A view is one crop, or one augmented pass, of all T sampled frames;
-view 0 is always the unflipped center crop.
+Runs in the decode children (numpy and Pillow). A view is one crop, or one random pass, of all T
+sampled frames. View 0 is always the center crop without mirroring.
 
 center   |  ....|######|....  |   the short side is resized, the middle is seen
 squash   |      |######|      |   both sides are resized, the aspect ratio is not kept
@@ -12,6 +11,7 @@ border   |      |.####.|      |   the long side is resized, the mean color fills
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, Literal
 
 import numpy as np
@@ -23,39 +23,35 @@ PerClip = Literal["mean", "time"]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 _CORNERS = ("tl", "tr", "bl", "br")
-# TSN's multi-scale corner crop: sides are these fractions of the largest crop's, at most one scale
-# apart.
+# TSN's multi-scale corner crop: sides are these fractions of the largest crop's, and height and
+# width differ by one scale at most.
 _SCALES = (1.0, 0.875, 0.75, 0.66)
-# Its 13 positions, in quarters of the free space: corners, middles of edges, the center, and four
-# in between.
-_POSITIONS = [(i, j) for i in (0, 2, 4) for j in (0, 2, 4)] + [
-    (i, j) for i in (1, 3) for j in (1, 3)
-]
-# A thinner picture that is to be enlarged is cropped first: 8192 x 2 pixels would become 1,048,576
-# x 256. Others are resized first, since Pillow rounds a resized part of a picture differently (by
-# up to 2 levels of 255).
+# Its 13 positions, in quarters of the free space: the corners, the middles of edges and the center,
+# and four in between.
+_POSITIONS = [*product((0, 2, 4), repeat=2), *product((1, 3), repeat=2)]
+# A picture with a higher aspect ratio that is to be enlarged is cropped first: 8192 x 2 pixels
+# would become 1,048,576 x 256. Others are resized first, because Pillow rounds differently (by up
+# to 2 levels of 255) if it resizes a part of a picture.
 _THIN = 10
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the weights were trained to see: a picture resized to `resize`, a crop of `size`, then
-    mean and std.
+    """The input that the weights were trained on: pictures are resized, cropped, and normalized.
 
-    Sizes are pixels: one number for a square, else (height, width). As in timm's
-    `create_transform`: crop_mode "center": the picture is as small as it can be and still cover
-    `resize`; its aspect ratio is kept. crop_mode "squash": both sides are resized, and the aspect
-    ratio is not kept. crop_mode "border": the picture fits into `resize`, and `mean` fills the rest
-    of the crop.
+    Sizes are in pixels: one number for a square, else (height, width). crop_mode is that of timm's
+    `create_transform`. "center": the picture just covers `resize`, and keeps its aspect ratio.
+    "squash": both sides are resized, and the aspect ratio changes. "border": the picture fits into
+    `resize`, and `mean` fills the rest of the crop.
     """
 
     size: int | tuple[int, int]
     resize: int | tuple[int, int]
-    interpolation: str  # of Pillow, in lower case
+    interpolation: str  # Pillow's name in lower case
     mean: tuple[float, ...]
     std: tuple[float, ...]
     crop_mode: Literal["center", "squash", "border"] = "center"
-    antialias: bool = True  # torchvision's video models were trained without
+    antialias: bool = True  # False for torchvision's video models
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -64,27 +60,22 @@ class Preprocessing:
 
     @property
     def has_one_crop(self) -> bool:
-        """Whether every crop of every picture is the same, because the whole picture is seen."""
+        """Whether all crops of a picture are the same, because they show the whole picture."""
         height, width = _height_width(self.resize)
         size_height, size_width = _height_width(self.size)
-        whole = height <= size_height and width <= size_width
-        return self.crop_mode == "border" or (self.crop_mode == "squash" and whole)
+        is_whole = height <= size_height and width <= size_width
+        return self.crop_mode == "border" or (self.crop_mode == "squash" and is_whole)
 
     def record(self) -> dict[str, Any]:
-        """Plain values, as stores and checkpoints keep them: the same after a round trip through
-        JSON.
+        """JSON values for stores and checkpoints.
 
         Older records have neither `crop_mode` nor `antialias`, so their defaults are left out.
         """
-        record = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(self).items()
-        }
         defaults = {"crop_mode": "center", "antialias": True}
         return {
-            key: value
-            for key, value in record.items()
-            if key not in defaults or defaults[key] != value
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if defaults.get(key) != value
         }
 
     @classmethod
@@ -98,10 +89,9 @@ class Preprocessing:
 
 @dataclass(frozen=True)
 class Clips:
-    """What a clip-wise backbone sees around each sampled frame: `frames` frames at `fps` per
-    second.
+    """The clips of a clip-wise backbone: `frames` frames at `fps` around each sampled frame.
 
-    rows: of features that it makes of a clip, 1 ("mean") or one per temporal position ("time").
+    rows: of features per clip, 1 ("mean") or one per temporal position ("time").
     """
 
     frames: int
@@ -111,7 +101,7 @@ class Clips:
 
 
 def is_clip_wise(name: str) -> bool:
-    """Whether a `--backbone` sees clips: torchvision's and transformers' video models."""
+    """Whether a `--backbone` is a video model: one of torchvision's or transformers'."""
     return name.startswith(("torchvision/", "hf/"))
 
 
@@ -122,32 +112,27 @@ def _height_width(size: int | tuple[int, int]) -> tuple[int, int]:
 def view_names(crops: int, augment_passes: int) -> tuple[str, ...]:
     """Names of the views, in their order in the store.
 
-    10 crops: the center and the four corners, each followed by its mirror image. 3 crops: the
-    center and both ends of the long side (left and right; top and bottom of a portrait video).
+    3 crops: the center and both ends of the long side (left and right; top and bottom of a portrait
+    video). 10 crops: the center and the four corners, each followed by its mirror image.
     """
+    crop_names = ["center", *(f"crop_{corner}" for corner in _CORNERS)]
     names = {
-        1: ("center",),
-        3: ("center", "crop_left", "crop_right"),
-        10: (
-            "center",
-            "center_flip",
-            *(f"crop_{corner}{flip}" for corner in _CORNERS for flip in ("", "_flip")),
-        ),
+        1: ["center"],
+        3: ["center", "crop_left", "crop_right"],
+        10: [name + flip for name in crop_names for flip in ("", "_flip")],
     }
-    return names[crops] + tuple(f"augment_{number}" for number in range(augment_passes))
+    return (*names[crops], *(f"augment_{number}" for number in range(augment_passes)))
 
 
 def resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width of a picture after resizing, before padding: those of timm's evaluation
-    transform."""
-    resize, mode = preprocessing.resize, preprocessing.crop_mode
-    target_height, target_width = _height_width(resize)
+    """Height and width of a picture after resizing, before padding, as in timm's evaluation."""
+    mode = preprocessing.crop_mode
+    target_height, target_width = _height_width(preprocessing.resize)
     if mode == "squash":
         return target_height, target_width
-    if (
-        mode == "center" and target_height == target_width
-    ):  # torchvision's Resize: the long side is rounded down
-        short, long = min(height, width), max(height, width)
+    if mode == "center" and target_height == target_width:
+        # torchvision's Resize, which rounds the long side down.
+        short, long = sorted((height, width))
         long = int(target_height * long / short)
         return (target_height, long) if height <= width else (long, target_height)
     choose = max if mode == "border" else min
@@ -156,11 +141,10 @@ def resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tupl
 
 
 def resize_frame(frame: Any, preprocessing: Preprocessing) -> Any:
-    """Resize uint8 [H, W, 3] and pad it to the crop's size at least. `cut` takes crops of what is
-    returned.
+    """Resize uint8 [H, W, 3], and pad it if it is smaller than a crop. `cut` then takes the crops.
 
-    A thin picture that would be enlarged is returned as it is: `cut` enlarges only the part that a
-    crop sees.
+    A thin picture that would be enlarged is returned unchanged: `cut` enlarges only the part that
+    a crop shows.
     """
     height, width = frame.shape[:2]
     if isinstance(frame, np.ndarray) and _is_thin(height, width, preprocessing):
@@ -172,8 +156,10 @@ def resize_frame(frame: Any, preprocessing: Preprocessing) -> Any:
 
 
 def cut(frames: Any, box: Box, preprocessing: Preprocessing) -> Any:
-    """A box of the resized picture: frames uint8 [T, H, W, 3] from `resize_frame` -> [T, height,
-    width, 3]."""
+    """Crop frames uint8 [T, H, W, 3] from `resize_frame` to a box: [T, height, width, 3].
+
+    The box is in pixels of the resized picture.
+    """
     top, left, height, width = box
     source_height, source_width = frames.shape[1:3]
     if not _is_thin(source_height, source_width, preprocessing):
@@ -184,8 +170,8 @@ def cut(frames: Any, box: Box, preprocessing: Preprocessing) -> Any:
     rows = (0.0, top * down, float(width), (top + height) * down)
 
     def resized_part(frame: np.ndarray) -> np.ndarray:
-        # First across, then down, as Pillow resizes a whole picture; of a part it would choose the
-        # order itself.
+        # First the width, then the height, as Pillow does for a whole picture. For a part it would
+        # choose the order itself.
         narrow = _resized(frame, (width, source_height), preprocessing, columns)
         return _resized(narrow, (width, height), preprocessing, rows)
 
@@ -195,33 +181,25 @@ def cut(frames: Any, box: Box, preprocessing: Preprocessing) -> Any:
 def crop_boxes(
     height: int, width: int, preprocessing: Preprocessing, crops: int
 ) -> list[tuple[Box, bool]]:
-    """The evaluation crops of a frame from `resize_frame`: (box, mirrored) in the order of
-    `view_names`.
+    """The evaluation crops of a frame from `resize_frame`, as (box, mirrored).
 
-    1 and 3 crops round the center as torchvision does. 10 crops are TSN's: offsets 0, 2 and 4 steps
-    of (side - size) // 4.
+    They are in the order of `view_names`. 1 and 3 crops round the center like torchvision. 10 crops
+    are TSN's: offsets are 0, 2 and 4 steps of (side - size) // 4.
     """
     height, width = _cut_from(height, width, preprocessing)
     tall, wide, _ = preprocessing.frame_shape
     if crops == 10:
         down, across = (height - tall) // 4, (width - wide) // 4
-        corners = [
-            (2 * down, 2 * across),
-            (0, 0),
-            (0, 4 * across),
-            (4 * down, 0),
-            (4 * down, 4 * across),
+        steps = [(2, 2), *product((0, 4), repeat=2)]
+        return [
+            ((i * down, j * across, tall, wide), flip) for i, j in steps for flip in (False, True)
         ]
-        return [((top, left, tall, wide), flip) for top, left in corners for flip in (False, True)]
     top, left = round((height - tall) / 2), round((width - wide) / 2)
     boxes = [(top, left, tall, wide)]
     if crops == 3:
-        ends = (
-            [(0, left), (height - tall, left)]
-            if height > width
-            else [(top, 0), (top, width - wide)]
-        )
-        boxes += [(*end, tall, wide) for end in ends]
+        is_portrait = height > width
+        for end in (0, height - tall if is_portrait else width - wide):
+            boxes.append((end, left, tall, wide) if is_portrait else (top, end, tall, wide))
     return [(box, False) for box in boxes]
 
 
@@ -231,22 +209,18 @@ def training_view(
     """A random crop and flip for all frames of a clip: uint8 [H, W, 3] -> [*size, 3].
 
     TSN's multi-scale corner crop of a frame from `resize_frame`. Height and width are fractions of
-    the largest crop of the same aspect ratio, at most one scale apart. The crop is at one of 13
-    positions, is resized to `size`, and is mirrored half of the time. A "squash" model sees parts
-    of squashed pictures, a "border" model parts of padded ones.
+    the largest crop with the aspect ratio of `size`, at most one scale apart. The crop is at one of
+    13 positions, is resized to `size`, and is mirrored half of the time. For "squash" it is a part
+    of the squashed picture, for "border" of the padded one.
     """
     height, width = _cut_from(height, width, preprocessing)
     size_height, size_width, _ = preprocessing.frame_shape
-    largest = (
-        min(height, width * size_height // size_width),
-        min(width, height * size_width // size_height),
-    )
-    scales = [(i, j) for i in range(len(_SCALES)) for j in range(len(_SCALES)) if abs(i - j) <= 1]
+    largest_height = min(height, width * size_height // size_width)
+    largest_width = min(width, height * size_width // size_height)
+    scales = [(i, j) for i, j in product(range(len(_SCALES)), repeat=2) if abs(i - j) <= 1]
     i, j = scales[rng.integers(len(scales))]
-    crop_height, crop_width = (
-        max(1, int(largest[0] * _SCALES[i])),
-        max(1, int(largest[1] * _SCALES[j])),
-    )
+    crop_height = max(1, int(largest_height * _SCALES[i]))
+    crop_width = max(1, int(largest_width * _SCALES[j]))
     down, across = _POSITIONS[rng.integers(len(_POSITIONS))]
     top, left = down * ((height - crop_height) // 4), across * ((width - crop_width) // 4)
     flip = bool(rng.integers(2))
@@ -260,49 +234,50 @@ def training_view(
 
 
 def augmentation_rng(seed: int, video_id: str, name: int | str) -> np.random.Generator:
-    """The random numbers of one pass (a number, or `epoch 3`) over one video: a function of these
-    three alone."""
+    """Random numbers for one pass over a video. They depend on these three values only.
+
+    name: the number of an augmented pass, or e.g. `epoch 3`.
+    """
     digest = hashlib.sha256(f"{seed}\0{video_id}\0{name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
 
 
 def mirrored(frames: Any) -> Any:
-    """[..., W, 3] -> the same from right to left."""
+    """Frames [..., W, 3] with left and right exchanged."""
     return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
 
 
 def _is_thin(height: int, width: int, preprocessing: Preprocessing) -> bool:
-    """Of a source picture, or of one from `resize_frame`: whether it is cropped before it is
-    resized."""
-    short, long = min(height, width), max(height, width)
-    resize, size = _height_width(preprocessing.resize), _height_width(preprocessing.size)
-    is_enlarged_and_cropped = short < min(resize) and min(resize) >= max(size)
-    return preprocessing.crop_mode == "center" and long > _THIN * short and is_enlarged_and_cropped
+    """Whether a picture is cropped before it is resized: a source, or one from `resize_frame`."""
+    short, long = sorted((height, width))
+    resize = min(_height_width(preprocessing.resize))
+    is_enlarged = short < resize
+    is_cropped = resize >= max(_height_width(preprocessing.size))
+    return (
+        preprocessing.crop_mode == "center" and long > _THIN * short and is_enlarged and is_cropped
+    )
 
 
 def _cut_from(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """Height and width of the picture that boxes refer to, for a frame from `resize_frame`."""
-    thin = _is_thin(height, width, preprocessing)
-    return resized_shape(height, width, preprocessing) if thin else (height, width)
+    is_thin = _is_thin(height, width, preprocessing)
+    return resized_shape(height, width, preprocessing) if is_thin else (height, width)
 
 
 def _padded(frame: Any, preprocessing: Preprocessing) -> Any:
-    """As torchvision's CenterCrop pads: with black, or in "border" mode with the mean color."""
+    """Pad to at least `size` like torchvision's CenterCrop: with black, or the mean ("border")."""
     height, width = frame.shape[:2]
     size_height, size_width, _ = preprocessing.frame_shape
     down, across = max(size_height - height, 0), max(size_width - width, 0)
     if not (down or across):
         return frame
-    fill = (
-        [round(255 * value) for value in preprocessing.mean]
-        if preprocessing.crop_mode == "border"
-        else [0, 0, 0]
-    )
+    color = preprocessing.mean if preprocessing.crop_mode == "border" else (0.0, 0.0, 0.0)
+    fill = [round(255 * value) for value in color]
+    padded_shape = (height + down, width + across, 1)
     if isinstance(frame, np.ndarray):
-        padded = np.empty((height + down, width + across, 3), np.uint8)
-        padded[:] = fill
+        padded = np.tile(np.array(fill, np.uint8), padded_shape)
     else:
-        padded = frame.new_tensor(fill).repeat(height + down, width + across, 1)
+        padded = frame.new_tensor(fill).repeat(padded_shape)
     top, left = down // 2, across // 2
     padded[top : top + height, left : left + width] = frame
     return padded
@@ -311,8 +286,10 @@ def _padded(frame: Any, preprocessing: Preprocessing) -> Any:
 def _resized(
     frame: Any, size: tuple[int, int], preprocessing: Preprocessing, box: Any = None
 ) -> Any:
-    """Resize a frame, or (left, top, right, bottom) of it, to (width, height) with the weights' own
-    interpolation."""
+    """Resize a frame to (width, height), with the interpolation of the weights.
+
+    box: (left, top, right, bottom) of the part to resize; default: the whole frame.
+    """
     if not isinstance(frame, np.ndarray):
         return resized(frame, size, preprocessing.interpolation, antialias=preprocessing.antialias)
     if not preprocessing.antialias:
@@ -324,26 +301,30 @@ def _resized(
 def _bilinear(
     frame: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
 ) -> np.ndarray:
-    """Bilinear without antialiasing, as torch's `interpolate` does it: each pixel is a mean of
-    4."""
+    """Bilinear without antialiasing, like torch's `interpolate`: each pixel is a mean of 4."""
     left, top, right, bottom = box
-    rows, below, down = _neighbors(top, bottom, size[1], frame.shape[0])
-    columns, beside, across = _neighbors(left, right, size[0], frame.shape[1])
-    upper, lower = frame[rows], frame[below]
-    weight = across[None, :, None]
+    upper_rows, lower_rows, down = _neighbors(top, bottom, size[1], frame.shape[0])
+    left_columns, right_columns, across = _neighbors(left, right, size[0], frame.shape[1])
+    across, down = across[None, :, None], down[:, None, None]
 
-    def mixed(lines: np.ndarray) -> np.ndarray:
-        return lines[:, columns] * (1 - weight) + lines[:, beside] * weight
+    def mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        return first * (1 - weight) + second * weight
 
-    weight_below = down[:, None, None]
-    return np.rint(mixed(upper) * (1 - weight_below) + mixed(lower) * weight_below).astype(np.uint8)
+    upper, lower = (
+        mix(rows[:, left_columns], rows[:, right_columns], across)
+        for rows in (frame[upper_rows], frame[lower_rows])
+    )
+    return np.rint(mix(upper, lower, down)).astype(np.uint8)
 
 
 def _neighbors(
     start: float, stop: float, count: int, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For `count` pixels between start and stop of a side of `length`: the two next pixels, the
-    second's weight."""
+    """Sample `count` positions from start to stop along a side of `length` pixels.
+
+    Returns:
+        the pixel before each position, the one after it, and the weight of the latter.
+    """
     step = np.float32((stop - start) / count)
     position = np.maximum(
         np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5, 0

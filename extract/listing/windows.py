@@ -22,7 +22,7 @@ from extract.options import DEFAULTS, Options
 from extract.sources import file_of
 
 if TYPE_CHECKING:
-    from extract.decode.pool import Finished
+    from extract.decode.pool import JobResult
 
 MAX_WINDOWS = 1_000_000  # of one file
 _MAX_PENDING = 256  # files
@@ -160,7 +160,7 @@ def file_lengths(
             unknown[path] = status.st_size, status.st_mtime_ns
     if not unknown:
         return lengths
-    pending: deque[tuple[str, Future[Finished]]] = deque()
+    pending: deque[tuple[str, Future[JobResult]]] = deque()
     with (
         SubprocessPool(
             decode_job,

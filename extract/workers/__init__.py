@@ -1,1 +1,1 @@
-"""Who does the work of an extraction: a driver, one worker in this process, or Ray actors."""
+"""The driver of an extraction and its workers: one in this process, or Ray actors."""

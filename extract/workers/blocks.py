@@ -1,13 +1,12 @@
-"""Units of work: blocks of videos, the decode jobs of a block, and what a worker made of one."""
+"""Blocks of videos, the decode jobs of a block, and what a worker returns for one."""
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from dataclasses import dataclass, field
 from typing import Any
 
 from extract.decode.jobs import Job, Plan
-from extract.decode.pool import Finished
+from extract.decode.pool import JobResult
 from extract.listing.videos import Video
 from extract.store import Outcomes
 
@@ -19,55 +18,53 @@ class Block:
     number: int
     rows: tuple[int, ...]
     videos: tuple[Video, ...] = field(repr=False)
-    deaths: int = 0  # of workers that had it in hand
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Videos travel as plain tuples: Ray's pickler asks about every other object, in Python.
-        return _block, (self.number, self.rows, tuple(map(_PLAIN, self.videos)), self.deaths)
-
-
-_PLAIN = attrgetter(*(field.name for field in fields(Video)))
-
-
-def _block(
-    number: int, rows: tuple[int, ...], videos: tuple[tuple[Any, ...], ...], deaths: int
-) -> Block:
-    return Block(number, rows, tuple(Video(*video) for video in videos), deaths)
-
-
-Submitted = tuple[
-    list[int], Job, "Future[Finished]"
-]  # rows of a block (their places), and who decodes them
+    failures: int = 0  # workers that died while they worked on it
 
 
 @dataclass(frozen=True)
-class Done:
+class BlockResult:
     """A block whose shard is written, ready to be committed."""
 
     number: int
     outcome: Outcomes
     node: str
-    frames: int  # that went through the backbone
-    seconds: dict[
-        str, float
-    ]  # decode: CPU seconds of the children; wait, device, write: seconds of this worker
+    frames: int  # that the backbone computed
+    # decode: CPU seconds of the children; wait, device, write: seconds of the worker.
+    seconds: dict[str, float]
 
 
-def jobs_of(videos: Sequence[Video], plan: Plan) -> list[tuple[list[int], Job]]:
-    """What decode children are to do for n videos, and which of them (places) each job is for.
+@dataclass(frozen=True)
+class BackboneInfo:
+    """The features that a worker makes, for the driver and the store.
 
-    A whole file is a job of its own. Spans of one file that stand side by side go together, as many
-    as a slot holds.
+    frames: rows of features per view, of `dim` channels each.
+    slot_bytes: size of the buffer of a decode job.
+    frames_per_video: pictures that the backbone sees.
+    description: weights, device and precision, for the screen.
     """
-    together: list[list[int]] = []
-    for place, video in enumerate(videos):
-        before = videos[place - 1] if place else None
-        beside = before and before.path == video.path and before.span and video.span
-        if beside and len(together[-1]) < plan.rows_per_job:
-            together[-1].append(place)
+
+    provenance: dict[str, Any]
+    frames: int
+    dim: int
+    slot_bytes: int
+    frames_per_video: int
+    description: str
+
+
+Submitted = tuple[Job, "Future[JobResult]"]
+
+
+def make_jobs(videos: Sequence[Video], plan: Plan) -> list[Job]:
+    """Decode jobs for the videos of a block.
+
+    A whole file is a job. Adjacent spans of one file share a job, as many as fit into its buffer.
+    """
+    groups: list[list[Video]] = []
+    for video in videos:
+        previous = groups[-1][-1] if groups else None
+        continues = previous and previous.path == video.path and previous.span and video.span
+        if continues and len(groups[-1]) < plan.rows_per_job:
+            groups[-1].append(video)
         else:
-            together.append([place])
-    return [
-        (some, (videos[some[0]].path, [(videos[k].id, videos[k].span) for k in some], plan))
-        for some in together
-    ]
+            groups.append([video])
+    return [(group[0].path, [(video.id, video.span) for video in group], plan) for group in groups]

@@ -1,7 +1,7 @@
-"""Which frames an int8 network is calibrated on: a seeded sample of the videos that are
-extracted."""
+"""Choose and decode the frames that an int8 network is calibrated on."""
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,60 +19,52 @@ from extract.store import FeatureStore
 if TYPE_CHECKING:
     from extract.backbone.quantized import Calibration
 
-VIDEOS, HELD_OUT, FRAMES = (
-    40,
-    0.2,
-    120,
-)  # at most; the share of videos to measure the error on; in all of them
+MAX_VIDEOS, MAX_FRAMES = 40, 120
+HELD_OUT = 0.2  # of the videos, to measure the error on
 
 
 @dataclass(frozen=True)
 class CalibrationSample:
-    """Videos drawn from the first `of` rows of a store; the last ones are held out."""
+    """Videos drawn from the first `num_rows` rows of a store. The last ones are held out."""
 
     videos: tuple[Video, ...]
-    of: int
+    num_rows: int
     seed: int
 
     def plan(self, preprocessing: Preprocessing) -> Plan:
-        return Plan(-(-FRAMES // len(self.videos)), 1, 0, preprocessing)
+        return Plan(math.ceil(MAX_FRAMES / len(self.videos)), 1, 0, preprocessing)
 
     def decode(self, pool: SubprocessPool, plan: Plan) -> "Calibration":
-        """The frames of those that can be read, in the order of the sample."""
+        """The frames of the videos that can be read, in the order of the sample."""
         from extract.backbone.quantized import Calibration
 
         jobs = [(video.path, [(video.id, video.span)], plan) for video in self.videos]
         pictures = []
         for future in [pool.submit(job) for job in jobs]:
             with future.result() as finished:
-                (prepared,) = finished.result or (VideoError("", finished.failure),)
-                if not isinstance(prepared, VideoError):
-                    distinct = finished.buffer[: plan.row_bytes].reshape(
-                        plan.frames, *plan.shape[3:]
-                    )
-                    pictures.append(distinct[: len(prepared.frame_indices)].copy())
-        held_out = max(1, round(HELD_OUT * len(pictures)))
+                for prepared in finished.result or []:
+                    if not isinstance(prepared, VideoError):
+                        pictures.append(prepared.pictures(finished.buffer, plan).copy())
+        num_held_out = max(1, round(HELD_OUT * len(pictures)))
         nothing = [np.empty((0, *plan.shape[3:]), np.uint8)]
-        frames = np.concatenate(nothing + pictures[:-held_out])
-        others = np.concatenate(nothing + pictures[-held_out:])
+        frames = np.concatenate(nothing + pictures[:-num_held_out])
+        held_out = np.concatenate(nothing + pictures[-num_held_out:])
         names = "\n".join(video.id for video in self.videos)
-        digest = hashlib.sha256(names.encode()).hexdigest()[:16]
         record = {
             "seed": self.seed,
             "videos": len(self.videos),
-            "of": self.of,
-            "ids_sha256": digest,
+            "of": self.num_rows,
+            "ids_sha256": hashlib.sha256(names.encode()).hexdigest()[:16],
         }
-        return Calibration(frames, others, record)
+        return Calibration(frames, held_out, record)
 
 
 def choose_sample(
     videos: Sequence[Video], store: FeatureStore | None, *, seed: int
 ) -> CalibrationSample:
-    """Drawn anew for a new store, and for one that is continued from the rows that it was drawn
-    from.
+    """Draw a sample of the videos; for a store that is continued, the same as before.
 
-    Raises InputError for fewer than two videos, and for one that is no longer there.
+    Raises InputError if there are fewer than two videos, or if one of the sample is missing.
     """
     recorded = store.provenance.get("quantization") if store is not None else None
     ids = [video.id for video in videos]
@@ -80,13 +72,15 @@ def choose_sample(
         ids = store.ids[: recorded["of"]].tolist()
     if len(ids) < 2:
         raise InputError(
-            f"--precision int8 is calibrated on at least 2 videos, here is {len(ids)}; use bf16 or fp32"
+            f"--precision int8 is calibrated on at least 2 videos, here is {len(ids)}; use bf16 or "
+            "fp32"
         )
     by_id = {video.id: video for video in videos}
-    drawn = [ids[row] for row in np.random.default_rng(seed).permutation(len(ids))[:VIDEOS]]
-    gone = [name for name in drawn if name not in by_id]
-    if gone:
-        raise InputError(
-            f"{gone[0]!r}, which the store's int8 network was calibrated on, is not among --videos"
-        )
+    order = np.random.default_rng(seed).permutation(len(ids))
+    drawn = [ids[row] for row in order[:MAX_VIDEOS]]
+    for name in drawn:
+        if name not in by_id:
+            raise InputError(
+                f"{name!r}, which the store's int8 network was calibrated on, is not among --videos"
+            )
     return CalibrationSample(tuple(by_id[name] for name in drawn), len(ids), seed)

@@ -1,11 +1,12 @@
-"""Files that were replaced by others of the same name since their features were made.
+"""Find files that were replaced since their features were extracted.
 
-The store keeps size and digest of each file. Reading digests again takes a moment per file; so the
-times of change of files that were found to be the same lie beside the store, and a file with that
-size and time is not read. They are not in the store, which is to have the same bytes after a copy
-of the videos.
+The store holds the size and the digest of each file. To read a digest again takes a moment, so the
+modification times of files that are known to be unchanged are kept next to the store, and a file
+with the same size and time is not read. They are not in the store, whose bytes must not depend on
+when the videos were copied.
 """
 
+import contextlib
 import io
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,12 +19,14 @@ from extract.sources import Source, read_source, stat_source
 from extract.store import FAILED, PENDING, FeatureStore
 from extract.store.objects import read_object, write_object
 
-_READ_AT_ONCE = 8
+_NUM_READERS = 8
 
 
 class SeenTimes:
-    """Beside a store: the time of change (ns) of each row's file, and the digest it was seen with,
-    int64 [N, 2]."""
+    """The digest and the modification time (ns) that each row's file was last seen with.
+
+    They are kept in a file next to the store, int64 [N, 2].
+    """
 
     def __init__(self, store: FeatureStore) -> None:
         self._path = f"{store.path.rstrip('/')}.sources"
@@ -34,21 +37,15 @@ class SeenTimes:
             values = np.load(io.BytesIO(content), allow_pickle=False)
             count = min(len(values), len(store))
             self._values[:count] = values[:count]
-        except (
-            ValueError,
-            EOFError,
-            OSError,
-            TypeError,
-            IndexError,
-        ):  # cut, or none: files are read again
-            pass
+        except (ValueError, EOFError, OSError, TypeError, IndexError):
+            pass  # missing or damaged: the videos are read again
 
     def holds(self, rows: np.ndarray, digests: np.ndarray, times: np.ndarray) -> np.ndarray:
-        """Which files have been seen with this content at this time: bool [n]."""
+        """Which files have been seen with this digest and time: bool [n]."""
         return (self._values[rows] == np.stack([digests, times], axis=1)).all(axis=1)
 
     def note(self, rows: Sequence[int] | np.ndarray, sources: Iterable[Source]) -> None:
-        """sources: of the rows, or none if nothing is known of them."""
+        """sources: of the rows, or none if they are unknown."""
         values = np.array([(source.digest, source.mtime_ns) for source in sources], "<i8")
         if len(values):
             self._values[rows] = values
@@ -66,54 +63,48 @@ class SeenTimes:
 def look_for_changed_files(
     store: FeatureStore, pairs: Sequence[tuple[int, Video]], *, read_all: bool = False
 ) -> np.ndarray:
-    """Rows whose file is not the one that their features were made from: int [n].
+    """Rows whose file is not the one that their features were extracted from: int [n].
 
-    Rows that are pending, and those whose file was not recorded, are left out; so are files that
-    cannot be read. read_all: read also the files whose size and time of change are those seen
-    before.
+    Pending rows, rows whose file was not recorded, and files that cannot be read do not count.
+    read_all: also read the files whose size and time are the same as before.
     """
     recorded = store.sources
-    wanted = (recorded[:, 0] >= 0) & (store.status != PENDING) & (store.status <= FAILED)
-    pairs = [(row, video) for row, video in pairs if wanted[row]]
-    if not pairs:
-        return np.array([], int)
-    rows = np.array([row for row, _ in pairs])
+    is_checked = (recorded[:, 0] >= 0) & (store.status != PENDING) & (store.status <= FAILED)
+    pairs = [(row, video) for row, video in pairs if is_checked[row]]
+    rows = np.array([row for row, _ in pairs], int)
     sizes, times = _sizes_and_times([video.path for _, video in pairs])
     seen = SeenTimes(store)
     same_size = sizes == recorded[rows, 0]
     unread = same_size & (read_all | ~seen.holds(rows, recorded[rows, 1], times))
     changed = (sizes >= 0) & ~same_size
-    places = np.flatnonzero(unread)
-    paths = [pairs[place][1].path for place in places]
-    for place, source in zip(places, _read_sources(paths), strict=True):
+    positions = np.flatnonzero(unread)
+    sources = _read_sources([pairs[position][1].path for position in positions])
+    for position, source in zip(positions, sources, strict=True):
         if not source.known:
             continue
-        changed[place] = source[:2] != tuple(recorded[rows[place]])
-        if not changed[place]:
-            seen.note([rows[place]], [source])
+        changed[position] = source[:2] != tuple(recorded[rows[position]])
+        if not changed[position]:
+            seen.note([rows[position]], [source])
     seen.save()
     return rows[changed]
 
 
 def _sizes_and_times(paths: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [n] each: size in bytes and time of change; -1 for a file that cannot be reached, 0 for
-    no file."""
-    values = np.full((len(paths), 2), -1, "<i8")
-    last_path, last = None, (-1, -1)
-    for place, path in enumerate(paths):
-        if path != last_path:  # windows of one file lie side by side
-            last_path = path
-            try:
-                last = stat_source(path)
-            except OSError:
-                last = (-1, -1)
-        values[place] = last
+    """Size in bytes and modification time of each file: int64 [n] each.
+
+    -1 if the file cannot be reached. The size of anything but a file is 0.
+    """
+    by_path = dict.fromkeys(paths, (-1, -1))  # windows share a file
+    for path in by_path:
+        with contextlib.suppress(OSError):
+            by_path[path] = stat_source(path)
+    values = np.array([by_path[path] for path in paths], "<i8").reshape(-1, 2)
     return values[:, 0], values[:, 1]
 
 
 def _read_sources(paths: Sequence[str]) -> list[Source]:
     distinct = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(_READ_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
         sources = progress(pool.map(read_source, distinct), total=len(distinct), unit="file")
         by_path = dict(zip(distinct, sources, strict=True))
     return [by_path[path] for path in paths]

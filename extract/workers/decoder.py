@@ -1,4 +1,4 @@
-"""Decoding on another node: children that work for a worker elsewhere. Starts without torch."""
+"""Decode on another node: child processes that work for a remote worker. Starts without torch."""
 
 import hashlib
 import importlib.metadata
@@ -11,26 +11,25 @@ from typing import Any
 
 from extract import RunError
 from extract.decode.jobs import Job, used_bytes
-from extract.decode.pool import Finished, SubprocessPool
+from extract.decode.pool import JobResult, SubprocessPool
 from extract.options import Options
 
 
 @cache
 def code_version() -> str:
-    """`0.1.0 (sources 3f2a90c1)`: nodes of one run must not differ in the version, nor in a
-    line."""
+    """`0.1.0 (sources 3f2a90c1)`: the nodes of a run must have the same version and sources."""
     sources = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     return f"{importlib.metadata.version('hgnl-video')} (sources {digest})"
 
 
 def check_node(version: str, video: str) -> str:
-    """This node's name, if it has the same code and can read the videos; else RunError naming
-    it."""
+    """The name of this node. RunError if it has other code or cannot read the videos."""
     node = socket.gethostname()
     if code_version() != version:
         raise RunError(
-            f"the worker on {node} has hgnl-video {code_version()}, the driver {version}; install the same everywhere"
+            f"the worker on {node} has hgnl-video {code_version()}, the driver {version}; install "
+            "the same everywhere"
         )
     try:
         if os.path.isdir(video):
@@ -46,7 +45,7 @@ def check_node(version: str, video: str) -> str:
 
 
 class Decoder:
-    """Decode children on a node of the cluster, for a worker on another."""
+    """Decode children on a node of the cluster, for a worker on another node."""
 
     def __init__(self, options: Options, decode_job: Any, slot_bytes: int, cores: int):
         self._pool = SubprocessPool(
@@ -56,19 +55,18 @@ class Decoder:
     def check(self, video: str, version: str) -> None:
         check_node(version, video)
 
-    def decode(self, job: Job) -> Finished:
+    def decode(self, job: Job) -> JobResult:
+        result = self._pool.submit(job).result()
         _, _, plan = job
-        finished = self._pool.submit(job).result()
-        return finished.taken(used_bytes(plan, finished.result or []))  # a slot may hold more rows
+        return result.detach(used_bytes(plan, result.result or []))
 
-    def stay(self) -> None:
-        """Never returns: the call fails when this decoder is lost."""
+    def wait_forever(self) -> None:
+        """Never returns, so the call fails when this decoder is lost."""
         threading.Event().wait()
 
 
-def decode_elsewhere(decoder: Any, job: Job) -> Finished:
+def decode_elsewhere(decoder: Any, job: Job) -> JobResult:
     import ray
 
-    return ray.get(
-        decoder.decode.remote(job)
-    )  # its frames are seen in the object store, not copied
+    # The frames stay in Ray's object store, and are not copied here.
+    return ray.get(decoder.decode.remote(job))

@@ -1,7 +1,6 @@
-"""The driver of an extraction: which blocks are missing -> workers -> commits -> report.
+"""The driver of an extraction: assign the missing blocks to workers, and commit their results.
 
-The driver alone writes the per-video arrays. A restart is the list of blocks with a pending row; a
-lost worker's blocks go back to that list.
+Only the driver writes the per-video arrays. To resume is to do the blocks that have a pending row.
 """
 
 import contextlib
@@ -44,7 +43,7 @@ from extract.store import (
 )
 from extract.store.corrections import complete_correction, upgrade
 from extract.store.summary import check_space, human_bytes, status_table
-from extract.workers.blocks import Block
+from extract.workers.blocks import BackboneInfo, Block
 from extract.workers.calibration import choose_sample
 from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
@@ -59,13 +58,13 @@ SECONDS_PER_MOVE = 1.0  # of the progress bar
 def extract(options: Options) -> int:
     """Extract features of `options.videos` into `options.out`; returns the exit status.
 
-    0 done, 3 finished but too many videos failed. Raises InputError and RunError.
+    0: done, 3: finished but too many videos failed. Raises InputError and RunError.
     """
     check_ranges(options)
-    if options.window is not None or options.stride is None:  # else the store says the window
+    if options.window is not None or options.stride is None:  # otherwise the store has the window
         resolve_windowing(options)
     if threading.current_thread() is threading.main_thread():
-        # A cluster's or a shell's polite stop ends a run as Ctrl-C does: what is committed stays.
+        # SIGTERM stops a run like Ctrl-C does. Committed blocks stay.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     listing = list_videos(
         options.videos, root=options.root, labels=options.labels, picture_folders=True
@@ -97,45 +96,40 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
     )
     pool = _worker_pool(settings, store, videos)
     try:
-        made = pool.describe()
+        info = pool.describe()
         if store is None:
             store = FeatureStore.create(
                 settings.out,
                 **columns_of(videos),
                 classes=listing.classes,
-                views=made["provenance"]["views"],
-                frames=made["frames"],
-                dim=made["dim"],
+                views=info.provenance["views"],
+                frames=info.frames,
+                dim=info.dim,
                 block_size=settings.block_size,
-                provenance=made["provenance"],
+                provenance=info.provenance,
             )
         else:
-            check_provenance(store, made["provenance"])
+            check_provenance(store, info.provenance)
             lock.ensure_held()
             complete_correction(store)
             upgrade(store)
             reconcile(settings, store, listing, videos)
             append_new(store, videos, listing.classes)
         if settings.retry_failed:
-            ids = {video.id for video in videos}  # a row without a video would wait for ever
-            failed = [
-                row
-                for row in np.flatnonzero(store.status == FAILED).tolist()
-                if store.ids[row] in ids
-            ]
-            store.set_status(np.array(failed, int), PENDING)
+            ids = {video.id for video in videos}  # a row without a video would stay pending
+            has_video = np.array([row_id in ids for row_id in store.ids], bool)
+            store.set_status(np.flatnonzero((store.status == FAILED) & has_video), PENDING)
         blocks = _blocks(store, videos)
-        _announce(settings, store, blocks, made)
+        to_do = sum(len(block.rows) for block in blocks)
+        _print_plan(store, info, to_do, len(blocks))
         if not is_remote(settings.out):
-            check_space(
-                Path(settings.out), sum(len(block.rows) for block in blocks) * store.video_bytes
-            )
+            check_space(Path(settings.out), to_do * store.video_bytes)
         if blocks:
-            pool.check(nonce, _readable(blocks), code_version())
+            pool.check(nonce, _first_readable_video(blocks), code_version())
             _run(pool, store, blocks, lock, log)
     finally:
         pool.close()
-    store.clean_up()  # after workers that were lost in this run, and after a run that was killed
+    store.clean_up()  # files of workers that were lost, or of a run that was killed
     print(status_table(store))
     return _exit_status(settings, store)
 
@@ -143,36 +137,37 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
 def _exit_status(options: Options, store: FeatureStore) -> int:
     failed, listed = int((store.status == FAILED).sum()), int(store.listed.sum())
     if failed > options.max_failed * listed:
-        print(
-            f"{failed} of {listed} videos failed, more than --max-failed {options.max_failed:g} allows"
-        )
-        print(
-            f"Next: {command_line('extract.status', options.out)}\n--retry-failed tries them again"
-        )
+        allowed = f"--max-failed {options.max_failed:g} allows"
+        print(f"{failed} of {listed} videos failed, more than {allowed}")
+        print(f"Next: {command_line('extract.status', options.out)}")
+        print("--retry-failed tries them again")
         return 3
     print(f"Next: {_next_command(store, options.out)}")
     return 0
 
 
 def _next_command(store: FeatureStore, path: str) -> str:
-    """What to do with a store: train if it has classes, else hand its features to other tools."""
+    """Train if the store has classes, else export the features for other tools."""
     if len(np.unique(store.labels[store.labels >= 0])) < 2:
         return command_line("extract.export", path, to=f"{Path(path).stem}.h5")
     folder = "runs/tsn" if not Path("runs/tsn").exists() else f"runs/{Path(path).stem}_tsn"
     return command_line("aggregate.train", agg="tsn", features=path, out=folder)
 
 
-# -- before the run ------------------------------------------------------------------------------------------------
+# -- before the run --------------------------------------------------------------------------------
 
 
 def _refuse_foreign_folder(out: str) -> None:
-    """Before a log is written beside it. A store is not opened yet: another driver may be making
-    it."""
+    """Raise InputError, before a log is written next to the folder.
+
+    A store is not opened yet: another driver may be creating it.
+    """
     path = Path(out)
     if not is_remote(out) and path.exists() and not (path / "zarr.json").exists():
         kind = "a file" if path.is_file() else "a folder"
         raise InputError(
-            f"--out {out} exists and is not a feature store but {kind}; nothing was touched, give another name"
+            f"--out {out} exists and is not a feature store but {kind}; nothing was touched, give "
+            "another name"
         )
 
 
@@ -184,14 +179,10 @@ def _open_if_exists(out: str) -> FeatureStore | None:
 
 
 def _as_recorded(settings: Any) -> dict[str, Any]:
-    """Options for the log, which a later command in another folder may read."""
-    paths = {
-        name: value
-        for name, value in vars(settings).items()
-        if value and name in ("videos", "root", "weights")
-    }
+    """Options for the log, with absolute paths: a later command may run in another folder."""
+    paths = {name: getattr(settings, name) for name in ("videos", "root", "weights")}
     return vars(settings) | {
-        name: os.path.abspath(path) for name, path in paths.items() if os.path.exists(path)
+        name: os.path.abspath(path) for name, path in paths.items() if path and os.path.exists(path)
     }
 
 
@@ -210,76 +201,72 @@ def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
         frame_rate=options.frame_rate,
     )
     print(
-        f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of {len(videos):,} videos"
+        f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of "
+        f"{len(videos):,} videos"
     )
     return windows
 
 
 def _blocks(store: FeatureStore, videos: Sequence[Video]) -> list[Block]:
-    """The blocks with pending rows, and in them those rows; rows that lie beyond --limit stay
-    pending."""
+    """The pending rows of each block. Rows that --limit leaves out stay pending."""
     by_id = {video.id: video for video in videos}
     blocks = []
     for number in store.missing_blocks():
-        own = store.block_rows(number)
-        rows = [
-            row for row in own[store.status[own] == PENDING].tolist() if store.ids[row] in by_id
-        ]
+        in_block = store.block_rows(number)
+        pending = in_block[store.status[in_block] == PENDING]
+        rows = [row for row in pending.tolist() if store.ids[row] in by_id]
         if rows:
             blocks.append(Block(number, tuple(rows), tuple(by_id[store.ids[row]] for row in rows)))
     return blocks
 
 
-def _announce(
-    options: Options, store: FeatureStore, blocks: list[Block], made: dict[str, Any]
-) -> None:
-    to_do = sum(len(block.rows) for block in blocks)
+def _print_plan(store: FeatureStore, info: BackboneInfo, to_do: int, num_blocks: int) -> None:
     frames = store.num_views * store.frames_per_video
     beyond = int((store.status == PENDING).sum()) - to_do
     print(
-        f"backbone  {made['words']}\n"
-        f"store     {store.path}: {len(store):,} videos x {store.num_views} views x {store.frames_per_video} frames x "
-        f"{store.dim} float16 = {human_bytes(len(store) * store.video_bytes)}\n"
-        f"to do     {to_do:,} videos ({to_do * frames:,} frames) in {len(blocks):,} blocks, "
+        f"backbone  {info.description}\n"
+        f"store     {store.path}: {len(store):,} videos x {store.num_views} views x "
+        f"{store.frames_per_video} frames x {store.dim} float16 = "
+        f"{human_bytes(len(store) * store.video_bytes)}\n"
+        f"to do     {to_do:,} videos ({to_do * frames:,} frames) in {num_blocks:,} blocks, "
         f"{len(store) - to_do - beyond:,} done before"
         + (f", {beyond:,} beyond --limit" if beyond else "")
     )
 
 
-def _readable(blocks: list[Block]) -> str:
-    """A video that this process can open; workers that cannot do not see the videos."""
+def _first_readable_video(blocks: list[Block]) -> str:
+    """A video that this process can open. Every worker must be able to open it too."""
     for video in (video for block in blocks for video in block.videos):
         if os.path.isdir(video.path):
             return video.path
         with contextlib.suppress(VideoError):
-            check_file(video.path)  # waits for nothing, as opening a pipe would
+            check_file(video.path)
             return video.path
-    return os.devnull  # not one video can be opened: each will fail with its own reason
+    return os.devnull  # no video can be opened: each will fail with its own reason
 
 
 def _worker_pool(
     options: Any, store: FeatureStore | None, videos: Sequence[Video]
 ) -> Worker | RayActorPool:
-    """One worker in this process (Ray's start costs 5 to 13 s), or a pool of them."""
+    """A worker in this process, or several by Ray, which needs 5 to 13 s to start."""
     weights = Path(options.weights)
     options = replace(
         options,
         out=options.out if is_remote(options.out) else str(Path(options.out).resolve()),
         weights=str(weights.resolve()) if weights.is_file() else options.weights,
     )
-    sample = (
-        choose_sample(videos, store, seed=options.seed) if options.precision == "int8" else None
-    )
-    gpus = count_gpus() if options.device in ("auto", "cuda") else 1
-    workers = options.workers or max(1, gpus)
-    if options.address is None and workers == 1:
-        return Worker(options, available_cores(options.threads), sample)
-    return RayActorPool(
-        options if options.address is not None else replace(options, workers=workers), sample
-    )
+    sample = None
+    if options.precision == "int8":
+        sample = choose_sample(videos, store, seed=options.seed)
+    if options.address is None:
+        num_gpus = count_gpus() if options.device in ("auto", "cuda") else 1
+        options = replace(options, workers=options.workers or max(1, num_gpus))
+        if options.workers == 1:
+            return Worker(options, available_cores(options.threads), sample)
+    return RayActorPool(options, sample)
 
 
-# -- the run -------------------------------------------------------------------------------------------------------
+# -- the run ---------------------------------------------------------------------------------------
 
 
 def _run(
@@ -289,37 +276,42 @@ def _run(
     lock: StoreLock,
     log: RunLog,
 ) -> None:
-    """Commit blocks as they come; show progress, and at the end where the time went."""
+    """Commit blocks as workers return them; print progress, and at the end a time breakdown."""
     started = time.perf_counter()
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
     seen = SeenTimes(store)
     with _shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
-        for together in pool.extract(blocks):
-            if together:
+        for results in pool.extract(blocks):
+            if results:
                 lock.ensure_held()
-                store.commit(*(done.outcome for done in together))
-            for done in together:
-                videos, failed = len(done.outcome.rows), int((done.outcome.status == FAILED).sum())
-                totals.update(done.seconds, frames=done.frames, videos=videos, failed=failed)
-                nodes.add(done.node)
-                seen.note(done.outcome.rows, done.outcome.sources)
-                took = {name: round(value, 4) for name, value in done.seconds.items()}
-                of = {"number": done.number, "node": done.node, "videos": videos}
-                log.write("block", **of, frames=done.frames, seconds=took)
+                store.commit(*(result.outcome for result in results))
+            for result in results:
+                outcome, frames = result.outcome, result.frames
+                videos, failed = len(outcome.rows), int((outcome.status == FAILED).sum())
+                totals.update(result.seconds, frames=frames, videos=videos, failed=failed)
+                nodes.add(result.node)
+                seen.note(outcome.rows, outcome.sources)
+                log.write(
+                    "block",
+                    number=result.number,
+                    node=result.node,
+                    videos=videos,
+                    frames=frames,
+                    seconds={name: round(value, 4) for name, value in result.seconds.items()},
+                )
     wall = time.perf_counter() - started
     seen.save()
     log.write("end", wall=round(wall, 3), frames=totals["frames"])
-    print(_where_time_went(totals, wall=wall, workers=len(nodes)))
+    print(_time_breakdown(totals, wall=wall, workers=len(nodes)))
 
 
 @contextlib.contextmanager
 def _shown_progress(
     pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
 ) -> Iterator[None]:
-    """A bar over the frames of all videos to do, moved each second, and not only when a block is
-    done."""
-    # With several clips per video a row of the store is more than what is sampled.
+    """A progress bar over the frames to do. It moves every second, not only after a block."""
+    # A clip may have several rows of features. Progress counts sampled frames.
     sampled = store.provenance.get("sampling", {}).get("frames", store.frames_per_video)
     frames = store.num_views * sampled
     stop = threading.Event()
@@ -330,7 +322,7 @@ def _shown_progress(
         bar.set_postfix_str(done, refresh=False)
         bar.update(settled - bar.n)  # negative after a worker was lost
         if sys.stderr.isatty():
-            bar.refresh()  # also when nothing has come
+            bar.refresh()  # updates the time even if nothing has changed
 
     def move_each_second() -> None:
         while not stop.wait(SECONDS_PER_MOVE):
@@ -347,13 +339,14 @@ def _shown_progress(
             move()
 
 
-def _where_time_went(totals: Counter[str], *, wall: float, workers: int) -> str:
+def _time_breakdown(totals: Counter[str], *, wall: float, workers: int) -> str:
     if not totals["frames"]:
         return f"no frame was computed in {wall:.1f} s: no video could be read"
     busy = max(wall * workers, 1e-9)
     limit = "decoding" if totals["wait"] > totals["device"] else "the backbone"
     return (
-        f"{totals['frames']:,} frames in {wall:.1f} s: {totals['frames'] / wall:.0f} frames/s. Of the workers' time "
-        f"the device computed {totals['device'] / busy:.0%} and waited for frames {totals['wait'] / busy:.0%}; "
-        f"decoding took {totals['decode']:.1f} CPU s, writing {totals['write']:.1f} s beside it. The limit was {limit}."
+        f"{totals['frames']:,} frames in {wall:.1f} s: {totals['frames'] / wall:.0f} frames/s. Of "
+        f"the workers' time the device computed {totals['device'] / busy:.0%} and waited for "
+        f"frames {totals['wait'] / busy:.0%}; decoding took {totals['decode']:.1f} CPU s, and "
+        f"writing {totals['write']:.1f} s at the same time. The limit was {limit}."
     )

@@ -1,7 +1,7 @@
-"""The settings that a store was begun with, and the options of the command that continues it.
+"""The settings of a store, which a command that continues it must keep.
 
-A store is continued with the settings that it was begun with, or not at all. Options that were not
-given are taken from it. One that was given and differs is refused before weights are loaded.
+Options that are not given are taken from the store. An option that is given and differs is refused
+before weights are loaded.
 """
 
 import hashlib
@@ -18,44 +18,47 @@ from extract.store import FeatureStore, RunLog, difference
 
 
 def continue_options(options: Options, store: FeatureStore) -> Any:
-    """`options`, completed by the settings of `store`. InputError names what was given and
-    differs."""
+    """Fill missing options from the settings of a store. InputError names those that differ."""
     recorded = recorded_options(store)
     if options.backbone is not None:
         options = replace(options, backbone=absolute_name(options.backbone))
-    given = {name: getattr(options, name) for name in recorded}
-    missing = {name: recorded[name] for name, value in given.items() if value is None}
-    missing |= {name: recorded[name] for name in ("precision", "engine") if given[name] == "auto"}
-    refuse_other_settings(store, recorded, given | missing, _other_weights(options.weights, store))
+    current = {name: getattr(options, name) for name in recorded}
+    missing = {name: recorded[name] for name, value in current.items() if value is None}
+    missing |= {name: recorded[name] for name in ("precision", "engine") if current[name] == "auto"}
+    lines = _weights_difference(options.weights, store)
+    refuse_other_settings(store, recorded, current | missing, lines)
     if options.weights is None:
         missing["weights"] = _recorded_weights(store)
     completed = replace(options, **missing)
-    if options.fps is not None:  # says the window, or the frames in one
+    if options.fps is not None:  # it sets the window, or the frames in a window
         frames = options.frames if options.window is not None else completed.frames
         completed = resolve_windowing(replace(completed, window=options.window, frames=frames))
         refuse_other_settings(
             store, recorded, {name: getattr(completed, name) for name in recorded}
         )
-    taken = {name: value for name, value in missing.items() if value != DEFAULTS.get(name)}
-    if taken:
-        flags = (f"--{name.replace('_', '-')} {value}" for name, value in taken.items())
+    flags = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, value in missing.items()
+        if value != DEFAULTS.get(name)
+    ]
+    if flags:
         print(f"settings  as {store.path} was begun: {' '.join(flags)}")
     return completed.with_defaults()
 
 
 def check_provenance(store: FeatureStore, provenance: dict[str, Any]) -> None:
-    """InputError for settings that are known only once the backbone is loaded, and differ."""
+    """Raise InputError if settings differ that are known only once the backbone is loaded."""
     refuse_other_settings(store, store.provenance, provenance)
 
 
 def refuse_other_settings(
     store: FeatureStore,
     recorded: dict[str, Any],
-    now: dict[str, Any],
+    current: dict[str, Any],
     lines: Sequence[str] = (),
 ) -> None:
-    """InputError with the settings that differ, if any; `lines` name further ones."""
-    if lines := [*difference(recorded, now), *lines]:
+    """Raise InputError with the settings that differ, and with `lines`, if there are any."""
+    if lines := [*difference(recorded, current), *lines]:
         text = "\n  ".join(lines)
         raise InputError(
             f"{store.path} was made with other settings:\n  {text}\nuse those, or another --out"
@@ -63,25 +66,27 @@ def refuse_other_settings(
 
 
 def recorded_options(store: FeatureStore) -> dict[str, Any]:
-    """The options that a store records, but for its weights. InputError for features that no
-    extraction made."""
+    """The options that a store records, except for its weights.
+
+    Raises InputError for features that another tool made.
+    """
     record = store.provenance
     if "precision" not in record:
         raise InputError(
-            f"{store.path} holds features that were made elsewhere ({record.get('source', 'no source recorded')}); "
-            "`extract` cannot continue it, give another --out"
+            f"{store.path} holds features that were made elsewhere "
+            f"({record.get('source', 'no source recorded')}); `extract` cannot continue it, give "
+            "another --out"
         )
     views = record.get("views", store.views)
-    passes = sum(name.startswith("augment_") for name in views)
+    augment_passes = sum(name.startswith("augment_") for name in views)
     sampling = record.get("sampling", {})
     clips = record.get("clips") or {}  # of clip-wise backbones
+    image_sizes = [run["image_size"] for run in logged_options(store) if "image_size" in run]
     options = {
         "clip_frames": clips.get("frames"),
         "clip_fps": clips.get("fps"),
         "per_clip": clips.get("per_clip"),
-        "image_size": next(
-            (run["image_size"] for run in logged_options(store) if "image_size" in run), None
-        ),
+        "image_size": image_sizes[0] if image_sizes else None,
         "backbone": record.get("backbone"),
         "decoder": record.get("decoder", {}).get("name"),
         "seed": record.get("seed"),
@@ -89,54 +94,50 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
     }
     return {name: value for name, value in options.items() if value is not None} | {
         "precision": record["precision"],
-        # Stores of before OpenVINO ran backbones, and those of PyTorch, record no engine.
+        # Stores of PyTorch, and all from before there was OpenVINO, record no engine.
         "engine": "openvino" if "engine" in record else "torch",
         "frames": sampling.get("frames", store.frames_per_video),
         "window": sampling.get("window"),
         "stride": sampling.get("stride"),
         "frame_rate": sampling.get("frame_rate"),
-        "crops": len(views) - passes,
-        "augment_passes": passes,
+        "crops": len(views) - augment_passes,
+        "augment_passes": augment_passes,
         "block_size": store.block_size,
     }
 
 
 def logged_options(store: FeatureStore) -> list[dict[str, Any]]:
-    """The options of earlier extractions, the last one first, as the log beside the store has
-    them."""
+    """The options of earlier extractions, from the store's log, the latest first."""
     runs = [run.get("options") for run in RunLog.records(store.path) if run["event"] == "start"]
     return [options for options in reversed(runs) if isinstance(options, dict)]
 
 
 def _recorded_weights(store: FeatureStore) -> str:
-    """The option --weights that a store was begun with. InputError if its file is not there any
-    more."""
+    """The option --weights that a store was begun with. InputError if its file is missing."""
     record = store.provenance.get("weights", {"name": "random"})
     if "sha256" not in record:
         return "random" if record["name"].startswith("random") else "pretrained"
     for weights in {str(run.get("weights")): None for run in logged_options(store)}:
-        # Packages with weights are found by timm's name alone.
-        if weights == "pretrained" or not _other_weights(weights, store):
+        # timm's name is enough to find weights in a Python package.
+        if weights == "pretrained" or not _weights_difference(weights, store):
             return weights
     raise InputError(
-        f"{store.path} was made with the weights {record['name']} (SHA-256 {record['sha256'][:12]}...), "
-        "which are not where they were; give them with --weights FILE"
+        f"{store.path} was made with the weights {record['name']} (SHA-256 "
+        f"{record['sha256'][:12]}...), which are not where they were; give them with --weights FILE"
     )
 
 
-def _other_weights(weights: str | None, store: FeatureStore) -> list[str]:
-    """The line that says that these weights are not those of a store, as far as their name or their
-    bytes tell."""
+def _weights_difference(weights: str | None, store: FeatureStore) -> list[str]:
+    """A line for the error message if these weights differ from a store's in name or digest."""
     record = store.provenance.get("weights")
     if weights is None or record is None:
         return []
     if Path(weights).is_file():
         with Path(weights).open("rb") as file:
-            now = hashlib.file_digest(file, "sha256").hexdigest()
-        return difference(
-            {"weights": {"sha256": record.get("sha256")}}, {"weights": {"sha256": now}}
-        )
-    random = record["name"].startswith("random")
-    if (weights == "random") == random and weights in ("random", "pretrained"):
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        recorded = {"sha256": record.get("sha256")}
+        return difference({"weights": recorded}, {"weights": {"sha256": digest}})
+    recorded_option = "random" if record["name"].startswith("random") else "pretrained"
+    if weights == recorded_option:
         return []
     return [f"weights: {record['name']} in the store, {weights} now"]

@@ -2,7 +2,7 @@
 
 Method: 10 minutes of one H.264 file (real pictures, x264's defaults, a key frame every 250 frames), windows in which 25
 instants are shown at 4 per second, and around each a clip of 16 frames at 15 per second (torchvision's r3d_18). One
-process does what a decode child and a worker do: the jobs of `jobs_of`, the jobs for what a buffer had no room for, and
+process does what a decode child and a worker do: the jobs of `make_jobs`, those for what a buffer had no room for, and
 each clip's copy out of the buffer. Against it: one pass in which every frame that a clip shows is decoded and resized
 once. Then the backbone alone on some clips, times their number. All in CPU seconds of this process. What is asserted is
 the ratio of jobs and backbone to one pass and backbone.
@@ -22,7 +22,7 @@ from extract.decode.jobs import Plan, decode_job, remaining_jobs
 from extract.decode.transform import resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
-from extract.workers.blocks import jobs_of
+from extract.workers.blocks import make_jobs
 from videos import write_repeated, x264_defaults
 
 SECONDS, FPS, FRAMES = 600, 4.0, 25
@@ -47,7 +47,7 @@ def in_jobs(path: str, spans: list[tuple[float, float]], plan: Plan) -> dict[str
     counts = {"jobs": 0, "pictures": 0, "distinct": 0, "clips": 0}
     out = np.zeros(plan.slot_bytes, np.uint8)
     videos = [Video(str(number), path, -1, span=span) for number, span in enumerate(spans)]
-    jobs = [job for _, job in jobs_of(videos, plan)]
+    jobs = make_jobs(videos, plan)
     shown: set[int] = set()
     while jobs:
         job = jobs.pop(0)

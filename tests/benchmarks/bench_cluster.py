@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extract.decode.pool import Finished
+from extract.decode.pool import JobResult
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Outcomes, RunLog, lock_store
-from extract.workers.blocks import Block, Done, jobs_of
+from extract.workers.blocks import Block, BlockResult, make_jobs
 from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
-from extract.workers.driver import _blocks, _columns, _run
-from extract.workers.ray_pool import RayActorPool, _Member
+from extract.workers.driver import _blocks, _run
+from extract.workers.ray_pool import RayActorPool, _WorkerHandle
+from extract.workers.reconcile import columns_of
 from extract.workers.worker import Worker
 from simulated import SimulatedWorker
 
@@ -53,7 +54,7 @@ class DecodeStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (block,) = batch["block"]
         frames, ends = [], []
-        for _, (_, wanted, plan), future in self._worker._submit(block):
+        for (_, wanted, plan), future in self._worker._submit(block):
             with future.result() as finished:
                 frames.append(finished.buffer[: len(wanted) * plan.row_bytes].copy())
                 ends.append((finished.result, finished.failure, finished.cpu_seconds))
@@ -69,21 +70,19 @@ class BackboneStage:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         (block,), (frames,), (ends,) = batch["block"], batch["frames"], batch["ends"]
         worker = self._worker
-        jobs = jobs_of(block.videos, worker._plan)
-        worker._ahead[block.number] = [
-            (places, job, Ready(Finished(result, buffer, failure, seconds)))  # type: ignore[misc]
-            for (places, job), buffer, (result, failure, seconds) in zip(
-                jobs, frames, ends, strict=True
-            )
+        jobs = make_jobs(block.videos, worker._plan)
+        worker._prefetched[block.number] = [
+            (job, Ready(JobResult(result, buffer, failure, seconds)))  # type: ignore[misc]
+            for job, buffer, (result, failure, seconds) in zip(jobs, frames, ends, strict=True)
         ]
         return {"done": objects(worker.run(block) + worker.drain())}
 
 
 @dataclass
 class Ready:
-    finished: Finished
+    finished: JobResult
 
-    def result(self) -> Finished:
+    def result(self) -> JobResult:
         return self.finished
 
 
@@ -114,7 +113,7 @@ class RayData:
             **({"num_gpus": 1} if gpu else {"num_cpus": cpus}),
         }
 
-    def extract(self, blocks: list[Block]) -> Iterator[list[Done]]:
+    def extract(self, blocks: list[Block]) -> Iterator[list[BlockResult]]:
         import ray
 
         context = ray.data.DataContext.get_current()
@@ -139,13 +138,13 @@ class RayData:
 class Alone(RayActorPool):
     """The pool as it was: every worker decodes for itself."""
 
-    def _helper(self, *_: Any) -> Any:
+    def _start_decoder(self, *_: Any) -> Any:
         raise AssertionError
 
-    def _look(self) -> None:
-        slots, self._slot_bytes = self._slot_bytes, 0
-        super()._look()
-        self._slot_bytes = slots
+    def _refresh_nodes(self) -> None:
+        info, self._info = self._info, None
+        super()._refresh_nodes()
+        self._info = info
 
 
 @contextlib.contextmanager
@@ -205,16 +204,16 @@ def contest(
         )
         with cluster_of(nodes) as address:
             options = Options(**(vars(options) | {"address": address}))
-            made = worker(options, 1).describe()
+            info = worker(options, 1).describe()
             FeatureStore.create(
                 out,
-                **_columns(videos),
+                **columns_of(videos),
                 classes=["a"],
-                views=made["provenance"]["views"],
+                views=info.provenance["views"],
                 frames=25,
-                dim=made["dim"],
+                dim=info.dim,
                 block_size=block_size,
-                provenance=made["provenance"],
+                provenance=info.provenance,
             )
             store = FeatureStore.open(out, writable=True)
             blocks = _blocks(store, videos)
@@ -306,7 +305,7 @@ class Sleeper:
     def __init__(self, seconds: float):
         self._seconds = seconds
 
-    def run(self, block: Block, upcoming: Block | None) -> list[Done]:
+    def run(self, block: Block, upcoming: Block | None) -> list[BlockResult]:
         time.sleep(self._seconds)
         rows = np.array(block.rows)
         shape = (len(rows), 1, FRAMES)
@@ -319,7 +318,7 @@ class Sleeper:
             np.zeros(shape, "<f4"),
         )
         return [
-            Done(
+            BlockResult(
                 block.number,
                 outcome,
                 "here",
@@ -328,7 +327,7 @@ class Sleeper:
             )
         ]
 
-    def drain(self) -> list[Done]:
+    def drain(self) -> list[BlockResult]:
         return []
 
 
@@ -346,13 +345,13 @@ class Crowd(RayActorPool):
             for _ in range(PROCESSES)
         ]
         super().__init__(options)
-        self._members = [_Member(self._actor(), ready=True) for _ in range(WORKERS)]
+        self._workers = [_WorkerHandle(self._start_worker(), ready=True) for _ in range(WORKERS)]
 
-    def _actor(self) -> Any:
+    def _start_worker(self) -> Any:
         self._made = getattr(self, "_made", -1) + 1
         return self._sleepers[self._made % PROCESSES]
 
-    def _ask_how_far(self) -> None:
+    def _poll_progress(self) -> None:
         """Sleepers do not know."""
 
 
@@ -364,7 +363,7 @@ def test_the_driver_of_64_workers(tmp_path):
     out = tmp_path / "feats.zarr"
     store = FeatureStore.create(
         out,
-        **_columns(
+        **columns_of(
             [
                 Video(f"train/class/{number:06d}.mp4", __file__, 0, "train")
                 for number in range(VIDEOS // PART)

@@ -2,7 +2,7 @@
 
 Method: an hour of one H.264 file (real pictures, x264's defaults, a key frame every 250 frames), 25 frames a window of
 10 s. Contenders follow each other in one process: one `decode` that asks for all 9,000 frames in one pass; the 360
-windows in jobs as `jobs_of` makes them; and of the first 36 windows, each as a job of its own, and plain PyAV that
+windows in jobs as `make_jobs` makes them; and of the first 36 windows, each as a job of its own, and plain PyAV that
 decodes every frame and turns the wanted ones into RGB. What is asserted is the ratio of jobs to one pass. Peak memory
 is that of a child of its own. Run: `python -m pytest -s tests/benchmarks/bench_spans.py`
 """
@@ -22,7 +22,7 @@ from extract.decode.transform import Preprocessing, resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centers
-from extract.workers.blocks import jobs_of
+from extract.workers.blocks import make_jobs
 from videos import write_repeated, x264_defaults
 
 SECONDS, WINDOW, FRAMES = 3600, 10.0, 25
@@ -44,8 +44,8 @@ def hour(tmp_path_factory) -> Path:
 
 def in_jobs(path: str, spans: list[tuple[float, float]], plan: Plan = PLAN) -> int:
     out = np.zeros(plan.slot_bytes, np.uint8)
-    jobs = jobs_of([Video("id", path, -1, span=span) for span in spans], plan)
-    return sum(len(decode_job(job, out)) for _, job in jobs)
+    jobs = make_jobs([Video("id", path, -1, span=span) for span in spans], plan)
+    return sum(len(decode_job(job, out)) for job in jobs)
 
 
 def one_by_one(path: str, spans: list[tuple[float, float]]) -> int:

@@ -74,13 +74,13 @@ MUTATIONS = [
     ),
     Mutation(
         PACKETS,
-        "if self.pts[keys[key_place]] <= self.pts[number]:",
-        "if True:",
+        "if self.pts[key] <= self.pts[number]]",
+        "if True]",
         f"{DECODE_TESTS} -k wanted_frames_alone",
     ),
     Mutation(
         PACKETS,
-        '"DEFAULT" if position in chosen else "NONREF"',
+        '"DEFAULT" if position in requested else "NONREF"',
         '"DEFAULT"',
         f"{DECODE_TESTS} -k few_frames_cost",
     ),
@@ -117,8 +117,8 @@ MUTATIONS = [
     Mutation(READER, "os.stat(path).st_mtime_ns", "0", f"{SPAN_TESTS} -k file_that_changed"),
     Mutation(
         JOBS,
-        "np.stack(middles) - (length - 1) // 2, 0",
-        "np.stack(middles) - length // 2, 0",
+        "np.clip(middles - (length - 1) // 2, 0",
+        "np.clip(middles - length // 2, 0",
         f"{VIEW_TESTS} -k clips_are_neighbors",
     ),
     Mutation(
@@ -182,7 +182,7 @@ MUTATIONS = [
     ),
     Mutation(
         DRIVER,
-        'check_provenance(store, made["provenance"])',
+        "check_provenance(store, info.provenance)",
         "pass",
         f"{RECONCILE_TESTS} -k what_only_the_loaded",
     ),
@@ -282,8 +282,8 @@ MUTATIONS = [
     ),
     Mutation(
         "extract/workers/changed.py",
-        "changed[place] = source[:2] != tuple(recorded[rows[place]])",
-        "changed[place] = False",
+        "changed[position] = source[:2] != tuple(recorded[rows[position]])",
+        "changed[position] = False",
         f"{RECONCILE_TESTS} -k same_size",
     ),
     # -- splits and folds ------------------------------------------------------------------------

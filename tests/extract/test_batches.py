@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ import pretend
 from extract.backbone.batches import Batches
 from extract.backbone.model import load_trunk
 from extract.backbone.torch_engine import gpu_slots, on_cpu
-from extract.decode.jobs import Prepared
-from extract.decode.pool import Finished
-from extract.decode.transform import Preprocessing
+from extract.decode.jobs import Job, Prepared
+from extract.decode.pool import JobResult
+from extract.decode.transform import Clips, Preprocessing
 from extract.listing.videos import Video
 from extract.options import Options
-from extract.workers.blocks import Block, jobs_of
+from extract.store import FAILED, OK
+from extract.workers.blocks import Block
 from extract.workers.worker import Worker
 
 PIXELS, DIM = 2, 5
@@ -350,30 +352,54 @@ class FakeBackbone:
         return Batches(self.slots, check=accept)
 
 
+class FakePool:
+    """Decoded long ago: row `1-0` shows the first three of the frames `noise(6, seed=1)`, `1-1` the others."""
+
+    def __init__(self, *_: object, **__: object):
+        pass
+
+    def add_remote_executor(self, execute: object, *, concurrency: int) -> None:
+        pass
+
+    def submit(self, job: Job) -> "Future[JobResult]":
+        _, [(row_id, _)], _ = job
+        seed, k = map(int, row_id.split("-"))
+        frames = noise(6, seed=seed)[3 * k : 3 * k + 3]
+        clips = np.arange(3).reshape(1, 3, 1)
+        prepared = Prepared(np.zeros(3, "<i4"), np.zeros(3, "<f4"), clips, 9)
+        result: Future[JobResult] = Future()
+        result.set_result(JobResult([prepared], frames.reshape(-1)))
+        return result
+
+    def close(self) -> None:
+        pass
+
+
+class FakeStore:
+    def __init__(self) -> None:
+        self.written: dict[int, np.ndarray] = {}
+
+    def open(self, path: str, *, writable: bool) -> "FakeStore":
+        return self
+
+    def write_block(self, number: int, features: np.ndarray, rows: np.ndarray) -> None:
+        self.written[number] = features[:, 0].copy()
+
+
 def worker_on(
-    device: FakeDevice, monkeypatch: pytest.MonkeyPatch
+    device: FakeDevice, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Worker, list[Block], dict[int, np.ndarray]]:
-    """A worker with three blocks of two videos of three frames, decoded before it asks, and what it wrote so far."""
-    worker, blocks, written = Worker(Options(videos=Path(), out="", frames=3), 1), [], {}
-    monkeypatch.setattr(Worker, "_backbone", FakeBackbone(device))
-    monkeypatch.setattr(
-        worker,
-        "_write",
-        lambda features, done: (written.update({done.number: features[:, 0].copy()}), done)[1],
-    )
+    """A worker, three blocks of two videos of three frames, and what it wrote so far."""
+    store = FakeStore()
+    monkeypatch.setattr("extract.workers.worker.FeatureStore", store)
+    monkeypatch.setattr("extract.workers.worker.SubprocessPool", FakePool)
+    chosen = Options(videos=Path(), out="", frames=3, **options)
+    worker = Worker(chosen, 1, backbone=FakeBackbone(device))  # type: ignore[arg-type]
+    blocks = []
     for number in range(3):
-        frames = noise(6, seed=number)
         videos = tuple(Video(f"{number}-{k}", f"{number}-{k}.mp4", 0) for k in range(2))
         blocks.append(Block(number, (2 * number, 2 * number + 1), videos))
-        worker._ahead[number] = []
-        for (k,), job in jobs_of(videos, worker._plan):
-            prepared = Prepared(
-                np.zeros(3, "<i4"), np.zeros(3, "<f4"), np.arange(3).reshape(1, 3, 1), 9
-            )
-            done: Future[Finished] = Future()
-            done.set_result(Finished([prepared], frames[3 * k : 3 * k + 3].reshape(-1)))
-            worker._ahead[number].append(([k], job, done))
-    return worker, blocks, written
+    return worker, blocks, store.written
 
 
 def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -408,30 +434,48 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
     worker.close()
 
 
+def test_a_row_that_fails_after_its_first_clips_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of the three clips of the first video fit into a buffer; the process that decodes the third dies."""
+    clips = Clips(frames=1, fps=5.0, per_clip="mean", rows=1)
+    monkeypatch.setattr(FakeBackbone, "clips", clips)
+    monkeypatch.setattr(FakeBackbone, "clip_options", {"clip_length": 1, "clip_fps": clips.fps})
+    submit = FakePool.submit
+
+    def submit_parts(pool: FakePool, job: Job) -> "Future[JobResult]":
+        _, [(row_id, _)], plan = job
+        future = submit(pool, job)
+        result = future.result()
+        if plan.first_clip:
+            result.failure = "the decoding process died"
+        elif row_id == "0-0":
+            result.result[0] = replace(result.result[0], clips=np.arange(2).reshape(1, 2, 1))
+        return future
+
+    monkeypatch.setattr(FakePool, "submit", submit_parts)
+    worker, blocks, written = worker_on(FakeDevice(), monkeypatch)
+    [result] = worker.run(blocks[0]) + worker.drain()
+    worker.close()
+    outcome = result.outcome
+    assert outcome.status.tolist() == [FAILED, OK]
+    assert outcome.errors == ["the decoding process died", ""]
+    assert outcome.num_frames.tolist() == [0, 9]
+    assert (outcome.frame_indices[0] == -1).all()
+    assert np.isnan(outcome.timestamps[0]).all()
+    assert not written[0][0].any()
+    assert written[0][1].any()
+
+
 @pytest.mark.parametrize(("decoder", "third"), [("decord", "decord"), ("torchcodec-cpu", "pyav")])
 def test_only_what_decodes_in_the_workers_process_is_given_up(
     decoder, third, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Children survive what crashes in them, so a block that workers died over keeps its decoder there."""
-    worker, blocks, _ = worker_on(FakeDevice(), monkeypatch)
-    worker.options = replace(worker.options, decoder=decoder, decode_workers=1)
-    del worker.__dict__["_plan"]
-    monkeypatch.setattr("extract.workers.worker.SubprocessPool", FakePool)
-    for deaths, expected in ((1, decoder), (2, third)):
-        submitted = worker._submit(replace(blocks[0], deaths=deaths))
-        assert [job[2].decoder for _, job, _ in submitted] == [expected] * 2
-    worker.close()
-
-
-class FakePool:
-    def __init__(self, *_: object, **__: object):
-        pass
-
-    def help(self, decode: object, *, at_once: int) -> None:
-        pass
-
-    def submit(self, job: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
+    jobs: list[Job] = []
+    submit = FakePool.submit
+    monkeypatch.setattr(FakePool, "submit", lambda pool, job: jobs.append(job) or submit(pool, job))
+    for failures, expected in ((1, decoder), (2, third)):
+        worker, blocks, _ = worker_on(FakeDevice(), monkeypatch, decoder=decoder)
+        worker.run(replace(blocks[0], failures=failures))
+        assert [job[2].decoder for job in jobs] == [expected] * 2
+        jobs.clear()
+        worker.close()

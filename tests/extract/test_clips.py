@@ -115,8 +115,8 @@ def test_parts_of_a_clip_are_equal_and_have_their_own_middles(codec_clips) -> No
         codec_clips / "h264_long_gop.mp4", [None], plan_of(length=6), 1000
     )
     positions = prepared.clips[0][:, [0, 2, 4]].ravel()  # 0 1 | 2 3 | 4 5
-    assert prepared.middles_of(3)[0].tolist() == positions.tolist()
-    assert prepared.middles_of(1)[0].tolist() == prepared.clips[0][:, 2].tolist()
+    assert prepared.middles(3)[0].tolist() == positions.tolist()
+    assert prepared.middles(1)[0].tolist() == prepared.clips[0][:, 2].tolist()
 
 
 def test_augmented_passes_of_clips_do_not_depend_on_the_buffer(codec_clips) -> None:

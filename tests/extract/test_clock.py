@@ -39,12 +39,12 @@ def spans_in_any_order(path: Path) -> list:
     """Indices and times of the span of 2 to 3 s: alone, and after others."""
     seen = []
     for earlier in ([], [(0.0, 1.0)], [(0.0, 2.0), (3.0, 3.5)]):
-        reader._recent.clear()
+        reader._cache.clear()
         for span in earlier:
             decode(path, centers, span=span)
         decoded = decode(path, centers, span=(2.0, 3.0))
         seen.append((decoded.indices.tolist(), decoded.timestamps.tolist(), decoded.note))
-    reader._recent.clear()
+    reader._cache.clear()
     return seen
 
 
@@ -212,10 +212,10 @@ def test_views_of_a_damaged_file_do_not_depend_on_what_was_decoded_before(tmp_pa
 
     alone = []
     for number in range(len(rows)):
-        reader._recent.clear()
+        reader._cache.clear()
         alone += views(number)
     assert {bool(view[1]) for view in alone if isinstance(view, tuple)} == {False, True}
-    reader._recent.clear()
+    reader._cache.clear()
     assert views(*range(len(rows))) == alone
     for number in reversed(range(len(rows))):
         assert views(number) == [alone[number]]

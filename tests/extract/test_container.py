@@ -148,7 +148,7 @@ def test_pipes_sockets_and_devices_are_refused_at_once(make, tmp_path, monkeypat
         (Path("https://example.org/a.mp4"), "is an address, not a file; download it first"),
         (
             "a\\b.mp4",
-            "does not exist; its name holds a backslash, which separates folders on Windows only: write /",
+            "does not exist; its name contains a backslash, which separates folders on Windows only: write /",
         ),
         ("a\0b.mp4", "cannot be read: embedded null byte"),
     ],
@@ -237,6 +237,6 @@ def test_a_length_that_a_file_cannot_have_is_refused(tmp_path):
     check_length(path, 3600.0)
     with pytest.raises(
         VideoError,
-        match="at most 1,000,000 s, and 1 byte per second of what is longer than an hour",
+        match="at most 1,000,000 s, and at least 1 byte per second of a video that is longer",
     ):
         check_length(path, 3601.0)

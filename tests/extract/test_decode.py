@@ -637,13 +637,13 @@ def clip(tmp_path_factory) -> Path:
 def test_a_frame_that_is_not_there_is_named(indices, wrong, decoder, clip):
     if decoder == "decord":
         pytest.importorskip("decord")
-    with pytest.raises(IndexError, match=rf"has 24 frames, sample\(24\) asks for frame {wrong}$"):
+    with pytest.raises(IndexError, match=rf"has 24 frames, sample\(24\) returned frame {wrong}$"):
         decode(clip, lambda n: np.array(indices), decoder=decoder)
 
 
 @pytest.mark.parametrize("indices", [np.array([]), np.array(1), np.array([0.5]), np.array(["0"])])
 def test_what_sample_must_give(indices, clip):
-    with pytest.raises(ValueError, match=r"sample\(24\) gave .*expected integer frame indices"):
+    with pytest.raises(ValueError, match=r"sample\(24\) returned .*expected integer frame indices"):
         decode(clip, lambda n: indices)
 
 
@@ -655,13 +655,6 @@ def test_the_result_unpacks_and_knows_its_types(clip):
     assert timestamps.dtype == np.float32
     np.testing.assert_allclose(timestamps, [0.12, 0, 0.12], atol=1e-6)
     assert len(repr(decoded)) < 300, "pictures do not belong in a repr"
-
-
-def test_a_result_checks_its_shapes():
-    with pytest.raises(
-        ValueError, match=r"got frames \(2, 4, 4, 3\), indices \(3,\), timestamps \(2,\)"
-    ):
-        Decoded(np.zeros((2, 4, 4, 3), np.uint8), np.zeros(3, np.int32), np.zeros(2, np.float32), 2)
 
 
 def test_resize_is_applied_to_wanted_frames(clip):

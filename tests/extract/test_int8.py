@@ -88,7 +88,7 @@ def test_the_sample_is_a_function_of_the_seed_and_the_videos() -> None:
     sample = choose_sample(videos, None, seed=1)
     assert sample == choose_sample(videos, None, seed=1)
     assert sample != choose_sample(videos, None, seed=2)
-    assert (len(set(sample.videos)), sample.of) == (40, 100)
+    assert (len(set(sample.videos)), sample.num_rows) == (40, 100)
 
 
 class FakeStore:

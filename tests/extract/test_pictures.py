@@ -16,9 +16,9 @@ from extract.cli import run_command
 from extract.decode import VideoError, decode, decode_spans
 from extract.decode import pictures as picture_reader
 from extract.decode.container import time_limit
-from extract.decode.jobs import Plan
+from extract.decode.jobs import Plan, Prepared
 from extract.decode.nvdec import GpuDecoder
-from extract.decode.pool import Finished
+from extract.decode.pool import JobResult
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import list_videos
 from extract.listing.windows import file_lengths
@@ -167,7 +167,7 @@ def test_spans_are_read_by_time_and_one_picture_once(tmp_path, monkeypatch):
     opens: list[str] = []
     real = Image.open
     monkeypatch.setattr(Image, "open", lambda path, **how: opens.append(path) or real(path, **how))
-    spans = [((0.0, 0.5), lambda times: every(times.num_frames)), ((0.25, 1.0), lambda _: [0, 0])]
+    spans = [((0.0, 0.5), lambda times: every(len(times))), ((0.25, 1.0), lambda _: [0, 0])]
     decoded = dict(decode_spans(tmp_path, spans, frame_rate=RATE))
     assert decoded[0].indices.tolist() == [0, 1, 2, 3, 4]
     assert decoded[1].indices.tolist() == [3]
@@ -228,7 +228,7 @@ DAMAGE = {
     empty: "img_00007.jpg the file is empty (0 bytes)",
     enlarge: "img_00007.jpg has more than 67,108,864 pixels",
     stretch: "img_00007.jpg its pictures are 4000 x 10; expected at most",
-    deepen: "img_00007.jpg has I;16 pixels; expected 8 bits a color",
+    deepen: "img_00007.jpg has I;16 pixels; expected 8 bits per color",
 }
 
 
@@ -247,7 +247,7 @@ def test_a_damaged_picture_in_the_middle(tmp_path, damage):
     # A span that does not hold it, and frames that are not it, are as good as ever.
     assert decode(tmp_path, every, span=(1.0, 2.0), frame_rate=RATE).problem == ""
     assert decode(tmp_path, lambda _: [6, 8], frame_rate=RATE).problem == ""
-    spans = [((0.0, 1.0), lambda times: every(times.num_frames)), ((1.0, 2.0), lambda _: [0])]
+    spans = [((0.0, 1.0), lambda times: every(len(times))), ((1.0, 2.0), lambda _: [0])]
     together = dict(decode_spans(tmp_path, spans, frame_rate=RATE))
     assert together[0].problem.startswith("1 of 10 pictures are damaged (img_00007.jpg")
     assert together[1].problem == ""
@@ -304,12 +304,13 @@ def test_a_gpu_leaves_folders_to_the_children(tmp_path):
             return self
 
         def result(self):
-            return Finished(["done"], np.empty(0, np.uint8))
+            return JobResult([Prepared(*np.zeros((3, 1, 1, 1), int), 20)])
 
     plan = Plan(2, 1, 0, Preprocessing(32, 36, "bilinear", (0.5,) * 3, (0.5,) * 3))
     decoder = GpuDecoder(children := Children(), print, "cuda:0", timeout=1.0)
     job = str(tmp_path), [("x", None)], Plan(**vars(plan) | {"decoder": "torchcodec-cuda"})
-    assert decoder(job).result == ["done"]
+    [prepared] = decoder(job).result
+    assert (prepared.num_frames, prepared.note) == (20, "")
     assert children.job == (str(tmp_path), [("x", None)], plan)
 
 

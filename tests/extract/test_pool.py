@@ -22,8 +22,8 @@ from extract.decode.container import LONGEST_SECONDS, time_limit
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.pool import (
     ATTEMPTS,
-    SLOTS_A_CHILD,
-    Finished,
+    SLOTS_PER_CHILD,
+    JobResult,
     SubprocessPool,
     memory_limit,
 )
@@ -100,17 +100,17 @@ def test_results_come_with_what_the_child_wrote(pool):
 
 
 def test_a_child_works_ahead_until_its_slots_are_full(pool):
-    futures = [pool.submit(("fill", number)) for number in range(SLOTS_A_CHILD + 2)]
-    finished = [future.result(PATIENCE) for future in futures[:SLOTS_A_CHILD]]
+    futures = [pool.submit(("fill", number)) for number in range(SLOTS_PER_CHILD + 2)]
+    finished = [future.result(PATIENCE) for future in futures[:SLOTS_PER_CHILD]]
     time.sleep(0.1)
-    assert not any(future.done() for future in futures[SLOTS_A_CHILD:])
+    assert not any(future.done() for future in futures[SLOTS_PER_CHILD:])
     assert [int(one.buffer[0]) for one in finished] == list(
-        range(SLOTS_A_CHILD)
+        range(SLOTS_PER_CHILD)
     )  # none is written over
     for one in finished:
         one.release()
         one.release()  # twice is once
-    for number, future in enumerate(futures[SLOTS_A_CHILD:], SLOTS_A_CHILD):
+    for number, future in enumerate(futures[SLOTS_PER_CHILD:], SLOTS_PER_CHILD):
         with future.result(PATIENCE) as one:
             assert (one.buffer == number).all()
     works(pool)
@@ -128,14 +128,14 @@ def test_a_child_works_ahead_until_its_slots_are_full(pool):
     ],
 )
 def test_what_a_job_raises_is_its_failure(job, failure, pool):
-    for _ in range(SLOTS_A_CHILD + 1):  # a failed job holds no slot
+    for _ in range(SLOTS_PER_CHILD + 1):  # a failed job holds no slot
         finished = pool.submit(job).result(PATIENCE)
         assert finished.failure == failure
     works(pool)
 
 
 def test_a_job_that_cannot_be_sent_raises_and_takes_no_slot(pool):
-    for _ in range(SLOTS_A_CHILD + 1):
+    for _ in range(SLOTS_PER_CHILD + 1):
         with pytest.raises(Exception, match="pickle"):
             pool.submit(("fill", lambda: 0)).result(PATIENCE)
     works(pool)
@@ -384,15 +384,15 @@ def test_closing_while_children_start_is_quick(seconds):
 
 def test_closing_with_results_that_nobody_released_is_quick():
     pool = pool_of()
-    futures = [pool.submit(("fill", 5)) for _ in range(SLOTS_A_CHILD + 3)]
-    finished = [future.result(PATIENCE) for future in futures[:SLOTS_A_CHILD]]
+    futures = [pool.submit(("fill", 5)) for _ in range(SLOTS_PER_CHILD + 3)]
+    finished = [future.result(PATIENCE) for future in futures[:SLOTS_PER_CHILD]]
     started = time.monotonic()
     pool.close()
     assert time.monotonic() - started < 2.0
     assert all(
         (one.buffer == 5).all() for one in finished
     )  # still there: the memory lives as long as its readers
-    assert all(future.cancelled() for future in futures[SLOTS_A_CHILD:])
+    assert all(future.cancelled() for future in futures[SLOTS_PER_CHILD:])
 
 
 def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
@@ -407,7 +407,7 @@ def test_a_function_that_children_cannot_import_says_so(capfd, monkeypatch):
         SubprocessPool(decode_jobs.only_here, slot_bytes=SLOT, workers=1, timeout=20) as pool,
         pytest.raises(
             RunError,
-            match=r"a decode process does not start \(exit status 1\); its error stands above",
+            match=r"a decode process does not start \(exit status 1\); its error is printed above",
         ),
     ):
         pool.submit(("fill", 1)).result(PATIENCE)
@@ -444,12 +444,12 @@ def test_kill_9_of_the_parent_leaves_no_child(kind, tmp_path):
 
 def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
     def elsewhere(job):
-        return Finished(job[1], np.full(SLOT, job[1], np.uint8))
+        return JobResult(job[1], np.full(SLOT, job[1], np.uint8))
 
     with pool_of() as pool:
         busy = pool.submit(("sleep", 15.0))
         wait_for(busy.running, "our child to take a job")
-        pool.help(elsewhere, at_once=2)
+        pool.add_remote_executor(elsewhere, concurrency=2)
         futures = [pool.submit(("fill", number)) for number in range(40)]
         for number, future in enumerate(futures):  # more than all slots hold: each must come back
             with future.result(PATIENCE) as finished:
@@ -466,8 +466,8 @@ def test_a_job_whose_help_is_lost_is_done_here_before_later_ones_fill_every_slot
         raise ConnectionError("the node is gone")
 
     with pool_of() as pool:
-        pool.help(elsewhere, at_once=2)
-        futures = [pool.submit(("fill", number)) for number in range(4 * SLOTS_A_CHILD)]
+        pool.add_remote_executor(elsewhere, concurrency=2)
+        futures = [pool.submit(("fill", number)) for number in range(4 * SLOTS_PER_CHILD)]
         for number, future in enumerate(futures):
             with future.result(PATIENCE) as finished:
                 assert (finished.result, finished.failure) == (number, "")
@@ -481,12 +481,12 @@ def test_closing_does_not_wait_for_help():
     def elsewhere(job):
         asked.append(job)
         over.wait(2 * PATIENCE)
-        return Finished(job[1], np.zeros(SLOT, np.uint8))
+        return JobResult(job[1], np.zeros(SLOT, np.uint8))
 
     started = time.monotonic()
     with pool_of() as pool:
-        pool.help(elsewhere, at_once=1)
-        for _ in range(SLOTS_A_CHILD + 2):  # more than the child can take
+        pool.add_remote_executor(elsewhere, concurrency=1)
+        for _ in range(SLOTS_PER_CHILD + 2):  # more than the child can take
             pool.submit(("fill", 1))
         wait_for(lambda: asked, "help to be asked")
     assert time.monotonic() - started < PATIENCE

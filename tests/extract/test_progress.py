@@ -10,7 +10,7 @@ import pytest
 from extract import cli
 from extract.cli import progress
 from extract.workers import driver
-from extract.workers.ray_pool import RayActorPool, _Member
+from extract.workers.ray_pool import RayActorPool, _WorkerHandle
 
 
 class FakeStore:
@@ -83,7 +83,7 @@ def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeyp
     ],
 )
 def test_the_limit_is_what_took_longer(totals, expected):
-    assert driver._where_time_went(Counter(totals), wall=10.0, workers=1).endswith(expected)
+    assert driver._time_breakdown(Counter(totals), wall=10.0, workers=1).endswith(expected)
 
 
 class FakeCluster:
@@ -115,15 +115,19 @@ class FakeActor:
 
 def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting():
     pool = object.__new__(RayActorPool)
-    pool._ray, pool._handed_in_by_lost = FakeCluster(), 5
+    pool._ray, pool._lost_frames = FakeCluster(), 5
     fine, dying, starting = (
         FakeActor(10, 20, 30),
         FakeActor(7, RuntimeError("lost"), 8),
         FakeActor(),
     )
-    pool._members = [_Member(fine, ready=True), _Member(dying, ready=True), _Member(starting)]
+    pool._workers = [
+        _WorkerHandle(fine, ready=True),
+        _WorkerHandle(dying, ready=True),
+        _WorkerHandle(starting),
+    ]
     seen = []
     for _ in range(3):
-        pool._ask_how_far()
+        pool._poll_progress()
         seen.append(pool.settled())
     assert seen == [5, 5 + 10 + 7, 5 + 20 + 7]  # what is asked is known the next time

@@ -26,7 +26,7 @@ from extract.__main__ import Options, main
 from extract.store import OK, FeatureStore, RunLog
 from extract.workers import driver
 from extract.workers.decoder import code_version
-from extract.workers.ray_pool import RayActorPool, places
+from extract.workers.ray_pool import RayActorPool, plan_actors
 from extract.workers.worker import Worker
 from simulated import CrashingWorker
 from stores import store_digest
@@ -48,7 +48,7 @@ GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 @pytest.fixture(autouse=True)
 def _each_block_is_committed_at_once(monkeypatch) -> None:
     """So that a run has most of its blocks before it when the first is seen."""
-    monkeypatch.setattr("extract.workers.ray_pool.SECONDS_A_COMMIT", 0.0)
+    monkeypatch.setattr("extract.workers.ray_pool.COMMIT_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -410,7 +410,7 @@ def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
     with pytest.raises(
         RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"
     ):
-        pool._complain(2.0)
+        pool._warn_waiting(2.0)
 
 
 HEAD, SMALL, LARGE = {"CPU": 0.0}, {"CPU": 4.0}, {"CPU": 64.0}
@@ -435,5 +435,5 @@ GPUS = {"CPU": 32.0, "GPU": 8.0}
         ([HEAD], None, False, (1, {"num_cpus": 1})),
     ],
 )
-def test_how_many_workers_a_cluster_has_places_for(nodes, workers, gpu, expected):
-    assert places(nodes, workers, gpu=gpu) == expected
+def test_how_many_workers_a_cluster_has_room_for(nodes, workers, gpu, expected):
+    assert plan_actors(nodes, workers, use_gpu=gpu) == expected

@@ -19,13 +19,12 @@ from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import VideoFile, duration_of
-from extract.decode.reader import FrameTimes
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, resolve_windowing, window_spans
 from extract.options import Options
 from extract.sampling import segment_centers
-from extract.workers.blocks import jobs_of
+from extract.workers.blocks import make_jobs
 from videos import (
     DOUBTED,
     TRUSTED,
@@ -55,8 +54,8 @@ def centers(num_frames: int) -> np.ndarray:
     return segment_centers(num_frames, 5)
 
 
-def shown_centers(times: FrameTimes) -> np.ndarray:
-    return centers(times.num_frames)
+def shown_centers(times: np.ndarray) -> np.ndarray:
+    return centers(len(times))
 
 
 def seconds_of(whole: Whole) -> np.ndarray:
@@ -297,12 +296,17 @@ def test_jobs_hold_spans_of_one_file_that_stand_side_by_side():
     videos = [
         Video(*row[:2], -1, span=row[2]) for row in zip("uvwxyz", "aabbba", spans, strict=True)
     ]
-    jobs = jobs_of(videos, plan)
-    assert [places for places, _ in jobs] == [[0, 1], [2], [3, 4], [5]]
-    assert jobs[2][1] == ("b", [("x", (0.0, 1.0)), ("y", (0.5, 2.0))], plan)
+    jobs = make_jobs(videos, plan)
+    assert [[row_id for row_id, _ in rows] for _, rows, _ in jobs] == [
+        ["u", "v"],
+        ["w"],
+        ["x", "y"],
+        ["z"],
+    ]
+    assert jobs[2] == ("b", [("x", (0.0, 1.0)), ("y", (0.5, 2.0))], plan)
     assert plan.slot_bytes == plan.rows_per_job * 4 * 32 * 32 * 3
-    many = jobs_of([Video("x", "a", -1, span=(0.0, 1.0))] * 50, plan)
-    assert [len(places) for places, _ in many] == [16, 16, 16, 2]
+    many = make_jobs([Video("x", "a", -1, span=(0.0, 1.0))] * 50, plan)
+    assert [len(rows) for _, rows, _ in many] == [16, 16, 16, 2]
     assert (
         replace(plan, frames=25, preprocessing=replace(SEE, size=224, resize=256)).rows_per_job == 8
     )  # of 3.8 MB each
