@@ -226,8 +226,8 @@ class PacketDecoder(VideoFile):
             frames = context.decode(packet)
             # The decoder does not mark every frame that it repaired, but it logs all of them.
             errors, message = av.logging.get_last_error()
-            is_benign = seek_times and _BENIGN_WARNING in str(message)
-            if errors > errors_before and not is_benign:
+            has_errors = errors > errors_before
+            if has_errors and not (seek_times and _BENIGN_WARNING in str(message)):
                 raise UnreliablePacketsError("the decoder logged errors")
             for frame in frames:
                 if frame.pts in seek_times and not frame.key_frame:
