@@ -37,7 +37,7 @@ class PictureFolder(VideoFile):
         self.times, self.end = self._all_times, len(self._names) / rate
         if missing := gaps(by_number):
             self.clock_note = f"{missing}; times count the pictures that exist"
-        self._damage: dict[int, str] = {}  # what is wrong with a picture, by its position
+        self._damage: dict[int, str] = {}  # by position, with the picture's name
         if only_good:
             self._leave_out_damaged()
         else:
@@ -54,7 +54,7 @@ class PictureFolder(VideoFile):
     def problem(self, span: Span | None) -> str:
         first, stop = frame_range(self._all_times, span)
         damaged = [number for number in self._damage if first <= number < stop]
-        reasons = [f"{self._names[number]} {self._damage[number]}" for number in damaged]
+        reasons = [self._damage[number] for number in damaged]
         problems = [super().problem(span)]
         if damaged:
             count = f"{len(damaged)} of {stop - first} pictures are damaged"
@@ -67,17 +67,17 @@ class PictureFolder(VideoFile):
             try:
                 sizes[number] = self._decoded(number).shape[1::-1]
             except UnreliablePacketsError as error:
-                self._damage[number] = str(error).removeprefix(f"{self._names[number]} ")
+                self._damage[number] = str(error)
         if not sizes:
-            reason = f"{self._names[0]} {self._damage[0]}"
-            raise VideoError(self._path, f"not one of its pictures can be decoded ({reason})")
+            raise VideoError(
+                self._path, f"not one of its pictures can be decoded ({self._damage[0]})"
+            )
         [(self._size, _)] = Counter(sizes.values()).most_common(1)
         width, height = self._size
         for number, size in sizes.items():
             if size != self._size:
-                self._damage[number] = (
-                    f"is {size[0]} x {size[1]}, most pictures are {width} x {height}"
-                )
+                own_size = f"{self._names[number]} is {size[0]} x {size[1]}"
+                self._damage[number] = f"{own_size}, most pictures are {width} x {height}"
         self._damage = dict(sorted(self._damage.items()))
         good = [number for number in sizes if number not in self._damage]
         self.numbers, self.times = np.array(good), self._all_times[good]
