@@ -8,24 +8,39 @@ two disks, the least and the most that may be left.
 import contextlib
 import errno
 import os
+import re
 import shutil
 import stat
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 
 import pytest
+
+from thorough import THOROUGH
+
+ROOMS = ("aggregate", "ensemble", "extract", "pipelines")
+PROGRAM = tuple(f"{Path(__file__).parents[1] / room}{os.sep}" for room in ROOMS)
 
 
 class PowerCuts:
     """Records what is synced below `root` while a run goes on; `check(folder)` is called with every disk left by a cut.
 
-    `check` gets a copy of `root` as it would be after the power came back.
+    `check` gets a copy of `root` as it would be after the power came back. A disk that was checked, with the same
+    `promised()`, is not checked again; files in a folder that has no name yet make no other disk, but with `make fuzz`.
     """
 
-    def __init__(self, root: Path, scratch: Path, check: Callable[[Path], None]):
+    def __init__(
+        self,
+        root: Path,
+        scratch: Path,
+        check: Callable[[Path], None],
+        promised: Callable[[], Hashable] = lambda: None,
+    ):
         self.root, self.moments = root, 0
-        self._scratch, self._check = scratch, check
+        self._scratch, self._check, self._promised = scratch, check, promised
+        self._checked: set[Hashable] = set()
         self._contents: dict[int, bytes] = {}  # of an inode, when it was synced last
         self._names: dict[
             int, dict[str, int]
@@ -81,36 +96,53 @@ class PowerCuts:
             self._held.append(os.open(inside, os.O_RDONLY))
 
     def _cut(self) -> None:
-        least, most = self._scratch / "least", self._scratch / "most"
-        self._restore(self.root.stat().st_ino, least)
-        shutil.copytree(self.root, most)
-        for copy in [*most.rglob("*")]:
-            if copy.is_file():
-                copy.write_bytes(
-                    self._contents.get((self.root / copy.relative_to(most)).stat().st_ino, b"")
-                )
-        for disk in (least, most):
-            self._check(disk)
-            shutil.rmtree(disk)
+        least = dict(self._least(self.root.stat().st_ino, Path()))
+        most = {
+            path.relative_to(self.root): None
+            if path.is_dir()
+            else self._contents.get(path.stat().st_ino, b"")
+            for path in sorted(self.root.rglob("*"))
+        }
+        for name, disk in (("least", least), ("most", most)):
+            seen = frozenset(item for item in disk.items() if THOROUGH or not _unnamed(item[0]))
+            if (seen, self._promised()) in self._checked:
+                continue
+            self._checked.add((seen, self._promised()))
+            folder = self._scratch / name
+            folder.mkdir()
+            for path, content in disk.items():
+                if content is None:
+                    (folder / path).mkdir()
+                else:
+                    (folder / path).write_bytes(content)
+            self._check(folder)
+            shutil.rmtree(folder)
         self.moments += 1
 
-    def _restore(self, inode: int, target: Path) -> None:
-        target.mkdir()
+    def _least(self, inode: int, folder: Path) -> Iterator[tuple[Path, bytes | None]]:
         for name, number in self._names.get(inode, {}).items():
             if self._kinds[number]:
-                self._restore(number, target / name)
+                yield folder / name, None
+                yield from self._least(number, folder / name)
             else:
-                (target / name).write_bytes(self._contents.get(number, b""))
+                yield folder / name, self._contents.get(number, b"")
+
+
+def _unnamed(path: Path) -> bool:
+    """Whether this is in a folder that `durable.replacing` has not given its name yet."""
+    return any(folder.suffix == ".partial" for folder in path.parents)
 
 
 class FullDisk:
     """Lets so many steps of writing below `root` pass and refuses the others, until `room()`.
 
-    A step is an open to write, a write, an fsync, a rename or a new folder, as the system is asked for them.
+    A step is an open to write, a write, an fsync, a rename or a new folder, as the system is asked for them. `places`
+    are what the steps write, and for which lines of the program.
     """
 
-    def __init__(self, root: Path, steps: int, code: int = errno.ENOSPC):
+    def __init__(self, root: Path, steps: float, code: int = errno.ENOSPC):
         self.root, self.left, self.code, self.refused = root, steps, code, 0
+        self.places: list[tuple[str, ...]] = []
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
@@ -132,9 +164,24 @@ class FullDisk:
                 there = real.__name__ == "mkdir" and os.path.isdir(path)  # needs no room
                 with self._lock:
                     self.left -= not there
+                    if not there:
+                        self.places.append(self._place(real.__name__, Path(path)))
                     if self.left < 0 and not there:
                         self.refused += 1
                         raise OSError(self.code, os.strerror(self.code))  # a write knows no name
             return real(where, *arguments, **named)
 
         return call
+
+    def _place(self, step: str, path: Path) -> tuple[str, ...]:
+        """The same for each block of a store, epoch of a run, row of a table, and file of a folder without a name."""
+        named = path.relative_to(self.root)
+        while _unnamed(named):
+            named = named.parent
+        written = re.sub(r"[0-9a-f]{32}|\d+", "N", str(named))
+        lines, frame = [], sys._getframe()
+        while frame := frame.f_back:
+            code = frame.f_code
+            if code.co_filename.startswith(PROGRAM):
+                lines.append(f"{code.co_filename}:{frame.f_lineno}")
+        return step, written, *lines
