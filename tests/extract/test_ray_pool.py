@@ -21,8 +21,10 @@ from typing import Any
 import psutil
 import pytest
 
+from aggregate import finetune
 from extract import RunError
 from extract.__main__ import Options, main
+from extract.cli import run_command
 from extract.store import OK, FeatureStore, RunLog
 from extract.workers import driver
 from extract.workers.decoder import code_version
@@ -41,14 +43,16 @@ TINY = {
     "frames": 3,
     "block_size": 2,
 }
-TWO_NODES = ({"num_cpus": 1}, {"num_cpus": 1})
+ONE_NODE = ({"num_cpus": 1},)
+TWO_NODES = (*ONE_NODE, *ONE_NODE)
 GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 
 
 @pytest.fixture(autouse=True)
 def _each_block_is_committed_at_once(monkeypatch) -> None:
-    """So that a run has most of its blocks before it when the first is seen."""
+    """So that a run has most of its blocks before it when the first is seen. New nodes are seen soon, too."""
     monkeypatch.setattr("extract.workers.ray_pool.COMMIT_SECONDS", 0.0)
+    monkeypatch.setattr("extract.workers.ray_pool.NODE_POLL_SECONDS", 0.2)
 
 
 @pytest.fixture(scope="module")
@@ -73,40 +77,59 @@ def undisturbed(clips, tmp_path_factory) -> dict[str, str]:
     return store_digest(out)
 
 
+class Nodes:
+    """The nodes of a cluster, beside its head: begun when a test wants them, and kept for the next test."""
+
+    def __init__(self, cluster: Any):
+        self.cluster = cluster
+        self._resources: dict[Any, dict[str, Any]] = {}
+
+    def exactly(self, *resources: dict[str, Any]) -> list[Any]:
+        """Have nodes of these resources and no others."""
+        missing = list(resources)
+        for node in [*self.cluster.worker_nodes]:
+            if self._resources[node] in missing:
+                missing.remove(self._resources[node])
+            else:
+                self.cluster.remove_node(node)
+        return self.add(*missing)
+
+    def add(self, *resources: dict[str, Any]) -> list[Any]:
+        for each in resources:
+            self._resources[self.cluster.add_node(**each)] = each
+        self.cluster.wait_for_nodes()
+        return [*self.cluster.worker_nodes]
+
+
 @pytest.fixture(scope="module")
-def cluster():
+def nodes_of_cluster():
     import ray
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    yield cluster
-    ray.shutdown()
-    cluster.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        # Actors of tests are found on every node.
+        paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        head = {"num_cpus": 0, "include_dashboard": False}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        yield Nodes(cluster)
+        ray.shutdown()
+        cluster.shutdown()
 
 
 @pytest.fixture
-def add_nodes(cluster):
-    """Adds nodes to the cluster and takes them away after the test; no process of a run may be left then."""
-    added = []
+def cluster(nodes_of_cluster):
+    return nodes_of_cluster.cluster
 
-    def add(*nodes: dict[str, Any]) -> list:
-        added.extend(cluster.add_node(**node) for node in nodes)
-        cluster.wait_for_nodes()
-        return added
 
-    yield add
+@pytest.fixture
+def worker_nodes(nodes_of_cluster):
+    """The cluster's nodes; after the test, no process of a run may be left on them."""
+    yield nodes_of_cluster
     import ray
 
     ray.shutdown()
-    for node in added:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node)
-    deadline = time.monotonic() + 30
-    while decode_children() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not decode_children()
+    wait_for(lambda: not decode_children() and not actors())
 
 
 def decode_children() -> list[psutil.Process]:
@@ -123,6 +146,27 @@ def command_of(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:  # it ended meanwhile
         return []
+
+
+def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
+    """Actor processes, by the title that Ray gives them."""
+    return [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if " ".join(command_of(p)).startswith(titles)
+    ]
+
+
+def decoders() -> list[psutil.Process]:
+    return actors(("ray::Decoder",))
+
+
+def wait_for(what: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + 60
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    return found
 
 
 def blocks_of(out: Path) -> list[dict]:
@@ -168,20 +212,27 @@ def whole(out: Path, undisturbed: dict[str, str]) -> None:
     assert sorted(block["number"] for block in blocks_of(out)) == list(range(12))
 
 
-def test_a_killed_node_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
-    nodes, out = add_nodes(*TWO_NODES), tmp_path / "ray.zarr"
-    disturbed(
-        clips,
-        cluster,
-        out,
-        lambda: cluster.remove_node(raylet_of(nodes, worker_of(out)), allow_graceful=False),
-    )
+def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, undisturbed, tmp_path):
+    """The first worker is stopped, with blocks in hand, until a second one on the new node has handed in one."""
+    out = tmp_path / "ray.zarr"
+    worker_nodes.exactly(*ONE_NODE)
+
+    def disturb() -> None:
+        first = psutil.Process(worker_of(out))
+        first.suspend()
+        worker_nodes.add(*ONE_NODE)
+        wait_for(lambda: {block["node"] for block in blocks_of(out)} - {blocks_of(out)[0]["node"]})
+        first.resume()
+
+    disturbed(clips, cluster, out, disturb)
     whole(out, undisturbed)
 
 
-def test_a_killed_worker_costs_nothing_but_time(clips, cluster, add_nodes, undisturbed, tmp_path):
+def test_a_killed_worker_costs_nothing_but_time(
+    clips, cluster, worker_nodes, undisturbed, tmp_path
+):
     out = tmp_path / "ray.zarr"
-    add_nodes(*TWO_NODES)
+    worker_nodes.exactly(*TWO_NODES)
 
     def kill_while_it_writes() -> None:
         os.kill(worker_of(out), signal.SIGKILL)
@@ -191,31 +242,26 @@ def test_a_killed_worker_costs_nothing_but_time(clips, cluster, add_nodes, undis
     whole(out, undisturbed)
 
 
-def test_a_node_that_comes_late_takes_its_part(clips, cluster, add_nodes, undisturbed, tmp_path):
-    """The first worker is stopped, with blocks in hand, until a second one on the new node has handed in one."""
-    out = tmp_path / "ray.zarr"
-    add_nodes({"num_cpus": 1})
-
-    def disturb() -> None:
-        first = psutil.Process(worker_of(out))
-        first.suspend()
-        add_nodes({"num_cpus": 1})
-        wait_for(lambda: {block["node"] for block in blocks_of(out)} - {blocks_of(out)[0]["node"]})
-        first.resume()
-
-    disturbed(clips, cluster, out, disturb)
+def test_a_killed_node_costs_nothing_but_time(clips, cluster, worker_nodes, undisturbed, tmp_path):
+    both, out = worker_nodes.exactly(*TWO_NODES), tmp_path / "ray.zarr"
+    disturbed(
+        clips,
+        cluster,
+        out,
+        lambda: cluster.remove_node(raylet_of(both, worker_of(out)), allow_graceful=False),
+    )
     whole(out, undisturbed)
 
 
 def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
-    clips, cluster, add_nodes, tmp_path, monkeypatch, capsys
+    clips, cluster, worker_nodes, tmp_path, monkeypatch, capsys
 ):
     """Such a decoder runs in a worker's own process, which goes with it, and with all that is in hand."""
     few = tmp_path / "few"
     few.mkdir()
     for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[:8]):
         (few / f"{number}{'-crash' if number == 1 else ''}.mp4").symlink_to(clip)
-    add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(ROOT / "tests")}})
+    worker_nodes.exactly(*ONE_NODE)
     monkeypatch.setattr(driver, "RayActorPool", partial(RayActorPool, worker=CrashingWorker))
     asked = options(
         few, tmp_path / "a.zarr", address=cluster.address, block_size=1, decoder="torchcodec-cpu"
@@ -228,64 +274,32 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     assert capsys.readouterr().err.count("a worker was lost") == 2
 
 
-def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
-    """Actor processes, by the title that Ray gives them."""
-    return [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if " ".join(command_of(p)).startswith(titles)
+def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, tmp_path):
+    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
+    out = tmp_path / "ray.zarr"
+    worker_nodes.exactly(*ONE_NODE)
+    flags = [
+        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]
-
-
-def decoders() -> list[psutil.Process]:
-    return actors(("ray::Decoder",))
-
-
-@pytest.mark.parametrize("lost", ["decoder", "child", "node"])
-def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
-    lost, clips, cluster, add_nodes, undisturbed, tmp_path
-):
-    """The worker's own child is stopped, so that it needs its help, and the help while it has videos in hand."""
-    nodes, out = add_nodes(*GPU_AND_CPU), tmp_path / "ray.zarr"
-
-    def disturb() -> None:
-        own = [
-            child
-            for child in psutil.Process(worker_of(out)).children()
-            if child in decode_children()
-        ]
-        assert len(own) == 1
-        own[0].suspend()
-        decoder = wait_for(decoders)[0]
-        helping = wait_for(lambda: decoder.children() if decoder.is_running() else [])
-        for child in helping:
-            child.suspend()
-        if lost == "decoder":
-            decoder.kill()
-        elif lost == "child":
-            for child in helping:
-                child.kill()
-        else:
-            cluster.remove_node(raylet_of(nodes, decoder.pid), allow_graceful=False)
-        own[0].resume()
-
-    disturbed(clips, cluster, out, disturb)
-    whole(out, undisturbed)
-
-
-def wait_for(what: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + 60
-    while not (found := what()):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    return found
+    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
+    with (tmp_path / "log").open("w") as log:
+        run = subprocess.Popen(
+            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
+        )
+        while run.poll() is None and not blocks_of(out):
+            time.sleep(0.005)
+        run.terminate()
+        assert run.wait(timeout=60) == 130
+    assert (tmp_path / "log").read_text().splitlines()[-1].startswith("interrupted; ")
+    assert 0 < len(blocks_of(out)) < 12
+    wait_for(lambda: not actors())
 
 
 def test_a_killed_driver_goes_on_upon_the_same_cluster(
-    clips, cluster, add_nodes, undisturbed, tmp_path
+    clips, cluster, worker_nodes, undisturbed, tmp_path
 ):
     out = tmp_path / "ray.zarr"
-    add_nodes(*GPU_AND_CPU)
+    worker_nodes.exactly(*GPU_AND_CPU)
     flags = [
         text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]
@@ -306,28 +320,39 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
     assert len(blocks_of(out)) <= 12 + 1  # one may have been committed and not logged
 
 
-def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, add_nodes, tmp_path):
-    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
-    out = tmp_path / "ray.zarr"
-    add_nodes({"num_cpus": 1})
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
-    with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
-        )
-        while run.poll() is None and not blocks_of(out):
-            time.sleep(0.005)
-        run.terminate()
-        assert run.wait(timeout=60) == 130
-    assert (tmp_path / "log").read_text().splitlines()[-1].startswith("interrupted; ")
-    assert 0 < len(blocks_of(out)) < 12
-    wait_for(lambda: not actors())
+@pytest.mark.parametrize("lost", ["decoder", "child", "node"])
+def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
+    lost, clips, cluster, worker_nodes, undisturbed, tmp_path
+):
+    """The worker's own child is stopped, so that it needs its help, and the help while it has videos in hand."""
+    both, out = worker_nodes.exactly(*GPU_AND_CPU), tmp_path / "ray.zarr"
+
+    def disturb() -> None:
+        own = [
+            child
+            for child in psutil.Process(worker_of(out)).children()
+            if child in decode_children()
+        ]
+        assert len(own) == 1
+        own[0].suspend()
+        decoder = wait_for(decoders)[0]
+        helping = wait_for(lambda: decoder.children() if decoder.is_running() else [])
+        for child in helping:
+            child.suspend()
+        if lost == "decoder":
+            decoder.kill()
+        elif lost == "child":
+            for child in helping:
+                child.kill()
+        else:
+            cluster.remove_node(raylet_of(both, decoder.pid), allow_graceful=False)
+        own[0].resume()
+
+    disturbed(clips, cluster, out, disturb)
+    whole(out, undisturbed)
 
 
-def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_path):
+def test_a_node_with_another_version_is_refused(clips, cluster, worker_nodes, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(
         ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__")
@@ -337,7 +362,7 @@ def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_p
     (other / "sitecustomize.py").write_text(
         "import extract\n"
     )  # before Ray puts the driver's folders first
-    add_nodes({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(other)}})
+    worker_nodes.exactly({"num_cpus": 1, "env_vars": {"PYTHONPATH": str(other)}})
     ours = code_version().replace("(", r"\(").replace(")", r"\)")
     with pytest.raises(
         RunError, match=rf"has hgnl-video 0\.1\.0 \(sources \w+\), the driver {ours}"
@@ -345,13 +370,13 @@ def test_a_node_with_another_version_is_refused(clips, cluster, add_nodes, tmp_p
         main(options(clips, tmp_path / "a.zarr", address=cluster.address))
 
 
-def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, add_nodes, tmp_path):
+def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, worker_nodes, tmp_path):
     """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
     for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[::2]):
         folder = tmp_path / "videos" / ("val" if number % 3 == 2 else "train") / clip.parent.name
         folder.mkdir(parents=True, exist_ok=True)
         (folder / clip.name).symlink_to(clip)
-    add_nodes({"num_cpus": 2})
+    worker_nodes.exactly({"num_cpus": 2})
     flags = f"--model tsn --videos {tmp_path / 'videos'} --epochs 2 --batch-size 8 --lr 0.01 --dropout 0"
     flags += " --backbone test_resnet --weights random --backbone-lr 0 --decode-workers 1 --out"
     command = [sys.executable, "-m", "aggregate.finetune", *flags.split()]
@@ -359,7 +384,8 @@ def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, add_n
     subprocess.run(
         two, env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, cwd=ROOT, timeout=200, check=True
     )
-    subprocess.run([*command, str(tmp_path / "one")], cwd=ROOT, timeout=100, check=True)
+    arguments = [*flags.split(), str(tmp_path / "one")]
+    assert run_command(finetune.main, finetune.Options, prog="finetune", args=arguments) == 0
 
     def curve(name: str) -> list[float]:
         rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())
