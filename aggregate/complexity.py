@@ -1,4 +1,4 @@
-"""python -m aggregate.complexity: parameters and MAdds beside the paper's Tables 1 and 2.
+"""python -m aggregate.complexity: parameters and MAdds, and the paper's Tables 1 and 2.
 
 Parameters are counted on the modules. MAdds are computed by the formulas of Table 2, and counted on
 the pooled form that runs (`aggregate/madds.py`).
@@ -46,7 +46,7 @@ HEADS: tuple[tuple[str, str, dict[str, Any]], ...] = (
 
 @dataclass(frozen=True)
 class Options:
-    """Print parameters and MAdds of the heads beside Tables 1 and 2 of the paper."""
+    """Print parameters and MAdds of the heads, with Tables 1 and 2 of the paper."""
 
     dim: tuple[int, ...] = (1024, 2048)
     """m, one or more: 1024 is the paper's, 2048 the width of SE-ResNeXt101."""

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 class FrameModel(nn.Module):
     """From decoded frames (uint8) to logits, for training and testing.
 
-    `net` is a StNet, or a VideoClassifier with a `backbone` as one more child. The names in its
-    state dict are those of classifiers on cached features, and `backbone.` before the others, which
-    `extract --weights` can read.
+    `net` is a StNet, or a VideoClassifier with a `backbone` as one more child. In its state dict
+    the head's tensors have the names of a classifier on cached features; the backbone's start with
+    `backbone.`, and `extract --weights` reads them.
     """
 
     mean: Tensor  # of pixel values from 0 to 255

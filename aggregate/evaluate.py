@@ -61,7 +61,6 @@ class Options(VideoOptions, PlaceOptions):
 
 
 def main(options: Options) -> int:
-    from aggregate.endtoend import model_from_record
     from aggregate.scores import Scores, group_keys
     from aggregate.training.checkpoint import Checkpoint, rows_for_classes
     from aggregate.training.splits import ListedVideos
@@ -72,6 +71,8 @@ def main(options: Options) -> int:
         options = replace(options, segments=checkpoint.usual_segments((3, 25)))
     model: Any = None
     if options.videos is not None:
+        from aggregate.endtoend import model_from_record  # not needed for features
+
         model = model_from_record(checkpoint, options.weights)
     videos = open_videos(options)
     if not isinstance(videos, ListedVideos):

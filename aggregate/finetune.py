@@ -207,11 +207,16 @@ def _learner(
 ) -> "tuple[Learner, dict[str, Any]]":
     """The model with its optimizer, and the record of its backbone."""
     import torch
+    from torch import nn
 
     from aggregate.training.learner import Learner
 
     model, frozen, features = build_model(options, classes, schedule.dropout, verbose=rank == 0)
     model.to(device).net.to(memory_format=torch.channels_last)
+    net: Any = model.net
+    head = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
+    groups = parameter_groups(head, schedule)
+    groups += parameter_groups(net.backbone, schedule, lr_scale=options.backbone_lr)
     learner = Learner(
         name=options.model,
         model=model,
@@ -219,7 +224,7 @@ def _learner(
         steps_per_epoch=-(-num_videos // schedule.batch_size),
         seed=options.seed,
         device=device,
-        groups=_parameter_groups(model, schedule, options.backbone_lr),
+        groups=groups,
         precision=options.precision,
         micro_batch=options.micro_batch,
         frozen=frozen,
@@ -327,17 +332,6 @@ def _check_tuned(init: "Checkpoint", options: Options, net: Any) -> None:
             f"--init {init.path} sees {theirs} frames per segment at once, this model {ours}; "
             f"pass --model stnet --frames-per-segment {theirs}, or another --init"
         )
-
-
-def _parameter_groups(
-    model: "FrameModel", schedule: Recipe, backbone_lr: float
-) -> list[dict[str, Any]]:
-    from torch import nn
-
-    net: Any = model.net
-    head = nn.ModuleList([child for name, child in net.named_children() if name != "backbone"])
-    backbone_groups = parameter_groups(net.backbone, schedule, lr_scale=backbone_lr)
-    return parameter_groups(head, schedule) + backbone_groups
 
 
 def _train_with_ray(options: Options) -> None:

@@ -28,7 +28,7 @@ class Count:
 
 
 def count(run: Callable[[], Any]) -> Count:
-    """Count what `run` computes, from the operations that torch dispatches (meta tensors do)."""
+    """Count the operations that torch dispatches in `run`; meta tensors suffice."""
     with torch.no_grad(), _Counter() as counter:
         run()
     return Count(tuple(counter.products), counter.rest)

@@ -27,6 +27,11 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def around(cls, value: Any, drawn: np.ndarray) -> "Interval":
+        """The percentile interval of the values `drawn` in bootstrap resamples."""
+        return cls(float(value), *np.percentile(drawn, [2.5, 97.5]).tolist())
+
     def columns(self, name: str) -> dict[str, float]:
         """Columns of a table: `name`, `name_low` and `name_high`."""
         return {f"{name}{end}": value for end, value in zip(ENDS, astuple(self), strict=True)}
@@ -159,8 +164,7 @@ def bootstrap(
     # Groups of equal sum and size are drawn together: the same distribution, many times faster.
     distinct, counts = np.unique(np.stack([sums, sizes], axis=1), axis=0, return_counts=True)
     drawn = np.concatenate([draws @ distinct for draws in _resample(counts, resamples, seed)])
-    low, high = np.percentile(drawn[:, 0] / drawn[:, 1], [2.5, 97.5]).tolist()
-    return Interval(float(values.mean()), low, high)
+    return Interval.around(values.mean(), drawn[:, 0] / drawn[:, 1])
 
 
 def paired_bootstrap(
@@ -201,11 +205,10 @@ def bootstrap_by_class(
         for times in draws
     ]
     runs = _by_class(predicted, labels, classes, tested, np.ones(len(labels))).T
-    lows, highs = np.percentile(drawn, [2.5, 97.5], axis=0).tolist()
     names = ("mean_class", "macro_f1")
     return {
-        name: (Interval(float(values.mean()), low, high), values.tolist())
-        for name, values, low, high in zip(names, runs, lows, highs, strict=True)
+        name: (Interval.around(values.mean(), resampled), values.tolist())
+        for name, values, resampled in zip(names, runs, np.transpose(drawn), strict=True)
     }
 
 
@@ -261,7 +264,7 @@ def _mean_class_interval(
 ) -> Interval:
     """Mean-class accuracy of `correct` bool [N], with its 95 % interval over units."""
     outcomes = 2 * labels + ~correct
-    value = float(_mean_class(np.bincount(outcomes, minlength=2 * classes)))
+    value = _mean_class(np.bincount(outcomes, minlength=2 * classes))
     counts = np.ones(int(units.max()) + 1, int)
     if len(counts) == len(units):  # no groups: videos of equal outcome are drawn together
         outcomes, counts = np.unique(outcomes, return_counts=True)
@@ -271,7 +274,7 @@ def _mean_class_interval(
         for draws in _resample(counts, RESAMPLES, 0)
         for times in draws
     ]
-    return Interval(value, *np.percentile(_mean_class(np.array(drawn)), [2.5, 97.5]).tolist())
+    return Interval.around(value, _mean_class(np.array(drawn)))
 
 
 def _mean_class(outcomes: np.ndarray) -> np.ndarray:

@@ -375,8 +375,8 @@ MUTATIONS = [
     ),
     Mutation(
         METRICS,
-        "drawn[:, 0] / drawn[:, 1], [2.5, 97.5]",
-        "drawn[:, 0] / drawn[:, 1], [5, 95]",
+        "np.percentile(drawn, [2.5, 97.5])",
+        "np.percentile(drawn, [5, 95])",
         f"{METRICS_TESTS} -k 'intervals or one_by_one'",
     ),
     Mutation(
