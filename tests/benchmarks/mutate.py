@@ -509,8 +509,8 @@ MUTATIONS = [
     ),
     Mutation(
         "aggregate/evaluate.py",
-        "logits = crops.mean(axis=1)",
-        "logits = crops[:, 0]",
+        "crops.mean(axis=1),",
+        "crops[:, 0],",
         f"{TRAIN_TESTS} -k crops_are_averaged",
     ),
     Mutation(
