@@ -16,7 +16,7 @@ F_v needs only the row sums of A: `mean_j (V_h A_h)_j = W_v,h (F_h w_h) + b_v,h 
 computed. Tests compare values and gradients with the literal form.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float
@@ -26,9 +26,9 @@ from torch.nn.functional import layer_norm
 from aggregate.masks import Features, Frames, Mask, average, blank_masked, frame_counts
 from extract import InputError
 
-NORMS = ("none", "n", "n_over_train")
-ATTENTIONS = ("relu", "softmax")
-STARTS = ("random", "average")
+Norm = Literal["none", "n", "n_over_train"]
+Attention = Literal["relu", "softmax"]
+Start = Literal["random", "average"]
 
 
 def masked_row_sums(
@@ -108,24 +108,24 @@ class HGNonLocal(nn.Module):
         g1: int = 16,
         g2: int = 8,
         shared: bool = False,
-        norm: Literal["none", "n", "n_over_train"] = "none",
+        norm: Norm = "none",
         *,
-        attention: Literal["relu", "softmax"] = "relu",
+        attention: Attention = "relu",
         train_frames: int = 3,
         normalize: bool = False,
-        start: Literal["random", "average"] = "random",
+        start: Start = "random",
         scale_init: float = 0.0,
         scale_scores: bool = False,
     ) -> None:
         super().__init__()
         inner_dim = dim // 8 if inner_dim is None else inner_dim
         check_groups(dim, inner_dim, g1=g1, g2=g2)
-        for name, value, choices in (
-            ("norm", norm, NORMS),
-            ("attention", attention, ATTENTIONS),
-            ("start", start, STARTS),
+        for name, value, literal in (
+            ("norm", norm, Norm),
+            ("attention", attention, Attention),
+            ("start", start, Start),
         ):
-            if value not in choices:
+            if value not in (choices := get_args(literal)):
                 raise InputError(f"{name} {value!r} is not known; known are {', '.join(choices)}")
         if attention == "softmax" and norm != "none":
             raise InputError(

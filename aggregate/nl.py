@@ -10,9 +10,7 @@ With `F [m, n]` (m channels, n frames), `Q = W_q F`, `K = W_k F` and `V = W_v F`
 The code computes the pooled form, see `aggregate/hgnl.py`.
 """
 
-from typing import Literal
-
-from aggregate.hgnl import HGNonLocal
+from aggregate.hgnl import HGNonLocal, Start
 
 
 class NonLocal(HGNonLocal):
@@ -28,7 +26,7 @@ class NonLocal(HGNonLocal):
         inner_dim: int | None = None,
         *,
         normalize: bool = False,
-        start: Literal["random", "average"] = "random",
+        start: Start = "random",
         scale_init: float = 0.0,
         scale_scores: bool = False,
     ) -> None:

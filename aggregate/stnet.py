@@ -23,7 +23,6 @@ from extract import InputError
 
 Maps = Float[Tensor, "images channels height width"]
 SegmentFrames = Float[Tensor, "batch time frames 3 height width"]
-STAGES = ["layer1", "layer2", "layer3", "layer4"]
 
 
 class TemporalBlock(nn.Module):
@@ -140,8 +139,8 @@ def _check_trunk(backbone: nn.Module) -> None:
     """Raise InputError unless layer1 .. layer4 and a pool follow each other in `backbone`."""
     children = [name for name, _ in backbone.named_children()]
     first = children.index("layer1") if "layer1" in children else 0
-    stages_and_pool = children[first : first + 5]
-    if stages_and_pool != [*STAGES, "global_pool"] or not hasattr(backbone, "feature_info"):
+    expected = ["layer1", "layer2", "layer3", "layer4", "global_pool"]
+    if children[first : first + 5] != expected or not hasattr(backbone, "feature_info"):
         raise InputError(
             "StNet needs a timm trunk with the four stages layer1 .. layer4 (resnet50, "
             "seresnext101_32x4d, legacy_seresnext101_32x4d ...); "

@@ -99,11 +99,6 @@ class JoinedStores(FeatureStore):
             joined = np.where(joined == "", values, joined)
         return joined
 
-    @property
-    def usable(self) -> np.ndarray:
-        """Which videos have features in every store: bool [N]."""
-        return np.all(self._columns("usable"), axis=0)
-
     def _column(self, name: str) -> np.ndarray:
         """Read a per-video array, on first use.
 
@@ -118,7 +113,15 @@ class JoinedStores(FeatureStore):
             if store.frames_per_video == self.frames_per_video
         ]
         if name == "status":
-            return self._join_status(np.stack(columns))
+            statuses = np.stack(columns)
+            usable = np.isin(statuses, (OK, PARTIAL)).all(axis=0)
+            cases = {
+                PARTIAL: usable & (statuses == PARTIAL).any(axis=0),
+                OK: usable,
+                DROPPED + OK: (statuses >= DROPPED).any(axis=0),
+                PENDING: (statuses == PENDING).any(axis=0),
+            }
+            return np.select(list(cases.values()), list(cases), FAILED).astype("i1")
         if name == "num_frames":
             return np.max([columns[number] for number in longest], axis=0)
         if name in ("frame_indices", "timestamps"):
@@ -127,16 +130,6 @@ class JoinedStores(FeatureStore):
             errors = ["; ".join(filter(None, texts)) for texts in zip(*columns, strict=True)]
             return np.array(errors, object)
         return columns[0] if columns[0].ndim == 1 else np.concatenate(columns, axis=1)
-
-    def _join_status(self, statuses: np.ndarray) -> np.ndarray:
-        cases = [
-            (self.usable & (statuses == PARTIAL).any(axis=0), PARTIAL),
-            (self.usable, OK),
-            ((statuses >= DROPPED).any(axis=0), DROPPED + OK),
-            ((statuses == PENDING).any(axis=0), PENDING),
-        ]
-        conditions, values = zip(*cases, strict=True)
-        return np.select(conditions, values, FAILED).astype("i1")
 
     # -- features --------------------------------------------------------------------------------
 

@@ -1,11 +1,13 @@
 """HG-NL: the pooled form that runs against eq. 7, 8, 5, 6 as written, against plain loops, and its properties."""
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aggregate.hgnl import ATTENTIONS, NORMS, HGNonLocal
+from aggregate.hgnl import Attention, HGNonLocal, Norm
 from aggregate.nl import NonLocal
 from attention import attention_by_loops, gradients
 from extract import InputError
@@ -18,7 +20,7 @@ def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
     """A module with s != 0 and features, float64: any group structure, sharing, norm, attention, any sizes."""
     g2, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     g1 = g2 * ratio
-    attention = draw(st.sampled_from(ATTENTIONS))
+    attention = draw(st.sampled_from(get_args(Attention)))
     torch.manual_seed(draw(st.integers(0, 2**31)))
     module = HGNonLocal(
         g1 * draw(st.integers(1, 3)),
@@ -26,7 +28,7 @@ def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
         g1,
         g2,
         draw(st.booleans()),
-        draw(st.sampled_from(NORMS)) if attention == "relu" else "none",
+        draw(st.sampled_from(get_args(Norm))) if attention == "relu" else "none",
         attention=attention,
         train_frames=draw(st.integers(1, 5)),
         normalize=draw(st.booleans()),
@@ -179,7 +181,7 @@ def test_gradient_reaches_the_scale_at_its_start():
 
 def test_attention_grows_with_n_for_identical_frames_unless_normalized():
     frame = torch.randn(32, 1, 16, dtype=torch.float64)  # of few, the ReLU may leave nothing
-    by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in NORMS}
+    by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in get_args(Norm)}
     at = {
         (norm, n): (module(frame.expand(-1, n, -1)) - frame[:, 0]) / module.scale
         for norm, module in by_norm.items()
