@@ -55,7 +55,8 @@ class OpenVinoEngine:
         )
         self.precision, self.batch_size = precision, compiled.input(0).shape[0]
         self.record = {"engine": {"name": self.name, "version": openvino_version()}}
-        self.description = f"OpenVINO {openvino_version()}, {threads} streams"
+        streams = f"{threads} streams" if threads > 1 else "1 stream"
+        self.description = f"OpenVINO {openvino_version()}, {streams}"
         clock = _Clock()
         # One is filled while the others are computed.
         self.slots = [
