@@ -131,6 +131,12 @@ def first_few(names: Collection[object], count: int = 3) -> str:
     return ", ".join(map(str, list(names)[:count])) + (", ..." if len(names) > count else "")
 
 
+def counted(names: Collection[object], description: str = "") -> str:
+    """The number of names and the first of them, for a message: `12 new (a, b, c, ...)`."""
+    text = f"{len(names):,} {description}".rstrip()
+    return f"{text} ({first_few(names)})" if names else text
+
+
 LOG_SECONDS = 30.0  # between two progress lines in a log
 # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
 _BAR_LOCK = threading.RLock()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from extract import InputError
-from extract.cli import first_few
+from extract.cli import counted, first_few
 from extract.store import DROPPED, FAILED, OK, PARTIAL, PENDING, FeatureStore
 
 
@@ -195,7 +195,7 @@ def _common_rows(
     union = dict.fromkeys(video_id for rows in by_id for video_id in rows)
     for store, rows in zip(stores, by_id, strict=True):
         if lacking := [video_id for video_id in union if video_id not in rows]:
-            log(f"left out  {len(lacking):,} videos that {store.path} lacks ({first_few(lacking)})")
+            log(f"left out  {counted(lacking, f'videos that {store.path} lacks')}")
     rows_by_store = [np.array([rows[video_id] for video_id in common]) for rows in by_id]
     return np.array(common, object), rows_by_store
 

@@ -21,7 +21,7 @@ from extract.backbone import image_models
 from extract.backbone.networks import absolute_name, pip_weights_file
 from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
-from extract.cli import first_few
+from extract.cli import counted
 from extract.decode.transform import Clips, PerClip, Preprocessing, is_clip_wise
 
 
@@ -171,7 +171,7 @@ def _check_finite(module: nn.Module, source: str) -> None:
     damaged = [name for name, value in module.state_dict().items() if not value.isfinite().all()]
     if damaged:
         raise InputError(
-            f"--weights {source}: {len(damaged)} tensors hold values that are not finite ({first_few(damaged)}); "
+            f"--weights {source}: {counted(damaged, 'tensors hold values that are not finite')}; "
             "the file is damaged, or its training diverged"
         )
 

@@ -24,7 +24,7 @@ from extract.backbone.weights import (
     offline_at_once,
     read_state_dict,
 )
-from extract.cli import first_few
+from extract.cli import counted
 from extract.decode.transform import PerClip, Preprocessing
 
 # Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
@@ -346,9 +346,7 @@ def _refuse_what_did_not_arrive(
         "are missing": missing,
         "have another shape": misshapen,
     }
-    reasons = [
-        f"{len(keys)} {what} ({first_few(sorted(keys))})" for what, keys in problems.items() if keys
-    ]
+    reasons = [counted(sorted(keys), problem) for problem, keys in problems.items() if keys]
     if reasons:
         raise InputError(
             f"--weights {file} does not fit --backbone hf/{name}: {'; '.join(reasons)}"

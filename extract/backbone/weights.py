@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from extract import InputError
-from extract.cli import first_few
+from extract.cli import counted, first_few
 
 # Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the
 # SHA-256's beginning.
@@ -111,10 +111,8 @@ def fit_weights(module: nn.Module, given: dict[str, Tensor], path: str | Path, n
                 f"are not interchangeable); pass --backbone {other}"
             )
         problems = {"missing": missing, "extra": extra, "of another shape": shapes}
-        words = [
-            f"{len(some)} {what} ({first_few(some)})" for what, some in problems.items() if some
-        ]
-        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(words)}")
+        reasons = [counted(keys, problem) for problem, keys in problems.items() if keys]
+        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(reasons)}")
     module.load_state_dict({**expected, **state})
 
 

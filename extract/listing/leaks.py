@@ -5,7 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-from extract.cli import first_few
+from extract.cli import counted
 from extract.listing.tables import Row, span_id
 
 
@@ -20,9 +20,7 @@ def describe_leaks(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) ->
         "ONE FILE IN TWO SPLITS under two names (links)": list(_linked_files(rows, root, inodes)),
         "SPANS THAT OVERLAP in two splits": list(_overlapping_spans(rows)),
     }
-    return [
-        f"{kind}: {len(pairs):,} ({first_few(pairs)})" for kind, pairs in kinds.items() if pairs
-    ]
+    return [f"{kind}: {counted(pairs)}" for kind, pairs in kinds.items() if pairs]
 
 
 def _linked_files(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from extract import InputError
-from extract.cli import first_few
+from extract.cli import counted
 
 
 def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
@@ -11,7 +11,7 @@ def describe_picture_folders(folders: Mapping[str, str]) -> list[str]:
     missing = [f"{name}: {gap}" for name, gap in folders.items() if gap]
     lines = [f"folders of numbered pictures, a video each: {len(folders):,}"] if folders else []
     if missing:
-        lines.append(f"GAPS in the numbers of pictures: {len(missing):,} ({first_few(missing)})")
+        lines.append(f"GAPS in the numbers of pictures: {counted(missing)}")
     return lines
 
 

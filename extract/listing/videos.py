@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from extract import InputError, StrPath
-from extract.cli import first_few
+from extract.cli import counted, first_few
 from extract.listing.folders import (
     VIDEO_EXTENSIONS,
     Scan,
@@ -100,15 +100,15 @@ class Listing:
         lines = [
             f"{self.source}: {self.layout}",
             f"{_count(present + missing, 'video')} listed, {present:,} found, "
-            f"{_counted([video.id for video in self.missing], ' missing')}",
+            f"{counted([video.id for video in self.missing], 'missing')}",
             f"{_count(len(self.classes), 'class', 'classes')}: {self.labels_from}",
             *self.notes,
             *self._split_table(),
         ]
         for reason, names in sorted(self.ignored.items()):
-            lines.append(f"ignored, {reason}: {_counted(names)}")
+            lines.append(f"ignored, {reason}: {counted(names)}")
         if self.unlisted:
-            lines.append(f"left out, in no row of the CSV: {_counted(self.unlisted)}")
+            lines.append(f"left out, in no row of the CSV: {counted(self.unlisted)}")
         if shared := self.youtube_ids_in_two_splits():
             ids = [
                 f"{name}: {', '.join(split or '-' for split in splits)}"
@@ -139,7 +139,7 @@ class Listing:
             if 0 < len(positive) < len(counts):
                 names = [name for name, count in counts.items() if not count]
                 in_split = f" in {split}" if split else ""
-                empty.append(f"classes without a video{in_split}: {_counted(names)}")
+                empty.append(f"classes without a video{in_split}: {counted(names)}")
         yield from empty
 
 
@@ -315,7 +315,7 @@ def _from_folder(source: str) -> tuple[list[Row], dict[str, Any]]:
     if not files:
         if not ignored:
             raise InputError(f"{source} contains no video; it is empty")
-        reasons = "; ".join(f"{reason}: {_counted(names)}" for reason, names in ignored.items())
+        reasons = "; ".join(f"{reason}: {counted(names)}" for reason, names in ignored.items())
         names = [name for names in ignored.values() for name in names]
         hint = ""
         if any(name.lower().endswith(PICTURE_EXTENSIONS) for name in names):
@@ -399,12 +399,6 @@ def _from_lists(
         "notes": tuple(notes),
         "picture_folders": tuple(pictures),
     }
-
-
-def _counted(names: Sequence[str], noun: str = "") -> str:
-    """The number of names and the first of them: `12 (a, b, c, ...)`."""
-    examples = f" ({first_few(names)})" if names else ""
-    return f"{len(names):,}{noun}{examples}"
 
 
 def _count(number: int, noun: str, plural: str = "") -> str:

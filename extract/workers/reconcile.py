@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from extract.cli import first_few
+from extract.cli import counted
 from extract.listing.videos import Listing, Video
 from extract.options import Options
 from extract.sources import file_of
@@ -49,7 +49,7 @@ def reconcile(
     _leave_out(options, store, np.array(unlisted, int), {video.id for video in listing.missing})
     changed = look_for_changed_files(store, pairs)
     if len(changed):
-        names = f"{len(changed):,} ({first_few(store.ids[changed].tolist())})"
+        names = counted(store.ids[changed].tolist())
         print(f"replaced  files are not those that were extracted: {names}")
         if options.retry_changed:
             store.set_status(changed, PENDING)
@@ -126,9 +126,9 @@ def _print_classes(stored: Sequence[str], merged: Sequence[str]) -> None:
     dropped = [name for name in stored if name not in merged]
     changes = []
     if added:
-        changes.append(f"{len(added):,} new ({first_few(added)})")
+        changes.append(counted(added, "new"))
     if dropped:
-        changes.append(f"{len(dropped):,} without a video dropped ({first_few(dropped)})")
+        changes.append(counted(dropped, "without a video dropped"))
     if not changes:
         changes.append("the same names in the order of the listing; labels are renumbered")
     print(f"classes   {len(merged):,} now: {', '.join(changes)}")
@@ -145,8 +145,7 @@ def _list_again(store: FeatureStore, rows: np.ndarray) -> None:
     given_up = given_up[np.isin(store.errors[given_up], (NOT_LISTED, NO_FILE))]
     store.set_status(given_up, PENDING)
     if again := np.union1d(dropped, given_up).tolist():
-        names = first_few(store.ids[again].tolist())
-        print(f"again     {len(again):,} videos are listed again ({names})")
+        print(f"again     {counted(store.ids[again].tolist(), 'videos are listed again')}")
 
 
 def _leave_out(
@@ -160,8 +159,7 @@ def _leave_out(
     gone = rows[~without_file]
     if not len(gone):
         return
-    names = first_few(store.ids[gone].tolist())
-    print(f"unlisted  {len(gone):,} videos of the store are {NOT_LISTED} ({names})")
+    print(f"unlisted  {counted(store.ids[gone].tolist(), f'videos of the store are {NOT_LISTED}')}")
     if options.drop_unlisted:
         store.set_status(gone, store.status[gone] % DROPPED + DROPPED)
         print("          they are taken out of training and scores until they are listed again")
