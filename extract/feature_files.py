@@ -134,28 +134,27 @@ class _Folder(FeatureFiles):
         self._files: dict[str, str] = {}
         for folder, folders, files in os.walk(root, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
-            self._add_files(os.path.relpath(folder, root), files)
+            below = os.path.relpath(folder, root)
+            self._add_files("" if below == "." else f"{below}/", files)
         self.names = sorted(self._files)
 
-    def _add_files(self, folder: str, files: list[str]) -> None:
+    def _add_files(self, prefix: str, files: list[str]) -> None:
         # <name>_c.npy holds the features of the clips of a video, <name>_v.npy their mean.
         with_record = {file.removesuffix(".json") for file in files if file.endswith(".json")}
         for file in sorted(files):
             stem = file.rpartition(".")[0]
             if extension(file) not in FILE_EXTENSIONS or file.startswith("."):
                 continue
-            if stem.endswith(_NOT_FEATURES) or (
-                stem.endswith("_v") and stem.removesuffix("_v") in with_record
-            ):
+            is_mean = stem.endswith("_v") and stem.removesuffix("_v") in with_record
+            if is_mean or stem.endswith(_NOT_FEATURES):
                 continue
             if stem.removesuffix("_c") in with_record:
                 stem = stem.removesuffix("_c")
-            name, path = (os.path.normpath(os.path.join(folder, part)) for part in (stem, file))
-            if earlier := self._files.get(name):
+            name, path = prefix + stem, prefix + file
+            if (earlier := self._files.setdefault(name, path)) != path:
                 raise InputError(
                     f"{self._source}: {earlier} and {path} are both features of {name}"
                 )
-            self._files[name] = path
 
     def path(self, name: str) -> str:
         return os.path.join(self._source, self._files[name])
