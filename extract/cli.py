@@ -30,29 +30,27 @@ _REMEDIES = {
     errno.ENOSPC: "make room on its disk",
     errno.EDQUOT: "make room, or have your quota raised",
     errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
-    errno.EROFS: "make its disk writable, or choose another place",
-    errno.EACCES: "get permission, or choose another place",
-    errno.EPERM: "get permission, or choose another place",
-    errno.EEXIST: "a folder is needed there: move the file away, or choose another place",
-    errno.ENOTDIR: "a folder is needed there: move the file away, or choose another place",
+    errno.EROFS: "make its disk writable, or give another path",
+    errno.EACCES: "get permission, or give another path",
+    errno.EPERM: "get permission, or give another path",
+    errno.EEXIST: "a folder is needed there: move the file, or give another path",
+    errno.ENOTDIR: "a folder is needed there: move the file, or give another path",
     errno.EIO: "its disk fails: choose another one",
 }
 
 
 def describe_os_error(error: OSError, path: StrPath | None = None) -> str:
     """The error with a remedy: `runs/a/last.pt: No space left on device; make room on its disk and
-    run the same command again, which goes on`.
+    run the same command again to continue`.
 
-    `path` is used if the error names no file.
+    `path` is named instead of the error's own file.
     """
     code, name = error.errno or 0, path or error.filename
     if code not in _REMEDIES or name is None:
         return str(error) if path is None else f"{os.fspath(path)}: {error.strerror or error}"
     text = os.strerror(code)  # HDF5's own is a paragraph
-    return (
-        f"{os.fspath(name)}: {text}; {_REMEDIES[code]} and run the same command again, "
-        "which goes on"
-    )
+    remedy = f"{_REMEDIES[code]} and run the same command again to continue"
+    return f"{os.fspath(name)}: {text}; {remedy}"
 
 
 # Ranges of numbers, for every command that has an option of that name.

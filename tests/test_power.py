@@ -354,7 +354,7 @@ def every_step(
         assert error is not None
         assert str(disk) in str(error)
         assert f": {os.strerror(code)}; " in str(error)
-        assert "run the same command again, which goes on" in str(error)
+        assert "run the same command again to continue" in str(error)
         run()
         assert not list(disk.rglob("*.partial"))
     return len(places)
