@@ -159,11 +159,18 @@ class _Folder(FeatureFiles):
     def path(self, name: str) -> str:
         return os.path.join(self._source, self._files[name])
 
+    def shape(self, name: str) -> Shape:
+        if extension(self._files[name]) != "npy":
+            return super().shape(name)
+        with _errors_as_unusable():  # reads the header only
+            array = np.load(self.path(name), mmap_mode="r", allow_pickle=False)
+            return check_shape(array.shape, array.dtype)
+
     def _open(self, name: str) -> np.ndarray:
         path = self.path(name)
         match extension(path):
             case "npy":
-                return np.load(path, mmap_mode="r", allow_pickle=False)
+                return np.load(path, allow_pickle=False)
             case "npz":
                 return _load_npz(path)
             case _:
