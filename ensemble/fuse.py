@@ -19,36 +19,39 @@ def fuse(
     *,
     missing: Missing = "error",
 ) -> Scores:
-    """Fused scores of videos joined by id. `weights` [M] need not sum to 1; None is equal ones.
+    """Fuse scores of videos joined by id.
 
-    The logits that come back are the log of the mean probabilities, so that their softmax gives
-    these back. Raises InputError as `align` does, and for weights that are none.
+    The logits returned are the logarithm of the mean probabilities, so that their softmax is the
+    mean. Raises InputError as `align` and `checked_weights` do.
+
+    Args:
+        weights: [M], need not sum to 1; None for equal weights.
     """
     return fuse_aligned(align(list_of_scores, missing=missing), weights)
 
 
 def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None = None) -> Scores:
-    """`fuse` of what is joined already. A video that failed in some models is the mean of the
-    others'; one that failed in all of them, or that a model does not list (`missing="worst"`), is a
-    row of NaN."""
+    """`fuse` for scores that are aligned already.
+
+    A video that failed in some models gets the mean of the others. One that failed in all of them,
+    or that a model does not list (`missing="worst"`), becomes a row of NaN.
+    """
     weights = checked_weights(weights, len(aligned.names))
     used = np.flatnonzero(weights).tolist()
     fused = np.empty((len(aligned.ids), len(aligned.classes)), np.float32)
     for start in progress(range(0, len(fused), ROWS_AT_ONCE), desc="fusing"):
         rows = slice(start, start + ROWS_AT_ONCE)
-        shares = weights[used, None] * ~aligned.failed[used, rows]  # [models, rows]
+        failed = aligned.failed[used, rows]  # [models, rows]
+        shares = weights[used, None] * ~failed
         total = shares.sum(axis=0)
         shares /= np.where(total > 0, total, 1)
         logs = np.stack([log_probabilities(aligned, model, rows) for model in used])
-        logs[
-            aligned.failed[used, rows]
-        ] = -np.inf  # must not be the peak of a video that it says nothing about
-        # log sum_m w_m p_m without leaving the logarithm, so that no class is lost however
-        # improbable
+        logs[failed] = -np.inf  # must not be the peak of a video that the model has no scores of
+        # log sum_m w_m p_m relative to the peak, so that no class is lost however improbable
         peak = np.maximum(logs.max(axis=0), -1e300)
-        with np.errstate(divide="ignore"):  # videos that no model has: NaN in the end
+        with np.errstate(divide="ignore"):  # videos that no model has become NaN below
             mean = np.log(np.einsum("mr,mrc->rc", shares, np.exp(logs - peak))) + peak
-        # A probability below what float32 can say in logits must not become -inf.
+        # A probability below the range of float32 logits must not become -inf.
         fused[rows] = np.maximum(mean, np.finfo(np.float32).min)
     fused[aligned.unscored(weights)] = np.nan
     return Scores(
@@ -68,21 +71,23 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
 
 
 def log_probabilities(aligned: Aligned, model: int, rows: slice | np.ndarray) -> np.ndarray:
-    """A model's log probabilities [rows, C] float64; 1/C where the video failed."""
+    """A model's log probabilities [rows, C] float64; log(1/C) if the video failed."""
     logits = aligned.logits[model][rows].astype(np.float64)
     logits[aligned.failed[model, rows]] = 0
     return log_softmax(logits, axis=1)
 
 
 def checked_weights(weights: Sequence[float] | np.ndarray | None, models: int) -> np.ndarray:
-    """Weights [M] that sum to 1; None is equal ones. InputError for another number of them,
-    negative or all zero."""
-    if weights is None:
-        return np.full(models, 1 / models)
-    found = np.asarray(weights, np.float64)
-    said = ",".join(f"{weight:g}" for weight in np.atleast_1d(found))
-    if found.shape != (models,):
-        raise InputError(f"--weights {said}: got {found.size} weights for {models} models")
-    if not np.isfinite(found).all() or (found < 0).any() or not found.sum() > 0:
-        raise InputError(f"--weights {said}: weights are finite and not negative, and not all 0")
-    return found / found.sum()
+    """Weights [M] scaled to sum to 1; None for equal weights.
+
+    Raises InputError for another number of weights, for negative ones, and if all are 0.
+    """
+    weights = np.ones(models) if weights is None else np.asarray(weights, np.float64)
+    described = ",".join(f"{weight:g}" for weight in np.atleast_1d(weights))
+    if weights.shape != (models,):
+        raise InputError(f"--weights {described}: got {weights.size} weights for {models} models")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+        raise InputError(
+            f"--weights {described}: weights are finite and not negative, and not all 0"
+        )
+    return weights / weights.sum()

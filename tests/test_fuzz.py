@@ -18,7 +18,7 @@ import small_models
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from ensemble.grade import grade_submission, read_ids, read_truth
-from ensemble.submit import check_submission, write_submission
+from ensemble.submission import check_submission, write_submission
 from extract import InputError, RunError
 from extract.decode.pool import SubprocessPool
 from extract.listing.videos import list_videos

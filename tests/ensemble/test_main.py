@@ -13,7 +13,7 @@ from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.__main__ import Options, main
 from ensemble.fuse import fuse
-from ensemble.submit import check_submission
+from ensemble.submission import check_submission
 from extract.cli import run_command
 
 ROOT = Path(__file__).parents[2]
@@ -126,7 +126,7 @@ def test_without_labels_there_is_a_fusion_and_no_search(files, tmp_path, capsys)
     assert "none of the 120 videos has a label" in capsys.readouterr().err
     assert not out.exists()
     assert command("--scores", *bare, "--weights", "0.5,0.3,0.2", "--out", out) == 0
-    assert "no video has a label: there is no figure to show" in capsys.readouterr().out
+    assert "no video has a label: there is nothing to measure" in capsys.readouterr().out
     expected = fuse([Scores.load(path) for path in files], [0.5, 0.3, 0.2])
     np.testing.assert_array_equal(Scores.load(out).logits, expected.logits)
 
@@ -173,7 +173,7 @@ def test_one_model_is_an_ensemble_too(files, tmp_path):
     [
         (
             ["--weights", "best"],
-            "--weights best: known are equal, select, search, or a number a model",
+            "--weights best: known are equal, select, search, or a number per model",
         ),
         (["--weights", "1,2"], "--weights 1,2: got 2 weights for 3 models"),
         (["--segments", "25"], "tsn.h5 has no scores of 25 segments; it has 1"),

@@ -12,7 +12,16 @@ from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.align import align
 from ensemble.fuse import fuse_aligned
-from ensemble.search import FOLDS, STEPS, Ranking, fit, search, search_weights, select, table
+from ensemble.search import (
+    FOLDS,
+    STEPS,
+    Ranking,
+    contributions,
+    fit,
+    search,
+    search_weights,
+    select,
+)
 from extract import InputError
 
 
@@ -65,7 +74,7 @@ def test_places_are_those_of_the_fused_scores(case):
     # float32 tells apart what is 1e-7 apart, and rounding makes such things of ties
     logits = np.where(np.isnan(logits), np.nan, np.round(logits.astype(float), 5))
     expected = metrics.ranks(logits, aligned.labels[rows])
-    got = Ranking.of(aligned).places(weights)
+    [got] = Ranking.of(aligned).ranks([weights])
     classes = len(aligned.classes)
     exact = (expected < 5) | (expected == classes)
     assert np.array_equal(got[exact], expected[exact])
@@ -76,7 +85,7 @@ def test_the_search_ends_nowhere_above_a_neighbor_and_near_the_best_of_a_grid():
     ranking = Ranking.of(align(models(1.0, 2.2, 0.8, count=300, seed=5)))
 
     def error(weights) -> float:
-        return float(ranking.errors(ranking.places(weights)).mean())
+        return float(ranking.errors([weights]).mean())
 
     end = np.array(fit(ranking, np.ones(len(ranking), bool)))
     assert end.sum() == pytest.approx(1)
@@ -99,11 +108,11 @@ def test_a_fold_never_sees_its_own_videos():
     ranking = Ranking.of(align(models(1.0, 1.4, count=103, seed=7)))
     found = search(ranking, seed=2)
     order = np.random.default_rng(2).permutation(103) % FOLDS  # the ids are sorted already
-    places = np.empty(103, int)
+    errors = np.empty(103)
     for fold, weights in enumerate(found.weights_by_fold):
         assert weights == fit(ranking, order != fold)
-        places[order == fold] = ranking.places(weights)[order == fold]
-    assert found.summary.average_error.value == pytest.approx(ranking.errors(places).mean())
+        errors[order == fold] = ranking.errors([weights])[0, order == fold]
+    assert found.summary.average_error.value == pytest.approx(errors.mean())
     assert found.weights == fit(ranking, np.ones(103, bool))
 
 
@@ -161,7 +170,7 @@ def test_failed_videos_are_errors_and_do_not_spoil_the_search():
     logits[:10] = np.nan
     scores[0] = Scores(scores[0].ids, scores[0].classes, logits, scores[0].labels)
     ranking = Ranking.of(align(scores))
-    rows = {row.name: row for row in table(ranking)}
+    rows = {row.name: row for row in contributions(ranking)}
     assert (rows["model 1"].summary.scored, rows["model 1"].summary.listed) == (90, 100)
     assert rows["all, equal weights"].summary.scored == 100
     assert 0 < min(search(ranking).weights) < 1
@@ -184,7 +193,7 @@ def test_failed_videos_are_errors_and_do_not_spoil_the_search():
 )
 def test_the_table_holds_singles_pairs_and_all(size, names):
     aligned = align(models(*[1.0, 1.5, 2.0][:size], count=60))
-    rows = table(Ranking.of(aligned))
+    rows = contributions(Ranking.of(aligned))
     assert [row.name for row in rows] == names
     for row in rows:
         fused = fuse_aligned(aligned, row.weights)
@@ -194,7 +203,7 @@ def test_the_table_holds_singles_pairs_and_all(size, names):
 
 
 def test_of_four_models_one_is_left_out_in_turn():
-    rows = table(Ranking.of(align(models(1.0, 1.5, 2.0, 0.5, count=60))), chosen=[1, 2, 3, 4])
+    rows = contributions(Ranking.of(align(models(1.0, 1.5, 2.0, 0.5, count=60))), [1, 2, 3, 4])
     names = [row.name for row in rows]
     assert len(names) == 4 + 6 + 4 + 1 + 1
     without = {row.name: row.weights for row in rows}
@@ -233,7 +242,7 @@ def test_windows_of_a_file_are_in_one_fold_and_are_resampled_together():
     )
     width, narrow = (
         row.summary.top1.high - row.summary.top1.low
-        for row in (table(ranking)[0], table(independent)[0])
+        for row in (contributions(ranking)[0], contributions(independent)[0])
     )
     assert width > 3 * narrow
 
@@ -255,7 +264,7 @@ def test_members_that_do_not_help_are_left_out_until_every_removal_hurts():
     assert member.name == "useless"
 
     def error(*team):
-        return ranking.errors(ranking.places(team)).mean()
+        return ranking.errors([team]).mean()
 
     assert member.error_with == pytest.approx(error(1, 1, 1))
     assert member.error_without == pytest.approx(error(1, 0, 1))

@@ -12,14 +12,13 @@ from hypothesis.extra import numpy as arrays
 from aggregate import metrics
 from aggregate.scores import Scores
 from ensemble.grade import grade_submission, read_ids, read_truth
-from ensemble.submit import (
-    Options,
+from ensemble.submission import (
     check_submission,
-    main,
     neutral_entries,
     submission_ids,
     write_submission,
 )
+from ensemble.submit import Options, main
 from extract import InputError
 from extract.cli import run_command
 from extract.listing.labels import kinetics700_labels
@@ -170,7 +169,7 @@ def test_ids_that_cannot_be_submitted_are_refused(names, message):
 
 def test_fewer_than_five_classes_cannot_be_submitted(tmp_path):
     scores = Scores(ids=clips(1), classes=CLASSES[:4], logits=np.zeros((1, 4)))
-    with pytest.raises(InputError, match="5 distinct labels a video, and there are 4 classes"):
+    with pytest.raises(InputError, match="5 distinct labels per video, and there are 4 classes"):
         write_submission(scores, tmp_path / "sub.json")
 
 
@@ -264,7 +263,7 @@ def test_the_frame_around_the_results_is_checked(tmp_path, changes, message):
     [
         (b"{", "is not JSON: Expecting property name"),
         (b"[]", "holds a list, expected an object"),
-        (b'{"version": "1", "version": "2"}', "'version' stands twice in one object"),
+        (b'{"version": "1", "version": "2"}', "'version' appears twice in one object"),
         (b"\xff\xfe", "is not UTF-8"),
     ],
 )
@@ -301,7 +300,7 @@ def test_grading_counts_missing_as_wrong_and_says_what_the_script_would_stumble_
         in said
     )
     assert "3 labels are not in the truth, the first is 'b c'" in said
-    assert "-_000000002 holds a label twice" in said
+    assert "-_000000002 has a label twice" in said
     assert "1 further videos" in str(
         grade_submission(path, {"-_000000000": {"a"}, "-_000000001": {"ü"}})
     )
@@ -412,10 +411,7 @@ def test_the_command_checks_and_grades(tmp_path, capsys):
     path = tmp_path / "sub.json"
     write_submission(scores, path)
     assert command("--check", path) == 0
-    assert (
-        "passes: 3 videos\nwhich videos the challenge expects was not checked"
-        in capsys.readouterr().out
-    )
+    assert "passes: 3 videos\nmissing videos were not looked for" in capsys.readouterr().out
     assert command("--check", path, "--labels", tmp_path / "s.h5", "--ids", tmp_path / "s.h5") == 0
     assert capsys.readouterr().out == f"{path} passes: 3 videos\n"
     ids = write(tmp_path / "ids.txt", "-_000000007\n")
