@@ -1,13 +1,15 @@
-"""python -m pipelines.kinetics700: all of the iQIYI system from a folder of Kinetics-700.
+"""python -m pipelines.kinetics700: the whole iQIYI system from a folder of Kinetics-700.
 
-    manifest -> features -> [K600 features -> its TSN ->] TSN -> HG-NL, control, NL [, StNet] -> scores of val and test
-             -> weights searched on val -> submission of test -> report and a table beside the paper's
+    list -> features -> [K600 features -> its TSN ->] TSN -> HG-NL, control, NL [, StNet]
+         -> scores of val and test -> weights searched on val -> submission of test
+         -> report, and a table next to the paper's
 
-Every step is skipped where it is done, so the same command resumes; `--skip` leaves steps out,
-`--dry-run` shows the plan with what it will cost on this machine.
+Steps that are done are skipped, so the same command resumes. `--skip` leaves steps out, `--dry-run`
+shows the plan with its cost on this machine.
 """
 
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,14 +22,14 @@ from extract import InputError
 from extract.cli import first_few, run_command
 from extract.commands import command_of
 from extract.cores import available_cores
-from pipelines.steps import fuse, scores_file, step
+from pipelines.steps import fuse, run_command_step, scores_file
 
 if TYPE_CHECKING:
     from extract.backbone.frozen import Backbone
     from extract.listing.videos import Listing
 
-# Tables 3 and 4 of the paper: top-1 on Kinetics-700 val with 3 and 25 segments; average error of
-# the ensemble on test.
+# Tables 3 and 4 of the paper: top-1 % on Kinetics-700 val with 3 and 25 segments, and the average
+# error of the ensemble on test.
 PAPER = {"tsn": (57.38, 61.83), "hgnl": (57.713, 62.12), "stnet": (55.7, None)}
 PAPER_TEST_ERROR = 0.28444
 AGGREGATORS = ("tsn", "hgnl", "nl")
@@ -40,18 +42,20 @@ class Options:
     """The whole recipe of the paper on a folder of Kinetics-700; run it again to resume."""
 
     root: Path
-    """Kinetics-700: <split>/<class>/<clip> or any other layout python -m extract takes."""
+    """Kinetics-700: <split>/<class>/<clip>, or any other layout that python -m extract reads."""
     workdir: Path = Path("runs/k700")
     pretrain: Path | None = None
-    """Kinetics-600, likewise: its TSN is trained first and starts the others, by class name."""
+    """Kinetics-600, in any of these layouts: its TSN is trained first, and the others start from
+    it, by class name."""
     labels: str = "auto"
-    """auto, kinetics700, or a file of lines."""
+    """auto, kinetics700, or a file with one label per line."""
     backbone: str = "legacy_seresnext101_32x4d"
     weights: str = "pretrained"
     frames: int = 25
     epochs: int | None = None
-    """In the place of the paper's, for a trial; likewise the batch size."""
+    """Instead of the paper's, for a trial."""
     batch_size: int | None = None
+    """Instead of the paper's, for a trial."""
     stnet: bool = False
     """Also fine-tune StNet end to end; it needs GPUs."""
     g1: int = 16
@@ -59,14 +63,14 @@ class Options:
     skip: tuple[Literal["extract", "tsn", "hgnl", "nl", "stnet", "ensemble", "report"], ...] = ()
     """Steps to leave out."""
     dry_run: bool = False
-    """Print the plan with sizes and times, measured shortly on this machine, and end."""
+    """Print the plan with sizes and times, from a short measurement on this machine, and end."""
     workers: int | None = None
-    """Backbones side by side in extraction and StNet (default: one a GPU)."""
+    """Backbones in parallel, in extraction and StNet (default: one per GPU)."""
     address: str | None = None
     """A Ray cluster for extraction and StNet."""
     decode_workers: int | None = None
     max_failed: float = 0.05
-    """Fraction of failed videos up to which extraction counts as good."""
+    """Fraction of failed videos up to which extraction succeeds."""
 
 
 def main(options: Options) -> int:
@@ -82,116 +86,107 @@ def main(options: Options) -> int:
     if options.pretrain is not None:
         listings["k600"] = list_videos(options.pretrain)
         print(listings["k600"].report())
-        _name_leaks(listings)
-    if not {"train", "val"} <= {
-        video.split for video in listings["k700"].videos if video.label >= 0
-    }:
-        known = ", ".join(map(repr, listings["k700"].splits))
+        _print_leaks(listings)
+    labeled_splits = {video.split for video in listings["k700"].videos if video.label >= 0}
+    if not {"train", "val"} <= labeled_splits:
         raise InputError(
-            f"--root {options.root}: the recipe needs labeled videos of train and of val, found {known}"
+            f"--root {options.root}: the recipe needs labeled videos of train and of val, "
+            f"found {', '.join(map(repr, listings['k700'].splits))}"
         )
-    if "stnet" in _wanted(options) and options.backbone.startswith("tf_efficientnet"):
+    if "stnet" in _steps(options) and options.backbone.startswith("tf_efficientnet"):
         raise InputError(
             f"--stnet: {options.backbone} has no four stages; give a ResNet-like --backbone"
         )
     if options.dry_run:
-        _plan(options, listings)
+        _print_plan(options, listings)
     else:
         _run(options, listings["k700"].splits)
     return 0
 
 
-def _name_leaks(listings: "dict[str, Listing]") -> None:
-    """What is trained on in the one and tested on in the other."""
+def _print_leaks(listings: "dict[str, Listing]") -> None:
+    """Videos that Kinetics-600 trains on and Kinetics-700 tests on."""
     from extract.listing.videos import shared_youtube_ids
 
     trained = [video for video in listings["k600"].videos if video.split != "test"]
     for split in ("val", "test"):
-        both = shared_youtube_ids(
-            trained, [video for video in listings["k700"].videos if video.split == split]
-        )
-        named = f": {first_few(both, 10)}" if both else ""
+        tested = [video for video in listings["k700"].videos if video.split == split]
+        shared = shared_youtube_ids(trained, tested)
         print(
-            f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(both):,}{named}"
+            f"youtube ids in Kinetics-600's training and Kinetics-700's {split}: {len(shared):,}"
+            + (f": {first_few(shared, 10)}" if shared else "")
         )
 
 
-# -- the plan ------------------------------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------
 
 
-def _plan(options: Options, listings: "dict[str, Listing]") -> None:
-    """Sizes, and times from a short measurement: some videos decoded, one batch through the
-    backbone, some steps."""
+def _print_plan(options: Options, listings: "dict[str, Listing]") -> None:
+    """Print sizes, and times from measured rates: some videos decoded, one batch through the
+    backbone, some training steps."""
     from extract.backbone.frozen import load_backbone
     from extract.store.summary import human_bytes
-    from extract.workers.cost import cost
 
     backbone = load_backbone(options.backbone, weights=options.weights)
-    decode, frame = _measured(options, listings["k700"], backbone)
+    seconds_per_video, seconds_per_frame = _measure_rates(options, listings["k700"], backbone)
     total = 0.0
     for name, listing in listings.items():
-        videos = len(listing.videos)
-        computing, decoding = videos * options.frames * frame, videos * decode / CORES
-        on_cpu = backbone.device == "cpu"  # there both share the cores
-        seconds = computing + decoding if on_cpu else max(computing, decoding)
+        num_videos = len(listing.videos)
+        num_frames = num_videos * options.frames
+        computing, decoding = num_frames * seconds_per_frame, num_videos * seconds_per_video
+        elapsed = max(computing, decoding / CORES)
+        if backbone.device == "cpu":  # both share the cores
+            elapsed = computing + decoding / CORES
+        total += elapsed
         print(
-            f"extract   {name}: {videos:,} videos, {human_bytes(videos * options.frames * backbone.dim * 2)}, about "
-            f"{_duration(seconds)} (backbone {_duration(computing)}, decoding {_duration(decoding)})"
+            f"extract   {name}: {num_videos:,} videos, {human_bytes(num_frames * backbone.dim * 2)}"
+            f", about {_duration(elapsed)} (backbone {_duration(computing)}, "
+            f"decoding {decoding / 3600:.3g} CPU-core hours)"
         )
-        spread = cost(
-            videos, views=1, frames=options.frames, dim=backbone.dim, decode_seconds=decode
-        )
-        print(f"cluster   {name}: {spread}")
-        trained = [
-            agg
-            for agg in AGGREGATORS
-            if agg in _wanted(options) and (name == "k700" or agg == "tsn")
-        ]
-        total += seconds + sum(
-            _plan_training(options, name, listing, agg, backbone.dim) for agg in trained
-        )
-    if "stnet" in _wanted(options):
-        print(
-            "stnet     end to end over all training videos, 20 epochs: not estimated, it needs GPUs"
-        )
+        for agg in AGGREGATORS:
+            if agg in _steps(options) and (name == "k700" or agg == "tsn"):
+                total += _plan_training(options, name, listing, agg, backbone.dim)
+    if "stnet" in _steps(options):
+        print("stnet     end to end over all training videos, 20 epochs: no estimate, needs GPUs")
     print(f"in all    about {_duration(total)} on this machine with one worker")
     print(f"Next: {command_of('pipelines.kinetics700', options, dry_run=False)}")
 
 
-def _measured(options: Options, listing: "Listing", backbone: "Backbone") -> tuple[float, float]:
-    """Seconds that a core takes to decode a video, and the backbone to compute a frame."""
+def _measure_rates(
+    options: Options, listing: "Listing", backbone: "Backbone"
+) -> tuple[float, float]:
+    """Seconds of one core to decode a video, and seconds of the backbone for a frame."""
     import numpy as np
 
     from extract.decode import VideoError
     from extract.decode.jobs import Plan, decode_job
     from extract.decode.pool import SubprocessPool
 
-    seconds = []
+    cpu_seconds = []
     plan = Plan(options.frames, 1, 0, backbone.preprocessing)
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=60) as pool:
         for video in listing.videos[:VIDEOS_MEASURED]:
             with pool.submit((video.path, [(video.id, video.span)], plan)).result() as finished:
-                if finished.failure or isinstance(finished.result[0], VideoError):
-                    continue
-                seconds.append(finished.cpu_seconds)
-                pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
-                batch = pictures[finished.result[0].clips.ravel()[: backbone.batch_size]]
-    if not seconds:
+                if not finished.failure and not isinstance(finished.result[0], VideoError):
+                    cpu_seconds.append(finished.cpu_seconds)
+    if not cpu_seconds:
         raise InputError(
             f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes"
         )
-    frame = _timed(lambda: backbone(batch)) / len(batch)
-    decode = float(np.mean(seconds))
+    seconds_per_video = float(np.mean(cpu_seconds))
+    batch = np.zeros((backbone.batch_size, *backbone.preprocessing.frame_shape), np.uint8)
+    seconds_per_frame = _time(lambda: backbone(batch)) / len(batch)
     print(
-        f"\nbackbone  {backbone.describe()}\nmeasured  decoding {1000 * decode:.0f} CPU ms a video over {len(seconds)} "
-        f"videos, {CORES} cores; backbone {1 / frame:,.0f} frames/s"
+        f"\nbackbone  {backbone.describe()}\n"
+        f"measured  decoding {1000 * seconds_per_video:.0f} CPU ms per video over "
+        f"{len(cpu_seconds)} videos, {CORES} cores; backbone {1 / seconds_per_frame:,.0f} frames/s"
     )
-    return decode, frame
+    return seconds_per_video, seconds_per_frame
 
 
 def _plan_training(options: Options, name: str, listing: "Listing", agg: str, dim: int) -> float:
-    """Seconds of training on cached features, from some timed steps on features of the true
-    shape."""
+    """Print and return the seconds of training on stored features, from some timed steps on
+    features of the same shape."""
     import numpy as np
     import torch
 
@@ -200,23 +195,20 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
     from aggregate.training.learner import Learner
     from aggregate.training.recipes import recipe
 
-    train = sum(video.split == "train" for video in listing.videos)
-    chosen = recipe(
-        "paper", agg, videos=train, epochs=options.epochs, batch_size=options.batch_size
-    )
-    groups: Any = _same(options, "g1", "g2") if agg == "hgnl" else {}
+    num_videos = sum(video.split == "train" for video in listing.videos)
+    schedule = recipe("paper", agg, videos=num_videos, **_pick(options, "epochs", "batch_size"))
+    groups: Any = _pick(options, "g1", "g2") if agg == "hgnl" else {}
     model = build(agg, dim=dim, num_classes=len(listing.classes), **groups)
-    learner = Learner(agg, model, chosen, 1, 0, torch.device("cpu"))
-    x = torch.rand(chosen.batch_size, 3, dim).half()
+    learner = Learner(agg, model, schedule, 1, 0, torch.device("cpu"))
+    x = torch.rand(schedule.batch_size, 3, dim).half()
     batch = Batch(x, None, torch.zeros(len(x), dtype=torch.int64), np.zeros(len(x)))
-    seconds = (
-        _timed(lambda: learner.step(batch, 0, 0)) * -(-train // chosen.batch_size) * chosen.epochs
-    )
-    print(f"train     {name} {agg}: {chosen}: about {_duration(seconds)} on this CPU")
+    num_steps = math.ceil(num_videos / schedule.batch_size) * schedule.epochs
+    seconds = num_steps * _time(lambda: learner.step(batch, 0, 0))
+    print(f"train     {name} {agg}: {schedule}: about {_duration(seconds)} on this CPU")
     return seconds
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _time(call: Callable[[], object]) -> float:
     """Seconds of a call, the mean of three after a first one."""
     call()
     return timeit(call, number=3) / 3
@@ -227,120 +219,112 @@ def _duration(seconds: float) -> str:
     return str(timedelta(seconds=max(1, round(seconds))))
 
 
-# -- the steps -----------------------------------------------------------------------------------------------------
+# -- the steps -----------------------------------------------------------------------------------
 
 
 def _run(options: Options, splits: Sequence[str]) -> None:
-    """The steps in their order, each in a folder of its own below the work folder."""
-    work, wanted = options.workdir, _wanted(options)
-    backbone, machine = (
-        _same(options, "backbone", "weights"),
-        _same(options, "address", "decode_workers"),
-    )
-    schedule = _same(options, "epochs", "batch_size")
+    """Run the steps in order, each in a folder of its own below the work folder."""
+    work, steps = options.workdir, _steps(options)
+    backbone = _pick(options, "backbone", "weights", "address", "decode_workers")
+    schedule = _pick(options, "epochs", "batch_size")
     k700: dict[str, Any] = {"videos": options.root, "labels": options.labels}
     for name, videos in {"k700": k700, "k600": {"videos": options.pretrain}}.items():
-        if "extract" in wanted and videos["videos"]:
-            more = _same(options, "frames", "workers", "max_failed")
-            step(
-                "extract.__main__",
-                **videos,
-                out=f"{work}/{name}.zarr",
-                **backbone,
-                **machine,
-                **more,
-            )
+        if "extract" in steps and videos["videos"]:
+            extraction = backbone | _pick(options, "frames", "workers", "max_failed")
+            run_command_step("extract.__main__", **videos, out=f"{work}/{name}.zarr", **extraction)
 
     def train(agg: str, out: str, init: Path | None, store: str = "k700") -> None:
-        own = {"control": True, **_same(options, "g1", "g2")} if agg == "hgnl" else {}
+        extra = {"control": True, **_pick(options, "g1", "g2")} if agg == "hgnl" else {}
         files = {"features": f"{work}/{store}.zarr", "out": work / out, "init": init}
-        step("aggregate.train", agg=agg, recipe="paper", **files, **schedule, **own)
+        run_command_step("aggregate.train", agg=agg, recipe="paper", **files, **schedule, **extra)
 
-    if options.pretrain and "tsn" in wanted:
+    if options.pretrain and "tsn" in steps:
         train("tsn", "k600_tsn", None, store="k600")
-    before = {"tsn": work / "k600_tsn" / "best.pt" if options.pretrain else None}
     for agg in AGGREGATORS:
-        if agg in wanted:
-            train(agg, agg, before.get(agg, work / "tsn" / "best.pt"))
-    if "stnet" in wanted:
-        more = {"workers": options.workers or 1, **backbone, **machine, **schedule}
-        step("aggregate.finetune", model="stnet", **k700, out=work / "stnet", **more)
-    tested_on = {name: {"features": f"{work}/k700.zarr"} for name in AGGREGATORS} | {"stnet": k700}
+        if agg in steps:
+            init = work / "tsn" / "best.pt"
+            if agg == "tsn":
+                init = work / "k600_tsn" / "best.pt" if options.pretrain else None
+            train(agg, agg, init)
+    if "stnet" in steps:
+        finetuning = {"workers": options.workers or 1, **backbone, **schedule}
+        run_command_step(
+            "aggregate.finetune", model="stnet", **k700, out=work / "stnet", **finetuning
+        )
+    sources = {name: {"features": f"{work}/k700.zarr"} for name in AGGREGATORS} | {"stnet": k700}
     models = {
-        name: source for name, source in tested_on.items() if (work / name / "best.pt").exists()
+        name: source for name, source in sources.items() if (work / name / "best.pt").exists()
     }
     if not models:
         raise InputError(f"{work} holds no trained model; leave fewer steps out with --skip")
-    if (
-        "ensemble" in wanted
-    ):  # weights are searched on val, and used for test if they beat equal ones there
+    if "ensemble" in steps:
         common: dict[str, Any] = {"models": models, "segments": (3, 25)}
-        weights = fuse(
-            work, split="val", weights="search" if len(models) > 1 else "equal", **common
-        )
+        # Weights searched on val are used for test if they beat equal ones on val.
+        choice = "search" if len(models) > 1 else "equal"
+        weights = fuse(work, split="val", weights=choice, **common)
         last = "test" if "test" in splits else "val"
         fuse(work, split=last, weights=weights, submission=work / "submission.json", **common)
-    if "report" in wanted:
-        step("pipelines.report.__main__", rundir=work, out=work / "report.html")
-    _table(options, list(models))
+    if "report" in steps:
+        run_command_step("pipelines.report.__main__", rundir=work, out=work / "report.html")
+    _print_results(options, list(models))
 
 
-def _wanted(options: Options) -> set[str]:
+def _steps(options: Options) -> set[str]:
     """The steps that are not left out."""
-    return {"extract", *AGGREGATORS, *["stnet"] * options.stnet, "ensemble", "report"} - set(
-        options.skip
-    )
+    steps = {"extract", *AGGREGATORS, "ensemble", "report"}
+    if options.stnet:
+        steps.add("stnet")
+    return steps - set(options.skip)
 
 
-def _same(options: Options, *names: str) -> dict[str, Any]:
+def _pick(options: Options, *names: str) -> dict[str, Any]:
     """Options that a step has under the same names."""
     return {name: getattr(options, name) for name in names}
 
 
-def _table(options: Options, models: Sequence[str]) -> None:
-    """Ours beside the paper's."""
+def _print_results(options: Options, models: Sequence[str]) -> None:
+    """A table of our results next to the paper's."""
     from aggregate.metrics import summarize
     from aggregate.scores import Scores
 
-    print(
-        "\nTop-1 % on val, 3 segments / most segments\n  model    ours             the paper (Table 3)"
-    )
+    print("\nTop-1 % on val, 3 segments / most segments")
+    print("  model    ours             the paper (Table 3)")
     for name in models:
-        if not (path := scores_file(options.workdir, name, "val")).exists():
+        path = scores_file(options.workdir, name, "val")
+        if not path.exists():
             continue
-        both: list[Any] = [Scores.load(path, min(3, options.frames)), Scores.load(path)]
-        ours = [
-            f"{100 * summarize(one.logits, one.labels, one.groups).top1.value:.2f}" for one in both
-        ]
-        theirs = " / ".join(
-            "-" if value is None else f"{value}" for value in PAPER.get(name, ("none", "none"))
-        )
+        ours = []
+        for segments in (min(3, options.frames), None):
+            scores: Any = Scores.load(path, segments)
+            top1 = summarize(scores.logits, scores.labels, scores.groups).top1
+            ours.append(f"{100 * top1.value:.2f}")
+        published = PAPER.get(name, ("none", "none"))
+        theirs = " / ".join("-" if top1 is None else f"{top1}" for top1 in published)
         print(f"  {name:<8} {' / '.join(ours)}   {theirs}")
     summary = options.workdir / "fused_test.json"
-    if summary.exists() and (table := json.loads(summary.read_text(encoding="utf-8"))["table"]):
-        used = json.loads(summary.read_text(encoding="utf-8"))["weights"]
-        # The weighting that was submitted, which validation chose before the test was read; never
-        # the better of two.
+    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    if record.get("table"):
+        # The weights that were submitted, which validation chose before the test was read.
         error = next(
             row["summary"]["average_error"]["value"]
-            for row in reversed(table)
-            if row["weights"] == used
+            for row in reversed(record["table"])
+            if row["weights"] == record["weights"]
         )
-        chosen = ", ".join(
-            f"{name} {weight:.4g}" for name, weight in zip(models, used, strict=True)
-        )
+        pairs = zip(models, record["weights"], strict=True)
+        weights = ", ".join(f"{name} {weight:.4g}" for name, weight in pairs)
         print(
-            f"  average error of the ensemble on test: {error:.5f}; the paper {PAPER_TEST_ERROR} (Table 4)"
-        )
-        print(
-            f"  (weights {chosen}, as validation supports; they were decided before the test was read)"
+            f"  average error of the ensemble on test: {error:.5f}; "
+            f"the paper {PAPER_TEST_ERROR} (Table 4)\n"
+            f"  (weights {weights}, as validation supports; "
+            "they were decided before the test was read)"
         )
     pretraining = (
         "Kinetics-600 trains the classifier only" if options.pretrain else "no Kinetics-600 stage"
     )
     print(
-        f"What differs from the paper: the backbone ({options.backbone}, {options.weights}) is frozen, "
-        f"the paper fine-tunes it; {pretraining}; {'StNet end to end' if 'stnet' in models else 'no StNet'}; "
+        f"What differs from the paper: the backbone ({options.backbone}, {options.weights}) is "
+        f"frozen, the paper fine-tunes it; {pretraining}; "
+        f"{'StNet end to end' if 'stnet' in models else 'no StNet'}; "
         "copies of Kinetics-700 lose videos with time."
     )
 

@@ -1,5 +1,4 @@
-"""Steps that recipes are made of: commands as `python -m` runs them, and the models of a folder
-fused."""
+"""Steps of recipes: run a command as `python -m` runs it, and fuse the models of a folder."""
 
 import importlib
 import json
@@ -11,14 +10,15 @@ from extract import InputError, RunError
 from extract.commands import command_line
 
 
-def step(module: str, **options: Any) -> None:
-    """One command of a recipe. RunError where it does not end well."""
+def run_command_step(module: str, **options: Any) -> None:
+    """Run one command of a recipe. RunError if it fails."""
     command = importlib.import_module(module)
     name = module.removesuffix(".__main__")
     print(f"\n== {name} {options.get('out', '')} ==", flush=True)
     if status := command.main(command.Options(**options)):
         raise RunError(
-            f"the recipe ends here: {command_line(name)} gave exit status {status}; its message is above"
+            f"the recipe ends here: {command_line(name)} gave exit status {status}; "
+            "its message is above"
         )
 
 
@@ -31,26 +31,35 @@ def fuse(
     segments: tuple[int, ...],
     submission: Path | None = None,
 ) -> str:
-    """Fuse the models, each with the options that say on what it is tested, on a split; the weights
-    that it supports.
+    """Fuse models on a split.
 
-    Those are the searched ones only if they beat equal ones on held-out folds. The scores of a
-    model are made if there are none, or if they were made of something else than its checkpoint and
-    videos are now.
+    The scores of a model are computed if there are none, or if its checkpoint or its videos have
+    changed since.
+
+    Args:
+        models: for each model, the options of `aggregate.evaluate` that say what it is tested on.
+        weights: as for `ensemble`.
+
+    Returns:
+        the weights that this split supports; searched ones only if they beat equal ones on held-out
+        folds.
     """
-    scores = [scores_file(work, name, split) for name in models]
-    for (name, source), out in zip(models.items(), scores, strict=True):
-        wanted = {
+    scores = []
+    for name, source in models.items():
+        scores.append(scores_file(work, name, split))
+        evaluation = {
             "checkpoint": work / name / "best.pt",
             "split": split,
             "segments": segments,
-            "out": out,
+            "out": scores[-1],
             **source,
         }
-        if not scores_are_of(wanted):
-            step("aggregate.evaluate", **wanted)
+        if not scores_are_of(evaluation):
+            run_command_step("aggregate.evaluate", **evaluation)
     out = work / f"fused_{split}.h5"
-    step("ensemble.__main__", scores=tuple(scores), out=out, weights=weights, submission=submission)
+    run_command_step(
+        "ensemble.__main__", scores=tuple(scores), out=out, weights=weights, submission=submission
+    )
     record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
     if "search" in record and not record["search"]["beats_equal"]:
         return "equal"
@@ -58,22 +67,24 @@ def fuse(
 
 
 def scores_are_of(options: Mapping[str, Any]) -> bool:
-    """Whether a scores file holds what `aggregate.evaluate` would make of these options now."""
+    """Whether a scores file holds what `aggregate.evaluate` would compute with these options
+    now."""
     from aggregate.evaluate import Options, inputs_now
     from aggregate.scores import Scores
 
-    wanted, out = Options(**options), options["out"]
+    out = options["out"]
     if not out.exists():
         return False
     try:
         recorded = Scores.load(out).source.get("inputs")
-    except InputError as error:  # damaged: it is made again
+    except InputError as error:  # damaged: it is computed again
         print(f"{out}: {error}")
         return False
-    if recorded == inputs_now(wanted):
+    if recorded == inputs_now(Options(**options)):
         return True
     print(
-        f"{out} was made of another checkpoint, or of other videos or labels, than there are now; it is made again"
+        f"{out} was made of another checkpoint, or of other videos or labels, than there are now; "
+        "it is made again"
     )
     return False
 

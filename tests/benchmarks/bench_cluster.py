@@ -25,13 +25,12 @@ from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Outcomes, RunLog, lock_store
 from extract.workers.blocks import Block, BlockResult, make_jobs
-from extract.workers.cost import H100_FRAMES_A_SECOND, cost
 from extract.workers.decoder import code_version
 from extract.workers.driver import _blocks, _run
 from extract.workers.ray_pool import RayActorPool, _WorkerHandle
 from extract.workers.reconcile import columns_of
 from extract.workers.worker import Worker
-from simulated import SimulatedWorker
+from simulated import H100_FRAMES, SimulatedWorker
 
 # Ray Data warns of settings of its own when it is imported.
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.filterwarnings("ignore::DeprecationWarning")]
@@ -383,7 +382,7 @@ def test_the_driver_of_64_workers(tmp_path):
         listed = tuple(Video(name, f"/data/k700/{name}", 0) for name in names[rows].tolist())
         blocks.append(Block(number, tuple(rows.tolist()), listed))
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    seconds = max(BLOCK * DECODE_SECONDS / CORES, BLOCK * FRAMES / H100_FRAMES_A_SECOND)
+    seconds = max(BLOCK * DECODE_SECONDS / CORES, BLOCK * FRAMES / H100_FRAMES)
     ideal = len(blocks) * seconds / WORKERS
     ray.init(
         address="local",
@@ -408,8 +407,5 @@ def test_the_driver_of_64_workers(tmp_path):
         f"\n{len(blocks):,} blocks of {seconds:.2f} s over {WORKERS} workers: {wall:.1f} s, {wall / ideal - 1:+.1%} of "
         f"the {ideal:.1f} s that they sleep; the driver used {cpu / wall:.0%} of a core ({1e3 * cpu / len(blocks):.2f} "
         f"ms a block) and {memory:.2f} GB"
-    )
-    print(
-        f"the model: {cost(VIDEOS, views=1, frames=FRAMES, dim=DIM, decode_seconds=DECODE_SECONDS)}"
     )
     assert memory < 2

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -109,8 +110,8 @@ def test_weights_are_searched_on_validation_and_used_on_the_test(roots, tmp_path
 
     for name, stub in (
         ("fuse", fuse),
-        ("step", lambda *_, **__: None),
-        ("_table", lambda *_: None),
+        ("run_command_step", lambda *_, **__: None),
+        ("_print_results", lambda *_: None),
     ):
         monkeypatch.setattr(kinetics700, name, stub)
     for name in ("tsn", "hgnl"):
@@ -136,9 +137,7 @@ def test_a_dry_run_prints_a_plan_and_writes_nothing(roots, tmp_path, capsys):
     assert kinetics700.main(options(roots, tmp_path / "run", dry_run=True)) == 0
     printed = capsys.readouterr().out
     assert "measured  decoding" in printed
-    assert "cluster   k700: " in printed
-    assert "CPU-core hours of decoding" in printed
-    assert "extract   k700: 26 videos" in printed
+    assert re.search(r"extract   k700: 26 videos, .* decoding \S+ CPU-core hours", printed)
     assert "train     k700 hgnl: sgd" in printed
     assert not (tmp_path / "run").exists()
 
