@@ -12,7 +12,6 @@ classes at nearly 1/classes each. `external_data.details` gives the number of su
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

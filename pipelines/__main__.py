@@ -10,7 +10,7 @@ from extract.commands import COMMANDS, STAGES
 
 
 def overview() -> str:
-    """The commands by stage."""
+    """The commands, by stage."""
     lines = ["usage: hgnl COMMAND ...", "", "`hgnl COMMAND --help` shows the options of a command."]
     for stage, commands in STAGES.items():
         lines += ["", f"{stage}:", *(f"  {name:12} {text}" for name, (_, text) in commands.items())]
@@ -18,8 +18,7 @@ def overview() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command that `arguments` (default: the command line) name; returns its exit
-    status."""
+    """Run the command named in `arguments` (default: the command line); returns its exit status."""
     name, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if name in ("-h", "--help", "help"):
         print(overview())

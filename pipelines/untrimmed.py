@@ -1,11 +1,12 @@
-"""python -m pipelines.untrimmed: untrimmed videos of known content, joined from the real clips the
-package ships.
+"""python -m pipelines.untrimmed: make untrimmed videos with known content, from real clips of the
+package.
 
-    a room, a room | action | a room, another room      8 s at 8 frames/s, of which the action takes 1 s
+    a room, a room | action | a room, another room      8 s at 8 frames/s, with 1 s of action
 
-Each video holds one second of a clip of exercise_mini, whose class is the video's, somewhere among
-pieces of clips of daily_actions, which say nothing of it. Train, val and test share neither an
-exercise nor a person in the distractors. labels.csv says where the action lies; it is written last.
+Each video holds one second of a clip of exercise_mini, which gives its class, somewhere among
+pieces of clips of daily_actions, which do not depend on the class. Train, val and test share
+neither an exercise nor a person in the distractors. labels.csv, which is written last, gives the
+time of the action.
 """
 
 import sys
@@ -24,24 +25,24 @@ CLIPS = Path(__file__).parent / "clips"
 RATE = 8  # frames per second, that of exercise_mini
 ACTION, LENGTH, PIECES = 8, 64, 4  # frames of the action and of the whole; pieces of distractors
 HEIGHT, WIDTH = 144, 192
-# Of each class's 24 exercises, in a drawn order (names in alphabetical order are alike, so that a
-# split by them would test on other kinds of exercise), and of the four people of daily_actions.
+# Of each class's 24 exercises in random order, and of the four people in daily_actions. In
+# alphabetical order neighbors are alike, so a split would test on other kinds of exercise.
 EXERCISES = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
 PEOPLE = {"train": (1, 3), "val": (2,), "test": (4,)}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Join untrimmed videos, a short real action among real distractors, from the clips that come
-    with the package."""
+    """Make untrimmed videos, each a short real action among real distractors, from the clips that
+    come with the package."""
 
     out: Path = Path("runs/untrimmed")
-    """The folder of clips/ and labels.csv: `python -m extract --videos OUT/labels.csv --root
-    OUT/clips`."""
+    """The folder for clips/ and labels.csv. Extract them with `python -m extract --videos
+    OUT/labels.csv --root OUT/clips`."""
     copies: int = 3
-    """Videos of each training exercise, with other distractors each."""
+    """Videos of each training exercise, each with different distractors."""
     val_copies: int = 1
-    """The same of each validation exercise; a test exercise has one video."""
+    """Videos of each validation exercise; a test exercise has one."""
 
 
 def main(options: Options) -> int:
@@ -49,40 +50,41 @@ def main(options: Options) -> int:
 
     from extract.durable import replace_file
 
-    rooms = {split: distractors(people) for split, people in PEOPLE.items()}
+    clips = {split: distractors(people) for split, people in PEOPLE.items()}
+
+    def finish(row: dict[str, Any]) -> dict[str, Any]:
+        return row | join(row, clips[row["split"]], options.out)
+
     with ThreadPoolExecutor() as pool:
-        rows = list(
-            pool.map(
-                lambda row: row | join(row, rooms[row["split"]], options.out),
-                planned(options.copies, options.val_copies),
-            )
-        )
+        rows = list(pool.map(finish, planned(options.copies, options.val_copies)))
     table = pd.DataFrame(rows)
     replace_file(options.out / "labels.csv", table.to_csv(index=False))
     counts = ", ".join(f"{count} {split}" for split, count in table["split"].value_counts().items())
     print(
-        f"{len(rows)} videos of {LENGTH / RATE:g} s, {ACTION / RATE:g} s of action each: {counts}; {options.out}"
+        f"{len(rows)} videos of {LENGTH / RATE:g} s, with {ACTION / RATE:g} s of action each: "
+        f"{counts}; {options.out}"
     )
     return 0
 
 
 def planned(copies: int, val_copies: int = 1) -> Iterator[dict[str, Any]]:
-    """Rows of labels.csv: every exercise of exercise_mini, several times with other distractors."""
+    """Rows of labels.csv: every exercise of exercise_mini, in copies with different distractors."""
     import numpy as np
 
-    videos_each = {"train": copies, "val": val_copies, "test": 1}
+    copies_of_split = {"train": copies, "val": val_copies, "test": 1}
     rng = np.random.default_rng(0)
     for folder in sorted((CLIPS / "exercise_mini" / "clips").iterdir()):
-        exercises = rng.permutation([path.stem for path in sorted(folder.glob("*.mp4"))]).tolist()
-        for split, places in EXERCISES.items():
-            for name in exercises[places.start : places.stop]:
-                for copy in range(videos_each[split]):
+        names = [path.stem for path in sorted(folder.glob("*.mp4"))]
+        exercises = rng.permutation(names).tolist()
+        for split, numbers in EXERCISES.items():
+            for name in exercises[numbers.start : numbers.stop]:
+                for copy in range(copies_of_split[split]):
                     path = f"{split}/{folder.name}/{name}_{copy}.mp4"
                     yield {"path": path, "label": folder.name, "split": split, "group": name}
 
 
 def distractors(people: tuple[int, ...]) -> "list[np.ndarray]":
-    """The clips of some people of daily_actions, every second frame (7.5 a second), uint8 [n,
+    """The clips of some people of daily_actions, every second frame (7.5 per second), uint8 [n,
     HEIGHT, WIDTH, 3]."""
     import pandas as pd
 
@@ -93,44 +95,40 @@ def distractors(people: tuple[int, ...]) -> "list[np.ndarray]":
 
 
 def frames_of(path: Path, part: slice) -> "np.ndarray":
-    """Frames of a clip, cut to the middle and resized: uint8 [n, HEIGHT, WIDTH, 3]."""
+    """Frames of a clip, resized and cropped to the middle: uint8 [n, HEIGHT, WIDTH, 3]."""
     import numpy as np
     from PIL import Image, ImageOps
 
     from extract.decode import decode
 
     def fit(frame: "np.ndarray") -> "np.ndarray":
-        return np.asarray(
-            ImageOps.fit(Image.fromarray(frame), (WIDTH, HEIGHT), Image.Resampling.BILINEAR)
-        )
+        picture = Image.fromarray(frame)
+        return np.asarray(ImageOps.fit(picture, (WIDTH, HEIGHT), Image.Resampling.BILINEAR))
 
     return decode(path, lambda count: np.arange(count)[part], resize=fit).frames
 
 
-def join(row: dict[str, Any], rooms: "list[np.ndarray]", out: Path) -> dict[str, float]:
-    """Write the video of a row; when its action starts and ends. What is drawn is a function of its
-    path."""
+def join(row: dict[str, Any], clips: "list[np.ndarray]", out: Path) -> dict[str, float]:
+    """Write the video of a row; returns when its action starts and ends. The distractors are a
+    function of its path."""
     import numpy as np
 
     from extract.decode import write_video
 
     rng = np.random.default_rng(list(row["path"].encode()))
-    piece = (LENGTH - ACTION) // PIECES
-    long = [room for room in rooms if len(room) >= piece]
-    starts = [
-        (which, rng.integers(len(long[which]) - piece + 1))
-        for which in rng.permutation(len(long))[:PIECES]
-    ]
-    around = np.concatenate([long[which][start : start + piece] for which, start in starts])
+    length = (LENGTH - ACTION) // PIECES
+    long_clips = [clip for clip in clips if len(clip) >= length]
+    pieces = []
+    for number in rng.permutation(len(long_clips))[:PIECES]:
+        start = rng.integers(len(long_clips[number]) - length + 1)
+        pieces.append(long_clips[number][start : start + length])
+    around = np.concatenate(pieces)
     first = int(rng.integers(len(around) + 1))
-    # The clips show two photographs in turn, four frames each: these eight hold both.
-    clip = CLIPS / "exercise_mini" / "clips" / row["label"] / f"{row['group']}.mp4"
-    action = frames_of(clip, slice(0, ACTION))
-    write_video(
-        out / "clips" / row["path"],
-        np.concatenate([around[:first], action, around[first:]]),
-        rate=RATE,
-    )
+    # The clips alternate between two photographs, four frames each: these eight show both.
+    path = CLIPS / "exercise_mini" / "clips" / row["label"] / f"{row['group']}.mp4"
+    action = frames_of(path, slice(0, ACTION))
+    frames = np.concatenate([around[:first], action, around[first:]])
+    write_video(out / "clips" / row["path"], frames, rate=RATE)
     return {"action_start": first / RATE, "action_end": (first + ACTION) / RATE}
 
 
