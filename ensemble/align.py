@@ -2,7 +2,7 @@
 and by name, never by position."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -14,7 +14,7 @@ from extract import InputError
 Missing = Literal["error", "drop", "worst"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Aligned:
     """Logits of M models for the same N videos: M arrays [N, C] float32. A failed video is a row of
     NaN.
@@ -30,17 +30,17 @@ class Aligned:
     """
 
     names: tuple[str, ...]
-    ids: list[str] = field(repr=False)
-    classes: list[str] = field(repr=False)
-    logits: tuple[np.ndarray, ...] = field(repr=False)
-    labels: np.ndarray = field(repr=False)
-    lacking: np.ndarray = field(repr=False)
-    failed: np.ndarray = field(repr=False)
-    counts: pd.DataFrame = field(repr=False)
+    ids: list[str]
+    classes: list[str]
+    logits: tuple[np.ndarray, ...]
+    labels: np.ndarray
+    lacking: np.ndarray
+    failed: np.ndarray
+    counts: pd.DataFrame
     missing: Missing
     dropped: int
     split: str
-    groups: np.ndarray = field(repr=False)
+    groups: np.ndarray
 
     def unscored(self, weights: np.ndarray) -> np.ndarray:
         """Videos that count as wrong under `weights` [M]: bool [N].
@@ -125,14 +125,14 @@ def align(
 
 
 def _check_classes(ours: pd.Index, theirs: pd.Index, first: str, name: str) -> None:
-    for only, holder, other in (
+    for only, owner, without in (
         (ours.difference(theirs, sort=False), first, name),
         (theirs.difference(ours, sort=False), name, first),
     ):
         if len(only):
             raise InputError(
                 f"{name} has other classes than {first} ({len(theirs):,} and {len(ours):,}): "
-                f"{only[0]!r} is in {holder} and not in {other}; fuse models of the same classes"
+                f"{only[0]!r} is in {owner} and not in {without}; fuse models of the same classes"
             )
 
 
@@ -159,11 +159,11 @@ def _missing_message(names: Sequence[str], ids: pd.Index, listed: np.ndarray) ->
     """Which model lacks the first missing video, and how many videos each lacks; `listed` is bool
     [models, videos]."""
     video = int(listed.all(axis=0).argmin())
-    holder = names[int(listed[:, video].argmax())]
-    other = names[int(listed[:, video].argmin())]
+    owner = names[int(listed[:, video].argmax())]
+    without = names[int(listed[:, video].argmin())]
     counts = zip(names, (~listed).sum(axis=1), strict=True)
     return (
-        f"{ids[video]!r} is in {holder} and not in {other}; of {len(ids):,} videos are missing: "
+        f"{ids[video]!r} is in {owner} and not in {without}; of {len(ids):,} videos are missing: "
         f"{', '.join(f'{name} {count:,}' for name, count in counts if count)}. "
         "--missing drop leaves them out, --missing worst counts them as wrong"
     )

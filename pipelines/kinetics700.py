@@ -11,11 +11,11 @@ shows the plan with its cost on this machine.
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from timeit import timeit
+from timeit import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract import InputError
@@ -175,7 +175,7 @@ def _measure_rates(
         )
     seconds_per_video = float(np.mean(cpu_seconds))
     batch = np.zeros((backbone.batch_size, *backbone.preprocessing.frame_shape), np.uint8)
-    seconds_per_frame = _time(lambda: backbone(batch)) / len(batch)
+    seconds_per_frame = min(repeat(lambda: backbone(batch), number=1, repeat=4)) / len(batch)
     print(
         f"\nbackbone  {backbone.describe()}\n"
         f"measured  decoding {1000 * seconds_per_video:.0f} CPU ms per video over "
@@ -203,15 +203,9 @@ def _plan_training(options: Options, name: str, listing: "Listing", agg: str, di
     x = torch.rand(schedule.batch_size, 3, dim).half()
     batch = Batch(x, None, torch.zeros(len(x), dtype=torch.int64), np.zeros(len(x)))
     num_steps = math.ceil(num_videos / schedule.batch_size) * schedule.epochs
-    seconds = num_steps * _time(lambda: learner.step(batch, 0, 0))
+    seconds = num_steps * min(repeat(lambda: learner.step(batch, 0, 0), number=1, repeat=4))
     print(f"train     {name} {agg}: {schedule}: about {_duration(seconds)} on this CPU")
     return seconds
-
-
-def _time(call: Callable[[], object]) -> float:
-    """Seconds of a call, the mean of three after a first one."""
-    call()
-    return timeit(call, number=3) / 3
 
 
 def _duration(seconds: float) -> str:
@@ -242,7 +236,7 @@ def _run(options: Options, splits: Sequence[str]) -> None:
         train("tsn", "k600_tsn", None, store="k600")
     for agg in AGGREGATORS:
         if agg in steps:
-            init = work / "tsn" / "best.pt"
+            init: Path | None = work / "tsn" / "best.pt"
             if agg == "tsn":
                 init = work / "k600_tsn" / "best.pt" if options.pretrain else None
             train(agg, agg, init)

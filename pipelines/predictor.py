@@ -1,5 +1,4 @@
-"""A checkpoint that looks at videos, whole or in windows: decoded by spans, as extraction does it,
-in a child."""
+"""Run a checkpoint on videos, whole or in windows, with extraction's own decoding."""
 
 import os
 import weakref
@@ -22,25 +21,22 @@ if TYPE_CHECKING:
     from extract.decode.packets import Span
     from extract.decode.pool import SubprocessPool
 
-    Part = tuple[Prepared, np.ndarray]
+    Part = tuple[Prepared, np.ndarray]  # what was decoded, and its pictures
 
-WEIGHING = (
-    "hgnl",
-    "nl",
-    "weighted",
-    "attentive",
-    "attentive-time",
-    "nextvlad",
-)  # the aggregators with a weight a frame
+# The aggregators with a weight per frame.
+ATTENTION_AGGREGATORS = ("hgnl", "nl", "weighted", "attentive", "attentive-time", "nextvlad")
 
 
 class Window(NamedTuple):
-    """A stretch of a video, seconds, and what the model says of it; `problem` says what of it could
-    not be read.
+    """A time window of a video, in seconds, and the model's scores for it.
 
-    num_frames that are shown in it; indices [n] and times float [n] (s) of those it saw; logits
-    float32 [C]; weights float32 [groups, n], the aggregator's frame weights, None where it has
-    none.
+    Attributes:
+        num_frames: frames that are shown in it.
+        indices: [n], the frames that the model saw.
+        times: float [n] (s), when these are shown.
+        logits: float32 [C].
+        weights: float32 [groups, n], the aggregator's frame weights; None if it has none.
+        problem: why a part of it could not be read.
     """
 
     start: float
@@ -55,8 +51,12 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A video's windows: one, the whole of it, unless windows were asked for; the crops [n, size,
-    size, 3] it saw of the first one; `problem` says what could not be read."""
+    """A video's windows: one, the whole video, unless windows were requested.
+
+    Attributes:
+        problem: why a part of the video could not be read.
+        crops: [n, size, size, 3], the pictures that the model saw of the first window.
+    """
 
     path: str
     seconds: float
@@ -66,11 +66,11 @@ class Prediction:
 
 
 class Predictor:
-    """A checkpoint ready to look at videos.
+    """A checkpoint that is ready to classify videos.
 
-    Videos are decoded in a child process, under the deadline that extraction has. `weights`,
-    `device`, `precision`, `video_timeout` (s): see Options. Raises InputError where the recorded
-    backbone cannot be had.
+    Videos are decoded in a child process, under the deadline of extraction. For `weights`,
+    `device`, `precision` and `video_timeout` (s), see `pipelines.predict.Options`. Raises
+    InputError if the recorded backbone cannot be loaded.
     """
 
     def __init__(
@@ -93,35 +93,33 @@ class Predictor:
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
-        self.classes, self.segments = checkpoint.classes, segments
-        self.preprocessing = preprocessing_of(checkpoint)
-        self._per_segment = checkpoint.options.get("frames_per_segment", 0)  # of StNet
-        self._clips = clips = clips_of(checkpoint)
-        clip: dict[str, Any] = {"clip_length": max(self._per_segment, 1)}
-        if clips is not None:
-            clip = {"clip_length": clips.frames, "clip_fps": clips.fps}
-        self._plan = Plan(segments, 1, 0, self.preprocessing, **clip)
-        # The child starts while the backbone is loaded here.
-        self._pool = self._subprocess(video_timeout)
+        self.classes = checkpoint.classes
+        self._is_stnet = checkpoint.options["name"] == "stnet"
+        self._clips = clips_of(checkpoint)
+        clip: dict[str, Any] = {"clip_length": checkpoint.options.get("frames_per_segment", 1)}
+        if self._clips is not None:
+            clip = {"clip_length": self._clips.frames, "clip_fps": self._clips.fps}
+        self._plan = Plan(segments, 1, 0, preprocessing_of(checkpoint), **clip)
         self._video_timeout = video_timeout
+        self._pool = self._start_pool()  # its child starts while the backbone is loaded here
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
         self._aggregator: Any = None
-        if self._per_segment:
+        if self._is_stnet:
             from extract.device import choose_device
 
             if precision not in ("auto", "fp32"):
                 raise InputError(f"--precision {precision}: StNet runs in fp32 here; leave it out")
-            where = choose_device(device)
-            self._model: Any = model_from_record(checkpoint, weights).to(where)
-            self.words = f"StNet on {where} in fp32"
-        else:
-            backbone = backbone_from_record(
-                checkpoint, weights, device=device, precision=precision, frames=segments
-            )
-            self._network, self._model = backbone, checkpoint.model()
-            self.words = backbone.describe()
-            if checkpoint.options["name"] in WEIGHING:
-                self._aggregator = self._model.aggregator
+            stnet_device = choose_device(device)
+            self._model: Any = model_from_record(checkpoint, weights).to(stnet_device)
+            self.description = f"StNet on {stnet_device} in fp32"
+            return
+        backbone = backbone_from_record(
+            checkpoint, weights, device=device, precision=precision, frames=segments
+        )
+        self._network, self._model = backbone, checkpoint.model()
+        self.description = backbone.describe()
+        if checkpoint.options["name"] in ATTENTION_AGGREGATORS:
+            self._aggregator = self._model.aggregator
 
     def __call__(
         self,
@@ -130,66 +128,77 @@ class Predictor:
         window: float | None = None,
         stride: float | None = None,
     ) -> Prediction:
-        """Look at a video as a whole or in windows (seconds), those of extraction.
+        """Classify a video as a whole, or in windows (seconds) as extraction cuts them.
 
-        However long the video, only the frames of some windows are in memory. A window in which
-        nothing can be seen is left out and counted. Raises VideoError where there is no other,
-        RunError for scores that are not numbers.
+        However long the video, only the frames of a few windows are in memory. A window in which
+        nothing can be seen is left out and counted. Raises VideoError if no window is left, and
+        RunError for scores that are not finite.
         """
-        from extract.listing.windows import window_spans
-
-        spans: list[Span | None] = [None]
-        if window is not None:
-            with self._pool.submit((os.fspath(path), [], self._plan)).result() as finished:
-                if finished.failure:
-                    raise VideoError(path, finished.failure)
-                spans = [*window_spans(finished.result, window, stride or window)]
+        path = os.fspath(path)
+        spans = self._spans(path, window, stride)
         windows: list[Window] = []
-        crops, lost = np.empty(0), 0
+        crops = np.empty(0)
         problems: dict[str, None] = {}  # an ordered set
         decoded = progress(self._decoded(path, spans), total=len(spans), unit="window", leave=False)
         for span, parts in decoded:
             try:
-                seen, shown = self._answer(path, span, parts)
+                seen, pictures = self._classify(path, span, parts)
             except (VideoError, NotFiniteError) as error:
                 problems[error.reason if isinstance(error, VideoError) else str(error)] = None
-                lost += 1
                 continue
             problems[seen.problem] = None
-            crops = crops if windows else shown
+            if not windows:
+                crops = pictures
             windows.append(seen)
-        words = "; ".join(filter(None, problems))
+        problem = "; ".join(filter(None, problems))
         if not windows:
-            raise VideoError(path, words)
-        more = f"{lost} of {len(spans)} windows could not be seen: " if lost else ""
-        return Prediction(os.fspath(path), windows[-1].end, tuple(windows), more + words, crops)
+            raise VideoError(path, problem)
+        if num_lost := len(spans) - len(windows):
+            problem = f"{num_lost} of {len(spans)} windows could not be seen: {problem}"
+        return Prediction(path, windows[-1].end, tuple(windows), problem, crops)
 
-    def _subprocess(self, timeout: float) -> "SubprocessPool":
+    def _start_pool(self) -> "SubprocessPool":
         from extract.decode.jobs import decode_job
         from extract.decode.pool import SubprocessPool
 
-        slot_bytes = self._plan.slot_bytes
-        pool = SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=1, timeout=timeout)
+        pool = SubprocessPool(
+            decode_job,
+            slot_bytes=self._plan.slot_bytes,
+            workers=1,
+            timeout=self._video_timeout,
+        )
         weakref.finalize(self, pool.close)
         return pool
 
     @cached_property
     def _leftovers(self) -> "SubprocessPool":
-        """For the clips of a window that had no room in a buffer."""
-        return self._subprocess(self._video_timeout)
+        """For the clips of a window that do not fit into one buffer."""
+        return self._start_pool()
+
+    def _spans(
+        self, path: str, window: float | None, stride: float | None
+    ) -> "list[Span] | list[None]":
+        from extract.listing.windows import window_spans
+
+        if window is None:
+            return [None]
+        with self._pool.submit((path, [], self._plan)).result() as finished:
+            if finished.failure:
+                raise VideoError(path, finished.failure)
+            return [*window_spans(finished.result, window, stride or window)]
 
     def _decoded(
-        self, path: StrPath, spans: "list[Span | None]"
+        self, path: str, spans: "list[Span] | list[None]"
     ) -> "Iterator[tuple[Span | None, Iterable[Part]]]":
-        """Each span, and what a child decoded of it: one part, or of clips as many as buffers
+        """Each span with the parts decoded in it: one, or as many as the buffers of its clips
         need."""
         from aggregate.data.frames import row_parts
 
-        plan, name = self._plan, os.fspath(path)
-        at_once = plan.rows_per_job if self._clips is None else 1
-        rows = [(name, span) for span in spans]
+        rows = [(path, span) for span in spans]
+        rows_per_job = self._plan.rows_per_job if self._clips is None else 1
         jobs = [
-            (name, rows[first : first + at_once], plan) for first in range(0, len(rows), at_once)
+            (path, rows[start : start + rows_per_job], self._plan)
+            for start in range(0, len(rows), rows_per_job)
         ]
         for job, future in [(job, self._pool.submit(job)) for job in jobs]:
             if self._clips is not None:
@@ -198,67 +207,73 @@ class Predictor:
             with future.result() as finished:
                 results = finished.result or [VideoError(path, finished.failure)] * len(job[1])
                 for (_, span), prepared in zip(job[1], results, strict=True):
-                    yield span, self._only_part(prepared, finished.buffer)
+                    yield span, self._single_part(prepared, finished.buffer)
 
-    def _only_part(self, prepared: "Prepared | VideoError", buffer: np.ndarray) -> "Iterator[Part]":
+    def _single_part(
+        self, prepared: "Prepared | VideoError", buffer: np.ndarray
+    ) -> "Iterator[Part]":
         if isinstance(prepared, VideoError):
             raise prepared
         yield prepared, prepared.pictures(buffer, self._plan)
 
-    def _answer(
-        self, path: StrPath, span: "Span | None", parts: "Iterable[Part]"
+    def _classify(
+        self, path: str, span: "Span | None", parts: "Iterable[Part]"
     ) -> tuple[Window, np.ndarray]:
-        """What the model says of one window, and the pictures uint8 [n, size, size, 3] of the
-        frames that it saw."""
+        """The scores of one window, and the pictures uint8 [n, size, size, 3] that the model
+        saw."""
         import torch
 
+        from aggregate.data.frames import new_segments
+
+        weights = None
         with torch.inference_mode():
-            weights = None
-            if self._clips is None:
+            if self._is_stnet:
                 [(prepared, pictures)] = parts
                 indices, times = prepared.frame_indices, prepared.frame_times
-            else:
-                prepared, features, indices, times, pictures = self._see_clips(parts)
-            if self._per_segment:
                 clips = prepared.clips[0]
-                clip, mask = torch.from_numpy(pictures[clips]), torch.from_numpy(_distinct(clips))
-                logits = self._model(clip[None], mask[None])
+                mask = torch.from_numpy(new_segments(clips))
+                logits = self._model(torch.from_numpy(pictures[clips])[None], mask[None])
             else:
-                if self._clips is None:
-                    features = self._network(pictures)
+                prepared, features, indices, times, pictures = self._features(parts)
                 x = torch.from_numpy(features)[None].float()
                 logits = self._model(x)
                 if self._aggregator is not None:
                     weights = self._aggregator.frame_weights(x)[0].numpy()
         if not logits.isfinite().all():
-            raise RunError(f"{os.fspath(path)}: the scores are not finite; the weights are damaged")
+            raise RunError(f"{path}: the scores are not finite; the weights are damaged")
         start, end = span or (0.0, prepared.end)
-        seen = indices, times, logits[0].cpu().numpy(), weights, prepared.problem
-        return Window(start, end, prepared.num_frames, *seen), pictures
+        scores = logits[0].cpu().numpy()
+        return (
+            Window(
+                start, end, prepared.num_frames, indices, times, scores, weights, prepared.problem
+            ),
+            pictures,
+        )
 
-    def _see_clips(
+    def _features(
         self, parts: "Iterable[Part]"
     ) -> "tuple[Prepared, np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
-        """The last part; features [n, dim] of the distinct clips, computed one by one; and the
-        frames in their middles: indices [n], times [n] (s), pictures [n, size, size, 3]."""
-        assert self._clips is not None
-        rows, clips = self._clips.rows, []
-        before: set[bytes] = set()
+        """The last part, the features [n, dim] of the distinct frames or clips, and their frames:
+        indices [n], times [n] (s) and pictures [n, size, size, 3].
+
+        Clips are computed one by one; their frames are those in the middle of each feature's part.
+        """
+        if self._clips is None:
+            [(prepared, pictures)] = parts
+            features = self._network(pictures)
+            return prepared, features, prepared.frame_indices, prepared.frame_times, pictures
+        rows_per_clip, computed = self._clips.rows, {}
         for prepared, pictures in parts:
-            middles = prepared.middles(rows).reshape(-1, rows)
+            middles = prepared.middles(rows_per_clip).reshape(-1, rows_per_clip)
             for clip, middle in zip(prepared.clips[0], middles, strict=True):
-                if (frames := prepared.frame_indices[clip].tobytes()) in before:
-                    continue
-                before.add(frames)
-                features = self._network(pictures[clip][None]).reshape(rows, -1)
-                shown = prepared.frame_indices[middle], prepared.frame_times[middle]
-                clips.append((features, *shown, pictures[middle]))
-        features, indices, times, crops = map(np.concatenate, zip(*clips, strict=True))
+                key = prepared.frame_indices[clip].tobytes()
+                if key not in computed:
+                    computed[key] = (
+                        self._network(pictures[clip][None]).reshape(rows_per_clip, -1),
+                        prepared.frame_indices[middle],
+                        prepared.frame_times[middle],
+                        pictures[middle],
+                    )
+        columns = zip(*computed.values(), strict=True)
+        features, indices, times, crops = map(np.concatenate, columns)
         return prepared, features, indices, times, crops
-
-
-def _distinct(clips: np.ndarray) -> np.ndarray:
-    """bool [T] of clips [T, L]: False for one that repeats an earlier one (see `new_segments`)."""
-    from aggregate.data.frames import new_segments
-
-    return new_segments(clips)

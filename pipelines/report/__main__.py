@@ -1,9 +1,8 @@
-"""python -m pipelines.report: one page that shows what a folder of runs holds, for people who would
-rather look.
+"""python -m pipelines.report: one HTML page of everything in a folder of runs.
 
-Stores, run folders, scores, ensembles and ablations are taken wherever they lie in the folder. The
-page shows what there is, and names what is not there with the command that makes it. No clock gets
-into it: the same results give the same bytes.
+Stores, run folders, scores, ensembles and ablations are found at any depth. For anything that is
+missing, the page names the command that makes it. The page holds no date: the same results give the
+same bytes.
 """
 
 import sys
@@ -21,13 +20,13 @@ from pipelines.report.find import find
 
 @dataclass(frozen=True)
 class Options:
-    """Make one self-contained HTML page of what a folder holds: features, training, results,
-    ablations, ensembles."""
+    """Make one self-contained HTML page of a folder: features, training, results, ablations,
+    ensembles."""
 
     rundir: Annotated[Path, tyro.conf.Positional]
-    """The folder, e.g. runs/demo; everything below it is looked at."""
+    """The folder, e.g. runs/demo, with all folders below it."""
     out: Path = Path("report.html")
-    """The page; it opens from disk and needs neither a network nor another file."""
+    """The page; it opens from disk, without a network or other files."""
     videos: tuple[Path, ...] = ()
     """Folders that the ids of the videos are relative to; without them the page has no
     thumbnails."""
@@ -39,12 +38,12 @@ def main(options: Options) -> int:
     for folder in (options.rundir, *options.videos):
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder")
-    found = find(options.rundir, options.videos)
-    html = render(found, options.rundir.resolve().name)
+    contents = find(options.rundir, options.videos)
+    html = render(contents, options.rundir.resolve().name)
     replace_file(options.out, html)
-    for problem in found.problems:
+    for problem in contents.problems:
         print(f"not shown: {problem}", file=sys.stderr)
-    print(f"{options.out}: {found}, {len(html) / 1e6:.1f} MB\nNext: open it in a browser")
+    print(f"{options.out}: {contents}, {len(html) / 1e6:.1f} MB\nNext: open it in a browser")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""What a folder of runs holds: stores, runs, scores, ablations, ensembles, cross-validations,
-wherever they lie."""
+"""Find the contents of a folder: stores, runs, scores, ablations, ensembles, cross-validations and
+audits, at any depth."""
 
 import json
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -14,58 +14,57 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 RUN_FILES = ("options.json", "metrics.csv", "results.json", "best.pt")
-UNREADABLE = (
-    InputError,
-    RunError,
-    OSError,
-    ValueError,
-    KeyError,
-)  # what damage comes out as; the rest is still shown
+# Errors that damaged files cause; the rest of the folder is still shown.
+UNREADABLE = (InputError, RunError, OSError, ValueError, KeyError)
 
 
-@dataclass
-class Found:
-    """What lies in a folder, by its name below it; `problems` says what could not be read and
-    why."""
+@dataclass(eq=False)
+class Contents:
+    """The contents of a folder, by their path below it.
+
+    Attributes:
+        scores: of each file, in the order of the number of segments.
+        problems: what could not be read, and why.
+        videos: folders that the ids of the stores are relative to.
+    """
 
     root: Path = Path()
     stores: "dict[str, FeatureStore]" = field(default_factory=dict)
     runs: dict[str, Path] = field(default_factory=dict)
-    scores: "dict[str, list[Scores]]" = field(default_factory=dict)  # by rising number of segments
+    scores: "dict[str, list[Scores]]" = field(default_factory=dict)
     ablations: dict[str, Path] = field(default_factory=dict)
     ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
     crossvals: dict[str, dict[str, Any]] = field(default_factory=dict)
     audits: dict[str, dict[str, Any]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    videos: tuple[Path, ...] = ()  # folders that the ids of the stores are relative to
+    videos: tuple[Path, ...] = ()
 
-    def files(self, name: str) -> "Iterator[tuple[str, Path]]":
-        """The runs that have a file of this name with something in it, and that file."""
+    def run_files(self, name: str) -> "Iterator[tuple[str, Path]]":
+        """The runs that have a file of this name that is not empty, with the file."""
         for run, folder in self.runs.items():
             if (folder / name).is_file() and (folder / name).stat().st_size:
                 yield run, folder / name
 
+    def store_named(self, features: str) -> "tuple[str, FeatureStore]":
+        """The store with the name of a path, and its own name: from the folder, or else from that
+        path. InputError if there is neither."""
+        from extract.store import FeatureStore
+
+        for name, store in self.stores.items():
+            if Path(name).name == Path(features).name:
+                return name, store
+        return features, FeatureStore.open(features)
+
     def counts(self) -> dict[str, int]:
-        """How many there are of each kind."""
-        kinds = (
-            "feature store",
-            "run",
-            "scores file",
-            "ablation",
-            "ensemble",
-            "cross-validation",
-            "audit",
-        )
-        there: list[Sized] = [
-            self.stores,
-            self.runs,
-            self.scores,
-            self.ablations,
-            self.ensembles,
-            self.crossvals,
-            self.audits,
-        ]
-        return dict(zip(kinds, map(len, there), strict=True))
+        return {
+            "feature store": len(self.stores),
+            "run": len(self.runs),
+            "scores file": len(self.scores),
+            "ablation": len(self.ablations),
+            "ensemble": len(self.ensembles),
+            "cross-validation": len(self.crossvals),
+            "audit": len(self.audits),
+        }
 
     def __str__(self) -> str:
         return ", ".join(
@@ -73,25 +72,27 @@ class Found:
         )
 
 
-def find(root: Path, videos: tuple[Path, ...] = ()) -> Found:
-    """Open all there is below `root`. What cannot be read becomes a problem; InputError where there
-    is nothing."""
-    found = Found(root, videos=videos)
+def find(root: Path, videos: tuple[Path, ...] = ()) -> Contents:
+    """Open everything below `root`. An item that cannot be read becomes a problem; InputError if
+    there is nothing."""
+    contents = Contents(root, videos=videos)
     for path in _walk(root):
         name = path.relative_to(root).as_posix()
         try:
-            _take(found, path, name)
+            _add(contents, path, name)
         except UNREADABLE as error:
-            found.problems.append(f"{name}: {error}")
-    for name, record in found.crossvals.items():  # which shows them itself: they are of no split
+            contents.problems.append(f"{name}: {error}")
+    # The scores of a cross-validation are of no split, and are shown with it.
+    for name, record in contents.crossvals.items():
         for head in record["heads"]:
-            found.scores.pop((PurePosixPath(name).parent / head["scores"]).as_posix(), None)
-    if not any(found.counts().values()) and not found.problems:
+            contents.scores.pop((PurePosixPath(name).parent / head["scores"]).as_posix(), None)
+    if not any(contents.counts().values()) and not contents.problems:
         raise InputError(
-            f"{root} holds nothing to report on: no feature store (*.zarr), run folder (options.json, metrics.csv), "
-            "scores (*.h5) or ablation.csv; give the folder that the commands wrote to"
+            f"{root} holds nothing to report on: no feature store (*.zarr), run folder "
+            "(options.json, metrics.csv), scores (*.h5) or ablation.csv; "
+            "give the folder that the commands wrote to"
         )
-    return found
+    return contents
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -101,46 +102,57 @@ def _walk(folder: Path) -> Iterator[Path]:
             yield from _walk(path)
 
 
-def _take(found: Found, path: Path, name: str) -> None:
+def _add(contents: Contents, path: Path, name: str) -> None:
     if path.suffix == ".zarr":
         from extract.store import FeatureStore
 
-        found.stores[name] = FeatureStore.open(path)
-    elif (
-        path.name in RUN_FILES[:2] and not (path.parent / "results.jsonl").exists()
-    ):  # which is an ablation's
-        found.runs[name.rpartition("/")[0] or path.parent.resolve().name] = path.parent
+        contents.stores[name] = FeatureStore.open(path)
+    elif path.name in ("options.json", "metrics.csv"):
+        if not (path.parent / "results.jsonl").exists():  # an ablation is not a run
+            contents.runs[name.rpartition("/")[0] or path.parent.resolve().name] = path.parent
     elif path.name == "ablation.csv":
-        found.ablations[name] = path
-    elif path.suffix == ".h5" and (scores := _scores(path)):
-        found.scores[name] = scores
+        contents.ablations[name] = path
+    elif path.suffix == ".h5":
+        if scores := _scores(path):
+            contents.scores[name] = scores
     elif path.suffix == ".json":
         record = read_json(path)
         schema = str(record.get("schema", "")) if isinstance(record, dict) else ""
-        for kind, there in (
-            ("hgnl-ensemble/", found.ensembles),
-            ("hgnl-crossval/", found.crossvals),
-            ("hgnl-audit/", found.audits),
-        ):
-            if schema.startswith(kind):
-                there[name] = record
+        by_schema = {
+            "hgnl-ensemble": contents.ensembles,
+            "hgnl-crossval": contents.crossvals,
+            "hgnl-audit": contents.audits,
+        }
+        by_schema.get(schema.partition("/")[0], {})[name] = record
 
 
 def _scores(path: Path) -> "list[Scores]":
-    """The scores of a file, one for each number of segments; none where it holds features
+    """The scores in a file for each number of segments; empty if it holds features
     (`extract.export`)."""
     import h5py
 
     from aggregate.scores import Scores, refuse_training_scores
 
     with h5py.File(path) as file:
-        segments = sorted(int(key) for key in file["logits"]) if "logits" in file else []
-    several = [Scores.load(path, segments=count) for count in segments]
-    for scores in several[:1]:
-        refuse_training_scores(scores, path.name)
-    return several
+        segments = sorted(map(int, file.get("logits", ())))
+    scores = [Scores.load(path, segments=count) for count in segments]
+    if scores:
+        refuse_training_scores(scores[0], path.name)
+    return scores
 
 
 def read_json(path: Path) -> Any:
-    """A JSON record, or an empty one where the file is not there."""
+    """A JSON record; an empty one if there is no file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def random_backbones(record: Any) -> Iterator[str]:
+    """The backbones with random weights in a provenance record, at any depth."""
+    if isinstance(record, list | tuple):
+        for part in record:
+            yield from random_backbones(part)
+    elif isinstance(record, dict):
+        weights = record.get("weights")
+        if isinstance(weights, dict) and str(weights.get("name")).startswith("random weights"):
+            yield f"{record.get('backbone')} ({weights['name']})"
+        yield from random_backbones([*record.values()])

@@ -1,9 +1,10 @@
-"""What the report shows of the videos: what was extracted, sample frames, the map of features,
-attention over time."""
+"""Report sections about videos: what was extracted, sample frames, the map of features, attention
+over time."""
 
 import io
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -27,23 +28,23 @@ from extract import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import human_bytes, reasons
-from pipelines.predictor import WEIGHING
-from pipelines.report.find import Found, read_json
+from pipelines.predictor import ATTENTION_AGGREGATORS
+from pipelines.report.find import Contents, read_json
 
 REASONS = 8
 SAMPLES = 16  # videos of which a frame is shown
 MAP_VIDEOS = 2000  # more points only hide each other
-FILM_CANDIDATES = 512  # videos among which the clips of a film are chosen
+FILM_CANDIDATES = 512  # videos among which those of the filmstrips are chosen
 ROWS_AT_ONCE = 64
 
 
-def drawn(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of `rows`, in their order, always the same ones."""
+def sample_rows(rows: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of `rows`, sorted; always the same ones."""
     return np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
-def file_name(store: FeatureStore, row: int) -> str:
-    """The file that a row, perhaps a span of it, is of."""
+def file_of_row(store: FeatureStore, row: int) -> str:
+    """The file of a row, of which the row may be a span."""
     return store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]
 
 
@@ -52,49 +53,45 @@ def class_name(store: FeatureStore, row: int) -> str:
     return store.classes[label] if label >= 0 else "no label"
 
 
-# -- what was extracted ---------------------------------------------------------------------------------------------
+# -- extraction ----------------------------------------------------------------------------------
 
 
-def extracted(found: Found) -> list[dict[str, Any]]:
-    """Counts by split, failures with their reasons and a frame of some videos, of each store."""
-    shown = []
-    for name, store in found.stores.items():
-        counts = pd.crosstab(store.splits, store.status).rename(
-            columns=dict(enumerate(STATUS_NAMES))
-        )
-        counts = counts.reindex(columns=list(figures.STATUS), fill_value=0).rename(
-            index={"": "(no split)"}
-        )
-        why = [
-            (STATUS_NAMES[kind], *one)
-            for kind in (FAILED, PARTIAL)
-            for one in reasons(store, kind)[:REASONS]
-        ]
+def extracted(contents: Contents) -> list[dict[str, Any]]:
+    """For each store, counts by split, failures with their reasons, and a frame of some videos."""
+    sections = []
+    for name, store in contents.stores.items():
+        counts = pd.crosstab(store.splits, store.status)
+        counts = counts.rename(index={"": "(no split)"}, columns=dict(enumerate(STATUS_NAMES)))
+        counts = counts.reindex(columns=list(figures.STATUS), fill_value=0)
         labels = Counter(store.labels[store.labels >= 0].tolist()).most_common()
-        sizes = [(store.classes[label], count) for label, count in labels]
         spans: dict[str, Any] = {}
         if len(rows := np.flatnonzero(np.isfinite(store.starts))):
-            files = {file_name(store, row) for row in rows.tolist()}
             spans = {
                 "rows": len(rows),
-                "files": len(files),
+                "files": len({file_of_row(store, row) for row in rows.tolist()}),
                 "seconds": np.median((store.ends - store.starts)[rows]),
             }
-        bars = figures.bars(counts, list(figures.STATUS.values()), x_label="videos")
-        told = {
-            "name": name,
-            "store": store,
-            "counts": counts,
-            "sizes": sizes,
-            "spans": spans,
-            "reasons": why,
-        }
-        told |= {"size": human_bytes(len(store) * store.video_bytes), "picture": bars}
-        shown.append(told | {"samples": list(sample_frames(store, found.videos))})
-    return shown
+        sections.append(
+            {
+                "name": name,
+                "store": store,
+                "counts": counts,
+                "sizes": [(store.classes[label], count) for label, count in labels],
+                "spans": spans,
+                "reasons": [
+                    (STATUS_NAMES[kind], *reason)
+                    for kind in (FAILED, PARTIAL)
+                    for reason in reasons(store, kind)[:REASONS]
+                ],
+                "size": human_bytes(len(store) * store.video_bytes),
+                "picture": figures.bars(counts, list(figures.STATUS.values()), x_label="videos"),
+                "samples": list(sample_frames(store, contents.videos)),
+            }
+        )
+    return sections
 
 
-# -- frames --------------------------------------------------------------------------------------------------------
+# -- frames --------------------------------------------------------------------------------------
 
 
 def thumbnails(
@@ -109,8 +106,8 @@ def thumbnails(
     """The frames `indices` of a video, uint8 [height, width, 3]: whole, or the square in the
     middle.
 
-    Empty where the video is in none of the folders or cannot be read: a page without pictures is
-    still a page.
+    Empty if the video is in none of the folders or cannot be read: the page is useful without
+    pictures too.
     """
 
     def shrink(frame: np.ndarray) -> np.ndarray:
@@ -118,22 +115,21 @@ def thumbnails(
         width = height if square else max(1, round(height * picture.width / picture.height))
         return np.asarray(ImageOps.fit(picture, (width, height)))
 
-    for folder in folders:
-        if (path := folder / file_name(store, row)).is_file():
-            try:
-                return list(
-                    decode(path, lambda count: np.clip(indices, 0, count - 1), resize=shrink).frames
-                )
-            except VideoError:
-                break
+    def choose_frames(count: int) -> np.ndarray:
+        return np.clip(indices, 0, count - 1)
+
+    paths = (folder / file_of_row(store, row) for folder in folders)
+    if (path := next(filter(Path.is_file, paths), None)) is not None:
+        with suppress(VideoError):
+            return list(decode(path, choose_frames, resize=shrink).frames)
     return []
 
 
 def sample_frames(store: FeatureStore, folders: Sequence[Path]) -> Iterator[tuple[bytes, str, str]]:
-    """The middle frame of at most SAMPLES videos, classes in turn, as a JPEG, with id and class."""
+    """The middle frame of at most SAMPLES videos, from all classes in turn: JPEG, id, class."""
     rows = pd.Series(np.random.default_rng(0).permutation(np.flatnonzero(store.usable)))
     labels = store.labels[rows]
-    turn = rows.groupby(labels).cumcount()  # how many of its class come before it
+    turn = rows.groupby(labels).cumcount()  # number of rows of the same class before it
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
     for row in first.iloc[np.argsort(store.labels[first], kind="stable")]:
         if picture := middle_frame(store, row, folders):
@@ -151,184 +147,177 @@ def middle_frame(store: FeatureStore, row: int, folders: Sequence[Path]) -> byte
     return file.getvalue()
 
 
-# -- the map -------------------------------------------------------------------------------------------------------
+# -- the map -------------------------------------------------------------------------------------
 
 
-def feature_maps(found: Found) -> list[dict[str, Any]]:
-    """Mean features of at most MAP_VIDEOS videos in two dimensions, colored by class, of stores of
-    three or more."""
-    shown = []
-    for name, store in found.stores.items():
-        good = np.flatnonzero(store.usable)
-        if len(good) < 3:
+def feature_maps(contents: Contents) -> list[dict[str, Any]]:
+    """For each store of three videos or more, mean features of at most MAP_VIDEOS videos in two
+    dimensions, colored by class."""
+    sections = []
+    for name, store in contents.stores.items():
+        usable = np.flatnonzero(store.usable)
+        if len(usable) < 3:
             continue
-        rows = drawn(good, MAP_VIDEOS)
-        places, method = flatten(mean_features(store, rows))
+        rows = sample_rows(usable, MAP_VIDEOS)
+        points, method = project_2d(mean_features(store, rows))
         labels = store.labels[rows]
-        classes = sorted(
-            label for label, _ in Counter(labels[labels >= 0].tolist()).most_common(figures.KINDS)
-        )
+        most_common = Counter(labels[labels >= 0].tolist()).most_common(figures.KINDS)
+        classes = sorted(label for label, _ in most_common)
         kinds = pd.Index(classes).get_indexer(labels)  # -1: other classes, or none
-        picture = figures.scatter(places, kinds, [store.classes[label] for label in classes])
-        told = {
-            "name": name,
-            "method": method,
-            "gray": (kinds < 0).any(),
-            "shown": len(rows),
-            "all": len(good),
-        }
-        shown.append(told | {"picture": picture})
-    return shown
-
-
-def batches(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Features of view 0, float32 [batch, T, D], and the mask [batch, T]: False for repeats in a
-    short video."""
-    frames = np.arange(store.frames_per_video)
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
-        yield (
-            torch.from_numpy(store.gather(some, frames)).float(),
-            torch.from_numpy(store.mask(some, frames)),
+        names = [store.classes[label] for label in classes]
+        sections.append(
+            {
+                "name": name,
+                "method": method,
+                "has_gray": (kinds < 0).any(),
+                "shown": len(rows),
+                "all": len(usable),
+                "picture": figures.scatter(points, kinds, names),
+            }
         )
+    return sections
 
 
-def flatten(features: np.ndarray) -> tuple[np.ndarray, str]:
-    """[n, D] -> [n, 2] and how: t-SNE from 30 videos on, else PCA."""
+def project_2d(features: np.ndarray) -> tuple[np.ndarray, str]:
+    """[n, D] -> [n, 2], and the method: t-SNE for 30 videos or more, else PCA."""
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
     pca = PCA(min(50, *features.shape), svd_solver="full").fit(features)
-    places = pca.transform(features)
+    points = pca.transform(features)
     if len(features) >= 30:
-        embed = TSNE(perplexity=min(30.0, len(features) / 4), init="pca", random_state=0)
-        return embed.fit_transform(places), "t-SNE (near is alike, far means little)"
-    return places[:, :2], f"PCA ({pca.explained_variance_ratio_[:2].sum():.0%} of the variance)"
+        tsne = TSNE(perplexity=min(30.0, len(features) / 4), init="pca", random_state=0)
+        return tsne.fit_transform(points), "t-SNE (near is alike, far means little)"
+    return points[:, :2], f"PCA ({pca.explained_variance_ratio_[:2].sum():.0%} of the variance)"
 
 
-# -- attention -----------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------
 
 
-def attention(found: Found) -> list[dict[str, Any]]:
-    """Films of every run whose aggregator weighs frames, where a store with its kind of features is
-    there."""
-    runs = []
-    for name, file in found.files("best.pt"):
+def attention(contents: Contents) -> list[dict[str, Any]]:
+    """Filmstrips of every run whose aggregator weighs frames, if its features are at hand."""
+    sections = []
+    for name, file in contents.run_files("best.pt"):
         options = read_json(file.with_name("options.json"))
-        if options.get("agg") not in WEIGHING:
+        if options.get("agg") not in ATTENTION_AGGREGATORS:
             continue
         try:
             checkpoint = Checkpoint.load(file)
-            where, store = _store_of(found, checkpoint, options.get("features", ""))
-            if checkpoint.data is None:  # of an earlier version: they are chosen as they were then
-                split = SplitOptions(
-                    **{
-                        one.name: options[one.name]
-                        for one in fields(SplitOptions)
-                        if one.name in options
-                    }
-                )
-                _, rows, words = choose_rows(store, split, options.get("seed", 0))
-            else:
-                rows = rows_of_role(checkpoint, store, "validate")
-                words = f"the {len(rows):,} videos that the run was validated on"
-            if not len(rows := rows[store.usable[rows]]):
-                raise InputError(
-                    f"{store.path} holds no features of the videos that it was validated on"
-                )
-            run = films(checkpoint.model(), store, rows, found.videos)
+            store_name, store = _store_of(contents, checkpoint, options.get("features", ""))
+            rows, description = _validated_rows(checkpoint, store, options)
+            section = filmstrips(checkpoint.model(), store, rows, contents.videos)
         except (InputError, RunError) as error:
-            found.problems.append(f"attention of {name}: {error}")
+            contents.problems.append(f"attention of {name}: {error}")
             continue
-        runs.append(run | {"name": name, "store": where, "which": words})
-    return runs
+        sections.append(section | {"name": name, "store": store_name, "which": description})
+    return sections
 
 
 def _store_of(
-    found: Found, checkpoint: Checkpoint, features: str | list[str]
+    contents: Contents, checkpoint: Checkpoint, features: str | list[str]
 ) -> tuple[str, FeatureStore]:
-    """The store a run was trained on, or another one of the same kind of features; or the joined
-    stores."""
+    """The store or the joined stores that a run was trained on, or another store with the same kind
+    of features."""
     if isinstance(features, list):
-        by_name = {Path(name).name: store.path for name, store in found.stores.items()}
-        store = open_features(
-            [by_name.get(Path(name).name, name) for name in features], log=found.problems.append
-        )
+        paths = [contents.store_named(name)[1].path for name in features]
+        store = open_features(paths, log=contents.problems.append)
         checkpoint.check_features(store.provenance, store.dim, store.path)
         return store.path, store
-    stores = sorted(
-        found.stores.items(), key=lambda item: Path(item[0]).name != Path(features).name
-    )
-    if features and Path(features).is_dir():  # outside the folder, where the run says
-        stores.append((features, FeatureStore.open(features)))
+    stores = list(contents.stores.items())
+    with suppress(InputError):
+        stores.insert(0, contents.store_named(features))
     for name, store in stores:
-        try:
+        with suppress(InputError):
             checkpoint.check_features(store.provenance, store.dim, name)
-        except InputError:
-            continue
-        return name, store
+            return name, store
     raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
 
 
-def films(
+def _validated_rows(
+    checkpoint: Checkpoint, store: FeatureStore, options: dict[str, Any]
+) -> tuple[np.ndarray, str]:
+    """The usable rows that a run was validated on, and a description of them."""
+    if checkpoint.data is None:  # earlier versions do not record them: choose the same rows again
+        names = {option.name for option in fields(SplitOptions)} & options.keys()
+        split = SplitOptions(**{name: options[name] for name in names})
+        _, rows, description = choose_rows(store, split, options.get("seed", 0))
+    else:
+        rows = rows_of_role(checkpoint, store, "validate")
+        description = f"the {len(rows):,} videos that the run was validated on"
+    rows = rows[store.usable[rows]]
+    if not len(rows):
+        raise InputError(f"{store.path} holds no features of the videos that it was validated on")
+    return rows, description
+
+
+def filmstrips(
     model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders: Sequence[Path]
 ) -> dict[str, Any]:
-    """Clips along their timeline with the share of each frame in each group: the two most uneven
-    ones and a usual one.
+    """Videos along their timeline with the share of each frame in each group: the two most uneven
+    ones and a typical one, out of at most FILM_CANDIDATES of `rows`.
 
-    Of at most FILM_CANDIDATES of `rows`. Shares are of the attention weights `w = A 1 / n`, each
-    group's divided by their sum.
+    Shares are of the attention weights `w = A 1 / n`, each group's divided by their sum.
     """
-    rows = drawn(rows, FILM_CANDIDATES)
+    rows = sample_rows(rows, FILM_CANDIDATES)
     shares, use = frame_shares(model, store, rows)
     mean = np.nan_to_num(shares).mean(1)
-    uneven = np.argsort(-np.abs(mean - mean.mean(1, keepdims=True)).sum(1), kind="stable")
-    shown = []
-    for at in dict.fromkeys(
-        int(uneven[place]) for place in (0, min(1, len(rows) - 1), len(rows) // 2)
-    ):
-        kind = "among the most uneven" if at in uneven[:2] else "the median"
-        shown.append(
-            _film(store, int(rows[at]), shares[at], folders, f"{kind} of {len(rows):,} videos")
-        )
-    _, groups, frames = shares.shape
-    silent = int((~np.isfinite(shares).any(2)).all(0).sum())
-    told = {"groups": groups, "frames": frames, "use": use, "silent": silent}
-    return {**told, "films": shown}
+    unevenness = np.abs(mean - mean.mean(1, keepdims=True)).sum(1)
+    by_unevenness = np.argsort(-unevenness, kind="stable")
+    chosen = by_unevenness[[0, min(1, len(rows) - 1), len(rows) // 2]].tolist()
+    films = []
+    for index in dict.fromkeys(chosen):
+        choice = "among the most uneven" if index in chosen[:2] else "the median"
+        film = _filmstrip(store, int(rows[index]), shares[index], folders)
+        films.append(film | {"choice": f"{choice} of {len(rows):,} videos"})
+    _, num_groups, num_frames = shares.shape
+    return {
+        "groups": num_groups,
+        "frames": num_frames,
+        "use": use,
+        "silent": int(np.isnan(shares).any(2).all(0).sum()),
+        "films": films,
+    }
 
 
 def frame_shares(
     model: VideoClassifier, store: FeatureStore, rows: np.ndarray
 ) -> tuple[np.ndarray, str]:
     """Each frame's share of its group's weights [n, groups, T], NaN if a group is silent; and how
-    much the model uses its attention, "" for heads that cannot do without."""
+    much the model uses its attention, "" for heads that need it."""
     aggregator: Any = model.eval().aggregator
     with torch.inference_mode():
-        taken = list(batches(store, rows))
-        shares = figures.shares_of(
-            torch.cat([aggregator.frame_weights(*one) for one in taken]).numpy()
-        )
-    measured = attention_use(model, taken)
-    return shares, attention_text(measured) if measured else ""
+        batches = list(_batches(store, rows))
+        weights = torch.cat([aggregator.frame_weights(x, mask) for x, mask in batches])
+    use = attention_use(model, batches)
+    return figures.shares_of(weights.numpy()), attention_text(use) if use else ""
 
 
-def _film(
-    store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[Path], choice: str
+def _batches(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features of view 0, float32 [batch, T, D], and the mask [batch, T]: False for repeats in a
+    short video."""
+    frames = np.arange(store.frames_per_video)
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        batch = rows[start : start + ROWS_AT_ONCE]
+        features, mask = store.gather(batch, frames), store.mask(batch, frames)
+        yield torch.from_numpy(features).float(), torch.from_numpy(mask)
+
+
+def _filmstrip(
+    store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[Path]
 ) -> dict[str, Any]:
-    own = np.flatnonzero(
-        store.mask(np.array([row]), np.arange(store.frames_per_video))[0]
-    )  # not a short one's repeats
-    indices, times = store.frame_indices[row, 0, own], store.timestamps[row, 0, own]
-    pictures = thumbnails(
-        store, row, indices[figures.evenly(len(own))], folders, height=96, square=True
-    )
+    mask = store.mask(np.array([row]), np.arange(store.frames_per_video))[0]
+    distinct = np.flatnonzero(mask)  # without the repeats in a short video
+    indices, times = store.frame_indices[row, 0, distinct], store.timestamps[row, 0, distinct]
     moments = [
-        f"{t:.1f} s" if np.isfinite(t) else f"#{i}" for t, i in zip(times, indices, strict=True)
+        f"{time:.1f} s" if np.isfinite(time) else f"#{index}"
+        for time, index in zip(times, indices, strict=True)
     ]
-    picture = figures.film(pictures, shares[:, own], moments)
-    told = {"id": store.ids[row], "class": class_name(store, row), "choice": choice}
+    shown = indices[figures.film_indices(len(distinct))]
+    pictures = thumbnails(store, row, shown, folders, height=96, square=True)
+    picture = figures.filmstrip(pictures, shares[:, distinct], moments)
     return {
-        **told,
+        "id": store.ids[row],
+        "class": class_name(store, row),
         "picture": figures.jpeg(picture) if pictures else picture,
         "largest": np.nan_to_num(shares).max(),
     }

@@ -1,4 +1,4 @@
-"""The report's HTML: `page.html.j2` filled in, every value escaped."""
+"""Render the report's HTML from `page.html.j2`, with every value escaped."""
 
 import base64
 from collections.abc import Mapping
@@ -14,11 +14,11 @@ from aggregate.metrics import Interval
 from extract.cli import progress
 from pipelines.report import audits, gallery, results
 from pipelines.report.compared import summary
-from pipelines.report.find import RUN_FILES, UNREADABLE, Found
+from pipelines.report.find import RUN_FILES, UNREADABLE, Contents
 
-# What the sections of page.html.j2 are given: nothing where there is nothing to show.
+# The content of each section of page.html.j2; empty if there is nothing to show.
 SECTIONS = {
-    "random": results.random_backbones,
+    "random": results.backbones_with_random_weights,
     "results": results.results,
     "confusion": results.confusion,
     "attention": gallery.attention,
@@ -33,44 +33,50 @@ SECTIONS = {
 }
 
 
-def render(found: Found, title: str) -> str:
-    """The page: a section for each kind of thing there is, and what is missing at its end."""
+def render(contents: Contents, title: str) -> str:
+    """The page: a section for each kind of content, and at the end what is missing."""
     sections: dict[str, Any] = {}
-    contents = {**SECTIONS, "summary": lambda found: summary(found, sections.get("attention", []))}
-    for name, content in progress(contents.items(), unit="section"):
+
+    def first_section(contents: Contents) -> dict[str, Any]:
+        return summary(contents, sections.get("attention", []))
+
+    renderers = {**SECTIONS, "summary": first_section}  # the summary needs the others
+    for name, section_of in progress(renderers.items(), unit="section"):
         try:
-            if shown := content(found):
-                sections[name] = shown
+            if section := section_of(contents):
+                sections[name] = section
         except UNREADABLE as error:
-            found.problems.append(f"{name}: {error!r}")
+            contents.problems.append(f"{name}: {error!r}")
     missing = []
-    for name, folder in found.runs.items():
+    for name, folder in contents.runs.items():
         if absent := [file for file in RUN_FILES if not (folder / file).is_file()]:
             missing.append(
-                f"run {name}: no {', '.join(absent)}; the command that began it, run again, goes on"
+                f"run {name}: no {', '.join(absent)}; run its command again, which resumes it"
             )
-    if found.stores and not found.videos:
-        missing.append("no frames of the videos: --videos DIR says where they lie")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    if contents.stores and not contents.videos:
+        missing.append("no frames of the videos: --videos DIR says where they are")
     pages = jinja2.Environment(
-        loader=loader, autoescape=True, finalize=_printable, trim_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        finalize=_printable,
+        trim_blocks=True,
     )
     pages.filters.update(
         data_uri=_data_uri, interval=_interval, percent=percent, thousands="{:,}".format
     )
     return pages.get_template("page.html.j2").render(
-        title=title, found=found, sections=sections, missing=missing
+        title=title, contents=contents, sections=sections, missing=missing
     )
 
 
 def _interval(interval: Mapping[str, float] | None, sign: str = "") -> str:
-    """In percent; nothing of None."""
+    """In percent; empty for None."""
     return format(Interval(**interval), sign) if interval else ""
 
 
 def _printable(value: Any) -> Any:
-    """Control characters and halves of surrogates become U+FFFD; the page's own markup stays as it
-    is."""
+    """Replace control characters and lone surrogates by U+FFFD; the page's own markup stays
+    unchanged."""
     if hasattr(value, "__html__"):
         return value
     return "".join(
@@ -79,7 +85,7 @@ def _printable(value: Any) -> Any:
 
 
 def _data_uri(picture: figures.Figure | bytes) -> Markup:
-    """A figure (as SVG) or a JPEG as a part of the page."""
+    """A figure (as SVG) or a JPEG, embedded in the page."""
     kind, content = (
         ("jpeg", picture) if isinstance(picture, bytes) else ("svg+xml", figures.svg(picture))
     )

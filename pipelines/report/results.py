@@ -1,7 +1,8 @@
-"""What the report shows of models: training, results, what is confused, ablations, ensembles,
-provenance."""
+"""Report sections about models: training, results, confusion, cross-validations, ablations,
+ensembles, provenance."""
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from aggregate import figures
-from aggregate.ablation.compare import heat_maps, percent, summarize
+from aggregate.ablation.compare import MEASURES, heat_maps, summarize
 from aggregate.metrics import describe_units
 from aggregate.training.checkpoint import Checkpoint
 from pipelines.report.compared import choose, models_by_split, segments_that_count
-from pipelines.report.find import Found, read_json
+from pipelines.report.find import Contents, random_backbones, read_json
 
 PAIRS = 10
 MATRIX_CLASSES = 20
@@ -26,226 +27,229 @@ CURVES = (
 )
 
 
-def training(found: Found) -> dict[str, Any]:
-    """One chart a quantity, one color a run; the models trained beside it (baseline, control) are
-    dashed."""
-    tables = {run: pd.read_csv(file, index_col="epoch") for run, file in found.files("metrics.csv")}
+def training(contents: Contents) -> dict[str, Any]:
+    """A chart per quantity, with a color per run; baseline and control are dashed."""
+    tables = {
+        run: pd.read_csv(file, index_col="epoch") for run, file in contents.run_files("metrics.csv")
+    }
+    styles = {"": "-", "baseline": "--", "control": "--"}
     charts = {}
-    for label, column, factor in CURVES:
+    for title, column, factor in CURVES:
         lines = {}
-        for at, (run, epochs) in enumerate(tables.items()):
-            for beside in ("", "baseline", "control"):
-                name = f"{beside}_{column}".strip("_")
-                if name in epochs and np.isfinite(epochs[name]).any():
-                    values = factor * epochs[name]
-                    lines[", ".join(filter(None, [run, beside]))] = (
-                        values,
-                        f"C{at}{'--' if beside else '-'}",
-                    )
+        for (color, (run, epochs)), model in product(enumerate(tables.items()), styles):
+            values = epochs.get(f"{model}_{column}".strip("_"))
+            if values is not None and np.isfinite(values).any():
+                name = f"{run}, {model}" if model else run
+                lines[name] = factor * values, f"C{color}{styles[model]}"
         if lines:
-            charts[label] = figures.curves(lines, y_label=label)
+            charts[title] = figures.curves(lines, title=title)
     return charts
 
 
-def results(found: Found) -> list[dict[str, Any]]:
-    """For each split a table of its models with four measures, and their top-1 with its interval as
-    a chart."""
-    splits = models_by_split(found)
-    shown = []
+def results(contents: Contents) -> list[dict[str, Any]]:
+    """For each split, a table of its models with four measures, and a chart of their top-1."""
+    splits = models_by_split(contents)
+    sections = []
     for split, models in splits.items():
         points = {
-            f"{name}, {count} segments" if count else name: measures["top1"]
+            f"{name}, {segments} segments" if segments else name: measures["top1"]
             for name, model in models.items()
-            for count, measures in model.summaries.items()
+            for segments, measures in model.summaries.items()
         }
-        picture = figures.forest(points, x_label="top-1 %, with its 95 % interval")
         best, chosen = choose(splits, split)
-        listed = models[best].measures["listed"]
+        measures = models[best].measures
         # Runs of earlier versions resampled videos.
-        resampled = describe_units(models[best].measures.get("units", listed), listed)
-        record = {
-            "name": split,
-            "models": models,
-            "best": best,
-            "chosen": chosen,
-            "resampled": resampled,
-        }
-        shown.append(record | {"picture": picture})
-    return shown
+        units = measures.get("units", measures["listed"])
+        sections.append(
+            {
+                "name": split,
+                "models": models,
+                "best": best,
+                "chosen": chosen,
+                "resampled": describe_units(units, measures["listed"]),
+                "picture": figures.forest(points, x_label="top-1 %, with its 95 % interval"),
+            }
+        )
+    return sections
 
 
-def confusion(found: Found) -> dict[str, Any]:
-    """What the best model of the first split confuses: a matrix of the classes and the most
+def confusion(contents: Contents) -> dict[str, Any]:
+    """A matrix of the classes that the best model of the first split confuses, and the most
     frequent pairs."""
-    splits = {
-        split: scored
-        for split, models in models_by_split(found).items()
-        if (scored := {name: model for name, model in models.items() if model.scores is not None})
-    }
+    splits = {}
+    for split, models in models_by_split(contents).items():
+        scored = {name: model for name, model in models.items() if model.scores is not None}
+        if scored:
+            splits[split] = scored
     if not splits:
         return {}
     split = next(iter(splits))
     name, chosen = choose(splits, split)
     scores: Any = splits[split][name].scores
-    scored = (scores.labels >= 0) & ~scores.failed
-    columns = {"true": scores.labels[scored], "predicted": scores.logits[scored].argmax(1)}
-    seen = pd.DataFrame(columns | {"id": np.array(scores.ids, object)[scored]})
-    pairs = (
-        seen[seen["true"] != seen["predicted"]]
-        .groupby(["true", "predicted"])["id"]
-        .agg(["size", "first"])
+    classes = scores.classes
+    rows = (scores.labels >= 0) & ~scores.failed
+    predictions = pd.DataFrame(
+        {
+            "true": scores.labels[rows],
+            "predicted": scores.logits[rows].argmax(1),
+            "id": np.array(scores.ids, object)[rows],
+        }
     )
+    wrong = predictions[predictions["true"] != predictions["predicted"]]
+    pairs = wrong.groupby(["true", "predicted"])["id"].agg(["size", "first"])
     pairs = pairs.sort_values("size", ascending=False, kind="stable")
-    present = sorted({*seen["true"], *seen["predicted"]})
-    worst = sorted(
-        list(dict.fromkeys(label for pair in pairs.index for label in pair))[:MATRIX_CLASSES]
-    )
-    shown = present if len(present) <= MATRIX_CLASSES else worst
-    of = "" if "members" in scores.source else f"{scores.segments} segments, "
-    rest = (
-        ""
-        if len(shown) == len(present)
-        else f" Of {len(present):,} classes, the {len(shown)} confused most."
-    )
-    caption = (
-        f"{name} ({chosen}): {of}{len(seen):,} videos of split {split}. Each row is a true class; the numbers are "
-        f"the percentage of its videos that were given each class.{rest}"
-    )
-    sizes, classes = seen["true"].value_counts(), scores.classes
-    rows = [
-        (classes[true], classes[guess], *pair, sizes[true])
-        for (true, guess), *pair in pairs[:PAIRS].itertuples()
-    ]
-    record: dict[str, Any] = {"name": name, "caption": caption, "pairs": rows}
-    if not shown:
-        return record
-    shares = 100 * pd.crosstab(seen["true"], seen["predicted"], normalize="index").reindex(
-        index=shown, columns=shown
-    )
-    shares = shares.where(shares > 0).rename(
-        index=dict(enumerate(classes)), columns=dict(enumerate(classes))
-    )
-    large = len(shown) > 10  # on a phone such a matrix is pushed sideways
-    return record | {
-        "picture": figures.heat_map(shares, ".0f", low=0, width=9 if large else figures.WIDE),
-        "large": large,
+    sizes = predictions["true"].value_counts()
+    present = sorted({*predictions["true"], *predictions["predicted"]})
+    shown, rest = present, ""
+    if len(present) > MATRIX_CLASSES:
+        confused = dict.fromkeys(label for pair in pairs.index for label in pair)
+        shown = sorted(list(confused)[:MATRIX_CLASSES])
+        rest = f" Of {len(present):,} classes, the {len(shown)} confused most."
+    segments = "" if "members" in scores.source else f"{scores.segments} segments, "
+    section: dict[str, Any] = {
+        "name": name,
+        "caption": f"{name} ({chosen}): {segments}{len(predictions):,} videos of split {split}. "
+        "Each row is a true class; the numbers are the percentage of its videos that were given "
+        f"each class.{rest}",
+        "pairs": [
+            (classes[true], classes[guess], size, example, sizes[true])
+            for (true, guess), size, example in pairs[:PAIRS].itertuples()
+        ],
     }
+    if not shown:
+        return section
+    shares = 100 * pd.crosstab(
+        predictions["true"], predictions["predicted"], normalize="index"
+    ).reindex(index=shown, columns=shown)
+    names = dict(enumerate(classes))
+    matrix = shares.where(shares > 0).rename(index=names, columns=names)
+    is_large = len(shown) > 10  # a phone scrolls such a matrix sideways
+    width = 9 if is_large else figures.WIDE
+    picture = figures.heat_map(matrix, ".0f", low=0, width=width)
+    return section | {"picture": picture, "large": is_large}
 
 
-def crossvals(found: Found) -> list[dict[str, Any]]:
-    """Heads judged on videos that none of their folds trained on: top-1, and what each gains over
-    the baseline."""
-    shown = []
-    for name, record in found.crossvals.items():
+def crossvals(contents: Contents) -> list[dict[str, Any]]:
+    """Heads on videos that none of their folds trained on: top-1, and the gain over the
+    baseline."""
+    sections = []
+    for name, record in contents.crossvals.items():
         heads = {}
         for head in record["heads"]:
             segments = segments_that_count(head)
             heads[f"{head['name']}, {segments} segments"] = head["segments"][segments]
-        points = {head: one["top1"] for head, one in heads.items()}
-        gained = {head: one["difference"] for head, one in heads.items() if one["difference"]}
-        against = f"top-1 minus that of {record['baseline']}, points"
-        picture = figures.forest(points, x_label="top-1 %")
-        gains = figures.forest(gained, zero=True, x_label=against) if gained else None
-        shown.append(
-            {"name": name, "record": record, "heads": heads, "picture": picture, "gains": gains}
+        top1 = {head: measures["top1"] for head, measures in heads.items()}
+        gains = {
+            head: measures["difference"]
+            for head, measures in heads.items()
+            if measures["difference"]
+        }
+        x_label = f"top-1 minus that of {record['baseline']}, points"
+        sections.append(
+            {
+                "name": name,
+                "record": record,
+                "heads": heads,
+                "picture": figures.forest(top1, x_label="top-1 %"),
+                "gains": figures.forest(gains, zero=True, x_label=x_label) if gains else None,
+            }
         )
-    return shown
+    return sections
 
 
-def ablations(found: Found) -> list[dict[str, Any]]:
-    """Of every configuration the mean over seeds with its interval, over g1 and g2 and over the
-    parameters."""
-    shown = []
-    for name, path in found.ablations.items():
-        summary = summarize(_records(path), {})
-        finished = {
-            row["name"]: row for row in _records(path.with_name("summary.csv"))
-        }  # none before the end
-        for one in summary:
-            same = finished.get(one["name"], {})
-            one["gain"] = (
-                percent(same, "difference", sign="+") if same.get("seeds") == one["seeds"] else ""
-            )
+def ablations(contents: Contents) -> list[dict[str, Any]]:
+    """The summary of each ablation, over g1 and g2, and over parameters."""
+    sections = []
+    for name, path in contents.ablations.items():
+        rows, summary = _records(path), _records(path.with_name("summary.csv"))
+        if len(rows) != sum(row["seeds"] + row["diverged"] for row in summary):
+            summary = summarize(rows, {})  # there is no summary yet, or one of fewer rows
         done = [row for row in summary if row["seeds"]]
-        maps = heat_maps(summary).items()
-        heat = [(title, figures.heat_map(top1, ".1f", width=figures.HALF)) for title, top1 in maps]
-        front = figures.pareto(done) if done else None
-        shown.append({"name": name, "rows": summary, "heat_maps": heat, "front": front})
-    return shown
+        sections.append(
+            {
+                "name": name,
+                "rows": summary,
+                "heat_maps": [
+                    (title, figures.heat_map(top1, ".1f", width=figures.HALF))
+                    for title, top1 in heat_maps(summary).items()
+                ],
+                "front": figures.pareto(done) if done else None,
+            }
+        )
+    return sections
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
-    """The rows of a CSV, their cells None, whole numbers, numbers or text; none where there is no
+    """The rows of a CSV, with None in empty cells, but without empty measures; [] if there is no
     file."""
     if not path.is_file():
         return []
     table = pd.read_csv(path).convert_dtypes().astype(object)
-    return table.where(table.notna(), None).to_dict("records")
+    return [
+        {
+            column: value
+            for column, value in row.items()
+            if value is not None or not column.startswith(MEASURES)
+        }
+        for row in table.where(table.notna(), None).to_dict("records")
+    ]
 
 
-def ensembles(found: Found) -> list[dict[str, Any]]:
-    """Weights, and who adds what: the average error of all models but one against all at equal
-    weights."""
-    shown = []
-    for name, record in found.ensembles.items():
-        kind = f"weight ({record['weights_from']})"
-        weights = figures.bars(
-            pd.DataFrame({kind: record["weights"]}, record["models"]), ["C0"], x_label=kind
-        )
-        others = {
+def ensembles(contents: Contents) -> list[dict[str, Any]]:
+    """Weights, and the contribution of each model: the average error of some models minus that of
+    all at equal weights."""
+    sections = []
+    for name, record in contents.ensembles.items():
+        column = f"weight ({record['weights_from']})"
+        weights = pd.DataFrame({column: record["weights"]}, record["models"])
+        differences = {
             row["name"]: row["against_equal"]
             for row in record["table"]
             if row["name"] != "all, equal weights"
         }
-        adds = figures.forest(
-            others, zero=True, x_label="average error against all at equal weights, points"
+        x_label = "average error against all at equal weights, points"
+        sections.append(
+            {
+                "name": name,
+                "record": record,
+                "weights": figures.bars(weights, ["C0"], x_label=column),
+                "differences": figures.forest(differences, zero=True, x_label=x_label),
+            }
         )
-        shown.append({"name": name, "record": record, "weights": weights, "differences": adds})
-    return shown
+    return sections
 
 
-def random_backbones(found: Found) -> dict[str, list[str]]:
-    """Backbones with random weights, and the stores, runs, scores and cross-validations that rest
+def backbones_with_random_weights(contents: Contents) -> dict[str, list[str]]:
+    """Backbones with random weights, and the stores, runs, scores and cross-validations that depend
     on them."""
-    records: dict[str, Any] = {name: store.provenance for name, store in found.stores.items()}
-    records |= {
-        f"run {name}": Checkpoint.load(file).features for name, file in found.files("best.pt")
-    }
-    records |= {name: several[0].source for name, several in found.scores.items()}
-    records |= {name: record.get("provenance") for name, record in found.crossvals.items()}
-    resting: dict[str, list[str]] = {}
+    records: dict[str, Any] = {name: store.provenance for name, store in contents.stores.items()}
+    for name, file in contents.run_files("best.pt"):
+        records[f"run {name}"] = Checkpoint.load(file).features
+    records |= {name: scores[0].source for name, scores in contents.scores.items()}
+    records |= {name: record.get("provenance") for name, record in contents.crossvals.items()}
+    dependents: dict[str, list[str]] = {}
     for name, record in records.items():
-        for backbone in dict.fromkeys(_random_in(record)):
-            resting.setdefault(backbone, []).append(name)
-    for names in resting.values():
-        stems = {Path(name).stem for name in names if name in found.scores}
-        for name, several in found.scores.items():  # ensembles record the names of their members
-            if stems.intersection(several[0].source.get("members", ())):
+        for backbone in dict.fromkeys(random_backbones(record)):
+            dependents.setdefault(backbone, []).append(name)
+    for names in dependents.values():
+        stems = {Path(name).stem for name in names if name in contents.scores}
+        for name, scores in contents.scores.items():  # ensembles record the names of their models
+            if stems.intersection(scores[0].source.get("members", ())):
                 names.append(name)
-    return resting
+    return dependents
 
 
-def _random_in(record: Any) -> Iterator[str]:
-    if isinstance(record, list | tuple):
-        for part in record:
-            yield from _random_in(part)
-    elif isinstance(record, dict):
-        weights = record.get("weights")
-        if isinstance(weights, dict) and str(weights.get("name")).startswith("random weights"):
-            yield f"{record.get('backbone')} ({weights['name']})"
-        yield from _random_in([*record.values()])
-
-
-def provenance(found: Found) -> list[tuple[str, list[tuple[str, str]]]]:
-    """What made the stores and the scores, and the options of the runs: settings with their
-    values."""
-    records = {name: store.provenance for name, store in found.stores.items()}
-    made = list(records.values())
-    records |= {f"run {name}": read_json(file) for name, file in found.files("options.json")}
-    for name, several in found.scores.items():
-        source = several[0].source
-        shown_above = {"features"} if source.get("features") in made else set()
-        records[name] = {key: value for key, value in source.items() if key not in shown_above}
+def provenance(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Settings and values: how stores and scores were made, and the options of runs."""
+    records = {name: store.provenance for name, store in contents.stores.items()}
+    stores = list(records.values())
+    for name, file in contents.run_files("options.json"):
+        records[f"run {name}"] = read_json(file)
+    for name, scores in contents.scores.items():
+        source = dict(scores[0].source)
+        if source.get("features") in stores:  # which are shown above
+            del source["features"]
+        records[name] = source
     return [(name, list(_flat(record))) for name, record in records.items() if record]
 
 
@@ -253,8 +257,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value:
+            yield f"{prefix}{key}", ", ".join(map(str, value))
         elif value not in (None, [], ""):
-            yield (
-                f"{prefix}{key}",
-                ", ".join(map(str, value)) if isinstance(value, list) else str(value),
-            )
+            yield f"{prefix}{key}", str(value)

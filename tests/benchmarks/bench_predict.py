@@ -87,7 +87,9 @@ def measure(folder: Path) -> None:
     started = time.perf_counter()
     predictor = Predictor(Checkpoint.load(folder / "best.pt"), segments=25, device="cpu")
     predictor(clips[0])
-    print(f"{predictor.words}\nstart, with the first clip: {time.perf_counter() - started:.1f} s")
+    print(
+        f"{predictor.description}\nstart, with the first clip: {time.perf_counter() - started:.1f} s"
+    )
     seconds = np.zeros((ROUNDS, len(clips)))
     for place in np.ndindex(*seconds.shape):
         begun = time.perf_counter()

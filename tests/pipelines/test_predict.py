@@ -447,7 +447,7 @@ def test_pictures_that_cannot_be_drawn_are_refused_before_the_work(
     clips, hgnl, tmp_path, monkeypatch
 ):
     tsn = small_models.cached(tmp_path, "tsn")
-    with pytest.raises(InputError, match=r"--picture: tsn has no weight a frame to show"):
+    with pytest.raises(InputError, match=r"--picture: tsn has no weight per frame to show"):
         predict.main(Options((clips[0],), tsn, picture=tmp_path / "p"))
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "aggregate.figures", raising=False)
@@ -561,7 +561,7 @@ def test_efficientnet_lite0_from_its_package(clips, tmp_path):
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     checkpoint = small_models.cached(tmp_path, trunk=trunk, g1=16, g2=8)
     ready = predictor_of(checkpoint, segments=3)
-    assert "random" not in ready.words.lower()
+    assert "random" not in ready.description.lower()
     (whole,) = ready(clips[0]).windows
     model = model_from_record(Checkpoint.load(checkpoint))
     assert_same(

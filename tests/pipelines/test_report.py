@@ -25,7 +25,7 @@ from extract.cli import run_command
 from extract.store import FeatureStore
 from pipelines.__main__ import main as hgnl
 from pipelines.report import compared, gallery, page, results
-from pipelines.report.find import Found, find
+from pipelines.report.find import Contents, find
 from pipelines.report.page import render
 from stores import classes_store, fail_rows
 
@@ -182,7 +182,7 @@ def test_every_figure_is_on_the_page(whole):
         "Heat map of grid/ablation.csv: hgnl",
         "Pareto front of grid/ablation.csv: top-1 over parameters",
         "Weights of the models in fused.json",
-        "Who adds what in fused.json",
+        "Contribution of each model in fused.json",
     ):
         assert any(alt.startswith(shows) for alt in whole.images), (
             f"no picture {shows!r} among {list(whole.images)}"
@@ -247,9 +247,9 @@ def test_the_same_results_give_the_same_bytes(folder, videos, whole):
 def test_thumbnails_only_where_videos_are_at_hand(folder, tmp_path):
     without = made(folder)
     assert (
-        "No frames are shown: --videos DIR says where the videos lie." in without.words["extracted"]
+        "No frames are shown: --videos DIR says where the videos are." in without.words["extracted"]
     )
-    assert "no frames of the videos: --videos DIR says where they lie" in without.words["missing"]
+    assert "no frames of the videos: --videos DIR says where they are" in without.words["missing"]
     assert not any(alt.startswith("class ") for alt in without.images)
     films = [
         picture
@@ -259,7 +259,7 @@ def test_thumbnails_only_where_videos_are_at_hand(folder, tmp_path):
     assert films
     assert all(film.startswith(b"<svg") for film in films)
     elsewhere = made(folder, videos=(tmp_path,))
-    assert "none of its videos lies below --videos" in elsewhere.words["extracted"]
+    assert "none of its videos is in --videos" in elsewhere.words["extracted"]
 
 
 def test_a_clip_that_cannot_be_read_is_left_out(folder, videos, tmp_path):
@@ -284,7 +284,7 @@ def test_spans_are_counted_and_their_frames_are_those_of_the_file(demo_clips, tm
         ["whole.mp4", "long.mp4#0-1000", "long.mp4#1000-2000", "long.mp4#2000-4000"], object
     )
     (tmp_path / "long.mp4").symlink_to(clip)
-    (shown,) = gallery.extracted(Found(stores={"s.zarr": store}, videos=(tmp_path,)))
+    (shown,) = gallery.extracted(Contents(stores={"s.zarr": store}, videos=(tmp_path,)))
     assert shown["spans"] == {"rows": 3, "files": 1, "seconds": 1}
     assert sorted(id for _, id, _ in shown["samples"]) == store.ids[1:].tolist()
 
@@ -336,7 +336,7 @@ def test_partial_runs_show_what_there_is(folder, tmp_path):
         (tmp_path / "begun" / name).unlink()
     begun = made(tmp_path)
     assert "Training loss over epochs" in begun.images
-    lacks = "run begun: no results.json, best.pt; the command that began it, run again, goes on"
+    lacks = "run begun: no results.json, best.pt; run its command again, which resumes it"
     assert lacks in begun.words["missing"]
     assert {"results", "extracted", "confusion", "map", "ensemble"}.isdisjoint(begun.words)
 
@@ -515,7 +515,7 @@ def test_films_show_the_most_uneven_clips_and_a_usual_one(tmp_path):
     np.testing.assert_allclose(shares[79, 0], [0.5, 0.25, 0.25, 0])
     assert np.isnan(shares[:, 1]).all()
     assert use.startswith("frame weights are")
-    shown = gallery.films(model, store, np.arange(count), ())
+    shown = gallery.filmstrips(model, store, np.arange(count), ())
     clips = [film["id"] for film in shown["films"]]
     assert clips[:2] == [store.ids[17], store.ids[70]]
     assert len(clips) == 3
@@ -539,7 +539,7 @@ def test_few_videos_are_laid_out_by_pca():
         np.random.default_rng(0).normal(size=(9, 2))
         @ np.linalg.qr(np.random.default_rng(1).normal(size=(5, 2)))[0].T
     )
-    places, method = gallery.flatten(plane)
+    places, method = gallery.project_2d(plane)
     assert method == "PCA (100% of the variance)"
     distances = [np.linalg.norm(p[:, None] - p[None], axis=2) for p in (plane, places)]
     np.testing.assert_allclose(*distances, atol=1e-9)
@@ -548,7 +548,7 @@ def test_few_videos_are_laid_out_by_pca():
 def test_tsne_keeps_clusters_apart():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 3
-    places, method = gallery.flatten(np.eye(3, 40)[labels] * 20 + rng.normal(size=(60, 40)))
+    places, method = gallery.project_2d(np.eye(3, 40)[labels] * 20 + rng.normal(size=(60, 40)))
     assert method.startswith("t-SNE")
     nearest = np.linalg.norm(places[:, None] - places[None], axis=2) + np.diag([np.inf] * 60)
     assert (labels[nearest.argmin(1)] == labels).mean() > 0.9
@@ -729,8 +729,9 @@ def test_the_next_commands_run(folder, tmp_path, monkeypatch):
 
 
 def compared_commands(root: Path) -> list[str]:
-    found = find(root)
-    return [line for _, line in compared.next_commands(found, compared.models_by_split(found))]
+    contents = find(root)
+    splits = compared.models_by_split(contents)
+    return [line for _, line in compared.next_commands(contents, splits)]
 
 
 def test_the_best_model_is_tested_next_if_there_are_test_videos(folder, tmp_path):
@@ -770,7 +771,7 @@ def test_random_weights_are_said_first_and_by_name():
         return {"backbone": "torchvision/r3d_18", "weights": {"name": weights}}
 
     random, real = backbone("random weights, seed 0"), backbone("r3d_18.pth")
-    found = Found(
+    contents = Contents(
         stores={"clips.zarr": Recorded(**random), "real.zarr": Recorded(**real)},
         scores={
             "clips.h5": [Recorded(features=random)],
@@ -779,14 +780,14 @@ def test_random_weights_are_said_first_and_by_name():
         },
         crossvals={"cv/results.json": {"provenance": {"joined": [real, random]}}, "old": {}},
     )
-    said = results.random_backbones(found)
+    said = results.backbones_with_random_weights(contents)
     expected = ["clips.zarr", "clips.h5", "cv/results.json", "both.h5"]
     assert said == {"torchvision/r3d_18 (random weights, seed 0)": expected}
     pages = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(page.__file__).parent))
     pages.filters["data_uri"] = pages.filters["interval"] = pages.filters["percent"] = str
     pages.filters["thousands"] = str
     html = pages.get_template("page.html.j2").render(
-        title="t", found=Found(), sections={"random": said}, missing=[]
+        title="t", contents=Contents(), sections={"random": said}, missing=[]
     )
     section = Page(html).words["random"]
     assert "its features mean nothing" in section
@@ -795,7 +796,7 @@ def test_random_weights_are_said_first_and_by_name():
         "RANDOM WEIGHTS"
         not in Page(
             pages.get_template("page.html.j2").render(
-                title="t", found=Found(), sections={}, missing=[]
+                title="t", contents=Contents(), sections={}, missing=[]
             )
         )
         .html.partition("<main>")[2]
