@@ -6,6 +6,7 @@ figures.mplstyle.
 """
 
 import io
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -114,14 +115,19 @@ def short(name: str, most: int = 26) -> str:
 
 
 def curves(lines: Mapping[str, tuple["pd.Series", str]], *, title: str) -> Figure:
-    """Values over epochs (counted from 0), each with matplotlib's format of its line (`C0--`)."""
-    with _axes(HALF, 3.0) as (figure, axes):
+    """Values over epochs (counted from 0), each with matplotlib's format of its line (`C0--`).
+
+    The legend is below the plot, so that it hides no curve.
+    """
+    legend_rows = math.ceil(len(lines) / 2)
+    with _axes(HALF, 2.9 + 0.19 * legend_rows) as (figure, axes):
         for name, (values, style) in lines.items():
             marker = "o" if np.isfinite(values).sum() < 2 else None
-            axes.plot(values.index + 1, values, style, marker=marker, markersize=4, label=name)
+            label = name if len(name) <= 28 else f"…{name[-27:]}"  # the end says which model
+            axes.plot(values.index + 1, values, style, marker=marker, markersize=4, label=label)
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.legend(fontsize=7.5)
+        figure.legend(loc="outside lower left", ncols=2)
         return figure
 
 

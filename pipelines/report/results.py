@@ -28,11 +28,11 @@ CURVES = (
 
 
 def training(contents: Contents) -> dict[str, Any]:
-    """A chart per quantity, with a color per run; baseline and control are dashed."""
+    """A chart per quantity, with a color per run; baseline and control are dashed and dotted."""
     tables = {
         run: pd.read_csv(file, index_col="epoch") for run, file in contents.run_files("metrics.csv")
     }
-    styles = {"": "-", "baseline": "--", "control": "--"}
+    styles = {"": "-", "baseline": "--", "control": ":"}
     charts = {}
     for title, column, factor in CURVES:
         lines = {}

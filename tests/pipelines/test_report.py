@@ -8,17 +8,19 @@ import shlex
 import shutil
 import subprocess
 from html import unescape
+from itertools import combinations
 from pathlib import Path
 
 import jinja2
 import lxml.html
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
-from aggregate import ablate, audit, evaluate, train
+from aggregate import ablate, audit, evaluate, figures, train
 from aggregate.scores import Scores
 from extract import InputError
 from extract.cli import run_command
@@ -743,6 +745,23 @@ def test_the_best_model_is_tested_next_if_there_are_test_videos(folder, tmp_path
     evaluation = shlex.split(compared_commands(tmp_path)[0])
     assert evaluation[:2] == ["hgnl", "evaluate"]
     assert evaluation[evaluation.index("--split") + 1] == "test"
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+def test_the_legend_of_curves_is_outside_the_plot(count):
+    lines = {
+        f"a run with a long name, number {number}, baseline": (pd.Series([1.0, 2.0]), "C0-")
+        for number in range(count)
+    }
+    figure = figures.curves(lines, title="Training loss")
+    figures.svg(figure)  # which lays it out
+    [axes], [legend] = figure.axes, figure.legends
+    box = legend.get_window_extent()
+    assert not box.overlaps(axes.get_tightbbox())
+    assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
+    texts = [text.get_window_extent() for text in legend.get_texts()]
+    assert not any(one.overlaps(two) for one, two in combinations(texts, 2))
+    assert axes.get_window_extent().height > 100
 
 
 def test_700_classes_show_the_worst_confusions(tmp_path):
