@@ -14,7 +14,7 @@ from aggregate.models import AGGREGATORS
 from aggregate.training.checkpoint import Checkpoint
 from extract import InputError
 from extract.commands import command_line
-from pipelines.report.find import Contents, read_json
+from pipelines.report.find import Contents, random_backbones, read_json
 
 if TYPE_CHECKING:
     from aggregate.scores import Scores
@@ -251,13 +251,15 @@ def next_commands(contents: Contents, splits: dict[str, dict[str, Model]]) -> li
 
 
 def _labeled_stores(contents: Contents) -> "list[FeatureStore]":
-    """Stores with labels of two classes or more."""
+    """Stores with labels of two classes or more. Random backbones count only if there is no
+    other."""
     labeled = [
         store
         for store in contents.stores.values()
         if len(np.unique(store.labels[store.labels >= 0])) > 1
     ]
-    return labeled
+    trained = [store for store in labeled if not any(random_backbones(store.provenance))]
+    return trained or labeled
 
 
 def _test_store(checkpoint_file: Any, stores: "list[FeatureStore]") -> "FeatureStore | None":

@@ -25,6 +25,7 @@ from aggregate.scores import Scores
 from extract import InputError
 from extract.cli import run_command
 from extract.store import FeatureStore
+from extract.store.layout import store_attributes
 from pipelines.__main__ import main as hgnl
 from pipelines.report import compared, gallery, page, results
 from pipelines.report.find import Contents, find
@@ -745,6 +746,43 @@ def test_the_best_model_is_tested_next_if_there_are_test_videos(folder, tmp_path
     evaluation = shlex.split(compared_commands(tmp_path)[0])
     assert evaluation[:2] == ["hgnl", "evaluate"]
     assert evaluation[evaluation.index("--split") + 1] == "test"
+
+
+def random_and_trained_stores(root: Path) -> None:
+    """Two stores of the same videos; the first by name has random weights."""
+    features = np.random.default_rng(0).normal(size=(6, 6, 16))
+    columns = {
+        "labels": [0, 1] * 3,
+        "classes": ["class 0", "class 1"],
+        "splits": ["train", "train", "val", "val", "test", "test"],
+    }
+    for name, weights in (("a.zarr", "random weights, seed 0"), ("b.zarr", "r3d_18.pth")):
+        FeatureStore.from_arrays(root / name, features, lengths=[6] * 6, **columns)
+        store = FeatureStore.open(root / name, writable=True)
+        provenance = {"backbone": "torchvision/r3d_18", "weights": {"name": weights}}
+        store.group.attrs.put(store_attributes(store.classes, provenance))
+
+
+def test_the_next_command_never_takes_random_features_if_there_are_others(folder, tmp_path):
+    random_and_trained_stores(tmp_path)
+
+    def stores() -> list[str]:
+        lines = [shlex.split(line) for line in compared_commands(tmp_path)]
+        return [Path(line[line.index("--features") + 1]).name for line in lines]
+
+    assert stores() == ["b.zarr"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    common = {"epochs": 1, "batch_size": 4, "frames": 6}
+    for agg, store in (("tsn", "a.zarr"), ("weighted", "b.zarr")):
+        train.main(
+            train.Options(agg=agg, features=str(tmp_path / store), out=tmp_path / agg, **common)
+        )
+    torch.set_num_threads(threads)
+    assert set(stores()) == {"b.zarr"}
+    shutil.rmtree(tmp_path / "b.zarr")
+    shutil.rmtree(tmp_path / "weighted")
+    assert set(stores()) == {"a.zarr"}
 
 
 @pytest.mark.parametrize("count", [1, 3, 9])
