@@ -785,6 +785,15 @@ def test_the_next_command_never_takes_random_features_if_there_are_others(folder
     assert set(stores()) == {"a.zarr"}
 
 
+def test_the_map_names_gray_points(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    store = {"lengths": [2] * 6, "labels": [0, 1, -1] * 2, "classes": ["x", "y"]}
+    FeatureStore.from_arrays(tmp_path / "s.zarr", rng.normal(size=(6, 2, 4)), **store)
+    assert "Gray: other classes, or none." in made(tmp_path).words["map"]
+    shutil.copytree(folder / "deep" / "feats.zarr", tmp_path / "t" / "feats.zarr")
+    assert "Gray" not in made(tmp_path / "t").words["map"]
+
+
 @pytest.mark.parametrize("count", [1, 3, 9])
 def test_the_legend_of_curves_is_outside_the_plot(count):
     lines = {
