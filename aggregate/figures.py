@@ -184,11 +184,13 @@ def heat_map(
             text = format(values[row, column], number_format)
             color = "white" if shades[row, column] > 0.6 else INK
             axes.text(column, row, text, ha="center", va="center", color=color, size=8)
-        axes.set_xticks(range(len(columns)), [short(name) for name in columns])
-        if rotated:
-            axes.tick_params(axis="x", labelrotation=55)
-            for tick in axes.get_xticklabels():
-                tick.set(ha="right", rotation_mode="anchor")
+        axes.set_xticks(
+            range(len(columns)),
+            [short(name) for name in columns],
+            rotation=55 if rotated else 0,
+            ha="right" if rotated else "center",
+            rotation_mode="anchor",
+        )
         axes.set_yticks(range(len(rows)), [short(name) for name in rows])
         axes.set(xlabel=table.columns.name, ylabel=table.index.name)
         axes.invert_yaxis()
@@ -207,13 +209,8 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )
         axes.vlines(x, low, high, color=SOFT, alpha=0.35, linewidth=1.5)
         axes.plot(x[~is_front], y[~is_front], "o", color=SOFT, alpha=0.6, markersize=4)
-        axes.plot(
-            *(x[is_front], y[is_front], "o-"),
-            color="C1",
-            markersize=6,
-            drawstyle="steps-post",
-            linewidth=1.2,
-        )
+        front = x[is_front], y[is_front]
+        axes.step(*front, "C1o-", where="post", markersize=6, linewidth=1.2)
         for number, row in enumerate(np.flatnonzero(is_front)):
             axes.annotate(
                 rows[row]["name"],
