@@ -84,48 +84,49 @@ def confusion(contents: Contents) -> dict[str, Any]:
     if not splits:
         return {}
     split = next(iter(splits))
-    name, chosen = choose(splits, split)
+    name, chosen_by = choose(splits, split)
     scores: Any = splits[split][name].scores
-    classes = scores.classes
     rows = (scores.labels >= 0) & ~scores.failed
+    labels, guesses = scores.labels[rows], scores.logits[rows].argmax(1)
     predictions = pd.DataFrame(
         {
-            "true": scores.labels[rows],
-            "predicted": scores.logits[rows].argmax(1),
+            "true": pd.Categorical.from_codes(labels, scores.classes),
+            "predicted": pd.Categorical.from_codes(guesses, scores.classes),
             "id": np.array(scores.ids, object)[rows],
         }
     )
-    wrong = predictions[predictions["true"] != predictions["predicted"]]
-    pairs = wrong.groupby(["true", "predicted"])["id"].agg(["size", "first"])
+    wrong = predictions[labels != guesses]
+    pairs = wrong.groupby(["true", "predicted"], observed=True)["id"].agg(["size", "first"])
     pairs = pairs.sort_values("size", ascending=False, kind="stable")
     sizes = predictions["true"].value_counts()
-    present = sorted({*predictions["true"], *predictions["predicted"]})
-    shown, rest = present, ""
-    if len(present) > MATRIX_CLASSES:
-        confused = dict.fromkeys(label for pair in pairs.index for label in pair)
-        shown = sorted(list(confused)[:MATRIX_CLASSES])
-        rest = f" Of {len(present):,} classes, the {len(shown)} confused most."
+    present = {*predictions["true"], *predictions["predicted"]}
+    confused = dict.fromkeys(name for pair in pairs.index for name in pair)
+    is_cut = len(present) > MATRIX_CLASSES
+    chosen = set(list(confused)[:MATRIX_CLASSES]) if is_cut else present
+    shown = [name for name in scores.classes if name in chosen]
     segments = "" if "members" in scores.source else f"{scores.segments} segments, "
+    caption = (
+        f"{name} ({chosen_by}): {segments}{len(predictions):,} videos of split {split}. "
+        "Each row is a true class; the numbers are the percentage of its videos that were given "
+        "each class."
+    )
+    if is_cut:
+        caption += f" Of {len(present):,} classes, the {len(shown)} confused most."
     section: dict[str, Any] = {
         "name": name,
-        "caption": f"{name} ({chosen}): {segments}{len(predictions):,} videos of split {split}. "
-        "Each row is a true class; the numbers are the percentage of its videos that were given "
-        f"each class.{rest}",
+        "caption": caption,
         "pairs": [
-            (classes[true], classes[guess], size, example, sizes[true])
+            (true, guess, size, example, sizes[true])
             for (true, guess), size, example in pairs[:PAIRS].itertuples()
         ],
     }
     if not shown:
         return section
-    shares = 100 * pd.crosstab(
-        predictions["true"], predictions["predicted"], normalize="index"
-    ).reindex(index=shown, columns=shown)
-    names = dict(enumerate(classes))
-    matrix = shares.where(shares > 0).rename(index=names, columns=names)
+    matrix = 100 * pd.crosstab(predictions["true"], predictions["predicted"], normalize="index")
+    matrix = matrix.reindex(index=shown, columns=shown)
     is_large = len(shown) > 10  # a phone scrolls such a matrix sideways
     width = 9 if is_large else figures.WIDE
-    picture = figures.heat_map(matrix, ".0f", low=0, width=width)
+    picture = figures.heat_map(matrix.where(matrix > 0), ".0f", low=0, width=width)
     return section | {"picture": picture, "large": is_large}
 
 
