@@ -22,7 +22,7 @@ from extract import InputError
 from extract.cli import first_few, run_command
 from extract.commands import command_of
 from extract.cores import available_cores
-from pipelines.steps import fuse, run_command_step, scores_file
+from pipelines.steps import fuse, run_command_step
 
 if TYPE_CHECKING:
     from extract.backbone.frozen import Backbone
@@ -278,23 +278,17 @@ def _pick(options: Options, *names: str) -> dict[str, Any]:
 
 def _print_results(options: Options, models: Sequence[str]) -> None:
     """A table of our results next to the paper's."""
-    from aggregate.metrics import summarize
-    from aggregate.scores import Scores
-
     print("\nTop-1 % on val, 3 segments / most segments")
     print("  model    ours             the paper (Table 3)")
     for name in models:
-        path = scores_file(options.workdir, name, "val")
-        if not path.exists():
+        file = options.workdir / name / "results.json"
+        if not file.exists():
             continue
-        ours = []
-        for segments in (min(3, options.frames), None):
-            scores: Any = Scores.load(path, segments)
-            top1 = summarize(scores.logits, scores.labels, scores.groups).top1
-            ours.append(f"{100 * top1.value:.2f}")
+        results = json.loads(file.read_text(encoding="utf-8"))[name].values()
+        ours = " / ".join(f"{100 * measures['top1']['value']:.2f}" for measures in results)
         published = PAPER.get(name, ("none", "none"))
         theirs = " / ".join("-" if top1 is None else f"{top1}" for top1 in published)
-        print(f"  {name:<8} {' / '.join(ours)}   {theirs}")
+        print(f"  {name:<8} {ours}   {theirs}")
     summary = options.workdir / "fused_test.json"
     record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     if record.get("table"):

@@ -46,7 +46,7 @@ def fuse(
     """
     scores = []
     for name, source in models.items():
-        scores.append(scores_file(work, name, split))
+        scores.append(work / "scores" / f"{name}_{split}.h5")
         evaluation = {
             "checkpoint": work / name / "best.pt",
             "split": split,
@@ -87,7 +87,3 @@ def scores_are_of(options: Mapping[str, Any]) -> bool:
         "it is made again"
     )
     return False
-
-
-def scores_file(work: Path, model: str, split: str) -> Path:
-    return work / "scores" / f"{model}_{split}.h5"
