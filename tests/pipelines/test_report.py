@@ -361,6 +361,16 @@ def test_an_ablation_under_way_shows_what_is_done(folder, tmp_path):
     assert "ablation: KeyError('name')" in made(tmp_path).words["problems"]
 
 
+def test_the_summary_of_an_ablation_is_read_unless_it_is_of_fewer_rows(folder, tmp_path):
+    shutil.copytree(folder / "grid", tmp_path / "grid")
+    file = tmp_path / "grid" / "summary.csv"
+    summary = pd.read_csv(file).assign(seconds=12345.6)
+    summary.to_csv(file, index=False)
+    assert "12345.6" in made(tmp_path).words["ablation"]
+    summary[1:].to_csv(file, index=False)
+    assert "12345.6" not in made(tmp_path).words["ablation"]
+
+
 def test_scores_alone(folder, tmp_path):
     shutil.copy(folder / "scores" / "tsn.h5", tmp_path / "tsn.h5")
     alone = made(tmp_path)
