@@ -529,7 +529,7 @@ def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
     checkpoint.features.clear()
     checkpoint.features["source"] = "FeatureStore.from_arrays"
     with pytest.raises(
-        InputError, match=r"records no backbone that could see videos, only \{'source'"
+        InputError, match=r"records no backbone for videos, only \{'source'"
     ):
         model_from_record(checkpoint)
 
