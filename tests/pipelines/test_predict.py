@@ -528,9 +528,7 @@ def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
         model_from_record(tuned, Path("x.pth"))
     checkpoint.features.clear()
     checkpoint.features["source"] = "FeatureStore.from_arrays"
-    with pytest.raises(
-        InputError, match=r"records no backbone for videos, only \{'source'"
-    ):
+    with pytest.raises(InputError, match=r"records no backbone for videos, only \{'source'"):
         model_from_record(checkpoint)
 
 
