@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aggregate.training.options import PlaceOptions, VideoOptions
+from aggregate.training.options import DeviceOptions, VideoOptions
 from extract import InputError, RunError
 from extract.cli import first_few, progress, run_command
 from extract.commands import command_line
@@ -30,7 +30,7 @@ MAX_PRINTED = 5  # failed videos that the terminal names
 
 
 @dataclass(frozen=True)
-class Options(VideoOptions, PlaceOptions):
+class Options(VideoOptions, DeviceOptions):
     """Test a trained model with 3 and with 25 segments (Table 3's two columns), print metrics,
     write scores."""
 
@@ -181,7 +181,8 @@ def _source(
 
 def inputs_of(videos: "FeatureStore | ListedVideos", options: Options) -> dict[str, Any]:
     """Digests of everything that determines the scores; equal inputs give equal scores."""
-    from aggregate.training.manifest import contents_of, sha256_of
+    from aggregate.training.manifest import contents_of
+    from extract.sources import sha256_of
 
     return {
         "checkpoint": sha256_of(options.checkpoint),
@@ -205,9 +206,10 @@ def _logits_of_features(
     import numpy as np
 
     from aggregate.data.features import StoredFeatures
-    from aggregate.training.sources import logits_of, possible_segments
+    from aggregate.inference import logits_of
+    from aggregate.training.options import clip_segments
 
-    numbers = possible_segments(options.segments, store)
+    numbers = clip_segments(options.segments, store)
     device, size = model.classifier.weight.device, options.batch_size
     features = StoredFeatures(store, rows, device=device, placement=options.placement)
     for segments in numbers:
@@ -226,7 +228,7 @@ def _logits_of_videos(
     import numpy as np
 
     from aggregate.data.frames import VideoFrames, clip_pool
-    from aggregate.training.sources import predict
+    from aggregate.inference import predict
     from extract.decode.jobs import Plan
 
     net: Any = model.net
@@ -270,7 +272,7 @@ def _fill_from_clips(
     import torch
 
     from aggregate.data.frames import new_segments, row_parts
-    from aggregate.training.sources import autocast
+    from aggregate.inference import autocast
     from extract.decode import VideoError
 
     net, clips, device = model.net.eval(), model.clips, model.mean.device

@@ -180,7 +180,6 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
             group_keys(listing.ids, listing.groups)[chosen.validate],
             len(classes),
             options.frames,
-            learner,
         )
         run = Run(
             options.folder, options, [learner], source, common=common, segments=(options.frames,)
@@ -265,9 +264,9 @@ def build_model(
     )
     from aggregate.models import carry_over, strip_prefix
     from aggregate.training.checkpoint import Checkpoint
-    from aggregate.training.manifest import sha256_of
     from extract.backbone.model import load_trunk
     from extract.decode.transform import is_clip_wise
+    from extract.sources import sha256_of
 
     if is_clip_wise(options.backbone):
         raise InputError(

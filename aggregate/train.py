@@ -1,13 +1,12 @@
 """python -m aggregate.train: train a head on stored features and compare it with averaging."""
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from aggregate.ablation.processes import prepare_environment
-from aggregate.training.configurations import Configuration, configured
-from aggregate.training.configurations import TrainOptions as Options
-from aggregate.training.options import HeadOptions
+from aggregate.training.options import HEAD_FLAGS, HeadOptions, clip_segments, limit_frames
+from aggregate.training.options import TrainOptions as Options
 from extract import InputError
 from extract.cli import run_command
 from extract.commands import command_line
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.configurations import Configuration
     from aggregate.training.learner import Learner
     from aggregate.training.run import Run
     from extract.store import FeatureStore
@@ -50,6 +50,7 @@ def prepare(options: Options) -> "Run":
     from aggregate.data.features import StoredFeatures
     from aggregate.data.joined import open_features
     from aggregate.training.checkpoint import Checkpoint
+    from aggregate.training.configurations import configured
     from aggregate.training.manifest import (
         choose_or_continue,
         record,
@@ -57,12 +58,12 @@ def prepare(options: Options) -> "Run":
         videos_csv,
     )
     from aggregate.training.run import Run, open_folder
-    from aggregate.training.sources import possible_segments, with_possible_frames
+    from aggregate.training.sources import CachedFeatures
     from extract.device import choose_device
 
     out = options.folder
     store = open_features(options.features)
-    options = with_possible_frames(options, store)
+    options = limit_frames(options, store)
     device = choose_device(options.device)
     last = open_folder(out, options)
     chosen = choose_or_continue(store, options, options.seed, out, last)
@@ -85,30 +86,28 @@ def prepare(options: Options) -> "Run":
     data = record(store, chosen, init=options.init, recipe=configuration.recipe)
     if last is not None:
         refuse_other_data(out, last, store, store.provenance, data)
-    learners, references = _learners_and_baselines(
+    learners, baselines = _learners_and_baselines(
         configuration, init, store, device, training.labels
     )
     module: Any = learners[0].model.aggregator
     if hasattr(module, "differences"):
         print("; ".join([f"head      {options.agg} as in the paper", *module.differences()]))
-    source = configuration.source(training, testing)
+    source = CachedFeatures(training, testing, options.frames)
     common = {
         "classes": list(store.classes),
         "features": store.provenance,
         "frames": options.frames,
         "data": data,
     }
-    segments = possible_segments((options.frames, store.frames_per_video), store)
-    run = Run(
-        out, options, learners, source, common=common, segments=segments, references=references
-    )
+    segments = clip_segments((options.frames, store.frames_per_video), store)
+    run = Run(out, options, learners, source, common=common, segments=segments, baselines=baselines)
     run.videos_csv = videos_csv(store, chosen)
     run.resume(last)
     return run
 
 
 def _learners_and_baselines(
-    configuration: Configuration,
+    configuration: "Configuration",
     init: "Checkpoint | None",
     store: "FeatureStore",
     device: "torch.device",
@@ -127,14 +126,14 @@ def _learners_and_baselines(
             "without --init this starts fresh"
         )
     learners = [configuration.learner(store, device, labels=labels, init=init)]
-    references: dict[str, torch.nn.Module] = {}
-    defaults: Any = {field.name: field.default for field in fields(HeadOptions)}
-    tsn = replace(options, **(defaults | {"agg": "tsn", "frames": options.frames}))
+    baselines: dict[str, torch.nn.Module] = {}
+    defaults: Any = {flag: getattr(HeadOptions, flag) for flag in HEAD_FLAGS}
+    tsn = replace(options, agg="tsn", **defaults)
     from_tsn = init is not None and init.options["name"] == "tsn"
     if options.agg != "tsn":
         if init is not None and from_tsn and init.classes == list(store.classes):
             print(f"baseline  the TSN of {options.init}, as it is")
-            references["tsn (as it was)"] = init.model().to(device)
+            baselines["tsn (as it was)"] = init.model().to(device)
         else:
             baseline = replace(configuration, name="tsn (baseline)", options=tsn)
             learners.append(baseline.learner(store, device, labels=labels, file="baseline.pt"))
@@ -145,7 +144,7 @@ def _learners_and_baselines(
             )
         control = replace(configuration, name="tsn (control)", options=tsn)
         learners.append(control.learner(store, device, labels=labels, init=init, file="control.pt"))
-    return learners, references
+    return learners, baselines
 
 
 if __name__ == "__main__":

@@ -94,8 +94,18 @@ def command_line(module: str, *arguments: object, **options: Any) -> str:
         if value is None or value is False or value == ():
             continue
         values = value if isinstance(value, list | tuple) else [value]
-        line += [f"--{name.replace('_', '-')}", *([] if value is True else map(str, values))]
+        line += [flag_of(name), *([] if value is True else map(str, values))]
     return shlex.join(line)
+
+
+def flag_of(name: str) -> str:
+    """The flag of the option `name`: `--batch-size` of batch_size."""
+    return f"--{name.replace('_', '-')}"
+
+
+def spaced(value: Any) -> str:
+    """A value as it follows its flag: several values are separated by spaces."""
+    return " ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def command_of(module: str, options: Any, **changes: Any) -> str:

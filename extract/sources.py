@@ -88,3 +88,9 @@ def _read_pictures(folder: StrPath) -> Source:
     for path in (paths[0], paths[-1]):
         digest.update(b"%d" % read_source(path).digest)
     return Source(size, int.from_bytes(digest.digest(), "little", signed=True), changed)
+
+
+def sha256_of(path: StrPath) -> str:
+    """The SHA-256 of a whole file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -50,8 +50,8 @@ COLUMNS = (
 )
 TOUCHED = 53  # the row of a validation video
 QUICK = {"epochs": 2, "batch_size": 16}
-OTHER_DATA = "was trained on something else than .* holds now"
-REMEDY = "give another --out to train on what there is now"
+OTHER_DATA = "was trained on other data than .* holds now"
+REMEDY = "give another --out to train on the current data"
 VERSION = r"note      begun with version 0\.0\.1 of this program, goes on with "
 
 
@@ -305,7 +305,7 @@ TRAIN_CELLS = {
         CHANGED.format("3 classes when it was trained, 3 now .the same names in another order.")
     ),
     "store grown": said(
-        "12 videos that f.zarr has besides are left out: give another --out to train on them too"
+        "12 new videos of f.zarr are left out: give another --out to train on them too"
     ),
     "store re-made": refused(CHANGED.format("contents: ")),
     "checkpoint replaced": refused(
@@ -317,7 +317,9 @@ TRAIN_CELLS = {
     "package version": said(VERSION),
     "path only": harmless(""),
 }
-RECORDS = "holds a run with other options or data:\n  the store's {} are others now (.|\n)*give another --out"
+RECORDS = (
+    "holds a run with other options or data:\n  the store's {} changed (.|\n)*give another --out"
+)
 RECORDS_CELLS = {
     "file replaced": refused(RECORDS.format("features")),
     "video removed or renamed": refused(RECORDS.format("videos, ids, .*")),
@@ -452,7 +454,7 @@ CELLS["finetune, resumed"] = {
     ),
     "class added": refused(CHANGED.format(r"2 classes when it was trained, 3 now \(new: juggling")),
     "class order": refused(CHANGED.format("the same names in another order")),
-    "store grown": said("1 videos that clips has besides are left out"),
+    "store grown": said("1 new videos of clips are left out"),
     "store re-made": harmless("the same files, listed again"),
     "checkpoint replaced": refused(CHANGED.format("the checkpoint of --init")),
     "option": refused(r"lr: None in the folder, 0\.5 now"),
@@ -550,7 +552,7 @@ def test_a_video_of_a_class_that_the_checkpoint_does_not_know_is_refused(here):
     labels[TOUCHED] = 3
     remade(here / "f.zarr", classes=[*store.classes, "juggling"], labels=labels)
     with pytest.raises(
-        InputError, match="has class 'juggling', which the checkpoint's 3 classes do not hold"
+        InputError, match="has class 'juggling', which is not one of the checkpoint's 3"
     ):
         evaluate.main(EVALUATE)
 

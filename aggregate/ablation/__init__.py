@@ -1,1 +1,1 @@
-"""Many configurations in one pass over the features, and what their results say."""
+"""Ablation and cross-validation: many configurations trained in shared passes, and compared."""

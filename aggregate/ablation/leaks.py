@@ -16,9 +16,9 @@ PRINTED = 3  # pairs that the warning names
 
 
 def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
-    """The mean over each video's own frames (repeats in a short video count once) of view 0.
+    """The mean of view 0 over the frames of each video, float32 [n, D], for `rows` int [n].
 
-    float32 [n, D] for `rows` int [n]; ROWS_PER_READ videos are in memory at a time.
+    Repeated frames of a short video count once. ROWS_PER_READ videos are in memory at a time.
     """
     import numpy as np
 

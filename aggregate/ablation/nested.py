@@ -1,144 +1,138 @@
-"""One head in one fold: chosen inside the training part, trained again on all of it, tested once.
+"""Nested cross-validation of one head in one fold.
 
-    inner run    train on `train` without `held_out`, validate on `held_out`: chooses the epoch and the options
-    outer run    train on `train` as far as that epoch, test on `test`
+    inner run    train on `inner`, validate on the held-out rows: chooses the epoch and the options
+    outer run    train on all of `train` up to that epoch, test on `test` once
 
-With the same batches and options, a model is the one that `aggregate.train` alone makes of them,
-bit for bit (on one machine, with one number of threads).
+With the same batches and options, a model is the one that `aggregate.train` makes of them, bit for
+bit (on one machine, with one number of threads).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from scipy.special import log_softmax
 
-from aggregate.ablation.configurations import in_passes
+from aggregate.ablation.configurations import group_into_passes
 from aggregate.ablation.folds import Fold
 from aggregate.ablation.grid import GridTrainer
-from aggregate.ablation.probes import PROBES, Probe
+from aggregate.ablation.options import PROBES
 from aggregate.metrics import challenge_error, ranks
-from aggregate.training.configurations import Configuration, configured
+from aggregate.training.configurations import Configuration
 from aggregate.training.loop import fit
 from extract import RunError
 
 
 @dataclass(frozen=True, eq=False)
 class FoldTask:
-    """What one process does at a time: one aggregator in one fold."""
+    """The work of one process at a time: one aggregator in one fold."""
 
     fold: Fold
     agg: str
-    candidates: Sequence[Configuration | Probe]
+    candidates: Sequence[Any]  # each a Configuration, or a Probe
     segments: Sequence[int]  # of the test
     at_once: int
     vector: str = "mean"  # of probes
 
     @property
     def row(self) -> dict[str, Any]:
-        return {
-            "seed": self.fold.seed,
-            "fold": self.fold.name,
-            "agg": self.agg,
-            "videos": len(self.fold.test),
-        }
+        fold = self.fold
+        return {"seed": fold.seed, "fold": fold.name, "agg": self.agg, "videos": len(fold.test)}
 
 
 def score_fold(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], np.ndarray]:
     """The row that is recorded, and logits float32 [segments, N, C] of the fold's `test`.
 
-    If several candidates of a head are tried, the row has `as_reported` too: of each the number of
-    test videos that are right after its last epoch, which is what papers choose by. RunError if
-    every candidate diverges in the inner run, or the chosen one in the outer run.
+    If a head has several candidates, the row also has `as_reported`: for each candidate the number
+    of correct test videos after its last epoch, by which papers choose. RunError if every candidate
+    diverges in the inner run, or the chosen one in the outer run.
     """
     if task.agg in PROBES:
         return _score_probe(trainer, task)
-    fold, segments = task.fold, task.segments
-    chosen, epoch, error = _choose(trainer, task)
-    candidates = task.candidates if len(task.candidates) > 1 else [chosen]
-    outer = [_in_fold(one, fold, len(fold.train)) for one in candidates]
-    chosen = _in_fold(chosen, fold, len(fold.train))
+    fold = task.fold
+    best, epoch, error = _choose(trainer, task)
+    chosen = best.with_seed(fold.seed, videos=len(fold.train))
+    as_papers = len(task.candidates) > 1
+    outer = [chosen]
+    if as_papers:
+        outer = [each.with_seed(fold.seed, videos=len(fold.train)) for each in task.candidates]
     tested: list[np.ndarray] = []
-    as_reported: dict[str, int] = {}
-    for share in in_passes(outer, at_once=task.at_once):
-        learners, source = trainer.begin(share, fold.train, fold.test)
-        ends = [one.recipe.epochs if len(outer) > 1 else epoch + 1 for one in share]
+    correct: dict[str, int] = {}
+    for group in group_into_passes(outer, at_once=task.at_once):
+        learners, source = trainer.make_learners(group, fold.train, fold.test)
+        ends = [each.recipe.epochs if as_papers else epoch + 1 for each in group]
         for number, *_ in fit(learners, source, until=ends, strict=False):
-            if chosen in share and number == epoch:
-                model = learners[share.index(chosen)].model
-                tested = [source.validate([model], count)[0] for count in segments]
-        for one, learner in zip(share, learners, strict=True):
-            if len(outer) > 1 and not learner.lost:
-                (logits,) = source.validate([learner.model], segments[-1])
-                as_reported[one.name] = int((ranks(logits, source.labels) == 0).sum())
+            if chosen in group and number == epoch:
+                learner = learners[group.index(chosen)]
+                tested = [
+                    source.validate([learner.model], segments, learner)[0]
+                    for segments in task.segments
+                ]
+        for configuration, learner in zip(group, learners, strict=True):
+            if as_papers and not learner.diverged:
+                (logits,) = source.validate([learner.model], task.segments[-1], learner)
+                correct[configuration.name] = int((ranks(logits, source.labels) == 0).sum())
     if not tested or np.isnan(tested[0]).all():
         raise RunError(
             f"fold {fold.name}, seed {fold.seed}: {chosen.name} diverged; a smaller --lr may help"
         )
     row = task.row | {"options": chosen.name, "epoch": epoch, "inner_error": error}
-    return row | ({"as_reported": as_reported} if as_reported else {}), np.stack(tested)
+    return row | ({"as_reported": correct} if correct else {}), np.stack(tested)
 
 
 def _score_probe(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], np.ndarray]:
-    """The same for logistic regression or nearest neighbors, which have no epochs."""
+    """`score_fold` for logistic regression or nearest neighbors, which have no epochs."""
     store, fold, classes = trainer.store, task.fold, len(trainer.store.classes)
-    labels, stored = store.labels, store.frames_per_video
-    probes: list[Any] = list(task.candidates)
+
+    def vectors(rows: np.ndarray, segments: int = store.frames_per_video) -> np.ndarray:
+        return trainer.vectors(rows, segments, task.vector)
+
+    probes = task.candidates
     chosen, error = probes[0], None
     if len(probes) > 1:
-        inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
-        vectors = trainer.vectors(inner, stored, task.vector)
-        unseen = trainer.vectors(held_out, stored, task.vector)
-        fitted = (probe.fit(vectors, labels[inner]) for probe in probes)
-        measured = [_measure(one.logits(unseen, classes), labels[held_out]) for one in fitted]
-        chosen = probes[min(range(len(probes)), key=measured.__getitem__)]
-        error = min(measured)[0]
-    model = chosen.fit(trainer.vectors(fold.train, stored, task.vector), labels[fold.train])
-    tested = [
-        model.logits(trainer.vectors(fold.test, count, task.vector), classes)
-        for count in task.segments
-    ]
-    row = {
-        "options": chosen.name,
-        "epoch": None,
-        "inner_error": error,
-        "converged": model.converged,
-    }
-    return task.row | row, np.stack(tested)
-
-
-def _in_fold(one: Any, fold: Fold, videos: int) -> Configuration:
-    """A candidate with the seed of the fold, and the recipe for N videos to train on."""
-    return configured(one.name, replace(one.options, seed=fold.seed), videos=videos)
+        inner, held_out = vectors(fold.inner), vectors(fold.held_out_rows)
+        held_out_labels = store.labels[fold.held_out_rows]
+        errors = []
+        for probe in probes:
+            fitted = probe.fit(inner, store.labels[fold.inner])
+            errors.append(_errors(fitted.logits(held_out, classes), held_out_labels))
+        best = min(errors)
+        chosen, error = probes[errors.index(best)], best[0]
+    model = chosen.fit(vectors(fold.train), store.labels[fold.train])
+    tested = [model.logits(vectors(fold.test, count), classes) for count in task.segments]
+    row = {"options": chosen.name, "epoch": None, "inner_error": error}
+    return task.row | row | {"converged": model.converged}, np.stack(tested)
 
 
 def _choose(trainer: GridTrainer, task: FoldTask) -> tuple[Configuration, int, float]:
-    """The candidate and the epoch with the least error on `held_out` (of equals the least
-    cross-entropy), and it."""
+    """The candidate and the epoch with the smallest error on the held-out rows, and that error.
+
+    Ties go to the smaller cross-entropy.
+    """
     fold = task.fold
-    inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]
-    candidates = [_in_fold(one, fold, len(inner)) for one in task.candidates]
-    order = {
-        one: place for place, one in enumerate(candidates)
-    }  # decides last, so that --at-once changes nothing
+    candidates = [each.with_seed(fold.seed, videos=len(fold.inner)) for each in task.candidates]
+    # Remaining ties go to the first candidate, whatever passes --at-once makes.
+    order = {candidate: number for number, candidate in enumerate(candidates)}
     best = ((math.inf, math.inf), 0, 0)
-    for share in in_passes(candidates, at_once=task.at_once):
-        learners, source = trainer.begin(share, inner, held_out)
+    for group in group_into_passes(candidates, at_once=task.at_once):
+        learners, source = trainer.make_learners(group, fold.inner, fold.held_out_rows)
         for epoch, *_ in fit(learners, source, strict=False):
-            for one, learner in zip(share, learners, strict=True):
-                if not learner.lost:
-                    best = min(best, (_measure(learner.scores, source.labels), epoch, order[one]))
-    (error, _), epoch, place = best
+            for candidate, learner in zip(group, learners, strict=True):
+                if not learner.diverged:
+                    errors = _errors(learner.scores, source.labels)
+                    best = min(best, (errors, epoch, order[candidate]))
+    (error, _), epoch, number = best
     if math.isinf(error):
         raise RunError(
-            f"fold {fold.name}, seed {fold.seed}: every {task.agg} diverged; a smaller --lr may help"
+            f"fold {fold.name}, seed {fold.seed}: every {task.agg} diverged; a smaller --lr may "
+            "help"
         )
-    return candidates[place], epoch, error
+    return candidates[number], epoch, error
 
 
-def _measure(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+def _errors(logits: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
     """The challenge's error, and the cross-entropy, of logits [N, C]."""
     likelihoods = log_softmax(logits.astype(float), axis=1)[range(len(labels)), labels]
     return challenge_error(logits, labels), -float(likelihoods.mean())

@@ -1,14 +1,15 @@
-"""What cross-validation says: scores files, results.json, and the tables of the terminal."""
+"""The results of cross-validation: scores files, results.json, and the tables of the terminal."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from aggregate.ablation.compare import over_seeds
 from aggregate.ablation.folds import Fold
+from aggregate.ablation.records import Records
 from aggregate.metrics import (
     Interval,
     bootstrap,
@@ -23,18 +24,17 @@ from aggregate.scores import Scores, group_keys, save_scores
 from extract.durable import replace_file
 from extract.store import FeatureStore
 
-if TYPE_CHECKING:
-    from aggregate.ablation.records import Records
-
 SCHEMA = "hgnl-crossval/1"
 
 
 class Outcomes(NamedTuple):
-    """What one aggregator predicted for N videos with some number of segments, by each of S seeds
-    or draws."""
+    """Predictions of one aggregator for N videos with one number of segments, by S seeds or draws.
 
-    label_ranks: np.ndarray  # int [S, N]: the rank of the true label, C for a video that failed
-    predicted: np.ndarray  # int [S, N]: the class that ranks first, C for a video that failed
+    A video that failed has rank and class C, one behind all classes.
+    """
+
+    label_ranks: np.ndarray  # int [S, N]: of the true label
+    predicted: np.ndarray  # int [S, N]: the class that ranks first
     tested: np.ndarray  # bool [S, N]
 
 
@@ -44,42 +44,69 @@ def report(
     options: Any,
     segments: Mapping[str, Sequence[int]],
     folds: Sequence[Fold],
-    records: "Records",
+    records: Records,
 ) -> None:
-    """Write AGG.h5 and results.json, print the tables; segments: what each head was tested with."""
-    labels, classes = store.labels[rows], len(store.classes)
-    seeds, aggs = list(dict.fromkeys(fold.seed for fold in folds)), list(dict.fromkeys(options.agg))
-    groups = group_keys(store.ids, store.groups)[rows]
-    baseline = "tsn" if "tsn" in aggs else aggs[0]
-    how: dict[str, Any] = {"seeds": seeds}
+    """Write AGG.h5 and results.json, and print the tables; `segments` are those of each head's
+    test."""
+    labels, groups = store.labels[rows], group_keys(store.ids, store.groups)[rows]
+    seeds = list(dict.fromkeys(fold.seed for fold in folds))
+    protocol: dict[str, Any] = {"seeds": seeds}
     if options.shots is not None:
-        how = {"shots": options.shots, "draws": len(seeds)}
-    outcomes: dict[str, list[Outcomes]] = {}  # for each of its `segments`
-    for agg in aggs:
-        source = {"model": agg, "folds": options.folds, "features": store.provenance} | how
+        protocol = {"shots": options.shots, "draws": len(seeds)}
+    outcomes: dict[str, dict[int, Outcomes]] = {}  # by aggregator and number of segments
+    for agg in dict.fromkeys(options.agg):
         outcomes[agg], means = _collect(store, rows, segments[agg], folds, records, agg)
-        seen = outcomes[agg][0].tested.any(axis=0)
-        ids = store.ids[rows][seen].tolist()
-        of_seen = {"labels": labels[seen], "source": source, "groups": groups[seen]}
+        source = {"model": agg, "folds": options.folds, "features": store.provenance} | protocol
+        seen = outcomes[agg][segments[agg][0]].tested.any(axis=0)
+        ids = store.ids[rows[seen]].tolist()
         scores = [
-            Scores(ids, store.classes, mean[seen], segments=count, **of_seen)
+            Scores(
+                ids,
+                store.classes,
+                mean[seen],
+                labels=labels[seen],
+                source=source,
+                segments=count,
+                groups=groups[seen],
+            )
             for count, mean in zip(segments[agg], means, strict=True)
         ]
         save_scores(options.out / f"{agg}.h5", scores)
+    results = _results(store, labels, groups, options, folds, records, outcomes)
+    replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+    files = ", ".join(str(options.out / head["scores"]) for head in results["heads"])
+    print(
+        f"\n{table(results)}\n\n"
+        f"scores of every video by models that never saw it (their mean): {files}"
+    )
+
+
+def _results(
+    store: FeatureStore,
+    labels: np.ndarray,
+    groups: np.ndarray,
+    options: Any,
+    folds: Sequence[Fold],
+    records: Records,
+    outcomes: dict[str, dict[int, Outcomes]],
+) -> dict[str, Any]:
+    """The content of results.json."""
+    classes = len(store.classes)
+    baseline = "tsn" if "tsn" in outcomes else next(iter(outcomes))
+    # A baseline that sees order has one number of segments; all others are compared with that.
+    first = next(iter(outcomes[baseline].values()))
     heads: list[dict[str, Any]] = []
-    for agg in aggs:
-        # A baseline that sees order has one number only, which all others are compared with.
-        beside = dict(zip(segments[baseline], outcomes[baseline], strict=True))
+    for agg, by_segments in outcomes.items():
         measured = {}
-        for count, ours in zip(segments[agg], outcomes[agg], strict=True):
-            theirs = None if agg == baseline else beside.get(count, outcomes[baseline][0])
+        for count, ours in by_segments.items():
+            theirs = None if agg == baseline else outcomes[baseline].get(count, first)
             measured[str(count)] = measures(ours, theirs, labels, classes, groups)
         chosen = [records.rows[fold.seed, fold.name, agg] for fold in folds]
         head = {"name": agg, "scores": f"{agg}.h5", "segments": measured, "chosen": chosen}
         heads.append(head | as_reported(chosen))
-    tested = outcomes[baseline][0].tested.any(axis=0)
+    tested = first.tested.any(axis=0)
     videos, units = int(tested.sum()), int(independent_units(groups[tested]).max()) + 1
-    results = {
+    return {
         "schema": SCHEMA,
         "features": options.features,
         "provenance": store.provenance,
@@ -89,15 +116,10 @@ def report(
         "by": options.folds,
         "shots": options.shots,
         "folds": list(dict.fromkeys(fold.name for fold in folds)),
-        "seeds": seeds,
+        "seeds": list(dict.fromkeys(fold.seed for fold in folds)),
         "baseline": baseline,
         "heads": heads,
     }
-    replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
-    files = ", ".join(str(options.out / one["scores"]) for one in heads)
-    print(
-        f"\n{table(results)}\n\nscores of every video by models that never saw it (their mean): {files}"
-    )
 
 
 def _collect(
@@ -105,77 +127,76 @@ def _collect(
     rows: np.ndarray,
     segments: Sequence[int],
     folds: Sequence[Fold],
-    records: "Records",
+    records: Records,
     agg: str,
-) -> tuple[list[Outcomes], np.ndarray]:
-    """The outcomes for each of `segments`, and the mean logits float32 [segments, N, C] of the
-    seeds that tested a video."""
+) -> tuple[dict[int, Outcomes], np.ndarray]:
+    """The outcomes by number of segments, and mean logits float32 [segments, N, C] over the seeds
+    that tested a video."""
     labels, classes = store.labels[rows], len(store.classes)
     sums = np.zeros((len(segments), len(rows), classes), np.float32)
-    places, predicted, tested = [], [], []
+    by_seed: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for seed in dict.fromkeys(fold.seed for fold in folds):
         logits = np.full(sums.shape, np.nan, np.float32)
-        seen = np.zeros(len(rows), bool)
-        for fold in (one for one in folds if one.seed == seed):
-            at = np.searchsorted(rows, fold.test)
-            recorded: Any = records.array((seed, fold.name, agg))
-            # Earlier versions tested heads that see order with all frames too.
-            logits[:, at], seen[at] = recorded[: len(segments)], True
-        sums[:, seen] += logits[:, seen]
+        tested = np.zeros(len(rows), bool)
+        for fold in folds:
+            if fold.seed == seed:
+                videos = np.searchsorted(rows, fold.test)
+                recorded: Any = records.array((seed, fold.name, agg))
+                # Earlier versions tested heads that see order with all frames too.
+                logits[:, videos], tested[videos] = recorded[: len(segments)], True
+        sums[:, tested] += logits[:, tested]
         failed = np.isnan(logits).any(axis=2)
-        places.append([ranks(one, labels) for one in logits])
-        predicted.append(np.where(failed, classes, logits.argmax(axis=2)))
-        tested.append(seen)
-    counts = np.maximum(np.sum(tested, axis=0), 1).astype(np.float32)
-    several = [
-        Outcomes(
-            np.stack([by_seed[place] for by_seed in places]),
-            np.stack([by_seed[place] for by_seed in predicted]),
-            np.stack(tested),
-        )
-        for place in range(len(segments))
-    ]
-    return several, sums / counts[:, None]
+        predicted = np.where(failed, classes, logits.argmax(axis=2))
+        label_ranks = np.stack([ranks(each, labels) for each in logits])
+        by_seed.append((label_ranks, predicted, tested))
+    all_ranks, predictions, seen = (np.stack(arrays) for arrays in zip(*by_seed, strict=True))
+    outcomes = {
+        count: Outcomes(all_ranks[:, number], predictions[:, number], seen)
+        for number, count in enumerate(segments)
+    }
+    counts = np.maximum(seen.sum(axis=0), 1).astype(np.float32)
+    return outcomes, sums / counts[:, None]
 
 
 def measures(
     ours: Outcomes, baseline: Outcomes | None, labels: np.ndarray, classes: int, groups: np.ndarray
 ) -> dict[str, Any]:
-    """Means over seeds (or draws) with bootstrap intervals over `groups` [N]; of top-1 and macro F1
-    also Student's interval over seeds, and of top-1 the difference to the `baseline`'s, paired over
-    videos."""
-    first = ours.label_ranks == 0
-    outcomes = {
-        "top1": first,
-        "top5": ours.label_ranks < min(5, classes),
-        "average_error": challenge_errors(ours.label_ranks, classes),
-    }
-    measured = {
-        name: asdict(_over_videos(values, ours.tested, groups)) for name, values in outcomes.items()
-    }
+    """Means over seeds (or draws) with bootstrap intervals over `groups` [N].
+
+    Top-1 and macro F1 also have Student's interval over seeds, and top-1 its difference to the
+    `baseline`'s, paired over videos.
+    """
+
+    def over_videos(values: np.ndarray) -> dict[str, float]:
+        return asdict(_over_videos(values, ours.tested, groups))
+
+    correct = ours.label_ranks == 0
     by_class = bootstrap_by_class(ours.predicted, labels, classes, ours.tested, groups)
-    measured |= {name: asdict(interval) for name, (interval, _) in by_class.items()}
     by_seed = {
-        "top1": [float(right[seen].mean()) for right, seen in zip(first, ours.tested, strict=True)]
+        "top1": [float(row[seen].mean()) for row, seen in zip(correct, ours.tested, strict=True)],
+        "macro_f1": by_class["macro_f1"][1],
     }
-    by_seed["macro_f1"] = by_class["macro_f1"][1]
-    over = {
+    seeds = {
         name: asdict(over_seeds(values)) if len(values) > 1 else None
         for name, values in by_seed.items()
     }
-    gained = None if baseline is None else first.astype(float) - (baseline.label_ranks == 0)
-    difference = None if gained is None else asdict(_over_videos(gained, ours.tested, groups))
-    return measured | {
+    difference = None
+    if baseline is not None:
+        difference = over_videos(correct.astype(float) - (baseline.label_ranks == 0))
+    return {
+        "top1": over_videos(correct),
+        "top5": over_videos(ours.label_ranks < min(5, classes)),
+        "average_error": over_videos(challenge_errors(ours.label_ranks, classes)),
+        **{name: asdict(interval) for name, (interval, _) in by_class.items()},
         "by_seed": by_seed["top1"],
-        "over_seeds": over["top1"],
-        "macro_f1_over_seeds": over["macro_f1"],
+        "over_seeds": seeds["top1"],
+        "macro_f1_over_seeds": seeds["macro_f1"],
         "difference": difference,
     }
 
 
 def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> Interval:
-    """The mean of `values` [S, N] over what was tested, with the bootstrap interval over groups of
-    videos."""
+    """The mean of the tested `values` [S, N], with its bootstrap interval over groups of videos."""
     if tested.all():
         return bootstrap(values.mean(axis=0), groups)
     units = np.broadcast_to(independent_units(groups), tested.shape)
@@ -183,63 +204,68 @@ def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> 
 
 
 def as_reported(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The best candidate by its top-1 on the tested videos themselves, as papers report grids;
-    nothing without a grid.
+    """The best candidate by its top-1 on the tested videos themselves, as papers report grids.
 
-    A candidate that diverged in a fold does not count.
+    Empty without a grid. A candidate that diverged in a fold does not count.
     """
     counts = [row.get("as_reported", {}) for row in chosen]
     names = set(counts[0]).intersection(*counts)
     if not names:
         return {}
-    right = {name: sum(one[name] for one in counts) for name in sorted(names)}
-    best = max(right, key=right.__getitem__)
-    top1 = right[best] / sum(row["videos"] for row in chosen)
-    return {"as_reported": {"options": best, "top1": top1, "candidates": len(right)}}
+    correct = {name: sum(count[name] for count in counts) for name in sorted(names)}
+    best = max(correct, key=correct.__getitem__)
+    top1 = correct[best] / sum(row["videos"] for row in chosen)
+    return {"as_reported": {"options": best, "top1": top1, "candidates": len(correct)}}
 
 
 def table(results: dict[str, Any]) -> str:
     """The tables of the terminal: percent, differences in points."""
-
-    def cell(interval: dict[str, float] | None, sign: str = "") -> str:
-        return "" if interval is None else format(Interval(**interval), sign)
-
     unit = "seeds" if results["shots"] is None else "draws"
-    columns = (
-        "top-1 %",
-        f"over {unit}",
-        "top-5 %",
-        "average error %",
-        f"top-1 - {results['baseline']}'s",
-    )
-    lines = [["", "segments", *columns]]
-    by_class = [["", "segments", "mean class %", "macro F1 %", f"over {unit}"]]
-    every = [
-        (head, count, found)
-        for head in results["heads"]
-        for count, found in head["segments"].items()
-    ]
-    for head, count, found in every:
-        cells = (cell(found[name]) for name in ("top1", "over_seeds", "top5", "average_error"))
-        lines.append([head["name"], count, *cells, cell(found["difference"], "+")])
-        cells = (cell(found[name]) for name in ("mean_class", "macro_f1", "macro_f1_over_seeds"))
-        by_class.append([head["name"], count, *cells])
+    overall = {
+        "top-1 %": "top1",
+        f"over {unit}": "over_seeds",
+        "top-5 %": "top5",
+        "average error %": "average_error",
+        f"top-1 - {results['baseline']}'s": "difference",
+    }
+    by_class = {
+        "mean class %": "mean_class",
+        "macro F1 %": "macro_f1",
+        f"over {unit}": "macro_f1_over_seeds",
+    }
+    parts = []
+    for columns in (overall, by_class):
+        rows = [["", "segments", *columns]]
+        for head in results["heads"]:
+            for count, measured in head["segments"].items():
+                cells = [_cell(measured, name) for name in columns.values()]
+                rows.append([head["name"], count, *cells])
+        parts.append(text_table(rows))
     notes = [
-        f"Means over {len(results['seeds'])} {unit} with 95 % intervals over {results['resampled']} (bootstrap; "
-        f"differences paired), and over {unit} (Student's t).",
-        "The epoch and what else was tried were chosen inside each training part.",
+        f"Means over {len(results['seeds'])} {unit} with 95 % intervals over "
+        f"{results['resampled']} (bootstrap; differences paired), and over {unit} (Student's t).",
+        "The epoch and the options were chosen inside each training part.",
     ]
     for head in results["heads"]:
-        top1 = head["segments"][max(head["segments"], key=int)]["top1"]
         if best := head.get("as_reported"):
+            all_segments = head["segments"][max(head["segments"], key=int)]
             notes.append(
-                f"{head['name']}, as papers report a grid: {100 * best['top1']:.2f} % top-1 with {best['options']}, "
-                f"the best of {best['candidates']} on the tested videos themselves, so too high; "
-                f"chosen inside the training part: {cell(top1)}"
+                f"{head['name']}, as papers report a grid: {100 * best['top1']:.2f} % top-1 with "
+                f"{best['options']}, the best of {best['candidates']} on the tested videos "
+                "themselves, so too high; chosen inside the training part: "
+                f"{_cell(all_segments, 'top1')}"
             )
         stopped = sum(not row.get("converged", True) for row in head["chosen"])
         if stopped:
             notes.append(
-                f"{head['name']}: {stopped} of {len(head['chosen'])} fits ended at the solver's last iteration"
+                f"{head['name']}: {stopped} of {len(head['chosen'])} fits ended at the solver's "
+                "last iteration"
             )
-    return "\n\n".join([text_table(lines), text_table(by_class), "\n".join(notes)])
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _cell(measured: dict[str, Any], name: str) -> str:
+    interval = measured[name]
+    if interval is None:
+        return ""
+    return format(Interval(**interval), "+" if name == "difference" else "")

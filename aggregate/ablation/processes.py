@@ -1,9 +1,9 @@
-"""Independent trainings side by side: one process per core, with one thread each.
+"""Independent trainings in parallel: one process per core, with one thread each.
 
-    parent    tasks, longest first -> [ process 1 | process 2 | ... ] -> results, as they end -> the folder's records
+    parent    tasks, longest first -> [ process 1 | process 2 | ... ] -> results -> records
 
-Steps on small batches gain nothing from a second thread. Only the parent writes. Processes ignore
-Ctrl-C, which is the parent's to decide, and die with it, also after a kill -9.
+Steps on small batches gain nothing from a second thread. Only the parent writes. Child processes
+ignore Ctrl-C, which the parent handles, and end with the parent, even after a kill -9.
 """
 
 import itertools
@@ -22,27 +22,25 @@ from extract.portable import end_with_parent
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_process: dict[str, Any] = {}  # in a child: `prepare`, and once it was called its result as `state`
+_process: dict[str, Any] = {}  # in a child: `prepare`, and its result as `state` once it was called
 
 
 def prepare_environment() -> None:
-    """Settings that PyTorch reads when it is loaded; call this before. Child processes inherit
-    them.
+    """Set environment variables that PyTorch reads when it is imported, so call this before. Child
+    processes inherit them.
 
-    Threads that wait for each other must not spin: on a busy machine that took 14 times the CPU
-    time. Large tensors in huge pages: a step of a large head otherwise spends a third of its time
-    on page faults.
+    Waiting threads sleep: spinning took 14 times the CPU time on a busy machine. Large tensors are
+    in huge pages: a step of a large head otherwise spends a third of its time on page faults.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 
 def plan_processes(tasks: int, device: str) -> tuple[int, int]:
-    """How many processes for N tasks, and threads of each. A GPU is used by this process
-    alone.
+    """The number of processes for N tasks, and of threads in each. With a GPU this process trains.
 
-    Both are functions of all tasks of a command, not of those that are left: a resumed run has the
-    same bits.
+    `tasks` counts all tasks of a command, also finished ones, so that a resumed run gives the same
+    bits.
     """
     from extract.device import choose_device
 
@@ -61,11 +59,10 @@ def run_side_by_side(
     processes: int,
     threads: int,
 ) -> Iterator[tuple[Task, Result]]:
-    """Each task with `work(prepare(), task)`, as they end; `prepare` is called once in each
-    process.
+    """Yield each task with `work(state, task)`, as they end; each process has state = prepare().
 
-    With one process everything happens in this one. An error of a task is raised here and ends the
-    others; RunError if a process dies.
+    With one process no other is started. The error of a task is raised here and ends the others;
+    RunError if a process dies.
     """
     if processes == 1 or not tasks:
         state = prepare() if tasks else None
@@ -73,17 +70,17 @@ def run_side_by_side(
         return
     from joblib.externals.loky import ProcessPoolExecutor
 
-    # Its processes are replaced if their memory grew; the message takes that for a defect.
+    # loky replaces a process whose memory grew; its warning about that is misleading.
     warnings.filterwarnings("ignore", message="A worker stopped while some jobs were given")
     executor = ProcessPoolExecutor(
         processes,
-        initializer=_begin,
+        initializer=_initialize,
         initargs=(prepare,),
         env={"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)},
     )
     try:
-        # A few at a time: an executor that is shut down with tasks it has not handed out yet prints
-        # a KeyError of its own thread.
+        # Submit a few at a time: an executor that is shut down with tasks in its queue prints a
+        # KeyError from one of its threads.
         upcoming = iter(tasks)
         waiting: dict[Any, Task] = {}
         while True:
@@ -96,14 +93,14 @@ def run_side_by_side(
                 yield task, future.result()
     except BrokenProcessPool as error:
         raise RunError(
-            f"a training process died ({str(error).splitlines()[0]:.200}); if memory ran out, --at-once takes less. "
-            "Run the same command again to go on"
+            f"a training process died ({str(error).splitlines()[0]:.200}); if memory ran out, "
+            "lower --at-once. Run the same command again to resume"
         ) from None
     finally:
         executor.shutdown(kill_workers=True)
 
 
-def _begin(prepare: Callable[[], Any]) -> None:
+def _initialize(prepare: Callable[[], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent()
     _process.clear()

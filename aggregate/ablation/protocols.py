@@ -1,8 +1,10 @@
-"""Published protocols for frozen features, as options of aggregate.crossval."""
+"""Published evaluation protocols for frozen features, as options of aggregate.crossval."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
+
+from extract.commands import flag_of, spaced
 
 Protocol = Literal["mveb", "vjepa2"]
 
@@ -37,28 +39,22 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def protocol_in(args: Sequence[str]) -> str | None:
-    """The value of --protocol on a command line, which sets the defaults that the others are parsed
-    against."""
+    """The value of --protocol on a command line; it sets the defaults of other options, so it is
+    parsed first."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--protocol")
-    return parser.parse_known_args([one for one in args if one != "--"])[0].protocol
+    return parser.parse_known_args([arg for arg in args if arg != "--"])[0].protocol
 
 
 def describe_protocol(name: str, options: Any) -> str:
-    """What the protocol sets, and the options that were given next to it, which win."""
-    values: Mapping[str, Any] = PROTOCOLS[name]
-    kept = {key: value for key, value in values.items() if getattr(options, key) == value}
-    lines = [f"{name}: {', '.join(f'{_flag(key)} {_text(value)}' for key, value in kept.items())}"]
-    for key in values.keys() - kept.keys():
-        lines.append(
-            f"NOT {name}'s: {_flag(key)} {_text(getattr(options, key))} ({name}: {_text(values[key])})"
-        )
-    return "\n          ".join([lines[0], *sorted(lines[1:])])
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """The options that the protocol sets, and those that the user overrides."""
+    kept, overridden = [], []
+    for key, value in PROTOCOLS[name].items():
+        chosen = getattr(options, key)
+        if chosen == value:
+            kept.append(f"{flag_of(key)} {spaced(value)}")
+        else:
+            overridden.append(
+                f"NOT {name}'s: {flag_of(key)} {spaced(chosen)} ({name}: {spaced(value)})"
+            )
+    return "\n          ".join([f"{name}: {', '.join(kept)}", *sorted(overridden)])

@@ -1,5 +1,4 @@
-"""The one training loop: learners, one or many, on one stream of batches; validated after every
-epoch."""
+"""The training loop: one or many learners on the same batches, validated after every epoch."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,46 +21,57 @@ def fit(
     on_step: Callable[[], object] = lambda: None,
     strict: bool = True,
 ) -> Iterator[tuple[int, float, float]]:
-    """Train epoch by epoch, from `start`: the number of each that is done, its seconds, and of
-    these those of waiting for batches. Learners then know their `loss` and `scores`, and keep their
-    best state by the challenge's error.
+    """Train and validate epoch by epoch. Learners keep their best state by the challenge's error.
 
-    `until` N epochs each learner is trained instead of its recipe's, and none is validated. A
-    learner that diverges raises RunError; where not `strict` it is lost (`Learner.lost` says why)
-    and the others go on. Features that are not finite raise RunError naming their video.
+    Args:
+        learners: they share batches: the first one's batch size and seed are those of all.
+        start: the first epoch to train.
+        until: the number of epochs of each learner, instead of its recipe's; then none is
+            validated.
+        on_step: called after every batch.
+        strict: raise RunError if a learner diverges. Otherwise `Learner.diverged` says why, and
+            the others go on.
+
+    Yields:
+        after each epoch its number, its seconds, and the seconds of waiting for batches.
+
+    Features that are not finite raise RunError naming their video.
     """
 
-    def on_lost(learner: Learner) -> None:
-        source.check_finite(learner.suspects)
+    def on_diverged(learner: Learner) -> None:
+        source.check_finite(learner.recent_rows)
         if strict:
-            refuse(learner)
+            raise_diverged(learner)
 
     ends = until or [learner.recipe.epochs for learner in learners]
-    for number in range(start, max(ends)):
+    for epoch in range(start, max(ends)):
         started = time.perf_counter()
         running = [
-            one for one, end in zip(learners, ends, strict=True) if number < end and not one.lost
+            learner
+            for learner, end in zip(learners, ends, strict=True)
+            if epoch < end and not learner.diverged
         ]
         if not running:
             return
-        waited = train_epoch(running, source.train_batches(number), number, on_step, on_lost)
-        alive = [learner for learner in running if not learner.lost]
+        batches = source.train_batches(running[0], epoch)
+        waited = train_epoch(running, batches, epoch, on_step, on_diverged)
+        alive = [learner for learner in running if not learner.diverged]
         if alive and until is None:
-            tested = source.validate([learner.model for learner in alive], source.frames)
+            tested = source.validate([learner.model for learner in alive], source.frames, alive[0])
             for learner, scores in zip(alive, tested, strict=True):
                 learner.scores = scores
                 if np.isnan(scores).all():
-                    learner.lost = f"scores are not finite in epoch {number}"
-                    on_lost(learner)
+                    learner.diverged = f"scores are not finite in epoch {epoch}"
+                    on_diverged(learner)
                 else:
-                    learner.keep_best(challenge_error(scores, source.labels), number)
-        yield number, time.perf_counter() - started, waited
+                    learner.keep_best(challenge_error(scores, source.labels), epoch)
+        yield epoch, time.perf_counter() - started, waited
 
 
-def refuse(learner: Learner) -> None:
+def raise_diverged(learner: Learner) -> None:
     """RunError for a learner that diverged."""
     raise RunError(
-        f"{learner.name}: {learner.lost}; a smaller --lr than {learner.recipe.lr:g} may help"
+        f"{learner.name}: {learner.diverged}; a smaller --lr than {learner.recipe.lr:g} may help"
     )
 
 
@@ -70,27 +80,27 @@ def train_epoch(
     batches: Iterable[Batch],
     epoch: int,
     on_step: Callable[[], object] = lambda: None,
-    on_lost: Callable[[Learner], object] = refuse,
+    on_diverged: Callable[[Learner], object] = raise_diverged,
 ) -> float:
-    """One pass over `batches`, each fed to all `learners`: the seconds of waiting for batches.
+    """Feed each batch to all `learners`; returns the seconds of waiting for batches.
 
-    `on_lost` is told of a learner that diverges; where it raises nothing the others go on.
+    `on_diverged` is called with a learner that diverges; if it does not raise, the others go on.
     """
     for learner in learners:
         learner.train_mode()
-    waited, asked = 0.0, time.perf_counter()
+    waited, step_end = 0.0, time.perf_counter()
     for step, batch in enumerate(batches):
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - step_end
         for learner in learners:
-            if not learner.lost:
+            if not learner.diverged:
                 learner.step(batch, epoch, step)
-                if learner.lost:
-                    on_lost(learner)
+                if learner.diverged:
+                    on_diverged(learner)
         on_step()
-        asked = time.perf_counter()
+        step_end = time.perf_counter()
     for learner in learners:
-        if not learner.lost:
+        if not learner.diverged:
             learner.end_epoch(epoch)
-            if learner.lost:
-                on_lost(learner)
+            if learner.diverged:
+                on_diverged(learner)
     return waited

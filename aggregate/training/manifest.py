@@ -1,13 +1,14 @@
-"""What a run was trained on: recorded in its folder and in its checkpoints, and compared when the
-run goes on.
+"""The data of a run: recorded in its folder and its checkpoints, and compared when it is resumed.
 
-    videos.csv          a row per video of the run: id, label, split, group, role (train or validate); of files, their
-                        size and a digest
-    Checkpoint.data     videos: SHA-256 of that file; train, validate: int64 [n, 2], a hash of each id, and one of id,
-                        label, split and group; features, init, recipe: digests of what else decides; version
+    videos.csv          a row per video of the run: id, label, split, group, role (train or
+                        validate); if the run decodes files, also their size and a digest
+    Checkpoint.data     videos: SHA-256 of that file
+                        train, validate: int64 [n, 2], per video a hash of its id, and a hash of
+                        id, label, split and group
+                        features, init, recipe, version: digests and values of all other inputs
 
-The ids in a checkpoint are hashes of 64 bits, so that `evaluate` knows which videos it was trained
-on wherever the checkpoint is moved to; 540,000 videos take 9 MB.
+With the hashes (64 bits), `evaluate` knows which videos a checkpoint was trained on, wherever it is
+moved to; 540,000 videos take 9 MB.
 """
 
 import csv
@@ -15,17 +16,18 @@ import hashlib
 import importlib.metadata
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from aggregate.training.splits import ListedVideos, choose_rows
-from extract import InputError, StrPath
+from aggregate.training.splits import Chosen, ListedVideos, Videos, choose_rows
+from extract import InputError
 from extract.cli import first_few
+from extract.sources import sha256_of
 from extract.store import FAILED, FeatureStore, difference
 
 if TYPE_CHECKING:
@@ -35,32 +37,21 @@ if TYPE_CHECKING:
 
 VIDEOS = "videos.csv"
 COLUMNS = ("id", "label", "split", "group")
-FILE = "file"  # size and digest, if the run decodes videos
-_SAMPLED = 16  # videos whose features are digested: other features of the same videos differ in all of them
+FILE = "file"  # column of sizes and digests, if the run decodes videos
+# Number of videos whose features are digested: features that are made otherwise differ in all.
+_SAMPLED = 16
+_REMEDY = "give another --out to train on the current data"
 
 
-class Chosen(NamedTuple):
-    """Rows int [n] to train and to validate on, and a description of the choice."""
-
-    train: np.ndarray
-    validate: np.ndarray
-    description: str
-
-
-def columns_of(videos: FeatureStore | ListedVideos, rows: np.ndarray) -> list[tuple[str, ...]]:
+def columns_of(videos: Videos, rows: np.ndarray) -> list[tuple[str, ...]]:
     """`COLUMNS` of each of these videos."""
-    names = [*videos.classes, ""]  # the last: label -1
-    labels = [names[label] for label in videos.labels[rows].tolist()]
-    columns = [
-        videos.ids[rows].tolist(),
-        labels,
-        videos.splits[rows].tolist(),
-        videos.groups[rows].tolist(),
-    ]
-    return list(zip(*columns, strict=True))
+    names = np.array([*videos.classes, ""], object)  # the last: label -1
+    labels = names[videos.labels[rows]]
+    columns = (videos.ids[rows], labels, videos.splits[rows], videos.groups[rows])
+    return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-def videos_csv(videos: FeatureStore | ListedVideos, chosen: Chosen) -> bytes:
+def videos_csv(videos: Videos, chosen: Chosen) -> bytes:
     """The content of videos.csv."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
@@ -71,17 +62,17 @@ def videos_csv(videos: FeatureStore | ListedVideos, chosen: Chosen) -> bytes:
     return text.getvalue().encode("utf-8", "surrogateescape")
 
 
-def _recorded(videos: FeatureStore | ListedVideos, rows: np.ndarray) -> list[tuple[str, ...]]:
-    """`columns_of`; of a listing with the digest of each file."""
+def _recorded(videos: Videos, rows: np.ndarray) -> list[tuple[str, ...]]:
+    """`columns_of`, with the digest of each file if they are files."""
     columns = columns_of(videos, rows)
     if isinstance(videos, FeatureStore):
         return columns
     return [(*row, digest) for row, digest in zip(columns, videos.file_digests(rows), strict=True)]
 
 
-def hashes(rows: Iterable[Sequence[str]]) -> torch.Tensor:
-    """Of each row of `columns_of` a hash of its id, and one of all: int64 [n, 2]."""
-    digests = [[_hash(row[0]), _hash("\0".join(row[: len(COLUMNS)]))] for row in rows]
+def hashes(videos: Videos, rows: np.ndarray) -> torch.Tensor:
+    """A hash of the id and a hash of `columns_of`, for each of these videos: int64 [n, 2]."""
+    digests = [[_hash(row[0]), _hash("\0".join(row))] for row in columns_of(videos, rows)]
     return torch.tensor(digests, dtype=torch.int64).reshape(-1, 2)
 
 
@@ -90,52 +81,42 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def sha256_of(path: StrPath | None) -> str:
-    """The SHA-256 of a file; "" for none."""
-    if path is None:
-        return ""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def record(
-    videos: FeatureStore | ListedVideos, chosen: Chosen, *, init: Path | None, recipe: "Recipe"
+    videos: Videos, chosen: Chosen, *, init: Path | None, recipe: "Recipe"
 ) -> dict[str, Any]:
     """`Checkpoint.data` of a run on these rows."""
+    features = features_digest(videos, chosen.train) if isinstance(videos, FeatureStore) else ""
     return {
         "videos": hashlib.sha256(videos_csv(videos, chosen)).hexdigest(),
-        "train": hashes(columns_of(videos, chosen.train)),
-        "validate": hashes(columns_of(videos, chosen.validate)),
-        "features": features_digest(videos, chosen.train)
-        if isinstance(videos, FeatureStore)
-        else "",
-        "init": sha256_of(init),
+        "train": hashes(videos, chosen.train),
+        "validate": hashes(videos, chosen.validate),
+        "features": features,
+        "init": sha256_of(init) if init else "",
         "recipe": json.loads(json.dumps(asdict(recipe))),
         "version": importlib.metadata.version("hgnl-video"),
     }
 
 
 def features_digest(store: FeatureStore, rows: np.ndarray) -> str:
-    """A digest of the features of some of these rows, evenly chosen."""
-    few = np.sort(rows)[np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)]
-    return hashlib.sha256(np.ascontiguousarray(store.read(few)).tobytes()).hexdigest()[:16]
+    """A digest of the features of at most _SAMPLED of these rows, evenly spaced."""
+    positions = np.linspace(0, len(rows) - 1, min(_SAMPLED, len(rows))).astype(int)
+    features = store.read(np.sort(rows)[positions])
+    return hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()[:16]
 
 
 def choose_or_continue(
-    videos: FeatureStore | ListedVideos,
+    videos: Videos,
     options: "SplitOptions",
     seed: int,
     out: Path,
     last: "Checkpoint | None",
 ) -> Chosen:
-    """The rows of a new run; or, for a run that goes on from `last`, exactly those that it was
-    begun with, by id.
+    """The rows of a new run; or, for a run that resumes from `last`, its recorded videos by id.
 
-    InputError if a video of the run is no longer there, or if its label, split or group is another
-    now.
+    InputError if a recorded video is gone, or if its label, split or group changed.
     """
     if last is None:
-        return Chosen(*choose_rows(videos, options, seed))
+        return choose_rows(videos, options, seed)
     assert last.data is not None
     path = out / VIDEOS
     content = path.read_bytes() if path.is_file() else b""
@@ -143,67 +124,59 @@ def choose_or_continue(
         raise InputError(
             f"{path} is not the list of videos that {out} was trained on; restore it, or {_REMEDY}"
         )
-    recorded = list(
-        csv.reader(io.StringIO(content.decode("utf-8", "surrogateescape"), newline=""))
-    )[1:]
+    text = io.StringIO(content.decode("utf-8", "surrogateescape"), newline="")
+    recorded = list(csv.reader(text))[1:]
     row_of = {name: row for row, name in enumerate(videos.ids.tolist())}
     lines = _changes(videos, recorded, row_of)
     if lines:
         raise other_data(out, videos.path, lines)
-    rows = {
-        role: np.array([row_of[row[0]] for row in recorded if row[-1] == role])
+    train, validate = (
+        np.array([row_of[row[0]] for row in recorded if row[-1] == role])
         for role in ("train", "validate")
-    }
-    description = f"{len(rows['train']):,} to train, {len(rows['validate']):,} to validate, as recorded in {path}"
+    )
+    description = f"{len(train):,} to train, {len(validate):,} to validate, as recorded in {path}"
     try:
         now = choose_rows(videos, options, seed)
-        added = len(set(np.concatenate(now[:2]).tolist()) - {row_of[row[0]] for row in recorded})
-    except InputError:  # no run could begin on them
-        added = 0
-    if added:
+        added = np.setdiff1d(np.concatenate(now[:2]), np.concatenate([train, validate]))
+    except InputError:  # no new run could begin on the current videos
+        added = np.empty(0)
+    if len(added):
         description += (
-            f"; {added:,} videos that {videos.path} has besides are left out: "
+            f"; {len(added):,} new videos of {videos.path} are left out: "
             "give another --out to train on them too"
         )
-    return Chosen(rows["train"], rows["validate"], description)
-
-
-_REMEDY = "give another --out to train on what there is now"
+    return Chosen(train, validate, description)
 
 
 def other_data(out: Path, now: str, lines: Sequence[str]) -> InputError:
-    """For a run that cannot go on with what there is now."""
-    listed = "\n  ".join([*lines[:10], *[f"... and {len(lines) - 10:,} more"] * (len(lines) > 10)])
+    """The error for a run that cannot be resumed, because its data changed in these ways."""
+    more = f"\n  ... and {len(lines) - 10:,} more" if len(lines) > 10 else ""
+    changes = "\n  ".join(lines[:10])
     return InputError(
-        f"{out} was trained on something else than {now} holds now:\n  {listed}\n"
-        f"restore what it was trained on to go on with it, or {_REMEDY}"
+        f"{out} was trained on other data than {now} holds now:\n  {changes}{more}\n"
+        f"restore that data to resume the run, or {_REMEDY}"
     )
 
 
 def _changes(
-    videos: FeatureStore | ListedVideos, recorded: Sequence[Sequence[str]], row_of: dict[str, int]
+    videos: Videos, recorded: Sequence[Sequence[str]], row_of: dict[str, int]
 ) -> list[str]:
-    """What differs of the recorded videos now, one line each."""
-    gone = [row[0] for row in recorded if row[0] not in row_of]
-    lines = [f"{len(gone):,} of its videos are no longer there: {first_few(gone)}"] if gone else []
+    """The changes of the recorded videos, one line each."""
     present = [row for row in recorded if row[0] in row_of]
     rows = np.array([row_of[row[0]] for row in present], int)
-    failed = [
-        row[0]
-        for row in np.array(present, object)[videos.status[rows] == FAILED]
-        if row[-1] == "train"
+    ids, roles = (np.array([row[column] for row in present], object) for column in (0, -1))
+    missing = {
+        "of its videos are no longer there": [row[0] for row in recorded if row[0] not in row_of],
+        "videos it was trained on have failed since": ids[
+            (videos.status[rows] == FAILED) & (roles == "train")
+        ],
+        "of its videos are no longer listed": ids[~videos.listed[rows]],
+    }
+    lines = [
+        f"{len(names):,} {text}: {first_few(names)}"
+        for text, names in missing.items()
+        if len(names)
     ]
-    lines += (
-        [f"{len(failed):,} videos it was trained on have failed since: {first_few(failed)}"]
-        if failed
-        else []
-    )
-    dropped = [row[0] for row in np.array(present, object)[~videos.listed[rows]]]
-    lines += (
-        [f"{len(dropped):,} of its videos are no longer listed: {first_few(dropped)}"]
-        if dropped
-        else []
-    )
     for before, now in zip(present, _recorded(videos, rows), strict=True):
         lines += [
             f"{before[0]}: {name} {old!r} when it was trained, {new!r} now"
@@ -216,88 +189,90 @@ def _changes(
 def refuse_other_data(
     out: Path,
     last: "Checkpoint",
-    videos: FeatureStore | ListedVideos,
+    videos: Videos,
     features: dict[str, Any],
     data: dict[str, Any],
 ) -> None:
-    """InputError naming what differs between the record of the last checkpoint and that of the same
-    run now.
+    """InputError naming the differences between the last checkpoint and the same run now.
 
-    `features` is the provenance and `data` the `record` of now. Another version of the program is
-    said.
+    `features` is the current provenance, `data` the current `record`. Another version of the
+    program is printed, not refused.
     """
     assert last.data is not None
     lines = []
     if last.classes != list(videos.classes):
-        ours, theirs = set(last.classes), set(videos.classes)
-        what = f"new: {first_few(sorted(theirs - ours))}; gone: {first_few(sorted(ours - theirs))}"
-        what = "the same names in another order" if ours == theirs else what
+        before, now = set(last.classes), set(videos.classes)
+        if before == now:
+            change = "the same names in another order"
+        else:
+            gone = first_few(sorted(before - now))
+            change = f"new: {first_few(sorted(now - before))}; gone: {gone}"
         lines.append(
-            f"{len(last.classes)} classes when it was trained, {len(videos.classes)} now ({what})"
+            f"{len(last.classes)} classes when it was trained, {len(videos.classes)} now ({change})"
         )
-    lines += difference({"made by": last.features}, {"made by": features})
-    words = {"features": "contents", "init": "the checkpoint of --init", "recipe": "recipe"}
-    for name, meaning in words.items():
-        lines += difference({meaning: last.data[name]}, {meaning: data[name]})
+    then = "when it was trained"
+    lines += difference({"made by": last.features}, {"made by": features}, then=then)
+    titles = {"features": "contents", "init": "the checkpoint of --init", "recipe": "recipe"}
+    for name, title in titles.items():
+        lines += difference({title: last.data[name]}, {title: data[name]}, then=then)
     if lines:
-        raise other_data(
-            out,
-            videos.path,
-            [line.replace(" in the store", " when it was trained") for line in lines],
-        )
-    say_other_version(last.data["version"])
+        raise other_data(out, videos.path, lines)
+    print_other_version(last.data["version"])
 
 
-def say_other_version(recorded: str) -> None:
-    """Note it if a run goes on with another version of the program than it was begun with."""
+def print_other_version(recorded: str) -> None:
+    """Print a note if the program has another version than when the run was begun."""
     if recorded != (now := importlib.metadata.version("hgnl-video")):
         print(f"note      begun with version {recorded} of this program, goes on with {now}")
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
+# -- scores ----------------------------------------------------------------------------------------
 
 
-def rows_of_role(
-    checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, role: str
-) -> np.ndarray:
-    """Rows of `videos` that the checkpoint's run trained on ("train") or validated on ("validate"),
-    by id.
+def rows_of_role(checkpoint: "Checkpoint", videos: Videos, role: str) -> np.ndarray:
+    """Rows of `videos` that the checkpoint's run trained on ("train") or validated on ("validate").
 
-    InputError if the checkpoint does not record them, or if some are not there.
+    InputError if the checkpoint does not record them, or if some are missing.
     """
     if checkpoint.data is None:
         raise InputError(
-            f"{checkpoint.path} does not record which videos it was trained on (it is of an earlier version); name a "
-            "split instead"
+            f"{checkpoint.path} does not record which videos it was trained on (it is of an "
+            "earlier version); name a split instead"
         )
-    wanted = checkpoint.data[role][:, 0].numpy()
-    ids = np.array([_hash(name) for name in videos.ids.tolist()], np.int64)
-    rows = np.flatnonzero(np.isin(ids, wanted) & videos.listed)
-    if len(rows) < len(wanted):
+    recorded = checkpoint.data[role][:, 0].numpy()
+    hashed = np.array([_hash(name) for name in videos.ids.tolist()], np.int64)
+    rows = np.flatnonzero(np.isin(hashed, recorded) & videos.listed)
+    if len(rows) < len(recorded):
         raise InputError(
-            f"{videos.path} holds {len(rows):,} of the {len(wanted):,} videos that {checkpoint.path} was validated on; "
-            "give the store or folder that it was trained on, or --split"
+            f"{videos.path} holds {len(rows):,} of the {len(recorded):,} videos that "
+            f"{checkpoint.path} was validated on; give the store or folder that it was trained "
+            "on, or --split"
         )
     return rows
 
 
 def trained_on(
-    checkpoint: "Checkpoint", videos: FeatureStore | ListedVideos, rows: np.ndarray
+    checkpoint: "Checkpoint", videos: Videos, rows: np.ndarray
 ) -> tuple[int | None, list[str]]:
-    """How many of these rows the checkpoint was trained on (None: it does not say), and the ids of
-    those of its videos whose label, split or group is another now."""
+    """How many of these rows the checkpoint was trained on, and which of its videos changed.
+
+    The number is None if the checkpoint does not record it; the ids are those of videos whose
+    label, split or group changed.
+    """
     if checkpoint.data is None:
         return None, []
-    now = hashes(columns_of(videos, rows)).numpy()
+    ids, contents = hashes(videos, rows).numpy().T
     train, validate = (checkpoint.data[role].numpy() for role in ("train", "validate"))
-    both = np.concatenate([train, validate])
-    changed = np.isin(now[:, 0], both[:, 0]) & ~np.isin(now[:, 1], both[:, 1])
-    return int(np.isin(now[:, 0], train[:, 0]).sum()), videos.ids[rows[changed]].tolist()
+    recorded_ids, recorded_contents = np.concatenate([train, validate]).T
+    changed = np.isin(ids, recorded_ids) & ~np.isin(contents, recorded_contents)
+    return int(np.isin(ids, train[:, 0]).sum()), videos.ids[rows[changed]].tolist()
 
 
-def contents_of(store: FeatureStore | ListedVideos) -> dict[str, str]:
-    """Digests of what a store lists and of how it was made, one for each part, and of some of its
-    features; of a listing, of its files."""
+def contents_of(store: Videos) -> dict[str, str]:
+    """Digests of a store's columns, provenance and features, or of a listing's columns and files.
+
+    One per part, so that a message can name the parts that changed; of the features only a sample.
+    """
     parts: dict[str, bytes] = {}
     for name in ("ids", "splits", "groups", "classes"):
         parts[name] = "\0".join(getattr(store, name)).encode("utf-8", "surrogateescape")

@@ -1,49 +1,28 @@
-"""Groups of options that commands share, so that a flag means the same everywhere (tyro makes the
-flags)."""
+"""Option groups that commands share, so that a flag means the same everywhere.
 
+tyro makes the flags from the fields and their help from the docstrings. No torch at import time.
+"""
+
+import inspect
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, make_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, make_dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from aggregate.training.recipes import head_options
 from extract import InputError
+from extract.commands import flag_of, spaced
+
+if TYPE_CHECKING:
+    from extract.store import FeatureStore
 
 Aggregator = Literal[
     "tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"
 ]
-# The flags that are an aggregator's own; to all others they mean nothing.
-AGGREGATOR_FLAGS: dict[str, tuple[str, ...]] = {
-    "hgnl": (
-        "g1",
-        "g2",
-        "m1",
-        "shared",
-        "norm",
-        "attention",
-        "normalize",
-        "start",
-        "scale_init",
-        "scale_scores",
-    ),
-    "nl": ("m1", "normalize", "start", "scale_init", "scale_scores"),
-    "gru": ("m1",),
-    "attentive": ("depth", "heads", "frame_time"),
-    "attentive-time": ("depth", "heads"),
-    "nextvlad": ("clusters", "groups", "expansion"),
-}
-WEIGHT_SEMANTICS = (
-    "norm",
-    "attention",
-    "normalize",
-)  # the same weights under another of these are another model
-HEAD_FLAGS = tuple(dict.fromkeys(flag for own in AGGREGATOR_FLAGS.values() for flag in own))
-
-
-def foreign_flags(aggregator: str) -> set[str]:
-    """Flags of other aggregators that mean nothing to this one."""
-    return set(HEAD_FLAGS) - set(AGGREGATOR_FLAGS.get(aggregator, ()))
+# The same weights with another value of one of these are another model.
+WEIGHT_SEMANTICS = ("norm", "attention", "normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +34,8 @@ class SplitOptions:
     val_groups: tuple[str, ...] = ()
     """Validate on these groups (subjects, sources), train on all others."""
     val_fraction: float = 0.2
-    """How much to hold out, by the seed, where there is no validation split; whole groups where
-    they are known."""
+    """Fraction to hold out, by the seed, if there is no validation split; whole groups if the store
+    has groups."""
     allow_missing_classes: bool = False
     """Train although some classes have no example."""
 
@@ -75,7 +54,7 @@ class HeadOptions:
     shared: bool = False
     """hgnl: one set of weights for all groups."""
     norm: Literal["none", "n", "n_over_train"] | None = None
-    """hgnl: what the ReLU map is divided by (default of this and the four below: the recipe's)."""
+    """hgnl: divisor of the ReLU map (the default of this and the four below is the recipe's)."""
     attention: Literal["relu", "softmax"] | None = None
     """hgnl: how scores become weights; the paper's is relu."""
     normalize: bool | None = None
@@ -96,16 +75,19 @@ class HeadOptions:
     clusters: int = 16
     """nextvlad: cluster centers; 128 in its paper, on 5 million videos."""
     groups: int = 8
-    """nextvlad: groups of channels, each with an attention of its own."""
+    """nextvlad: groups of channels, each with its own attention."""
     expansion: int = 2
-    """nextvlad: what the width is multiplied by first."""
+    """nextvlad: factor by which the width is expanded first."""
     frames: int = 3
-    """Segments of a video, in training and in the validation of each epoch."""
+    """Segments per video, in training and in the validation of each epoch."""
+
+
+HEAD_FLAGS = tuple(field.name for field in fields(HeadOptions) if field.name != "frames")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleOptions:
-    """What of a recipe can be changed; None keeps the recipe's own."""
+    """The parts of a recipe that can be changed; None keeps the recipe's own."""
 
     optimizer: Literal["sgd", "adamw"] | None = None
     """Default: the recipe's, as for all below."""
@@ -126,97 +108,172 @@ class ScheduleOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class CachedOptions:
-    """What can be changed of training on cached features."""
+    """The parts of training on cached features that can be changed."""
 
     balance: Literal["none", "sampler", "loss"] = "none"
     """sampler: batches hold all classes equally often; loss: rare classes weigh more, by their
     effective number."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of matrix products in training; auto: bf16 if the device is fast at it and batches are
-    large."""
+    """Precision of matrix products in training; auto: bf16 if the device is fast at it and batches
+    are large."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlaceOptions:
-    """Where a store's features lie, and what computes."""
+class DeviceOptions:
+    """Where a store's features are kept, and which device computes."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     placement: Literal["auto", "device", "memory", "mmap"] = "auto"
-    """Where features lie while they are read; auto chooses by size."""
+    """Where features are kept while they are read; auto chooses by size."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """Where videos come from, and who decodes them."""
+    """Where videos are found, and how they are decoded."""
 
     root: Path | None = None
-    """With a CSV as --videos: the folder its videos lie in."""
+    """With a CSV as --videos: the folder its videos are in."""
     labels: str = "auto"
     """With --videos: auto, kinetics700, or a file of lines."""
     decode_workers: int | None = None
-    """With --videos: decoding processes (default: the cores there are)."""
+    """With --videos: decoding processes (default: one per core)."""
     video_timeout: float = 60.0
     """With --videos: seconds after which one is given up, plus one for each 10 s of video."""
 
 
-def listed(*groups: type) -> Any:
-    """A dataclass with a list of values for each option of `groups`; an empty one is the option's
-    default None."""
-    made: list[tuple[str, Any, Any]] = []
+@dataclass(frozen=True)
+class TrainOptions(HeadOptions, ScheduleOptions, CachedOptions, SplitOptions, DeviceOptions):
+    """Train an aggregator and its classifier on cached features; run again to resume."""
+
+    agg: Aggregator
+    """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive
+    V-JEPA's probe."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store of `python -m extract`; several are joined by id, their channels side by
+    side."""
+    out: Path | None = None
+    """The run folder (default: runs/AGG)."""
+    init: Path | None = None
+    """A checkpoint to start from; classifier rows carry over by class name."""
+    recipe: Literal["cached", "paper"] = "cached"
+    """cached: works best on a frozen backbone; paper: iQIYI's schedule."""
+    control: bool = False
+    """Also train the TSN of --init for as many more epochs, the control the paper lacks."""
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs") / self.agg
+
+
+def as_lists(*groups: type) -> Any:
+    """A dataclass with a tuple of values for each option of `groups`.
+
+    An empty tuple means the option's default None.
+    """
+    columns: list[tuple[str, Any, Any]] = []
     for group in groups:
-        for one in fields(group):
-            kind: Any = get_type_hints(group)[one.name]
-            kind = get_args(kind)[0] if type(None) in get_args(kind) else kind
-            default: tuple = () if one.default is None else (one.default,)
+        hints = get_type_hints(group)
+        for field in fields(group):
+            kind: Any = hints[field.name]
+            if type(None) in get_args(kind):
+                kind = get_args(kind)[0]
+            default: tuple = () if field.default is None else (field.default,)
             if kind is bool:  # `--shared false true`
-                kind, default = (
-                    Literal["false", "true"],
-                    tuple(str(value).lower() for value in default),
-                )
-            made.append((one.name, tuple[kind, ...], default))  # type: ignore[valid-type]
-    return make_dataclass("Lists", made, bases=groups, frozen=True, kw_only=True)
+                kind = Literal["false", "true"]
+                default = tuple(str(value).lower() for value in default)
+            columns.append((field.name, tuple[kind, ...], default))  # type: ignore[valid-type]
+    return make_dataclass("Lists", columns, bases=groups, frozen=True, kw_only=True)
+
+
+def to_json(options: Any) -> dict[str, Any]:
+    """A command's options as they are read back from JSON."""
+    return json.loads(json.dumps(asdict(options), default=str))
 
 
 def changes_of(options: ScheduleOptions) -> dict[str, Any]:
-    """What `options` change of a recipe, as keywords of `aggregate.training.recipes.recipe`."""
+    """The changes that `options` make to a recipe, as keywords of
+    `aggregate.training.recipes.recipe`."""
     groups = [group for group in (ScheduleOptions, CachedOptions) if isinstance(options, group)]
-    return {one.name: getattr(options, one.name) for group in groups for one in fields(group)}
+    return {field.name: getattr(options, field.name) for group in groups for field in fields(group)}
+
+
+# -- options of an aggregator ----------------------------------------------------------------------
+
+
+@cache
+def own_flags(aggregator: str) -> tuple[str, ...]:
+    """The flags of `HeadOptions` that are arguments of this aggregator."""
+    from aggregate.models import AGGREGATORS
+
+    arguments = inspect.signature(AGGREGATORS[aggregator]).parameters
+    return tuple(flag for flag in HEAD_FLAGS if _argument(flag) in arguments)
+
+
+def unused_flags(aggregator: str) -> list[str]:
+    """The flags of `HeadOptions` that do not apply to this aggregator."""
+    return [flag for flag in HEAD_FLAGS if flag not in own_flags(aggregator)]
+
+
+def _argument(flag: str) -> str:
+    return "inner_dim" if flag == "m1" else flag
 
 
 def aggregator_options(
     name: str, options: HeadOptions, init: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Those of the flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
+    """The flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
 
-    Of what is not given, that of the model it starts from (`init`, its options) stays where it is
-    of the same kind, for its weights mean nothing otherwise; the rest is the recipe's. InputError
-    for a flag given to an aggregator that does not have it.
+    An option that is not given comes from the recipe. Only WEIGHT_SEMANTICS come from the model it
+    starts from, if that is of the same kind: `init` are that model's options. InputError for a flag
+    that is given to an aggregator without it.
     """
-    foreign = foreign_flags(name)
-    for one in fields(HeadOptions):
-        value = getattr(options, one.name)
-        if one.name in foreign and value != one.default:
-            raise InputError(
-                f"--{one.name.replace('_', '-')} {value} means nothing to --agg {name}"
-            )
-    own = AGGREGATOR_FLAGS.get(name, ())
-    asked = {"inner_dim" if flag == "m1" else flag: getattr(options, flag) for flag in own}
-    recipe: Any = getattr(options, "recipe", "paper")  # end-to-end training has no other
-    theirs = (
-        {flag: init.get(flag) for flag in WEIGHT_SEMANTICS}
-        if init is not None and init["name"] == name
-        else {}
-    )
-    asked = {flag: theirs.get(flag) if value is None else value for flag, value in asked.items()}
-    chosen = head_options(
-        recipe, name, {flag: value for flag, value in asked.items() if value is not None}
-    )
+    for flag in unused_flags(name):
+        value = getattr(options, flag)
+        if value != getattr(HeadOptions, flag):
+            raise InputError(f"{flag_of(flag)} {value} does not apply to --agg {name}")
+    inherited = init if init is not None and init["name"] == name else {}
+    chosen: dict[str, Any] = {}
+    for flag in own_flags(name):
+        value = getattr(options, flag)
+        if value is None and flag in WEIGHT_SEMANTICS:
+            value = inherited.get(flag)
+        if value is not None:
+            chosen[_argument(flag)] = value
+    # End-to-end training has no option `recipe`: it always follows the paper's.
+    chosen = head_options(getattr(options, "recipe", "paper"), name, chosen)
     if name == "hgnl":
         chosen["train_frames"] = options.frames
     return chosen
 
 
-def plain(options: Any) -> dict[str, Any]:
-    """A command's options as JSON keeps them."""
-    return json.loads(json.dumps(asdict(options), default=str))
+# -- options that depend on a store ----------------------------------------------------------------
+
+
+def limit_frames(options: Any, store: "FeatureStore") -> Any:
+    """`options` with at most as many --frames as are stored, if --frames is the default.
+
+    A number that the user gave is not changed.
+    """
+    default, stored = HeadOptions.frames, store.frames_per_video
+    if stored >= default or options.frames not in (default, (default,)):
+        return options
+    print(
+        f"frames    {store.path} holds {stored} per video, so models train with {stored} instead "
+        f"of {default}"
+    )
+    return replace(options, frames=stored if options.frames == default else (stored,))
+
+
+def clip_segments(requested: Sequence[int], store: "FeatureStore") -> list[int]:
+    """The distinct requested numbers of segments, each at most the number of stored frames."""
+    stored = store.frames_per_video
+    if min(requested, default=0) < 1:
+        raise InputError(f"--segments {spaced(requested)}: each must be at least 1")
+    if max(requested) > stored:
+        print(
+            f"{store.path} holds {stored} frames per video, so {max(requested)} segments become "
+            f"{stored}"
+        )
+    return sorted({min(segments, stored) for segments in requested})

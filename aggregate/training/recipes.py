@@ -1,12 +1,12 @@
-"""Recipes: optimizer, learning rate over epochs, which parameters decay, and how heads of attention
-begin."""
+"""Recipes: optimizer, learning rate schedule, weight decay, and the defaults of attention heads."""
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract import InputError
+from extract.cli import check_ranges
 from extract.lazy_dynamo import defer_dynamo_import
 
 if TYPE_CHECKING:
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_UNUSED = (0, False, (), "none", "auto")  # values that have no effect, in the text of a recipe
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained. `lr` falls by 10 at each of `milestones` (0-based epochs), or along a
-    cosine to 0."""
+    """How a model is trained.
+
+    `lr` is divided by 10 at each of `milestones` (0-based epochs), or falls to 0 along `decay`.
+    """
 
     optimizer: Literal["sgd", "adamw"]
     lr: float
@@ -25,50 +30,32 @@ class Recipe:
     epochs: int
     batch_size: int
     dropout: float
-    milestones: tuple[int, ...] = ()  # empty: by `decay`
-    decay: Literal["cosine", "linear"] = "cosine"  # to 0 at the end
+    milestones: tuple[int, ...] = ()  # empty: `decay` applies
+    decay: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.0  # epochs of linear warm-up
-    clip: float = 0.0  # largest norm of the gradient; 0: not clipped
+    clip: float = 0.0  # largest norm of the gradient; 0: no clipping
     standardize: bool = False  # batch norm without parameters before the classifier
     label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
     balance: Literal["none", "sampler", "loss"] = "none"
-    precision: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # of matrix products; auto: bf16 on a GPU, else fp32
-    )
+    # Of matrix products; auto: bf16 on a GPU, else fp32.
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "batch_size"):
-            if getattr(self, name) <= 0:
-                raise InputError(
-                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be above 0"
-                )
-        if self.weight_decay < 0:
-            raise InputError(f"--weight-decay is {self.weight_decay}; it must not be below 0")
-        if self.warmup < 0:
-            raise InputError(f"--warmup is {self.warmup:g}; it is a number of epochs, from 0 on")
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(
-                f"--label-smoothing is {self.label_smoothing:g}; it is a fraction, from 0 to below 1"
-            )
+        check_ranges(self)
+        if self.label_smoothing == 1:
+            raise InputError("--label-smoothing 1: expected less than 1, or labels have no effect")
 
     def __str__(self) -> str:
-        falls = (
-            f"/10 at epochs {', '.join(map(str, self.milestones))}"
-            if self.milestones
-            else self.decay
-        )
-        warm = f", {self.warmup:g} epochs of warm-up" if self.warmup else ""
-        return (
-            f"{self.optimizer}, lr {self.lr:g} {falls}{warm}, weight decay {self.weight_decay:g}, "
-            f"{self.epochs} epochs of batches of {self.batch_size}, dropout {self.dropout:g}"
-            f"{', features standardized' if self.standardize else ''}"
-            f"{f', label smoothing {self.label_smoothing:g}' if self.label_smoothing else ''}"
-            f"{f', classes balanced by the {self.balance}' if self.balance != 'none' else ''}"
-            f"{f', {self.precision} products' if self.precision != 'auto' else ''}"
+        """`optimizer sgd, lr 0.01, weight decay 0.0005, ...`: all values but unused ones."""
+        values = {field.name.replace("_", " "): getattr(self, field.name) for field in fields(self)}
+        if self.milestones:
+            del values["decay"]
+        return ", ".join(
+            f"{name} {value}" for name, value in values.items() if value not in _UNUSED
         )
 
     def factor(self, epoch: float) -> float:
-        """What `lr` is multiplied by at `epoch` (with its fraction)."""
+        """The factor of `lr` at `epoch`, which may be fractional."""
         if epoch < self.warmup:
             return (epoch + 1e-3) / self.warmup
         if self.milestones:
@@ -77,8 +64,7 @@ class Recipe:
         return 1 - done if self.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-# iQIYI's schedule (section 2 of the paper) with tsn-pytorch's values for what it leaves out (FACTS
-# 3).
+# iQIYI's schedule (section 2 of the paper), with tsn-pytorch's values for those it does not give.
 _PAPER = Recipe(
     optimizer="sgd",
     lr=1e-3,
@@ -99,7 +85,7 @@ _PAPER_STNET = Recipe(
     dropout=0.5,
     milestones=(7, 13),
 )
-# For a frozen backbone; chosen on real features: EVIDENCE.md.
+# For a frozen backbone, chosen on real features (EVIDENCE.md).
 _CACHED = Recipe(
     optimizer="sgd",
     lr=1e-2,
@@ -111,45 +97,45 @@ _CACHED = Recipe(
     clip=5.0,
     standardize=True,
 )
+_PAPER_BY_HEAD = {"nl": _PAPER_NON_LOCAL, "hgnl": _PAPER_NON_LOCAL, "stnet": _PAPER_STNET}
+# A larger learning rate is 6 to 7 points better inside training parts (LOG.md).
+_CACHED_BY_HEAD = dict.fromkeys(("attentive", "attentive-time"), replace(_CACHED, lr=3e-2))
 _LARGE_BATCH = 128
 _BETA = 0.999
-# What training on cached features needs of NL and HG-NL, so that attention is used after few steps.
-# Everything else is the paper's: HG-NL has eq. 7's ReLU, NL eq. 3's softmax.
+# NL and HG-NL on cached features need these options, or attention stays unused in so few steps.
+# All other options are the paper's: HG-NL has the ReLU of eq. 7, NL the softmax of eq. 3.
 _CACHED_NON_LOCAL = {"normalize": True, "start": "average", "scale_init": 1.0}
 
 
 def head_options(
-    name: Literal["cached", "paper"], aggregator: str, asked: dict[str, Any]
+    name: Literal["cached", "paper"], aggregator: str, changes: dict[str, Any]
 ) -> dict[str, Any]:
-    """The options of an aggregator under the recipe `name`: those `asked` for, and the recipe's for
-    the others."""
-    own: dict[str, Any] = {}
+    """The options of an aggregator under the recipe `name`: the recipe's, then `changes`."""
+    defaults: dict[str, Any] = {}
     if name == "cached" and aggregator in ("nl", "hgnl"):
-        own |= _CACHED_NON_LOCAL
-        if aggregator == "hgnl" and asked.get("attention", "relu") == "relu":
-            own["norm"] = "n_over_train"  # the un-normalized map of 25 frames is 8 times that of 3
-    return own | asked
+        defaults |= _CACHED_NON_LOCAL
+        if aggregator == "hgnl" and changes.get("attention", "relu") == "relu":
+            # The map of 25 frames, not divided by their number, is 8 times that of 3.
+            defaults["norm"] = "n_over_train"
+    return defaults | changes
 
 
 def recipe(
     name: Literal["cached", "paper"], aggregator: str, *, videos: int, **changes: Any
 ) -> Recipe:
-    """The recipe `name` for an aggregator, with what is not None in `changes` instead of its
-    own.
+    """The recipe `name` for an aggregator, changed by those `changes` that are not None.
 
-    A change of `epochs` moves the milestones along. "cached" takes smaller batches where there are
-    few `videos`, so that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
+    A change of `epochs` moves the milestones along. With few `videos`, "cached" takes smaller
+    batches, so that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
     """
-    cached = dict.fromkeys(
-        ("attentive", "attentive-time"), replace(_CACHED, lr=3e-2)
-    )  # 6 to 7 points better inside training parts (LOG.md)
-    paper = {"nl": _PAPER_NON_LOCAL, "hgnl": _PAPER_NON_LOCAL, "stnet": _PAPER_STNET}
-    chosen = cached.get(aggregator, _CACHED) if name == "cached" else paper.get(aggregator, _PAPER)
     if name == "cached":
+        chosen = _CACHED_BY_HEAD.get(aggregator, _CACHED)
         power_of_two = 1 << max(videos // 16, 1).bit_length() - 1
         chosen = replace(chosen, batch_size=min(max(power_of_two, 16), chosen.batch_size))
+    else:
+        chosen = _PAPER_BY_HEAD.get(aggregator, _PAPER)
     changes = {key: value for key, value in changes.items() if value is not None}
-    if "decay" in changes:  # instead of steps
+    if "decay" in changes:  # replaces the milestones
         changes["milestones"] = ()
     elif "epochs" in changes and chosen.milestones:
         moved = (round(epoch * changes["epochs"] / chosen.epochs) for epoch in chosen.milestones)
@@ -157,26 +143,27 @@ def recipe(
     return replace(chosen, **changes)
 
 
-def choose_precision(name: str, device: "torch.device", batch_size: int) -> str:
-    """The precision of products that "auto" stands for, a function of the device and of nothing
-    that changes with load.
+def choose_precision(name: str, device: "torch.device", batch_size: int = 1) -> str:
+    """The precision of matrix products; "auto" depends on the device only, not on its load.
 
-    bf16 on a GPU, and for large batches on a CPU that multiplies bf16: small ones spend more time
-    on casting weights.
+    auto is bf16 on a GPU, and for large batches on a CPU with bf16 instructions: small batches
+    would spend more time on casting weights than they save.
     """
     import torch
 
     if name != "auto":
         return name
-    if device.type == "cpu":
-        fast = batch_size >= _LARGE_BATCH and torch.cpu._is_avx512_bf16_supported()
-        return "bf16" if fast else "fp32"
-    return "bf16" if device.type == "cuda" else "fp32"
+    fast = device.type == "cuda" or (
+        device.type == "cpu"
+        and batch_size >= _LARGE_BATCH
+        and torch.cpu._is_avx512_bf16_supported()
+    )
+    return "bf16" if fast else "fp32"
 
 
 def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
-    """Weights of the classes in the loss, of mean 1 over those that have videos; None if they are
-    not balanced so.
+    """Weights of the classes in the loss; their mean over classes with videos is 1. None unless
+    `balance` is "loss".
 
     The inverse of the effective number (1 - b^n) / (1 - b) of n videos, b = 0.999 (Cui et al. 2019,
     eq. 2).
@@ -189,15 +176,15 @@ def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
 
 
 def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim.Optimizer":
-    """The optimizer over parameter groups of `parameter_groups`.
+    """The optimizer over the groups of `parameter_groups`.
 
-    Fused: one pass over weights, gradients and momentum, which on a CPU is most of a small batch's
-    step.
+    It is fused, one pass over weights, gradients and momentum: on a CPU the optimizer takes most of
+    the step of a small batch.
     """
     import torch
 
     defer_dynamo_import()
-    fused = groups[0]["params"][0].device.type != "meta"  # which has no such kernel
+    fused = groups[0]["params"][0].device.type != "meta"  # meta has no fused kernel
     if chosen.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=chosen.lr, momentum=0.9, fused=fused)
     return torch.optim.AdamW(groups, lr=chosen.lr, fused=fused)
@@ -206,10 +193,10 @@ def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim
 def parameter_groups(
     module: "nn.Module", chosen: Recipe, *, lr_scale: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Matrices and kernels decay; biases, norms and the scale s of NL and HG-NL (FACTS 1, no. 3) do
-    not.
+    """Groups with and without weight decay: matrices and kernels decay; biases, norms and the scale
+    s of NL and HG-NL do not.
 
-    `lr_scale` is kept in each group: `set_lr` multiplies by it (layer-wise learning rates).
+    Each group keeps `lr_scale`, by which `set_lr` multiplies (layer-wise learning rates).
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
@@ -224,7 +211,9 @@ def parameter_groups(
 
 
 def set_lr(optimizer: "torch.optim.Optimizer", chosen: Recipe, epoch: float) -> None:
-    """Set every group's learning rate for `epoch` (with its fraction): a function of it, so that
-    resuming is exact."""
+    """Set each group's learning rate for `epoch`, which may be fractional.
+
+    It is a function of the epoch only, so that resuming is exact.
+    """
     for group in optimizer.param_groups:
         group["lr"] = chosen.lr * chosen.factor(epoch) * group["lr_scale"]

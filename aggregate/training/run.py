@@ -1,5 +1,12 @@
-"""A run in its folder: options.json, metrics.csv, TensorBoard's events, best.pt, last.pt,
-results.json."""
+"""A training run in its folder.
+
+options.json    the options of the command
+videos.csv      the videos of the run (aggregate/training/manifest.py)
+metrics.csv     a row per epoch; the same numbers go to TensorBoard's events
+best.pt         each learner at its best epoch (baseline.pt, control.pt)
+last.pt         the state after the last epoch, to resume from
+results.json    the final table
+"""
 
 import json
 from collections.abc import Sequence
@@ -11,38 +18,30 @@ import numpy as np
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
+from aggregate.inference import attention_text
 from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarize
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
 from aggregate.training.manifest import VIDEOS
-from aggregate.training.options import plain
-from aggregate.training.sources import Source, attention_text
+from aggregate.training.options import to_json
+from aggregate.training.sources import Source
 from extract import InputError
 from extract.cli import progress
 from extract.durable import LOCK, is_leftover, os_errors_as_run_error, replace_file
 from extract.store import difference
 
-# Below this |s F_o| / |F| attention changes nothing that matters.
-
-
-# Where a command may go on with another value: they say where and how fast, not what.
+# Options that may change when a run is resumed.
 _FREE_ON_RESUME = {
-    "out",
-    "device",
-    "placement",
-    "at_once",
-    "workers",
-    "address",
-    "decode_workers",
+    # Where and how fast to compute.
+    *("out", "device", "placement", "at_once", "workers", "address", "decode_workers"),
     "micro_batch",
+    # Paths: the contents of these files are compared instead (aggregate/training/manifest.py).
+    *("features", "init", "videos", "root", "labels"),
+    "version",
 }
-# Where things lie: what they hold is compared instead (aggregate/training/manifest.py).
-_FREE_ON_RESUME |= {"features", "init", "videos", "root", "labels", "version"}
-
-
-ANOTHER_VERSION = (
-    "{out} was begun by another version of this program, and what it left half done is not continued (its checkpoints "
+_ANOTHER_VERSION = (
+    "{out} was begun by another version of this program and cannot be resumed (its checkpoints "
     "still open); give another --out, or remove it"
 )
 
@@ -53,46 +52,47 @@ def open_folder(out: Path, options: Any) -> Checkpoint | None:
     InputError for a folder of anything else, of a run with other options, or of a run of another
     version.
     """
-    # A run that ended before its first epoch leaves nothing that others could not overwrite; one
-    # that ended while it wrote that epoch leaves checkpoints, which the same command writes again.
-    last, begun = out / "last.pt", (out / "options.json").exists()
+    # A run that ended before its first epoch leaves only files that the same command overwrites; so
+    # does one that ended while it wrote the checkpoints of that epoch.
+    last_path = out / "last.pt"
     ours = ("options.json", VIDEOS, "ray", "events.out", LOCK)
     names = [
         path.name
         for path in out.glob("*")
         if not (path.name.startswith(ours) or is_leftover(path.name))
     ]
-    foreign = [name for name in names if not name.endswith(".pt")]
-    if not last.exists() and names and (foreign or not begun):
+    begun = (out / "options.json").exists() and all(name.endswith(".pt") for name in names)
+    if names and not last_path.exists() and not begun:
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
     if names:
-        refuse_other_options(out, plain(options))
-    return _of_this_version(out, Checkpoint.load(last)) if last.exists() else None
-
-
-def _of_this_version(out: Path, last: Checkpoint) -> Checkpoint:
+        refuse_other_options(out, to_json(options))
+    if not last_path.exists():
+        return None
+    last = Checkpoint.load(last_path)
     if last.data is None or last.training is None:
-        raise InputError(ANOTHER_VERSION.format(out=out))
+        raise InputError(_ANOTHER_VERSION.format(out=out))
     return last
 
 
 def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
-    """InputError that lists what differs between `out`/options.json and `now`."""
+    """InputError that lists the differences between `out`/options.json and `now`."""
     recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
     if recorded.keys() != now.keys():
-        raise InputError(ANOTHER_VERSION.format(out=out))
+        raise InputError(_ANOTHER_VERSION.format(out=out))
     recorded, now = (
-        {k: v for k, v in side.items() if k not in _FREE_ON_RESUME} for side in (recorded, now)
+        {name: value for name, value in options.items() if name not in _FREE_ON_RESUME}
+        for options in (recorded, now)
     )
     lines = []
     if "contents_of_features" in now:
         before, after = recorded.pop("contents_of_features"), now.pop("contents_of_features")
-        if changed := [name for name in after if before.get(name) != after[name]]:
+        changed = [name for name in after if before.get(name) != after[name]]
+        if changed:
             lines.append(
-                f"the store's {', '.join(changed)} are others now "
+                f"the store's {', '.join(changed)} changed "
                 f"({before['videos']} videos then, {after['videos']} now)"
             )
-    lines += [line.replace("in the store", "in the folder") for line in difference(recorded, now)]
+    lines += difference(recorded, now, then="in the folder")
     if lines:
         raise InputError(
             f"{out} holds a run with other options or data:\n  " + "\n  ".join(lines) + "\n"
@@ -102,22 +102,20 @@ def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
 
 @dataclass
 class Run:
-    """Learners trained on one source in one folder. The first is what was asked for, the others it
-    is compared with.
+    """Learners trained on one source, in one folder.
 
-    `common` are the fields of `Checkpoint` that all share, `segments` the numbers of frames of the
-    final table, and `references` are finished models, by name, that are in that table too. Only the
-    process of rank 0 writes.
+    The first learner is the requested model, the others are those it is compared with. With several
+    processes only rank 0 writes.
     """
 
     out: Path
     options: Any
     learners: list[Learner]
     source: Source
-    common: dict[str, Any]
-    segments: Sequence[int]
-    references: dict[str, nn.Module] = field(default_factory=dict)
-    videos_csv: bytes = b""  # the list of videos, for the folder
+    common: dict[str, Any]  # fields of `Checkpoint` that all learners share
+    segments: Sequence[int]  # numbers of segments in the final table
+    baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models of that table
+    videos_csv: bytes = b""
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     _board: SummaryWriter | None = None
@@ -126,31 +124,33 @@ class Run:
         self.recipe, self.writes = self.learners[0].recipe, self.learners[0].rank == 0
 
     def _prefix(self, learner: Learner) -> str:
-        """Before a learner's columns in metrics.csv; the first one's have none."""
+        """The start of a learner's columns in metrics.csv; the first one's have none."""
         return "" if learner is self.learners[0] else f"{learner.file.removesuffix('.pt')}_"
 
     def resume(self, last: Checkpoint | None) -> None:
-        """Go on where `last` stopped."""
+        """Continue after the epoch of `last`."""
         if last is None:
             return
         assert last.training is not None
-        state = last.training
-        self.epoch, self.history = state["epoch"], state["history"]
-        for learner, kept in zip(self.learners, state["learners"], strict=True):
+        self.epoch, self.history = last.training["epoch"], last.training["history"]
+        for learner, state in zip(self.learners, last.training["learners"], strict=True):
             best = Checkpoint.load(self.out / learner.file)
             if best.data is None or best.data["videos"] != self.common["data"]["videos"]:
                 raise InputError(
-                    f"{best.path} is not of the run in {self.out}; restore it, or give another --out"
+                    f"{best.path} is not of the run in {self.out}; restore it, or give another "
+                    "--out"
                 )
-            # Defaults of a head may have changed since: its weights would mean something else.
+            # The defaults of a head may have changed since: its weights would mean something else.
             built = getattr(learner.net, "options", best.options)
-            if lines := difference({learner.name: best.options}, {learner.name: built}):
-                lines = [line.replace("in the store", "when it was begun") for line in lines]
+            lines = difference(
+                {learner.name: best.options}, {learner.name: built}, then="when it was begun"
+            )
+            if lines:
                 raise InputError(
                     f"{self.out} holds a model with other options:\n  " + "\n  ".join(lines) + "\n"
                     "give these as flags to go on with it, or another --out"
                 )
-            learner.load_state_dict(kept, best.state_dict)
+            learner.load_state_dict(state, best.state_dict)
         if self.writes:
             print(
                 f"resuming  {self.out}: {self.epoch} of {self.recipe.epochs} epochs are done",
@@ -158,13 +158,12 @@ class Run:
             )
 
     def train(self) -> None:
-        """All epochs that are left; each is on the disk before the next begins."""
+        """Train all remaining epochs; each is on disk before the next begins."""
         if self.writes:
             if not self.epoch:
                 replace_file(self.out / VIDEOS, self.videos_csv)
-            replace_file(
-                self.out / "options.json", json.dumps(plain(self.options), indent=1) + "\n"
-            )
+            options = json.dumps(to_json(self.options), indent=1)
+            replace_file(self.out / "options.json", f"{options}\n")
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
@@ -180,27 +179,37 @@ class Run:
                     )
         except KeyboardInterrupt:
             if self.writes:
-                words = (
-                    f"{self.out / 'last.pt'} holds {self.epoch} epochs, the same command resumes"
+                print(
+                    f"\nstopped; {self.out / 'last.pt'} holds {self.epoch} epochs, the same "
+                    "command resumes",
+                    flush=True,
                 )
-                print(f"\nstopped; {words}", flush=True)
             raise
         finally:
             if self._board is not None:
                 self._board.close()
 
     def end_epoch(self, epoch: int, seconds: float, waited: float) -> dict[str, Any]:
-        """Write everything that an epoch leaves; its row of metrics.csv."""
-        row: dict[str, Any] = {"epoch": epoch, "lr": self.recipe.lr * self.recipe.factor(epoch)}
-        row["seconds"], row["waited"] = round(seconds, 3), round(waited / seconds, 3)
+        """Write checkpoints and measures of an epoch; returns its row of metrics.csv."""
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": self.recipe.lr * self.recipe.factor(epoch),
+            "seconds": round(seconds, 3),
+            "waited": round(waited / seconds, 3),
+        }
         for learner in self.learners:
-            prefix, labels = self._prefix(learner), self.source.labels
-            places, classes = ranks(learner.scores, labels), learner.scores.shape[1]
-            row[f"{prefix}loss"] = learner.loss
-            row[f"{prefix}val_top1"] = float((places == 0).mean())
-            row[f"{prefix}val_top5"] = float((places < min(5, classes)).mean())
-            row[f"{prefix}val_average_error"] = float(challenge_errors(places, classes).mean())
-        row |= self.source.attention(self.learners[0].model)
+            label_ranks, classes = (
+                ranks(learner.scores, self.source.labels),
+                learner.scores.shape[1],
+            )
+            measures = {
+                "loss": learner.loss,
+                "val_top1": float((label_ranks == 0).mean()),
+                "val_top5": float((label_ranks < min(5, classes)).mean()),
+                "val_average_error": float(challenge_errors(label_ranks, classes).mean()),
+            }
+            row |= {f"{self._prefix(learner)}{name}": value for name, value in measures.items()}
+        row |= self.source.attention(self.learners[0])
         self.history.append(row)
         self.epoch = epoch + 1
         if self.writes:
@@ -228,64 +237,63 @@ class Run:
         self, learner: Learner, state: dict[str, Any], training: dict | None = None
     ) -> Checkpoint:
         row = self.history[learner.best_epoch]
-        names = ("val_top1", "val_top5", "val_average_error")
-        metrics = {name: row[f"{self._prefix(learner)}{name}"] for name in names} | {
-            "epoch": learner.best_epoch
+        metrics = {
+            name: row[f"{self._prefix(learner)}{name}"]
+            for name in ("val_top1", "val_top5", "val_average_error")
         }
+        metrics["epoch"] = learner.best_epoch
         net: Any = learner.net
         return Checkpoint(
             **self.common, options=net.options, metrics=metrics, state_dict=state, training=training
         )
 
-    # -- after -----------------------------------------------------------------------------------------------------
-
     def report(self) -> None:
-        """The final table: every model at its best epoch, with few and with all segments, and the
-        differences."""
+        """Print and write the final table: each model at its best epoch, with each number of
+        segments, and the differences to the first model."""
         for learner in self.learners:
             learner.load_best()
-        contestants = {one.name: one.model for one in self.learners} | self.references
-        names, models, labels = list(contestants), list(contestants.values()), self.source.labels
-        results: dict[str, Any] = {}
-        width = max(map(len, names))
+        first, labels, groups = self.learners[0], self.source.labels, self.source.groups
+        models = {learner.name: learner.model for learner in self.learners} | self.baselines
+        epochs = ", ".join(f"{learner.name} {learner.best_epoch + 1}" for learner in self.learners)
+        width = max(map(len, models))
         lines = [
-            f"\n{self.out}: {len(labels):,} validation videos; each model at its best epoch, chosen on the same videos "
-            f"({', '.join(f'{one.name} {one.best_epoch + 1}' for one in self.learners)})",
+            f"\n{self.out}: {len(labels):,} validation videos; each model at its best epoch, "
+            f"chosen on the same videos ({epochs})",
             f"{'model':<{width}} segments {Summary.header()}",
         ]
+        results: dict[str, Any] = {name: {} for name in models}
         for segments in self.segments:
-            logits = self.source.validate(models, segments)
-            for name, scores in zip(names, logits, strict=True):
-                summary = summarize(scores, labels, self.source.groups)
+            tested = self.source.validate(list(models.values()), segments, first)
+            logits_by_model = dict(zip(models, tested, strict=True))
+            for name, logits in logits_by_model.items():
+                summary = summarize(logits, labels, groups)
                 lines.append(f"{name:<{width}} {segments:>8} {summary}")
-                results.setdefault(name, {})[segments] = asdict(summary)
-            lines += _differences(
-                names, logits, labels, self.source.groups, f"{'':<{width}} {segments:>8}"
-            )
+                results[name][segments] = asdict(summary)
+            indent = f"{'':<{width}} {segments:>8}"
+            differences = _differences(logits_by_model, labels, groups)
+            lines += [f"{indent} {line}" for line in differences]
         lines.append(f"intervals: 95 %, bootstrap over {summary.resampled()}")
-        found = self.source.attention(models[0])
-        if "changed" in found:
-            lines.append(f"attention: {attention_text(found)}")
+        measured = self.source.attention(first)
+        if "changed" in measured:
+            lines.append(f"attention: {attention_text(measured)}")
         if self.writes:
             print("\n".join(lines))
             replace_file(self.out / "results.json", json.dumps(results, indent=1) + "\n")
-            print(
-                f"checkpoints: {', '.join(str(self.out / one.file) for one in self.learners)}",
-                flush=True,
-            )
+            files = ", ".join(str(self.out / learner.file) for learner in self.learners)
+            print(f"checkpoints: {files}", flush=True)
 
 
 def _differences(
-    names: list[str], logits: list[np.ndarray], labels: np.ndarray, groups: np.ndarray, before: str
+    logits_by_model: dict[str, np.ndarray], labels: np.ndarray, groups: np.ndarray
 ) -> list[str]:
-    """The first model minus each other, in points, paired over the same videos."""
-    places, classes = [ranks(scores, labels) for scores in logits], logits[0].shape[1]
-    correct, errors = (
-        [one == 0 for one in places],
-        [challenge_errors(one, classes) for one in places],
-    )
-    return [
-        f"{before} {names[0]} - {names[other]}: top-1 {paired_bootstrap(correct[0], correct[other], groups)}, "
-        f"average error {paired_bootstrap(errors[0], errors[other], groups)} (points)"
-        for other in range(1, len(names))
-    ]
+    """The first model minus each other one, in points, paired over the same videos."""
+    label_ranks = {name: ranks(logits, labels) for name, logits in logits_by_model.items()}
+    first, *rest = logits_by_model
+    classes = logits_by_model[first].shape[1]
+    errors = {name: challenge_errors(values, classes) for name, values in label_ranks.items()}
+    lines = []
+    for name in rest:
+        top1 = paired_bootstrap(label_ranks[first] == 0, label_ranks[name] == 0, groups)
+        error = paired_bootstrap(errors[first], errors[name], groups)
+        lines.append(f"{first} - {name}: top-1 {top1}, average error {error} (points)")
+    return lines

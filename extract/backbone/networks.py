@@ -19,6 +19,7 @@ from typing import Any
 
 from extract.cli import describe_os_error
 from extract.decode.transform import Clips, Preprocessing
+from extract.sources import sha256_of
 
 XML, BIN, RECORD = "network.xml", "network.bin", "network.json"
 
@@ -45,15 +46,15 @@ def network_key(**dependencies: Any) -> str:
     weights = dependencies["weights"]
     source = pip_weights_file(dependencies["name"]) if weights == "pretrained" else str(weights)
     if Path(source).is_file():
-        dependencies["weights"] = [Path(source).name, file_digest(Path(source))]
+        dependencies["weights"] = [Path(source).name, sha256_of(source)]
     folder = Path(dependencies["name"].removeprefix("hf/"))
     if dependencies["name"].startswith("hf/") and folder.is_dir():
         files = sorted(
             path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin")
         )
-        dependencies["folder"] = {path.name: file_digest(path) for path in files}
+        dependencies["folder"] = {path.name: sha256_of(path) for path in files}
     versions = {name: importlib.metadata.version(name) for name in ("openvino", "timm", "torch")}
-    code = {path.name: file_digest(path) for path in Path(__file__).parent.glob("*.py")}
+    code = {path.name: sha256_of(path) for path in Path(__file__).parent.glob("*.py")}
     text = json.dumps({**code, **versions, **dependencies}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -70,7 +71,7 @@ def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
     folder = _folder(key)
     try:
         content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if content.pop("digests") != {name: file_digest(folder / name) for name in (XML, BIN)}:
+        if content.pop("digests") != {name: sha256_of(folder / name) for name in (XML, BIN)}:
             return None
         preprocessing = Preprocessing(**_with_tuples(content.pop("preprocessing")))
         clips = content.pop("clips")
@@ -96,7 +97,7 @@ def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None])
         try:
             write(partial / XML)
             content = asdict(record) | {
-                "digests": {name: file_digest(partial / name) for name in (XML, BIN)}
+                "digests": {name: sha256_of(partial / name) for name in (XML, BIN)}
             }
             (partial / RECORD).write_text(json.dumps(content), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
@@ -116,11 +117,6 @@ def save_network(key: str, record: NetworkRecord, write: Callable[[Path], None])
             print(f"the converted network is not kept: {message}", file=sys.stderr)
             return None
     return folder / XML
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _with_tuples(content: dict[str, Any]) -> dict[str, Any]:

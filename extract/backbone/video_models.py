@@ -26,6 +26,7 @@ from extract.backbone.weights import (
 )
 from extract.cli import counted
 from extract.decode.transform import PerClip, Preprocessing
+from extract.sources import sha256_of
 
 # Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
 _TORCHVISION_CLIPS = {
@@ -295,8 +296,7 @@ def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Modu
     digests = []
     for file in files:
         state |= read_state_dict(file)
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
+        digests.append(sha256_of(file))
     # Of several files, the digest of their digests.
     sha256 = (
         digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

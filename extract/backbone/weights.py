@@ -8,7 +8,6 @@ into the other would load and be wrong: it is refused.
 """
 
 import argparse
-import hashlib
 import re
 import socket
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 
 from extract import InputError
 from extract.cli import counted, first_few
+from extract.sources import sha256_of
 
 # Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the
 # SHA-256's beginning.
@@ -44,8 +44,7 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
     """
     path = Path(path)
     content = _load(path)
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     given = timm.models.clean_state_dict(_state_dict(content, path))
     of_backbone = {
         key.removeprefix("backbone."): value

@@ -58,14 +58,20 @@ def real_path(store: str | Path) -> str:
     return str(store) if real == os.path.abspath(store) else real
 
 
-def difference(recorded: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> list[str]:
-    """What differs between two provenance records, one line each: `weights.sha256: 12ab in the
-    store, 34cd now`."""
+def difference(
+    recorded: dict[str, Any],
+    wanted: dict[str, Any],
+    prefix: str = "",
+    *,
+    then: str = "in the store",
+) -> list[str]:
+    """The differences between two records, one line each: `weights.sha256: 12ab in the store, 34cd
+    now`."""
     lines = []
     for key in sorted(recorded.keys() | wanted.keys()):
         old, new = recorded.get(key), wanted.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
-            lines += difference(old, new, f"{prefix}{key}.")
+            lines += difference(old, new, f"{prefix}{key}.", then=then)
         elif json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
-            lines.append(f"{prefix}{key}: {old} in the store, {new} now")
+            lines.append(f"{prefix}{key}: {old} {then}, {new} now")
     return lines

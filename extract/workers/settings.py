@@ -4,7 +4,6 @@ Options that are not given are taken from the store. An option that is given and
 before weights are loaded.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from extract import InputError
 from extract.backbone.networks import absolute_name
 from extract.listing.windows import resolve_windowing
 from extract.options import DEFAULTS, Options
+from extract.sources import sha256_of
 from extract.store import FeatureStore, RunLog, difference
 
 
@@ -133,10 +133,8 @@ def _weights_difference(weights: str | None, store: FeatureStore) -> list[str]:
     if weights is None or record is None:
         return []
     if Path(weights).is_file():
-        with Path(weights).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
         recorded = {"sha256": record.get("sha256")}
-        return difference({"weights": recorded}, {"weights": {"sha256": digest}})
+        return difference({"weights": recorded}, {"weights": {"sha256": sha256_of(weights)}})
     recorded_option = "random" if record["name"].startswith("random") else "pretrained"
     if weights == recorded_option:
         return []

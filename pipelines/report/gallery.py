@@ -17,12 +17,12 @@ from PIL import Image, ImageOps
 from aggregate import figures
 from aggregate.ablation.leaks import mean_features
 from aggregate.data.joined import open_features
+from aggregate.inference import attention as attention_use
+from aggregate.inference import attention_text
 from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.manifest import rows_of_role
 from aggregate.training.options import SplitOptions
-from aggregate.training.sources import attention as attention_use
-from aggregate.training.sources import attention_text
 from aggregate.training.splits import choose_rows
 from extract import InputError, RunError
 from extract.decode import VideoError, decode

@@ -20,7 +20,7 @@ from scipy import stats
 
 from aggregate import ablate, train
 from aggregate.ablation import compare
-from aggregate.ablation.configurations import in_passes
+from aggregate.ablation.configurations import group_into_passes
 from aggregate.ablation.grid import GridTrainer
 from aggregate.ablation.records import Records
 from aggregate.metrics import paired_bootstrap
@@ -81,10 +81,10 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
     assert len({one.batch_key for one in share}) == 1
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
     rows, val_rows, _ = choose_rows(trainer.store, share[0].options, 1)
-    learners, source = trainer.begin(share, rows, val_rows)
+    learners, source = trainer.make_learners(share, rows, val_rows)
     assert len(list(fit(learners, source, strict=False))) == 3
     rows = [result.row for result in trainer.run(share)]
-    assert not any(learner.lost for learner in learners)
+    assert not any(learner.diverged for learner in learners)
     for number in (0, 3, 5, 6, 9):
         one, learner, row = share[number], learners[number], rows[number]
         out = tmp_path / str(number)
@@ -181,13 +181,13 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"agg": ("tsn", "max")}, "--g1 4 means nothing to --agg tsn max"),
+        ({"agg": ("tsn", "max")}, "--g1 4 does not apply to --agg tsn max"),
         ({"g1": (3, 5)}, "no configuration can be built; hgnl g1=3: g2 2 does not divide g1 3"),
         ({"frames": (3, 7)}, "--frames 7: .* holds 6 frames per video"),
         ({"seeds": ()}, "--seeds needs at least one value"),
         ({"g1": ()}, "--g1 needs at least one value"),
-        ({"lr": (0.1, -1.0)}, "--lr is -1.0"),
-        ({"at_once": 0}, "--at-once is 0"),
+        ({"lr": (0.1, -1.0)}, "--lr -1.0: expected more than 0"),
+        ({"at_once": 0}, "--at-once 0: expected at least 1"),
         ({"train_split": "training"}, "has no such split"),
         ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
@@ -208,7 +208,7 @@ def test_passes_hold_everything_once_and_only_what_sees_the_same(specs, at_once)
         def __init__(self, spec):
             self.batch_key, self.spec = spec[:4], spec
 
-    parts = in_passes(map(One, specs), at_once=at_once)
+    parts = group_into_passes(map(One, specs), at_once=at_once)
     assert sorted(one.spec for part in parts for one in part) == sorted(specs)
     for part in parts:
         assert 1 <= len(part) <= at_once
@@ -375,7 +375,7 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
     """A loss may stay finite while the weights that it leaves are not."""
     share = planned(options(features, tmp_path / "a", lr=(0.01, 0.02), epochs=(2,)))
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
-    begin = trainer.begin
+    begin = trainer.make_learners
 
     def damaged(*arguments):
         learners, source = begin(*arguments)
@@ -389,7 +389,7 @@ def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
         learners[1].step = breaks
         return learners, source
 
-    trainer.begin = damaged
+    trainer.make_learners = damaged
     good, bad = trainer.run(share)
     assert bad.row["status"] in ("scores are not finite in epoch 1", "the loss is nan in epoch 1")
     assert bad.label_ranks is None

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregate import crossval, evaluate, train
-from aggregate.ablation.folds import folds_of
+from aggregate.ablation.folds import all_folds
 from aggregate.metrics import bootstrap, ranks
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
@@ -88,7 +88,7 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(few_groups, tmp_
     )
     crossval.main(wanted)
     store = FeatureStore.open(few_groups)
-    folds = {fold.name: fold for fold in folds_of(store, wanted, 0)}
+    folds = {fold.name: fold for fold in all_folds(store, wanted, [0])}
     assert len(folds) == 6
     fold = folds["g4"]
     splits = np.full(len(store), "", "U8")
@@ -206,7 +206,7 @@ def test_folds_hold_every_video_once_and_split_no_group(features, seed, folds, g
     store = FeatureStore.open(features)
     if not grouped and folds != "group":
         store.__dict__["groups"] = np.full(len(store), "")
-    several = folds_of(store, options(features, Path(), folds=folds), seed)
+    several = all_folds(store, options(features, Path(), folds=folds), [seed])
     assert sorted(np.concatenate([fold.test for fold in several])) == list(range(60))
     for fold in several:
         assert sorted([*fold.test, *fold.train]) == list(range(60))
@@ -309,7 +309,7 @@ def small(path: Path, labels: str, groups: str = "") -> str:
             {"folds": "group", "val_fraction": 0.5},
             "fold z: 1 of 3 classes have no video to train on: c",
         ),
-        ("abab", "", {"folds": "2"}, "fold 0: nothing of its 2 videos to train on can be held out"),
+        ("abab", "", {"folds": "2"}, "fold 0: none of its 2 videos to train on can be held out"),
         ("aabb", "", {"folds": "1"}, "--folds 1: give a number from 2 on, or group"),
         ("aabb", "", {"folds": "groups"}, "--folds groups: give a number from 2 on, or group"),
         ("aabb", "", {"splits": ("val",)}, "--splits val: .* has no such split; it has ''"),
@@ -319,7 +319,7 @@ def small(path: Path, labels: str, groups: str = "") -> str:
             {"val_fraction": 1.0, "folds": "2"},
             "--val-fraction 1: expected a fraction between 0 and 1",
         ),
-        ("aabb", "", {"agg": ("max",), "g1": (4,)}, "--g1 4 means nothing to --agg max"),
+        ("aabb", "", {"agg": ("max",), "g1": (4,)}, "--g1 4 does not apply to --agg max"),
     ],
 )
 def test_what_cannot_be_divided_is_named_and_leaves_no_folder(
@@ -347,7 +347,7 @@ def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are
         ids=ids,
         groups=groups,
     )
-    folds = folds_of(store, options(store.path, Path(), folds="5"), 0)
+    folds = all_folds(store, options(store.path, Path(), folds="5"), [0])
     assert all(20 <= len(fold.test) <= 28 for fold in folds)
     belongs = np.array([name.split("#")[0] for name in ids], object)
     belongs[[0, 1, *range(100, 104)]] = "anna"
@@ -357,7 +357,7 @@ def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are
             for rows in (fold.test, fold.train[~fold.held_out], fold.train[fold.held_out])
         ]
         assert sum(map(len, parts)) == len(set.union(*parts)) == 103
-    left_out = folds_of(store, options(store.path, Path(), folds="group"), 0)
+    left_out = all_folds(store, options(store.path, Path(), folds="group"), [0])
     assert [len(fold.test) for fold in left_out if fold.name == "anna"] == [6]
     assert len(left_out) == 103
 
@@ -366,13 +366,13 @@ def test_a_fold_that_tests_not_every_class_is_said(tmp_path, capsys):
     features = small(tmp_path / "f.zarr", "aabb" * 4 + "aa", "wwwwxxxxyyyyzzzzvv")
     chosen = options(features, tmp_path / "cv", folds="group", agg=("tsn",), frames=(2,))
     assert crossval.main(chosen) == 0
-    assert "1 test not every class: v of seed 0" in capsys.readouterr().out
+    assert "1 do not test every class: v of seed 0" in capsys.readouterr().out
 
 
 def test_a_group_with_a_class_of_its_own_can_be_held_out_where_that_is_allowed(tmp_path):
     features = small(tmp_path / "f.zarr", "aabc" + "aabd" + "aabe" + "aabf", "wwwwxxxxyyyyzzzz")
     wanted = options(features, tmp_path / "cv", folds="group", agg=("tsn",), val_fraction=0.4)
-    with pytest.raises(InputError, match=r"nothing of its 12 videos .* --allow-missing-classes"):
+    with pytest.raises(InputError, match=r"none of its 12 videos .* --allow-missing-classes"):
         crossval.main(wanted)
     assert crossval.main(replace(wanted, allow_missing_classes=True)) == 0
 

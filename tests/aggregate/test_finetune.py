@@ -17,10 +17,10 @@ from aggregate import evaluate, finetune, train
 from aggregate.data.frames import VideoFrames, clip_pool
 from aggregate.endtoend import model_from_record
 from aggregate.finetune import Options, prepare
+from aggregate.inference import predict
 from aggregate.models import build
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.sources import predict
 from decode_jobs import prepare_row
 from extract import InputError, RunError
 from extract.__main__ import Options as ExtractOptions
@@ -308,7 +308,7 @@ def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, c
     with prepare(
         options(videos, tmp_path / "run", "hgnl", init=cached / "hgnl" / "best.pt")
     ) as run:
-        (logits,) = run.source.validate([run.learners[0].model], 3)
+        (logits,) = run.source.validate([run.learners[0].model], 3, run.learners[0])
         assert [video.id for video in run.source.testing.videos] == store.ids[rows].tolist()
     with torch.inference_mode():
         theirs = model(torch.from_numpy(store.gather(rows, np.arange(3))))

@@ -251,7 +251,7 @@ def test_every_command_takes_two_stores(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("command", "message"),
-    [(train, "was trained on something else"), (crossval, "features are others now")],
+    [(train, "was trained on other data"), (crossval, "features changed")],
 )
 def test_resuming_with_one_store_changed_is_refused(tmp_path, command, message, capsys):
     ids = [f"v{i:02d}.mp4" for i in range(24)]

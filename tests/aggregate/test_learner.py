@@ -244,8 +244,8 @@ def test_precision_is_part_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"warmup": -1.0}, "--warmup is -1"),
-        ({"label_smoothing": 1.0}, "--label-smoothing is 1; it is a fraction"),
+        ({"warmup": -1.0}, "--warmup -1.0: expected at least 0"),
+        ({"label_smoothing": 1.0}, "--label-smoothing 1: expected less than 1"),
     ],
 )
 def test_values_of_a_recipe_are_checked(changes, message):
@@ -257,7 +257,7 @@ def test_the_learning_rate_falls_as_the_recipe_says():
     linear = recipe("paper", "tsn", videos=100, decay="linear", warmup=2.0, epochs=12)
     assert linear.milestones == ()
     assert [round(linear.factor(epoch), 3) for epoch in (1, 2, 7, 12)] == [0.5, 1.0, 0.5, 0.0]
-    assert "linear, 2 epochs of warm-up" in str(linear)
+    assert "decay linear, warmup 2.0" in str(linear)
     assert recipe("cached", "tsn", videos=100, warmup=0.0).factor(0) == 1
     cosine = recipe("cached", "tsn", videos=100, warmup=2.0, epochs=12)
     assert [round(cosine.factor(epoch), 3) for epoch in (1, 2, 7, 12)] == [0.5, 1.0, 0.5, 0.0]

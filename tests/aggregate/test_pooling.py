@@ -114,7 +114,7 @@ def test_a_bad_mask_is_refused(build):
 def test_how_much_attention_is_used_by_hand():
     """Weights (1, 0) of two frames are a single frame, (1/2, 1/2) are even; a video with one frame
     counts as even; the second video changes its class."""
-    from aggregate.training.sources import attention, attention_text
+    from aggregate.inference import attention, attention_text
 
     model = build("weighted", dim=2, num_classes=2)
     with torch.no_grad():

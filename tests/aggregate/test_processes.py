@@ -79,7 +79,7 @@ def test_an_error_keeps_its_kind_and_its_sentence(kind):
 
 def test_a_process_that_dies_is_an_error_that_says_how():
     with pytest.raises(
-        RunError, match=r"a training process died .*--at-once takes less.*same command again"
+        RunError, match=r"a training process died .*lower --at-once.*same command again"
     ):
         list(run_side_by_side(die, [1, 2], prepare=ten, processes=2, threads=1))
 
@@ -161,6 +161,6 @@ def test_no_process_outlives_the_command(how, features, tmp_path, monkeypatch):
     assert not alive
     if how == signal.SIGINT:
         assert process.returncode == 130
-        assert "the same command goes on" in output
+        assert "the same command resumes" in output
         assert "Traceback" not in output
         assert "leaked" not in output  # semaphores of the children, by Python's resource tracker

@@ -14,7 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from aggregate import crossval
-from aggregate.ablation.folds import all_folds, folds_of
+from aggregate.ablation.folds import all_folds
 from aggregate.ablation.probes import Probe, video_vectors
 from aggregate.ablation.protocols import PROTOCOLS, describe_protocol, protocol_in
 from aggregate.data.features import StoredFeatures
@@ -70,7 +70,7 @@ def test_logistic_regression_is_scikit_learns_on_the_same_folds(features, tmp_pa
     )
     scores = Scores.load(tmp_path / "cv" / "logreg.h5")
     np.testing.assert_allclose(np.exp(scores.logits).sum(axis=1), 1, rtol=1e-4)
-    for fold in folds_of(store, wanted, 0):
+    for fold in all_folds(store, wanted, [0]):
         scaler = StandardScaler().fit(vectors[fold.train])
         model = LogisticRegression(C=0.1, max_iter=1000)
         model.fit(scaler.transform(vectors[fold.train]), store.labels[fold.train])
@@ -87,7 +87,7 @@ def test_nearest_neighbors_vote_by_cosine_similarity(features, tmp_path):
         StoredFeatures(store, np.arange(len(store))), store.frames_per_video, "mean"
     )
     scores = Scores.load(tmp_path / "cv" / "knn.h5")
-    for fold in folds_of(store, wanted, 0):
+    for fold in all_folds(store, wanted, [0]):
         weights = lambda distance: np.exp((1 - distance) / 0.07)  # noqa: E731
         model = KNeighborsClassifier(5, metric="cosine", weights=weights)
         model.fit(vectors[fold.train], store.labels[fold.train])
@@ -157,13 +157,13 @@ def test_a_class_without_an_example_gets_the_lowest_score():
     [
         ({"agg": ("logreg",), "C": (0.0,)}, r"--C 0\.0: expected one or more numbers above 0"),
         ({"agg": ("knn",), "k": ()}, "--k : expected one or more numbers above 0"),
-        ({"agg": ("knn",), "C": (1.0,)}, r"--C 1\.0 means nothing to --agg knn"),
-        ({"agg": ("tsn",), "vector": "mean-std"}, "--vector mean-std means nothing to --agg tsn"),
-        ({"agg": ("logreg",), "g1": (4,)}, "--g1 4 means nothing to --agg logreg"),
-        ({"agg": ("logreg",), "shots": 0}, "--shots is 0; expected a number from 1 on"),
+        ({"agg": ("knn",), "C": (1.0,)}, r"--C 1\.0 does not apply to --agg knn"),
+        ({"agg": ("tsn",), "vector": "mean-std"}, "--vector mean-std does not apply to --agg tsn"),
+        ({"agg": ("logreg",), "g1": (4,)}, "--g1 4 does not apply to --agg logreg"),
+        ({"agg": ("logreg",), "shots": 0}, "--shots 0: expected at least 1"),
         (
             {"agg": ("logreg",), "shots": 21},
-            "--shots 21: 3 classes have fewer videos that can be used: class 0, class 1",
+            "--shots 21: 3 classes have fewer usable videos: class 0, class 1",
         ),
         (
             {"agg": ("logreg",), "shots": 20},
@@ -171,7 +171,7 @@ def test_a_class_without_an_example_gets_the_lowest_score():
         ),
         (
             {"agg": ("tsn",), "shots": 1, "seeds": (5,)},
-            "--seeds 5 means nothing to --shots: a draw takes the place of a",
+            "--seeds 5 does not apply to --shots: a draw replaces a seed",
         ),
     ],
 )
@@ -302,17 +302,16 @@ def _top1_after_the_last_epoch(single: crossval.Options, out: Path) -> float:
     """A grid of twice the same has no choice of the configuration; of its epochs the last one counts."""
     from aggregate.ablation.configurations import candidates
     from aggregate.ablation.grid import GridTrainer
-    from aggregate.ablation.nested import _in_fold
     from aggregate.metrics import ranks
     from aggregate.training.loop import fit
 
     store = FeatureStore.open(single.features)
     right = 0
-    for fold in folds_of(store, single, 0):
+    for fold in all_folds(store, single, [0]):
         trainer = GridTrainer(store, device="cpu")
-        one = _in_fold(candidates(single, store).configurations[0], fold, len(fold.train))
-        learners, source = trainer.begin([one], fold.train, fold.test)
+        one = candidates(single, store).configurations[0].with_seed(0, videos=len(fold.train))
+        learners, source = trainer.make_learners([one], fold.train, fold.test)
         list(fit(learners, source, until=[one.recipe.epochs]))
-        (logits,) = source.validate([learners[0].model], store.frames_per_video)
+        (logits,) = source.validate([learners[0].model], store.frames_per_video, learners[0])
         right += int((ranks(logits, source.labels) == 0).sum())
     return right / len(store)

@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from aggregate import evaluate, train
+from aggregate.inference import logits_of
 from aggregate.models import AGGREGATORS
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.recipes import recipe
-from aggregate.training.sources import logits_of
 from aggregate.training.splits import choose_rows
 from extract import InputError, RunError
 from extract.store import FeatureStore
@@ -233,13 +233,13 @@ def test_other_options_in_the_same_folder_are_refused(features, tmp_path):
     [
         ({"train_split": "training"}, "has no such split; it has 'train', 'val'"),
         ({"frames": 7}, "7 segments requested"),
-        ({"g1": 8}, "--g1 8 means nothing to --agg tsn"),
-        ({"lr": -1.0}, "--lr is -1.0"),
-        ({"epochs": 0}, "--epochs is 0"),
+        ({"g1": 8}, "--g1 8 does not apply to --agg tsn"),
+        ({"lr": -1.0}, "--lr -1.0: expected more than 0"),
+        ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"control": True}, "give --init tsn.pt"),
         ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
-        ({"device": "cuda:9"}, "PyTorch sees"),
+        ({"device": "cuda:9"}, "PyTorch sees . GPUs on this machine"),
     ],
 )
 def test_wrong_options_are_named(changes, message, features, tmp_path):
@@ -383,7 +383,7 @@ def test_training_validates_on_the_mean_over_crops(features, tmp_path):
     model, source = run.learners[0].model, run.source
     (crops,) = logits_of([model], source.testing, segments=3, batch_size=16)
     assert crops.shape == (18, 2, 3)
-    (logits,) = source.validate([model], 3)
+    (logits,) = source.validate([model], 3, run.learners[0])
     np.testing.assert_array_equal(logits, crops.mean(axis=1))
     np.testing.assert_array_equal(run.learners[0].scores, logits)
     assert (logits.argmax(1) != crops[:, 0].argmax(1)).any()

@@ -110,7 +110,7 @@ def test_one_pass_against_sixteen_runs_in_one_process(tmp_path):
     rows = choose_rows(store, share[0].options, 0)[:2]
 
     def train(share) -> None:
-        list(fit(*trainer.begin(share, *rows)))
+        list(fit(*trainer.make_learners(share, *rows)))
 
     def one_pass() -> None:
         train(share)

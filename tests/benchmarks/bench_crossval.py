@@ -28,7 +28,7 @@ from sklearn.preprocessing import StandardScaler
 
 import extract.__main__ as extraction
 from aggregate import crossval
-from aggregate.ablation.folds import folds_of
+from aggregate.ablation.folds import all_folds
 from aggregate.metrics import paired_bootstrap, ranks
 from aggregate.scores import Scores
 from extract.store import FeatureStore
@@ -183,7 +183,7 @@ def test_tsn_is_not_below_logistic_regression(tmp_path):
         scores = Scores.load(out / "tsn.h5")
         ours.append(ranks(scores.logits, scores.labels) == 0)
         right = np.zeros(len(store), bool)
-        for fold in folds_of(store, options, seed):
+        for fold in all_folds(store, options, [seed]):
             model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=5000))
             model.fit(features[fold.train], store.labels[fold.train])
             right[fold.test] = model.predict(features[fold.test]) == store.labels[fold.test]

@@ -29,11 +29,11 @@ from evidence_time import render
 
 from aggregate.ablation.processes import run_side_by_side
 from aggregate.data.features import StoredFeatures
+from aggregate.inference import attention, logits_of
 from aggregate.models import build, carry_over
 from aggregate.training.learner import Learner
 from aggregate.training.loop import train_epoch
 from aggregate.training.recipes import head_options, recipe
-from aggregate.training.sources import attention, logits_of
 from extract.cores import available_cores
 from extract.store import FeatureStore
 

@@ -325,8 +325,8 @@ MUTATIONS = [
     ),
     Mutation(
         FOLDS,
-        "others = others[store.usable[others]]",
-        "others = others",
+        "train = train[store.usable[train]]",
+        "train = train",
         f"{CROSSVAL_TESTS} -k failed_videos",
     ),
     Mutation(
@@ -343,8 +343,8 @@ MUTATIONS = [
     ),
     Mutation(
         NESTED,
-        "inner, held_out = fold.train[~fold.held_out], fold.train[fold.held_out]\n    candidates",
-        "inner, held_out = fold.train, fold.train[fold.held_out]\n    candidates",
+        "learners, source = trainer.make_learners(group, fold.inner, fold.held_out_rows)",
+        "learners, source = trainer.make_learners(group, fold.train, fold.held_out_rows)",
         f"{CROSSVAL_TESTS} -k bit_for_bit",
     ),
     Mutation(NESTED, "else epoch + 1 for", "else epoch for", f"{CROSSVAL_TESTS} -k table_scores"),
@@ -461,14 +461,14 @@ MUTATIONS = [
     ),
     Mutation(
         LEARNER,
-        "else (self.seed, epoch, step)\n",
-        "else (self.seed, step)\n",
+        "= (self.seed, epoch, step)\n",
+        "= (self.seed, step)\n",
         f"{LEARNER_TESTS} -k 'not balance and not precision'",
     ),
     Mutation(
         LEARNER,
-        "self.best_error, self.best_epoch, self.best_state = (\n",
-        "_, self.best_epoch, self.best_state = (\n",
+        'self.best_error, self.best_epoch = state["best_error"], state["best_epoch"]',
+        'self.best_epoch = state["best_epoch"]',
         f"{TRAIN_TESTS} -k resumed",
     ),
     Mutation(
@@ -503,8 +503,8 @@ MUTATIONS = [
     ),
     Mutation(
         "aggregate/training/sources.py",
-        "return [one.mean(axis=1) for one in crops]",
-        "return [one[:, 0] for one in crops]",
+        "return [logits.mean(axis=1) for logits in crops]",
+        "return [logits[:, 0] for logits in crops]",
         f"{TRAIN_TESTS} -k mean_over_crops",
     ),
     Mutation(

@@ -451,7 +451,8 @@ def test_no_row_that_was_taken_out_is_listed(tmp_path):
 
 
 def test_readers_leave_out_what_was_dropped(tmp_path):
-    from aggregate.ablation.folds import FoldOptions, rows_of
+    from aggregate.ablation.folds import rows_of
+    from aggregate.ablation.options import FoldOptions
     from aggregate.evaluate import rows_to_score
     from aggregate.training.options import SplitOptions
     from aggregate.training.splits import choose_rows

@@ -1,0 +1,69 @@
+"""Option groups of ablation and cross-validation. No torch at import time."""
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from aggregate.training.options import (
+    Aggregator,
+    CachedOptions,
+    DeviceOptions,
+    HeadOptions,
+    ScheduleOptions,
+    as_lists,
+)
+
+# Lists here, single values in `aggregate.train`; an empty list is that command's default.
+Lists: Any = as_lists(HeadOptions, ScheduleOptions, CachedOptions)
+PROBES = ("logreg", "knn")
+LISTS = ("agg", *(field.name for field in fields(Lists)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridOptions(Lists, DeviceOptions):
+    """The grid: all combinations of the listed options."""
+
+    agg: tuple[Aggregator, ...] = ("hgnl",)
+    """One or more; options that an aggregator does not have are left out of its combinations."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each combination is trained once per seed."""
+    features: str | tuple[str, ...] = "feats.zarr"
+    """The feature store of `python -m extract`; several are joined by id, their channels side by
+    side."""
+    recipe: Literal["cached", "paper"] = "cached"
+    """cached: works best on a frozen backbone; paper: iQIYI's schedule."""
+    at_once: int = 32
+    """At most N models are trained at the same time: it limits their memory, and the loss if the
+    process is killed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoldOptions:
+    """Which videos test, and which train."""
+
+    folds: str = "5"
+    """Number of folds (classes evenly, groups never split, drawn anew by each seed), or `group`:
+    leave one group out."""
+    splits: tuple[str, ...] = ()
+    """Only videos of these splits (default: of all)."""
+    val_fraction: float = 0.2
+    """Fraction of a fold's training part that is held out to choose the epoch and the options."""
+    allow_missing_classes: bool = False
+    """Train although some classes have no example in a fold."""
+    shots: int | None = None
+    """Instead of folds: train on N videos per class, drawn anew each time, and test on all
+    others."""
+    repeats: int = 10
+    """With --shots: number of draws. A draw replaces a seed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Options of logreg and knn; several values are chosen inside the training part."""
+
+    C: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
+    """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardize false
+    takes raw vectors."""
+    k: tuple[int, ...] = (1, 5, 10, 20, 50)
+    """knn: number of neighbors that vote."""
+    vector: Literal["mean", "mean-std"] = "mean"
+    """logreg, knn: the vector of a video, the mean over its frames, or mean and deviation."""
