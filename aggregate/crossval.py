@@ -175,7 +175,10 @@ _PROBE_FLAGS = {
 
 
 def _check_flags(options: Options) -> None:
-    """InputError for a flag that applies to none of --agg."""
+    """InputError for an empty list, and for a flag that applies to none of --agg."""
+    for name in ("agg", "seeds"):
+        if not getattr(options, name):
+            raise InputError(f"--{name} needs at least one value")
     if options.shots is not None and options.seeds != Options.seeds:
         raise InputError(
             f"--seeds {spaced(options.seeds)} does not apply to --shots: a draw replaces a seed; "
