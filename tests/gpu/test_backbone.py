@@ -84,7 +84,7 @@ def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) 
     """Several batches under way, the last one padded; another order; another process's network; both forms."""
     made = [
         load_backbone(
-            "legacy_seresnet18",
+            "test_resnet" if PRETENDED else "legacy_seresnet18",
             weights="random",
             device=DEVICE,
             form=one,
