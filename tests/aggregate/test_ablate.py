@@ -283,11 +283,11 @@ def one_thread() -> Iterator[None]:
 def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
     """Killed in the third of four passes, its last line torn; what was done is not done again, the rest is the same."""
     wanted = options(
-        features, tmp_path / "whole", lr=(0.003, 0.01), seeds=(0, 1, 2, 3), epochs=(40,)
+        features, tmp_path / "whole", lr=(0.003, 0.01), seeds=(0, 1, 2, 3), epochs=(12,)
     )
     ablate.main(wanted)
     cut = tmp_path / "cut"
-    flags = "--agg hgnl --g1 4 --g2 2 --m1 8 --seeds 0 1 2 3 --epochs 40 --batch-size 16 --lr 0.003 0.01 --dropout 0.3"
+    flags = "--agg hgnl --g1 4 --g2 2 --m1 8 --seeds 0 1 2 3 --epochs 12 --batch-size 16 --lr 0.003 0.01 --dropout 0.3"
     log = cut / "results.jsonl"
     before = killed_after(4, f"aggregate.ablate {flags} --features {features} --out {cut}", log)
     count = before.count(b"\n")

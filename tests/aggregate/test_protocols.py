@@ -278,6 +278,7 @@ def test_every_protocol_is_made_of_options_that_exist(name):
 
 def test_a_grid_is_reported_as_papers_do_and_as_chosen_inside(features, tmp_path, capsys):
     grid = {"lr": (1e-4, 0.03), "weight_decay": (0.0, 0.1), "epochs": (6,), "optimizer": ("adamw",)}
+    grid |= {"folds": "3"}
     wanted = options(features, tmp_path / "cv", agg=("tsn", "max"), **QUICK | grid)
     crossval.main(wanted)
     printed = capsys.readouterr().out
