@@ -61,7 +61,7 @@ FULL = Size(
     8192,
     ((4, 8, 16, 32), (2, 4, 8, 16)),
 )
-TINY = Size("test_resnet", 16, 3, 4, 1, 300, 32, 256, ((2, 4), (2,)))
+TINY = Size("test_resnet", 8, 2, 2, 1, 300, 32, 256, ((2, 4), (2,)))
 
 
 def seconds_of(work: Callable[[], Any], *, repeats: int = 5) -> float:
