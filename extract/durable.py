@@ -177,3 +177,8 @@ def sync_tree(path: Path) -> None:
     for inside in path.iterdir() if path.is_dir() else ():
         sync_tree(inside)
     sync(path)
+
+
+def cache_folder() -> Path:
+    """The folder for files that can be made again: $HGNL_CACHE, or ~/.cache/hgnl-video."""
+    return Path(os.environ.get("HGNL_CACHE", "~/.cache/hgnl-video")).expanduser()

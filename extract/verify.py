@@ -69,10 +69,11 @@ def _check_shards(options: Options, store: "FeatureStore") -> int:
     import numpy as np
 
     from extract.store import PENDING
+    from extract.store.damage import damaged_rows
 
     damaged: dict[int, str] = {}
     for block in progress(range(store.num_blocks), unit="shard"):
-        damaged |= store.damaged_rows(block)
+        damaged |= damaged_rows(store, block)
     _print_first(
         [f"damaged: {store.ids[row]} (row {row}): {damaged[row]}" for row in sorted(damaged)]
     )

@@ -23,6 +23,7 @@ from extract import InputError, RunError
 from extract.decode.pool import SubprocessPool
 from extract.listing.videos import list_videos
 from extract.store import FeatureStore
+from extract.store.damage import damaged_rows
 from mutations import compare, mutate
 from odd_files import write_pictures
 from stores import classes_store
@@ -177,7 +178,7 @@ def store(folder: Path) -> tuple[list[Path], Read]:
         values = [getattr(found, name) for name in columns]
         rows = np.arange(20)
         features = found.gather(rows, np.arange(found.frames_per_video))
-        damaged = [found.damaged_rows(block) for block in range(found.num_blocks)]
+        damaged = [damaged_rows(found, block) for block in range(found.num_blocks)]
         if any(damaged):
             raise RunError(f"{damaged}")
         kept = [value.tolist() if value.dtype == object else value.tobytes() for value in values]

@@ -25,6 +25,7 @@ from extract.__main__ import main as extract
 from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.store import OK, FeatureStore, Outcomes
+from extract.store.damage import damaged_rows
 from extract.workers import driver
 from extract.workers.blocks import BackboneInfo, BlockResult
 from power import FullDisk, PowerCuts
@@ -107,7 +108,7 @@ def done_rows(path: Path) -> list[int]:
     np.testing.assert_array_equal(store.read(rows), features_of(rows))
     assert store.num_frames[rows].tolist() == [7] * len(rows)
     assert (store.frame_indices[rows] == 3).all()
-    assert all(not store.damaged_rows(block) for block in range(store.num_blocks))
+    assert all(not damaged_rows(store, block) for block in range(store.num_blocks))
     return rows.tolist()
 
 

@@ -2,17 +2,9 @@
 
 from extract.store.damage import NoStoreError
 from extract.store.feature_store import FeatureStore
-from extract.store.layout import (
-    DROPPED,
-    FAILED,
-    OK,
-    PARTIAL,
-    PENDING,
-    STATUS_NAMES,
-    Outcomes,
-    is_remote,
-)
+from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES, Outcomes
 from extract.store.locks import StoreLock, lock_store
+from extract.store.objects import is_remote
 from extract.store.runs import RunLog, difference, real_path
 
 __all__ = [
@@ -25,5 +17,10 @@ __all__ = [
     "FeatureStore",
     "NoStoreError",
     "Outcomes",
+    "RunLog",
+    "StoreLock",
+    "difference",
+    "is_remote",
+    "lock_store",
+    "real_path",
 ]
-__all__ += ["RunLog", "StoreLock", "difference", "is_remote", "lock_store", "real_path"]

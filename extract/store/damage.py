@@ -1,8 +1,8 @@
 """Lost and damaged chunks of a store's per-video arrays.
 
-Zarr reads a chunk that is missing as fill values. So a copy that was cut short would be a store
-without splits, whose test videos are trained on. Every chunk is written, and one that is missing is
-damage.
+Zarr reads a missing chunk as fill values, so a copy that was cut short would look like a store
+without splits, and its test videos would be trained on. That is why every chunk is written, and a
+missing one counts as damage.
 """
 
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ import numpy as np
 
 from extract import InputError, RunError
 from extract.commands import command_line
-from extract.store.layout import PENDING, ROW_ARRAYS, ROWS_PER_CHUNK, chunk_names, is_remote
-from extract.store.objects import file_system, names_in, network_errors_named
-from extract.store.shards import ShardError, damaged_videos, shard_name
+from extract.store.layout import PENDING, ROW_ARRAYS, ROWS_PER_CHUNK, chunk_names
+from extract.store.objects import names_in, network_errors_as_run_error
+from extract.store.shards import ShardError, intact_videos, shard_name
 
 
 class NoStoreError(InputError):
-    """There is nothing under the name of a store."""
+    """The path of a store does not exist."""
 
 
 @contextmanager
-def open_errors_named(path: str | Path) -> Iterator[None]:
-    """Turn what Zarr raises over something that is not a store into a sentence."""
+def open_errors_as_input_error(path: str | Path) -> Iterator[None]:
+    """Turn the errors that Zarr raises for something that is not a store into an InputError."""
     try:
         yield
     except (FileNotFoundError, FileExistsError):  # the second for a file instead of a folder
@@ -45,58 +45,11 @@ def open_errors_named(path: str | Path) -> Iterator[None]:
         raise InputError(f"{path}/zarr.json is damaged ({why})") from None
 
 
-def missing_chunks(store: Any, name: str) -> list[str]:
-    """Files of a per-video array that a copy has lost."""
-    # Rows without a status are pending, which nothing reads; `damaged_columns` looks for shards.
-    if name == "status":
-        return []
-    present = names_in(f"{store.path.rstrip('/')}/{name}")
-    missing = [chunk for chunk in chunk_names(name, len(store)) if chunk not in present]
-    if not missing or not store.missing_columns or name == "ids":
-        return missing
-    # Older versions wrote no chunk of fill values only; these two hold others for each video with
-    # features.
-    if name not in ("num_frames", "frame_indices"):
-        return []
-    with_features = set((np.flatnonzero(store.usable) // ROWS_PER_CHUNK).tolist())
-    return [chunk for chunk in missing if int(chunk.split(".")[1]) in with_features]
-
-
-def blocks_without_shard(path: str, blocks: np.ndarray) -> list[int]:
-    """Which of these blocks have lost their shard."""
-    if not is_remote(path):
-        folder = Path(path) / "features"
-        return [block for block in blocks.tolist() if not (folder / shard_name(block)).exists()]
-    system, name = file_system(path)
-    with network_errors_named(path):
-        system.invalidate_cache()
-        keys = {block: f"{name}/features/{shard_name(block)}" for block in blocks.tolist()}
-        return [block for block, key in keys.items() if not system.exists(key)]
-
-
-def damaged_columns(store: Any) -> list[str]:
-    """What is wrong with the per-video arrays, one line each; reads every stored byte of them."""
-    damage = []
-    for name in ("views", *ROW_ARRAYS):
-        try:
-            getattr(store, name)
-        except InputError as error:
-            damage.append(str(error))
-    path = store.path.rstrip("/")
-    present, shards = names_in(f"{path}/status"), names_in(f"{path}/features")
-    for number, chunk in enumerate(chunk_names("status", len(store))):
-        start, stop = number * ROWS_PER_CHUNK, min((number + 1) * ROWS_PER_CHUNK, len(store))
-        blocks = range(start // store.block_size, -(-stop // store.block_size))
-        if chunk not in present and not shards.isdisjoint(map(shard_name, blocks)):
-            damage.append(f"{path}: status/{chunk} is missing, although features of its rows exist")
-    return damage
-
-
 @contextmanager
-def damage_named(path: str, name: str) -> Iterator[None]:
-    """Turn what a damaged array raises in Zarr, NumPy and zstd into an InputError."""
+def damage_as_input_error(path: str, name: str) -> Iterator[None]:
+    """Turn the errors that Zarr, NumPy and zstd raise for a damaged array into an InputError."""
     try:
-        with network_errors_named(path):
+        with network_errors_as_run_error(path):
             yield
     except (InputError, RunError, OSError):
         raise
@@ -109,16 +62,57 @@ def damage_named(path: str, name: str) -> Iterator[None]:
         ) from None
 
 
+def missing_chunks(store: Any, name: str) -> list[str]:
+    """The chunk files that a per-video array has lost."""
+    # Rows without a status are pending and never read. `damaged_columns` compares them with shards.
+    if name == "status":
+        return []
+    present = names_in(f"{store.path.rstrip('/')}/{name}")
+    missing = [chunk for chunk in chunk_names(name, len(store)) if chunk not in present]
+    if not missing or not store.missing_columns or name == "ids":
+        return missing
+    # Older versions did not write chunks that hold only fill values. In these two arrays every
+    # video with features has other values.
+    if name not in ("num_frames", "frame_indices"):
+        return []
+    with_features = set((np.flatnonzero(store.usable) // ROWS_PER_CHUNK).tolist())
+    return [chunk for chunk in missing if int(chunk.split(".")[1]) in with_features]
+
+
+def damaged_columns(store: Any) -> list[str]:
+    """The damage to the per-video arrays, one line each; reads all of their bytes."""
+    damage = []
+    for name in ("views", *ROW_ARRAYS):
+        try:
+            getattr(store, name)
+        except InputError as error:
+            damage.append(str(error))
+    path = store.path.rstrip("/")
+    present, shards = names_in(f"{path}/status"), names_in(f"{path}/features")
+    rows = np.arange(len(store))
+    for number, chunk in enumerate(chunk_names("status", len(store))):
+        chunk_rows = rows[number * ROWS_PER_CHUNK : (number + 1) * ROWS_PER_CHUNK]
+        blocks = np.unique(chunk_rows // store.block_size).tolist()
+        if chunk not in present and not shards.isdisjoint(map(shard_name, blocks)):
+            damage.append(f"{path}: status/{chunk} is missing, although features of its rows exist")
+    return damage
+
+
 def damaged_rows(store: Any, block: int) -> dict[int, str]:
-    """`FeatureStore.damaged_rows`."""
+    """Rows of a finished block whose features are damaged, each with the reason.
+
+    Reads the whole shard.
+    """
     rows = store.block_rows(block)
-    committed = rows[store.status[rows] != PENDING]
-    if not len(committed):
+    finished = rows[store.status[rows] != PENDING].tolist()
+    if not finished:
         return {}
     path = store.shard_path(block)
     try:
-        places = damaged_videos(path, block_size=store.block_size, video_bytes=store.video_bytes)
+        intact = intact_videos(path, block_size=store.block_size, video_bytes=store.video_bytes)
     except ShardError as error:
-        return {int(row): str(error) for row in committed}
-    damaged = np.intersect1d(committed, block * store.block_size + np.array(places, dtype=int))
-    return {int(row): f"the checksum in {path.name} does not match" for row in damaged}
+        return dict.fromkeys(finished, str(error))
+    first = block * store.block_size
+    intact_rows = {first + video for video, is_intact in enumerate(intact) if is_intact}
+    reason = f"the checksum in {path.name} does not match"
+    return {row: reason for row in finished if row not in intact_rows}

@@ -1,11 +1,10 @@
-"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos. Layout:
-docs/store-format.md.
+"""The feature store: a Zarr v3 group, one chunk per video, one shard per block of videos.
 
-Who writes what: workers write whole shards of `features`; the driver alone writes the per-video
-arrays and commits a block once its shard is there, `status` last. Every file is written under
-another name, synced and renamed, and its folder synced, before the next one. So no two writers
-share a file, and what a killed run or a power cut leaves is a store in which some rows still have
-status 0.
+Its layout is in docs/store-format.md. Workers write whole shards of `features`. Only the driver
+writes the per-video arrays; it commits a block after its shard is written, `status` last. Every
+file is written under another name, synced and renamed, and its folder synced, before the next one.
+So no two processes write the same file, and after a kill or a power cut the store is valid, with
+some rows still pending.
 """
 
 import math
@@ -22,14 +21,8 @@ from extract import InputError, RunError
 from extract.commands import command_line
 from extract.durable import replacing
 from extract.store.corrections import read_correction
-from extract.store.damage import (
-    blocks_without_shard,
-    damage_named,
-    damaged_rows,
-    missing_chunks,
-    open_errors_named,
-)
-from extract.store.from_arrays import write_arrays
+from extract.store.damage import damage_as_input_error, missing_chunks, open_errors_as_input_error
+from extract.store.from_arrays import check_arrays
 from extract.store.layout import (
     DROPPED,
     OK,
@@ -37,18 +30,19 @@ from extract.store.layout import (
     PENDING,
     ROW_ARRAYS,
     SCHEMAS,
+    Column,
     Outcomes,
     SyncedFolder,
+    as_column,
     as_objects,
     check_ids,
     checksum,
     create_arrays,
     every_chunk,
-    is_remote,
     store_attributes,
     zarr_store,
 )
-from extract.store.objects import network_errors_named
+from extract.store.objects import is_remote, network_errors_as_run_error, object_exists
 from extract.store.remote import LocalCopy
 from extract.store.shards import ShardError, ShardMap, shard_name
 
@@ -58,15 +52,18 @@ def _cached_column(name: str) -> "cached_property[np.ndarray]":
 
 
 class FeatureStore:
-    """Frame features of N videos, V views, T frames, D channels; `open` one, `create` one, or make
-    one `from_arrays`.
+    """Frame features of N videos, V views, T frames and D channels.
 
-    `ids` `splits` `groups` `errors` are str [N] (objects); `labels` int32 [N], an index in
-    `classes` or -1; `starts` and `ends` float64 [N] (seconds), NaN for whole files; `status` int8
-    [N] (0 pending, 1 ok, 2 partial, 3 failed; 4 more for a row that was taken out because it is no
-    longer listed, see `listed`); `num_frames` int32 [N]; `frame_indices` int32 and `timestamps`
-    float32 (seconds) [N, V, T]: in the file, also those of a span; `sources` int64 [N, 2], size
-    (bytes) and digest of the file, -1 unknown. Per-video arrays are read once, on first use.
+    Made by `open`, `create` or `from_arrays`. Per-video arrays are read once, on first use:
+
+        ids, splits, groups, errors   str [N] (objects)
+        labels                        int32 [N], an index in `classes`, or -1
+        starts, ends                  float64 [N], seconds; NaN for whole files
+        status                        int8 [N]: 0 pending, 1 ok, 2 partial, 3 failed; 4 is added for
+                                      rows that are no longer listed (see `listed`)
+        num_frames                    int32 [N]
+        frame_indices, timestamps     int32 and float32 (seconds) [N, V, T], in the whole file
+        sources                       int64 [N, 2], size (bytes) and digest of the file; -1 unknown
     """
 
     def __init__(self, path: str | Path, group: zarr.Group):
@@ -75,8 +72,9 @@ class FeatureStore:
         attributes: dict[str, Any] = dict(group.attrs)
         if attributes.get("schema") not in SCHEMAS:
             raise InputError(
-                f"{path} has the schema {attributes.get('schema')!r}, which this version does not read; it reads "
-                f"{', '.join(SCHEMAS)}; extract into another folder, or use the version that wrote it"
+                f"{path} has the schema {attributes.get('schema')!r}, which this version does not "
+                f"read; it reads {', '.join(SCHEMAS)}; extract into another folder, or use the "
+                "version that wrote it"
             )
         self.missing_columns = SCHEMAS[attributes["schema"]]
         recorded = attributes.pop("checksum", None)  # stores of older versions have none
@@ -86,22 +84,22 @@ class FeatureStore:
         self.classes: tuple[str, ...] = tuple(self.correction.get("classes", attributes["classes"]))
         self.provenance: dict[str, Any] = attributes["provenance"]
         features = self.array("features")
-        with damage_named(self.path, "features"):
+        with damage_as_input_error(self.path, "features"):
             self.block_size: int = features.shards[0]  # type: ignore[index]
             _, self.num_views, self.frames_per_video, self.dim = features.shape
         self._length: int = self.array("status").shape[0]
-        self._sparse = False
+        self._readahead = True
 
-    # -- opening and making ------------------------------------------------------------------------------------
+    # -- open and create -----------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: str | Path, *, writable: bool = False) -> "FeatureStore":
-        """Open a store (a folder, or a URL that fsspec knows).
+        """Open a store in a folder, or at a URL that fsspec supports.
 
-        Raises `NoStoreError` if there is none, `InputError` for something else or a damaged one,
-        and `RunError` if object storage cannot be reached.
+        Raises NoStoreError if the path does not exist, InputError if it is not a store or the store
+        is damaged, and RunError if object storage cannot be reached.
         """
-        with network_errors_named(path), open_errors_named(path):
+        with network_errors_as_run_error(path), open_errors_as_input_error(path):
             local = writable and Path(path).is_dir()
             store = SyncedFolder(path) if local else zarr_store(path)
             group = zarr.open_group(store, mode="r+" if writable else "r", zarr_format=3)
@@ -118,11 +116,11 @@ class FeatureStore:
         dim: int,
         block_size: int,
         provenance: dict[str, Any],
-        **columns: Sequence[Any] | np.ndarray,
+        **columns: Column,
     ) -> "FeatureStore":
-        """Make a store with every row pending, `columns` as for `append`.
+        """Create a store whose rows are all pending; `columns` as for `append`.
 
-        A local one appears whole or not at all. Raises `InputError` for ids that are not paths
+        A local store appears whole or not at all. Raises InputError for ids that are not paths
         below a folder.
         """
         check_ids(columns["ids"])
@@ -141,49 +139,73 @@ class FeatureStore:
         path: str | Path,
         features: np.ndarray,
         *,
-        lengths: Sequence[int] | np.ndarray,
-        labels: Sequence[int] | np.ndarray,
+        lengths: Column,
+        labels: Column,
         classes: Sequence[str],
-        **columns: Sequence[Any] | np.ndarray | None,
+        **columns: Column | None,
     ) -> "FeatureStore":
-        """Make a finished store of features made elsewhere.
+        """Create a finished store of features that were computed elsewhere.
 
-        `features` is [N, T, D], or [N, V, T, D] with several views, of any float type (stored as
-        float16); `lengths` [N] says how many of its T frames each video really has, the rest is
-        padding and masked; `columns` are those of `append`, each optional. Raises `InputError`
-        naming the first video with a wrong length, label, a NaN, or a value float16 cannot hold.
+        Args:
+            features: [N, T, D], or [N, V, T, D] with several views, of any float type; stored as
+                float16.
+            lengths: how many of the T frames of each video are real, [N]. The others are padding
+                and masked.
+            columns: as for `append`, each optional.
+
+        Raises InputError naming the first video with a wrong length or label, a NaN, or a value
+        that float16 cannot hold.
         """
-        write_arrays(
-            cls, path, features, lengths=lengths, labels=labels, classes=classes, **columns
+        features, checked = check_arrays(
+            features, classes=classes, lengths=lengths, labels=labels, **columns
         )
+        count, views, frames, dim = features.shape
+        real_frames = checked.pop("lengths")
+        store = cls.create(
+            path,
+            classes=classes,
+            views=["center", *(f"view_{view}" for view in range(1, views))],
+            frames=frames,
+            dim=dim,
+            block_size=64,
+            provenance={"source": "FeatureStore.from_arrays"},
+            **checked,
+        )
+        for block in range(store.num_blocks):
+            store.write_block(block, features[store.block_rows(block)].astype("<f2"))
+        # Padding repeats the index of the last real frame, so that `mask` hides it.
+        indices = np.minimum(np.arange(frames), real_frames[:, None] - 1)
+        outcomes = Outcomes.failed(np.arange(count), "", views, frames)
+        outcomes.status[:], outcomes.num_frames[:] = OK, real_frames
+        outcomes.frame_indices[:] = indices[:, None]
+        store.commit(outcomes)
         return cls.open(path)
 
-    # -- what is in it -----------------------------------------------------------------------------------------
+    # -- contents ------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         return self._length
 
     def __repr__(self) -> str:
-        shape = f"{len(self)} videos x {self.num_views} views x {self.frames_per_video} frames x {self.dim}"
+        views, frames, dim = self.video_shape
+        shape = f"{len(self)} videos x {views} views x {frames} frames x {dim}"
         return f"FeatureStore({self.path!r}, {shape}, {len(self.classes)} classes)"
 
     def array(self, name: str) -> zarr.Array:
-        with damage_named(self.path, name):
+        with damage_as_input_error(self.path, name):
             return self.group[name]  # type: ignore[return-value]
 
     def _column(self, name: str) -> np.ndarray:
         if name in self.correction.get("columns", {}):
-            dtype = ROW_ARRAYS[name][0]
-            return np.array(self.correction["columns"][name], object if dtype is str else dtype)
+            return as_column(name, self.correction["columns"][name])
         if name in self.missing_columns:
-            return np.full(
-                (self._length, 2) if ROW_ARRAYS[name][1] else self._length, ROW_ARRAYS[name][2]
-            )
-        with damage_named(self.path, name):
+            shape = (self._length, 2) if name == "sources" else self._length
+            return np.full(shape, ROW_ARRAYS[name][2])
+        with damage_as_input_error(self.path, name):
             # A run killed while it appended may have left other arrays longer than `status`.
-            column = self.array(name)[: self._length]
-            if len(column) != self._length:  # type: ignore[arg-type]
-                raise ValueError(f"{len(column)} rows, status has {self._length}")  # type: ignore[arg-type]
+            column: Any = self.array(name)[: self._length]
+            if len(column) != self._length:
+                raise ValueError(f"{len(column)} rows, status has {self._length}")
         if missing := missing_chunks(self, name):
             raise InputError(
                 f"{self.path} is not complete: {name}/{missing[0]} is missing; "
@@ -193,7 +215,7 @@ class FeatureStore:
             raise RunError(
                 f"{self.path}: its classes were corrected meanwhile; run the same command again"
             )
-        return as_objects(column) if column.dtype.kind == "T" else column  # type: ignore
+        return as_objects(column) if column.dtype.kind == "T" else column
 
     ids = _cached_column("ids")
     splits = _cached_column("splits")
@@ -210,7 +232,7 @@ class FeatureStore:
 
     @cached_property
     def views(self) -> tuple[str, ...]:
-        with damage_named(self.path, "views"):
+        with damage_as_input_error(self.path, "views"):
             names = tuple(self.array("views")[:].tolist())  # type: ignore[union-attr]
             if not all(names):
                 raise ValueError("a view has no name: its chunk is missing")
@@ -223,8 +245,7 @@ class FeatureStore:
 
     @property
     def listed(self) -> np.ndarray:
-        """False for rows that `extract --drop-unlisted` took out: bool [N]. No reader counts or
-        scores them."""
+        """False for rows that `extract --drop-unlisted` took out: bool [N]."""
         return self.status < DROPPED
 
     @property
@@ -237,11 +258,11 @@ class FeatureStore:
         """Bytes of one video's features."""
         return math.prod(self.video_shape) * 2
 
-    # -- reading features --------------------------------------------------------------------------------------
+    # -- read features -------------------------------------------------------------------------
 
     @cached_property
     def _shards(self) -> ShardMap:
-        # Nothing here may hold the store, or a store that nobody uses would stay mapped.
+        # `paths` must not refer to the store, or the shards would stay mapped after its last use.
         folder, copy = self.shard_path(0).parent, None
         if is_remote(self.path):
             copy = LocalCopy(self.path, block_size=self.block_size, video_bytes=self.video_bytes)
@@ -250,8 +271,7 @@ class FeatureStore:
             names = [shard_name(block) for block in blocks]
             return copy.fetch(names) if copy else [folder / name for name in names]
 
-        # The videos that a shard holds at least: up to the last row of its block that is not
-        # pending.
+        # A shard must hold the videos up to the last row of its block that is not pending.
         finished = np.flatnonzero(self.status != PENDING)
         videos = np.zeros(self.num_blocks, int)
         np.maximum.at(videos, finished // self.block_size, finished % self.block_size + 1)
@@ -260,27 +280,34 @@ class FeatureStore:
             videos,
             block_size=self.block_size,
             video_shape=self.video_shape,
-            sparse=self._sparse,
+            readahead=self._readahead,
         )
 
     def disable_readahead(self) -> None:
-        """From now on `gather` reads what it is asked for and nothing around it: for a store larger
-        than memory.
+        """Let `gather` read the pages of its frames only, which suits a store larger than memory.
 
-        By default the kernel reads ahead, often megabytes a frame, which fills the page cache of
-        one that fits.
+        By default the kernel reads megabytes around each frame, which soon puts a store that fits
+        into the page cache.
         """
-        self._sparse = True
+        self._readahead = False
         self.__dict__.pop("_shards", None)
 
     def gather(
         self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0
     ) -> np.ndarray:
-        """Frames `frames` (int [n] or [B, n]) of videos `rows` (int [B]) in `view` (one or int
-        [B]): float16 [B, n, D].
+        """Features of single frames, read from memory-mapped shards.
 
-        Reads memory-mapped shards, a remote store's from a local copy (`remote.LocalCopy`). Failed
-        videos give zeros (`mask` is False for them); a pending one is a `RunError`.
+        Shards of a remote store are copied to a local disk first (`remote.LocalCopy`).
+
+        Args:
+            rows: videos, int [B].
+            frames: frames of each video, int [n] or [B, n].
+            view: one view, or one per video, int [B].
+
+        Returns:
+            float16 [B, n, D]; zeros for failed videos, for which `mask` is False.
+
+        Raises RunError for a video that is still pending.
         """
         rows, frames = np.asarray(rows), np.atleast_2d(frames)
         pending = self.status[rows] == PENDING
@@ -292,25 +319,19 @@ class FeatureStore:
         try:
             self._shards.ensure_mapped(blocks)
         except ShardError as error:
-            raise RunError(
-                f"{error}; `{command_line('extract.verify', self.path, repair=True)}` marks what is damaged"
-            ) from None
-        index = (
-            blocks[:, None],
-            (rows % self.block_size)[:, None],
-            np.asarray(view)[..., None],
-            frames,
-        )
-        if self._sparse:
+            raise RunError(f"{error}; {self._repair}") from None
+        videos = rows % self.block_size
+        index = blocks[:, None], videos[:, None], np.asarray(view)[..., None], frames
+        if not self._readahead:
             self._shards.prefetch(*index)
         return self._shards.array[index]
 
     def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
-        """Which of these frames are new: bool [B, n], False where an earlier one of the row is the
-        same frame.
+        """False for a frame that repeats an earlier one of its row, and for failed videos: bool
+        [B, n].
 
-        A video with fewer frames than asked for has repeats; they must not count twice. Failed
-        videos: all False.
+        A video with too few frames has repeats, which must not count twice. Arguments as for
+        `gather`.
         """
         rows, frames = np.asarray(rows), np.atleast_2d(frames)
         indices = self.frame_indices[rows[:, None], np.asarray(view)[..., None], frames]
@@ -319,34 +340,35 @@ class FeatureStore:
         return ~repeated & (indices >= 0)
 
     def read(self, chosen: slice | np.ndarray) -> np.ndarray:
-        """All features of videos (rows) through Zarr, remotely too: float16 [n, V, T, D].
+        """All features of some rows, read by Zarr: float16 [n, V, T, D].
 
-        Raises RunError for damaged ones, and for finished ones whose shard is missing.
+        Raises RunError for damaged features, and for finished rows whose shard is missing.
         """
         rows = np.arange(len(self))[chosen]
         finished = rows[self.status[rows] != PENDING]
-        if lost := blocks_without_shard(self.path, np.unique(finished // self.block_size)):
-            raise RunError(f"{self.path}: {shard_name(lost[0])} is missing; {self._repair}")
+        for block in np.unique(finished // self.block_size).tolist():
+            if not object_exists(f"{self.path.rstrip('/')}/features/{shard_name(block)}"):
+                raise RunError(f"{self.path}: {shard_name(block)} is missing; {self._repair}")
         try:
-            with network_errors_named(self.path):
+            with network_errors_as_run_error(self.path):
                 if isinstance(chosen, slice):
                     return self.array("features")[chosen]  # type: ignore[return-value]
                 return self.array("features").oindex[rows]  # type: ignore[return-value]
-        except ValueError as error:  # Zarr's, for a checksum that does not match
+        except ValueError as error:  # raised by Zarr if a checksum does not match
             raise RunError(f"{self.path} is damaged ({error}); {self._repair}") from None
 
     @property
     def _repair(self) -> str:
         return f"run `{command_line('extract.verify', self.path, repair=True)}`, then extract again"
 
-    # -- blocks, for the run -----------------------------------------------------------------------------------
+    # -- write blocks --------------------------------------------------------------------------
 
     @property
     def num_blocks(self) -> int:
-        return -(-len(self) // self.block_size)
+        return math.ceil(len(self) / self.block_size)
 
     def block_rows(self, block: int) -> np.ndarray:
-        """Rows of a block: int [at most block_size]."""
+        """The rows of a block: int [block_size], fewer in the last block."""
         return np.arange(block * self.block_size, min((block + 1) * self.block_size, len(self)))
 
     def missing_blocks(self) -> list[int]:
@@ -357,86 +379,72 @@ class FeatureStore:
         return Path(self.path) / "features" / shard_name(block)
 
     def write_block(self, block: int, features: np.ndarray, rows: np.ndarray | None = None) -> None:
-        """Write a block's shard whole: `features` float16 [n, V, T, D] of `rows`, by default all
-        that it has.
+        """Write the shard of a block: `features` float16 [n, V, T, D] of `rows`, by default of all.
 
-        Its other rows, finished before, stay as they are byte for byte; RunError where they are
+        The bytes of its other rows, finished before, do not change. Raises RunError if they are
         damaged.
         """
-        every = self.block_rows(block)
-        rows = every if rows is None else rows
+        block_rows = self.block_rows(block)
+        rows = block_rows if rows is None else rows
         expected = (len(rows), *self.video_shape)
         if features.shape != expected or features.dtype != np.dtype("<f2"):
             raise ValueError(
                 f"block {block}: got {features.dtype} {features.shape}, expected float16 {expected}"
             )
-        if len(rows) < len(every):
-            others, new = np.setdiff1d(every, rows), features
-            features = np.empty((len(every), *new.shape[1:]), "<f2")
-            features[rows - every[0]], features[others - every[0]] = new, self.read(others)
-        # A dropped all-zero chunk would break the stride that `gather` lives on.
-        array = self.array("features").with_config({"write_empty_chunks": True})
-        array[every[0] : every[-1] + 1] = features
+        first, stop = block_rows[0], block_rows[-1] + 1
+        if len(rows) < len(block_rows):
+            other_rows, new = np.setdiff1d(block_rows, rows), features
+            features = np.empty((len(block_rows), *self.video_shape), "<f2")
+            features[rows - first] = new
+            features[other_rows - first] = self.read(other_rows)
+        # Zarr drops chunks of zeros by default, which would break the constant stride of videos.
+        every_chunk(self.array("features"))[first:stop] = features
 
-    def commit(self, *done: Outcomes) -> None:
-        """Enter outcomes of videos whose shards are written, of several blocks at the cost of one.
+    def commit(self, *blocks: Outcomes) -> None:
+        """Write the outcomes of blocks whose shards are written, all in one pass over the arrays.
 
-        `status` comes last: a row is finished or pending.
+        `status` is written last, so that a row is either finished or pending.
         """
-        rows = np.concatenate([part.rows for part in done])
-        order = np.argsort(rows)
+        rows = np.concatenate([block.rows for block in blocks])
         for name in ("errors", "num_frames", "frame_indices", "timestamps", "sources", "status"):
-            dtype = object if name == "errors" else None
-            values = np.concatenate([np.array(part.column(name), dtype) for part in done])
-            self._set(name, rows[order], values[order])
+            self._set(name, rows, np.concatenate([block.column(name) for block in blocks]))
 
     def _set(self, name: str, rows: np.ndarray, values: np.ndarray) -> None:
-        if name in self.missing_columns:
+        if name in self.missing_columns or not len(rows):
             return
+        order = np.argsort(rows)
+        rows, values = rows[order], values[order]
         array = every_chunk(self.array(name))
-        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+        if rows[-1] - rows[0] + 1 == len(rows):
             array[rows[0] : rows[-1] + 1] = values
         else:
             array.oindex[rows] = values
-        self.__dict__.pop(name, None)  # what was read before is out of date
+        self.__dict__.pop(name, None)  # the cached column
 
     def set_status(self, rows: np.ndarray, status: int | np.ndarray) -> None:
-        """Give rows another status: pending, so that they are done again; dropped; or listed
-        again."""
-        if len(rows):
-            order = np.argsort(rows)
-            values = np.broadcast_to(np.asarray(status, "i1"), len(rows))
-            self._set("status", rows[order], values[order])
+        """Change the status of rows, for example to pending so that they are extracted again."""
+        self._set("status", rows, np.broadcast_to(np.asarray(status, "i1"), len(rows)))
 
-    def append(self, **columns: Sequence[Any] | np.ndarray) -> None:
-        """Add pending rows behind the others: `ids`; `labels` `splits` `groups` `starts` `ends` if
-        known."""
+    def append(self, **columns: Column) -> None:
+        """Add pending rows at the end.
+
+        columns: `ids`, and optionally `labels`, `splits`, `groups`, `starts` and `ends`.
+        """
         check_ids(columns["ids"])
         start, stop = self._length, self._length + len(columns["ids"])
         self.array("features").resize((stop, *self.video_shape))
-        # `status` comes last: it tells how many rows there are.
-        for name, (dtype, _, fill) in ROW_ARRAYS.items():
+        # `status` is the last one: its length is the number of rows.
+        for name, (_, _, fill) in ROW_ARRAYS.items():
             array = every_chunk(self.array(name))
             array.resize((stop, *array.shape[1:]))
-            given: Any = fill
-            if name in columns:
-                given = np.array(columns[name], object if dtype is str else dtype)
             if start < stop:
-                array[start:stop] = given
+                array[start:stop] = as_column(name, columns[name]) if name in columns else fill
         self._length = stop
         for name in (*ROW_ARRAYS, "_shards"):
             self.__dict__.pop(name, None)
 
-    # -- damage ----------------------------------------------------------------------------------------------------
-
-    def damaged_rows(self, block: int) -> dict[int, str]:
-        """Rows of a committed block whose features cannot be trusted, with the reason (reads the
-        whole shard)."""
-        return damaged_rows(self, block)
-
     def clean_up(self) -> None:
-        """Remove what a killed writer left half-written (files that were never renamed). For the
-        holder of the lock."""
+        """Remove files that killed writers never renamed. The caller must hold the store's lock."""
         if not is_remote(self.path):
             for leftover in Path(self.path).rglob("*.partial"):
                 leftover.unlink(missing_ok=True)

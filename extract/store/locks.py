@@ -1,31 +1,21 @@
-"""One writer per store: a lock of the kernel for a folder, a lease for object storage
-(`remote.Lease`)."""
+"""One writer per store: a kernel lock for a folder, a lease for object storage (remote.py)."""
 
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from extract import RunError
 from extract.durable import make_folder, remove_leftovers, take_lock
-from extract.store.layout import is_remote
+from extract.store.objects import is_remote
 from extract.store.remote import Lease
-from extract.store.runs import RunLog
-
-
-class StoreLock(Protocol):
-    def ensure_held(self) -> None:
-        """RunError if another run has, or may have, taken the store meanwhile."""
-
-    def close(self) -> None: ...
+from extract.store.runs import RunLog, process_of
 
 
 class FolderLock:
-    """A lock on the log beside a store, which the kernel releases when the process ends, however it
-    ends.
+    """A lock on the log next to a store. The kernel releases it however the process ends.
 
-    The log lies beside the folder itself, not beside a link to it: two names of one store are one
-    lock.
+    The log is next to the folder itself, not next to a link to it, so that a store with two names
+    has one lock.
     """
 
     def __init__(self, path: str | Path):
@@ -35,25 +25,24 @@ class FolderLock:
         if not take_lock(self._file):
             self._file.close()
             starts = [record for record in RunLog.records(path) if record["event"] == "start"]
-            holder = "another process"
-            if starts:
-                holder = f"process {starts[-1].get('process')} on {starts[-1].get('host')}"
-            raise RunError(
-                f"{path} is being written by {holder}; wait for it or stop it first"
-            ) from None
-        store = log_path.with_suffix("")  # its name is the store's and .log
-        remove_leftovers(store.parent, store.name)  # of a run that was killed making the store
+            holder = process_of(starts[-1]) if starts else "another process"
+            raise RunError(f"{path} is being written by {holder}; wait for it or stop it first")
+        # A run that was killed while it created the store leaves a half-written folder.
+        remove_leftovers(log_path.parent, log_path.stem)
 
     def ensure_held(self) -> None:
-        """The kernel keeps it."""
+        """A kernel lock cannot be lost."""
 
     def close(self) -> None:
         self._file.close()
 
 
+StoreLock = FolderLock | Lease
+
+
 @contextlib.contextmanager
 def lock_store(path: str | Path) -> Iterator[StoreLock]:
     """Hold a store for one run; `RunError` names the process that holds it already."""
-    lock = Lease(str(path)) if is_remote(path) else FolderLock(path)
+    lock: StoreLock = Lease(str(path)) if is_remote(path) else FolderLock(path)
     with contextlib.closing(lock):
         yield lock

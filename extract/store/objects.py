@@ -1,4 +1,4 @@
-"""Small files of a store that Zarr does not know, on a disk or on object storage."""
+"""Small files next to a store's arrays, on a disk or on object storage, and network errors."""
 
 import os
 from collections.abc import Iterator
@@ -8,20 +8,22 @@ from typing import Any
 
 from extract import InputError, RunError
 from extract.durable import os_errors_as_run_error, replace_file, sync
-from extract.store.layout import is_remote
 
 # Their errors are not OSError; everything else that storage raises is.
 _NETWORK_LIBRARIES = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "azure", "requests"}
 
 
-def is_network_error(error: BaseException) -> bool:
-    """Whether a library for object storage raised it: no network, no bucket, no permission."""
-    return type(error).__module__.partition(".")[0] in _NETWORK_LIBRARIES
+def is_remote(path: str | Path) -> bool:
+    """Whether a store's path is a URL for fsspec (`s3://...`, `memory://...`)."""
+    return "://" in str(path)
 
 
 @contextmanager
-def network_errors_named(url: str | Path) -> Iterator[None]:
-    """Errors of the libraries for object storage come out as one sentence with the URL."""
+def network_errors_as_run_error(url: str | Path) -> Iterator[None]:
+    """Turn an error of a library for object storage into one sentence that names the URL.
+
+    Such an error means that there is no network, no bucket or no permission.
+    """
     try:
         yield
     except ImportError as error:
@@ -29,7 +31,7 @@ def network_errors_named(url: str | Path) -> Iterator[None]:
             raise
         raise InputError(f"{url}: {error}") from None
     except Exception as error:
-        if not is_network_error(error):
+        if type(error).__module__.partition(".")[0] not in _NETWORK_LIBRARIES:
             raise
         raise RunError(
             f"{url} cannot be reached ({type(error).__name__}: {error!s:.200}); "
@@ -37,21 +39,21 @@ def network_errors_named(url: str | Path) -> Iterator[None]:
         ) from None
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, and the path in it."""
+@contextmanager
+def remote_file_system(url: str) -> Iterator[tuple[Any, str]]:
+    """fsspec's file system for a URL, and the path in it. Network errors are RunErrors inside."""
     import fsspec
 
-    with network_errors_named(url):
-        return fsspec.core.url_to_fs(url)
+    with network_errors_as_run_error(url):
+        yield fsspec.core.url_to_fs(url)
 
 
 def read_object(path: str) -> bytes | None:
-    """The content of a file or an object; None if there is none."""
+    """The content of a file or an object; None if it does not exist."""
     try:
         if not is_remote(path):
             return Path(path).read_bytes()
-        system, name = file_system(path)
-        with network_errors_named(path):
+        with remote_file_system(path) as (system, name):
             return system.cat_file(name)
     except FileNotFoundError:
         return None
@@ -60,18 +62,16 @@ def read_object(path: str) -> bytes | None:
 def write_object(path: str, content: bytes) -> None:
     """Write a file or an object, which appears whole or not at all. Raises RunError."""
     if is_remote(path):
-        system, name = file_system(path)
-        with network_errors_named(path):
+        with remote_file_system(path) as (system, name):
             system.pipe_file(name, content)
     else:
         replace_file(path, content)
 
 
 def remove_object(path: str) -> None:
-    """Remove a file or an object; one that does not exist is not an error."""
+    """Remove a file or an object, if it exists. Raises RunError."""
     if is_remote(path):
-        system, name = file_system(path)
-        with network_errors_named(path):
+        with remote_file_system(path) as (system, name):
             if system.exists(name):
                 system.rm_file(name)
     elif os.path.lexists(path):
@@ -80,13 +80,21 @@ def remove_object(path: str) -> None:
             sync(os.path.dirname(path))
 
 
+def object_exists(path: str) -> bool:
+    """Whether a file or an object exists at this moment, not when it was last listed."""
+    if not is_remote(path):
+        return os.path.exists(path)
+    with remote_file_system(path) as (system, name):
+        system.invalidate_cache()
+        return system.exists(name)
+
+
 def names_in(path: str) -> set[str]:
-    """The names directly in a folder, or below a prefix; an empty set if there is none."""
+    """The names directly in a folder or below a prefix; empty if it does not exist."""
     try:
         if not is_remote(path):
             return set(os.listdir(path))
-        system, name = file_system(path)
-        with network_errors_named(path):
+        with remote_file_system(path) as (system, name):
             system.invalidate_cache()
             return {entry.rpartition("/")[2] for entry in system.ls(name, detail=False)}
     except FileNotFoundError:

@@ -1,18 +1,20 @@
-"""A store on object storage, which has no rename and no lock: who may write it, and a local copy to
-train from.
+"""A store on object storage, which has no rename and no lock: a writer's lease and a local copy.
 
-Written whole objects appear whole, so shards and chunks need no rename. What a lock does for a
-folder, a lease does here, made of the one promise that such storage gives, a conditional put
-(`If-None-Match: *`): of several who create an object, one succeeds.
+Storage shows an object only when it is written whole, so shards and chunks need no rename. A lease
+takes the place of a folder's lock. It relies only on conditional puts (`If-None-Match: *`): if
+several processes create the same object, one of them succeeds.
 
-    feats.zarr.lease/000007    created by the driver that holds the store, and written by it alone, every few seconds
+    feats.zarr.lease/000007    created, and written every few seconds, by the driver that holds
+                               the store
 
-The highest number holds the store. A driver that wants it watches that object: if it changes, its
-holder lives; if it does not for LEASE_TIMEOUT, the next number is created. A driver commits only
-within 3/4 of LEASE_TIMEOUT after it last renewed its lease and saw no higher one. No clocks are
-compared. What remains possible is a commit that began in time and hangs in the network for longer
-than the rest of LEASE_TIMEOUT: it writes what its successor would write, and may put rows of its
-chunk back to pending; they are done again, with the same bytes.
+The driver that created the highest number holds the store. Another driver watches that object. If
+it changes, its writer is alive. If it stays the same for LEASE_TIMEOUT, the other driver creates
+the next number. A driver commits only within 3/4 of LEASE_TIMEOUT after it last renewed its lease
+and saw no higher number. Clocks of different machines are never compared.
+
+One case remains: a commit begins in time, then hangs in the network for longer than the rest of
+LEASE_TIMEOUT. It writes the same values as its successor, and may set rows of its chunk back to
+pending. Those are extracted again, with the same bytes.
 """
 
 import contextlib
@@ -24,7 +26,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -32,37 +33,39 @@ from pathlib import Path
 from typing import Any
 
 from extract import RunError
-from extract.durable import replacing
-from extract.store.objects import file_system, network_errors_named
-from extract.store.shards import ShardError, damaged_videos, read_index
+from extract.durable import cache_folder, is_leftover, replacing
+from extract.store.objects import remote_file_system
+from extract.store.runs import process_of
+from extract.store.shards import ShardError, intact_videos
 
 HEARTBEAT_SECONDS, LEASE_TIMEOUT = 10.0, 40.0
-FETCHED_AT_ONCE = 8
+MAX_DOWNLOADS = 8  # at a time
 TAG = 12  # characters
 
 
 class Lease:
-    """The right to write a store at `url`, held from the start until `close`. RunError where
-    another holds it."""
+    """The right to write the store at `url`, held until `close`.
+
+    Raises RunError if another process holds it.
+    """
 
     def __init__(self, url: str):
-        self._fs, self._folder = file_system(f"{url.rstrip('/')}.lease")
         self._url, self._lost, self._released = url, False, threading.Event()
         self._error: Exception | None = None  # of the last attempt to renew
         self._record: dict[str, Any] = {
             "process": os.getpid(),
             "host": socket.gethostname(),
             "beat": 0,
+            "write_id": uuid.uuid4().hex,
         }
-        self._record["write_id"] = uuid.uuid4().hex
-        with network_errors_named(url):
+        with remote_file_system(f"{url.rstrip('/')}.lease") as (self._fs, self._folder):
             self._number = self._acquire()
         self._renewed = time.monotonic()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, name="lease", daemon=True)
         self._thread.start()
 
     def ensure_held(self) -> None:
-        """RunError where another driver has, or may have, taken the store meanwhile."""
+        """Raises RunError if another driver has taken the store, or may have."""
         if self._lost or time.monotonic() - self._renewed > 0.75 * LEASE_TIMEOUT:
             how = "to another run" if self._lost else "with its network"
             why = f" ({type(self._error).__name__}: {self._error!s:.200})" if self._error else ""
@@ -71,49 +74,54 @@ class Lease:
     def close(self) -> None:
         self._released.set()
         self._thread.join()
-        # A next run waits until it sees that this one is gone, if it cannot be told.
+        # If this fails, the next run waits for LEASE_TIMEOUT.
         with contextlib.suppress(Exception):
             self._put(self._number, self._record | {"released": True})
 
     def _acquire(self) -> int:
+        """Create the next number, after the holder of the highest one has shown no sign of life."""
         number, record = self._highest()
-        deadline = time.monotonic() + LEASE_TIMEOUT
         if number and not record.get("released"):
-            print(
-                f"waiting {LEASE_TIMEOUT:.0f} s to see whether {_holder(record)} still writes {self._url}",
-                file=sys.stderr,
-            )
-        while number and not record.get("released") and time.monotonic() < deadline:
-            time.sleep(min(1.0, HEARTBEAT_SECONDS))
-            if self._highest() != (number, record):
-                raise RunError(self._held_message(record))
+            self._wait_for_holder(number, record)
         try:
             self._put(number + 1, self._record, mode="create")
-        except (
-            Exception
-        ):  # FileExistsError of most storage, of some another; or the answer was lost
+        # Most storage raises FileExistsError if it exists, some another error.
+        except Exception:
             highest, record = self._highest()
             if highest <= number:
                 raise
-            # Our own object, if the put succeeded, its answer was lost, and it was sent again.
+            # The object may be ours: the put succeeded, its answer was lost, and it was sent again.
             if highest > number + 1 or record.get("write_id") != self._record["write_id"]:
-                raise RunError(self._held_message(record)) from None
+                raise self._held_by(record) from None
         for old in range(max(1, number - 9), number):
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(old))
         return number + 1
 
-    def _held_message(self, record: dict[str, Any]) -> str:
-        return f"{self._url} is being written by {_holder(record)}; wait for it or stop it first"
+    def _wait_for_holder(self, number: int, record: dict[str, Any]) -> None:
+        """Watch the lease of another process for LEASE_TIMEOUT; RunError if that is renewed."""
+        print(
+            f"waiting {LEASE_TIMEOUT:.0f} s to see whether {process_of(record)} still writes "
+            f"{self._url}",
+            file=sys.stderr,
+        )
+        deadline = time.monotonic() + LEASE_TIMEOUT
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, HEARTBEAT_SECONDS))
+            if self._highest() != (number, record):
+                raise self._held_by(record)
 
-    def _beat(self) -> None:
+    def _held_by(self, record: dict[str, Any]) -> RunError:
+        return RunError(
+            f"{self._url} is being written by {process_of(record)}; wait for it or stop it first"
+        )
+
+    def _keep_renewing(self) -> None:
         while not self._lost and not self._released.wait(HEARTBEAT_SECONDS):
             try:
                 self._renew()
                 self._error = None
-            except (
-                Exception
-            ) as error:  # of any library: the network comes back, or `ensure_held` tells
+            except Exception as error:  # the network may come back; else `ensure_held` raises
                 self._error = error
 
     def _renew(self) -> None:
@@ -138,73 +146,66 @@ class Lease:
         return f"{self._folder}/{number:06d}"
 
 
-def _holder(record: dict[str, Any]) -> str:
-    return f"process {record.get('process')} on {record.get('host')}"
-
-
 class LocalCopy:
-    """Shards of a remote store as local files: fetched when they are asked for, checked, and used
-    again.
+    """Shards of a remote store as local files: downloaded on first use, checked, and kept.
 
-    They lie in $HGNL_CACHE, or ~/.cache/hgnl-video, under the tag that the storage gives each
-    version of an object.
+    The files are in `durable.cache_folder`. A name ends with a tag of the object's version, so a
+    changed object is downloaded again.
     """
 
     def __init__(self, url: str, *, block_size: int, video_bytes: int):
-        self._url = url
-        self._fs, self._remote = file_system(f"{url.rstrip('/')}/features")
-        self._layout = {"block_size": block_size, "video_bytes": video_bytes}
-        cache = Path(os.environ.get("HGNL_CACHE", "~/.cache/hgnl-video")).expanduser()
-        self.folder = cache / f"{Path(url).name}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+        self._url = f"{url.rstrip('/')}/features"
+        self._block_size, self._video_bytes = block_size, video_bytes
+        digest = hashlib.sha256(url.encode()).hexdigest()[:12]
+        self.folder = cache_folder() / f"{Path(url).name}-{digest}"
 
     def fetch(self, names: Sequence[str]) -> list[Path]:
-        """Local paths of the shards of these names (`c.7.0.0.0`). RunError names one that is
-        missing or damaged."""
-        with network_errors_named(self._url), ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+        """Local paths of the shards with these names (`c.7.0.0.0`).
+
+        Raises RunError naming one that is missing or damaged.
+        """
+        with (
+            remote_file_system(self._url) as (self._fs, self._remote),
+            ThreadPoolExecutor(MAX_DOWNLOADS) as pool,
+        ):
             return list(pool.map(self._fetch, names))
 
     @cached_property
-    def _tags(self) -> dict[str, str]:
-        """Of every shard there, from one listing."""
-        self._fs.invalidate_cache()
-        entries = {
-            Path(entry["name"]).name: entry for entry in self._fs.ls(self._remote, detail=True)
-        }
-        return {
-            name: hashlib.sha256(str(entry).encode()).hexdigest()[:TAG]
-            for name, entry in entries.items()
-        }
+    def _paths(self) -> dict[str, Path]:
+        """The local path of each shard's current version, by name.
 
-    @cached_property
-    def _copies(self) -> dict[str, list[str]]:
-        """The files of the cache by shard, from one listing: a listing per shard takes minutes for
-        thousands."""
-        copies: dict[str, list[str]] = defaultdict(list)
-        for file in os.listdir(self.folder) if self.folder.is_dir() else ():
-            copies[file[: -TAG - 1]].append(file)
-        return copies
+        From one listing of the storage: one per shard takes minutes for thousands. Copies of other
+        versions are removed.
+        """
+        self._fs.invalidate_cache()
+        paths = {}
+        for entry in self._fs.ls(self._remote, detail=True):
+            tag = hashlib.sha256(str(entry).encode()).hexdigest()[:TAG]
+            name = Path(entry["name"]).name
+            paths[name] = self.folder / f"{name}.{tag}"
+        current = {path.name for path in paths.values()}
+        for copy in os.listdir(self.folder) if self.folder.is_dir() else ():
+            if copy not in current and not is_leftover(copy):
+                (self.folder / copy).unlink(missing_ok=True)
+        return paths
 
     def _fetch(self, name: str) -> Path:
-        if name not in self._tags:
+        if name not in self._paths:
             raise RunError(
-                f"{self._remote}/{name} is missing; run the extraction again, or copy the store again"
+                f"{self._remote}/{name} is missing; run the extraction again, or copy the store "
+                "again"
             )
-        path = self.folder / f"{name}.{self._tags[name]}"
+        path = self._paths[name]
         if not path.exists():
             with replacing(path) as partial:
                 self._fs.get_file(f"{self._remote}/{name}", str(partial))
                 self._check(name, partial)
-            for older in set(self._copies.get(name, ())) - {path.name}:
-                (self.folder / older).unlink(missing_ok=True)
         return path
 
     def _check(self, name: str, path: Path) -> None:
         try:
-            videos = read_index(path, **self._layout)
-            damaged = [place for place in damaged_videos(path, **self._layout) if place < videos]
+            intact = intact_videos(path, block_size=self._block_size, video_bytes=self._video_bytes)
+            if not all(intact):
+                raise ShardError(f"the checksum of its video {intact.index(False)} does not match")
         except ShardError as error:
-            raise RunError(f"{self._remote}/{name} came damaged: {error}") from None
-        if damaged:
-            raise RunError(
-                f"{self._remote}/{name} came damaged: the checksum of its video {damaged[0]} does not match"
-            )
+            raise RunError(f"{self._remote}/{name} is damaged: {error}") from None

@@ -1,4 +1,4 @@
-"""Runs that write a store: their log beside it, and the settings that it was begun with."""
+"""Runs that write a store: the log next to it, and what differs from the recorded settings."""
 
 import contextlib
 import json
@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from extract.durable import os_errors_as_run_error
-from extract.store.layout import is_remote
+from extract.store.objects import is_remote
 
 
 class RunLog:
-    """The log beside a store (`feats.zarr.log`, JSON lines): times and speeds, which do not belong
-    into the store.
+    """The log next to a store (`feats.zarr.log`, JSON lines): times, speeds, options of its runs.
 
-    Only the holder of the store's lock writes it. On object storage, which cannot append, there is
-    none.
+    Only the process that holds the store's lock writes it. A store on object storage has no log,
+    because objects cannot be appended to.
     """
 
     def __init__(self, store: str | Path):
@@ -29,22 +28,23 @@ class RunLog:
         record = {"event": event, "time": round(time.time(), 3), **fields}
         with os_errors_as_run_error(self._path), self._path.open("ab+") as file:
             file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
-            cut = file.read() not in (b"", b"\n")  # by a kill or a full disk
-            file.write(b"\n" * cut + json.dumps(record, default=str).encode() + b"\n")
+            last_line_is_cut = file.read() not in (b"", b"\n")  # by a kill or a full disk
+            line = json.dumps(record, default=str).encode() + b"\n"
+            file.write(b"\n" * last_line_is_cut + line)
 
     @staticmethod
     def path(store: str | Path) -> Path:
-        """Beside the folder itself, also if `store` is a link to it."""
+        """Next to the folder itself, also if `store` is a link to it."""
         return Path(f"{real_path(store).rstrip('/')}.log")
 
     @staticmethod
     def records(store: str | Path) -> list[dict[str, Any]]:
-        """What earlier runs wrote, oldest first; lines that are cut or damaged are left out."""
-        if is_remote(store) or not RunLog.path(store).exists():
+        """The records of all runs so far, oldest first, without lines that are cut or damaged."""
+        path = RunLog.path(store)
+        if is_remote(store) or not path.exists():
             return []
         records = []
-        text = RunLog.path(store).read_text(encoding="utf-8", errors="replace")
-        for line in text.splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 record = json.loads(line)
                 if isinstance(record, dict) and isinstance(record.get("event"), str):
@@ -53,23 +53,30 @@ class RunLog:
 
 
 def real_path(store: str | Path) -> str:
-    """The path itself, or where it leads if a link is in it."""
-    real = str(store) if is_remote(store) else os.path.realpath(store)
-    return str(store) if real == os.path.abspath(store) else real
+    """The path with its links followed; unchanged if it has none."""
+    real = os.path.realpath(store)
+    return str(store) if is_remote(store) or real == os.path.abspath(store) else real
+
+
+def process_of(record: dict[str, Any]) -> str:
+    """The process that wrote a record of a log or a lease: `process 4711 on gpu-3`."""
+    return f"process {record.get('process')} on {record.get('host')}"
 
 
 def difference(
     recorded: dict[str, Any],
-    wanted: dict[str, Any],
+    current: dict[str, Any],
     prefix: str = "",
     *,
     then: str = "in the store",
 ) -> list[str]:
-    """The differences between two records, one line each: `weights.sha256: 12ab in the store, 34cd
-    now`."""
+    """The differences between two records, one line each.
+
+    For example `weights.sha256: 12ab in the store, 34cd now`.
+    """
     lines = []
-    for key in sorted(recorded.keys() | wanted.keys()):
-        old, new = recorded.get(key), wanted.get(key)
+    for key in sorted(recorded.keys() | current.keys()):
+        old, new = recorded.get(key), current.get(key)
         if isinstance(old, dict) and isinstance(new, dict):
             lines += difference(old, new, f"{prefix}{key}.", then=then)
         elif json.loads(json.dumps(old)) != json.loads(json.dumps(new)):

@@ -1,17 +1,18 @@
-"""Shard files of a feature store, seen as memory: one strided array over thousands of files.
+"""Shard files of a feature store, mapped into memory as one strided array.
 
-A shard of `features` holds its videos' chunks one after the other, uncompressed, and an index
-behind them (Zarr v3's `sharding_indexed`):
+A shard of `features` holds the uncompressed chunks of its videos one after the other, then an index
+(Zarr v3's `sharding_indexed`):
 
-    | video 0: V*T*D float16 | crc32c | video 1 ... | crc32c | ... | index: (offset, nbytes) uint64 * B | crc32c |
+    | video 0: V*T*D float16 | crc32c | video 1 ... | crc32c | ...
+    | index: (offset, nbytes) uint64 * block_size | crc32c |
 
-So video r of block b lies at a fixed stride, and shard b can be mapped at `base + b * slot_bytes`: one
-reserved stretch of address space in which every shard has its place. Reading any frames of any
-videos is then one numpy indexing expression on a five-dimensional strided array, as fast as a plain
-memory-mapped array of the same bytes.
+So the videos of a shard are a fixed stride apart. Address space is reserved once for all shards,
+and shard b is mapped at `base + b * slot_bytes`. Reading any frames of any videos is then one numpy
+indexing expression on a five-dimensional strided array, as fast as on a memory-mapped .npy file.
 """
 
 import ctypes
+import math
 import mmap
 import os
 import weakref
@@ -39,8 +40,10 @@ def shard_bytes(videos: int, block_size: int, video_bytes: int) -> int:
 
 
 def read_index(path: Path, *, block_size: int, video_bytes: int) -> int:
-    """Number of videos in a shard, size and index checked (checksum; video i lies at i strides), or
-    `ShardError`."""
+    """The number of videos in a shard.
+
+    Raises ShardError unless its size, the checksum of its index and all offsets are as expected.
+    """
     index_bytes = block_size * 16
     try:
         with path.open("rb") as file:
@@ -55,52 +58,46 @@ def read_index(path: Path, *, block_size: int, video_bytes: int) -> int:
         )
     index = np.frombuffer(tail[:index_bytes], dtype="<u8").reshape(block_size, 2)
     videos = int((index[:, 0] != _ABSENT).sum())
-    stride = np.uint64(video_bytes + CRC_BYTES)
-    in_order = (index[:videos, 0] == np.arange(videos, dtype=np.uint64) * stride).all()
-    if (
-        not in_order
-        or (index[:videos, 1] != stride).any()
-        or size != shard_bytes(videos, block_size, video_bytes)
-    ):
+    stride = video_bytes + CRC_BYTES
+    in_order = index[:videos].tolist() == [[video * stride, stride] for video in range(videos)]
+    if not in_order or size != shard_bytes(videos, block_size, video_bytes):
         raise ShardError(
-            f"{path} is laid out otherwise than this package writes it ({videos} videos, {size:,} bytes)"
+            f"{path} has another layout than this package writes ({videos} videos, {size:,} bytes)"
         )
     return videos
 
 
-def damaged_videos(path: Path, *, block_size: int, video_bytes: int) -> list[int]:
-    """Read a whole shard; places (0-based, within the block) of the videos whose bytes do not match
-    their checksum.
+def intact_videos(path: Path, *, block_size: int, video_bytes: int) -> list[bool]:
+    """Whether the bytes of each video in a shard match their checksum; reads the whole file.
 
-    Places behind the shard's last video count as damaged: nothing was written there.
+    Raises ShardError as `read_index` does.
     """
     videos = read_index(path, block_size=block_size, video_bytes=video_bytes)
-    stride = video_bytes + CRC_BYTES
-    damaged = []
+    intact = []
     with path.open("rb") as file:
-        for place in range(videos):
-            chunk = file.read(stride)
-            if google_crc32c.value(chunk[:video_bytes]) != int.from_bytes(
-                chunk[video_bytes:], "little"
-            ):
-                damaged.append(place)
-    return damaged + list(range(videos, block_size))
+        for _ in range(videos):
+            features, recorded = file.read(video_bytes), file.read(CRC_BYTES)
+            intact.append(google_crc32c.value(features) == int.from_bytes(recorded, "little"))
+    return intact
 
 
 def shard_name(block: int) -> str:
-    """The file of a block's features, as Zarr names a chunk."""
+    """The name of a block's shard file, as Zarr names chunks."""
     return f"c.{block}.0.0.0"
 
 
 class ShardMap:
-    """All shards of a store as one array `[blocks, block_size, V, T, D]` of little-endian float16,
-    mapped on first use.
+    """All shards of a store as one float16 array [blocks, block_size, V, T, D].
 
-    Mappings hold no file descriptor (Python's own `mmap` keeps one each), so thousands of shards
-    cost nothing. `paths` gives the files of some blocks, `videos` (int [blocks]) says how many
-    each holds at least. Slots of shards that were never mapped read as zeros. `sparse` is for files
-    that memory does not hold: a page that is not there is read alone, where the kernel would read
-    megabytes around it, and `prefetch` has many read at once.
+    Shards are mapped on first use; a shard that was never mapped reads as zeros. A mapping holds no
+    file descriptor, as each of Python's own `mmap` objects does, so a store may have thousands of
+    shards.
+
+    Args:
+        paths: returns the files of some blocks.
+        videos: the least number of videos that each shard must hold, int [blocks].
+        readahead: whether the kernel may read megabytes around a page, which is faster for a store
+            that fits into memory. Without it each page is read alone; `prefetch` starts many reads.
     """
 
     def __init__(
@@ -110,75 +107,68 @@ class ShardMap:
         *,
         block_size: int,
         video_shape: tuple[int, int, int],
-        sparse: bool = False,
+        readahead: bool = True,
     ):
-        self.sparse = sparse
+        self._readahead = readahead
         self._paths, self._videos, self._block_size = paths, videos, block_size
         blocks = len(videos)
-        self._video_bytes = int(np.prod(video_shape)) * 2
+        self._video_bytes = math.prod(video_shape) * 2
         page = mmap.PAGESIZE
-        self._slot_bytes = -(-shard_bytes(block_size, block_size, self._video_bytes) // page) * page
+        largest = shard_bytes(block_size, block_size, self._video_bytes)
+        self._slot_bytes = math.ceil(largest / page) * page
         self._mapped = np.zeros(blocks, dtype=bool)
         self._libc = _libc()
         size = max(self._slot_bytes * blocks, page)
-        # Address space only: nothing is read or reserved until a shard is mapped into its place.
+        # Address space only: no memory is used until a shard is mapped into its slot.
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._base = self._map(None, size, anonymous, -1)
         weakref.finalize(self, self._libc.munmap, self._base, size)
-        views, frames, dim = video_shape
-        raw = np.frombuffer(
-            memoryview((ctypes.c_uint8 * size).from_address(self._base)), dtype="<f2"
+        _, frames, dim = video_shape
+        self.array = np.ndarray(
+            (blocks, block_size, *video_shape),
+            "<f2",
+            buffer=memoryview((ctypes.c_uint8 * size).from_address(self._base)),
+            strides=(self._slot_bytes, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2),
         )
-        strides = (self._slot_bytes, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2)
-        shape = (blocks, block_size, views, frames, dim)
-        self.array = np.lib.stride_tricks.as_strided(
-            raw, shape=shape, strides=strides, writeable=False
-        )
+        self.array.flags.writeable = False
 
     def ensure_mapped(self, blocks: np.ndarray) -> None:
-        """Map the shards of `blocks` (int array) that are not mapped yet; `ShardError` names one
-        that cannot be."""
-        if not self._mapped[blocks].all():
-            self._map_shards(np.unique(blocks[~self._mapped[blocks]]).tolist())
-
-    def prefetch(
-        self, blocks: np.ndarray, places: np.ndarray, views: np.ndarray, frames: np.ndarray
-    ) -> None:
-        """Have the kernel begin to read single frames (index arrays that broadcast), all at
-        once."""
-        index = np.broadcast_arrays(blocks, places, views, frames)
-        offsets = sum(
-            part.astype(np.int64) * stride
-            for part, stride in zip(index, self.array.strides, strict=False)
-        )
-        first = (self._base + np.ravel(offsets)) // mmap.PAGESIZE * mmap.PAGESIZE
-        length = self.array.strides[3] + mmap.PAGESIZE  # a frame may begin in the middle of a page
-        for address in first.tolist():
-            advise(self._libc, address, length, mmap.MADV_WILLNEED)
-
-    def _map_shards(self, blocks: list[int]) -> None:
-        for block, path in zip(blocks, self._paths(blocks), strict=True):
-            # Checked before it is mapped: touching a mapping beyond the end of its file would kill
-            # the process.
+        """Map the shards of `blocks` (int array) that are not mapped yet. Raises ShardError."""
+        if self._mapped[blocks].all():
+            return
+        unmapped = np.unique(blocks[~self._mapped[blocks]]).tolist()
+        for block, path in zip(unmapped, self._paths(unmapped), strict=True):
+            # Checked first, because reading a mapping beyond the end of its file kills the process.
             videos = read_index(path, block_size=self._block_size, video_bytes=self._video_bytes)
             if videos < self._videos[block]:
                 raise ShardError(
                     f"{path} holds {videos} videos, {self._videos[block]} are finished"
                 )
             size = shard_bytes(videos, self._block_size, self._video_bytes)
+            slot = self._base + block * self._slot_bytes
             descriptor = os.open(path, os.O_RDONLY)
             try:
-                address = self._map(
-                    self._base + block * self._slot_bytes,
-                    size,
-                    mmap.MAP_SHARED | _MAP_FIXED,
-                    descriptor,
-                )
-                if self.sparse:
-                    advise(self._libc, address, size, mmap.MADV_RANDOM)
+                self._map(slot, size, mmap.MAP_SHARED | _MAP_FIXED, descriptor)
             finally:
                 os.close(descriptor)
+            if not self._readahead:
+                advise(self._libc, slot, size, mmap.MADV_RANDOM)
             self._mapped[block] = True
+
+    def prefetch(self, *index: np.ndarray) -> None:
+        """Ask the kernel to start reading single frames, all at once.
+
+        index: of block, video in it, view and frame, as arrays that broadcast.
+        """
+        frame_strides = self.array.strides[:4]
+        offsets = sum(
+            part.astype(np.int64) * stride
+            for part, stride in zip(np.broadcast_arrays(*index), frame_strides, strict=True)
+        )
+        first = (self._base + np.ravel(offsets)) // mmap.PAGESIZE * mmap.PAGESIZE
+        length = self.array.strides[3] + mmap.PAGESIZE  # a frame may begin in the middle of a page
+        for address in first.tolist():
+            advise(self._libc, address, length, mmap.MADV_WILLNEED)
 
     def _map(self, address: int | None, size: int, flags: int, descriptor: int) -> int:
         mapped = self._libc.mmap(address, size, mmap.PROT_READ, flags, descriptor, 0)
@@ -191,6 +181,7 @@ class ShardMap:
 
 
 def _libc() -> ctypes.CDLL:
+    """The C library, with the types of mmap, munmap and madvise."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [

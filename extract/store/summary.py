@@ -1,39 +1,40 @@
-"""A store in words: counts, reasons of failures, size and speed."""
+"""A summary of a store as text: counts, failure reasons, size and speed."""
 
 import re
 import shutil
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
+
 from extract import RunError
 from extract.store.feature_store import FeatureStore
 from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES
 from extract.store.runs import RunLog
 
-REASONS_SHOWN = 12
+MAX_REASONS = 12
 
 
 def status_table(store: FeatureStore) -> str:
-    """Counts by split and status, reasons of failures, size, provenance, and the speed that the log
-    records."""
+    """Counts by split and status, failure reasons, size, provenance, and the speed in the log."""
     lines = [repr(store), _counts(store)]
     for status in (FAILED, PARTIAL, OK):
-        if known := reasons(store, status):
+        reasons = failure_reasons(store, status)
+        if reasons:
             lines.append(f"{STATUS_NAMES[status]}:")
-            lines += [f"  {count:>6,}  e.g. {example}" for count, example in known[:REASONS_SHOWN]]
-        if len(known) > REASONS_SHOWN:
-            lines.append(f"  and {len(known) - REASONS_SHOWN} further reasons")
+        lines += [f"  {count:>6,}  e.g. {example}" for count, example in reasons[:MAX_REASONS]]
+        if len(reasons) > MAX_REASONS:
+            lines.append(f"  and {len(reasons) - MAX_REASONS} further reasons")
     record = store.provenance
-    weights = record.get("weights", {})
-    if weights:
+    if weights := record.get("weights"):
         digest = f" (SHA-256 {weights['sha256'][:12]}...)" if "sha256" in weights else ""
         lines.append(
-            f"backbone {record['backbone']}, weights {weights['name']}{digest}, {record['precision']}"
+            f"backbone {record['backbone']}, weights {weights['name']}{digest}, "
+            f"{record['precision']}"
         )
-    done = int((store.status != PENDING).sum())
-    lines.append(f"size {human_bytes(done * store.video_bytes)} of features")
-    speed = _speed(store.path)
-    return "\n".join(lines + ([speed] if speed else []))
+    finished = int((store.status != PENDING).sum())
+    lines.append(f"size {human_bytes(finished * store.video_bytes)} of features")
+    return "\n".join(lines + _throughput(store.path))
 
 
 def human_bytes(count: float) -> str:
@@ -46,8 +47,7 @@ def human_bytes(count: float) -> str:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """RunError where `path` is to hold N bytes more than its disk has: before it is full, and
-    not then."""
+    """RunError if the disk of `path` has less than `needed` bytes free, before any is written."""
     free = shutil.disk_usage(path if path.exists() else path.parent).free
     if needed > free:
         needs = f"needs {human_bytes(needed)} more, its disk has {human_bytes(free)} free"
@@ -56,24 +56,24 @@ def check_space(path: Path, needed: int) -> None:
 
 def _counts(store: FeatureStore) -> str:
     splits = sorted(set(store.splits.tolist()))
-    dropped = () if store.listed.all() else ("no longer listed",)
-    rows: list[tuple[str, ...]] = [("split", "videos", *STATUS_NAMES, *dropped)]
+    header = ["split", "videos", *STATUS_NAMES]
+    if not store.listed.all():
+        header.append("no longer listed")
+    rows = [header]
     for split in [*splits, None] if len(splits) > 1 else [None]:
         chosen = store.status if split is None else store.status[store.splits == split]
-        counts = [int((chosen == value).sum()) for value in range(len(STATUS_NAMES))]
-        counts += [int((chosen >= DROPPED).sum()) for _ in dropped]
+        counts = np.bincount(np.minimum(chosen, DROPPED), minlength=len(header) - 2)
         name = "all" if split is None else split or "(none)"
-        rows.append((name, f"{len(chosen):,}", *(f"{count:,}" for count in counts)))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        for row in rows
-    )
+        rows.append([name, *(f"{count:,}" for count in (len(chosen), *counts))])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
 
 
-def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
-    """Why rows have a status: how many for like reasons (numbers are left out), and one with its
-    id; frequent first."""
+def failure_reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
+    """The reasons for a status, most frequent first: how many rows, and one of them with its id.
+
+    Reasons that differ only in numbers are counted together.
+    """
     examples: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for row in ((store.status == status) & (store.errors != "")).nonzero()[0]:
@@ -83,18 +83,17 @@ def reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:
     return [(count, examples[reason]) for reason, count in counts.most_common()]
 
 
-def _speed(path: str) -> str:
+def _throughput(path: str) -> list[str]:
     blocks = [record for record in RunLog.records(path) if record["event"] == "block"]
     blocks = [block for block in blocks if {"frames", "videos", "seconds"} <= block.keys()]
-    if not any(block["frames"] for block in blocks):  # none, or all videos failed
-        return ""
-    frames, videos = (
-        sum(block["frames"] for block in blocks),
-        sum(block["videos"] for block in blocks),
-    )
+    frames = sum(block["frames"] for block in blocks)
+    if not frames:  # no block, or all videos failed
+        return []
+    videos = sum(block["videos"] for block in blocks)
     device = sum(block["seconds"]["device"] for block in blocks)
     decode = sum(block["seconds"]["decode"] for block in blocks)
-    return (
-        f"measured: backbone {frames / max(device, 1e-9):,.0f} frames/s, "
-        f"decoding {1000 * decode / videos:.0f} CPU ms a video ({len(blocks)} blocks in {RunLog.path(path)})"
-    )
+    return [
+        f"measured: backbone {frames / max(device, 1e-9):,.0f} frames/s, decoding "
+        f"{1000 * decode / videos:.0f} CPU ms per video ({len(blocks)} blocks in "
+        f"{RunLog.path(path)})"
+    ]

@@ -30,7 +30,7 @@ from extract.decode.pool import JobResult, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.options import Options
-from extract.sources import UNKNOWN, Source
+from extract.sources import Source
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Outcomes, RunLog, is_remote
 from extract.workers.blocks import BackboneInfo, Block, BlockResult, Submitted, make_jobs
 from extract.workers.calibration import CalibrationSample
@@ -95,7 +95,7 @@ class Worker:
             clip_frames=options.clip_frames,
             clip_fps=options.clip_fps,
             per_clip=options.per_clip,
-            calibration=self._calibration,
+            calibrate=self._calibration,
         )
 
     def _calibration(self, preprocessing: Preprocessing) -> "Calibration":
@@ -332,7 +332,6 @@ class Worker:
         features = np.zeros((count, self.frames_per_video, self._backbone.dim), "<f2")
         shown = np.tile(np.arange(self.frames_per_video), (count, 1))
         outcome = Outcomes.failed(np.array(block.rows), "", views, self.options.frames * parts)
-        outcome.sources.extend([UNKNOWN] * count)
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
         computed = 0
         row_of = {video.id: row for row, video in enumerate(block.videos)}

@@ -27,7 +27,7 @@ from aggregate.training.splits import choose_rows
 from extract import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
-from extract.store.summary import human_bytes, reasons
+from extract.store.summary import failure_reasons, human_bytes
 from pipelines.predictor import ATTENTION_AGGREGATORS
 from pipelines.report.find import Contents, read_json
 
@@ -81,7 +81,7 @@ def extracted(contents: Contents) -> list[dict[str, Any]]:
                 "reasons": [
                     (STATUS_NAMES[kind], *reason)
                     for kind in (FAILED, PARTIAL)
-                    for reason in reasons(store, kind)[:REASONS]
+                    for reason in failure_reasons(store, kind)[:REASONS]
                 ],
                 "size": human_bytes(len(store) * store.video_bytes),
                 "picture": figures.bars(counts, list(figures.STATUS.values()), x_label="videos"),

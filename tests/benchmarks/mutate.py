@@ -176,8 +176,8 @@ MUTATIONS = [
     # -- the store -------------------------------------------------------------------------------
     Mutation(
         "extract/store/runs.py",
-        "sorted(recorded.keys() | wanted.keys())",
-        'sorted((recorded.keys() | wanted.keys()) - {"preprocessing"})',
+        "sorted(recorded.keys() | current.keys())",
+        'sorted((recorded.keys() | current.keys()) - {"preprocessing"})',
         f"{RECONCILE_TESTS} -k what_only_the_loaded",
     ),
     Mutation(
@@ -218,8 +218,8 @@ MUTATIONS = [
     ),
     Mutation(
         SHARDS,
-        "if google_crc32c.value(chunk[:video_bytes]) !=",
-        "if 0 >",
+        "intact.append(google_crc32c.value(features) ==",
+        "intact.append(True or 0 ==",
         f"{STORE_TESTS} -k damage_is_found",
     ),
     Mutation(
@@ -248,8 +248,8 @@ MUTATIONS = [
     ),
     Mutation(
         STORE,
-        "self._set(name, rows[order], values[order])",
-        "self._set(name, rows[order], values)",
+        "rows, values = rows[order], values[order]",
+        "rows = rows[order]",
         f"{STORE_TESTS} -k outcomes_of",
     ),
     Mutation(STORE, "if pending.any():", "if pending.all():", f"{STORE_TESTS} -k pending"),

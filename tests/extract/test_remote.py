@@ -214,7 +214,7 @@ def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch
     good = s3.cat_file(name)
     s3.pipe_file(name, good[:10] + bytes([good[10] ^ 1]) + good[11:])
     with pytest.raises(
-        RunError, match=r"c\.1\.0\.0\.0 came damaged: the checksum of its video 0 does not match"
+        RunError, match=r"c\.1\.0\.0\.0 is damaged: the checksum of its video 0 does not match"
     ):
         FeatureStore.open("s3://videos/copied.zarr").gather(rows, frames)
     s3.pipe_file(name, good)  # another version of the object: fetched again, and the older one goes

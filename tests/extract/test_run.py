@@ -27,6 +27,7 @@ from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.listing.videos import Video
 from extract.store import FAILED, OK, PARTIAL, PENDING, FeatureStore, RunLog
+from extract.store.damage import damaged_rows
 from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
@@ -255,7 +256,7 @@ def test_new_videos_are_appended_and_rows_never_move(clips, tmp_path):
     assert len(store) == 12
     assert store.status.tolist() == [OK] * 12
     np.testing.assert_array_equal(store.read(slice(0, 6)), features)
-    assert all(store.damaged_rows(block) == {} for block in range(store.num_blocks))
+    assert all(damaged_rows(store, block) == {} for block in range(store.num_blocks))
 
 
 def test_other_settings_are_refused_and_named(clips, undisturbed, tmp_path):

@@ -25,6 +25,7 @@ from extract.store import (
     difference,
     lock_store,
 )
+from extract.store.damage import damaged_rows
 
 CLASSES = ["running", "sleeping"]
 
@@ -240,10 +241,10 @@ def test_rows_can_be_appended_and_the_short_block_rewritten(tmp_path):
 )
 def test_damage_is_found_and_named(tmp_path, damage, expected):
     store = make(tmp_path / "a.zarr", 20)
-    assert [store.damaged_rows(block) for block in range(3)] == [{}, {}, {}]
+    assert [damaged_rows(store, block) for block in range(3)] == [{}, {}, {}]
     damage(store.shard_path(0))
-    assert sorted(store.damaged_rows(0)) == expected
-    assert store.damaged_rows(1) == {}
+    assert sorted(damaged_rows(store, 0)) == expected
+    assert damaged_rows(store, 1) == {}
     if len(expected) > 1:
         with pytest.raises(RunError, match=r"c\.0\.0\.0\.0.*hgnl verify"):
             FeatureStore.open(tmp_path / "a.zarr").gather(np.array([0]), np.array([0]))
