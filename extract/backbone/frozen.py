@@ -2,7 +2,7 @@
 
     frames -> Batches -> engine: OpenVINO on a CPU, PyTorch on a GPU -> features
 
-This module imports neither torch nor timm; the engine does, if it must.
+Start-up is fast because this module imports neither torch nor timm. Engines import them if needed.
 """
 
 import importlib.util
@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from extract import InputError, RunError
-from extract.backbone.batches import Batches
-from extract.backbone.networks import absolute_name
+from extract.backbone.batches import Batches, Check, accept, compute_features
+from extract.backbone.networks import NetworkRecord, absolute_name
 from extract.cores import available_cores, has_native_bf16
-from extract.decode.transform import Clips, Preprocessing, is_clip_wise
+from extract.decode.transform import Preprocessing, is_clip_wise
 from extract.device import choose_device, runs_on_cpu
 
 if TYPE_CHECKING:
     from extract.backbone.quantized import Calibration
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
+ENGINES = ("auto", "openvino", "torch")
 
 
 class Engine(Protocol):
-    """What runs a network: slots (see batches.py) of `batch_size` inputs, uint8 [batch, ..., H, W,
-    3]."""
+    """Runs a network in slots (see batches.py) of `batch_size` inputs uint8 [..., H, W, 3]."""
 
     name: str
     precision: str
@@ -53,57 +53,63 @@ def load_backbone(
     seed: int = 0,
     frames: int | None = None,
     threads: int | None = None,
-    calibration: "Callable[[Preprocessing], Calibration] | None" = None,
+    calibrate: "Callable[[Preprocessing], Calibration] | None" = None,
     **options: Any,
 ) -> "Backbone":
-    """A network with its weights, ready to run frozen.
+    """Load a network with its weights, to compute features with it.
 
-    name, weights, seed, options: see `load_trunk`. device: "auto" (a CUDA GPU if there is one, else
-    the CPU), or what torch calls it: cpu, cuda, cuda:1. precision: fp32, bf16, fp16, or "auto":
-    fp16 on a GPU; on a CPU bf16 if the CPU computes in it, else fp32. form: how a GPU runs it,
-    eager, graphs or compiled; "auto" times one batch of the first two, which give the same bytes
-    (torch.compile, which takes minutes, rounds otherwise and is recorded: make gpu compares it).
-    engine: "auto" (on a CPU OpenVINO, if it is installed and can run the network, else PyTorch),
-    openvino, or torch. frames: how many come together, if that is known: a GPU then gets batches of
-    even sizes. threads: CPU cores to use (default: `available_cores()`). calibration: gives the
-    frames that int8 is calibrated on. Raises InputError for a device or an engine that is not there
-    and for fp16 or a form on a CPU, RunError if a GPU's memory is full.
+    Args:
+        name, weights, seed, options: see `load_trunk`.
+        device: "auto" (a CUDA GPU if there is one, else the CPU), or torch's name: cpu, cuda,
+            cuda:1.
+        precision: fp32, bf16, fp16, int8 or "auto": fp16 on a GPU; bf16 on a CPU that computes in
+            it, else fp32.
+        form: how a GPU runs the network: eager, graphs or compiled. "auto" times a batch of the
+            first two, whose features are the same bytes. torch.compile takes minutes and rounds
+            differently, so it is recorded.
+        engine: "auto" (on a CPU OpenVINO, if it is installed and can run the network, else
+            PyTorch), openvino or torch.
+        frames: how many frames come together, if that is known. A GPU then gets batches of even
+            sizes.
+        threads: CPU cores to use (default: `available_cores()`).
+        calibrate: returns the frames that int8 is calibrated on, for a preprocessing.
+
+    Raises InputError for a device or an engine that this machine does not have, and for fp16 or a
+    form on a CPU. Raises RunError if a GPU's memory is full.
     """
     on_cpu = runs_on_cpu(device)
-    _check(device, precision, form, engine, on_cpu=on_cpu)
+    _check_options(device, precision, form, engine, on_cpu=on_cpu)
     name = absolute_name(name)
     source: dict[str, Any] = {"name": name, "weights": weights, "seed": seed, **options}
+    threads = threads or available_cores()
+    if on_cpu and precision == "int8":
+        return _in_int8(source, calibrate, threads)
     if on_cpu:
-        if precision == "int8":
-            return _in_int8(source, calibration, threads or available_cores())
-        return _on_cpu(source, precision, engine, threads or available_cores())
+        return _on_cpu(source, precision, engine, threads)
     from extract.backbone import torch_engine
     from extract.backbone.model import load_trunk
 
-    trunk, target = load_trunk(**source), choose_device(device)
-    chosen = "fp16" if precision == "auto" else precision
-    on_device, note = torch_engine.on_gpu(
-        trunk, device=target, precision=chosen, form=form, frames=frames
+    trunk, gpu = load_trunk(**source), choose_device(device)
+    precision = "fp16" if precision == "auto" else precision
+    gpu_engine, note = torch_engine.on_gpu(
+        trunk, device=gpu, precision=precision, form=form, frames=frames
     )
-    return Backbone(trunk, on_device, device=str(target), note=note)
+    return Backbone(trunk, gpu_engine, device=str(gpu), note=note)
 
 
 class Backbone:
-    """A frozen image model: `backbone(frames)` turns uint8 frames into float16 features.
+    """A frozen network: `backbone(frames)` turns uint8 frames into float16 features.
 
-    A frame's features depend on that frame only, to the bit, on one machine in one precision: every
-    batch has `batch_size` frames, the last one padded. Calls with multiples of `batch_size` waste
-    nothing.
+    On one machine and in one precision, the features of a frame are the same bytes whichever frames
+    come with it: every batch has `batch_size` frames, and the last one is padded. Calls with
+    multiples of `batch_size` frames need no padding.
     """
 
-    def __init__(self, network: Any, engine: Engine, *, device: str, note: str = ""):
-        """network: a Trunk, or the NetworkRecord of a converted one; note: how the engine was
-        chosen, to be shown."""
+    def __init__(self, network: NetworkRecord, engine: Engine, *, device: str, note: str = ""):
+        """note: how the engine was chosen, for `describe`."""
         self.name, self.weights, self.dim = network.name, network.weights, network.dim
-        self.preprocessing: Preprocessing = network.preprocessing
-        self.input_shape: tuple[int, ...] = network.input_shape
-        self.clips: Clips | None = network.clips
-        self._extra = getattr(network, "extra", {})
+        self.preprocessing, self.clips = network.preprocessing, network.clips
+        self.input_shape, self._extra = network.input_shape, network.extra
         self.engine, self.device, self._note = engine, device, note
         self.precision, self.batch_size = engine.precision, engine.batch_size
 
@@ -111,54 +117,51 @@ class Backbone:
         return f"Backbone({self.describe()})"
 
     def __call__(self, frames: np.ndarray) -> np.ndarray:
-        """frames: uint8 [n, size, size, 3], RGB, resized and cropped -> features float16 [n, dim].
+        """Compute the features float16 [n, dim] of frames uint8 [n, size, size, 3].
 
-        Raises ValueError for another shape or type, and NotFiniteError if a feature is not finite
-        in float16.
+        The frames are RGB, resized and cropped. Raises ValueError for another shape or type, and
+        NotFiniteError if a feature is not finite in float16.
         """
         if frames.dtype != np.uint8 or frames.shape[1:] != self.input_shape:
             expected = ", ".join(map(str, self.input_shape))
             raise ValueError(
                 f"got frames {frames.dtype} {list(frames.shape)}, expected uint8 [n, {expected}]"
             )
-        features = np.empty((len(frames), self.dim), np.float16)
-        batches = self.batches(check=self._refuse_not_finite)
-        batches.add(frames, features)
-        batches.finish()
-        return features
+        check = self.check_finite
+        return compute_features(self.engine.slots, frames, self.dim, check=check)
 
-    def batches(self, *, check: Callable[[np.ndarray], None] = lambda features: None) -> Batches:
-        """For frames that come bit by bit: several batches may be under way while more come. One at
-        a time.
+    def batches(self, *, check: Check = accept) -> Batches:
+        """For frames that come one after the other. Use one `Batches` at a time.
 
-        `check` sees the features float16 [n, dim] of each batch, and may raise.
+        `check` gets the features float16 [n, dim] of each batch, and may raise.
         """
         return Batches(self.engine.slots, check=check)
 
-    def _refuse_not_finite(self, features: np.ndarray) -> None:
-        damaged = int((~np.isfinite(features)).any(axis=1).sum())
-        if damaged:
-            raise NotFiniteError(self.not_finite(damaged, len(features)))
-
-    def not_finite(self, damaged: int, count: int) -> str:
-        """The message for frames whose features are not finite, and what to do."""
+    def check_finite(self, features: np.ndarray) -> None:
+        """NotFiniteError, with a remedy, if features [n, dim] are not finite."""
+        num_damaged = (~np.isfinite(features)).any(axis=1).sum()
+        if not num_damaged:
+            return
         hint = "are the weights damaged, or unfit for float16?"
         if self.precision != "fp32":
-            hint = "try --precision fp32, into another --out; if that fails too, the weights are damaged"
-        return (
-            f"{damaged} of {count} frames have features that are not finite in float16 "
+            hint = (
+                "try --precision fp32, into another --out; if that fails too, the weights are "
+                "damaged"
+            )
+        raise NotFiniteError(
+            f"{num_damaged} of {len(features)} frames have features that are not finite in float16 "
             f"({self.name}, {self.precision}); {hint}"
         )
 
     @property
     def clip_options(self) -> dict[str, Any]:
-        """Keywords of a decode job's `Plan`."""
+        """Keyword arguments of a decode job's `Plan`."""
         return {"clip_length": self.clips.frames, "clip_fps": self.clips.fps} if self.clips else {}
 
     def provenance(self) -> dict[str, Any]:
-        """What a feature store records of it: two stores with the same record may be joined.
+        """The record for a feature store. Stores with the same record may be joined.
 
-        Without `engine` it is PyTorch's.
+        A record without `engine` means PyTorch.
         """
         return {
             "backbone": self.name,
@@ -171,34 +174,31 @@ class Backbone:
         }
 
     def describe(self) -> str:
-        """Which weights, device, precision and engine, for the screen that a run starts with."""
-        weights = self.weights["name"]
+        """Weights, device, precision and engine as text, printed when a run starts."""
+        weights, device, clips = self.weights["name"], self.device, ""
         if weights.startswith("random"):
             weights = f"RANDOM WEIGHTS ({weights}): its features mean nothing"
-        where = self.device
-        if where != "cpu":
+        if device != "cpu":
             import torch
 
-            where = f"{where} ({torch.cuda.get_device_name(where)})"
-        clips = (
-            f"clips of {self.clips.frames} frames, {self.clips.fps:g} per second; "
-            if self.clips
-            else ""
-        )
+            device = f"{device} ({torch.cuda.get_device_name(device)})"
+        if self.clips:
+            clips = f"clips of {self.clips.frames} frames, {self.clips.fps:g} per second; "
         return (
-            f"{self.name}, {weights}; {clips}on {where} in {self.precision}{self._note}, "
+            f"{self.name}, {weights}; {clips}on {device} in {self.precision}{self._note}, "
             f"{self.engine.description}"
         )
 
 
-def _check(device: str, precision: str, form: str, engine: str, *, on_cpu: bool) -> None:
+def _check_options(device: str, precision: str, form: str, engine: str, *, on_cpu: bool) -> None:
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: unknown; known are {', '.join(PRECISIONS)}")
-    if engine not in ("auto", "openvino", "torch"):
+    if engine not in ENGINES:
         raise InputError(f"--engine {engine}: unknown; known are auto, openvino and torch")
     if precision == "fp16" and on_cpu:
         raise InputError(
-            "--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto or bf16"
+            "--precision fp16 on a CPU: slower than fp32 there, and its range is small; use auto "
+            "or bf16"
         )
     if form != "auto" and on_cpu:
         raise InputError(
@@ -216,74 +216,59 @@ def _check(device: str, precision: str, form: str, engine: str, *, on_cpu: bool)
 
 def _in_int8(
     source: dict[str, Any],
-    calibration: "Callable[[Preprocessing], Calibration] | None",
+    calibrate: "Callable[[Preprocessing], Calibration] | None",
     threads: int,
 ) -> Backbone:
-    from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine, converted_network
+    from extract.backbone.openvino_engine import ConversionError, OpenVinoEngine
     from extract.backbone.quantized import quantized_network
 
-    if is_clip_wise(source["name"]):
+    name = source["name"]
+    if is_clip_wise(name):
         raise InputError(
-            f"--precision int8: {source['name']} is clip-wise; only timm's image models are quantized"
+            f"--precision int8: {name} is clip-wise; only timm's image models are quantized"
         )
-    if calibration is None:
+    if calibrate is None:
         raise InputError(
-            "--precision int8 is calibrated on the videos of an extraction; here use --precision auto"
+            "--precision int8 is calibrated on the videos of an extraction; here use --precision "
+            "auto"
         )
     try:
-        plain, _ = converted_network(**source)
-        if plain.clips is not None:
-            raise InputError(
-                f"--precision int8 is for backbones of frames, and {plain.name} sees clips; use bf16"
-            )
-        record, network = quantized_network(
-            calibration(plain.preprocessing), threads=threads, **source
-        )
+        record, network = quantized_network(calibrate, threads=threads, **source)
     except ConversionError as error:
-        raise InputError(
-            f"--precision int8: OpenVINO cannot run {source['name']} ({error})"
-        ) from None
-    numbers = record.extra["quantization"]
-    note = f", relative error {numbers['relative_error']:.2g} against fp32 on {numbers['held_out']} held-out frames"
-    return Backbone(
-        record, OpenVinoEngine(network, precision="int8", threads=threads), device="cpu", note=note
+        raise InputError(f"--precision int8: OpenVINO cannot run {name} ({error})") from None
+    quantization = record.extra["quantization"]
+    note = (
+        f", relative error {quantization['relative_error']:.2g} against fp32 on "
+        f"{quantization['held_out']} held-out frames"
     )
+    engine = OpenVinoEngine(network, precision="int8", threads=threads)
+    return Backbone(record, engine, device="cpu", note=note)
 
 
 def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -> Backbone:
     note = ""
     if precision == "auto":
         precision = "bf16" if has_native_bf16() else "fp32"
-    if engine != "torch":
-        if importlib.util.find_spec("openvino") is None:
-            note = " (OpenVINO, which is faster, is not installed)"
-        else:
-            from extract.backbone.openvino_engine import (
-                ConversionError,
-                OpenVinoEngine,
-                converted_network,
-            )
+    if engine != "torch" and importlib.util.find_spec("openvino") is None:
+        note = " (OpenVINO, which is faster, is not installed)"
+    elif engine != "torch":
+        from extract.backbone import openvino_engine
 
-            try:
-                record, network = converted_network(**source)
-                return Backbone(
-                    record,
-                    OpenVinoEngine(network, precision=precision, threads=threads),
-                    device="cpu",
-                )
-            except ConversionError as error:
-                note = f" (OpenVINO cannot run it: {error})"
-        if engine == "openvino":
-            raise InputError(
-                f"--engine openvino: {source['name']}{note}; use --engine torch and another --out"
+        try:
+            record, network = openvino_engine.converted_network(**source)
+            cpu_engine = openvino_engine.OpenVinoEngine(
+                network, precision=precision, threads=threads
             )
+            return Backbone(record, cpu_engine, device="cpu")
+        except openvino_engine.ConversionError as error:
+            note = f" (OpenVINO cannot run it: {error})"
+    if engine == "openvino":
+        raise InputError(
+            f"--engine openvino: {source['name']}{note}; use --engine torch and another --out"
+        )
     from extract.backbone import torch_engine
     from extract.backbone.model import load_trunk
 
     trunk = load_trunk(**source)
-    return Backbone(
-        trunk,
-        torch_engine.on_cpu(trunk, precision=precision, threads=threads),
-        device="cpu",
-        note=note,
-    )
+    torch_on_cpu = torch_engine.on_cpu(trunk, precision=precision, threads=threads)
+    return Backbone(trunk, torch_on_cpu, device="cpu", note=note)

@@ -11,15 +11,18 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from extract import InputError
-from extract.backbone.weights import first_sentence, offline_at_once, published_file
+from extract.backbone.weights import download_error, offline_at_once, published_file
 from extract.decode.transform import Preprocessing
+from extract.errors import describe_error
 
 _HUB = "hf-hub:"
 
 
 def registry_name(name: str) -> str:
-    """timm's own name of a model that it publishes (`timm/NAME`, `hf-hub:timm/NAME`), else `name`,
-    checked."""
+    """The name in timm's registry of `timm/NAME` and `hf-hub:timm/NAME`, or else `name` itself.
+
+    Raises InputError for a model that timm does not have.
+    """
     short = name.removeprefix(_HUB).removeprefix("timm/")
     if short != name and timm.is_model_pretrained(short):
         return short
@@ -33,68 +36,58 @@ def registry_name(name: str) -> str:
     else:
         close = difflib.get_close_matches(short, timm.list_models(), n=2)
         near = list(dict.fromkeys(close + timm.list_models(f"*{short}*")))
-    known = (
-        f"did you mean {', '.join(near[:5])}?"
-        if near
-        else "timm.list_models() lists the known ones"
-    )
-    raise InputError(f"--backbone {name}: timm {timm.__version__} has no such model; {known}")
+    hint = "timm.list_models() lists all models"
+    if near:
+        hint = f"did you mean {', '.join(near[:5])}?"
+    raise InputError(f"--backbone {name}: timm {timm.__version__} has no such model; {hint}")
 
 
-def create(name: str, *, pretrained: bool = False) -> nn.Module:
-    """The module without classifier, its weights random unless `pretrained`."""
-    if name.startswith(_HUB) and not pretrained:  # its architecture is in a file on the hub
+def create(name: str) -> nn.Module:
+    """The module without classifier, with random weights."""
+    if name.startswith(_HUB):  # its architecture is in a file on the hub
         return _from_hub(name, name, pretrained=False)
-    # drop_rate: some models drop out before the classifier by default.
-    return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_rate=0.0)
+    return timm.create_model(name, num_classes=0, drop_rate=0.0)
 
 
 def pretrained(name: str) -> nn.Module:
-    """The module with timm's published weights. Raises InputError if they cannot be had."""
+    """The module with timm's published weights. Raises InputError if they are not available."""
     if name.startswith(_HUB):
         return _from_hub(name, name, pretrained=True)
-    config = timm.get_pretrained_cfg(name)
-    file, hub = published_file(name), getattr(config, "hf_hub_id", None)
-    if not (file or hub):
+    hub = getattr(timm.get_pretrained_cfg(name), "hf_hub_id", None)
+    on_hub = hub and f"model.safetensors of {hub} on the Hugging Face hub"
+    files = list(filter(None, (published_file(name), on_hub)))
+    if not files:
         raise InputError(
             f"--weights pretrained: timm knows no published weights of {name}; give --weights FILE"
         )
-    choices = [file] if file else []
-    choices += [f"model.safetensors of {hub} on the Hugging Face hub"] if hub else []
-    return _from_hub(name, " or ".join(choices), pretrained=True)
+    return _from_hub(name, " or ".join(files), pretrained=True)
 
 
-def _from_hub(name: str, what: str, *, pretrained: bool) -> nn.Module:
+def _from_hub(name: str, files: str, *, pretrained: bool) -> nn.Module:
     try:
         with offline_at_once():
+            # drop_rate: by default, some models drop features before the classifier.
             return timm.create_model(name, pretrained=pretrained, num_classes=0, drop_rate=0.0)
-    except (
-        Exception
-    ) as error:  # no network, no such file, a damaged download: each library has its own types
-        why = f"{type(error).__name__}: {first_sentence(error)}"
-        if name.startswith(_HUB):
-            raise InputError(
-                f"--backbone {name}: cannot be had from the Hugging Face hub ({why}); "
-                "without a network, give timm's own name of the model and --weights FILE"
-            ) from error
+    # No network, no such file or a damaged download: every library has its own types of errors.
+    except Exception as error:
+        if not name.startswith(_HUB):
+            raise download_error(name, files, error) from error
         raise InputError(
-            f"--weights pretrained: the weights of {name} cannot be had ({why}); where "
-            f"there is a network, fetch {what}, and pass it as --weights FILE"
+            f"--backbone {name}: cannot be downloaded from the Hugging Face hub "
+            f"({describe_error(error)}); without a network, give timm's own name of the model and "
+            "--weights FILE"
         ) from error
 
 
 def published(module: nn.Module) -> str:
-    """What a record calls the published weights of a module: its name with tag, and where they
-    are."""
+    """The name of a module's published weights, and the repository or file that they come from."""
     config = cast(dict[str, Any], module.pretrained_cfg)
-    name = (
-        f"{config['architecture']}.{config['tag']}" if config.get("tag") else config["architecture"]
-    )
+    name = ".".join(filter(None, (config["architecture"], config.get("tag"))))
     return f"{name} ({config.get('hf_hub_id') or published_file(name)})"
 
 
 def set_image_size(module: nn.Module, name: str, size: int) -> None:
-    """Make a module see `size` x `size` pixels. Raises InputError if it cannot."""
+    """Make a module take `size` x `size` pixels. Raises InputError if it cannot."""
     config = cast(dict[str, Any], module.pretrained_cfg)
     trained = tuple(config["input_size"][1:])
     if trained == (size, size):
@@ -107,7 +100,7 @@ def set_image_size(module: nn.Module, name: str, size: int) -> None:
         )
     if hasattr(module, "set_input_size"):
         try:
-            with warnings.catch_warnings():  # timm's own, of how it indexes tensors
+            with warnings.catch_warnings():  # about how timm itself indexes tensors
                 warnings.simplefilter("ignore")
                 cast(Any, module).set_input_size(img_size=(size, size))
         except (RuntimeError, AssertionError, ValueError) as error:
@@ -121,7 +114,8 @@ def set_image_size(module: nn.Module, name: str, size: int) -> None:
 def preprocessing_of(
     config: dict[str, Any], name: str, *, image_size: int | None = None
 ) -> Preprocessing:
-    """What weights were trained to see, from timm's record of them (`pretrained_cfg`)."""
+    """The preprocessing that weights were trained with, from timm's record of them
+    (`pretrained_cfg`)."""
     record = resolve_data_config(pretrained_cfg=config)
     channels, *size = record["input_size"]
     if channels != 3:
@@ -136,17 +130,21 @@ def preprocessing_of(
             f"--backbone {name}: its crop mode is {mode}; supported are center, squash and border"
         )
     if interpolation.upper() not in Image.Resampling.__members__:
-        known = ", ".join(Image.Resampling.__members__).lower()
+        supported = ", ".join(Image.Resampling.__members__).lower()
         raise InputError(
-            f"--backbone {name}: its interpolation is {interpolation}; supported are {known}"
+            f"--backbone {name}: its interpolation is {interpolation}; supported are {supported}"
         )
     resize = [floor(side / record["crop_pct"]) for side in size]
-    square = size[0] == size[1]
     return Preprocessing(
-        size=size[0] if square else (size[0], size[1]),
-        resize=resize[0] if square else (resize[0], resize[1]),
+        size=square_or_sides(*size),
+        resize=square_or_sides(*resize),
         interpolation=interpolation,
         mean=tuple(record["mean"]),
         std=tuple(record["std"]),
         crop_mode=mode,
     )
+
+
+def square_or_sides(height: int, width: int) -> int | tuple[int, int]:
+    """A size as `Preprocessing` has it: one number for a square, else both sides."""
+    return height if height == width else (height, width)

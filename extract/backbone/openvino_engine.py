@@ -1,14 +1,13 @@
-"""A network run by OpenVINO on a CPU: one inference stream per core, a batch of its own in each.
+"""A network run by OpenVINO on a CPU: one inference stream per core, each with its own batch.
 
-Streams do not wait for each other at every layer, as PyTorch's threads do: on a machine that others
-use too, one core taken away slows one stream.
+PyTorch's threads wait for each other at every layer. OpenVINO's streams do not, so on a shared
+machine a core that is taken away slows only one stream.
 """
 
 import sys
-import threading
 import time
 import warnings
-from pathlib import Path
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,48 +16,41 @@ import openvino
 from extract.backbone.batches import inputs_per_batch
 from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
 from extract.cores import has_native_bf16
+from extract.errors import describe_error
 
 if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
-BATCH = 8  # always: what a kernel rounds must not depend on how many frames wait
-TYPES = {
-    "fp32": "f32",
-    "bf16": "bf16",
-}  # what of an int8 network is not in int8 is in the CPU's own precision
+BATCH = 8  # constant, because the rounding of kernels depends on the batch size
 
 
 class ConversionError(Exception):
-    """OpenVINO does not run this network; the message says why."""
+    """OpenVINO cannot run this network; the message says why."""
 
 
 class OpenVinoEngine:
-    """Runs a converted network; a frame's features are the same bytes for any number of threads."""
+    """Runs a converted network. Features are the same bytes for any number of threads."""
 
     name = "openvino"
 
     def __init__(self, model: Any, *, precision: str, threads: int):
-        """model: the path of a saved network, or one in memory."""
-        compiled = openvino.Core().compile_model(
-            model,
-            "CPU",
-            {
-                "NUM_STREAMS": threads,
-                "INFERENCE_NUM_THREADS": threads,
-                "INFERENCE_PRECISION_HINT": TYPES["bf16" if has_native_bf16() else "fp32"]
-                if precision == "int8"
-                else TYPES[precision],
-                # Streams that are bound to cores would share the same ones with those of another
-                # worker.
-                "ENABLE_CPU_PINNING": False,
-            },
-        )
+        """model: the path of a saved network, or an openvino.Model."""
+        # The parts of an int8 network that are not in int8 are in the CPU's own precision.
+        in_bf16 = has_native_bf16() if precision == "int8" else precision == "bf16"
+        settings = {
+            "NUM_STREAMS": threads,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "bf16" if in_bf16 else "f32",
+            # With pinning, the streams of all workers on a machine would share the first cores.
+            "ENABLE_CPU_PINNING": False,
+        }
+        compiled = openvino.Core().compile_model(model, "CPU", settings)
         self.precision, self.batch_size = precision, compiled.input(0).shape[0]
         self.record = {"engine": {"name": self.name, "version": openvino_version()}}
         streams = f"{threads} streams" if threads > 1 else "1 stream"
         self.description = f"OpenVINO {openvino_version()}, {streams}"
         clock = _Clock()
-        # One is filled while the others are computed.
+        # One slot is filled while the others are computed.
         self.slots = [
             RequestSlot(compiled.create_infer_request(), self.batch_size, clock)
             for _ in range(threads + 1)
@@ -66,48 +58,33 @@ class OpenVinoEngine:
 
 
 class RequestSlot:
-    """A batch of an inference request, written into OpenVINO's own memory; see HostSlot."""
+    """A batch of an inference request, in OpenVINO's own memory; methods as those of HostSlot."""
 
     def __init__(self, request: Any, size: int, clock: "_Clock"):
         self.size, self._request, self._clock = size, request, clock
         self._pixels = request.get_input_tensor().data
-        # Not a method of this slot: the request would hold the slot that holds it, in C++, where
-        # Python's garbage collector does not look. Every network would stay in memory.
-        self._completion = _Completion()
-        request.set_callback(self._completion.ended, None)
+        # The callback must not refer to this slot: Python's garbage collector does not see the
+        # reference from the request, so the cycle would keep every network in memory.
+        request.set_callback(lambda ended: ended.set_result(time.perf_counter()), None)
 
-    def put(self, place: int, frames: np.ndarray) -> None:
-        self._pixels[place : place + len(frames)] = frames
+    def put(self, start: int, frames: np.ndarray) -> None:
+        self._pixels[start : start + len(frames)] = frames
 
     def launch(self, count: int) -> None:
         self._pixels[count:] = 0
-        self._completion.done.clear()
-        self._started = time.perf_counter()
-        self._request.start_async()
+        self._started, self._ended = time.perf_counter(), Future[float]()
+        self._request.start_async(userdata=self._ended)
 
     def wait(self) -> tuple[np.ndarray, float]:
         self._request.wait()
-        self._completion.done.wait()
-        # Too large for float16 becomes infinite, which is looked for.
+        # A value too large for float16 becomes infinite, and `Batches` checks for that.
         with np.errstate(over="ignore"):
             features = self._request.get_output_tensor().data.astype(np.float16)
-        return features, self._clock.seconds(self._started, self._completion.time)
-
-
-class _Completion:
-    """When a request ended last."""
-
-    def __init__(self) -> None:
-        self.done, self.time = threading.Event(), 0.0
-
-    def ended(self, _: Any) -> None:
-        self.time = time.perf_counter()
-        self.done.set()
+        return features, self._clock.seconds(self._started, self._ended.result())
 
 
 class _Clock:
-    """Seconds in which at least one of the requests was computed, which are waited for in the order
-    of their start."""
+    """Counts seconds during which at least one request ran, if requests are waited for in order."""
 
     def __init__(self) -> None:
         self._until = 0.0
@@ -124,10 +101,10 @@ def openvino_version() -> str:
 
 
 def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
-    """A network's record, and its file (or the network itself, if it cannot be kept).
+    """A network's record, and its saved file (or the openvino.Model, if it cannot be saved).
 
-    source: arguments of `load_trunk`. Without a saved network this imports torch and converts: some
-    seconds. Raises ConversionError, and InputError as `load_trunk`.
+    source: arguments of `load_trunk`. If the network was not saved before, this imports torch and
+    converts it, which takes some seconds. Raises ConversionError, and InputError as `load_trunk`.
     """
     key = network_key(**source, batch=BATCH)
     if (saved := load_network(key)) is not None:
@@ -139,27 +116,13 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
         file=sys.stderr,
     )
     trunk = load_trunk(**source)
-    record = NetworkRecord(
-        trunk.name,
-        trunk.dim,
-        trunk.preprocessing,
-        trunk.weights,
-        trunk.input_shape,
-        trunk.clips,
-        {},
-    )
-    model = convert(trunk)
-    return record, save_network(key, record, lambda path: save_model(model, path)) or model
-
-
-def save_model(model: Any, path: Path) -> None:
-    openvino.save_model(model, path, compress_to_fp16=False)
+    return save_network(key, trunk.record, convert(trunk))
 
 
 def convert(trunk: "Trunk") -> Any:
-    """The trunk for OpenVINO, pixels uint8 [batch, ..., 3] to features float32 [batch, dim].
+    """The trunk as an openvino.Model, from uint8 [batch, ..., 3] to float32 [batch, dim].
 
-    Raises ConversionError if it cannot be converted, or if it gives other features than in PyTorch.
+    Raises ConversionError if it cannot be converted, or if its features differ from PyTorch's.
     """
     import torch
 
@@ -169,31 +132,31 @@ def convert(trunk: "Trunk") -> Any:
     network = FrameNetwork(trunk, trunk.module).eval()
     generator = torch.Generator().manual_seed(0)
     batch = inputs_per_batch(BATCH, trunk.clips)
-    pixels = torch.randint(
-        0, 256, (batch, *trunk.input_shape), dtype=torch.uint8, generator=generator
-    )
+    shape = (batch, *trunk.input_shape)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     try:
-        # Tracing warns of what is constant for this shape, which is the only one.
+        # Tracing warns of values that are constant for this shape, but there is no other shape.
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             expected = network(pixels)
             traced = torch.jit.trace(network, pixels, check_trace=False)
             model = _translated(traced, pixels)
         compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        got = torch.from_numpy(compiled(pixels.numpy())[0])
+        features = torch.from_numpy(compiled(pixels.numpy())[0])
     except Exception as error:  # tracing and conversion can fail in any way
-        raise ConversionError(
-            f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    difference = relative_error(got, expected) if got.shape == expected.shape else float("inf")
+        raise ConversionError(describe_error(error)) from error
+    same_shape = features.shape == expected.shape
+    difference = relative_error(features, expected) if same_shape else float("inf")
     if difference > TOLERANCE:
         raise ConversionError(f"its features differ from PyTorch's by {difference:.2g}")
     return model
 
 
 def _translated(traced: Any, pixels: Any) -> Any:
-    """By the parts of `openvino.convert_model`, which also sends telemetry, and takes twice as
-    long."""
+    """A traced module as an openvino.Model.
+
+    This calls parts of `openvino.convert_model`, which takes twice as long and sends telemetry.
+    """
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
     from openvino.passes import ConstantFolding, Manager
@@ -204,8 +167,7 @@ def _translated(traced: Any, pixels: Any) -> Any:
     model.inputs[0].get_node().set_element_type(openvino.Type.u8)
     model.reshape(list(pixels.shape))
     passes = Manager()
-    passes.register_pass(
-        ConstantFolding()
-    )  # of shapes that are known now: a saved network compiles 3 times faster
+    # All shapes are known now. Folding them makes a saved network compile 3 times faster.
+    passes.register_pass(ConstantFolding())
     passes.run_passes(model)
     return model

@@ -1,6 +1,6 @@
 """A network run by PyTorch: eager on a CPU; eager, as CUDA graphs, or compiled on a GPU.
 
-On a CPU it is the fallback for what OpenVINO does not run, and continues the stores that it began.
+On a CPU it runs the networks that OpenVINO cannot run, and continues the stores that it began.
 """
 
 import copy
@@ -18,20 +18,17 @@ from extract.backbone.batches import inputs_per_batch
 from extract.backbone.inference import fold_batch_norms
 from extract.backbone.model import Trunk
 
-Run = Callable[
-    [Tensor], Tensor
-]  # called in inference mode, which torch.compile does not let it enter itself
+# uint8 [batch, ..., H, W, 3] on the device -> float16 [batch, dim], perhaps still being computed.
+# Called in inference mode, which a compiled function cannot enter itself.
+Run = Callable[[Tensor], Tensor]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CPU_BATCH = (
-    8  # larger ones fall out of a CPU's caches: EfficientNet-Lite0 loses a fifth from 8 to 16
-)
-GPU_BATCH = 512  # at most
+CPU_BATCH = 8  # frames; 16 do not fit into a CPU's caches: EfficientNet-Lite0 loses a fifth
+GPU_BATCH = 512  # frames at most
 
 
 class FrameNetwork(nn.Module):
-    """A trunk, and the normalization before it: uint8 [n, ..., H, W, 3] -> float [n, dim], on
-    frames or on clips."""
+    """Normalization and a trunk: uint8 frames or clips [n, ..., H, W, 3] to float [n, dim]."""
 
     scale: Tensor
     shift: Tensor
@@ -39,23 +36,24 @@ class FrameNetwork(nn.Module):
     def __init__(self, trunk: Trunk, module: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.module, self._dtype = module, dtype
-        # (pixel / 255 - mean) / std as one multiply-add
+        # (pixel / 255 - mean) / std as one multiply-add.
         mean, std = torch.tensor(trunk.preprocessing.mean), torch.tensor(trunk.preprocessing.std)
         self.register_buffer("scale", 1 / (255 * std))
         self.register_buffer("shift", -mean / std)
 
     def forward(self, pixels: Tensor) -> Tensor:
         normalized = torch.addcmul(self.shift, pixels.to(torch.float32), self.scale)
-        return self.module(
-            normalized.movedim(-1, 1).to(self._dtype)
-        )  # images are stored channels-last
+        return self.module(normalized.movedim(-1, 1).to(self._dtype))  # stored channels-last
 
 
 class TorchEngine:
     """Runs a trunk in one precision on one device.
 
-    Every batch has `batch_size` frames: what a kernel rounds must not depend on how many frames
-    wait. form: how a GPU runs it, eager, graphs or compiled; "" on a CPU.
+    Every batch has `batch_size` inputs, because the rounding of kernels depends on the batch size.
+
+    Args:
+        graph: the trunk's module with batch norms folded, None if that is not possible.
+        form: how a GPU runs it: eager, graphs or compiled; "" on a CPU.
     """
 
     name = "torch"
@@ -74,7 +72,7 @@ class TorchEngine:
         network = copy.deepcopy(trunk.module if graph is None else graph)
         network.to(device, dtype)
         for parameter in network.parameters():
-            if parameter.ndim == 4:  # of a convolution; others have no such format
+            if parameter.ndim == 4:  # only weights of convolutions have a memory format
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self._network = FrameNetwork(trunk, network, dtype).to(device=device)
         self.precision, self.batch_size = precision, batch
@@ -91,12 +89,11 @@ class TorchEngine:
             self.slots = [HostSlot(self._run, pixels)]
 
     def _run(self, pixels: Tensor) -> Tensor:
-        """uint8 [batch, ..., H, W, 3] on the device -> float16 [batch, dim], perhaps still being
-        computed."""
         return self._network(pixels).to(torch.float16)
 
 
 def on_cpu(trunk: Trunk, *, precision: str, threads: int) -> TorchEngine:
+    """The engine on a CPU."""
     torch.set_num_threads(threads)
     graph = fold_batch_norms(trunk.module, trunk.example())
     batch = inputs_per_batch(CPU_BATCH, trunk.clips)
@@ -108,75 +105,74 @@ def on_cpu(trunk: Trunk, *, precision: str, threads: int) -> TorchEngine:
 def on_gpu(
     trunk: Trunk, *, device: torch.device, precision: str, form: str, frames: int | None
 ) -> tuple[TorchEngine, str]:
-    """The engine, and how its form was chosen: "auto" times one batch, eager and as graphs, which
-    give the same bytes.
+    """The engine on a GPU, and a note on how its form was chosen.
 
-    frames: how many come together, if that is known: they are then spread evenly over batches.
+    form: "auto" times one batch, eager and as graphs; their features are the same bytes. frames:
+    how many frames come together, if that is known; they are then spread evenly over batches.
     """
     graph = fold_batch_norms(trunk.module, trunk.example())
     forms = ("eager", "graphs") if form == "auto" else (form,)
-    most = inputs_per_batch(GPU_BATCH, trunk.clips)
-    batch = spread_evenly(frames, most) if frames is not None else max(1, most // 2)
+    limit = inputs_per_batch(GPU_BATCH, trunk.clips)
+    batch = spread_evenly(frames, limit) if frames is not None else max(1, limit // 2)
     try:
-        engines = [
-            TorchEngine(trunk, graph, device=device, precision=precision, form=name, batch=batch)
+        engines = {
+            name: TorchEngine(
+                trunk, graph, device=device, precision=precision, form=name, batch=batch
+            )
             for name in forms
-        ]
-        if len(engines) == 1:
-            return engines[0], ""
-        speeds = [_frames_per_second(engine, trunk) for engine in engines]
+        }
+        if form != "auto":
+            return engines[form], ""
+        speeds = {name: _frames_per_second(engine, trunk) for name, engine in engines.items()}
     except torch.OutOfMemoryError:
         raise RunError(
-            f"{device} has too little free memory to run {trunk.name} (nvidia-smi says who else uses it); smaller "
-            "batches need less: try --block-size 8, since a batch has at most a block's frames"
+            f"{device} has too little free memory to run {trunk.name} (nvidia-smi shows the "
+            "processes that use it); smaller batches need less: try --block-size 8, since a batch "
+            "has at most a block's frames"
         ) from None
-    timings = ", ".join(f"{name} {speed:.3g}" for name, speed in zip(forms, speeds, strict=True))
-    return engines[
-        speeds.index(max(speeds))
-    ], f" (the faster of {timings} frames/s, timed on one batch)"
+    timings = ", ".join(f"{name} {speed:.3g}" for name, speed in speeds.items())
+    fastest = engines[max(speeds, key=speeds.__getitem__)]
+    return fastest, f" (the faster of {timings} frames/s, timed on one batch)"
 
 
-def spread_evenly(count: int, most: int) -> int:
-    """The batch size that spreads `count` frames over as few batches of at most `most` as possible,
-    with less padding.
+def spread_evenly(count: int, limit: int) -> int:
+    """The batch size with the least padding for as few batches of at most `limit` as possible.
 
-    600 frames and at most 512: two batches of 300.
+    For example, 600 frames and a limit of 512 make two batches of 300.
     """
-    return ceil(count / ceil(count / most))
+    return ceil(count / ceil(count / limit))
 
 
 def _frames_per_second(engine: TorchEngine, trunk: Trunk) -> float:
     pixels = np.zeros((engine.batch_size, *trunk.input_shape), np.uint8)
     slot = engine.slots[0]
 
-    def batch() -> None:
+    for _ in range(2):  # the first batch also loads the kernels
+        start = time.perf_counter()
         slot.put(0, pixels)
         slot.launch(len(pixels))
         slot.wait()
-
-    batch()  # the first call makes the kernels
-    start = time.perf_counter()
-    batch()
     return len(pixels) / (time.perf_counter() - start)
 
 
 class HostSlot:
-    """A batch on the CPU: computed where it is launched.
+    """A batch on the CPU, computed by `launch` itself.
 
-    run: uint8 [batch, size, size, 3] on the device -> float16 [batch, dim], perhaps still being
-    computed. batch: frames to write over, which say how large one is.
+    batch: memory for its frames, uint8 [batch, ..., H, W, 3].
     """
 
     def __init__(self, run: Run, batch: Tensor):
         self.size, self._run, self._frames = len(batch), run, batch
 
-    def put(self, place: int, frames: np.ndarray) -> None:
-        """Copy uint8 frames [n, size, size, 3] to `place` and after."""
-        self._frames.numpy()[place : place + len(frames)] = frames
+    def put(self, start: int, frames: np.ndarray) -> None:
+        """Copy frames uint8 [n, ..., H, W, 3] into the batch, at `start` and after."""
+        self._frames.numpy()[start : start + len(frames)] = frames
 
     def launch(self, count: int) -> None:
-        """Begin to compute, zeros instead of frames from `count` on; the batch is under way
-        until `wait` ends."""
+        """Start to compute the first `count` frames, and zeros for the rest of the batch.
+
+        `put` must not be called again before `wait`.
+        """
         self._frames[count:] = 0
         started = time.perf_counter()
         with torch.inference_mode():
@@ -184,16 +180,14 @@ class HostSlot:
         self._seconds = time.perf_counter() - started
 
     def wait(self) -> tuple[np.ndarray, float]:
-        """Features float16 [batch, dim], valid until the next `put`, and the seconds that the
-        device computed."""
+        """Features float16 [batch, dim], valid until the next `put`, and the seconds they took."""
         return self._features, self._seconds
 
 
 class CudaSlot:
-    """A batch on a GPU: frames go through pinned memory on one stream, are computed and brought
-    back on another.
+    """A batch on a GPU, copied there on one stream through pinned memory, and computed on another.
 
-    Between `launch` and `wait` nothing waits for the GPU, which copies this batch while it computes
+    Nothing waits for the GPU between `launch` and `wait`, so it copies one batch while it computes
     the one before.
     """
 
@@ -213,17 +207,16 @@ class CudaSlot:
             torch.cuda.Event(enable_timing=True) for _ in range(3)
         )
 
-    def put(self, place: int, frames: Any) -> None:
-        """Frames in the host's memory are copied twice, those on the GPU (whole, not still being
-        made) once."""
-        here = slice(place, place + len(frames))
+    def put(self, start: int, frames: np.ndarray | Tensor) -> None:
+        """Copy frames from the host's memory, or a tensor on the GPU that is computed already."""
+        part = slice(start, start + len(frames))
         if isinstance(frames, np.ndarray):
-            self._pinned.numpy()[here] = frames
-            frames = self._pinned[here]
+            self._pinned.numpy()[part] = frames
+            frames = self._pinned[part]
         else:
             frames.record_stream(self._copying)
         with torch.cuda.stream(self._copying):
-            self._frames[here].copy_(frames, non_blocking=True)
+            self._frames[part].copy_(frames, non_blocking=True)
 
     def launch(self, count: int) -> None:
         with torch.cuda.stream(self._copying):
@@ -243,10 +236,9 @@ class CudaSlot:
 def gpu_slots(
     run: Run, batch: Tensor, dim: int, *, device: torch.device, form: str
 ) -> list[CudaSlot]:
-    """One slot to fill and two to be under way on a GPU, which runs the network eager, as graphs,
-    or compiled."""
+    """Three slots of a GPU: one is filled while the GPU works on two."""
     copying, computing = (torch.cuda.Stream(device) for _ in range(2))
-    torch.cuda.synchronize(device)  # the network was moved there on another stream than these
+    torch.cuda.synchronize(device)  # the network was copied to the GPU on another stream
     if form == "compiled":
         run = torch.compile(run, dynamic=False)
     if form != "eager":
@@ -255,12 +247,10 @@ def gpu_slots(
 
 
 def _captured(run: Run, frames: Tensor, stream: torch.cuda.Stream) -> Run:
-    """`run` as a CUDA graph on `stream`: the kernels of one call, recorded, and replayed with one
-    launch."""
+    """`run` as a CUDA graph: the kernels of one call, recorded and replayed with one launch."""
     with torch.inference_mode(), torch.cuda.stream(stream):
-        for _ in range(
-            3
-        ):  # what libraries allocate and choose at their first calls must not be recorded
+        # Libraries allocate memory and choose kernels at their first calls, before recording.
+        for _ in range(3):
             run(frames)
         stream.synchronize()
         graph = torch.cuda.CUDAGraph()

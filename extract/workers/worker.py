@@ -114,10 +114,10 @@ class Worker:
 
     def _check_batch(self, features: np.ndarray) -> None:
         """The features of one video may overflow. If those of several do, raise RunError."""
-        bad = int((~np.isfinite(features)).any(axis=1).sum())
-        self._bad_frames = self._bad_frames + len(features) if bad > len(features) / 2 else 0
+        mostly_bad = (~np.isfinite(features)).any(axis=1).mean() > 0.5
+        self._bad_frames = self._bad_frames + len(features) if mostly_bad else 0
         if self._bad_frames > 2 * self.frames_per_video + self._backbone.batch_size:
-            raise RunError(self._backbone.not_finite(bad, len(features)))
+            self._backbone.check_finite(features)
 
     @cached_property
     def _plan(self) -> Plan:

@@ -251,7 +251,7 @@ def test_files_that_are_no_weights(tmp_path: Path, broken_clips: Path) -> None:
         write(tmp_path / name)
         with pytest.raises(
             InputError,
-            match=rf"--weights .*{name}: (no readable|holds a list|holds a Python object, torch|no state)",
+            match=rf"--weights .*{name}: (not a readable|holds a list|holds a Python object, torch|no state)",
         ):
             load_trunk(SMALL, weights=tmp_path / name)
     for path in ("nowhere.pth", "pretraned", str(tmp_path)):
@@ -265,7 +265,7 @@ def test_truncated_download_is_an_error(cadene_state: dict[str, Tensor], tmp_pat
     torch.save(cadene_state, tmp_path / "w.pth")
     whole = (tmp_path / "w.pth").read_bytes()
     (tmp_path / "w.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"w\.pth: no readable PyTorch file \("):
+    with pytest.raises(InputError, match=r"w\.pth: not a readable PyTorch file \("):
         load_trunk(SMALL, weights=tmp_path / "w.pth")
 
 

@@ -154,7 +154,8 @@ class Unconvertible(nn.Module):
 
 def trunk_of(module: nn.Module) -> Trunk:
     see = Preprocessing(16, 16, "bilinear", (0.5,) * 3, (0.5,) * 3)
-    return Trunk("odd", module.eval(), 3, see, {"name": "random weights, seed 0"})
+    weights = {"name": "random weights, seed 0"}
+    return Trunk(name="odd", module=module.eval(), dim=3, preprocessing=see, weights=weights)
 
 
 def test_a_network_that_openvino_answers_otherwise_is_refused() -> None:

@@ -65,11 +65,11 @@ def test_the_hub_without_a_network_is_one_sentence_at_once(monkeypatch: pytest.M
     started = time.monotonic()
     with pytest.raises(InputError) as raised:
         load_trunk("hf-hub:someone/resnet10t", weights="pretrained")
-    with pytest.raises(InputError, match=r"the weights of resnet10t\.c3_in1k cannot be had"):
+    with pytest.raises(InputError, match=r"the weights of resnet10t\.c3_in1k cannot be downloaded"):
         load_trunk("timm/resnet10t.c3_in1k", weights="pretrained")
     assert time.monotonic() - started < 10
     assert re.fullmatch(
-        r"--backbone hf-hub:someone/resnet10t: cannot be had .*[^.]", str(raised.value)
+        r"--backbone hf-hub:someone/resnet10t: cannot be downloaded .*[^.]", str(raised.value)
     )
     assert ". " not in str(raised.value)
 

@@ -182,7 +182,7 @@ def test_the_engines_agree_with_the_module() -> None:
         (
             "hf/none/such",
             {},
-            "hf/none/such: is not a folder, and cannot be had from the Hugging Face hub",
+            "hf/none/such: is not a folder, and cannot be downloaded from the Hugging Face hub",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_torchvisions_weights_without_a_network_say_what_to_fetch(
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
-        InputError, match=r"fetch r3d_18-b3b3357e\.pth, and pass it as --weights FILE"
+        InputError, match=r"download r3d_18-b3b3357e\.pth, and pass it as --weights FILE"
     ):
         load_trunk("torchvision/r3d_18", weights="pretrained")
 
@@ -324,7 +324,7 @@ def test_videomaes_biases_arrive(tmp_path: Path) -> None:
         (
             "encoder.extra.weight",
             torch.ones(3),
-            r"1 tensors of the file were not taken \(videomae\.encoder\.extra",
+            r"1 tensors of the file were not loaded \(videomae\.encoder\.extra",
         ),
         (NORM, None, r"1 are missing \(encoder\.layer\.0\.layernorm_before"),
         (NORM, torch.ones(7), r"1 have another shape \(encoder\.layer\.0\.layernorm_before"),
