@@ -176,3 +176,64 @@ def test_the_house_stays_readable():
             ):
                 long.append(f"{name}: {node.name} has {node.end_lineno - node.lineno + 1} lines")
     assert not long
+
+
+# Nouns that say nothing of what a variable holds.
+GENERIC = {
+    "one",
+    "some",
+    "few",
+    "several",
+    "other",
+    "others",
+    "found",
+    "known",
+    "wanted",
+    "asked",
+    "made",
+    "given",
+    "told",
+    "said",
+    "words",
+    "there",
+    "here",
+    "place",
+    "places",
+    "at",
+    "by",
+    "of",
+    "beside",
+    "share",
+}
+
+
+def generic_names(text: str) -> list[str]:
+    """Variables and arguments with a generic name that is in use for more than three lines."""
+    lived: list[str] = []
+    for scope in ast.walk(ast.parse(text)):
+        if not isinstance(scope, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        first: dict[str, int] = {}
+        last: dict[str, int] = {}
+        for node in ast.walk(scope):
+            if isinstance(node, ast.arg) and node.arg in GENERIC:
+                first.setdefault(node.arg, node.lineno)
+            if isinstance(node, ast.Name) and node.id in GENERIC:
+                if isinstance(node.ctx, ast.Store):
+                    first[node.id] = min(node.lineno, first.get(node.id, node.lineno))
+                last[node.id] = max(node.lineno, last.get(node.id, 0))
+        lived += [
+            f"{scope.lineno}: {name}" for name in first if last.get(name, 0) - first[name] > 3
+        ]
+    return lived
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_say_what_they_hold(name: str):
+    assert not generic_names((ROOT / name).read_text(encoding="utf-8"))
+
+
+def test_a_generic_name_is_noticed():
+    body = "\n".join(f"    print({number})" for number in range(4))
+    assert generic_names(f"def f(found):\n{body}\n    return found") == ["1: found"]
+    assert not generic_names("def f(found):\n    return found")
