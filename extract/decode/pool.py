@@ -26,6 +26,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -251,11 +252,13 @@ class _Child:
         with child_end:
             descriptors = child_end.fileno(), self._memory
             module = ["-P", "-m", "extract.decode.pool"]
+            # This package first: a folder of its name may lie on the path before it.
+            path = [str(Path(__file__).parents[2]), *filter(None, sys.path)]
             self._process = subprocess.Popen(
                 [sys.executable, *module, *map(str, descriptors)],
                 pass_fds=descriptors,
                 stdin=subprocess.DEVNULL,
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             )
         if self._closed:  # `kill` was called during the start and did not see this process
             self._process.kill()

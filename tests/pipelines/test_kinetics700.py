@@ -138,7 +138,7 @@ def test_a_dry_run_prints_a_plan_and_writes_nothing(roots, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "measured  decoding" in printed
     assert re.search(r"extract   k700: 26 videos, .* decoding \S+ CPU-core hours", printed)
-    assert "train     k700 hgnl: sgd" in printed
+    assert "train     k700 hgnl: optimizer sgd" in printed
     assert not (tmp_path / "run").exists()
 
 
