@@ -178,9 +178,6 @@ class Worker:
             slot_bytes=(plan or self._plan).slot_bytes,
             workers=count,
             timeout=self.options.video_timeout,
-            # On a CPU the backbone uses the same cores, and its threads wait for each other at
-            # every layer: a decoder that takes one of the cores for a moment stops all of them.
-            nice=10 if runs_on_cpu(self.options.device) else 0,
         )
         self._pools.append(pool)
         return pool
