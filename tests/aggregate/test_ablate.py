@@ -6,7 +6,6 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -268,15 +267,6 @@ def test_without_matplotlib_the_figures_are_left_out_and_that_is_said(
     assert ablate.main(options(features, tmp_path / "a", epochs=(1,))) == 0
     assert "no figures: matplotlib is not installed" in capsys.readouterr().out
     assert not list((tmp_path / "a").glob("*.png"))
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as a process of several has: sums of other numbers differ in the last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -1,13 +1,11 @@
 """python -m aggregate.crossval: equal to separate runs, blind to what it reports on, killed and resumed."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -69,15 +67,6 @@ def relabeled(
 
 
 # -- what it gives -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As many threads as a fold has: sums of other numbers of threads differ in their last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -274,20 +274,26 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     assert capsys.readouterr().err.count("a worker was lost") == 2
 
 
-def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, tmp_path):
-    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
-    out = tmp_path / "ray.zarr"
-    worker_nodes.exactly(*ONE_NODE)
+def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
+    """A driver in a process of its own, once it has committed a block or has ended."""
     flags = [
         text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
     ]
     command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
+    run = subprocess.Popen(
+        [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
+    )
+    while run.poll() is None and not blocks_of(out):
+        time.sleep(0.005)
+    return run
+
+
+def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, tmp_path):
+    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
+    out = tmp_path / "ray.zarr"
+    worker_nodes.exactly(*ONE_NODE)
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
-        )
-        while run.poll() is None and not blocks_of(out):
-            time.sleep(0.005)
+        run = driver_with_a_block(clips, out, cluster, log)
         run.terminate()
         assert run.wait(timeout=60) == 130
     assert (tmp_path / "log").read_text().splitlines()[-1].startswith("interrupted; ")
@@ -300,16 +306,8 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
 ):
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*GPU_AND_CPU)
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
-        )
-        while run.poll() is None and not blocks_of(out):
-            time.sleep(0.005)
+        run = driver_with_a_block(clips, out, cluster, log)
         run.kill()
         run.wait()
     before = len(blocks_of(out))
