@@ -87,6 +87,8 @@ class Decoded:
 
     def as_chosen(self) -> "Decoded":
         """The same with the frames in the order of the sampler, repeats included."""
+        if np.array_equal(self.choice, np.arange(len(self.frames))):
+            return self  # without a copy of all frames
         frames, indices, timestamps = (values[self.choice.ravel()] for values in self)
         return replace(
             self,
