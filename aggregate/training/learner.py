@@ -115,12 +115,14 @@ class Learner:
             # With the last part, gradients are averaged over processes.
             last = start + self.micro_batch >= count
             sync = nullcontext() if last or self.world == 1 else self.parallel.no_sync()
-            with sync, autocast(self.device, self.precision):
-                logits = self.parallel(batch.x[part], mask)
+            with sync:
+                with autocast(self.device, self.precision):
+                    logits = self.parallel(batch.x[part], mask)
                 labels = to_device(batch.labels[part], self.device)
                 loss = self._criterion(logits.float(), labels)
                 # DDP averages over processes; this makes it the mean over the whole batch, however
-                # its videos are divided among them.
+                # its videos are divided among them. Under autocast, the backward pass would also
+                # cast products that the forward pass made in fp32.
                 self.scaler.scale(loss * (self.world / whole)).backward()
             self._loss += loss.detach()
         if self.recipe.clip:
@@ -140,7 +142,7 @@ class Learner:
         with autocast(self.device, self.precision):
             blank = batch.x.new_zeros((1, *batch.x.shape[1:]))
             logits = self.parallel(blank, torch.ones((1, batch.x.shape[1]), dtype=torch.bool))
-            self.scaler.scale(0.0 * logits.sum()).backward()
+        self.scaler.scale(0.0 * logits.sum()).backward()
 
     def end_epoch(self, epoch: int) -> None:
         """Compute `loss`, the mean over the videos of all processes."""

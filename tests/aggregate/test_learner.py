@@ -167,6 +167,27 @@ def test_dropout_keeps_the_share_and_the_mean_and_follows_the_seed():
     assert torch.equal(dropout.eval()(x), x)
 
 
+def test_the_backward_pass_casts_only_what_the_forward_pass_cast():
+    """Products of the aggregator stay in fp32 in both passes, whatever the classifier's precision."""
+    gradients = []
+    for precision in ("fp32", "bf16"):
+        torch.manual_seed(0)
+        model = build("attentive", dim=64, num_classes=5, dropout=0.0)
+        chosen = recipe("cached", "attentive", videos=100)
+        learner = Learner("", model, chosen, 1, 0, torch.device("cpu"), precision=precision)
+        learner.train_mode()
+        F_v = []
+        model.aggregator.register_forward_hook(lambda *values, F_v=F_v: F_v.append(values[2]))
+        x = torch.randn(8, 3, 64, generator=torch.Generator().manual_seed(1)).half()
+        learner.step(Batch(x, None, torch.arange(8) % 5, np.arange(8)), 0, 0)
+        assert F_v[0].dtype == torch.float32
+        gradients.append(model.aggregator.layers[0].mlp[0].weight.grad)
+    with_bf16 = gradients[1]
+    as_bf16 = with_bf16.bfloat16().float()
+    assert (with_bf16 != as_bf16).float().mean() > 0.9, "the gradient was computed in bf16"
+    assert ((gradients[0] - with_bf16).norm() / gradients[0].norm()) < 0.02
+
+
 # -- balance -----------------------------------------------------------------------------------------------------------
 
 
