@@ -15,6 +15,7 @@ MHA(query, key, value) is multi-head attention with biases. V-JEPA has depth 1, 
 """
 
 import math
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -48,21 +49,49 @@ class Layer(nn.Module):
             nn.init.trunc_normal_(linear.weight, std=std)
             nn.init.zeros_(linear.bias)
 
-    def products(self, x: Tensor, query: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Q [batch, heads, queries, dim/heads], and K and V [batch, heads, time, dim/heads]."""
-        x = self.norm_frames(x)
-        Q = self.to_query(x if query is None else query)
-        K, V = self.to_key_value(x).chunk(2, -1)
-        Q, K, V = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in (Q, K, V))
-        return Q, K, V
-
-    def forward(
-        self, x: Frames, mask: Mask, query: Tensor | None = None
-    ) -> Float[Tensor, "batch queries dim"]:
-        """Attend from `query` [batch, queries, dim], or from every frame if it is None."""
+    def forward(self, x: Frames, mask: Mask) -> Frames:
+        """Self-attention: each frame attends to all."""
+        normed = self.norm_frames(x)
+        parts = (self.to_query(normed), *self.to_key_value(normed).chunk(2, -1))
+        Q, K, V = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         attn_mask = None if mask is None else mask[:, None, None]
-        attended = scaled_dot_product_attention(*self.products(x, query), attn_mask=attn_mask)
-        h = (x if query is None else query) + self.project(attended.transpose(1, 2).flatten(2))
+        attended = scaled_dot_product_attention(Q, K, V, attn_mask=attn_mask)
+        return self._with_residuals(x, attended.transpose(1, 2).flatten(2))
+
+    def query_weights(
+        self, query: Float[Tensor, "1 dim"], x: Frames, mask: Mask
+    ) -> Float[Tensor, "batch heads time"]:
+        """Each head's attention from the query to the frames LN(x).
+
+        The query is the same for all videos, so it is multiplied by W_k instead of every frame:
+        q . (W_k x + b_k) = (W_k^T q) . x + a constant, which cancels in the softmax.
+        """
+        w_k, _ = self._key_value_weights()
+        q = self.to_query(query).view(self.heads, 1, -1)
+        scores = (x @ torch.bmm(q, w_k).squeeze(1).T).transpose(1, 2) * q.shape[2] ** -0.5
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        return scores.softmax(-1)
+
+    def pool(self, query: Float[Tensor, "1 dim"], x: Frames, mask: Mask) -> Features:
+        """Attend from the query to the frames.
+
+        Each head averages the frames before W_v, and not after it: weights that sum to 1 give
+        sum of a_i (W_v x_i + b_v) = W_v (sum of a_i x_i) + b_v.
+        """
+        x = self.norm_frames(x)
+        averages = torch.bmm(self.query_weights(query, x, mask), x)
+        _, w_v = self._key_value_weights()
+        # W_v comes first: then its gradient has its layout, and is not copied.
+        attended = torch.bmm(w_v, averages.permute(1, 2, 0)).flatten(0, 1).T
+        return self._with_residuals(query, attended + self.to_key_value.bias.chunk(2)[1])
+
+    def _key_value_weights(self) -> list[Float[Tensor, "heads width dim"]]:
+        """W_k and W_v of each head."""
+        return [part.unflatten(0, (self.heads, -1)) for part in self.to_key_value.weight.chunk(2)]
+
+    def _with_residuals(self, x: Tensor, attended: Tensor) -> Tensor:
+        h = x + self.project(attended)
         return h + self.mlp(self.norm_mlp(h))
 
 
@@ -96,26 +125,23 @@ class AttentiveProbe(nn.Module):
         self.layers = nn.ModuleList(Layer(dim, heads, number) for number in range(1, depth + 1))
         self.query = nn.Parameter(torch.empty(1, 1, dim).normal_(std=0.02))  # q
 
-    def _encode(self, x: Tensor, mask: Tensor | None) -> tuple[Frames, Tensor]:
-        """The frames after all layers but the last, and the query of each video."""
+    def _encode(self, x: Frames, mask: Mask) -> Frames:
+        """The frames after all layers but the last."""
         x = blank_masked(x, mask)
         if self.norm_in is not None:
             x = self.norm_in(x) + time_sines(x, mask)
         for layer in self.layers[:-1]:  # type: ignore[union-attr]
             x = layer(x, mask)
-        return x, self.query.expand(x.shape[0], -1, -1)
+        return x
 
     def frame_weights(self, x: Frames, mask: Mask = None) -> Float[Tensor, "batch heads time"]:
         """Each head's attention to each frame: sums to 1 over valid frames, 0 for masked ones."""
-        Q, K, _ = self.layers[-1].products(*self._encode(x, mask))  # type: ignore[operator]
-        scores = (Q @ K.transpose(2, 3)).squeeze(2) * K.shape[3] ** -0.5
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None], -torch.inf)
-        return scores.softmax(-1)
+        last: Any = self.layers[-1]
+        return last.query_weights(self.query[0], last.norm_frames(self._encode(x, mask)), mask)
 
     def forward(self, x: Frames, mask: Mask = None) -> Features:
-        x, query = self._encode(x, mask)
-        return self.layers[-1](x, mask, query).squeeze(1)
+        last: Any = self.layers[-1]
+        return last.pool(self.query[0], self._encode(x, mask), mask)
 
 
 class AttentiveTimeProbe(AttentiveProbe):
