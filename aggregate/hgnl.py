@@ -21,7 +21,7 @@ from typing import Literal, get_args
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, linear
 
 from aggregate.masks import Features, Frames, Mask, average, blank_masked, frame_counts
 from extract import InputError
@@ -52,6 +52,15 @@ def softmax_columns(
     if mask is not None:
         scores = scores.masked_fill(~mask[..., None], -torch.inf)
     return scores.softmax(-2)
+
+
+def multiply_groups(
+    x: Float[Tensor, "groups rows in"], weight: Float[Tensor, "groups out in"]
+) -> Float[Tensor, "groups rows out"]:
+    """Multiply each group of `x` by its weight."""
+    if len(weight) == 1:  # as a linear layer, whose gradient needs no copy into the weight's layout
+        return linear(x, weight[0])
+    return torch.bmm(x, weight.transpose(1, 2))
 
 
 class GroupedLinear(nn.Module):
@@ -197,15 +206,14 @@ class HGNonLocal(nn.Module):
         ratio = self.g1 // self.g2
         (w_q, b_q), (w_k, b_k) = self.query.blocks(), self.key.blocks()
         # One pass over x for Q and K.
-        weight = torch.cat([w_q, w_k], 1).transpose(1, 2)
-        bias = torch.cat([b_q, b_k], 2)
+        weight, bias = torch.cat([w_q, w_k], 1), torch.cat([b_q, b_k], 2)
         # [g1, batch x time, dim/g1]
         groups = x.reshape(-1, self.g1, x.shape[2] // self.g1).transpose(0, 1)
         scores: Tensor | None = None
         for first in range(ratio):  # the first, second ... primary group of every secondary group
             turn = slice(first, None, ratio)
             # [g2, batch x time, 2 m1/g1]
-            pair = torch.baddbmm(bias[turn], groups[turn], weight[turn])
+            pair = bias[turn] + multiply_groups(groups[turn], weight[turn])
             q, k = pair.view(-1, x.shape[1], pair.shape[2]).chunk(2, -1)
             k = k.transpose(1, 2)
             scores = torch.bmm(q, k) if scores is None else torch.baddbmm(scores, q, k)
@@ -237,7 +245,7 @@ class HGNonLocal(nn.Module):
         pooled = [torch.bmm(w[:, None], F) for w, F in zip(weights, channels, strict=True)]
         w_v, b_v = self.value.blocks()
         # eq. 8, averaged over frames
-        attended = torch.bmm(torch.cat(pooled, 1).transpose(0, 1), w_v.transpose(1, 2))
+        attended = multiply_groups(torch.cat(pooled, 1).transpose(0, 1), w_v)
         attended = attended + b_v * weights.sum(-1, keepdim=True)
         return average(x, mask) + self.scale * attended.transpose(0, 1).flatten(1)  # eq. 5 and 6
 
