@@ -43,12 +43,19 @@ def sees_order(agg: str, options: Mapping[str, Any]) -> bool:
 
 
 class Dropout(nn.Dropout):
-    """Dropout that is four times faster on a CPU: its mask comes from `rand`, not `bernoulli_`."""
+    """Dropout that is faster on a CPU.
+
+    `bernoulli_` draws 64 random bits for each value. Here 16 bits decide whether one is dropped, so
+    p is rounded to a multiple of 2^-16.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.p and x.is_cpu):
             return super().forward(x)
-        return x * torch.rand(x.shape).ge_(self.p).div_(1 - self.p)
+        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(1 << 63), None)
+        bits = words.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in -2^15 ... 2^15 - 1
+        keep = bits >= min(round(self.p * (1 << 16)), (1 << 16) - 1) - (1 << 15)
+        return x * keep.to(x.dtype).div_(1 - self.p)
 
 
 class VideoClassifier(nn.Module):
