@@ -43,6 +43,32 @@ def test_memory_and_the_cpu_without_proc(elsewhere):
     assert not has_native_bf16()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="tests glibc's malloc")
+def test_freed_memory_is_kept_for_later_allocations():
+    script = """
+import resource, sys
+import numpy as np
+from extract.portable import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+np.ones(4_000_000)
+before = faults()
+for _ in range(10):
+    np.ones(4_000_000)  # 32 MB, 7,813 pages
+print(faults() - before)
+"""
+
+    def count(*arguments):
+        command = [sys.executable, "-c", script, *arguments]
+        env = PORTABLE | {"HGNL_PORTABLE": "0"}
+        return int(subprocess.run(command, env=env, check=True, capture_output=True).stdout)
+
+    assert count("keep") < 1000
+    assert count("keep") < count("no") / 10
+
+
 def test_no_advice_where_there_is_none(elsewhere):
     portable.advise(None, 0, 0, 0)  # nothing is called
 
