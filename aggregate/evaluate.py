@@ -304,18 +304,18 @@ def _fill_from_clips(
 
 def _report(by_segments: "Sequence[Scores]", out: Path | None) -> None:
     """Print the table of metrics and write the scores file."""
-    from aggregate.metrics import Summary, summarize
+    from aggregate.metrics import summarize, summary_table
     from aggregate.scores import save_scores
 
     failed, labels = by_segments[0].failed, by_segments[0].labels
     assert labels is not None
     print(f"{failed.sum():,} of {len(failed):,} videos failed; they count as errors")
     if (labels >= 0).any():
-        print(f"{'segments':>9} {Summary.header()}")
-        for scores in by_segments:
-            summary = summarize(scores.logits, labels, scores.groups)
-            print(f"{scores.segments:>9} {summary}")
-        print(f"intervals: 95 %, bootstrap over {summary.resampled()}")
+        rows = [
+            ([str(scores.segments)], summarize(scores.logits, labels, scores.groups))
+            for scores in by_segments
+        ]
+        print(summary_table(["segments"], rows))
     else:
         print("no video has a label, so there are scores but no metrics")
     if out is not None:

@@ -60,24 +60,6 @@ class Summary:
     top1_of_scored: float  # without the videos that failed
     units: int  # that were resampled for the intervals: groups, or single videos
 
-    @staticmethod
-    def header() -> str:
-        titles = ("top-1 %", "top-5 %", "mean class %", "average error %")
-        return " ".join(title.rjust(20) for title in titles) + "  scored / listed"
-
-    def __str__(self) -> str:
-        """One line under `header`."""
-        intervals = (self.top1, self.top5, self.mean_class, self.average_error)
-        cells = " ".join(format(interval).rjust(20) for interval in intervals)
-        line = f"{cells}  {self.scored:,} / {self.listed:,}"
-        if self.scored < self.listed:
-            line += f", top-1 of the scored {100 * self.top1_of_scored:.2f}"
-        return line
-
-    def resampled(self) -> str:
-        """What the intervals were resampled over: `12 groups of 60 videos`."""
-        return describe_units(self.units, self.listed)
-
 
 def describe_units(units: int, videos: int) -> str:
     """`12 groups of 60 videos`, or `60 videos` if each is a group of its own."""
@@ -314,6 +296,22 @@ def csv_of(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def summary_table(titles: Sequence[str], rows: Sequence[tuple[Sequence[str], Summary]]) -> str:
+    """A text table of `rows`: texts for the columns `titles`, and the metrics of one set of scores.
+
+    A last line says what the intervals were resampled over.
+    """
+    table = [[*titles, "top-1 %", "top-5 %", "mean class %", "average error %", "scored / listed"]]
+    for texts, summary in rows:
+        intervals = summary.top1, summary.top5, summary.mean_class, summary.average_error
+        scored = f"{summary.scored:,} / {summary.listed:,}"
+        if summary.scored < summary.listed:
+            scored += f", top-1 of the scored {100 * summary.top1_of_scored:.2f}"
+        table.append([*texts, *map(format, intervals), scored])
+    units = describe_units(summary.units, summary.listed)
+    return f"{text_table(table)}\nintervals: 95 %, bootstrap over {units}"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from aggregate.scores import Scores
     from ensemble.align import Aligned
-    from ensemble.search import Dropped, Row
+    from ensemble.search import Dropped
 
 SCHEMA = "hgnl-ensemble/1"
 CHOSEN_BY = ("equal", "select", "search")  # other weights are numbers
@@ -121,8 +121,9 @@ def _measure(
     Prints the measures. Returns the weights, and the measures for the summary: fractions, and
     intervals with value, low and high.
     """
+    from aggregate.metrics import summary_table
     from ensemble.fuse import checked_weights
-    from ensemble.search import Ranking, Row, contributions, search, select
+    from ensemble.search import Ranking, Row, contributions, search, select, signed
 
     ranking = Ranking.of(aligned)
     dropped: tuple[Dropped, ...] = ()
@@ -141,7 +142,8 @@ def _measure(
         notes = [result.statement(), result.advice(aligned.names)]
     if options.weights == "select":
         measures["left_out"] = [asdict(member) for member in dropped]
-    print("\n".join([_table(rows), *notes]))
+    lines = [([row.name, signed(row.against_equal)], row.summary) for row in rows]
+    print("\n".join([summary_table(["", "error against equal"], lines), *notes]))
     return weights, {"table": [asdict(row) for row in rows], **measures}
 
 
@@ -193,16 +195,6 @@ def _names(paths: Sequence[Path]) -> list[str]:
     """Short names of models: the names of their files, with the folders if those are equal."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
-
-
-def _table(rows: "Sequence[Row]") -> str:
-    from aggregate.metrics import Summary
-    from ensemble.search import signed
-
-    width = max(len(row.name) for row in rows)
-    lines = [f"{'':<{width}} {'error against equal':>22} {Summary.header()}"]
-    lines += [f"{row.name:<{width}} {signed(row.against_equal):>22} {row.summary}" for row in rows]
-    return "\n".join([*lines, f"intervals: 95 %, bootstrap over {rows[0].summary.resampled()}"])
 
 
 if __name__ == "__main__":

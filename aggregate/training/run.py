@@ -9,7 +9,7 @@ results.json    the final table
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,15 @@ from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
 from aggregate.inference import attention_text
-from aggregate.metrics import Summary, challenge_errors, csv_of, paired_bootstrap, ranks, summarize
+from aggregate.metrics import (
+    Summary,
+    challenge_errors,
+    csv_of,
+    paired_bootstrap,
+    ranks,
+    summarize_ranks,
+    summary_table,
+)
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
@@ -255,24 +263,27 @@ class Run:
         first, labels, groups = self.learners[0], self.source.labels, self.source.groups
         models = {learner.name: learner.model for learner in self.learners} | self.baselines
         epochs = ", ".join(f"{learner.name} {learner.best_epoch + 1}" for learner in self.learners)
-        width = max(map(len, models))
-        lines = [
-            f"\n{self.out}: {len(labels):,} validation videos; each model at its best epoch, "
-            f"chosen on the same videos ({epochs})",
-            f"{'model':<{width}} segments {Summary.header()}",
-        ]
+        rows: list[tuple[list[str], Summary]] = []
+        differences: list[str] = []
         results: dict[str, Any] = {name: {} for name in models}
         for segments in self.segments:
             tested = self.source.validate(list(models.values()), segments, first)
-            logits_by_model = dict(zip(models, tested, strict=True))
-            for name, logits in logits_by_model.items():
-                summary = summarize(logits, labels, groups)
-                lines.append(f"{name:<{width}} {segments:>8} {summary}")
+            label_ranks = {
+                name: ranks(logits, labels) for name, logits in zip(models, tested, strict=True)
+            }
+            classes = tested[0].shape[1]
+            for name, values in label_ranks.items():
+                summary = summarize_ranks(values, labels, classes, groups)
+                rows.append(([name, str(segments)], summary))
                 results[name][segments] = asdict(summary)
-            indent = f"{'':<{width}} {segments:>8}"
-            differences = _differences(logits_by_model, labels, groups)
-            lines += [f"{indent} {line}" for line in differences]
-        lines.append(f"intervals: 95 %, bootstrap over {summary.resampled()}")
+            for line in _differences(label_ranks, classes, groups):
+                differences.append(f"{segments} segments: {line}")
+        lines = [
+            f"\n{self.out}: {len(labels):,} validation videos; each model at its best epoch, "
+            f"chosen on the same videos ({epochs})",
+            summary_table(["model", "segments"], rows),
+            *differences,
+        ]
         measured = self.source.attention(first)
         if "changed" in measured:
             lines.append(f"attention: {attention_text(measured)}")
@@ -284,16 +295,12 @@ class Run:
 
 
 def _differences(
-    logits_by_model: dict[str, np.ndarray], labels: np.ndarray, groups: np.ndarray
-) -> list[str]:
+    label_ranks: dict[str, np.ndarray], classes: int, groups: np.ndarray
+) -> Iterator[str]:
     """The first model minus each other one, in points, paired over the same videos."""
-    label_ranks = {name: ranks(logits, labels) for name, logits in logits_by_model.items()}
-    first, *rest = logits_by_model
-    classes = logits_by_model[first].shape[1]
-    errors = {name: challenge_errors(values, classes) for name, values in label_ranks.items()}
-    lines = []
-    for name in rest:
-        top1 = paired_bootstrap(label_ranks[first] == 0, label_ranks[name] == 0, groups)
-        error = paired_bootstrap(errors[first], errors[name], groups)
-        lines.append(f"{first} - {name}: top-1 {top1}, average error {error} (points)")
-    return lines
+    (first, ours), *others = label_ranks.items()
+    for name, theirs in others:
+        top1 = paired_bootstrap(ours == 0, theirs == 0, groups)
+        our_errors, their_errors = (challenge_errors(each, classes) for each in (ours, theirs))
+        error = paired_bootstrap(our_errors, their_errors, groups)
+        yield f"{first} - {name}: top-1 {top1}, average error {error} (points)"

@@ -151,8 +151,9 @@ def test_a_summary_resamples_groups_in_every_interval():
         )
     ends = by_group.mean_class.low, by_group.mean_class.high
     np.testing.assert_allclose(ends, np.percentile(drawn, [2.5, 97.5]), atol=0.03)
-    assert by_group.resampled() == "30 groups of 300 videos"
-    assert by_video.resampled() == "300 videos"
+    for summary, units in ((by_group, "30 groups of 300 videos"), (by_video, "300 videos")):
+        table = metrics.summary_table([""], [(["model"], summary)])
+        assert table.endswith(f"bootstrap over {units}")
 
 
 def test_a_paired_difference_is_surer_than_two_separate_ones():
@@ -176,7 +177,8 @@ def test_a_summary_counts_failed_videos_as_errors_and_leaves_out_unlabeled_ones(
     assert summary.average_error.value == pytest.approx(0.25)
     assert summary.mean_class.value == pytest.approx(0.75)
     assert summary.top1_of_scored == 1
-    assert "3 / 4, top-1 of the scored 100.00" in str(summary)
+    table = metrics.summary_table(["model", "segments"], [(["tsn", "25"], summary)])
+    assert "3 / 4, top-1 of the scored 100.00" in table
 
 
 def test_intervals_are_those_of_drawing_videos_one_by_one():
