@@ -122,9 +122,10 @@ def _train_passes(
 def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = None) -> "Plan":
     """All combinations of the listed options, each once per seed. InputError for an empty list, or
     if no combination can be built."""
-    from aggregate.ablation.configurations import candidates
+    from aggregate.ablation.configurations import candidates, check_lists
     from aggregate.training.splits import choose_rows
 
+    check_lists(options, store)
     if init is not None:
         init.check_features(store.provenance, store.dim, store.path)
     one_seed = candidates(options, store, init)

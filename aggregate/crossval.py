@@ -15,17 +15,17 @@ aggregate/ablation/processes.py. With the same folds, batches and options, a mod
 import functools
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aggregate.ablation.options import LISTS, PROBES, FoldOptions, GridOptions, ProbeOptions
+from aggregate.ablation.options import PROBES, FoldOptions, GridOptions, ProbeOptions
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.ablation.protocols import PROTOCOLS, Protocol, describe_protocol, protocol_in
 from aggregate.training.options import Aggregator, limit_frames
 from extract import InputError
 from extract.cli import progress, run_command
-from extract.commands import command_line, flag_of, spaced
+from extract.commands import command_line, spaced
 
 if TYPE_CHECKING:
     from extract.store import FeatureStore
@@ -146,53 +146,25 @@ def candidates_by_agg(
 
     InputError for an aggregator without a candidate, and for options that apply to none of --agg.
     """
-    from aggregate.ablation.configurations import candidates
+    from aggregate.ablation.configurations import Plan, candidates, check_lists
     from aggregate.ablation.probes import probe_candidates
 
-    _check_flags(options)
-    by_agg: dict[str, list[Any]] = {agg: [] for agg in options.agg}
-    heads: Any = tuple(agg for agg in by_agg if agg not in PROBES)
-    skipped: dict[str, str] = {}
-    if heads:
-        plan = candidates(replace(options, agg=heads), store)
-        skipped = plan.skipped
-        for configuration in plan.configurations:
-            by_agg[configuration.options.agg].append(configuration)
-    for agg in by_agg:
-        if agg in PROBES:
-            by_agg[agg] = probe_candidates(agg, options)
-    for name, reason in skipped.items():
-        if not by_agg[agg := name.split()[0]]:
-            raise InputError(f"--agg {agg}: {reason}")
-    return by_agg, skipped
-
-
-# The flags of probes; all but C, k and vector are shared with heads.
-_PROBE_FLAGS = {
-    "knn": {"k", "vector", "standardize"},
-    "logreg": {"C", "vector", "standardize", "epochs", "balance"},
-}
-
-
-def _check_flags(options: Options) -> None:
-    """InputError for an empty list, and for a flag that applies to none of --agg."""
-    for name in ("agg", "seeds"):
-        if not getattr(options, name):
-            raise InputError(f"--{name} needs at least one value")
+    check_lists(options, store)
     if options.shots is not None and options.seeds != Options.seeds:
         raise InputError(
             f"--seeds {spaced(options.seeds)} does not apply to --shots: a draw replaces a seed; "
             "give --repeats"
         )
-    applicable = {"frames"}.union(*(_PROBE_FLAGS.get(agg, LISTS) for agg in options.agg))
-    for field in fields(options):
-        value = getattr(options, field.name)
-        listed = field.name in LISTS[1:] or field.name in ("C", "k", "vector")
-        if listed and field.name not in applicable and value != field.default:
-            raise InputError(
-                f"{flag_of(field.name)} {spaced(value)} does not apply to --agg "
-                f"{spaced(options.agg)}"
-            )
+    heads: Any = tuple(agg for agg in options.agg if agg not in PROBES)
+    plan = candidates(replace(options, agg=heads), store) if heads else Plan([], {})
+    by_agg: dict[str, list[Any]] = {}
+    for agg in options.agg:
+        own = [each for each in plan.configurations if each.options.agg == agg]
+        by_agg[agg] = probe_candidates(agg, options) if agg in PROBES else own
+    for name, reason in plan.skipped.items():
+        if not by_agg[head := name.split()[0]]:
+            raise InputError(f"--agg {head}: {reason}")
+    return by_agg, plan.skipped
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aggregate.ablation.options import LISTS, GridOptions
+from aggregate.ablation.options import LISTS, PROBES, GridOptions
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.configurations import Configuration, configured
 from aggregate.training.options import TrainOptions, unused_flags
@@ -42,7 +42,6 @@ def group_into_passes(
 
 def candidates(options: GridOptions, store: FeatureStore, init: Checkpoint | None = None) -> Plan:
     """All combinations of the listed options, of one seed and with all videos."""
-    _check_lists(options, store)
     combinations = _combinations(options)
     varied = [name for name in LISTS if len({getattr(each, name) for each in combinations}) > 1]
     plan = Plan([], {})
@@ -64,15 +63,17 @@ def candidates(options: GridOptions, store: FeatureStore, init: Checkpoint | Non
     return plan
 
 
-def _check_lists(options: GridOptions, store: FeatureStore) -> None:
-    """InputError for an empty list, a flag that does not apply, or a value out of range."""
+def check_lists(options: GridOptions, store: FeatureStore) -> None:
+    """InputError for an empty list, an option that applies to none of --agg, or a value out of
+    range."""
     check_ranges(options)
+    own = [PROBES.get(agg) or {*LISTS} - {*unused_flags(agg)} for agg in options.agg]
     for field in fields(options):
         values = getattr(options, field.name)
         if field.name in ("seeds", *LISTS) and field.default and not values:
             raise InputError(f"{flag_of(field.name)} needs at least one value")
-        unused = all(field.name in unused_flags(agg) for agg in options.agg)
-        if values != field.default and unused:
+        is_listed = field.name in {*LISTS}.union(*PROBES.values())
+        if is_listed and values != field.default and not any(field.name in flags for flags in own):
             raise InputError(
                 f"{flag_of(field.name)} {spaced(values)} does not apply to --agg "
                 f"{spaced(options.agg)}"

@@ -14,8 +14,12 @@ from aggregate.training.options import (
 
 # Lists here, single values in `aggregate.train`; an empty list is that command's default.
 Lists: Any = as_lists(HeadOptions, ScheduleOptions, CachedOptions)
-PROBES = ("logreg", "knn")
 LISTS = ("agg", *(field.name for field in fields(Lists)))
+# The options of probes. All but C, k and vector are options of heads too.
+PROBES = {
+    "knn": {"agg", "frames", "k", "vector", "standardize"},
+    "logreg": {"agg", "frames", "C", "vector", "standardize", "epochs", "balance"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
