@@ -181,23 +181,24 @@ def _common_rows(
     stores: Sequence[FeatureStore], path: str, log: Callable[[str], object]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
     """Ids of the videos that are in all stores, and their rows in each. Logs the other videos."""
-    by_id = [{video_id: row for row, video_id in enumerate(store.ids.tolist())} for store in stores]
-    common = [video_id for video_id in by_id[0] if all(video_id in rows for rows in by_id[1:])]
-    if not common:
-        examples = " and ".join(
-            f"{first_few(list(rows), 1)} in {store.path}"
-            for store, rows in zip(stores, by_id, strict=True)
-        )
+    import pandas as pd
+
+    indices = [pd.Index(store.ids, dtype=object) for store in stores]
+    union = indices[0].append(indices[1:]).unique()
+    listed = np.stack([union.isin(index) for index in indices])  # [stores, videos]
+    common = union[listed.all(axis=0)]
+    if not len(common):
+        examples = " and ".join(f"{first_few(store.ids, 1)} in {store.path}" for store in stores)
         raise InputError(
             f"{path}: no video is in all of these stores ({examples}); "
             "ids must be equal to be joined"
         )
-    union = dict.fromkeys(video_id for rows in by_id for video_id in rows)
-    for store, rows in zip(stores, by_id, strict=True):
-        if lacking := [video_id for video_id in union if video_id not in rows]:
-            log(f"left out  {counted(lacking, f'videos that {store.path} lacks')}")
-    rows_by_store = [np.array([rows[video_id] for video_id in common]) for rows in by_id]
-    return np.array(common, object), rows_by_store
+    for store, is_listed in zip(stores, listed, strict=True):
+        if not is_listed.all():
+            log(
+                f"left out  {counted(union[~is_listed].tolist(), f'videos that {store.path} lacks')}"
+            )
+    return common.to_numpy(), [index.get_indexer(common) for index in indices]
 
 
 def _common_views(stores: Sequence[FeatureStore]) -> tuple[tuple[str, ...], list[np.ndarray]]:
