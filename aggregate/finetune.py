@@ -141,12 +141,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     import torch
 
     from aggregate.data.frames import VideoFrames, clip_pool
-    from aggregate.training.manifest import (
-        choose_or_continue,
-        record,
-        refuse_other_data,
-        videos_csv,
-    )
+    from aggregate.training.manifest import choose_or_continue
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
     from aggregate.training.splits import ListedVideos, group_keys
@@ -156,10 +151,10 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
-    last = open_folder(options.folder, options)
+    last = open_folder(options)
     listing = ListedVideos(list_videos(options.videos, labels=options.labels, root=options.root))
     classes = list(listing.classes)
-    chosen = choose_or_continue(listing, options, options.seed, options.folder, last)
+    chosen = choose_or_continue(listing, options, last)
     videos = [listing.videos[row] for row in chosen.train]
     val_videos = [listing.videos[row] for row in chosen.validate[rank::world]]
     schedule = _recipe(options, len(videos))
@@ -167,10 +162,6 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     model: Any = learner.model
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
-    data = record(listing, chosen, init=options.init, recipe=schedule)
-    if last is not None:
-        refuse_other_data(options.folder, last, listing, features, data)
-    common = {"classes": classes, "features": features, "frames": options.frames, "data": data}
     nice = 10 * (device.type == "cpu")
     with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=nice) as pool:
         source = DecodedVideos(
@@ -181,11 +172,8 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
             len(classes),
             options.frames,
         )
-        run = Run(
-            options.folder, options, [learner], source, common=common, segments=(options.frames,)
-        )
-        run.videos_csv = videos_csv(listing, chosen)
-        run.resume(last)
+        segments = (options.frames,)
+        run = Run(options, [learner], source, listing, chosen, features, last, segments)
         if rank == 0:
             sizes = f"{_count(model, trained=True):,} of {_count(model):,} parameters trained"
             execution = f"{device} in {learner.precision}, {world} process(es)"

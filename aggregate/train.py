@@ -51,22 +51,16 @@ def prepare(options: Options) -> "Run":
     from aggregate.data.joined import open_features
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.configurations import configured
-    from aggregate.training.manifest import (
-        choose_or_continue,
-        record,
-        refuse_other_data,
-        videos_csv,
-    )
+    from aggregate.training.manifest import choose_or_continue
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import CachedFeatures
     from extract.device import choose_device
 
-    out = options.folder
     store = open_features(options.features)
     options = limit_frames(options, store)
     device = choose_device(options.device)
-    last = open_folder(out, options)
-    chosen = choose_or_continue(store, options, options.seed, out, last)
+    last = open_folder(options)
+    chosen = choose_or_continue(store, options, last)
     precision = options.precision
     if last is not None and last.data is not None and precision == "auto":
         # `auto` depends on the device: a run that is resumed keeps its precision.
@@ -83,9 +77,6 @@ def prepare(options: Options) -> "Run":
         f"recipe    {options.recipe}: {configuration.recipe}"
     )
     init = None if options.init is None else Checkpoint.load(options.init)
-    data = record(store, chosen, init=options.init, recipe=configuration.recipe)
-    if last is not None:
-        refuse_other_data(out, last, store, store.provenance, data)
     learners, baselines = _learners_and_baselines(
         configuration, init, store, device, training.labels
     )
@@ -93,17 +84,18 @@ def prepare(options: Options) -> "Run":
     if hasattr(module, "differences"):
         print("; ".join([f"head      {options.agg} as in the paper", *module.differences()]))
     source = CachedFeatures(training, testing, options.frames)
-    common = {
-        "classes": list(store.classes),
-        "features": store.provenance,
-        "frames": options.frames,
-        "data": data,
-    }
     segments = clip_segments((options.frames, store.frames_per_video), store)
-    run = Run(out, options, learners, source, common=common, segments=segments, baselines=baselines)
-    run.videos_csv = videos_csv(store, chosen)
-    run.resume(last)
-    return run
+    return Run(
+        options,
+        learners,
+        source,
+        store,
+        chosen,
+        store.provenance,
+        last,
+        segments=segments,
+        baselines=baselines,
+    )
 
 
 def _learners_and_baselines(

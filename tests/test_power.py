@@ -237,7 +237,7 @@ def test_run_folders_ablations_and_cross_validations_go_on_whenever_the_power_go
     def check(disk: Path) -> None:
         from aggregate.training.run import open_folder
 
-        last = open_folder(disk / "run", training(tmp_path, disk / "run"))
+        last = open_folder(training(tmp_path, disk / "run"))
         epochs.add(last.training["epoch"] if last else 0)
         for file in disk.glob("run/*.pt"):
             Checkpoint.load(file).model()

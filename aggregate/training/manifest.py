@@ -32,7 +32,6 @@ from extract.store import FAILED, FeatureStore, difference
 
 if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
-    from aggregate.training.options import SplitOptions
     from aggregate.training.recipes import Recipe
 
 VIDEOS = "videos.csv"
@@ -104,20 +103,15 @@ def features_digest(store: FeatureStore, rows: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(features).tobytes()).hexdigest()[:16]
 
 
-def choose_or_continue(
-    videos: Videos,
-    options: "SplitOptions",
-    seed: int,
-    out: Path,
-    last: "Checkpoint | None",
-) -> Chosen:
+def choose_or_continue(videos: Videos, options: Any, last: "Checkpoint | None") -> Chosen:
     """The rows of a new run; or, for a run that resumes from `last`, its recorded videos by id.
 
     InputError if a recorded video is gone, or if its label, split or group changed.
     """
     if last is None:
-        return choose_rows(videos, options, seed)
+        return choose_rows(videos, options, options.seed)
     assert last.data is not None
+    out = options.folder
     path = out / VIDEOS
     content = path.read_bytes() if path.is_file() else b""
     if hashlib.sha256(content).hexdigest() != last.data["videos"]:
@@ -136,7 +130,7 @@ def choose_or_continue(
     )
     description = f"{len(train):,} to train, {len(validate):,} to validate, as recorded in {path}"
     try:
-        now = choose_rows(videos, options, seed)
+        now = choose_rows(videos, options, options.seed)
         added = np.setdiff1d(np.concatenate(now[:2]), np.concatenate([train, validate]))
     except InputError:  # no new run could begin on the current videos
         added = np.empty(0)

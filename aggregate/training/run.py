@@ -31,9 +31,10 @@ from aggregate.metrics import (
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.learner import Learner
 from aggregate.training.loop import fit
-from aggregate.training.manifest import VIDEOS
+from aggregate.training.manifest import VIDEOS, record, refuse_other_data, videos_csv
 from aggregate.training.options import to_json
 from aggregate.training.sources import Source
+from aggregate.training.splits import Chosen, Videos
 from extract import InputError
 from extract.cli import progress
 from extract.durable import LOCK, is_leftover, os_errors_as_run_error, replace_file
@@ -54,14 +55,15 @@ _ANOTHER_VERSION = (
 )
 
 
-def open_folder(out: Path, options: Any) -> Checkpoint | None:
-    """The last checkpoint of the run in `out`, None if it has none yet.
+def open_folder(options: Any) -> Checkpoint | None:
+    """The last checkpoint in the folder of a run, None if it has none yet.
 
     InputError for a folder of anything else, of a run with other options, or of a run of another
     version.
     """
     # A run that ended before its first epoch leaves only files that the same command overwrites; so
     # does one that ended while it wrote the checkpoints of that epoch.
+    out = options.folder
     last_path = out / "last.pt"
     ours = ("options.json", VIDEOS, "ray", "events.out", LOCK)
     names = [
@@ -116,29 +118,40 @@ class Run:
     processes only rank 0 writes.
     """
 
-    out: Path
     options: Any
     learners: list[Learner]
     source: Source
-    common: dict[str, Any]  # fields of `Checkpoint` that all learners share
+    videos: Videos
+    chosen: Chosen
+    features: dict[str, Any]  # provenance: backbone, weights, preprocessing
+    last: Checkpoint | None  # of a run that is resumed
     segments: Sequence[int]  # numbers of segments in the final table
     baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models of that table
-    videos_csv: bytes = b""
     epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     _board: SummaryWriter | None = None
 
     def __post_init__(self) -> None:
+        """Raises InputError if the data of the run differ from those of `last`."""
+        self.out = self.options.folder
         self.recipe, self.writes = self.learners[0].recipe, self.learners[0].rank == 0
+        data = record(self.videos, self.chosen, init=self.options.init, recipe=self.recipe)
+        self.common = {  # fields of `Checkpoint` that all learners share
+            "classes": list(self.videos.classes),
+            "features": self.features,
+            "frames": self.options.frames,
+            "data": data,
+        }
+        if self.last is not None:
+            refuse_other_data(self.out, self.last, self.videos, self.features, data)
+            self._resume(self.last)
 
     def _prefix(self, learner: Learner) -> str:
         """The start of a learner's columns in metrics.csv; the first one's have none."""
         return "" if learner is self.learners[0] else f"{learner.file.removesuffix('.pt')}_"
 
-    def resume(self, last: Checkpoint | None) -> None:
+    def _resume(self, last: Checkpoint) -> None:
         """Continue after the epoch of `last`."""
-        if last is None:
-            return
         assert last.training is not None
         self.epoch, self.history = last.training["epoch"], last.training["history"]
         for learner, state in zip(self.learners, last.training["learners"], strict=True):
@@ -169,7 +182,7 @@ class Run:
         """Train all remaining epochs; each is on disk before the next begins."""
         if self.writes:
             if not self.epoch:
-                replace_file(self.out / VIDEOS, self.videos_csv)
+                replace_file(self.out / VIDEOS, videos_csv(self.videos, self.chosen))
             options = json.dumps(to_json(self.options), indent=1)
             replace_file(self.out / "options.json", f"{options}\n")
         if self.epoch >= self.recipe.epochs:
