@@ -21,6 +21,7 @@ from extract import InputError
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.networks import pip_weights_file
 from extract.commands import command_line
+from extract.decode.jobs import Plan
 from extract.decode.transform import Clips, Preprocessing
 
 if TYPE_CHECKING:
@@ -38,11 +39,9 @@ class FrameModel(nn.Module):
     mean: Tensor  # of pixel values from 0 to 255
     std: Tensor
 
-    def __init__(
-        self, net: VideoClassifier | StNet, preprocessing: Preprocessing, clips: Clips | None = None
-    ) -> None:
+    def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing) -> None:
         super().__init__()
-        self.net, self.preprocessing, self.clips = net, preprocessing, clips
+        self.net, self.preprocessing = net, preprocessing
         for name in ("mean", "std"):
             levels = torch.tensor(getattr(preprocessing, name)).view(3, 1, 1) * 255
             self.register_buffer(name, levels, persistent=False)
@@ -150,7 +149,7 @@ def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> Fr
         trunk = load_trunk(**arguments)
         check_backbone(checkpoint, trunk, weights_file=weights)
         net = _attach_backbone(trunk.module, checkpoint.model())
-    return FrameModel(net, preprocessing_of(checkpoint), clips_of(checkpoint)).eval()
+    return FrameModel(net, preprocessing_of(checkpoint)).eval()
 
 
 def check_backbone(
@@ -196,6 +195,14 @@ def clips_of(checkpoint: Checkpoint) -> Clips | None:
     """The clips that a checkpoint's backbone takes; None if it takes single frames."""
     record = checkpoint.features.get("clips")
     return None if record is None else Clips(**record)
+
+
+def plan_of(checkpoint: Checkpoint, segments: int, crops: int = 1) -> Plan:
+    """How a video is decoded for a checkpoint: the middle frames or clips of its segments."""
+    clip: dict[str, Any] = {"clip_length": checkpoint.options.get("frames_per_segment", 1)}
+    if clips := clips_of(checkpoint):
+        clip = {"clip_length": clips.frames, "clip_fps": clips.fps}
+    return Plan(segments, crops, 0, preprocessing_of(checkpoint), **clip)
 
 
 def _backbone_arguments(checkpoint: Checkpoint, weights: Path | None) -> dict[str, Any]:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.splits import ListedVideos
-    from extract.decode.jobs import Plan
     from extract.decode.pool import SubprocessPool
     from extract.listing.videos import Video
     from extract.store import FeatureStore
@@ -89,7 +88,7 @@ def main(options: Options) -> int:
     model = model.to(device)
     if isinstance(videos, ListedVideos):
         chosen = [videos.videos[row] for row in rows]
-        crops_by_segments = _logits_of_videos(model, chosen, options)
+        crops_by_segments = _logits_of_videos(checkpoint, model, chosen, options)
     else:
         crops_by_segments = _logits_of_features(model, videos, rows, options)
     groups = group_keys(videos.ids, videos.groups)[rows]
@@ -222,28 +221,23 @@ def _logits_of_features(
 
 
 def _logits_of_videos(
-    model: "FrameModel", videos: "list[Video]", options: Options
+    checkpoint: "Checkpoint", model: "FrameModel", videos: "list[Video]", options: Options
 ) -> "Iterator[tuple[int, np.ndarray]]":
     """The same from videos, decoded by child processes."""
     import numpy as np
 
     from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.endtoend import clips_of, plan_of
     from aggregate.inference import predict
-    from extract.decode.jobs import Plan
 
-    net: Any = model.net
-    clips = model.clips
-    clip: dict[str, Any] = {"clip_length": net.options.get("frames_per_segment", 1)}
-    if clips is not None:
-        clip = {"clip_length": clips.frames, "clip_fps": clips.fps}
     cores = options.decode_workers or available_cores()
     for segments in sorted(set(options.segments)):
-        plan = Plan(segments, options.crops, 0, model.preprocessing, **clip)
-        shape = (len(videos), options.crops, net.options["num_classes"])
+        plan = plan_of(checkpoint, segments, options.crops)
+        shape = (len(videos), options.crops, len(checkpoint.classes))
         logits = np.full(shape, np.nan, np.float32)
         start_pool = partial(clip_pool, plan, timeout=options.video_timeout)
         with start_pool(workers=cores) as pool:
-            if clips is None:
+            if (clips := clips_of(checkpoint)) is None:
                 frames = VideoFrames(videos, plan, pool)
                 batches = frames.test_batches(batch_size=options.micro_batch)
                 total = -(-len(videos) // options.micro_batch)
@@ -253,7 +247,11 @@ def _logits_of_videos(
                 failed = frames.failed
             else:
                 with start_pool(workers=1) as leftovers:
-                    failed = _fill_from_clips(logits, model, videos, plan, pool, leftovers)
+                    jobs: list[Any] = [
+                        (video.path, [(video.id, video.span)], plan) for video in videos
+                    ]
+                    queued = [(job, pool.submit(job)) for job in jobs]
+                    failed = _fill_from_clips(logits, model, clips.rows, queued, leftovers)
         for row, reason in list(failed.items())[:MAX_PRINTED]:
             print(f"failed: {videos[row].id}: {reason}")
         yield segments, logits
@@ -262,12 +260,14 @@ def _logits_of_videos(
 def _fill_from_clips(
     logits: "np.ndarray",
     model: "FrameModel",
-    videos: "list[Video]",
-    plan: "Plan",
-    pool: "SubprocessPool",
+    rows_per_clip: int,
+    queued: list[Any],
     leftovers: "SubprocessPool",
 ) -> dict[int, str]:
-    """Compute `logits` with a clip-wise backbone, one clip at a time; returns failures by row."""
+    """Compute `logits` with a clip-wise backbone, one clip at a time; returns failures by row.
+
+    `queued` are the decode jobs of the videos, each with its future.
+    """
     import numpy as np
     import torch
 
@@ -275,10 +275,7 @@ def _fill_from_clips(
     from aggregate.inference import autocast
     from extract.decode import VideoError
 
-    net, clips, device = model.net.eval(), model.clips, model.mean.device
-    assert clips is not None
-    jobs: list[Any] = [(video.path, [(video.id, video.span)], plan) for video in videos]
-    queued = [(job, pool.submit(job)) for job in jobs]
+    net, device = model.net.eval(), model.mean.device
     failed = {}
     with torch.inference_mode(), autocast(device, "auto"):
         for row, (job, future) in enumerate(progress(queued, unit="video")):
@@ -297,7 +294,7 @@ def _fill_from_clips(
                 failed[row] = error.reason
                 continue
             mask = torch.from_numpy(new_segments(np.concatenate(frames))).to(device)
-            mask = mask.repeat_interleave(clips.rows).expand(plan.crops, -1)
+            mask = mask.repeat_interleave(rows_per_clip).expand(len(logits[row]), -1)
             logits[row] = net(torch.cat(features, dim=1), mask).float().cpu().numpy()
     return failed
 

@@ -87,19 +87,15 @@ class Predictor:
             backbone_from_record,
             clips_of,
             model_from_record,
-            preprocessing_of,
+            plan_of,
         )
-        from extract.decode.jobs import Plan
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
         self.classes = checkpoint.classes
         self._is_stnet = checkpoint.options["name"] == "stnet"
         self._clips = clips_of(checkpoint)
-        clip: dict[str, Any] = {"clip_length": checkpoint.options.get("frames_per_segment", 1)}
-        if self._clips is not None:
-            clip = {"clip_length": self._clips.frames, "clip_fps": self._clips.fps}
-        self._plan = Plan(segments, 1, 0, preprocessing_of(checkpoint), **clip)
+        self._plan = plan_of(checkpoint, segments)
         self._video_timeout = video_timeout
         self._pool = self._start_pool()  # its child starts while the backbone is loaded here
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
