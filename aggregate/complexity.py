@@ -93,8 +93,9 @@ def columns(dim: int, *, g1: int, g2: int) -> "dict[str, HGNonLocal]":
 
 def parameters(module: "HGNonLocal") -> dict[str, int]:
     """Parameters of the three layers and their sum, with biases but without s, as in Table 1."""
-    layers = (module.query, module.key, module.value)
-    counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+    from aggregate.madds import count_parameters
+
+    counts = [count_parameters(layer) for layer in (module.query, module.key, module.value)]
     return dict(zip(PAPER_TABLE_1, [*counts, sum(counts)], strict=True))
 
 
@@ -152,15 +153,15 @@ def other_heads(*, dim: int, frames: int) -> list[Sequence[str]]:
     """Rows of text: parameters and counted MAdds per video of the HEADS."""
     import torch
 
-    from aggregate.madds import count_aggregator
+    from aggregate.madds import count_aggregator, count_parameters
     from aggregate.models import build
 
     rows: list[Sequence[str]] = [("", "parameters", "MAdds")]
     for title, name, options in HEADS:
         with torch.device("meta"):
             head = build(name, dim=dim, num_classes=1, **options).aggregator
-        size = sum(parameter.numel() for parameter in head.parameters())
-        rows.append(_row(title, [size, count_aggregator(head, dim=dim, frames=frames).total]))
+        madds = count_aggregator(head, dim=dim, frames=frames).total
+        rows.append(_row(title, [count_parameters(head), madds]))
     return rows
 
 

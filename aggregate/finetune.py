@@ -141,6 +141,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     import torch
 
     from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.madds import count_parameters
     from aggregate.training.manifest import choose_or_continue
     from aggregate.training.run import Run, open_folder
     from aggregate.training.sources import DecodedVideos
@@ -175,10 +176,13 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
         segments = (options.frames,)
         run = Run(options, [learner], source, listing, chosen, features, last, segments)
         if rank == 0:
-            sizes = f"{_count(model, trained=True):,} of {_count(model):,} parameters trained"
+            trained, in_all = count_parameters(model, trained=True), count_parameters(model)
             execution = f"{device} in {learner.precision}, {world} process(es)"
             print(f"videos    {chosen.description}")
-            print(f"model     {options.model} over {options.backbone}, {sizes} on {execution}")
+            print(
+                f"model     {options.model} over {options.backbone}, {trained:,} of {in_all:,} "
+                f"parameters trained on {execution}"
+            )
             print(f"recipe    {schedule}, backbone at {options.backbone_lr:g} of it", flush=True)
         yield run
 
@@ -219,11 +223,6 @@ def _learner(
         world=world,
     )
     return learner, features
-
-
-def _count(model: "FrameModel", *, trained: bool = False) -> int:
-    parameters = [p for p in model.parameters() if p.requires_grad or not trained]
-    return sum(parameter.numel() for parameter in parameters)
 
 
 def _recipe(options: Options, videos: int) -> Recipe:

@@ -1,4 +1,5 @@
-"""Multiplications and additions (MAdds) of a module: counted, or by the paper's formulas."""
+"""Parameters of a module, and its multiplications and additions (MAdds): counted, or by the paper's
+formulas."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +11,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from aggregate.hgnl import HGNonLocal
+
+
+def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
+    """Numbers in all parameters, or in those that are `trained`."""
+    return sum(each.numel() for each in module.parameters() if each.requires_grad or not trained)
 
 
 @dataclass(frozen=True)

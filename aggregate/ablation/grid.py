@@ -19,7 +19,7 @@ from aggregate.ablation.probes import video_vectors
 from aggregate.data.features import Placement, StoredFeatures, training_views
 from aggregate.data.joined import open_features
 from aggregate.inference import check_finite
-from aggregate.madds import count_aggregator, madds_by_formula
+from aggregate.madds import count_aggregator, count_parameters, madds_by_formula
 from aggregate.metrics import ranks, summarize_ranks
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.configurations import Configuration
@@ -175,14 +175,10 @@ def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
     and count as 0."""
     with torch.device("meta"):
         return sum(
-            configuration.recipe.epochs * _count_parameters(configuration.model(store))
+            configuration.recipe.epochs * count_parameters(configuration.model(store))
             for configuration in configurations
             if isinstance(configuration, Configuration)
         )
-
-
-def _count_parameters(module: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _measured(
@@ -230,8 +226,8 @@ def describe(configuration: Configuration, store: FeatureStore) -> dict[str, Any
         "frames": options.frames,
         "all_frames": frames,
         **{name: getattr(configuration.recipe, name) for name in schedule},
-        "parameters": _count_parameters(model),
-        "aggregator_parameters": _count_parameters(aggregator),
+        "parameters": count_parameters(model),
+        "aggregator_parameters": count_parameters(aggregator),
         "madds": count_aggregator(aggregator, dim=store.dim, frames=frames).total,
         "madds_table2": table_2,
     }
