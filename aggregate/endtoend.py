@@ -157,7 +157,7 @@ def check_backbone(
 ) -> None:
     """Raise InputError unless `backbone` is the one that the checkpoint was trained on.
 
-    Weights are compared by digest, whatever their file is called now.
+    Weights are compared by digest. The name of their file does not matter.
     """
     preprocessing = preprocessing_of(checkpoint)
     if backbone.preprocessing != preprocessing:

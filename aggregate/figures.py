@@ -295,7 +295,7 @@ def filmstrip(
     shown = film_indices(len(moments))
     shares = shares_of(weights)[:, shown]
     num_groups, count = shares.shape
-    room = max(count, FILM_FRAMES)  # frames of a short film are no larger
+    room = max(count, FILM_FRAMES)  # frames of a short film are not larger
     heights = [1.0] * bool(pictures) + [0.34 * num_groups, 0.9]  # in widths of a frame
     head = 0.22 * len(title.splitlines())
     width, height = 0.5 + 0.44 * room, 0.25 + 0.44 * sum(heights) * 1.06 + head

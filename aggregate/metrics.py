@@ -105,7 +105,7 @@ def ranks(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
 def top_k_error(scores: np.ndarray, labels: np.ndarray, k: int) -> float:
     """1 - the fraction of rows with the true label among the k highest scores.
 
-    Raises ValueError if there is no row.
+    Raises ValueError without a row.
     """
     if k < 1:
         raise ValueError(f"k is {k}; the top k are at least 1")
@@ -272,7 +272,7 @@ def _mean_class(outcomes: np.ndarray) -> np.ndarray:
 
 def _non_empty(label_ranks: np.ndarray) -> np.ndarray:
     if not len(label_ranks):
-        raise ValueError("there is no video to score")
+        raise ValueError("no video to score")
     return label_ranks
 
 

@@ -1,7 +1,7 @@
 """Aggregators that pool each frame by itself: average (TSN), max, and learned frame weights.
 
 Each maps `x [batch, time, dim]` to `[batch, dim]`, for any `time`. Masked frames do not count,
-whatever values they hold (see `aggregate/masks.py`).
+so their values do not matter (see `aggregate/masks.py`).
 """
 
 import torch

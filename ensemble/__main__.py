@@ -1,5 +1,5 @@
-"""python -m ensemble: fuse the scores of several models, with a table of what each contributes, and
-a submission."""
+"""python -m ensemble: fuse the scores of several models; with a table of contributions, and a
+submission."""
 
 import json
 import sys

@@ -52,7 +52,7 @@ class Aligned:
         return np.logical_or(self.lacking[used].any(axis=0), self.failed[used].all(axis=0))
 
     def report(self) -> str:
-        """Counts of videos, labels and classes, and of what each model lacks."""
+        """Counts of videos, labels and classes, and of the videos that each model lacks."""
         num_labeled = int((self.labels >= 0).sum())
         lines = [
             f"{len(self.ids):,} videos, {num_labeled:,} with a label, "
@@ -87,7 +87,7 @@ def align(
             f"--missing {missing} is unknown; known are {', '.join(get_args(Missing))}"
         )
     if not list_of_scores:
-        raise InputError("there are no scores to join; give at least one scores file")
+        raise InputError("no scores to join; give at least one scores file")
     if names is None:
         names = [f"model {number}" for number in range(1, len(list_of_scores) + 1)]
     classes = pd.Index(list_of_scores[0].classes, dtype=object)

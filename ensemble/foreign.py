@@ -51,7 +51,7 @@ def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -
     if reader is None:
         scores = Scores.load(path, segments)
     elif not path.is_file():
-        raise InputError(f"there is no scores file {path}")
+        raise InputError(f"the scores file {path} does not exist")
     else:
         try:
             scores = _to_scores(path, reader(path), classes)

@@ -148,7 +148,7 @@ def _truth_of_split(path: str, split: str) -> list[Truth]:
 def _truth_rows(path: str) -> list[Truth]:
     if path.lower().endswith(".csv"):
         if not Path(path).is_file():
-            raise InputError(f"there is no file {path}")
+            raise InputError(f"{path} does not exist")
         rows = read_list(path, os.path.dirname(path) or ".").rows
         return [(row.name, (row.label,) if row.label else (), row.split) for row in rows]
     content = read_json(path)

@@ -153,9 +153,9 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
 
 
 def read_text(path: StrPath) -> str:
-    """InputError if there is no such file, or it is not text."""
+    """InputError for a file that does not exist, or is not text."""
     if not Path(path).is_file():
-        raise InputError(f"there is no file {path}")
+        raise InputError(f"{path} does not exist")
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

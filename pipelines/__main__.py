@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         hint = (
             f"did you mean `hgnl {nearest[0]}`?" if nearest else "`hgnl --help` lists the commands"
         )
-        print(f"error: there is no command {name!r}; {hint}", file=sys.stderr)
+        print(f"error: {name!r} is not a command; {hint}", file=sys.stderr)
         return 2
     module = COMMANDS[name]
     if (spec := find_spec(module)) and spec.submodule_search_locations is not None:

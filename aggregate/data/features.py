@@ -50,7 +50,7 @@ class StoredFeatures:
     """The videos `rows` of a store, with features on the device, in memory, or memory-mapped.
 
     `placement_note` describes where they are, and why. Videos that failed in extraction are left
-    out of tests and must not be trained on. Raises InputError if there is no row, or if more frames
+    out of tests and must not be trained on. Raises InputError without a row, or if more frames
     are requested than are stored, and RunError for a video that is not extracted yet, naming it.
     """
 

@@ -78,8 +78,8 @@ class Checkpoint:
         """Read one, unpickling only tensors and plain values. InputError names the file."""
         if not Path(path).is_file():
             raise InputError(
-                f"there is no checkpoint {path}; `{command_line('aggregate.train')}` makes one "
-                "(best.pt)"
+                f"the checkpoint {path} does not exist; "
+                f"`{command_line('aggregate.train')}` makes one (best.pt)"
             )
         try:
             # torch does not check the checksums that it writes.

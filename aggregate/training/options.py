@@ -34,8 +34,8 @@ class SplitOptions:
     val_groups: tuple[str, ...] = ()
     """Validate on these groups (subjects, sources), train on all others."""
     val_fraction: float = 0.2
-    """Fraction to hold out, by the seed, if there is no validation split; whole groups if the store
-    has groups."""
+    """Fraction to hold out, by the seed, if no video has the validation split; whole groups if the
+    store has groups."""
     allow_missing_classes: bool = False
     """Train although some classes have no example."""
 

@@ -55,7 +55,7 @@ Videos = FeatureStore | ListedVideos
 def choose_rows(store: Videos, options: SplitOptions, seed: int) -> Chosen:
     """Rows to train on, with features and a label, and rows to validate on, with a label.
 
-    InputError if there are no rows for one of them, or if a class has no row to train on.
+    InputError if one of them is empty, or if a class has no row to train on.
     """
     labeled = (store.labels >= 0) & store.listed
     splits, keys = store.splits, group_keys(store.ids, store.groups)

@@ -142,7 +142,7 @@ def _scores(path: Path) -> "list[Scores]":
 
 
 def read_json(path: Path) -> Any:
-    """A JSON record; an empty one if there is no file."""
+    """A JSON record; an empty one without a file."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -164,7 +164,7 @@ def ablations(contents: Contents) -> list[dict[str, Any]]:
     for name, path in contents.ablations.items():
         rows, summary = _records(path), _records(path.with_name("summary.csv"))
         if len(rows) != sum(row["seeds"] + row["diverged"] for row in summary):
-            summary = summarize(rows, {})  # there is no summary yet, or one of fewer rows
+            summary = summarize(rows, {})  # summary.csv is missing, or has fewer rows
         done = [row for row in summary if row["seeds"]]
         sections.append(
             {

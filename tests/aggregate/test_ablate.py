@@ -130,7 +130,7 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
 
 
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
-    # Without batch norm, whose statistics move whatever the learning rate.
+    # Without batch norm: its statistics move at any learning rate.
     train.main(
         train.Options(
             agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardize=False
@@ -188,7 +188,7 @@ def test_invalid_pairs_are_skipped_and_listed_and_foreign_options_left_out(featu
         ({"lr": (0.1, -1.0)}, "--lr -1.0: expected more than 0"),
         ({"at_once": 0}, "--at-once 0: expected at least 1"),
         ({"train_split": "training"}, "has no such split"),
-        ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
+        ({"init": Path("none.pt")}, "the checkpoint none.pt does not exist"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
     ],
 )

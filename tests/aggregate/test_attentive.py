@@ -89,17 +89,17 @@ def test_the_probe_is_its_equations_frame_by_frame(dim, depth, frame_time):
 @pytest.mark.parametrize("depth", [1, 2])
 def test_only_with_frame_time_is_order_seen(depth):
     x = torch.randn(2, 6, 12, dtype=torch.float64)
-    without, within = (probe(depth=depth, heads=2, frame_time=told) for told in (False, True))
+    without, within = (probe(depth=depth, heads=2, frame_time=flag) for flag in (False, True))
     with torch.no_grad():
         assert_close(without(x.flip(1)), without(x))
         assert (within(x.flip(1)) - within(x)).abs().max() > 0.01
 
 
 def test_parameters_are_those_of_the_docstring():
-    for dim, depth, told in ((64, 1, False), (64, 4, False), (96, 2, True)):
-        made = AttentiveProbe(dim, depth=depth, frame_time=told)
+    for dim, depth, frame_time in ((64, 1, False), (64, 4, False), (96, 2, True)):
+        made = AttentiveProbe(dim, depth=depth, frame_time=frame_time)
         counted = sum(parameter.numel() for parameter in made.parameters())
-        assert counted == depth * (12 * dim**2 + 13 * dim) + dim + (2 * dim if told else 0)
+        assert counted == depth * (12 * dim**2 + 13 * dim) + dim + (2 * dim if frame_time else 0)
 
 
 @pytest.mark.parametrize(("dim", "heads"), [(12, 1), (128, 2), (1280, 20), (2048, 32), (200, 2)])

@@ -464,7 +464,7 @@ def test_txb_trained_on_cached_features_starts_a_stnet(videos, cached, tmp_path)
         ("tsn", {"backbone": "resnet5O"}, "resnet5O"),
         ("hgnl", {"g1": 5}, "g2 2 does not divide g1 5"),
         ("stnet", {"backbone": "test_vit"}, "four stages"),
-        ("tsn", {"init": Path("none.pt")}, "there is no checkpoint none.pt"),
+        ("tsn", {"init": Path("none.pt")}, "the checkpoint none.pt does not exist"),
         ("tsn", {"videos": Path("nowhere")}, "nowhere"),
     ],
 )

@@ -82,7 +82,7 @@ def test_a_mask_leaves_what_the_valid_frames_alone_give(
 
 
 def test_softmax_over_the_last_index_would_leave_no_attention():
-    """FACTS: then the mean of F_o is the mean of V, whatever Q and K are. Over the first index, it is not."""
+    """Over the last index, the mean of F_o is the mean of V for all Q and K. Over the first, it is not."""
     module, x = case(2, 5, 8, 3, seed=0)
     with torch.no_grad():
         scores = torch.bmm(linear(x, module.query), linear(x, module.key).transpose(1, 2))

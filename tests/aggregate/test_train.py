@@ -237,7 +237,7 @@ def test_other_options_in_the_same_folder_are_refused(features, tmp_path):
         ({"lr": -1.0}, "--lr -1.0: expected more than 0"),
         ({"epochs": 0}, "--epochs 0: expected at least 1"),
         ({"control": True}, "give --init tsn.pt"),
-        ({"init": Path("none.pt")}, "there is no checkpoint none.pt"),
+        ({"init": Path("none.pt")}, "the checkpoint none.pt does not exist"),
         ({"device": "gpu"}, "--device 'gpu' is not known"),
         ({"device": "cuda:9"}, "PyTorch sees . GPUs on this machine"),
     ],

@@ -119,7 +119,7 @@ def test_a_pickle_runs_no_code(tmp_path, classes):
         (lambda d: as_pickle(d, list(LOGITS[:2])), "holds 2 rows, and 3 ids are given"),
         (lambda d: write(d / "s.pkl", b"\x80\x04no"), r"s\.pkl cannot be read \("),
         (lambda d: write(d / "s.npz", b"no"), r"s\.npz cannot be read \("),
-        (lambda d: d / "gone.csv", r"there is no scores file \S*gone\.csv"),
+        (lambda d: d / "gone.csv", r"the scores file \S*gone\.csv does not exist"),
         (
             lambda d: write(d / "s.csv", "name,run\nx,1\n"),
             r"its first column is \['name'\], expected id",

@@ -271,7 +271,7 @@ def test_files_that_are_no_submission_are_named(tmp_path, text, message):
     (tmp_path / "sub.json").write_bytes(text)
     with pytest.raises(InputError, match=message):
         check_submission(tmp_path / "sub.json", CLASSES)
-    with pytest.raises(InputError, match=r"there is no file .*none\.json"):
+    with pytest.raises(InputError, match=r"none\.json does not exist"):
         check_submission(tmp_path / "none.json", CLASSES)
 
 
@@ -379,7 +379,7 @@ def test_truths_are_read_from_every_form_there_is(tmp_path):
 def test_truths_that_cannot_be_used_are_refused(tmp_path, name, text, split, message):
     with pytest.raises(InputError, match=message):
         read_truth(write(tmp_path / name, text), split)
-    with pytest.raises(InputError, match="there is no file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_truth(tmp_path / f"none-{name}")
 
 

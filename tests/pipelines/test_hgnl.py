@@ -74,8 +74,8 @@ def test_help_loads_nothing_heavy():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["statsu"], "there is no command 'statsu'; did you mean `hgnl status`?"),
-        (["xyzzy"], "there is no command 'xyzzy'; `hgnl --help` lists the commands"),
+        (["statsu"], "'statsu' is not a command; did you mean `hgnl status`?"),
+        (["xyzzy"], "'xyzzy' is not a command; `hgnl --help` lists the commands"),
         (
             ["train", "--agg", "tsn", "--epoch", "3"],
             "hgnl train has no option --epoch; did you mean --epochs?",

@@ -292,7 +292,7 @@ def test_a_video_whose_features_overflow_fails_alone(clips, hgnl, monkeypatch):
     "clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"]
 )
 def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone):
-    """Frames are told to be in a window by their own times, which a rate times an index would get wrong."""
+    """A frame is in a window by its own time; a rate times an index would be wrong."""
     path = codec_clips / clip
     everything = decode(path, np.arange)
     seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)

@@ -483,7 +483,7 @@ def test_the_most_confused_pair_is_the_planted_one(tmp_path):
 
 
 class Planted(torch.nn.Module):
-    """Weighs each video as told, in two groups, the second of which is silent."""
+    """Weighs each video by the weights it is given, in two groups; the second is silent."""
 
     def __init__(self, weights: np.ndarray) -> None:
         super().__init__()
