@@ -194,10 +194,8 @@ def _common_rows(
             "ids must be equal to be joined"
         )
     for store, is_listed in zip(stores, listed, strict=True):
-        if not is_listed.all():
-            log(
-                f"left out  {counted(union[~is_listed].tolist(), f'videos that {store.path} lacks')}"
-            )
+        if lacking := union[~is_listed].tolist():
+            log(f"left out  {counted(lacking, f'videos that {store.path} lacks')}")
     return common.to_numpy(), [index.get_indexer(common) for index in indices]
 
 
