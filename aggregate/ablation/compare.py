@@ -217,11 +217,9 @@ def percent(line: Row, measure: str, *, sign: str = "") -> str:
 
 def heat_map_text(title: str, top1: "pd.DataFrame") -> str:
     """The map as a table of percentages, with a dot for a missing one."""
-    rows = [[f"top-1 %, {title}", *(f"g2={g2}" for g2 in top1.columns)]]
-    for g1, *values in top1.itertuples():
-        cells = ["." if math.isnan(value) else f"{value:.2f}" for value in values]
-        rows.append([f"g1={g1}", *cells])
-    return text_table(rows)
+    named = top1.rename(index="g1={}".format, columns="g2={}".format)
+    named = named.rename_axis(index=None, columns=f"top-1 %, {title}")
+    return named.to_string(float_format="{:.2f}".format, na_rep=".")
 
 
 # -- files -----------------------------------------------------------------------------------------

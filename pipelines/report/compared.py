@@ -6,12 +6,12 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 
 from aggregate.metrics import Interval, paired_bootstrap, ranks
 from aggregate.metrics import summarize as summarize_scores
 from aggregate.models import AGGREGATORS
 from aggregate.training.checkpoint import Checkpoint
+from ensemble.align import align
 from extract import InputError
 from extract.commands import command_line
 from pipelines.report.find import Contents, random_backbones, read_json
@@ -127,19 +127,19 @@ def choose(splits: dict[str, dict[str, Model]], split: str) -> tuple[str, str]:
 
 def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:
     """Top-1 of a model minus that of TSN, paired over the videos of both scores files; None without
-    both."""
+    both, or if the files do not fit together."""
     ours, tsn = models[name].scores, models["tsn"].scores if "tsn" in models else None
     if ours is None or tsn is None or name == "tsn":
         return None
-    if ours.labels is None or tsn.labels is None:
+    try:
+        aligned = align([ours, tsn], missing="drop")
+    except InputError:
         return None
-    tsn_rows = pd.Index(tsn.ids).get_indexer(pd.Index(ours.ids))
-    paired = (tsn_rows >= 0) & (ours.labels >= 0)
-    if not paired.any():
+    rows = aligned.labels >= 0
+    if not rows.any():
         return None
-    our_ranks = ranks(ours.logits[paired], ours.labels[paired])
-    tsn_ranks = ranks(tsn.logits[tsn_rows[paired]], tsn.labels[tsn_rows[paired]])
-    return paired_bootstrap(our_ranks == 0, tsn_ranks == 0, np.asarray(ours.groups)[paired])
+    our_ranks, tsn_ranks = (ranks(each[rows], aligned.labels[rows]) for each in aligned.logits)
+    return paired_bootstrap(our_ranks == 0, tsn_ranks == 0, aligned.groups[rows])
 
 
 def verdict(gain: Interval, baseline: str = "TSN") -> str:
