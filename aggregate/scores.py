@@ -7,7 +7,7 @@
     attributes: schema; source, a JSON record of model, checkpoint, store and split
 
 The file begins with a block of 512 bytes, which HDF5 skips: the SHA-256 of the rest. This module
-needs numpy and, for the file, h5py; it does not import torch.
+needs numpy, h5py for the file and pandas for `Scores.by_video`; it does not import torch.
 """
 
 import hashlib
@@ -127,31 +127,27 @@ class Scores:
         Crops are averaged too. Raises InputError if the windows of a video are of different
         classes.
         """
-        videos, index = np.unique([file_of(name) for name in self.ids], return_inverse=True)
-        scored = ~self.failed
-        counts = np.bincount(index[scored], minlength=len(videos))
-        sums = np.zeros((len(videos), len(self.classes)))
-        np.add.at(sums, index[scored], self.logits[scored])
-        sums[counts == 0] = np.nan
+        import pandas as pd
+
+        files = pd.Index([file_of(name) for name in self.ids], dtype=object)
+        logits = pd.DataFrame(self.logits.astype(float)).groupby(files).mean()  # without NaN
         labels = None
         if self.labels is not None:
-            labels = np.full(len(videos), -1)
-            labels[index] = self.labels
-            if (mixed := labels[index] != self.labels).any():
+            by_file = pd.Series(self.labels).groupby(files)
+            labels = by_file.first().to_numpy()
+            if (mixed := by_file.nunique() > 1).any():
                 raise InputError(
-                    f"the windows of {videos[index[mixed][0]]} are of several classes; "
+                    f"the windows of {mixed.idxmax()} are of several classes; "
                     "average those of one class only"
                 )
-        groups = np.empty(len(videos), object)
-        groups[index] = self.groups
         return Scores(
-            videos.tolist(),
+            logits.index.tolist(),
             self.classes,
-            sums / np.maximum(counts, 1)[:, None],
+            logits.to_numpy(),
             labels,
             {**self.source, "by": "video"},
             self.segments,
-            groups=groups,
+            groups=pd.Series(self.groups, dtype=object).groupby(files).first().to_numpy(),
         )
 
     def save(self, path: StrPath) -> None:
