@@ -6,7 +6,6 @@ aggregate/ablation/grid.py; how results are compared: aggregate/ablation/compare
 """
 
 import functools
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aggregate.ablation.options import GridOptions
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.training.options import SplitOptions, limit_frames
-from extract.cli import progress, run_command
+from extract.cli import progress, run_as_script
 from extract.commands import command_of
 
 if TYPE_CHECKING:
@@ -162,4 +161,4 @@ def _retrain_command(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.ablate"))
+    run_as_script()

@@ -1,7 +1,6 @@
 """python -m aggregate.audit: near-duplicate videos across splits, and labels that look wrong."""
 
 import json
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from aggregate.ablation.leaks import FALSE_ALARMS, PAIR_ALL, mean_features
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,4 +189,4 @@ def _summary(record: dict[str, Any], out: Path) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.audit"))
+    run_as_script()

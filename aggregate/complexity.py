@@ -4,14 +4,13 @@ Parameters are counted on the modules. MAdds are computed by the formulas of Tab
 the pooled form that runs (`aggregate/madds.py`).
 """
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aggregate.metrics import text_table
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 
 if TYPE_CHECKING:
     from aggregate.hgnl import HGNonLocal
@@ -170,4 +169,4 @@ def _row(title: str, figures: Iterable[int]) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.complexity"))
+    run_as_script()

@@ -24,7 +24,7 @@ from aggregate.ablation.processes import plan_processes, prepare_environment, ru
 from aggregate.ablation.protocols import PROTOCOLS, Protocol, describe_protocol, protocol_in
 from aggregate.training.options import Aggregator, limit_frames
 from extract import InputError
-from extract.cli import progress, run_command
+from extract.cli import progress, run_as_script
 from extract.commands import command_line, spaced
 
 if TYPE_CHECKING:
@@ -168,4 +168,4 @@ def candidates_by_agg(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.crossval"))
+    run_as_script()

@@ -1,6 +1,5 @@
 """python -m aggregate.evaluate: test a checkpoint on features or videos, and write its scores."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import DeviceOptions, VideoOptions
 from extract import InputError, RunError
-from extract.cli import first_few, progress, run_command
+from extract.cli import first_few, progress, run_as_script
 from extract.commands import command_line
 from extract.cores import available_cores
 
@@ -333,4 +332,4 @@ def describe(checkpoint: "Checkpoint") -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.evaluate"))
+    run_as_script()

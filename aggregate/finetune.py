@@ -1,6 +1,5 @@
 """python -m aggregate.finetune: train a backbone and its aggregator, or StNet, on videos."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from aggregate.training.options import (
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
 from extract import InputError, RunError
-from extract.cli import check_ranges, run_command
+from extract.cli import check_ranges, run_as_script
 from extract.commands import command_line
 from extract.cores import available_cores
 
@@ -358,4 +357,4 @@ def _train_with_ray(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.finetune"))
+    run_as_script()

@@ -1,6 +1,5 @@
 """python -m aggregate.train: train a head on stored features and compare it with averaging."""
 
-import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +7,7 @@ from aggregate.ablation.processes import prepare_environment
 from aggregate.training.options import HEAD_FLAGS, HeadOptions, clip_segments, limit_frames
 from aggregate.training.options import TrainOptions as Options
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.commands import command_line
 
 if TYPE_CHECKING:
@@ -140,4 +139,4 @@ def _learners_and_baselines(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m aggregate.train"))
+    run_as_script()

@@ -2,7 +2,6 @@
 submission."""
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ensemble.submission import PRETRAINED, check_submission, submission_ids, write_submission
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.commands import command_line
 from extract.durable import replace_file
 
@@ -198,4 +197,4 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m ensemble"))
+    run_as_script()

@@ -1,14 +1,13 @@
 """python -m ensemble.submit: check a submission to the challenge before it is sent, or grade it
 against the true labels."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ensemble.submission import check_submission, write_submission
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.listing.labels import choose_labels
 
 # numpy is imported in functions, so that --help answers at once.
@@ -74,4 +73,4 @@ def _classes(labels: str) -> Sequence[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m ensemble.submit"))
+    run_as_script()

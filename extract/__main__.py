@@ -1,9 +1,8 @@
 """python -m extract: a folder of videos in, a feature store out."""
 
-import sys
 from dataclasses import replace
 
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.options import Options
 
 
@@ -19,4 +18,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m extract"))
+    run_as_script()

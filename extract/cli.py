@@ -219,6 +219,13 @@ def run_command(
         return 130
 
 
+def run_as_script() -> None:
+    """Run the module of `python -m` as a command, by its `Options` and `main`, and exit."""
+    module: Any = sys.modules["__main__"]
+    name = getattr(module.__spec__, "name", sys.argv[0]).removesuffix(".__main__")
+    sys.exit(run_command(module.main, module.Options, prog=f"python -m {name}"))
+
+
 def _in_groups(options: type) -> type:
     """The options for --help: a command's own, then a group for each class that it inherits."""
     import tyro

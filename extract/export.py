@@ -1,7 +1,6 @@
 """python -m extract.export feats.zarr --to DIR|FILE.h5|npy: export features for other tools."""
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from extract import InputError
-from extract.cli import progress, run_command
+from extract.cli import progress, run_as_script
 from extract.durable import make_folder, replacing
 from extract.sources import file_of
 
@@ -278,4 +277,4 @@ def resample_to_constant_rate(
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m extract.export"))
+    run_as_script()

@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Collection
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extract import InputError
-from extract.cli import first_few, progress, run_command
+from extract.cli import first_few, progress, run_as_script
 from extract.commands import command_line
 
 if TYPE_CHECKING:
@@ -359,4 +358,4 @@ def _checked(array: "np.ndarray", chosen: "np.ndarray", dim: int) -> "np.ndarray
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m extract.ingest"))
+    run_as_script()

@@ -1,12 +1,11 @@
 """python -m extract.status feats.zarr: the contents of a store, failures, size and speed."""
 
-import sys
 from dataclasses import dataclass
 from typing import Annotated
 
 import tyro
 
-from extract.cli import run_command
+from extract.cli import run_as_script
 
 
 @dataclass(frozen=True)
@@ -26,4 +25,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m extract.status"))
+    run_as_script()

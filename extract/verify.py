@@ -3,7 +3,6 @@ whether its videos have changed."""
 
 import contextlib
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from extract import InputError
-from extract.cli import progress, run_command
+from extract.cli import progress, run_as_script
 from extract.commands import command_line
 
 if TYPE_CHECKING:
@@ -136,4 +135,4 @@ def _recorded_root(store: "FeatureStore") -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m extract.verify"))
+    run_as_script()

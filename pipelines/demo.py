@@ -10,13 +10,12 @@ EfficientNet-Lite0 from its pip package. Finished steps are skipped, so a second
 """
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from extract.cli import run_command
+from extract.cli import run_as_script
 from pipelines.steps import fuse, run_command_step
 
 FRAMES = 16  # of 64, all used in training: the action has two of them
@@ -123,4 +122,4 @@ def story_of_ensemble(val: dict[str, Any], test: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.demo"))
+    run_as_script()

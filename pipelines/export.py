@@ -13,14 +13,13 @@ import contextlib
 import io
 import json
 import os
-import sys
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extract import InputError, RunError, StrPath
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.commands import install_command
 from extract.durable import replacing
 
@@ -188,4 +187,4 @@ def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> st
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.export"))
+    run_as_script()

@@ -10,7 +10,6 @@ shows the plan with its cost on this machine.
 
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,7 @@ from timeit import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract import InputError
-from extract.cli import first_few, run_command
+from extract.cli import first_few, run_as_script
 from extract.commands import command_of
 from extract.cores import available_cores
 from pipelines.steps import fuse, run_command_step
@@ -318,4 +317,4 @@ def _print_results(options: Options, models: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.kinetics700"))
+    run_as_script()

@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from extract import InputError
-from extract.cli import check_ranges, run_command
+from extract.cli import check_ranges, run_as_script
 from extract.durable import replace_file
 from pipelines.predictor import ATTENTION_AGGREGATORS, Prediction, Predictor, Window
 
@@ -289,4 +289,4 @@ def _check_picture(options: Options, model: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.predict"))
+    run_as_script()

@@ -9,14 +9,13 @@ neither an exercise nor a person in the distractors. labels.csv, which is writte
 time of the action.
 """
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract.cli import run_command
+from extract.cli import run_as_script
 
 if TYPE_CHECKING:
     import numpy as np
@@ -133,4 +132,4 @@ def join(row: dict[str, Any], clips: "list[np.ndarray]", out: Path) -> dict[str,
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.untrimmed"))
+    run_as_script()

@@ -13,7 +13,7 @@ from typing import Annotated
 import tyro
 
 from extract import InputError
-from extract.cli import run_command
+from extract.cli import run_as_script
 from extract.durable import replace_file
 from pipelines.report.find import find
 
@@ -48,4 +48,4 @@ def main(options: Options) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main, Options, prog="python -m pipelines.report"))
+    run_as_script()

@@ -28,7 +28,7 @@ MEASURED = """
 import resource, runpy, sys
 sys.argv = ["python -m ensemble", *sys.argv[1:]]
 try:
-    runpy.run_module("ensemble", run_name="__main__", alter_sys=False)
+    runpy.run_module("ensemble", run_name="__main__", alter_sys=True)
 except SystemExit as done:
     used = resource.getrusage(resource.RUSAGE_SELF)
     print("used", used.ru_maxrss / 1e6, used.ru_utime + used.ru_stime)

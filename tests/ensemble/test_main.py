@@ -201,7 +201,8 @@ def test_help_needs_no_heavy_library(module):
     """What makes --help slow is what it imports; seconds on a shared machine say little, so they are the best of 3."""
     code = (
         "import sys, runpy\n"
-        f"sys.argv = ['x', '--help']\ntry:\n    runpy.run_module({module!r}, run_name='__main__')\n"
+        "sys.argv = ['x', '--help']\ntry:\n"
+        f"    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
         "except SystemExit as done:\n    code = done.code\n"
         "heavy = {'torch', 'numpy', 'scipy', 'h5py'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy or code else 0)\n"
