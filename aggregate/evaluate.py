@@ -127,11 +127,11 @@ def rows_to_score(
     """Rows of a split, of all splits ("all"), or those that training validated on ("held-out")."""
     import numpy as np
 
-    from aggregate.training.manifest import rows_of_role
+    from aggregate.training.manifest import validated_rows
 
     splits = np.asarray(videos.splits)
     if split == "held-out" and split not in splits:
-        rows = rows_of_role(checkpoint, videos, "validate")
+        rows = validated_rows(checkpoint, videos)
     else:
         rows = np.flatnonzero((splits == split) | (split == "all"))
     rows = rows[videos.listed[rows]]

@@ -223,8 +223,8 @@ def print_other_version(recorded: str) -> None:
 # -- scores ----------------------------------------------------------------------------------------
 
 
-def rows_of_role(checkpoint: "Checkpoint", videos: Videos, role: str) -> np.ndarray:
-    """Rows of `videos` that the checkpoint's run trained on ("train") or validated on ("validate").
+def validated_rows(checkpoint: "Checkpoint", videos: Videos) -> np.ndarray:
+    """Rows of `videos` that the checkpoint's run validated on.
 
     InputError if the checkpoint does not record them, or if some are missing.
     """
@@ -233,7 +233,7 @@ def rows_of_role(checkpoint: "Checkpoint", videos: Videos, role: str) -> np.ndar
             f"{checkpoint.path} does not record which videos it was trained on (it is of an "
             "earlier version); name a split instead"
         )
-    recorded = checkpoint.data[role][:, 0].numpy()
+    recorded = checkpoint.data["validate"][:, 0].numpy()
     hashed = np.array([_hash(name) for name in videos.ids.tolist()], np.int64)
     rows = np.flatnonzero(np.isin(hashed, recorded) & videos.listed)
     if len(rows) < len(recorded):

@@ -21,7 +21,7 @@ from aggregate.inference import attention as attention_use
 from aggregate.inference import attention_text
 from aggregate.models import VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
-from aggregate.training.manifest import rows_of_role
+from aggregate.training.manifest import validated_rows
 from aggregate.training.options import SplitOptions
 from aggregate.training.splits import choose_rows
 from extract import InputError, RunError
@@ -242,7 +242,7 @@ def _validated_rows(
         split = SplitOptions(**{name: options[name] for name in names})
         _, rows, description = choose_rows(store, split, options.get("seed", 0))
     else:
-        rows = rows_of_role(checkpoint, store, "validate")
+        rows = validated_rows(checkpoint, store)
         description = f"the {len(rows):,} videos that the run was validated on"
     rows = rows[store.usable[rows]]
     if not len(rows):
