@@ -32,6 +32,10 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
     "attentive-time": AttentiveTimeProbe,
     "nextvlad": NeXtVLAD,
 }
+# Those with a weight per frame.
+ATTENTION_AGGREGATORS = [
+    name for name, kind in AGGREGATORS.items() if hasattr(kind, "frame_weights")
+]
 
 
 def sees_order(agg: str, options: Mapping[str, Any]) -> bool:

@@ -22,7 +22,7 @@ import tyro
 from extract import InputError
 from extract.cli import check_ranges, run_as_script
 from extract.durable import replace_file
-from pipelines.predictor import ATTENTION_AGGREGATORS, Prediction, Predictor, Window
+from pipelines.predictor import Prediction, Predictor, Window
 
 TOP = 5
 EVEN = 1.2  # attention is called even if no frame has more than this multiple of an even share
@@ -277,6 +277,8 @@ def _check_options(options: Options) -> None:
 
 def _check_picture(options: Options, model: str) -> None:
     """InputError before the work if there is nothing to draw, or no matplotlib to draw it with."""
+    from aggregate.models import ATTENTION_AGGREGATORS
+
     assert options.picture is not None
     if options.window is None and model not in ATTENTION_AGGREGATORS:
         raise InputError(

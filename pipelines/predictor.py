@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
     Part = tuple[Prepared, np.ndarray]  # what was decoded, and its pictures
 
-# The aggregators with a weight per frame.
-ATTENTION_AGGREGATORS = ("hgnl", "nl", "weighted", "attentive", "attentive-time", "nextvlad")
-
 
 class Window(NamedTuple):
     """A time window of a video, in seconds, and the model's scores for it.
@@ -99,7 +96,7 @@ class Predictor:
         self._video_timeout = video_timeout
         self._pool = self._start_pool()  # its child starts while the backbone is loaded here
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
-        self._aggregator: Any = None
+
         if self._is_stnet:
             from extract.device import choose_device
 
@@ -114,8 +111,6 @@ class Predictor:
         )
         self._network, self._model = backbone, checkpoint.model()
         self.description = backbone.describe()
-        if checkpoint.options["name"] in ATTENTION_AGGREGATORS:
-            self._aggregator = self._model.aggregator
 
     def __call__(
         self,
@@ -233,8 +228,8 @@ class Predictor:
                 prepared, features, indices, times, pictures = self._features(parts)
                 x = torch.from_numpy(features)[None].float()
                 logits = self._model(x)
-                if self._aggregator is not None:
-                    weights = self._aggregator.frame_weights(x)[0].numpy()
+                if hasattr(self._model.aggregator, "frame_weights"):
+                    weights = self._model.aggregator.frame_weights(x)[0].numpy()
         if not logits.isfinite().all():
             raise RunError(f"{path}: the scores are not finite; the weights are damaged")
         start, end = span or (0.0, prepared.end)

@@ -9,7 +9,7 @@ import numpy as np
 
 from aggregate.metrics import Interval, paired_bootstrap, ranks
 from aggregate.metrics import summarize as summarize_scores
-from aggregate.models import AGGREGATORS
+from aggregate.models import sees_order
 from aggregate.training.checkpoint import Checkpoint
 from ensemble.align import align
 from extract import InputError
@@ -196,8 +196,7 @@ def _best_head(name: str, record: dict[str, Any]) -> dict[str, Any]:
 def segments_that_count(head: dict[str, Any]) -> str:
     """The number of segments by which a head is compared: all, or as in training if it sees the
     order of frames."""
-    sees_order = getattr(AGGREGATORS.get(head["name"]), "sees_order", False)
-    return (min if sees_order else max)(head["segments"], key=int)
+    return (min if sees_order(head["name"], {}) else max)(head["segments"], key=int)
 
 
 # -- next commands -------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from aggregate.ablation.leaks import mean_features
 from aggregate.data.joined import open_features
 from aggregate.inference import attention as attention_use
 from aggregate.inference import attention_text
-from aggregate.models import VideoClassifier
+from aggregate.models import ATTENTION_AGGREGATORS, VideoClassifier
 from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.manifest import validated_rows
 from aggregate.training.options import SplitOptions
@@ -28,7 +28,6 @@ from extract import InputError, RunError
 from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import failure_reasons, human_bytes
-from pipelines.predictor import ATTENTION_AGGREGATORS
 from pipelines.report.find import Contents, read_json
 
 REASONS = 8
