@@ -1,6 +1,5 @@
 """python -m aggregate.audit: near-duplicate videos across splits, and labels that look wrong."""
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ def main(options: Options) -> None:
     from aggregate.duplicates import near_duplicates
     from aggregate.metrics import csv_of, independent_units
     from aggregate.scores import group_keys
-    from extract.durable import replace_file
+    from extract.durable import replace_file, write_record
 
     labels = [] if options.scores is None else label_issues(_held_out_scores(options.scores))
     store = open_features(options.features)
@@ -70,7 +69,7 @@ def main(options: Options) -> None:
     }
     replace_file(options.out / "duplicates.csv", csv_of(duplicates))
     replace_file(options.out / "labels.csv", csv_of(labels))
-    replace_file(options.out / "audit.json", json.dumps(record, indent=1) + "\n")
+    write_record(options.out / "audit.json", record)
     print(_summary(record, options.out))
 
 

@@ -9,6 +9,7 @@ name may be lost again.
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -139,6 +140,16 @@ def replace_file(path: StrPath, content: Any) -> None:
     """Write `content` (text or bytes) to a file, completely or not at all. Raises RunError."""
     with replacing(path) as partial:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_record(path: StrPath, record: Any) -> None:
+    """Write a JSON file as `replace_file` does."""
+    replace_file(path, json.dumps(record, indent=1) + "\n")
+
+
+def read_record(path: StrPath) -> Any:
+    """The content of a JSON file."""
+    return json.loads(Path(path).read_bytes())
 
 
 def append(file: int, path: StrPath, content: bytes) -> None:

@@ -9,13 +9,13 @@ other scenes, so that attention has something to find. The backbone is the pretr
 EfficientNet-Lite0 from its pip package. Finished steps are skipped, so a second run takes seconds.
 """
 
-import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from extract.cli import run_as_script
+from extract.durable import read_record
 from pipelines.steps import fuse, run_command_step
 
 FRAMES = 16  # of 64, all used in training: the action has two of them
@@ -67,10 +67,7 @@ def main(options: Options) -> int:
     submission = work / "submission.json"
     fuse(work, models, "test", weights=weights, segments=segments, submission=submission)
     run_command_step("pipelines.report.__main__", rundir=work, out=page, videos=(clips,))
-    val, test = (
-        json.loads((work / f"fused_{split}.json").read_text(encoding="utf-8"))
-        for split in ("val", "test")
-    )
+    val, test = (read_record(work / f"fused_{split}.json") for split in ("val", "test"))
     print(compared_with_expected(test))
     print(story_of_ensemble(val, test))
     seconds = time.perf_counter() - started

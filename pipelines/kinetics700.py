@@ -8,7 +8,6 @@ Steps that are done are skipped, so the same command resumes. `--skip` leaves st
 shows the plan with its cost on this machine.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from extract import InputError
 from extract.cli import first_few, run_as_script
 from extract.commands import command_of
 from extract.cores import available_cores
+from extract.durable import read_record
 from pipelines.steps import fuse, run_command_step
 
 if TYPE_CHECKING:
@@ -283,13 +283,13 @@ def _print_results(options: Options, models: Sequence[str]) -> None:
         file = options.workdir / name / "results.json"
         if not file.exists():
             continue
-        results = json.loads(file.read_text(encoding="utf-8"))[name].values()
+        results = read_record(file)[name].values()
         ours = " / ".join(f"{100 * measures['top1']['value']:.2f}" for measures in results)
         published = PAPER.get(name, ("none", "none"))
         theirs = " / ".join("-" if top1 is None else f"{top1}" for top1 in published)
         print(f"  {name:<8} {ours}   {theirs}")
     summary = options.workdir / "fused_test.json"
-    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
+    record = read_record(summary) if summary.exists() else {}
     if record.get("table"):
         # The weights that were submitted, which validation chose before the test was read.
         error = next(

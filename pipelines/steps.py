@@ -1,13 +1,13 @@
 """Steps of recipes: run a command as `python -m` runs it, and fuse the models of a folder."""
 
 import importlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from extract import InputError, RunError
 from extract.commands import command_line
+from extract.durable import read_record
 
 
 def run_command_step(module: str, **options: Any) -> None:
@@ -60,7 +60,7 @@ def fuse(
     run_command_step(
         "ensemble.__main__", scores=tuple(scores), out=out, weights=weights, submission=submission
     )
-    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    record = read_record(out.with_suffix(".json"))
     if "search" in record and not record["search"]["beats_equal"]:
         return "equal"
     return ",".join(map(repr, record["weights"]))

@@ -1,6 +1,5 @@
 """The results of cross-validation: scores files, results.json, and the tables of the terminal."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from aggregate.metrics import (
     text_table,
 )
 from aggregate.scores import Scores, group_keys, save_scores
-from extract.durable import replace_file
+from extract.durable import write_record
 from extract.store import FeatureStore
 
 SCHEMA = "hgnl-crossval/1"
@@ -73,7 +72,7 @@ def report(
         ]
         save_scores(options.out / f"{agg}.h5", scores)
     results = _results(store, labels, groups, options, folds, records, outcomes)
-    replace_file(options.out / "results.json", json.dumps(results, indent=1) + "\n")
+    write_record(options.out / "results.json", results)
     files = ", ".join(str(options.out / head["scores"]) for head in results["heads"])
     print(
         f"\n{table(results)}\n\n"

@@ -24,7 +24,16 @@ from aggregate.training.recipes import choose_precision
 from aggregate.training.run import refuse_other_options
 from extract import InputError
 from extract.device import choose_device
-from extract.durable import LOCK, append, is_leftover, locked, make_folder, replace_file
+from extract.durable import (
+    LOCK,
+    append,
+    is_leftover,
+    locked,
+    make_folder,
+    read_record,
+    replace_file,
+    write_record,
+)
 from extract.sources import sha256_of
 from extract.store import FeatureStore
 
@@ -72,8 +81,8 @@ class Records:
         os.truncate(self._file, len(whole))
         if whole:
             refuse_other_options(self.out, options)
-            print_other_version(json.loads(options_path.read_text(encoding="utf-8"))["version"])
-        replace_file(options_path, json.dumps(options, indent=1) + "\n")
+            print_other_version(read_record(options_path)["version"])
+        write_record(options_path, options)
         for line in whole.splitlines():
             row = json.loads(line)["row"]
             self.rows[self._key(row)] = row

@@ -8,7 +8,6 @@ last.pt         the state after the last epoch, to resume from
 results.json    the final table
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,7 +36,14 @@ from aggregate.training.sources import Source
 from aggregate.training.splits import Chosen, Videos
 from extract import InputError
 from extract.cli import progress
-from extract.durable import LOCK, is_leftover, os_errors_as_run_error, replace_file
+from extract.durable import (
+    LOCK,
+    is_leftover,
+    os_errors_as_run_error,
+    read_record,
+    replace_file,
+    write_record,
+)
 from extract.store import difference
 
 # Options that may change when a run is resumed.
@@ -86,7 +92,7 @@ def open_folder(options: Any) -> Checkpoint | None:
 
 def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
     """InputError that lists the differences between `out`/options.json and `now`."""
-    recorded = json.loads((out / "options.json").read_text(encoding="utf-8"))
+    recorded = read_record(out / "options.json")
     if recorded.keys() != now.keys():
         raise InputError(_ANOTHER_VERSION.format(out=out))
     recorded, now = (
@@ -183,8 +189,7 @@ class Run:
         if self.writes:
             if not self.epoch:
                 replace_file(self.out / VIDEOS, videos_csv(self.videos, self.chosen))
-            options = json.dumps(to_json(self.options), indent=1)
-            replace_file(self.out / "options.json", f"{options}\n")
+            write_record(self.out / "options.json", to_json(self.options))
         if self.epoch >= self.recipe.epochs:
             return
         steps = self.learners[0].steps_per_epoch
@@ -302,7 +307,7 @@ class Run:
             lines.append(f"attention: {attention_text(measured)}")
         if self.writes:
             print("\n".join(lines))
-            replace_file(self.out / "results.json", json.dumps(results, indent=1) + "\n")
+            write_record(self.out / "results.json", results)
             files = ", ".join(str(self.out / learner.file) for learner in self.learners)
             print(f"checkpoints: {files}", flush=True)
 

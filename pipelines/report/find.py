@@ -1,13 +1,13 @@
 """Find the contents of a folder: stores, runs, scores, ablations, ensembles, cross-validations and
 audits, at any depth."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from extract import InputError, RunError
+from extract.durable import read_record
 
 if TYPE_CHECKING:
     from aggregate.scores import Scores
@@ -143,7 +143,7 @@ def _scores(path: Path) -> "list[Scores]":
 
 def read_json(path: Path) -> Any:
     """A JSON record; an empty one without a file."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_record(path) if path.is_file() else {}
 
 
 def random_backbones(record: Any) -> Iterator[str]:
