@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from aggregate.ablation.options import GridOptions
 from aggregate.ablation.processes import plan_processes, prepare_environment, run_side_by_side
 from aggregate.training.options import SplitOptions, limit_frames
+from extract import Record
 from extract.cli import progress, run_as_script
 from extract.commands import command_of
 
@@ -136,9 +137,7 @@ def plan(options: Options, store: "FeatureStore", init: "Checkpoint | None" = No
     return one_seed._replace(configurations=list(configurations))
 
 
-def _write_table(
-    out: Path, keys: Iterable[tuple[str, int]], records: "Records"
-) -> list[dict[str, Any]]:
+def _write_table(out: Path, keys: Iterable[tuple[str, int]], records: "Records") -> list[Record]:
     """Write the finished rows, in the order of the plan, as ablation.csv."""
     from aggregate.metrics import csv_of
     from extract.durable import replace_file
@@ -148,9 +147,7 @@ def _write_table(
     return rows
 
 
-def _retrain_command(
-    rows: list[dict[str, Any]], by_key: "dict[tuple[str, int], Configuration]"
-) -> str:
+def _retrain_command(rows: list[Record], by_key: "dict[tuple[str, int], Configuration]") -> str:
     """The command that trains the best model again, to the bit, and keeps its checkpoint."""
     done = [row for row in rows if row["status"] == "done"]
     if not done:

@@ -3,10 +3,10 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from aggregate.ablation.leaks import FALSE_ALARMS, PAIR_ALL, mean_features
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import run_as_script
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _held_out_scores(path: Path) -> "Scores":
     return scores
 
 
-def label_issues(scores: "Scores") -> list[dict[str, Any]]:
+def label_issues(scores: "Scores") -> list[Record]:
     """Labels that `scores` contradict with confidence, the clearest first.
 
     Confident learning (Northcutt et al. 2021): a class is confident about a video if its
@@ -136,7 +136,7 @@ def _queries(splits: "np.ndarray") -> tuple["np.ndarray | None", str]:
 
 def _describe_pairs(
     store: "FeatureStore", rows: "np.ndarray", keys: "np.ndarray", pairs: "Pairs"
-) -> list[dict[str, Any]]:
+) -> list[Record]:
     """One line per pair; pairs across splits come first, since they leak."""
     lines = []
     for pair, similarity, ratio in zip(pairs.rows, pairs.similarity, pairs.ratio, strict=True):
@@ -159,7 +159,7 @@ def _describe_pairs(
     return sorted(lines, key=lambda line: line["across"] == "groups")
 
 
-def _summary(record: dict[str, Any], out: Path) -> str:
+def _summary(record: Record, out: Path) -> str:
     duplicates, labels = record["duplicates"], record["labels"]
     across = sum(line["across"] != "groups" for line in duplicates)
     differ = sum(line["label_a"] != line["label_b"] for line in duplicates)

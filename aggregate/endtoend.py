@@ -17,7 +17,7 @@ from aggregate.data.features import to_device
 from aggregate.models import VideoClassifier, build
 from aggregate.stnet import StNet
 from aggregate.training.checkpoint import Checkpoint
-from extract import InputError
+from extract import InputError, Record
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.networks import pip_weights_file
 from extract.commands import command_line
@@ -99,7 +99,7 @@ def _attach_backbone(backbone: nn.Module, head: VideoClassifier) -> VideoClassif
     return head
 
 
-def backbone_record(trunk: "Trunk") -> dict[str, Any]:
+def backbone_record(trunk: "Trunk") -> Record:
     """The record of a checkpoint's backbone: a store's provenance without the precision."""
     return {
         "backbone": trunk.name,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from aggregate.training.options import DeviceOptions, VideoOptions
-from extract import InputError, RunError
+from extract import InputError, Record, RunError
 from extract.cli import first_few, progress, run_as_script
 from extract.commands import command_line
 from extract.cores import available_cores
@@ -149,7 +149,7 @@ def _source(
     videos: "FeatureStore | ListedVideos",
     rows: "np.ndarray",
     options: Options,
-) -> dict[str, Any]:
+) -> Record:
     """The record of where scores come from. Prints notes on videos that training has used."""
     from aggregate.training.manifest import trained_on
 
@@ -177,7 +177,7 @@ def _source(
     return source
 
 
-def inputs_of(videos: "FeatureStore | ListedVideos", options: Options) -> dict[str, Any]:
+def inputs_of(videos: "FeatureStore | ListedVideos", options: Options) -> Record:
     """Digests of everything that determines the scores; equal inputs give equal scores."""
     from aggregate.training.manifest import contents_of
     from extract.sources import sha256_of
@@ -192,7 +192,7 @@ def inputs_of(videos: "FeatureStore | ListedVideos", options: Options) -> dict[s
     }
 
 
-def inputs_now(options: Options) -> dict[str, Any]:
+def inputs_now(options: Options) -> Record:
     """`source["inputs"]` of the scores that these options would give now."""
     return inputs_of(open_videos(options), options)
 

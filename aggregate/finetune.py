@@ -16,7 +16,7 @@ from aggregate.training.options import (
     changes_of,
 )
 from aggregate.training.recipes import Recipe, parameter_groups, recipe
-from extract import InputError, RunError
+from extract import InputError, Record, RunError
 from extract.cli import check_ranges, run_as_script
 from extract.commands import command_line
 from extract.cores import available_cores
@@ -194,7 +194,7 @@ def _learner(
     device: "torch.device",
     rank: int,
     world: int,
-) -> "tuple[Learner, dict[str, Any]]":
+) -> "tuple[Learner, Record]":
     """The model with its optimizer, and the record of its backbone."""
     import torch
     from torch import nn
@@ -237,7 +237,7 @@ def _recipe(options: Options, videos: int) -> Recipe:
 
 def build_model(
     options: Options, classes: list[str], dropout: float, *, verbose: bool = True
-) -> "tuple[FrameModel, list[Any], dict[str, Any]]":
+) -> "tuple[FrameModel, list[Any], Record]":
     """The model with its initial weights, its frozen batch norms, and its backbone's record."""
     import torch
 

@@ -16,7 +16,7 @@ from aggregate.nl import NonLocal
 from aggregate.pooling import Average, Max, WeightedAverage
 from aggregate.recurrent import GatedRecurrent
 from aggregate.stnet import TemporalXception, check_dropout
-from extract import InputError
+from extract import InputError, Record
 
 # Each is built from (dim, **options) and has an `out_dim`;
 # forward(x [batch, time, dim], mask=None) -> [batch, out_dim].
@@ -72,7 +72,7 @@ class VideoClassifier(nn.Module):
     """
 
     def __init__(
-        self, aggregator: nn.Module, *, num_classes: int, dropout: float, options: dict[str, Any]
+        self, aggregator: nn.Module, *, num_classes: int, dropout: float, options: Record
     ) -> None:
         super().__init__()
         self.aggregator = aggregator

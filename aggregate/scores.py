@@ -17,11 +17,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from extract import InputError, StrPath
+from extract import InputError, Record, StrPath
 from extract.commands import command_line
 from extract.durable import replace_file
 from extract.sources import file_of
@@ -68,7 +67,7 @@ class Scores:
     classes: Sequence[str]
     logits: np.ndarray = field(repr=False)
     labels: np.ndarray | None = field(default=None, repr=False)
-    source: dict[str, Any] = field(default_factory=dict)
+    source: Record = field(default_factory=dict)
     segments: int = 1
     crops: np.ndarray | None = field(default=None, repr=False)
     groups: Sequence[str] | np.ndarray | None = field(default=None, repr=False)

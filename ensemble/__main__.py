@@ -5,10 +5,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from ensemble.submission import PRETRAINED, check_submission, submission_ids, write_submission
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import run_as_script
 from extract.commands import command_line
 from extract.durable import replace_file
@@ -77,7 +77,7 @@ def main(options: Options) -> int:
     if options.submission is not None:
         submission_ids(aligned.ids)  # refuses ids that cannot be submitted before the work
 
-    measures: dict[str, Any] = {"table": []}
+    measures: Record = {"table": []}
     if options.weights in ("select", "search") or (aligned.labels >= 0).any():
         weights, measures = _measure(options, aligned, weights)
     else:
@@ -114,7 +114,7 @@ def main(options: Options) -> int:
 
 def _measure(
     options: Options, aligned: "Aligned", weights: "np.ndarray"
-) -> "tuple[np.ndarray, dict[str, Any]]":
+) -> "tuple[np.ndarray, Record]":
     """Choose the weights, if --weights says how, and measure what each model contributes.
 
     Prints the measures. Returns the weights, and the measures for the summary: fractions, and
@@ -130,7 +130,7 @@ def _measure(
         selected, dropped = select(ranking)
         weights = checked_weights(selected, ranking.models)
     rows = contributions(ranking, None if options.weights in ("equal", "search") else weights)
-    measures: dict[str, Any] = {}
+    measures: Record = {}
     notes = [member.statement() for member in dropped]
     if options.weights == "search":
         result = search(ranking, seed=options.seed)
@@ -146,7 +146,7 @@ def _measure(
     return weights, {"table": [asdict(row) for row in rows], **measures}
 
 
-def _submit(fused: "Scores", options: Options, left_out: int) -> dict[str, Any]:
+def _submit(fused: "Scores", options: Options, left_out: int) -> Record:
     """Write the submission and check it; returns its entry in the summary."""
     assert options.submission is not None
     neutral = write_submission(fused, options.submission, external_data=options.external_data)

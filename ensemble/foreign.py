@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aggregate.scores import Scores
-from extract import InputError, StrPath
+from extract import InputError, Record, StrPath
 from extract.feature_files import check_unique, ids_beside
 from extract.listing.labels import choose_labels
 
@@ -178,7 +178,7 @@ def _read_pickle(path: Path) -> _Table:
     return _Table(ids_beside(path), np.stack([np.asarray(row) for row in content]))
 
 
-def _score_of(entry: dict[str, Any], number: int) -> Any:
+def _score_of(entry: Record, number: int) -> Any:
     score = entry.get("pred_score", entry.get("pred_scores"))
     if isinstance(score, dict):
         score = score.get("item")

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import combinations, permutations
-from typing import Any
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from aggregate.metrics import (
 from aggregate.scores import Scores
 from ensemble.align import Aligned, Missing, align
 from ensemble.fuse import ROWS_AT_ONCE, checked_weights, log_probabilities
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import progress
 
 FOLDS = 5
@@ -190,7 +189,7 @@ class SearchResult:
             f"for other videos of these models: --weights {weights}"
         )
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Record:
         return asdict(self) | {
             "folds": len(self.weights_by_fold),
             "beats_equal": self.beats_equal,

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extract import InputError, StrPath
+from extract import InputError, Record, StrPath
 from extract.durable import replace_file
 from extract.listing.videos import youtube_id
 
@@ -165,9 +165,9 @@ def read_text(path: StrPath) -> str:
 def read_json(path: StrPath) -> Any:
     """InputError if the file is not JSON, or an object has a key twice."""
 
-    def unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    def unique(pairs: Iterable[tuple[str, Any]]) -> Record:
         """Python's reader would keep the last of two equal keys and say nothing."""
-        record: dict[str, Any] = {}
+        record: Record = {}
         for key, value in pairs:
             if key in record:
                 raise InputError(f"{path}: {key!r} appears twice in one object")

@@ -12,8 +12,8 @@ EfficientNet-Lite0 from its pip package. Finished steps are skipped, so a second
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from extract import Record
 from extract.cli import run_as_script
 from extract.durable import read_record
 from pipelines.steps import fuse, run_command_step
@@ -75,12 +75,12 @@ def main(options: Options) -> int:
     return 0
 
 
-def _top1(record: dict[str, Any]) -> dict[str, float]:
+def _top1(record: Record) -> dict[str, float]:
     """Top-1 % by row of an ensemble's table."""
     return {row["name"]: 100 * row["summary"]["top1"]["value"] for row in record["table"]}
 
 
-def compared_with_expected(test: dict[str, Any]) -> str:
+def compared_with_expected(test: Record) -> str:
     """Top-1 of the models on the test videos, next to EXPECTED."""
     top1 = _top1(test)
     lines = [
@@ -94,7 +94,7 @@ def compared_with_expected(test: dict[str, Any]) -> str:
     return "\n".join(["\ntop-1 % on the 36 test videos:", *lines, note])
 
 
-def story_of_ensemble(val: dict[str, Any], test: dict[str, Any]) -> str:
+def story_of_ensemble(val: Record, test: Record) -> str:
     """Which models validation chose and why, and the result on test, where nothing was chosen."""
     names = [name.removesuffix("_val") for name in val["models"]]
     members = [name for name, weight in zip(names, val["weights"], strict=True) if weight]

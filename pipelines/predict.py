@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TextIO
+from typing import Annotated, NamedTuple, TextIO
 
 import numpy as np
 import tyro
 
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import check_ranges, run_as_script
 from extract.durable import replace_file
 from pipelines.predictor import Prediction, Predictor, Window
@@ -121,7 +121,7 @@ def timeline(prediction: Prediction, classes: Sequence[str]) -> list[Run]:
     return [*cut, runs[-1]]
 
 
-def as_json(prediction: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+def as_json(prediction: Prediction, classes: Sequence[str]) -> Record:
     """A video as plain values."""
     windows = [
         {
@@ -217,7 +217,7 @@ def main(options: Options) -> int:
         video_timeout=options.video_timeout,
     )
     print(predictor.description, file=screen)
-    answers: list[dict[str, Any]] = []
+    answers: list[Record] = []
     num_failed, names = 0, Counter[str]()
     for path in paths:
         try:

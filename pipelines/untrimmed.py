@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from extract import Record
 from extract.cli import run_as_script
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def main(options: Options) -> int:
 
     clips = {split: distractors(people) for split, people in PEOPLE.items()}
 
-    def finish(row: dict[str, Any]) -> dict[str, Any]:
+    def finish(row: Record) -> Record:
         return row | join(row, clips[row["split"]], options.out)
 
     with ThreadPoolExecutor() as pool:
@@ -66,7 +67,7 @@ def main(options: Options) -> int:
     return 0
 
 
-def planned(copies: int, val_copies: int = 1) -> Iterator[dict[str, Any]]:
+def planned(copies: int, val_copies: int = 1) -> Iterator[Record]:
     """Rows of labels.csv: every exercise of exercise_mini, in copies with different distractors."""
     import numpy as np
 
@@ -107,7 +108,7 @@ def frames_of(path: Path, part: slice) -> "np.ndarray":
     return decode(path, lambda count: np.arange(count)[part], resize=fit).frames
 
 
-def join(row: dict[str, Any], clips: "list[np.ndarray]", out: Path) -> dict[str, float]:
+def join(row: Record, clips: "list[np.ndarray]", out: Path) -> dict[str, float]:
     """Write the video of a row; returns when its action starts and ends. The distractors are a
     function of its path."""
     import numpy as np

@@ -7,7 +7,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -20,13 +20,13 @@ from aggregate.metrics import (
     independent_units,
     text_table,
 )
+from extract import Record
 from extract.commands import install_command
 from extract.durable import replace_file
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Row = dict[str, Any]
 MEASURES = tuple(
     f"{name}_{segments}"
     for segments in ("at_frames", "at_all")
@@ -47,8 +47,8 @@ RanksByRun = Mapping[tuple[str, int], np.ndarray | None]
 
 
 def summarize(
-    rows: Sequence[Row], ranks_by_run: RanksByRun, groups: np.ndarray | None = None
-) -> list[Row]:
+    rows: Sequence[Record], ranks_by_run: RanksByRun, groups: np.ndarray | None = None
+) -> list[Record]:
     """One row per configuration, in the order of `rows`: means over seeds, measures with intervals.
 
     `interval_over` is "seeds" (Student's t over the seeds), or "videos" with one seed (the
@@ -122,13 +122,13 @@ def difference(
     return bootstrap(means, None if groups is None else groups[rows])
 
 
-def pareto(summary: Sequence[Row]) -> list[str]:
+def pareto(summary: Sequence[Record]) -> list[str]:
     """Names of the configurations on the Pareto front, by rising number of parameters.
 
     On the front, no other has at most its parameters and a better top-1, or fewer parameters and an
     equal top-1.
     """
-    front: list[Row] = []
+    front: list[Record] = []
     done = [line for line in summary if "top1_at_all" in line]
     for line in sorted(done, key=lambda line: (line["parameters"], -line["top1_at_all"])):
         if not front or line["top1_at_all"] > front[-1]["top1_at_all"]:
@@ -136,7 +136,7 @@ def pareto(summary: Sequence[Row]) -> list[str]:
     return [line["name"] for line in front]
 
 
-def heat_maps(summary: Sequence[Row]) -> "dict[str, pd.DataFrame]":
+def heat_maps(summary: Sequence[Record]) -> "dict[str, pd.DataFrame]":
     """Mean top-1 % with all segments over g1 (rows) and g2 (columns), if one has several values.
 
     NaN if a pair is invalid or not done. The other options have a map for each setting, which is
@@ -173,7 +173,7 @@ _ABOUT = {
 }
 
 
-def summary_text(summary: Sequence[Row], units: str = "videos") -> str:
+def summary_text(summary: Sequence[Record], units: str = "videos") -> str:
     """The table of the terminal: percent, differences in points; intervals are over `units`."""
     frames = sorted({line["frames"] for line in summary})
     all_frames = summary[0]["all_frames"]
@@ -210,7 +210,7 @@ def summary_text(summary: Sequence[Row], units: str = "videos") -> str:
     return f"{text_table(rows)}\n\n{about.format(units=units)}"
 
 
-def percent(line: Row, measure: str, *, sign: str = "") -> str:
+def percent(line: Record, measure: str, *, sign: str = "") -> str:
     """`61.83 [61.3, 62.4]`, or nothing if it was not measured."""
     return "" if line.get(measure) is None else format(Interval.of(line, measure), sign)
 
@@ -227,7 +227,7 @@ def heat_map_text(title: str, top1: "pd.DataFrame") -> str:
 
 def report(
     out: Path,
-    rows: Sequence[Row],
+    rows: Sequence[Record],
     ranks_by_run: RanksByRun,
     groups: np.ndarray,
     skipped: Mapping[str, str],
@@ -257,7 +257,7 @@ def report(
     print(f"files: {', '.join(str(out / name) for name in files)}")
 
 
-def _figures(out: Path, summary: Sequence[Row], maps: "Mapping[str, pd.DataFrame]") -> list[str]:
+def _figures(out: Path, summary: Sequence[Record], maps: "Mapping[str, pd.DataFrame]") -> list[str]:
     """Write the figures, or print a note without matplotlib; returns their names."""
     try:
         import matplotlib.figure  # noqa: F401

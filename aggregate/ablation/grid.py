@@ -28,6 +28,7 @@ from aggregate.training.loop import fit
 from aggregate.training.options import HEAD_FLAGS, own_flags
 from aggregate.training.sources import CachedFeatures
 from aggregate.training.splits import choose_rows
+from extract import Record
 from extract.device import choose_device
 from extract.store import FeatureStore
 
@@ -39,7 +40,7 @@ class Result(NamedTuple):
     its true label with the segments of training and with all; None for a model that diverged.
     """
 
-    row: dict[str, Any]
+    row: Record
     label_ranks: np.ndarray | None
 
 
@@ -181,12 +182,10 @@ def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
         )
 
 
-def _measured(
-    learner: Learner, label_ranks: list[np.ndarray], source: CachedFeatures
-) -> dict[str, Any]:
+def _measured(learner: Learner, label_ranks: list[np.ndarray], source: CachedFeatures) -> Record:
     """The measured columns of a learner at its best epoch: `label_ranks` are the ranks of the true
     labels with the segments of training and with all."""
-    row: dict[str, Any] = {"best_epoch": learner.best_epoch}
+    row: Record = {"best_epoch": learner.best_epoch}
     classes = len(source.testing.store.classes)
     for suffix, values in zip(("at_frames", "at_all"), label_ranks, strict=True):
         summary = summarize_ranks(values, source.labels, classes, source.groups)
@@ -195,7 +194,7 @@ def _measured(
     return row | dict.fromkeys(ATTENTION) | source.attention(learner)
 
 
-def describe(configuration: Configuration, store: FeatureStore) -> dict[str, Any]:
+def describe(configuration: Configuration, store: FeatureStore) -> Record:
     """The columns of a configuration: its options as they were applied, its size and its cost.
 
     Options that the aggregator does not have are None.

@@ -20,6 +20,7 @@ from aggregate.metrics import (
     text_table,
 )
 from aggregate.scores import Scores, group_keys, save_scores
+from extract import Record
 from extract.durable import write_record
 from extract.store import FeatureStore
 
@@ -49,7 +50,7 @@ def report(
     test."""
     labels, groups = store.labels[rows], group_keys(store.ids, store.groups)[rows]
     seeds = list(dict.fromkeys(fold.seed for fold in folds))
-    protocol: dict[str, Any] = {"seeds": seeds}
+    protocol: Record = {"seeds": seeds}
     if options.shots is not None:
         protocol = {"shots": options.shots, "draws": len(seeds)}
     outcomes: dict[str, dict[int, Outcomes]] = {}  # by aggregator and number of segments
@@ -88,13 +89,13 @@ def _results(
     folds: Sequence[Fold],
     records: Records,
     outcomes: dict[str, dict[int, Outcomes]],
-) -> dict[str, Any]:
+) -> Record:
     """The content of results.json."""
     classes = len(store.classes)
     baseline = "tsn" if "tsn" in outcomes else next(iter(outcomes))
     # A baseline that sees order has one number of segments; all others are compared with that.
     first = next(iter(outcomes[baseline].values()))
-    heads: list[dict[str, Any]] = []
+    heads: list[Record] = []
     for agg, by_segments in outcomes.items():
         measured = {}
         for count, ours in by_segments.items():
@@ -159,7 +160,7 @@ def _collect(
 
 def measures(
     ours: Outcomes, baseline: Outcomes | None, labels: np.ndarray, classes: int, groups: np.ndarray
-) -> dict[str, Any]:
+) -> Record:
     """Means over seeds (or draws) with bootstrap intervals over `groups` [N].
 
     Top-1 and macro F1 also have Student's interval over seeds, and top-1 its difference to the
@@ -202,7 +203,7 @@ def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> 
     return bootstrap(values[tested], units[tested])
 
 
-def as_reported(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def as_reported(chosen: Sequence[Record]) -> Record:
     """The best candidate by its top-1 on the tested videos themselves, as papers report grids.
 
     Empty without a grid. A candidate that diverged in a fold does not count.
@@ -217,7 +218,7 @@ def as_reported(chosen: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"as_reported": {"options": best, "top1": top1, "candidates": len(correct)}}
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Record) -> str:
     """The tables of the terminal: percent, differences in points."""
     unit = "seeds" if results["shots"] is None else "draws"
     overall = {
@@ -263,7 +264,7 @@ def table(results: dict[str, Any]) -> str:
     return "\n\n".join([*parts, "\n".join(notes)])
 
 
-def _cell(measured: dict[str, Any], name: str) -> str:
+def _cell(measured: Record, name: str) -> str:
     interval = measured[name]
     if interval is None:
         return ""

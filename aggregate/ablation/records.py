@@ -22,7 +22,7 @@ from aggregate.training.manifest import contents_of, print_other_version
 from aggregate.training.options import to_json
 from aggregate.training.recipes import choose_precision
 from aggregate.training.run import refuse_other_options
-from extract import InputError
+from extract import InputError, Record
 from extract.device import choose_device
 from extract.durable import (
     LOCK,
@@ -51,7 +51,7 @@ class Records:
         self, options: Any, store: FeatureStore, *, by: tuple[str, ...], kind: str
     ) -> None:
         self.out, self._by = options.out, by
-        self.rows: dict[Key, dict[str, Any]] = {}
+        self.rows: dict[Key, Record] = {}
         self._path = self.out / "results.jsonl"
         names = {path.name for path in self.out.glob("*") if not is_leftover(path.name)}
         if names - {"options.json", "places", LOCK} and not self._path.exists():
@@ -73,7 +73,7 @@ class Records:
             self._open(to_json(options) | contents | {"version": version("hgnl-video")})
             self._held = stack.pop_all()
 
-    def _open(self, options: dict[str, Any]) -> None:
+    def _open(self, options: Record) -> None:
         """Read the finished results, write the options."""
         options_path = self.out / "options.json"
         content = self._path.read_bytes()
@@ -87,10 +87,10 @@ class Records:
             row = json.loads(line)["row"]
             self.rows[self._key(row)] = row
 
-    def _key(self, row: dict[str, Any]) -> Key:
+    def _key(self, row: Record) -> Key:
         return tuple(row[column] for column in self._by)
 
-    def add(self, row: dict[str, Any], array: np.ndarray | None) -> None:
+    def add(self, row: Record, array: np.ndarray | None) -> None:
         """Keep a result: it is on disk when this returns."""
         key = self._key(row)
         if array is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import counted, first_few
 from extract.store import DROPPED, FAILED, OK, PARTIAL, PENDING, FeatureStore
 
@@ -55,7 +55,7 @@ class JoinedStores(FeatureStore):
         ]
         self.num_views, self._length = len(self.views), len(self.ids)
         self.dim = sum(store.dim for store in stores)
-        self.provenance: dict[str, Any] = {
+        self.provenance: Record = {
             "backbone": " + ".join(str(store.provenance.get("backbone")) for store in stores),
             "joined": [store.provenance for store in stores],
         }

@@ -16,14 +16,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aggregate.models import VideoClassifier, build, sees_order
-from extract import InputError, StrPath
+from extract import InputError, Record, StrPath
 from extract.commands import command_line
 from extract.durable import replacing
 from extract.sources import sha256_of
@@ -39,14 +38,14 @@ _RENAMED = {"normalise": "normalize", "standardise": "standardize"}
 class Checkpoint:
     """A trained model as plain values; `model()` builds it."""
 
-    options: dict[str, Any]
+    options: Record
     classes: list[str]
     state_dict: dict[str, Tensor] = field(repr=False)
-    features: dict[str, Any]
+    features: Record
     frames: int
     metrics: dict[str, float] = field(default_factory=dict)
-    data: dict[str, Any] | None = field(default=None, repr=False)
-    training: dict[str, Any] | None = field(default=None, repr=False)
+    data: Record | None = field(default=None, repr=False)
+    training: Record | None = field(default=None, repr=False)
     path: str = ""  # of the file it was read from; not saved
 
     def usual_segments(
@@ -129,7 +128,7 @@ class Checkpoint:
         )
         return model.eval()
 
-    def check_features(self, provenance: dict[str, Any], dim: int, where: str) -> None:
+    def check_features(self, provenance: Record, dim: int, where: str) -> None:
         """InputError if the model was not trained on features of this provenance.
 
         A model trained end to end takes the features of its own backbone (`extract --weights
@@ -148,7 +147,7 @@ class Checkpoint:
         for recorded, present in zip(ours, theirs, strict=True):
             self._check_store(recorded, present, where)
 
-    def _check_store(self, recorded: dict[str, Any], present: dict[str, Any], where: str) -> None:
+    def _check_store(self, recorded: Record, present: Record, where: str) -> None:
         for name in _DEPENDS_ON:
             ours, theirs = recorded.get(name), present.get(name)
             if name == "weights" and self.holds_backbone:

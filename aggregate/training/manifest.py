@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from aggregate.training.splits import Chosen, ListedVideos, Videos, choose_rows
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import first_few
 from extract.sources import sha256_of
 from extract.store import FAILED, FeatureStore, difference
@@ -80,9 +80,7 @@ def _hash(text: str) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def record(
-    videos: Videos, chosen: Chosen, *, init: Path | None, recipe: "Recipe"
-) -> dict[str, Any]:
+def record(videos: Videos, chosen: Chosen, *, init: Path | None, recipe: "Recipe") -> Record:
     """`Checkpoint.data` of a run on these rows."""
     features = features_digest(videos, chosen.train) if isinstance(videos, FeatureStore) else ""
     return {
@@ -184,8 +182,8 @@ def refuse_other_data(
     out: Path,
     last: "Checkpoint",
     videos: Videos,
-    features: dict[str, Any],
-    data: dict[str, Any],
+    features: Record,
+    data: Record,
 ) -> None:
     """InputError naming the differences between the last checkpoint and the same run now.
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 from aggregate.training.recipes import head_options
-from extract import InputError
+from extract import InputError, Record
 from extract.commands import flag_of, spaced
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def as_lists(*groups: type) -> Any:
     return make_dataclass("Lists", columns, bases=groups, frozen=True, kw_only=True)
 
 
-def to_json(options: Any) -> dict[str, Any]:
+def to_json(options: Any) -> Record:
     """A command's options as they are read back from JSON."""
     return json.loads(json.dumps(asdict(options), default=str))
 

@@ -34,7 +34,7 @@ from aggregate.training.manifest import VIDEOS, record, refuse_other_data, video
 from aggregate.training.options import to_json
 from aggregate.training.sources import Source
 from aggregate.training.splits import Chosen, Videos
-from extract import InputError
+from extract import InputError, Record
 from extract.cli import progress
 from extract.durable import (
     LOCK,
@@ -90,7 +90,7 @@ def open_folder(options: Any) -> Checkpoint | None:
     return last
 
 
-def refuse_other_options(out: Path, now: dict[str, Any]) -> None:
+def refuse_other_options(out: Path, now: Record) -> None:
     """InputError that lists the differences between `out`/options.json and `now`."""
     recorded = read_record(out / "options.json")
     if recorded.keys() != now.keys():
@@ -129,12 +129,12 @@ class Run:
     source: Source
     videos: Videos
     chosen: Chosen
-    features: dict[str, Any]  # provenance: backbone, weights, preprocessing
+    features: Record  # provenance: backbone, weights, preprocessing
     last: Checkpoint | None  # of a run that is resumed
     segments: Sequence[int]  # numbers of segments in the final table
     baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models of that table
     epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    history: list[Record] = field(default_factory=list)
     _board: SummaryWriter | None = None
 
     def __post_init__(self) -> None:
@@ -215,9 +215,9 @@ class Run:
             if self._board is not None:
                 self._board.close()
 
-    def end_epoch(self, epoch: int, seconds: float, waited: float) -> dict[str, Any]:
+    def end_epoch(self, epoch: int, seconds: float, waited: float) -> Record:
         """Write checkpoints and measures of an epoch; returns its row of metrics.csv."""
-        row: dict[str, Any] = {
+        row: Record = {
             "epoch": epoch,
             "lr": self.recipe.lr * self.recipe.factor(epoch),
             "seconds": round(seconds, 3),
@@ -242,7 +242,7 @@ class Run:
             self.save(row)
         return row
 
-    def save(self, row: dict[str, Any]) -> None:
+    def save(self, row: Record) -> None:
         for learner in self.learners:
             if learner.best_epoch == self.epoch - 1:
                 self._checkpoint(learner, learner.best_state).save(self.out / learner.file)
@@ -260,7 +260,7 @@ class Run:
             self._board.flush()
 
     def _checkpoint(
-        self, learner: Learner, state: dict[str, Any], training: dict | None = None
+        self, learner: Learner, state: Record, training: dict | None = None
     ) -> Checkpoint:
         row = self.history[learner.best_epoch]
         metrics = {
@@ -283,7 +283,7 @@ class Run:
         epochs = ", ".join(f"{learner.name} {learner.best_epoch + 1}" for learner in self.learners)
         rows: list[tuple[list[str], Summary]] = []
         differences: list[str] = []
-        results: dict[str, Any] = {name: {} for name in models}
+        results: Record = {name: {} for name in models}
         for segments in self.segments:
             tested = self.source.validate(list(models.values()), segments, first)
             label_ranks = {

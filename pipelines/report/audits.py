@@ -1,8 +1,6 @@
 """Report section about audits: near-duplicates next to each other, and doubtful labels."""
 
-from typing import Any
-
-from extract import InputError
+from extract import InputError, Record
 from extract.store import FeatureStore
 from pipelines.report.find import Contents
 from pipelines.report.gallery import middle_frame
@@ -10,7 +8,7 @@ from pipelines.report.gallery import middle_frame
 SHOWN = 10  # pairs, and labels
 
 
-def audits(contents: Contents) -> list[dict[str, Any]]:
+def audits(contents: Contents) -> list[Record]:
     """The first SHOWN pairs and labels of each audit, with frames if the videos are at hand."""
     sections = []
     for name, record in contents.audits.items():

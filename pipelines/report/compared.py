@@ -12,7 +12,7 @@ from aggregate.metrics import summarize as summarize_scores
 from aggregate.models import sees_order
 from aggregate.training.checkpoint import Checkpoint
 from ensemble.align import align
-from extract import InputError
+from extract import InputError, Record
 from extract.commands import command_line
 from pipelines.report.find import Contents, random_backbones, read_json
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 # `aggregate.metrics.Summary` as a record, by number of segments ("" for ensembles).
-Summaries = dict[str, dict[str, Any]]
+Summaries = dict[str, Record]
 UNNAMED = "not named"
 ORDER = {"test": 0, "val": 1}  # of the splits on the page
 
@@ -40,7 +40,7 @@ class Model:
         return list(self.summaries)[-1]
 
     @property
-    def measures(self) -> dict[str, Any]:
+    def measures(self) -> Record:
         return self.summaries[self.segments]
 
     @property
@@ -89,9 +89,7 @@ def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
     return named
 
 
-def _add_run(
-    models: dict[str, Model], run: str, results: dict[str, Any], options: dict[str, Any]
-) -> None:
+def _add_run(models: dict[str, Model], run: str, results: Record, options: Record) -> None:
     """Add the results of a training run to the models of its split.
 
     Its own model is left out if a scores file has it, and a baseline if an equal one is there.
@@ -151,7 +149,7 @@ def verdict(gain: Interval, baseline: str = "TSN") -> str:
     return "no difference found, since the interval holds 0"
 
 
-def summary(contents: Contents, attention: list[dict[str, Any]]) -> dict[str, Any]:
+def summary(contents: Contents, attention: list[Record]) -> Record:
     """The first section: the best model of each split, whether attention is used, the next
     commands."""
     splits = models_by_split(contents)
@@ -178,7 +176,7 @@ def summary(contents: Contents, attention: list[dict[str, Any]]) -> dict[str, An
     return section if any(section.values()) else {}
 
 
-def _best_head(name: str, record: dict[str, Any]) -> dict[str, Any]:
+def _best_head(name: str, record: Record) -> Record:
     """The best head of a cross-validation, and its gain over the baseline."""
     heads = {head["name"]: head["segments"][segments_that_count(head)] for head in record["heads"]}
     best = max(heads, key=lambda head: heads[head]["top1"]["value"])
@@ -193,7 +191,7 @@ def _best_head(name: str, record: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def segments_that_count(head: dict[str, Any]) -> str:
+def segments_that_count(head: Record) -> str:
     """The number of segments by which a head is compared: all, or as in training if it sees the
     order of frames."""
     return (min if sees_order(head["name"], {}) else max)(head["segments"], key=int)

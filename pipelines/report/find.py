@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from extract import InputError, RunError
+from extract import InputError, Record, RunError
 from extract.durable import read_record
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ class Contents:
     runs: dict[str, Path] = field(default_factory=dict)
     scores: "dict[str, list[Scores]]" = field(default_factory=dict)
     ablations: dict[str, Path] = field(default_factory=dict)
-    ensembles: dict[str, dict[str, Any]] = field(default_factory=dict)
-    crossvals: dict[str, dict[str, Any]] = field(default_factory=dict)
-    audits: dict[str, dict[str, Any]] = field(default_factory=dict)
+    ensembles: dict[str, Record] = field(default_factory=dict)
+    crossvals: dict[str, Record] = field(default_factory=dict)
+    audits: dict[str, Record] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     videos: tuple[Path, ...] = ()
 

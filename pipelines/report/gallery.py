@@ -24,7 +24,7 @@ from aggregate.training.checkpoint import Checkpoint
 from aggregate.training.manifest import validated_rows
 from aggregate.training.options import SplitOptions
 from aggregate.training.splits import choose_rows
-from extract import InputError, RunError
+from extract import InputError, Record, RunError
 from extract.decode import VideoError, decode
 from extract.store import FAILED, PARTIAL, STATUS_NAMES, FeatureStore
 from extract.store.summary import failure_reasons, human_bytes
@@ -55,7 +55,7 @@ def class_name(store: FeatureStore, row: int) -> str:
 # -- extraction ----------------------------------------------------------------------------------
 
 
-def extracted(contents: Contents) -> list[dict[str, Any]]:
+def extracted(contents: Contents) -> list[Record]:
     """For each store, counts by split, failures with their reasons, and a frame of some videos."""
     sections = []
     for name, store in contents.stores.items():
@@ -149,7 +149,7 @@ def middle_frame(store: FeatureStore, row: int, folders: Sequence[Path]) -> byte
 # -- the map -------------------------------------------------------------------------------------
 
 
-def feature_maps(contents: Contents) -> list[dict[str, Any]]:
+def feature_maps(contents: Contents) -> list[Record]:
     """For each store of three videos or more, mean features of at most MAP_VIDEOS videos in two
     dimensions, colored by class."""
     sections = []
@@ -193,7 +193,7 @@ def project_2d(features: np.ndarray) -> tuple[np.ndarray, str]:
 # -- attention -----------------------------------------------------------------------------------
 
 
-def attention(contents: Contents) -> list[dict[str, Any]]:
+def attention(contents: Contents) -> list[Record]:
     """Filmstrips of every run whose aggregator weighs frames, if its features are at hand."""
     sections = []
     for name, file in contents.run_files("best.pt"):
@@ -233,7 +233,7 @@ def _store_of(
 
 
 def _validated_rows(
-    checkpoint: Checkpoint, store: FeatureStore, options: dict[str, Any]
+    checkpoint: Checkpoint, store: FeatureStore, options: Record
 ) -> tuple[np.ndarray, str]:
     """The usable rows that a run was validated on, and a description of them."""
     if checkpoint.data is None:  # earlier versions do not record them: choose the same rows again
@@ -251,7 +251,7 @@ def _validated_rows(
 
 def filmstrips(
     model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders: Sequence[Path]
-) -> dict[str, Any]:
+) -> Record:
     """Videos along their timeline with the share of each frame in each group: the two most uneven
     ones and a typical one, out of at most FILM_CANDIDATES of `rows`.
 
@@ -303,7 +303,7 @@ def _batches(store: FeatureStore, rows: np.ndarray) -> Iterator[tuple[torch.Tens
 
 def _filmstrip(
     store: FeatureStore, row: int, shares: np.ndarray, folders: Sequence[Path]
-) -> dict[str, Any]:
+) -> Record:
     mask = store.mask(np.array([row]), np.arange(store.frames_per_video))[0]
     distinct = np.flatnonzero(mask)  # without the repeats in a short video
     indices, times = store.frame_indices[row, 0, distinct], store.timestamps[row, 0, distinct]

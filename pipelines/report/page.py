@@ -11,6 +11,7 @@ from markupsafe import Markup
 from aggregate import figures
 from aggregate.ablation.compare import percent
 from aggregate.metrics import Interval
+from extract import Record
 from extract.cli import progress
 from pipelines.report import audits, gallery, results
 from pipelines.report.compared import summary
@@ -35,9 +36,9 @@ SECTIONS = {
 
 def render(contents: Contents, title: str) -> str:
     """The page: a section for each kind of content, and at the end what is missing."""
-    sections: dict[str, Any] = {}
+    sections: Record = {}
 
-    def first_section(contents: Contents) -> dict[str, Any]:
+    def first_section(contents: Contents) -> Record:
         return summary(contents, sections.get("attention", []))
 
     renderers = {**SECTIONS, "summary": first_section}  # the summary needs the others

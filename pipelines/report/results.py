@@ -13,6 +13,7 @@ from aggregate import figures
 from aggregate.ablation.compare import MEASURES, heat_maps, summarize
 from aggregate.metrics import describe_units
 from aggregate.training.checkpoint import Checkpoint
+from extract import Record
 from pipelines.report.compared import choose, models_by_split, segments_that_count
 from pipelines.report.find import Contents, random_backbones, read_json
 
@@ -27,7 +28,7 @@ CURVES = (
 )
 
 
-def training(contents: Contents) -> dict[str, Any]:
+def training(contents: Contents) -> Record:
     """A chart per quantity, with a color per run; baseline and control are dashed and dotted."""
     tables = {
         run: pd.read_csv(file, index_col="epoch") for run, file in contents.run_files("metrics.csv")
@@ -46,7 +47,7 @@ def training(contents: Contents) -> dict[str, Any]:
     return charts
 
 
-def results(contents: Contents) -> list[dict[str, Any]]:
+def results(contents: Contents) -> list[Record]:
     """For each split, a table of its models with four measures, and a chart of their top-1."""
     splits = models_by_split(contents)
     sections = []
@@ -59,7 +60,7 @@ def results(contents: Contents) -> list[dict[str, Any]]:
         best, chosen = choose(splits, split)
         measures = models[best].measures
         # Runs of earlier versions resampled videos.
-        units = measures.get("units", measures["listed"])
+        units = measures.get("units") or measures["listed"]
         sections.append(
             {
                 "name": split,
@@ -73,7 +74,7 @@ def results(contents: Contents) -> list[dict[str, Any]]:
     return sections
 
 
-def confusion(contents: Contents) -> dict[str, Any]:
+def confusion(contents: Contents) -> Record:
     """A matrix of the classes that the best model of the first split confuses, and the most
     frequent pairs."""
     splits = {}
@@ -112,7 +113,7 @@ def confusion(contents: Contents) -> dict[str, Any]:
     )
     if is_cut:
         caption += f" Of {len(present):,} classes, the {len(shown)} confused most."
-    section: dict[str, Any] = {
+    section: Record = {
         "name": name,
         "caption": caption,
         "pairs": [
@@ -130,7 +131,7 @@ def confusion(contents: Contents) -> dict[str, Any]:
     return section | {"picture": picture, "large": is_large}
 
 
-def crossvals(contents: Contents) -> list[dict[str, Any]]:
+def crossvals(contents: Contents) -> list[Record]:
     """Heads on videos that none of their folds trained on: top-1, and the gain over the
     baseline."""
     sections = []
@@ -158,7 +159,7 @@ def crossvals(contents: Contents) -> list[dict[str, Any]]:
     return sections
 
 
-def ablations(contents: Contents) -> list[dict[str, Any]]:
+def ablations(contents: Contents) -> list[Record]:
     """The summary of each ablation, over g1 and g2, and over parameters."""
     sections = []
     for name, path in contents.ablations.items():
@@ -180,7 +181,7 @@ def ablations(contents: Contents) -> list[dict[str, Any]]:
     return sections
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[Record]:
     """The rows of a CSV, with None in empty cells, but without empty measures; [] if there is no
     file."""
     if not path.is_file():
@@ -196,7 +197,7 @@ def _records(path: Path) -> list[dict[str, Any]]:
     ]
 
 
-def ensembles(contents: Contents) -> list[dict[str, Any]]:
+def ensembles(contents: Contents) -> list[Record]:
     """Weights, and the contribution of each model: the average error of some models minus that of
     all at equal weights."""
     sections = []
@@ -223,7 +224,7 @@ def ensembles(contents: Contents) -> list[dict[str, Any]]:
 def backbones_with_random_weights(contents: Contents) -> dict[str, list[str]]:
     """Backbones with random weights, and the stores, runs, scores and cross-validations that depend
     on them."""
-    records: dict[str, Any] = {name: store.provenance for name, store in contents.stores.items()}
+    records: Record = {name: store.provenance for name, store in contents.stores.items()}
     for name, file in contents.run_files("best.pt"):
         records[f"run {name}"] = Checkpoint.load(file).features
     records |= {name: scores[0].source for name, scores in contents.scores.items()}
@@ -254,7 +255,7 @@ def provenance(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
     return [(name, list(_flat(record))) for name, record in records.items() if record]
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+def _flat(record: Record, prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in record.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
