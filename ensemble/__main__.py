@@ -96,7 +96,7 @@ def main(options: Options) -> int:
         "weights_from": options.weights if options.weights in CHOSEN_BY else "given",
         "videos": {
             "joined": len(aligned.ids),
-            "labelled": int((aligned.labels >= 0).sum()),
+            "labeled": int((aligned.labels >= 0).sum()),
             "missing": options.missing,
             "dropped": aligned.dropped,
             **aligned.counts.to_dict("list"),

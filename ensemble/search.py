@@ -325,7 +325,7 @@ class Row:
 def contributions(
     ranking: Ranking, weights: Sequence[float] | np.ndarray | None = None
 ) -> list[Row]:
-    """What each model contributes: rows for single models, all pairs, all but one, all at equal
+    """The contribution of each model: rows for single models, all pairs, all but one, all at equal
     weights, and all at the given `weights`."""
     names = ranking.aligned.names
     count = len(names)

@@ -100,7 +100,7 @@ def story_of_ensemble(val: Record, test: Record) -> str:
     members = [name for name, weight in zip(names, val["weights"], strict=True) if weight]
     lines = [
         f"\nensemble of {', '.join(members)}, "
-        f"chosen on {val['videos']['labelled']} validation videos:"
+        f"chosen on {val['videos']['labeled']} validation videos:"
     ]
     for member in val["left_out"]:
         lines.append(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from extract.decode.packets import Span
     from extract.decode.pool import SubprocessPool
 
-    Part = tuple[Prepared, np.ndarray]  # what was decoded, and its pictures
+    Part = tuple[Prepared, np.ndarray]  # a decoded row, or a part of it, and its pictures
 
 
 class Window(NamedTuple):

@@ -141,7 +141,7 @@ def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:
 
 
 def verdict(gain: Interval, baseline: str = "TSN") -> str:
-    """What a gain shows."""
+    """A gain as text: better, worse, or no difference found."""
     if gain.low > 0:
         return f"better than {baseline}"
     if gain.high < 0:

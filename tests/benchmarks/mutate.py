@@ -302,7 +302,7 @@ MUTATIONS = [
     Mutation(
         SPLITS,
         "train & labeled & (store.status != FAILED)",
-        "train & labelled",
+        "train & labeled",
         f"{TRAIN_TESTS} -k failed_videos",
     ),
     Mutation(

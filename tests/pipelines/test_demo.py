@@ -18,7 +18,7 @@ def test_the_demo_says_which_members_validation_chose_and_why():
     names = [f"{name}_val" for name in MODELS]
     left_out = [{"name": "tsn_val", "error_with": 0.3, "error_without": 0.25}]
     val = {"models": names, "weights": [0, 0.5, 0.5], "left_out": left_out}
-    val["videos"] = {"labelled": 72}
+    val["videos"] = {"labeled": 72}
     top1 = {"all, given weights": 0.6, "all, equal weights": 0.5}
     table = [{"name": name, "summary": {"top1": {"value": top1[name]}}} for name in top1]
     story = story_of_ensemble(val, {"table": table})
