@@ -160,6 +160,7 @@ def test_a_class_without_an_example_gets_the_lowest_score():
         ({"agg": ("knn",), "C": (1.0,)}, r"--C 1\.0 does not apply to --agg knn"),
         ({"agg": ("tsn",), "vector": "mean-std"}, "--vector mean-std does not apply to --agg tsn"),
         ({"agg": ("logreg",), "g1": (4,)}, "--g1 4 does not apply to --agg logreg"),
+        ({"agg": ("logreg",), "frames": (99,)}, "--frames 99: .* holds"),
         ({"agg": ()}, "--agg needs at least one value"),
         ({"agg": ("logreg",), "seeds": ()}, "--seeds needs at least one value"),
         ({"agg": ("logreg",), "shots": 0}, "--shots 0: expected at least 1"),
