@@ -9,7 +9,7 @@ results.json    the final table
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -130,14 +130,14 @@ class Run:
     videos: Videos
     chosen: Chosen
     features: Record  # provenance: backbone, weights, preprocessing
-    last: Checkpoint | None  # of a run that is resumed
+    last: InitVar[Checkpoint | None]  # of a run that is resumed
     segments: Sequence[int]  # numbers of segments in the final table
     baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models of that table
     epoch: int = 0
     history: list[Record] = field(default_factory=list)
     _board: SummaryWriter | None = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, last: Checkpoint | None) -> None:
         """Raises InputError if the data of the run differ from those of `last`."""
         self.out = self.options.folder
         self.recipe, self.writes = self.learners[0].recipe, self.learners[0].rank == 0
@@ -148,9 +148,9 @@ class Run:
             "frames": self.options.frames,
             "data": data,
         }
-        if self.last is not None:
-            refuse_other_data(self.out, self.last, self.videos, self.features, data)
-            self._resume(self.last)
+        if last is not None:
+            refuse_other_data(self.out, last, self.videos, self.features, data)
+            self._resume(last)
 
     def _prefix(self, learner: Learner) -> str:
         """The start of a learner's columns in metrics.csv; the first one's have none."""
