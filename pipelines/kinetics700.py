@@ -277,8 +277,9 @@ def _pick(options: Options, *names: str) -> dict[str, Any]:
 
 def _print_results(options: Options, models: Sequence[str]) -> None:
     """A table of our results next to the paper's."""
-    print("\nTop-1 % on val, 3 segments / most segments")
-    print("  model    ours             the paper (Table 3)")
+    from aggregate.metrics import text_table
+
+    rows = [["model", "ours", "the paper (Table 3)"]]
     for name in models:
         file = options.workdir / name / "results.json"
         if not file.exists():
@@ -287,7 +288,8 @@ def _print_results(options: Options, models: Sequence[str]) -> None:
         ours = " / ".join(f"{100 * measures['top1']['value']:.2f}" for measures in results)
         published = PAPER.get(name, ("none", "none"))
         theirs = " / ".join("-" if top1 is None else f"{top1}" for top1 in published)
-        print(f"  {name:<8} {ours}   {theirs}")
+        rows.append([name, ours, theirs])
+    print(f"\nTop-1 % on val, 3 segments / most segments\n{text_table(rows)}")
     summary = options.workdir / "fused_test.json"
     record = read_record(summary) if summary.exists() else {}
     if record.get("table"):
