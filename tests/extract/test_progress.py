@@ -4,13 +4,21 @@ import io
 import sys
 import time
 from collections import Counter
+from itertools import count
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from extract import cli
+from extract import RunError, cli
 from extract.cli import progress
-from extract.workers import driver
-from extract.workers.ray_pool import RayActorPool, _WorkerHandle
+from extract.listing.videos import Video
+from extract.options import Options
+from extract.store import Outcomes
+from extract.workers import driver, ray_pool
+from extract.workers.blocks import BackboneInfo, Block, BlockResult
+from extract.workers.ray_pool import RayActorPool
+from simulated_ray import PendingError, RayActorError, SimulatedRay
 
 
 class FakeStore:
@@ -86,48 +94,95 @@ def test_the_limit_is_what_took_longer(totals, expected):
     assert driver._time_breakdown(Counter(totals), wall=10.0, workers=1).endswith(expected)
 
 
-class FakeCluster:
-    """Ray whose calls are answered at once, with what they were made of."""
-
-    class exceptions:  # noqa: N801  # as in Ray
-        RayError = RuntimeError
-
-    def wait(self, calls, timeout):
-        return calls, []
-
-    def get(self, call):
-        if isinstance(call, Exception):
-            raise call
-        return call
+def simulated_pool(monkeypatch, answer, **changed) -> RayActorPool:
+    """A pool over a cluster that is simulated, of three nodes; nodes and workers are polled at each turn."""
+    ray = SimulatedRay(answer, [{"CPU": 1.0}] * 3, **changed)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_pool, "NODE_POLL_SECONDS", -1.0)
+    pool = RayActorPool(Options(Path("videos"), "feats.zarr", device="cpu"))
+    pool.describe()
+    pool.check("nonce", "video", "version")
+    return pool
 
 
-class FakeActor:
-    def __init__(self, *answers):
-        self.answers = list(answers)
-        self.settled = self
-
-    def options(self, concurrency_group):
-        return self
-
-    def remote(self):
-        return self.answers.pop(0)
+INFO = BackboneInfo({"precision": "fp32"}, 1, 4, 1000, frames_per_video=5, description="")
+BLOCKS = [Block(number, (number,), (Video(f"{number}.mp4", "", 0),)) for number in range(6)]
 
 
-def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting():
-    pool = object.__new__(RayActorPool)
-    pool._ray, pool._lost_frames = FakeCluster(), 5
-    fine, dying, starting = (
-        FakeActor(10, 20, 30),
-        FakeActor(7, RuntimeError("lost"), 8),
-        FakeActor(),
-    )
-    pool._workers = [
-        _WorkerHandle(fine, ready=True),
-        _WorkerHandle(dying, ready=True),
-        _WorkerHandle(starting),
-    ]
-    seen = []
-    for _ in range(3):
-        pool._poll_progress()
+def result_of(block: Block) -> BlockResult:
+    outcome = Outcomes.failed(np.array(block.rows), "", 1, 1)
+    return BlockResult(block.number, outcome, "here", 5, {})
+
+
+def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting(monkeypatch):
+    fine, dying, _starting = range(3)
+    settled = {fine: count(10, 10), dying: iter([7, RayActorError("lost"), 8, 9])}
+    seen: list[int] = []
+
+    def answer(actor, method, *_):
+        match method:
+            case "describe":
+                return INFO
+            case "check" if actor in (fine, dying):
+                return None
+            case "settled":
+                if isinstance(answered := next(settled[actor]), Exception):
+                    raise answered
+                return answered
+        raise PendingError
+
+    def on_wait() -> None:
         seen.append(pool.settled())
-    assert seen == [5, 5 + 10 + 7, 5 + 20 + 7]  # what is asked is known the next time
+        if len(seen) == 5:
+            raise KeyboardInterrupt
+
+    pool = simulated_pool(monkeypatch, answer, on_wait=on_wait)
+    with pytest.raises(KeyboardInterrupt):
+        list(pool.extract(BLOCKS))
+    # What is asked is known the next time. A worker that does not answer keeps what it had.
+    assert seen == [0, 10, 20 + 7, 30 + 7, 40 + 8]
+
+
+def test_videos_of_a_lost_worker_count_and_its_other_frames_are_taken_back(monkeypatch, capsys):
+    turns = 0
+
+    def answer(actor, method, *arguments):
+        match method:
+            case "describe":
+                return INFO
+            case "check" if actor == 0:
+                return None
+            case "run" if arguments[0].number == 0:
+                return [result_of(arguments[0])]
+            case "run" if turns > 3:
+                raise RayActorError("lost")
+            case "settled":
+                return 9
+        raise PendingError
+
+    def on_wait() -> None:
+        nonlocal turns
+        turns += 1
+        seen.append(pool.settled())
+        if turns == 6:
+            raise KeyboardInterrupt
+
+    seen: list[int] = []
+    pool = simulated_pool(monkeypatch, answer, on_wait=on_wait)
+    with pytest.raises(KeyboardInterrupt):
+        list(pool.extract(BLOCKS))
+    assert seen[1:4] == [9, 9, 9]
+    assert seen[-1] == INFO.frames_per_video  # of the one video that it had handed in
+    assert "a worker was lost (RayActorError); 3 blocks go to another" in capsys.readouterr().err
+
+
+def test_a_cluster_that_never_gets_a_worker_says_so(monkeypatch):
+    monkeypatch.setattr(ray_pool, "SECONDS_WITHOUT_WORKERS", 1.0)
+
+    def answer(*_):
+        raise PendingError
+
+    with pytest.raises(
+        RunError, match=r"asks for \{'num_cpus': 1\}, the cluster has \{'CPU': 3.0, 'GPU': 0\}"
+    ):
+        simulated_pool(monkeypatch, answer)

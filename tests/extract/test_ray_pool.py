@@ -421,22 +421,6 @@ def test_no_cluster_at_the_address(clips, tmp_path):
     assert not (tmp_path / "a.zarr").exists()
 
 
-def test_a_crew_that_never_gets_a_worker_says_so(monkeypatch):
-    monkeypatch.setattr("extract.workers.ray_pool.SECONDS_WITHOUT_WORKERS", 1.0)
-    pool = object.__new__(RayActorPool)
-
-    class Nobody:
-        @staticmethod
-        def cluster_resources() -> dict[str, float]:
-            return {"CPU": 2.0}
-
-    pool._ray, pool._request = Nobody(), {"num_cpus": 64}
-    with pytest.raises(
-        RunError, match=r"asks for \{'num_cpus': 64\}, the cluster has \{'CPU': 2.0, 'GPU': 0\}"
-    ):
-        pool._warn_waiting(2.0)
-
-
 HEAD, SMALL, LARGE = {"CPU": 0.0}, {"CPU": 4.0}, {"CPU": 64.0}
 GPUS = {"CPU": 32.0, "GPU": 8.0}
 
