@@ -13,7 +13,8 @@ class RunError(RuntimeError):
 
 def describe_error(error: BaseException) -> str:
     """The type and the first sentence of a library's error, whose message may be a paragraph."""
-    return f"{type(error).__name__}: {first_sentence(error)}"
+    name, sentence = type(error).__name__, first_sentence(error)
+    return f"{name}: {sentence}" if sentence else name
 
 
 def first_sentence(error: BaseException) -> str:

@@ -165,6 +165,16 @@ def test_a_network_that_openvino_answers_otherwise_is_refused() -> None:
         openvino_engine.convert(trunk_of(Unconvertible()))
 
 
+class Silent(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def test_an_error_without_a_message_is_told_by_its_type() -> None:
+    with pytest.raises(openvino_engine.ConversionError, match=r"^NotImplementedError$"):
+        openvino_engine.convert(trunk_of(Silent()))
+
+
 @pytest.mark.parametrize("reason", ["cannot", "is not installed"])
 def test_pytorch_runs_the_rest_and_says_so(reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
