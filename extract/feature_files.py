@@ -296,7 +296,10 @@ class _Datasets(FeatureFiles):
         self.names = sorted(self._keys)
 
     def _open(self, name: str) -> Any:
-        return self._file[self._keys[name]]
+        dataset = self._file[self._keys[name]]
+        if dataset.shape is None:  # HDF5's null dataspace
+            raise UnusableError("it is empty: it has no shape")
+        return dataset
 
 
 class _Parquet(FeatureFiles):

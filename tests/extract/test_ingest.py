@@ -319,6 +319,22 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
     assert (FeatureStore.open(tmp_path / "x.zarr").status == FAILED).sum() == 4
 
 
+def test_empty_datasets_of_hdf5_are_unusable_and_the_others_are_read(tmp_path):
+    with h5py.File(tmp_path / "datasets.h5", "w") as file:
+        file["null"], file["rows"] = h5py.Empty("f4"), np.zeros((0, 4), np.float32)
+        file["good"] = np.ones((2, 4), np.float32)
+    files = open_features(tmp_path / "datasets.h5")
+    for name, reason in (("null", "it has no shape"), ("rows", r"its shape is \[0, 4\]")):
+        for read in (files.shape, files.load):
+            with pytest.raises(UnusableError, match=f"^it is empty: {reason}$"):
+                read(name)
+    assert files.load("good").shape == (2, 4)
+    with h5py.File(tmp_path / "table.h5", "w") as file:
+        file["ids"], file["features"] = ["a"], h5py.Empty("f4")
+    with pytest.raises(InputError, match="holds 0 rows, and 1 ids are given for them"):
+        open_features(tmp_path / "table.h5")
+
+
 @pytest.mark.parametrize(
     ("save", "message"),
     [
