@@ -195,21 +195,28 @@ def test_a_broken_file_fails_only_the_windows_behind_the_break(
     np.testing.assert_array_equal(store.read(slice(0, good)), whole.read(slice(0, good)))
 
 
+@pytest.mark.parametrize("decoder", ["pyav", "torchcodec-cpu"])
 def test_a_decoder_that_crashes_fails_one_span_and_not_those_around_it(
-    untrimmed, by_spans, tmp_path, monkeypatch
+    decoder, untrimmed, by_spans, tmp_path, monkeypatch
 ):
+    """With torchcodec, the job of several spans fails on the device, then in a child, then span by span."""
+
     class Crashing(driver.Worker):
         decode_job = staticmethod(crash_at_four_seconds)
 
     monkeypatch.setattr(driver, "Worker", Crashing)
     out = tmp_path / "c.zarr"
-    assert main(options(untrimmed.parent / "spans.csv", out, root=untrimmed, max_failed=0.2)) == 0
+    changed = {"root": untrimmed, "max_failed": 0.2, "decoder": decoder, "device": "cpu"}
+    assert main(options(untrimmed.parent / "spans.csv", out, **changed)) == 0
     store, whole = FeatureStore.open(out), FeatureStore.open(by_spans)
     failed = np.flatnonzero(store.status == FAILED)
     assert store.ids[failed].tolist() == ["first.mp4#4000-6000", "second.mp4#4000-6000"]
     assert all("the decoding process died 3 times" in reason for reason in store.errors[failed])
     good = np.flatnonzero(store.status == OK)
-    np.testing.assert_array_equal(store.read(good), whole.read(good))
+    got, expected = store.read(good), whole.read(good)
+    if decoder == "pyav":
+        np.testing.assert_array_equal(got, expected)
+    assert np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected)
 
 
 # -- dense features --------------------------------------------------------------------------------------------------
