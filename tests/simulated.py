@@ -55,3 +55,6 @@ class SimulatedWorker(Worker):
 
 class CrashingWorker(Worker):
     decode_job = staticmethod(crash_on_a_gpu)
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments, backbone=SleepingBackbone())  # type: ignore[arg-type]

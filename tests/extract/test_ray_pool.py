@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -23,26 +22,20 @@ import pytest
 
 from aggregate import finetune
 from extract import RunError
-from extract.__main__ import Options, main
+from extract.__main__ import main
 from extract.cli import run_command
 from extract.store import OK, FeatureStore, RunLog
 from extract.workers import driver
 from extract.workers.decoder import code_version
 from extract.workers.ray_pool import RayActorPool, plan_actors
 from extract.workers.worker import Worker
+from extractions import command, command_of, committed_blocks, decode_children, options
 from simulated import CrashingWorker
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "backbone": "test_resnet",
-    "weights": "random",
-    "precision": "fp32",
-    "frames": 3,
-    "block_size": 2,
-}
 ONE_NODE = ({"num_cpus": 1},)
 TWO_NODES = (*ONE_NODE, *ONE_NODE)
 GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
@@ -63,10 +56,6 @@ def clips(tmp_path_factory, demo_clips) -> Path:
         for clip in sorted((demo_clips / "exercise_mini" / "clips" / label).glob("*.mp4"))[:12]:
             shutil.copy(clip, root / label / clip.name)
     return root
-
-
-def options(videos: Path, out: Path, **changed) -> Options:
-    return Options(videos=videos, out=str(out), **(TINY | changed))
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +121,6 @@ def worker_nodes(nodes_of_cluster):
     wait_for(lambda: not decode_children() and not actors())
 
 
-def decode_children() -> list[psutil.Process]:
-    """Decode children anywhere below this process: the local cluster's too."""
-    return [
-        p
-        for p in psutil.Process().children(recursive=True)
-        if "decode.pool" in " ".join(command_of(p))
-    ]
-
-
-def command_of(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:  # it ended meanwhile
-        return []
-
-
 def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
     """Actor processes, by the title that Ray gives them."""
     return [
@@ -169,13 +142,9 @@ def wait_for(what: Callable[[], Any]) -> Any:
     return found
 
 
-def blocks_of(out: Path) -> list[dict]:
-    return [record for record in RunLog.records(out) if record["event"] == "block"]
-
-
 def worker_of(out: Path) -> int:
     """The process of the worker that handed in the first block; it is named HOST/PROCESS."""
-    return int(blocks_of(out)[0]["node"].rpartition("/")[2])
+    return int(committed_blocks(out)[0]["node"].rpartition("/")[2])
 
 
 def raylet_of(nodes: list, process: int) -> Any:
@@ -196,11 +165,11 @@ def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[], object]) ->
 
     thread = threading.Thread(target=run)
     thread.start()
-    while thread.is_alive() and not blocks_of(out):
+    while thread.is_alive() and not committed_blocks(out):
         time.sleep(0.005)
-    assert blocks_of(out), result
+    assert committed_blocks(out), result
     disturb()
-    assert len(blocks_of(out)) < 12, "the run was over before it was disturbed"
+    assert len(committed_blocks(out)) < 12, "the run was over before it was disturbed"
     thread.join(timeout=150)
     assert result == [0]
 
@@ -209,7 +178,7 @@ def whole(out: Path, undisturbed: dict[str, str]) -> None:
     """The same bytes, and each block handed in once."""
     assert store_digest(out) == undisturbed
     assert FeatureStore.open(out).status.tolist() == [OK] * 24
-    assert sorted(block["number"] for block in blocks_of(out)) == list(range(12))
+    assert sorted(block["number"] for block in committed_blocks(out)) == list(range(12))
 
 
 def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, undisturbed, tmp_path):
@@ -221,7 +190,12 @@ def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, und
         first = psutil.Process(worker_of(out))
         first.suspend()
         worker_nodes.add(*ONE_NODE)
-        wait_for(lambda: {block["node"] for block in blocks_of(out)} - {blocks_of(out)[0]["node"]})
+        wait_for(
+            lambda: (
+                {block["node"] for block in committed_blocks(out)}
+                - {committed_blocks(out)[0]["node"]}
+            )
+        )
         first.resume()
 
     disturbed(clips, cluster, out, disturb)
@@ -276,14 +250,9 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
 
 def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
     """A driver in a process of its own, once it has committed a block or has ended."""
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [sys.executable, "-m", "extract", "--videos", str(clips), "--out", str(out), *flags]
-    run = subprocess.Popen(
-        [*command, "--address", cluster.address], cwd=ROOT, stdout=log, stderr=log
-    )
-    while run.poll() is None and not blocks_of(out):
+    words = command(clips, out, address=cluster.address)
+    run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+    while run.poll() is None and not committed_blocks(out):
         time.sleep(0.005)
     return run
 
@@ -297,7 +266,7 @@ def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_node
         run.terminate()
         assert run.wait(timeout=60) == 130
     assert (tmp_path / "log").read_text().splitlines()[-1].startswith("interrupted; ")
-    assert 0 < len(blocks_of(out)) < 12
+    assert 0 < len(committed_blocks(out)) < 12
     wait_for(lambda: not actors())
 
 
@@ -310,12 +279,12 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
         run = driver_with_a_block(clips, out, cluster, log)
         run.kill()
         run.wait()
-    before = len(blocks_of(out))
+    before = len(committed_blocks(out))
     assert 0 < before < 12
     wait_for(lambda: not actors())  # of the driver that is gone
     assert main(options(clips, out, address=cluster.address)) == 0
     assert store_digest(out) == undisturbed
-    assert len(blocks_of(out)) <= 12 + 1  # one may have been committed and not logged
+    assert len(committed_blocks(out)) <= 12 + 1  # one may have been committed and not logged
 
 
 @pytest.mark.parametrize("lost", ["decoder", "child", "node"])
@@ -352,9 +321,7 @@ def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
 
 def test_a_node_with_another_version_is_refused(clips, cluster, worker_nodes, tmp_path):
     other = tmp_path / "other"
-    shutil.copytree(
-        ROOT / "extract", other / "extract", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    shutil.copytree(ROOT / "extract", other / "extract")
     with (other / "extract" / "sampling.py").open("a") as file:
         file.write("# a line more\n")
     (other / "sitecustomize.py").write_text(
@@ -368,7 +335,10 @@ def test_a_node_with_another_version_is_refused(clips, cluster, worker_nodes, tm
         main(options(clips, tmp_path / "a.zarr", address=cluster.address))
 
 
-def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, worker_nodes, tmp_path):
+@pytest.mark.filterwarnings("default")  # Ray Train's own
+def test_two_workers_that_train_give_the_loss_curve_of_one(
+    clips, cluster, worker_nodes, tmp_path, monkeypatch
+):
     """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
     for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[::2]):
         folder = tmp_path / "videos" / ("val" if number % 3 == 2 else "train") / clip.parent.name
@@ -377,13 +347,11 @@ def test_two_workers_that_train_give_the_loss_curve_of_one(clips, cluster, worke
     worker_nodes.exactly({"num_cpus": 2})
     flags = f"--model tsn --videos {tmp_path / 'videos'} --epochs 2 --batch-size 8 --lr 0.01 --dropout 0"
     flags += " --backbone test_resnet --weights random --backbone-lr 0 --decode-workers 1 --out"
-    command = [sys.executable, "-m", "aggregate.finetune", *flags.split()]
-    two = [*command, str(tmp_path / "two"), "--workers", "2", "--address", cluster.address]
-    subprocess.run(
-        two, env=os.environ | {"RAY_TRAIN_V2_ENABLED": "1"}, cwd=ROOT, timeout=200, check=True
-    )
-    arguments = [*flags.split(), str(tmp_path / "one")]
-    assert run_command(finetune.main, finetune.Options, prog="finetune", args=arguments) == 0
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.1")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    for out, more in (("two", ["--workers", "2", "--address", cluster.address]), ("one", [])):
+        arguments = [*flags.split(), str(tmp_path / out), *more]
+        assert run_command(finetune.main, finetune.Options, prog="finetune", args=arguments) == 0
 
     def curve(name: str) -> list[float]:
         rows = csv.DictReader((tmp_path / name / "metrics.csv").read_text().splitlines())

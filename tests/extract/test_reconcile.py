@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,16 +25,10 @@ from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
 from extract.workers.reconcile import append_new, merge_classes
 from extract.workers.worker import Worker
+from extractions import command, options
 from stores import classes_store, store_digest
 
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips"
-TINY = {
-    "backbone": "test_resnet",
-    "weights": "random",
-    "precision": "fp32",
-    "frames": 3,
-    "block_size": 2,
-}
 TABLE = (
     ("a.mp4", "push", "train"),
     ("b.mp4", "pull", "train"),
@@ -48,10 +41,6 @@ def write_table(folder: Path, rows=TABLE, columns=("path", "label", "split")) ->
     with (folder / "videos.csv").open("w", newline="") as file:
         csv.writer(file).writerows([columns, *rows])
     return folder / "videos.csv"
-
-
-def options(videos: Path, out: Path, **changed) -> Options:
-    return Options(videos=videos, out=str(out), **(TINY | changed))
 
 
 @pytest.fixture(scope="module")
@@ -690,21 +679,9 @@ def test_ids_that_leave_the_folder_are_refused(unsafe, tmp_path):
 
 def test_of_two_corrections_at_once_one_is_refused(here):
     write_table(here / "clips", [("a.mp4", "pull", "train"), *TABLE[1:]])
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "extract",
-        "--videos",
-        "clips/videos.csv",
-        "--out",
-        "f.zarr",
-        *flags,
-    ]
+    words = command("clips/videos.csv", "f.zarr")
     runs = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)
     ]
     ended = sorted((run.wait(), run.communicate()[0]) for run in runs)

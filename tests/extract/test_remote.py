@@ -14,19 +14,13 @@ import numpy as np
 import pytest
 
 from extract import RunError
-from extract.__main__ import Options, main
+from extract.__main__ import main
 from extract.store import OK, FeatureStore, remote
 from extract.store.remote import Lease, LocalCopy
+from extractions import command, options
 from stores import classes_store
 
 ROOT = Path(__file__).parents[2]
-TINY = {
-    "backbone": "test_resnet",
-    "weights": "random",
-    "precision": "fp32",
-    "frames": 3,
-    "block_size": 2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +60,6 @@ def quick(monkeypatch):
     monkeypatch.setattr(remote, "LEASE_TIMEOUT", 1.5)
 
 
-def options(videos: Path, out: Path | str, **changed) -> Options:
-    return Options(videos=videos, out=str(out), **(TINY | changed))
-
-
 def objects(s3, url: str) -> dict[str, bytes]:
     return {path.partition(".zarr/")[2]: s3.cat_file(path) for path in s3.find(url)}
 
@@ -99,23 +89,12 @@ def test_a_store_on_s3_is_the_store_on_a_disk(s3, clips, undisturbed, capsys):
 def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(
     s3, clips, undisturbed, quick, tmp_path
 ):
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    command = [
-        sys.executable,
-        "-m",
-        "extract",
-        "--videos",
-        str(clips),
-        "--out",
-        "s3://videos/killed.zarr",
-        *flags,
-    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(
-            command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": str(ROOT)}
-        )
+        words = command(clips, "s3://videos/killed.zarr")
+        run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment)
+        while run.poll() is None and "to do" not in (tmp_path / "log").read_text():
+            time.sleep(0.005)
         while run.poll() is None and not committed("s3://videos/killed.zarr"):
             run.send_signal(signal.SIGCONT)
             time.sleep(0.05)

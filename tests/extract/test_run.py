@@ -1,6 +1,5 @@
 """Whole extractions as a user runs them: real small clips, a tiny backbone, and the faults of the world."""
 
-import contextlib
 import errno
 import json
 import os
@@ -14,10 +13,10 @@ import sys
 import threading
 import time
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from extract import InputError, RunError
@@ -32,15 +31,13 @@ from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
 from extract.workers.blocks import Block
+from extractions import command as small_command
+from extractions import committed_blocks, decode_children
+from extractions import options as small_options
 from stores import store_digest
 
-TINY = {
-    "backbone": "test_resnet",
-    "weights": "random",
-    "precision": "fp32",
-    "frames": 3,
-    "block_size": 4,
-}
+options = partial(small_options, block_size=4)
+command = partial(small_command, block_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +61,6 @@ def undisturbed(clips, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "feats.zarr"
     assert main(options(clips, out)) == 0
     return out
-
-
-def options(videos: Path, out: Path | str, **changed) -> Options:
-    return Options(videos=videos, out=str(out), **(TINY | changed))
-
-
-def command(videos: Path, out: Path, *extra: str) -> list[str]:
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    return [
-        sys.executable,
-        "-m",
-        "extract",
-        "--videos",
-        str(videos),
-        "--out",
-        str(out),
-        *flags,
-        *extra,
-    ]
-
-
-def committed_blocks(out: Path) -> int:
-    return sum(record["event"] == "block" for record in RunLog.records(out))
 
 
 def test_a_folder_becomes_a_store(clips, undisturbed):
@@ -134,9 +106,9 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed
     kills = 0
     with log:
         while not out.exists() or FeatureStore.open(out).missing_blocks():
-            before = committed_blocks(out)
-            run = subprocess.Popen(command(clips, out, "--block-size", "1"), stdout=log, stderr=log)
-            while run.poll() is None and committed_blocks(out) < before + 4:
+            before = len(committed_blocks(out))
+            run = subprocess.Popen(command(clips, out, block_size=1), stdout=log, stderr=log)
+            while run.poll() is None and len(committed_blocks(out)) < before + 4:
                 time.sleep(0.001)
             time.sleep(rng.random() * 0.05)
             kills += run.poll() is None
@@ -149,7 +121,7 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed
     assert main(options(clips, whole, block_size=1)) == 0
     assert store_digest(out) == store_digest(whole)
     # What was committed was not done again, beyond a block that was logged and one in hand at each kill.
-    assert committed_blocks(out) <= 12 + kills
+    assert len(committed_blocks(out)) <= 12 + kills
 
 
 def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path, monkeypatch):
@@ -167,15 +139,6 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path, monkeyp
     assert main(options(clips, tmp_path / "a.zarr")) == 0
     assert killed
     assert store_digest(tmp_path / "a.zarr") == store_digest(undisturbed)
-
-
-def decode_children() -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # it ended meanwhile, or is a zombie
-            if "extract.decode.pool" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
 
 
 def test_broken_and_odd_files_end_with_the_right_status(
@@ -310,8 +273,8 @@ def test_too_little_space_is_seen_before_the_run(clips, tmp_path, monkeypatch):
 def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
     out = tmp_path / "a.zarr"
     with (tmp_path / "log").open("w") as log:
-        run = subprocess.Popen(command(clips, out, "--block-size", "1"), stdout=log, stderr=log)
-        while run.poll() is None and committed_blocks(out) < 2:
+        run = subprocess.Popen(command(clips, out, block_size=1), stdout=log, stderr=log)
+        while run.poll() is None and len(committed_blocks(out)) < 2:
             time.sleep(0.005)
         run.send_signal(signal.SIGINT)
         assert run.wait(timeout=30) == 130

@@ -5,8 +5,8 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import av
@@ -16,32 +16,25 @@ import pytest
 from aggregate.data.frames import VideoFrames, clip_pool
 from decode_jobs import crash_at_four_seconds
 from extract import InputError
-from extract.__main__ import Options, main
+from extract.__main__ import main
 from extract.cli import run_command
 from extract.decode.jobs import Plan
 from extract.decode.transform import Preprocessing
 from extract.export import Options as ExportOptions
 from extract.export import main as export
 from extract.listing.videos import list_videos
-from extract.store import FAILED, OK, PARTIAL, FeatureStore, RunLog
+from extract.store import FAILED, OK, PARTIAL, FeatureStore
 from extract.store.corrections import upgrade
 from extract.store.damage import damaged_columns
 from extract.workers import driver
+from extractions import command, committed_blocks
+from extractions import options as small_options
 from stores import store_digest
 from untrimmed import cut_out, join_clips
 
-TINY = {
-    "backbone": "test_resnet",
-    "weights": "random",
-    "precision": "fp32",
-    "frames": 4,
-    "block_size": 8,
-}
+LARGER = {"frames": 4, "block_size": 8}
+options = partial(small_options, **LARGER)
 CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips"
-
-
-def options(videos: Path, out: Path, **changed) -> Options:
-    return Options(videos=videos, out=str(out), **(TINY | changed))
 
 
 @pytest.fixture(scope="module")
@@ -137,26 +130,11 @@ def test_the_same_command_goes_on_and_another_window_is_refused(
 
 
 def test_kill_9_in_the_middle_of_a_file_and_resume_gives_the_same_bytes(untrimmed, tmp_path):
-    flags = [
-        text for name, value in TINY.items() for text in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    run = [
-        sys.executable,
-        "-m",
-        "extract",
-        "--videos",
-        str(untrimmed),
-        *flags,
-        "--window",
-        "1",
-        "--out",
-    ]
     assert main(options(untrimmed, tmp_path / "whole.zarr", window=1.0)) == 0
     out = tmp_path / "killed.zarr"
-    child = subprocess.Popen([*run, str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while child.poll() is None and not any(
-        record["event"] == "block" for record in RunLog.records(out)
-    ):
+    words = command(untrimmed, out, **LARGER, window=1)
+    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not committed_blocks(out):
         time.sleep(0.002)
     child.kill()
     child.wait()

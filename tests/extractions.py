@@ -1,0 +1,54 @@
+"""Small extractions, by `main(options(...))` or as a program, and how far one is."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from extract.options import Options
+from extract.store import RunLog
+
+SMALL = {
+    "backbone": "test_resnet",
+    "weights": "random",
+    "precision": "fp32",
+    "frames": 3,
+    "block_size": 2,
+}
+
+
+def options(videos: Path, out: Path | str, **changed: Any) -> Options:
+    return Options(videos=videos, out=str(out), **(SMALL | changed))
+
+
+def command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
+    """The same options for a process of its own."""
+    named = {"videos": videos, "out": out} | SMALL | changed
+    flags = [
+        word
+        for name, value in named.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [sys.executable, "-m", "extract", *flags]
+
+
+def committed_blocks(out: Path) -> list[dict[str, Any]]:
+    """Their records in the log of the run."""
+    return [record for record in RunLog.records(out) if record["event"] == "block"]
+
+
+def decode_children() -> list[psutil.Process]:
+    """Anywhere below this process, in a local cluster too."""
+    return [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if "extract.decode.pool" in " ".join(command_of(process))
+    ]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ended meanwhile, or is a zombie
+        return []
