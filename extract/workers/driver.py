@@ -7,12 +7,11 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from extract import InputError
-from extract.cli import check_ranges, progress
+from extract.cli import check_ranges
 from extract.commands import command_line
 from extract.cores import available_cores
 from extract.decode import VideoError
@@ -47,12 +46,11 @@ from extract.workers.blocks import BackboneInfo, Block
 from extract.workers.calibration import choose_sample
 from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
+from extract.workers.progress import shown_progress, time_breakdown
 from extract.workers.ray_pool import RayActorPool
 from extract.workers.reconcile import append_new, columns_of, reconcile
 from extract.workers.settings import check_provenance, continue_options
 from extract.workers.worker import Worker
-
-SECONDS_PER_MOVE = 1.0  # of the progress bar
 
 
 def extract(options: Options) -> int:
@@ -94,7 +92,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
         nonce=nonce,
         options=_as_recorded(settings),
     )
-    pool = _worker_pool(settings, store, videos)
+    pool = worker_pool(settings, store, videos)
     try:
         info = pool.describe()
         if store is None:
@@ -245,7 +243,7 @@ def _first_readable_video(blocks: list[Block]) -> str:
     return os.devnull  # no video can be opened: each will fail with its own reason
 
 
-def _worker_pool(
+def worker_pool(
     options: Any, store: FeatureStore | None, videos: Sequence[Video]
 ) -> Worker | RayActorPool:
     """A worker in this process, or several by Ray, which needs 5 to 13 s to start."""
@@ -281,7 +279,7 @@ def _run(
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
     seen = SeenTimes(store)
-    with _shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
+    with shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
         for results in pool.extract(blocks):
             if results:
                 lock.ensure_held()
@@ -303,50 +301,4 @@ def _run(
     wall = time.perf_counter() - started
     seen.save()
     log.write("end", wall=round(wall, 3), frames=totals["frames"])
-    print(_time_breakdown(totals, wall=wall, workers=len(nodes)))
-
-
-@contextlib.contextmanager
-def _shown_progress(
-    pool: Worker | RayActorPool, totals: Counter[str], videos: int, store: FeatureStore
-) -> Iterator[None]:
-    """A progress bar over the frames to do. It moves every second, not only after a block."""
-    # A clip may have several rows of features. Progress counts sampled frames.
-    sampled = store.provenance.get("sampling", {}).get("frames", store.frames_per_video)
-    frames = store.num_views * sampled
-    stop = threading.Event()
-
-    def move() -> None:
-        settled = max(totals["videos"] * frames, min(pool.settled(), videos * frames))
-        done = f"{settled // frames:,.0f} of {videos:,} videos, {totals['failed']:,} failed"
-        bar.set_postfix_str(done, refresh=False)
-        bar.update(settled - bar.n)  # negative after a worker was lost
-        if sys.stderr.isatty():
-            bar.refresh()  # updates the time even if nothing has changed
-
-    def move_each_second() -> None:
-        while not stop.wait(SECONDS_PER_MOVE):
-            move()
-
-    with progress(total=videos * frames, unit="frame") as bar:
-        mover = threading.Thread(target=move_each_second, name="progress", daemon=True)
-        mover.start()
-        try:
-            yield
-        finally:
-            stop.set()
-            mover.join()
-            move()
-
-
-def _time_breakdown(totals: Counter[str], *, wall: float, workers: int) -> str:
-    if not totals["frames"]:
-        return f"no frame was computed in {wall:.1f} s: no video could be read"
-    busy = max(wall * workers, 1e-9)
-    limit = "decoding" if totals["wait"] > totals["device"] else "the backbone"
-    return (
-        f"{totals['frames']:,} frames in {wall:.1f} s: {totals['frames'] / wall:.0f} frames/s. Of "
-        f"the workers' time the device computed {totals['device'] / busy:.0%} and waited for "
-        f"frames {totals['wait'] / busy:.0%}; decoding took {totals['decode']:.1f} CPU s, and "
-        f"writing {totals['write']:.1f} s at the same time. The limit was {limit}."
-    )
+    print(time_breakdown(totals, wall=wall, workers=len(nodes)))

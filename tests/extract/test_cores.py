@@ -105,4 +105,4 @@ def test_threads_reach_the_worker_and_its_children(tmp_path, monkeypatch):
     chosen = Options(
         videos=tmp_path, out=str(tmp_path / "a.zarr"), device="cpu", threads=3, weights="random"
     )
-    assert driver._worker_pool(chosen, None, []).cores == 3
+    assert driver.worker_pool(chosen, None, []).cores == 3

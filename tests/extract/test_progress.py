@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 from extract import RunError, cli
-from extract.cli import progress
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import Outcomes
-from extract.workers import driver, ray_pool
+from extract.workers import progress, ray_pool
 from extract.workers.blocks import BackboneInfo, Block, BlockResult
 from extract.workers.ray_pool import RayActorPool
 from simulated_ray import PendingError, RayActorError, SimulatedRay
@@ -45,9 +44,9 @@ def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
-    monkeypatch.setattr(driver, "SECONDS_PER_MOVE", 0.02)
+    monkeypatch.setattr(progress, "SECONDS_PER_MOVE", 0.02)
     totals = Counter()
-    with driver._shown_progress(FakePool(), totals, 300, FakeStore()):
+    with progress.shown_progress(FakePool(), totals, 300, FakeStore()):
         deadline = time.monotonic() + 60
         while len(states(screen)) < 7 and time.monotonic() < deadline:
             time.sleep(0.05)  # a bar appears after a second
@@ -60,17 +59,17 @@ def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
 
 
 def test_frames_of_a_lost_worker_are_taken_back(monkeypatch):
-    monkeypatch.setattr(driver, "SECONDS_PER_MOVE", 60.0)
+    monkeypatch.setattr(progress, "SECONDS_PER_MOVE", 60.0)
     pool = FakePool()
     pool.settled = lambda: 7
-    with driver._shown_progress(pool, Counter(videos=3), 10, FakeStore()):
+    with progress.shown_progress(pool, Counter(videos=3), 10, FakeStore()):
         pass  # 30 frames are handed in, whatever workers say
 
 
 def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeypatch, capsys):
     assert cli.LOG_SECONDS == 30
     monkeypatch.setattr(cli, "LOG_SECONDS", 0.3)
-    with progress(total=100, unit="frame") as bar:
+    with cli.progress(total=100, unit="frame") as bar:
         for _ in range(40):
             time.sleep(0.05)
             bar.update()
@@ -91,7 +90,7 @@ def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeyp
     ],
 )
 def test_the_limit_is_what_took_longer(totals, expected):
-    assert driver._time_breakdown(Counter(totals), wall=10.0, workers=1).endswith(expected)
+    assert progress.time_breakdown(Counter(totals), wall=10.0, workers=1).endswith(expected)
 
 
 def simulated_pool(monkeypatch, answer, **changed) -> RayActorPool:
