@@ -8,6 +8,13 @@ import torch
 from aggregate.hgnl import HGNonLocal
 
 
+def some_mask(batch: int, time: int) -> torch.Tensor:
+    """A random mask with at least one valid frame per row."""
+    mask = torch.rand(batch, time) < 0.5
+    mask[torch.arange(batch), torch.randint(time, (batch,))] = True
+    return mask
+
+
 def attention_by_loops(module: HGNonLocal, video: torch.Tensor) -> np.ndarray:
     """F_v of one video `[time, dim]` in float64; every frame counts."""
     frames = video.detach().double().numpy()

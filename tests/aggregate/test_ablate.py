@@ -36,13 +36,6 @@ from stores import classes_store, poison_row
 TIMES = {"seconds", "pass_seconds", "pass_models"}
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("ablate") / "feats.zarr"
-    classes_store(path, noise=4.0)  # hard enough that configurations differ
-    return str(path)
-
-
 def options(features: str, out: Path, **changes) -> ablate.Options:
     small = {"agg": ("hgnl",), "g1": (4,), "g2": (2,), "m1": (8,), "seeds": (0,)}
     quick = {"epochs": (3,), "batch_size": (16,), "lr": (0.01,), "dropout": (0.3,)}

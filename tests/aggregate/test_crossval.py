@@ -24,13 +24,6 @@ GROUPS = {"g1": (4,), "g2": (2,), "m1": (8,)}
 
 
 @pytest.fixture(scope="module")
-def features(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("crossval") / "feats.zarr"
-    classes_store(path, noise=4.0)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
 def few_groups(tmp_path_factory) -> str:
     """30 videos in six groups, for folds of groups that are run several times."""
     path = tmp_path_factory.mktemp("crossval") / "few.zarr"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from aggregate.hgnl import Attention, HGNonLocal, Norm
 from aggregate.nl import NonLocal
-from attention import attention_by_loops, gradients
+from attention import attention_by_loops, gradients, some_mask
 from extract import InputError
 from literal import literal_form
 from tolerance import assert_close
@@ -37,12 +37,6 @@ def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
     ).double()
     batch, time = draw(st.integers(1, 3)), draw(st.integers(1, 6))
     return module, torch.randn(batch, time, module.out_dim, dtype=torch.float64)
-
-
-def some_mask(batch: int, time: int) -> torch.Tensor:
-    mask = torch.rand(batch, time) < 0.5
-    mask[torch.arange(batch), torch.randint(time, (batch,))] = True
-    return mask
 
 
 def hgnl(*args, seed: int = 0, **options) -> HGNonLocal:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregate.nl import NonLocal
-from attention import attention_by_loops, gradients
+from attention import attention_by_loops, gradients, some_mask
 from extract import InputError
 from literal import literal_form
 from tolerance import assert_close
@@ -23,12 +23,6 @@ def case(
 
 def linear(x: torch.Tensor, layer: torch.nn.Module) -> torch.Tensor:
     return torch.nn.functional.linear(x, layer.weight, layer.bias)
-
-
-def some_mask(batch: int, time: int) -> torch.Tensor:
-    mask = torch.rand(batch, time) < 0.5
-    mask[torch.arange(batch), torch.randint(time, (batch,))] = True
-    return mask
 
 
 SIZES = (

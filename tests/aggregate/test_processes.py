@@ -30,13 +30,6 @@ QUICK = {
 }
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("processes") / "feats.zarr"
-    classes_store(path, noise=4.0)
-    return str(path)
-
-
 @pytest.fixture
 def two_cores(monkeypatch) -> None:
     monkeypatch.setattr(processes, "available_cores", lambda: 2)
@@ -144,7 +137,7 @@ def test_no_process_outlives_the_command(how, features, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     out = tmp_path / "cv"
     command = (
-        f"aggregate.crossval --agg tsn hgnl {FLAGS} --epochs 400 --features {features} --out {out}"
+        f"aggregate.crossval --agg tsn hgnl {FLAGS} --epochs 60 --features {features} --out {out}"
     )
     started: list[psutil.Process] = []
 

@@ -27,13 +27,6 @@ from stores import classes_store, fail_rows, poison_row
 QUICK = {"epochs": (3,), "batch_size": (16,), "lr": (0.01,), "seeds": (0,)}
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("protocols") / "feats.zarr"
-    classes_store(path, noise=4.0)
-    return str(path)
-
-
 def results_of(out: Path) -> dict:
     return json.loads((out / "results.json").read_text())
 

@@ -22,6 +22,7 @@ from ensemble.submit import Options, main
 from extract import InputError
 from extract.cli import run_command
 from extract.listing.labels import kinetics700_labels
+from listings import write
 
 CLASSES = ["a", "b c", "d'e", "f (g)", "ü", "h", "i"]
 
@@ -316,11 +317,6 @@ def test_two_labels_of_one_video_are_a_hit_either_way_and_a_repeated_one_uses_up
     )
     assert grade_submission(path, {"-_000000000": {"h"}}).top5_error.value == 1
     assert grade_submission(path, {"-_000000000": {"h", "a"}}).top1_error.value == 0
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def test_truths_are_read_from_every_form_there_is(tmp_path):

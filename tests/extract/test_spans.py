@@ -25,6 +25,7 @@ from extract.listing.windows import cut_windows, resolve_windowing, window_spans
 from extract.options import Options
 from extract.sampling import segment_centers
 from extract.workers.blocks import make_jobs
+from listings import touch, write
 from videos import (
     DOUBTED,
     TRUSTED,
@@ -37,17 +38,6 @@ from videos import (
 
 SPANS = [(0.0, 0.2), (0.2, 0.4), (0.1, 0.5), (0.36, 0.4), (0.0, 0.9), (0.84, 0.92), (0.4, 1.2)]
 SEE = Preprocessing(32, 40, "bilinear", (0.5,) * 3, (0.5,) * 3)
-
-
-def touch(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return path
 
 
 def centers(num_frames: int) -> np.ndarray:

@@ -1,0 +1,13 @@
+"""What several files of tests of training share."""
+
+import pytest
+
+from stores import classes_store
+
+
+@pytest.fixture(scope="session")
+def features(tmp_path_factory) -> str:
+    """A store on which training is hard enough that configurations differ. Nothing may change it."""
+    path = tmp_path_factory.mktemp("features") / "feats.zarr"
+    classes_store(path, noise=4.0)
+    return str(path)
