@@ -1,5 +1,6 @@
 """What decode children are told to do in tests: module-level functions, since a child imports them by name."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -36,6 +37,14 @@ def _sleep(seconds: float, out: np.ndarray) -> float:
     return seconds
 
 
+def _meet(place: tuple[str, int, int], out: np.ndarray) -> None:
+    """Say that this one of several jobs has begun, and wait for all the others."""
+    folder, number, count = place
+    (Path(folder) / str(number)).touch()
+    while len(os.listdir(folder)) < count:
+        time.sleep(0.005)
+
+
 def _hold_the_lock(path: str | None, out: np.ndarray) -> None:
     """As decord hangs: a C function that never returns and never gives Python's lock back."""
     if path:
@@ -47,6 +56,12 @@ def _wait(path: str, out: np.ndarray) -> None:
     """Say which process this is, then wait to be stopped or killed."""
     Path(path).write_text(str(os.getpid()))
     time.sleep(1000)
+
+
+def _stop(path: str, out: np.ndarray) -> None:
+    """Say which process this is, then stop it."""
+    Path(path).write_text(str(os.getpid()))
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _abort(path: str, out: np.ndarray) -> None:
@@ -111,8 +126,10 @@ _KINDS = {
     "with little memory": _with_little_memory,
     "fill": _fill,
     "sleep": _sleep,
+    "meet": _meet,
     "hold the lock": _hold_the_lock,
     "wait": _wait,
+    "stop": _stop,
     "abort": _abort,
     "abort once": _abort_once,
     "exit": lambda status, out: os._exit(status),
@@ -149,6 +166,26 @@ def crash_on_a_gpu(job, out):
     if "crash" in Path(path).name:
         os._exit(9)
     return decode_job((path, rows, replace(plan, decoder="pyav")), out.numpy())
+
+
+def held(job, out):
+    """`decode_job` that goes as far as a test wants, which says it by files in the folder HGNL_TEST_HELD.
+
+    Videos below a folder whose name stands in the file `hold` wait until that file is gone. A child that decodes for
+    another node and finds a file `stop` removes it and stops, with its video in hand.
+    """
+    from extract.decode.jobs import decode_job
+
+    if "HGNL_TEST_HELD" in os.environ:
+        folder = Path(os.environ["HGNL_TEST_HELD"])
+        with contextlib.suppress(FileNotFoundError):
+            while (folder / "hold").read_text() in Path(job[0]).parts:
+                time.sleep(0.005)
+        if Path(f"/proc/{os.getppid()}/cmdline").read_bytes().startswith(b"ray::Decoder"):
+            with contextlib.suppress(FileNotFoundError):
+                (folder / "stop").unlink()
+                os.kill(os.getpid(), signal.SIGSTOP)
+    return decode_job(job, out)
 
 
 def prepare_row(path: str, row_id: str, plan: Any, out: Any, *, span: Any = None) -> Any:

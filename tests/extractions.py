@@ -33,6 +33,23 @@ def command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
     return [sys.executable, "-m", "extract", *flags]
 
 
+def held_command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
+    """The same, which decodes only as far as a test wants (`decode_jobs.held`)."""
+    program = (
+        "import sys\n"
+        "from functools import partial\n"
+        "from extract.__main__ import main\n"
+        "from extract.cli import run_command\n"
+        "from extract.options import Options\n"
+        "from extract.workers import driver\n"
+        "from extract.workers.ray_pool import RayActorPool\n"
+        "from simulated import HeldWorker\n"
+        "driver.Worker, driver.RayActorPool = HeldWorker, partial(RayActorPool, worker=HeldWorker)\n"
+        "sys.exit(run_command(main, Options, prog='extract'))\n"
+    )
+    return [sys.executable, "-c", program, *command(videos, out, **changed)[3:]]
+
+
 def committed_blocks(out: Path) -> list[dict[str, Any]]:
     """Their records in the log of the run."""
     return [record for record in RunLog.records(out) if record["event"] == "block"]

@@ -1,11 +1,11 @@
-"""A worker whose decoding and backbone are sleeps, as long as they take on machines that are not at hand."""
+"""Workers of which a part is simulated: a backbone that imports no torch, decoding that sleeps, crashes or waits."""
 
 import time
 from typing import Any
 
 import numpy as np
 
-from decode_jobs import crash_on_a_gpu
+from decode_jobs import crash_on_a_gpu, held
 from extract.decode.transform import Preprocessing
 from extract.workers.worker import Worker
 from simulated_decoding import sleep_to_decode
@@ -51,6 +51,30 @@ class SimulatedWorker(Worker):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments, backbone=SleepingBackbone())  # type: ignore[arg-type]
+
+
+class PixelBatches(SleepingBatches):
+    """The features of a frame are a part of its middle row."""
+
+    def add(self, frames: np.ndarray, into: np.ndarray) -> None:
+        self.added = self.completed = self.added + len(frames)
+        into[: len(frames)] = frames[:, SIZE // 2, :DIM, 0]
+
+
+class PixelBackbone(SleepingBackbone):
+    def batches(self, **_: object) -> PixelBatches:
+        return PixelBatches()
+
+
+class HeldWorker(Worker):
+    """Decodes as far as a test wants (`decode_jobs.held`)."""
+
+    decode_job = staticmethod(held)
+
+
+class HeldPixelWorker(HeldWorker):
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments, backbone=PixelBackbone())  # type: ignore[arg-type]
 
 
 class CrashingWorker(Worker):

@@ -180,7 +180,7 @@ def test_kill_9_loses_only_the_epoch_in_hand_and_leaves_no_child(videos, tmp_pat
     )
     with running(command, until=(tmp_path / "run" / "last.pt").exists) as process:
         children = psutil.Process(process.pid).children(recursive=True)
-    _gone, alive = psutil.wait_procs(children, timeout=10)
+    _gone, alive = psutil.wait_procs(children, timeout=60)
     assert children
     assert not alive
     with prepare(wanted) as run:

@@ -1,8 +1,6 @@
 """Probes, few shots, published protocols and grids in python -m aggregate.crossval."""
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from aggregate.data.features import StoredFeatures
 from aggregate.metrics import bootstrap_by_class
 from aggregate.scores import Scores
 from extract import InputError, RunError
+from extract.cli import run_command
 from extract.store import FeatureStore
 from stores import classes_store, fail_rows, poison_row
 
@@ -241,19 +240,14 @@ def test_macro_f1_of_failed_and_untested_videos():
 # -- protocols ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp_path):
-    command = "-m aggregate.crossval --protocol mveb --shots 2 --repeats 3"
-    command += f" --features {features} --out {tmp_path / 'cv'}"
-    done = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, check=True
-    )
-    assert (
-        "mveb: --agg logreg, --C 1.0, --vector mean, --standardize false, --epochs 100"
-        in done.stdout
-    )
-    assert "NOT mveb's: --repeats 3 (mveb: 10)" in done.stdout
-    assert "NOT mveb's: --shots 2 (mveb: 8)" in done.stdout
-    assert "3 draws of 2 videos per class" in done.stdout
+def test_a_protocol_sets_options_and_what_is_given_next_to_it_wins(features, tmp_path, capsys):
+    flags = f"--protocol mveb --shots 2 --repeats 3 --features {features} --out {tmp_path / 'cv'}"
+    assert run_command(crossval.main, crossval.Options, prog="p", args=flags.split()) == 0
+    said = capsys.readouterr().out
+    assert "mveb: --agg logreg, --C 1.0, --vector mean, --standardize false, --epochs 100" in said
+    assert "NOT mveb's: --repeats 3 (mveb: 10)" in said
+    assert "NOT mveb's: --shots 2 (mveb: 8)" in said
+    assert "3 draws of 2 videos per class" in said
     recorded = json.loads((tmp_path / "cv" / "options.json").read_text())
     assert (recorded["shots"], recorded["C"], recorded["agg"]) == (2, [1.0], ["logreg"])
 

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -198,22 +197,17 @@ def test_wrong_usage_says_what_to_do(files, monkeypatch, capsys, args, message):
 
 @pytest.mark.parametrize("module", ["ensemble", "ensemble.submit"])
 def test_help_needs_no_heavy_library(module):
-    """What makes --help slow is what it imports; seconds on a shared machine say little, so they are the best of 3."""
+    """What makes --help slow is what it imports."""
     code = (
         "import sys, runpy\n"
         "sys.argv = ['x', '--help']\ntry:\n"
         f"    runpy.run_module({module!r}, run_name='__main__', alter_sys=True)\n"
         "except SystemExit as done:\n    code = done.code\n"
-        "heavy = {'torch', 'numpy', 'scipy', 'h5py'} & set(sys.modules)\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'h5py', 'pandas', 'sklearn', 'zarr', 'ray', 'av'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy or code else 0)\n"
     )
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
-        )
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
     assert "--help" in done.stdout
-    assert min(seconds) < 1.5

@@ -1,7 +1,7 @@
 """What all commands do alike: ranges of numbers, and file names that a terminal must not obey."""
 
+import importlib
 import io
-import subprocess
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -14,6 +14,13 @@ from extract.cli import check_ranges, progress, run_command
 
 EVIL = "\x1b]0;owned\x07\x1b[31m\x9b2Jred\u202egpj.mp4"
 SHOWN = r"\x1b]0;owned\x07\x1b[31m\x9b2Jred\u202egpj.mp4"
+
+
+def run(module: str, *args: str) -> int:
+    """A command as `python -m` runs it, in this process."""
+    package = Path(__file__).parents[2] / module.replace(".", "/")
+    command = importlib.import_module(f"{module}.__main__" if package.is_dir() else module)
+    return run_command(command.main, command.Options, prog=module, args=args)
 
 
 @dataclass(frozen=True)
@@ -62,12 +69,10 @@ def test_numbers_out_of_range_are_refused_by_name(changes, message):
     ],
     ids=lambda command: command[0],
 )
-def test_every_command_refuses_a_negative_seed(command, tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 2, done.stderr
-    assert "-1: expected at least 0" in done.stderr
+def test_every_command_refuses_a_negative_seed(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(*command) == 2
+    assert "-1: expected at least 0" in capsys.readouterr().err
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ def test_a_bar_may_move_the_cursor(monkeypatch):
     assert "\r" in screen.getvalue()
 
 
-def test_extract_and_status_show_such_names(tmp_path):
+def test_extract_and_status_show_such_names(tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     (videos / EVIL.replace("/", "")).write_bytes(b"no video")
@@ -112,10 +117,8 @@ def test_extract_and_status_show_such_names(tmp_path):
         ["extract.status", str(tmp_path / "f.zarr")],
     )
     for command in commands:
-        done = subprocess.run(
-            [sys.executable, "-m", *command], cwd=Path(__file__).parents[2], capture_output=True
-        )
-        text = (done.stdout + done.stderr).decode()
+        run(*command)
+        text = "".join(capsys.readouterr())
         assert SHOWN in text
         assert not set(text) & {"\x1b", "\x07", "\x9b", "\u202e"}
 

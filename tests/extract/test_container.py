@@ -138,7 +138,7 @@ def test_pipes_sockets_and_devices_are_refused_at_once(make, tmp_path, monkeypat
     make(path)
     started = time.monotonic()
     assert reason_for(path) == "is a pipe, a socket or a device, not a file"
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from extract.decode.transform import Preprocessing
 from odd_files import write_pictures
 
 SLOT = 1000
-PATIENCE = (
-    30.0  # seconds until a test gives up: nothing here takes more than a few on a busy machine
-)
+# Seconds until a test gives up: nothing here takes more than a few on a busy machine.
+PATIENCE = 30.0
+FOREVER = 1000.0  # seconds of a job, or until it is given up: no test waits so long
 
 
 def pool_of(workers: int = 1, *, timeout: float = 20.0, **changed) -> SubprocessPool:
@@ -78,6 +78,15 @@ def _no_child_is_left(pool):
     before = children()
     yield
     wait_for(lambda: children() <= before, "children to be gone")
+
+
+@pytest.fixture
+def one_second_to_hang(monkeypatch) -> None:
+    """Jobs that hang are given up after a second; others have their time, on a busy machine too."""
+    hang = ("hold the lock", "stop", "wait")
+    monkeypatch.setattr(
+        "extract.decode.pool.time_limit", lambda allowed, job: 1.0 if job in hang else allowed
+    )
 
 
 def works(pool: SubprocessPool) -> None:
@@ -174,15 +183,13 @@ def test_ctrl_c_is_the_parents_to_decide(pool):
         assert finished.result[0] == child
 
 
-def test_several_children_work_at_the_same_time_and_give_way():
+def test_several_children_work_at_the_same_time_and_give_way(tmp_path):
     with pool_of(3, nice=7) as pool:
-        for future in [pool.submit(("sleep", 0.01)) for _ in range(3)]:
-            future.result(PATIENCE).release()
-        started = time.monotonic()
-        futures = [pool.submit(("sleep", 1.0)) for _ in range(3)]
+        # One after the other, the first would wait for ever.
+        futures = [pool.submit(("meet", (str(tmp_path), number, 3))) for number in range(3)]
         for future in futures:
-            future.result(PATIENCE).release()
-        assert time.monotonic() - started < 2.9  # one after the other: 3.0
+            with future.result(PATIENCE) as finished:
+                assert finished.failure == ""
         with pool.submit(("process", None)).result(PATIENCE) as finished:
             assert finished.result[1] == min(19, os.nice(0) + 7)
 
@@ -205,12 +212,12 @@ def test_videos_are_prepared_as_in_this_process(codec_clips, broken_clips):
 # -- jobs that do not ------------------------------------------------------------------------------------------------
 
 
-def test_a_child_that_holds_pythons_lock_for_ever_is_given_up(tmp_path):
-    with pool_of(timeout=1.0) as pool:
+def test_a_child_that_holds_pythons_lock_for_ever_is_given_up(one_second_to_hang, tmp_path):
+    with pool_of() as pool:
         works(pool)
         started = time.monotonic()
         finished = pool.submit(("hold the lock", str(tmp_path / "pid"))).result(PATIENCE)
-        assert 1.0 <= time.monotonic() - started < 6.0
+        assert time.monotonic() - started >= 1.0
         assert (
             finished.failure
             == "given up after 1 s (--video-timeout): decoding hangs or is too slow"
@@ -219,35 +226,31 @@ def test_a_child_that_holds_pythons_lock_for_ever_is_given_up(tmp_path):
         works(pool)
 
 
-def test_a_stopped_child_is_given_up(tmp_path):
-    with pool_of(timeout=1.0) as pool:
+def test_a_stopped_child_is_given_up(one_second_to_hang, tmp_path):
+    with pool_of() as pool:
         works(pool)
-        started = time.monotonic()
-        future = pool.submit(("wait", str(tmp_path / "pid")))
-        child = pid_in(tmp_path / "pid")
-        os.kill(child, signal.SIGSTOP)
+        future = pool.submit(("stop", str(tmp_path / "pid")))
         assert future.result(PATIENCE).failure.startswith("given up after 1 s")
-        assert time.monotonic() - started < 6.0
-        wait_for(lambda: gone(child), "the child to be killed")
+        wait_for(lambda: gone(pid_in(tmp_path / "pid")), "the child to be killed")
         works(pool)
 
 
-def test_a_child_stopped_between_two_jobs_is_given_up(tmp_path):
-    with pool_of(timeout=1.0) as pool:
+def test_a_child_stopped_between_two_jobs_is_given_up(one_second_to_hang, tmp_path):
+    with pool_of() as pool:
         with pool.submit(("process", None)).result(PATIENCE) as finished:
             child = finished.result[0]
         os.kill(child, signal.SIGSTOP)
-        assert pool.submit(("fill", 1)).result(PATIENCE).failure.startswith("given up after 1 s")
+        never = pool.submit(("wait", str(tmp_path / "pid")))
+        assert never.result(PATIENCE).failure.startswith("given up after 1 s")
+        assert not (tmp_path / "pid").exists()
         works(pool)
 
 
 def test_a_child_that_crashes_is_tried_again_and_then_given_up(tmp_path):
     with pool_of() as pool:
-        started = time.monotonic()
         finished = pool.submit(("abort", str(tmp_path / "tries"))).result(PATIENCE)
         assert finished.failure == f"the decoding process died {ATTEMPTS} times (signal 6, SIGABRT)"
         assert (tmp_path / "tries").read_text() == "x" * ATTEMPTS
-        assert time.monotonic() - started < 20
         works(pool)
 
 
@@ -263,10 +266,10 @@ def test_a_job_whose_child_someone_killed_is_done_by_the_next(tmp_path):
 
 
 def test_one_bad_child_does_not_hold_up_the_others():
-    with pool_of(2) as pool:
+    with pool_of(2, timeout=FOREVER) as pool:
         bad = pool.submit(("hold the lock", None))
         for number in range(20):
-            with pool.submit(("fill", number)).result(10) as finished:
+            with pool.submit(("fill", number)).result(PATIENCE) as finished:
                 assert finished.failure == ""
         assert not bad.done()
 
@@ -302,15 +305,14 @@ def test_a_video_that_takes_too_much_memory_fails_alone(tmp_path):
 def test_a_large_file_has_longer(tmp_path):
     """One second more per 2 MB, which a header cannot claim."""
     job = tmp_path / "sleep"  # the job's name is its file
-    with pool_of(timeout=0.5) as pool:
-        works(pool)
-        for size, allowed in ((2_000_000, 1.5), (1_000_000, 1.0), (0, 0.5)):
+    with pool_of(timeout=0.1) as pool:
+        for size, allowed in ((200_000_000, 100.1), (400_000, 0.3), (0, 0.1)):
             with job.open("wb") as file:
                 file.truncate(size)
-            assert time_limit(0.5, job) == allowed
-            with pool.submit((str(job), 1.2)).result(PATIENCE) as finished:
+            assert time_limit(0.1, job) == pytest.approx(allowed)
+            with pool.submit((str(job), 0.5)).result(PATIENCE) as finished:
                 late = f"given up after {allowed:.3g} s (--video-timeout): decoding hangs or is too slow"
-                assert finished.failure == ("" if allowed > 1.2 else late)
+                assert finished.failure == ("" if allowed > 0.5 else late)
 
 
 def test_the_longest_time_is_an_hour_or_what_was_chosen(tmp_path):
@@ -323,9 +325,11 @@ def test_the_longest_time_is_an_hour_or_what_was_chosen(tmp_path):
 
 def test_waiting_for_a_child_is_not_the_jobs_time():
     """Neither in the queue nor while a child starts."""
-    with pool_of(timeout=1.0) as pool:
-        futures = [pool.submit(("sleep", 0.4)) for _ in range(4)]
-        assert [future.result(PATIENCE).failure for future in futures] == [""] * 4
+    with pool_of(timeout=2.0) as pool:
+        futures = [pool.submit(("sleep", 0.15)) for _ in range(16)]
+        for future in futures:
+            with future.result(PATIENCE) as finished:
+                assert finished.failure == ""
 
 
 # -- the pool --------------------------------------------------------------------------------------------------------
@@ -356,13 +360,13 @@ def test_descriptors_and_children_stay_the_same_over_many_jobs(tmp_path):
 
 
 def test_closing_while_busy_is_quick(tmp_path):
-    pool = pool_of(2)
+    pool = pool_of(2, timeout=FOREVER)
     busy = [pool.submit(("hold the lock", str(tmp_path / name))) for name in ("one", "two")]
     waiting = [pool.submit(("fill", 1)) for _ in range(50)]
     pids = [pid_in(tmp_path / name) for name in ("one", "two")]
     started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < PATIENCE
     assert all(gone(pid) for pid in pids)
     assert [future.result(0).failure for future in busy] == ["cancelled"] * 2
     for future in waiting:
@@ -373,22 +377,22 @@ def test_closing_while_busy_is_quick(tmp_path):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.05, 0.2, 0.5])
 def test_closing_while_children_start_is_quick(seconds):
-    pool = pool_of(2)
+    pool = pool_of(2, timeout=FOREVER)
     futures = [pool.submit(("hold the lock", None)) for _ in range(2)]
     time.sleep(seconds)
     started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < PATIENCE
     assert all(future.cancelled() or future.result(0).failure == "cancelled" for future in futures)
 
 
 def test_closing_with_results_that_nobody_released_is_quick():
-    pool = pool_of()
+    pool = pool_of(timeout=FOREVER)
     futures = [pool.submit(("fill", 5)) for _ in range(SLOTS_PER_CHILD + 3)]
     finished = [future.result(PATIENCE) for future in futures[:SLOTS_PER_CHILD]]
     started = time.monotonic()
     pool.close()
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < PATIENCE
     assert all(
         (one.buffer == 5).all() for one in finished
     )  # still there: the memory lives as long as its readers
@@ -446,8 +450,8 @@ def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
     def elsewhere(job):
         return JobResult(job[1], np.full(SLOT, job[1], np.uint8))
 
-    with pool_of() as pool:
-        busy = pool.submit(("sleep", 15.0))
+    with pool_of(timeout=FOREVER) as pool:
+        busy = pool.submit(("sleep", FOREVER))
         wait_for(busy.running, "our child to take a job")
         pool.add_remote_executor(elsewhere, concurrency=2)
         futures = [pool.submit(("fill", number)) for number in range(40)]

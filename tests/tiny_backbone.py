@@ -1,0 +1,24 @@
+"""A backbone of one convolution, registered with timm: for tests of what comes behind a backbone."""
+
+import timm
+import torch
+from torch import Tensor, nn
+
+NAME = "hgnl_test_convolution"
+
+
+class Convolution(nn.Module):
+    """uint8 frames of 160 x 160, normalized -> 96 features, as those of timm's `test_resnet`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pretrained_cfg = {"input_size": (3, 160, 160), "architecture": NAME}
+        self.convolution = nn.Conv2d(3, 96, 16, stride=16)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.relu(self.convolution(pixels)).mean((2, 3))
+
+
+@timm.models.register_model
+def hgnl_test_convolution(**_: object) -> Convolution:
+    return Convolution()
