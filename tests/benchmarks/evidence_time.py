@@ -1,4 +1,4 @@
-"""Who sees time, and what fine-tuning adds: the tables of LOG.md, "End to end" and "Who sees the order of frames".
+"""Who sees time, and what fine-tuning adds: the tables of LOG.md, "End to end" and "Which heads see the order of frames".
 
     python tests/benchmarks/evidence_time.py --work runs/evidence_time [--only order finetune]
 
