@@ -1,12 +1,15 @@
-"""Who sees time, and what fine-tuning adds: the tables of LOG.md, "End to end" and "Which heads see the order of frames".
+"""Which heads see the order of frames, and what fine-tuning adds.
+
+The tables are in LOG.md, "Which heads see the order of frames" and "End to end on real clips".
 
     python tests/benchmarks/evidence_time.py --work runs/evidence_time [--only order finetune]
 
-order: videos rendered from real pictures, whose two classes hold the same frames in opposite order (to the bit: every
-frame is coded by itself, and the middles of four segments of five frames are the same ones from either end). `pan`
-moves over a panorama joined of a picture of daily_actions and one of exercise_mini, from the one to the other or back;
-`zoom` goes into a picture or out of it. Test pictures are not training pictures. A flip keeps the class of both.
-finetune: EfficientNet-Lite0 trained end to end against the same frozen, on the shipped clips.
+order: videos rendered from real pictures. The two classes of a task hold the same frames in opposite order, bit for bit:
+every frame is coded by itself, and the middles of four segments of five frames are the same from either end. `pan`
+moves over a panorama made of a picture of daily_actions and one of exercise_mini, in one direction or the other.
+`zoom` moves into a picture or out of it. Test pictures are not training pictures. A flip keeps the class of both.
+
+finetune: EfficientNet-Lite0 trained end to end against the same backbone frozen, on the shipped clips.
 """
 
 import argparse
