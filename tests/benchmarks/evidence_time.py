@@ -4,8 +4,8 @@ The tables are in LOG.md, "Which heads see the order of frames" and "End to end 
 
     python tests/benchmarks/evidence_time.py --work runs/evidence_time [--only order finetune]
 
-order: videos rendered from real pictures. The two classes of a task hold the same frames in opposite order, bit for bit:
-every frame is coded by itself, and the middles of four segments of five frames are the same from either end. `pan`
+order: videos rendered from real pictures. The two classes of a task hold the same frames in opposite order, to the
+bit: every frame is coded by itself, and the middles of four segments of five frames are the same from either end. `pan`
 moves over a panorama made of a picture of daily_actions and one of exercise_mini, in one direction or the other.
 `zoom` moves into a picture or out of it. Test pictures are not training pictures. A flip keeps the class of both.
 
