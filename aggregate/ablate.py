@@ -1,8 +1,8 @@
 """python -m aggregate.ablate: train many configurations in one pass over the features.
 
-Every option of the aggregators and of training takes a list; all combinations are trained, once per
-seed. One command has one folder: finished results, tables and figures. How a pass is shared:
-aggregate/ablation/grid.py; how results are compared: aggregate/ablation/compare.py.
+Every option of the aggregators and of training takes a list. All combinations are trained, once per
+seed. Each command has a folder of its own, with finished results, tables and figures.
+aggregate/ablation/grid.py trains the models of a pass, aggregate/ablation/compare.py compares them.
 """
 
 import functools
@@ -31,13 +31,13 @@ class Options(GridOptions, SplitOptions):
     """Train all combinations of the listed options on cached features, several at once; run again
     to resume.
 
-    If no default is named, an option is the recipe's own.
+    Options without a stated default come from the recipe.
     """
 
     out: Path = Path("runs/ablation")
     """The folder of tables, figures and finished results."""
     init: Path | None = None
-    """A checkpoint that all start from; classifier rows carry over by class name."""
+    """A checkpoint that all models start from; classifier rows are matched by class name."""
 
 
 def main(options: Options) -> int:
@@ -103,7 +103,7 @@ def main(options: Options) -> int:
 def _train_passes(
     groups: "list[list[Configuration]]", prepare: Any, processes: int, threads: int
 ) -> Iterator[Any]:
-    """The results of each pass as it ends, with a progress bar."""
+    """Yield the results of each pass as it ends, with a progress bar."""
     from aggregate.ablation.grid import GridTrainer
 
     with progress(total=sum(group[0].steps for group in groups), unit="step") as bar:
@@ -148,7 +148,7 @@ def _write_table(out: Path, keys: Iterable[tuple[str, int]], records: "Records")
 
 
 def _retrain_command(rows: list[Record], by_key: "dict[tuple[str, int], Configuration]") -> str:
-    """The command that trains the best model again, to the bit, and keeps its checkpoint."""
+    """The command that trains the best model again, bit for bit, and keeps its checkpoint."""
     done = [row for row in rows if row["status"] == "done"]
     if not done:
         return "every configuration diverged"

@@ -25,10 +25,10 @@ class Options:
     """Find near-duplicate videos across splits and groups, and labels that look wrong."""
 
     features: str | tuple[str, ...] = "feats.zarr"
-    """The feature store of `python -m extract`; several are joined by id, their channels side by
-    side."""
+    """The feature store of `python -m extract`; several are joined by id, and their channels
+    concatenated."""
     scores: Path | None = None
-    """Scores of videos by models that were not trained on them, such as cv/tsn.h5 of
+    """Scores by models that were not trained on the scored videos, such as cv/tsn.h5 of
     aggregate.crossval: labels that they contradict with confidence are listed."""
     out: Path = Path("runs/audit")
     """The folder for duplicates.csv, labels.csv and audit.json."""
@@ -74,7 +74,7 @@ def main(options: Options) -> None:
 
 
 def _held_out_scores(path: Path) -> "Scores":
-    """Load scores; raise InputError if they have no labels, or are of the training videos."""
+    """Load scores; raise InputError if they have no labels, or are those of training videos."""
     from aggregate.scores import Scores
 
     scores = Scores.load(path)

@@ -50,9 +50,9 @@ class Options:
     dim: tuple[int, ...] = (1024, 2048)
     """m, one or more: 1024 is the paper's, 2048 the width of SE-ResNeXt101."""
     g1: int = PAPER_G1
-    """Primary groups: of W_q and W_k."""
+    """g1, the primary groups: those of W_q and W_k."""
     g2: int = PAPER_G2
-    """Secondary groups: of W_v and of the attention maps."""
+    """g2, the secondary groups: those of W_v and of the attention maps."""
     frames: int = 25
     """n, the number of frames that MAdds are counted for."""
 

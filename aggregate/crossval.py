@@ -8,8 +8,8 @@ chooses the epoch and the options; then the model is trained on all of the train
 epoch, and tested once.
 
 Aggregators and folds are trained in parallel, one process per core: see
-aggregate/ablation/processes.py. With the same folds, batches and options, a model is the one that
-`aggregate.train` makes of them in one thread, bit for bit.
+aggregate/ablation/processes.py. With the same folds, batches and options, a model equals the one
+that `aggregate.train` trains in one thread, bit for bit.
 """
 
 import functools
@@ -43,7 +43,7 @@ class Options(GridOptions, FoldOptions, ProbeOptions):
     """One or more; logreg and knn are scikit-learn's, on one vector per video."""
     protocol: Protocol | None = None
     """mveb: logistic regression on 8 videos per class, 10 draws; vjepa2: an attentive probe over a
-    grid. Sets the defaults of other options: one that is given next to it wins."""
+    grid. It sets the defaults of other options; options that are given take precedence."""
     out: Path = Path("runs/crossval")
     """The folder of AGG.h5 (out-of-fold scores, the mean over seeds), results.json and finished
     folds."""
@@ -119,8 +119,8 @@ def segments_by_agg(
 ) -> dict[str, list[int]]:
     """The numbers of segments that each aggregator is tested with: as in training, and all.
 
-    One that sees the order of frames is tested as in training only. With several --frames that
-    number differs by fold, so both are shown.
+    An aggregator that sees the order of frames is tested only with as many as in training. With
+    several --frames that number differs by fold, so both are shown.
     """
     from aggregate.models import sees_order
 

@@ -2,8 +2,8 @@
 
 Cosine similarity of raw features means little: all videos from one gym are similar. So features are
 whitened first (Jegou and Chum 2012), and each distance is compared with the usual distances around
-its two videos. How close two different videos come by chance is estimated from the store itself,
-by its intrinsic dimension (Levina and Bickel 2004).
+its two videos. The store's intrinsic dimension (Levina and Bickel 2004) tells how close two
+different videos come by chance.
 """
 
 from collections.abc import Iterator
@@ -45,8 +45,8 @@ def near_duplicates(
     Args:
         features: float [N, D], one vector per video.
         units: int [N]; rows of one unit (a subject, a file) are never paired.
-        queries: int [Q], the rows to find partners for, by default all. Q x N similarities are
-            computed in blocks.
+        queries: int [Q], the rows whose partners are searched, by default all. Q x N similarities
+            are computed in blocks.
         false_alarms: the expected fraction of videos with a chance pair, assuming that the density
             of features is locally uniform.
     """
@@ -58,8 +58,8 @@ def near_duplicates(
     usual, dimension = usual_distances(vectors, units)
     # P(nearest < r x fourth nearest) = 1 - (1 - r^m)^3, which is about 3 r^m.
     threshold = float((false_alarms / 3) ** (1 / dimension))
-    # similarity >= 1 - threshold * c_a * c_b, with c = sqrt(usual), is one product of vectors that
-    # have one component more.
+    # similarity >= 1 - threshold * c_a * c_b, with c = sqrt(usual), is one product of vectors with
+    # one more component.
     reach = np.sqrt(threshold * usual)[:, None]
     extended = np.concatenate([vectors, reach], axis=1).astype(np.float32)
     query_number = np.full(count, count)

@@ -1,7 +1,7 @@
 """Models that take frames: a backbone with an aggregator, or StNet; building and loading them.
 
-The backbone of a checkpoint is found again from its record. If it cannot be found, that is an
-error: another backbone is never used instead.
+A checkpoint records its backbone, and the backbone is loaded again from that record. If that fails,
+it is an error: another backbone is never used instead.
 """
 
 import re
@@ -125,8 +125,8 @@ def backbone_from_record(
 ) -> Backbone:
     """The recorded backbone for fast inference.
 
-    `execution` holds device, precision and frames, see `load_backbone`. `weights` is the file of
-    the weights, if no package has them. Raises InputError if the recorded backbone cannot be
+    `execution` holds device, precision and frames, see `load_backbone`. `weights` is the weights
+    file, needed if no package has the weights. Raises InputError if the recorded backbone cannot be
     loaded.
     """
     backbone = load_backbone(**_backbone_arguments(checkpoint, weights), **execution)
@@ -137,7 +137,8 @@ def backbone_from_record(
 def model_from_record(checkpoint: Checkpoint, weights: Path | None = None) -> FrameModel:
     """The whole model in fp32 on the CPU, in evaluation mode.
 
-    The checkpoint may also be of cached features. Raises InputError as `backbone_from_record`.
+    Checkpoints of models on cached features are taken too. Raises InputError as
+    `backbone_from_record` does.
     """
     from extract.backbone.model import load_trunk  # a second start of predict needs no timm
 
@@ -198,7 +199,7 @@ def clips_of(checkpoint: Checkpoint) -> Clips | None:
 
 
 def plan_of(checkpoint: Checkpoint, segments: int, crops: int = 1) -> Plan:
-    """How a video is decoded for a checkpoint: the middle frames or clips of its segments."""
+    """The decoding plan of a checkpoint: the middle frames or clips of a video's segments."""
     clip: dict[str, Any] = {"clip_length": checkpoint.options.get("frames_per_segment", 1)}
     if clips := clips_of(checkpoint):
         clip = {"clip_length": clips.frames, "clip_fps": clips.fps}

@@ -37,8 +37,8 @@ class Options(VideoOptions, DeviceOptions):
     features: str | tuple[str, ...] = "feats.zarr"
     """The feature store, or several; made with the backbones the checkpoint was trained on."""
     videos: Path | None = None
-    """Instead of features: videos, as for python -m extract, seen through the checkpoint's
-    backbone; the only way for StNet."""
+    """Videos instead of features, as for python -m extract; the checkpoint's backbone runs on them.
+    StNet needs this."""
     weights: Path | None = None
     """With --videos: the backbone's weights, if the checkpoint records a file of your own (its
     SHA-256 is checked)."""
@@ -111,7 +111,7 @@ def main(options: Options) -> int:
 
 
 def open_videos(options: Options) -> "FeatureStore | ListedVideos":
-    """The store of --features, or the list of --videos."""
+    """Open the store of --features, or list the videos of --videos."""
     from aggregate.data.joined import open_features
     from aggregate.training.splits import ListedVideos
     from extract.listing.videos import list_videos
@@ -150,7 +150,7 @@ def _source(
     rows: "np.ndarray",
     options: Options,
 ) -> Record:
-    """The record of where scores come from. Prints notes on videos that training has used."""
+    """The record of the scores' origin. Prints notes on videos that training has used."""
     from aggregate.training.manifest import trained_on
 
     source = {
@@ -200,7 +200,7 @@ def inputs_now(options: Options) -> Record:
 def _logits_of_features(
     model: "VideoClassifier", store: "FeatureStore", rows: "np.ndarray", options: Options
 ) -> "Iterator[tuple[int, np.ndarray]]":
-    """The numbers of segments, each with logits [N, crops, C]; NaN for videos that failed."""
+    """For each number of segments its logits [N, crops, C]; NaN for videos that failed."""
     import numpy as np
 
     from aggregate.data.features import StoredFeatures
@@ -222,7 +222,7 @@ def _logits_of_features(
 def _logits_of_videos(
     checkpoint: "Checkpoint", model: "FrameModel", videos: "list[Video]", options: Options
 ) -> "Iterator[tuple[int, np.ndarray]]":
-    """The same from videos, decoded by child processes."""
+    """`_logits_of_features` for videos, which child processes decode."""
     import numpy as np
 
     from aggregate.data.frames import VideoFrames, clip_pool

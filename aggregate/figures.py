@@ -62,20 +62,20 @@ def _encoded(figure: Figure, kind: str, **options: Any) -> bytes:
 
 
 def svg(figure: Figure) -> bytes:
-    """The same bytes for the same figure: without a date, and without the prolog, whose URL a page
-    without a network does not need."""
+    """Encode as SVG. Equal figures give equal bytes, since the file holds no date. The XML prolog
+    is left out, because its URL needs a network."""
     dates = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     content = _encoded(figure, "svg", metadata=dates)
     return content[content.index(b"<svg") :]
 
 
 def jpeg(figure: Figure) -> bytes:
-    """For figures that hold photographs."""
+    """Encode as JPEG, for figures that hold photographs."""
     return _encoded(figure, "jpeg", dpi=160, pil_kwargs={"quality": 82, "optimize": True})
 
 
 def png(figure: Figure) -> bytes:
-    """For a folder of pictures."""
+    """Encode as PNG, for a folder of pictures."""
     return _encoded(figure, "png", dpi=160, facecolor="white")
 
 
@@ -115,7 +115,7 @@ def short(name: str, most: int = 26) -> str:
 
 
 def curves(lines: Mapping[str, tuple["pd.Series", str]], *, title: str) -> Figure:
-    """Values over epochs (counted from 0), each with matplotlib's format of its line (`C0--`).
+    """Curves over epochs (counted from 0), each with its matplotlib line format, such as `C0--`.
 
     The legend is below the plot, so that it hides no curve.
     """
@@ -134,7 +134,7 @@ def curves(lines: Mapping[str, tuple["pd.Series", str]], *, title: str) -> Figur
 def forest(
     intervals: Mapping[str, Mapping[str, float]], *, x_label: str, zero: bool = False
 ) -> Figure:
-    """Fractions in percent, one below the other: value, low and high of each name.
+    """A forest plot: one line per name with its value, low and high, fractions shown in percent.
 
     Args:
         zero: draw a line at 0.
@@ -152,7 +152,7 @@ def forest(
 
 
 def bars(table: "pd.DataFrame", colors: Sequence[str], *, x_label: str) -> Figure:
-    """A bar per row, with a piece per column."""
+    """Stacked bars: one bar per row of the table, with one part per column."""
     with _rows(list(table.index), x_label, 0.3) as (figure, axes, y):
         left = table.cumsum(axis=1) - table
         for (name, widths), color in zip(table.items(), colors, strict=True):
@@ -165,9 +165,9 @@ def bars(table: "pd.DataFrame", colors: Sequence[str], *, x_label: str) -> Figur
 def heat_map(
     table: "pd.DataFrame", number_format: str, *, low: float | None = None, width: float = WIDE
 ) -> Figure:
-    """Values as numbers on shades of blue, which begin at `low` (or at the least value).
+    """Values as numbers on shades of blue, the lightest at `low` (default: the smallest value).
 
-    NaN is empty. The axes have the names of the table's index and columns.
+    Cells with NaN are empty. The axes have the names of the table's index and columns.
     """
     values = table.to_numpy()
     rows, columns = (list(map(str, names)) for names in (table.index, table.columns))
@@ -198,8 +198,8 @@ def heat_map(
 
 
 def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Top-1 % with its interval over parameters, from `ablation.compare.summarize`; the front is
-    joined and named."""
+    """Top-1 % with its interval over parameters, from `ablation.compare.summarize`. A line joins
+    the points of the Pareto front, which have names."""
     rows = sorted(rows, key=lambda row: row["parameters"])
     with _axes(HALF, 3.4) as (figure, axes):
         x, is_front = (np.array([row[name] for row in rows]) for name in ("parameters", "pareto"))
@@ -267,8 +267,8 @@ def timeline(runs: Sequence[tuple[float, float, str, float]], *, seconds: float)
 
 
 def film_indices(count: int) -> np.ndarray:
-    """The frames, out of `count`, that a filmstrip shows: at most FILM_FRAMES, evenly spaced, with
-    the first and the last."""
+    """Indices of the frames, out of `count`, that a filmstrip shows: at most FILM_FRAMES, evenly
+    spaced, the first and the last included."""
     return np.unique(np.linspace(0, count - 1, FILM_FRAMES).round().astype(int))
 
 
@@ -284,8 +284,8 @@ def filmstrip(
 ) -> Figure:
     """Frames along the timeline, above each frame's share of each group's weights.
 
-    Blue runs from 0 to the largest share. The bars below are the mean over groups, the dashed line
-    an even share.
+    Blue runs from 0 to the largest share. The bars below show the mean over groups, and the dashed
+    line an even share.
 
     Args:
         pictures: uint8 [side, side, 3] of each of the frames `film_indices(len(moments))`; or none.
@@ -295,7 +295,7 @@ def filmstrip(
     shown = film_indices(len(moments))
     shares = shares_of(weights)[:, shown]
     num_groups, count = shares.shape
-    room = max(count, FILM_FRAMES)  # frames of a short film are not larger
+    room = max(count, FILM_FRAMES)  # frames of a short film are no larger
     heights = [1.0] * bool(pictures) + [0.34 * num_groups, 0.9]  # in widths of a frame
     head = 0.22 * len(title.splitlines())
     width, height = 0.5 + 0.44 * room, 0.25 + 0.44 * sum(heights) * 1.06 + head

@@ -47,10 +47,10 @@ class Options(HeadOptions, ScheduleOptions, SplitOptions, VideoOptions):
     weights: str = "pretrained"
     """The weights that the backbone starts from: pretrained, random, or a file."""
     init: Path | None = None
-    """A checkpoint to start from: of cached features (same backbone and weights), or fine-tuned
-    (with its backbone)."""
+    """A checkpoint to start from: trained on cached features of the same backbone and weights, or
+    fine-tuned (with its backbone)."""
     frames_per_segment: int = 1
-    """stnet: N, the frames per super-image."""
+    """For stnet: N, the number of frames per super-image."""
     backbone_lr: float = 1.0
     """Factor on --lr for the backbone; 0 freezes it."""
     micro_batch: int = 16
@@ -195,7 +195,7 @@ def _learner(
     rank: int,
     world: int,
 ) -> "tuple[Learner, Record]":
-    """The model with its optimizer, and the record of its backbone."""
+    """The learner: the model with its optimizer. Also the record of its backbone."""
     import torch
     from torch import nn
 
@@ -284,7 +284,7 @@ def build_model(
         temporal_blocks = {
             name: tensor for name, tensor in init.state_dict.items() if name.startswith("after_res")
         }
-        net.load_state_dict(temporal_blocks, strict=False)  # those of a StNet, if it is one too
+        net.load_state_dict(temporal_blocks, strict=False)  # empty unless both are StNets
         carried = carry_over(net, init.state_dict, classes=classes, source_classes=init.classes)
         if verbose:
             print(f"init      {options.init}: {carried}")
@@ -300,7 +300,7 @@ def _checkpoint_activations(backbone: Any, name: str) -> None:
     try:
         backbone.set_grad_checkpointing(True)
     except (AssertionError, AttributeError):
-        raise InputError(f"--checkpoint-activations: timm's {name} does not know how to") from None
+        raise InputError(f"--checkpoint-activations: timm's {name} does not support it") from None
 
 
 def _check_tuned(init: "Checkpoint", options: Options, net: Any) -> None:
@@ -337,7 +337,7 @@ def _train_with_ray(options: Options) -> None:
             absolute[name] = str(path.resolve())
     options = replace(options, **absolute)
     with prepare(options):
-        pass  # options that are wrong raise here, before processes start
+        pass  # wrong options raise here, before processes start
     if not ray.is_initialized():
         ray.init(address=options.address, log_to_driver=True, job_config=job_config())
     enough_gpus = ray.cluster_resources().get("GPU", 0) >= options.workers

@@ -26,13 +26,13 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def predict(
     models: Sequence[nn.Module], batches: Iterable[Sequence[Batch]], *, precision: str = "auto"
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Run all models over `batches`, each of which holds one `Batch` per view.
+    """Run all models over `batches`. An item of `batches` holds one `Batch` per view.
 
     Every batch is read once for all models.
 
     Returns:
-        rows: int64 [N] that the batches hold.
-        logits: of each model, float32 [N, views, C]; none without a batch.
+        rows: int64 [N], the rows of all batches.
+        logits: of each model, float32 [N, views, C]; empty if there is no batch.
     """
     rows: list[np.ndarray] = []
     parts: list[list[np.ndarray]] = [[] for _ in models]

@@ -41,7 +41,7 @@ ATTENTION_AGGREGATORS = [
 def sees_order(agg: str, options: Mapping[str, Any]) -> bool:
     """Whether an aggregator with these options sees the order of frames.
 
-    It then learns how far apart frames are, so it is tested with as many as in training.
+    Such an aggregator learns how far apart frames are, so it is tested with as many as in training.
     """
     return getattr(AGGREGATORS.get(agg), "sees_order", False) or bool(options.get("frame_time"))
 
@@ -137,7 +137,7 @@ def build(
             names = ", ".join([*valid, "dropout", "standardize"])
             raise InputError(f"{name} has no option {option!r}; it has {names}")
     bound = signature.bind(dim, **options)
-    bound.apply_defaults()  # defaults are recorded too, so that a checkpoint outlives their change
+    bound.apply_defaults()  # defaults are recorded too: they may change after the checkpoint
     recorded = {
         "name": name,
         "num_classes": num_classes,

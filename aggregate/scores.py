@@ -32,7 +32,7 @@ _USER_BLOCK, _SIGNATURE = 512, b"\x89HDF\r\n\x1a\n"
 def group_keys(
     ids: Sequence[str] | np.ndarray, groups: Sequence[str] | np.ndarray | None = None
 ) -> np.ndarray:
-    """A key for each row, str [N]: rows of equal keys are not independent.
+    """A key for each row, str [N]. Rows of equal keys are not independent.
 
     Such rows are never split between training and test, and bootstrap intervals draw them together.
     The key of a row is its group (subject, source), if it has one, else its file: the windows of a

@@ -130,7 +130,7 @@ class StNet(nn.Module):
 
 
 def check_dropout(dropout: float) -> None:
-    """Raise InputError for a fraction that would drop every feature, or less than none."""
+    """Raise InputError unless the fraction is at least 0 and below 1."""
     if not 0 <= dropout < 1:
         raise InputError(f"dropout is {dropout}; expected a fraction from 0 to below 1")
 
@@ -172,9 +172,9 @@ class TemporalXception(nn.Module):
 
     `out_dim` is dim/2 by default (2048 -> 1024 in StNet). TXB sees the order of frames.
 
-    With a mask, a video gives what its valid frames alone would give: they are moved together, so
-    that neighbors in time stay neighbors, with the usual zero padding after the last one. Batch
-    norm counts valid frames only.
+    With a mask, the output equals that of the valid frames alone: they are moved together, so that
+    neighbors in time stay neighbors, with the usual zero padding after the last one. Batch norm
+    counts valid frames only.
     """
 
     sees_order = True

@@ -106,7 +106,8 @@ def _learners_and_baselines(
 ) -> "tuple[list[Learner], dict[str, torch.nn.Module]]":
     """The learner of `configuration` with its baseline and control, and finished models to compare.
 
-    All learners train on the same batches. If --init is a TSN, it is the baseline as it is.
+    All learners train on the same batches. If --init is a TSN, it is the baseline, without more
+    training.
     """
     options = configuration.options
     if init is not None:

@@ -49,7 +49,7 @@ RanksByRun = Mapping[tuple[str, int], np.ndarray | None]
 def summarize(
     rows: Sequence[Record], ranks_by_run: RanksByRun, groups: np.ndarray | None = None
 ) -> list[Record]:
-    """One row per configuration, in the order of `rows`: means over seeds, measures with intervals.
+    """One row per configuration, in the order of `rows`: means over seeds, with intervals.
 
     `interval_over` is "seeds" (Student's t over the seeds), or "videos" with one seed (the
     bootstrap of that row). `difference` is top-1 with all segments minus the first configuration's,
@@ -104,8 +104,8 @@ def difference(
 ) -> Interval | None:
     """Top-1 with all segments of `name` minus that of `baseline`, over the seeds that both have.
 
-    The mean over seeds of each video, then over videos, with its bootstrap interval over `groups`
-    of the store's rows. None without a common seed.
+    Each video's difference is averaged over seeds, then the videos are averaged, with a bootstrap
+    interval over `groups` of the store's rows. None if there is no common seed.
     """
     gains, videos = [], []
     for seed in seeds:
@@ -115,18 +115,18 @@ def difference(
             videos.append(ours[0])
     if not gains:
         return None
-    # With held-out videos, seeds validate on different ones: the mean of a video is over the seeds
-    # that have it.
+    # With held-out videos, seeds validate on different ones: a video is averaged over the seeds
+    # that validated on it.
     rows, video = np.unique(np.concatenate(videos), return_inverse=True)
     means = np.bincount(video, np.concatenate(gains)) / np.bincount(video)
     return bootstrap(means, None if groups is None else groups[rows])
 
 
 def pareto(summary: Sequence[Record]) -> list[str]:
-    """Names of the configurations on the Pareto front, by rising number of parameters.
+    """Names of the configurations on the Pareto front, from the fewest parameters to the most.
 
-    On the front, no other has at most its parameters and a better top-1, or fewer parameters and an
-    equal top-1.
+    A configuration is on the front if no other has at most its parameters and a better top-1, or
+    fewer parameters and an equal top-1.
     """
     front: list[Record] = []
     done = [line for line in summary if "top1_at_all" in line]
@@ -139,8 +139,8 @@ def pareto(summary: Sequence[Record]) -> list[str]:
 def heat_maps(summary: Sequence[Record]) -> "dict[str, pd.DataFrame]":
     """Mean top-1 % with all segments over g1 (rows) and g2 (columns), if one has several values.
 
-    NaN if a pair is invalid or not done. The other options have a map for each setting, which is
-    its title.
+    There is one map for each setting of the other options, and that setting is its title. A pair
+    that is invalid or not done is NaN.
     """
     import pandas as pd
 
@@ -174,7 +174,7 @@ _ABOUT = {
 
 
 def summary_text(summary: Sequence[Record], units: str = "videos") -> str:
-    """The table of the terminal: percent, differences in points; intervals are over `units`."""
+    """The table for the terminal: percent, differences in points; intervals are over `units`."""
     frames = sorted({line["frames"] for line in summary})
     all_frames = summary[0]["all_frames"]
     measures = {
@@ -211,7 +211,7 @@ def summary_text(summary: Sequence[Record], units: str = "videos") -> str:
 
 
 def percent(line: Record, measure: str, *, sign: str = "") -> str:
-    """`61.83 [61.3, 62.4]`, or nothing if it was not measured."""
+    """`61.83 [61.3, 62.4]`, or an empty string if it was not measured."""
     return "" if line.get(measure) is None else format(Interval.of(line, measure), sign)
 
 

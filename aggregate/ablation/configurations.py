@@ -41,7 +41,7 @@ def group_into_passes(
 
 
 def candidates(options: GridOptions, store: FeatureStore, init: Checkpoint | None = None) -> Plan:
-    """All combinations of the listed options, of one seed and with all videos."""
+    """All combinations of the listed options, for one seed and all videos."""
     combinations = _combinations(options)
     varied = [name for name in LISTS if len({getattr(each, name) for each in combinations}) > 1]
     plan = Plan([], {})
@@ -86,7 +86,7 @@ def check_lists(options: GridOptions, store: FeatureStore) -> None:
 
 
 def _combinations(options: GridOptions) -> list[TrainOptions]:
-    """Each distinct combination once; flags that an aggregator does not have at their default."""
+    """Each distinct combination once. Flags that an aggregator lacks keep their default."""
     defaults = {field.name: field.default for field in fields(TrainOptions)}
     values = {name: getattr(options, name) for name in defaults if hasattr(options, name)}
     lists = [

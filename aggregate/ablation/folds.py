@@ -20,12 +20,12 @@ from extract import InputError
 from extract.cli import check_ranges, first_few
 from extract.store import FeatureStore
 
-DRAW = "draw"  # name of all folds with --shots; their seeds are the numbers of the draws
+DRAW = "draw"  # name of every fold with --shots; the number of the draw is its seed
 
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """Rows of the store: to test on, and to train on."""
+    """Rows of the store to test on, and rows to train on."""
 
     name: str
     seed: int
@@ -59,7 +59,7 @@ def all_folds(
 ) -> list[Fold]:
     """The folds of all seeds; with --shots one per draw. Nothing is held out unless `choosing`.
 
-    InputError names a class, group or fold that prevents the division.
+    InputError names the class, group or fold that makes the division impossible.
     """
     check_ranges(options)
     rows = rows_of(store, options)
@@ -81,8 +81,8 @@ def _draw(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rows to test on, and rows to train on: `shots` videos per class, of other groups.
 
-    Groups come in random order and give videos until each class has enough, so that few groups are
-    used for training.
+    Videos are taken from one group after another, in random order, until each class has enough. So
+    few groups are used for training.
     """
     import pandas as pd
 

@@ -2,8 +2,8 @@
 
     batch -> model 1, model 2, ... model k        same videos, seed, frames, batch size and epochs
 
-A configuration gives the same model as `aggregate.train` does with its options, bit for bit on one
-machine with one number of threads: start, batches, dropout and best epoch are the same.
+A configuration gives the same model as `aggregate.train` with its options, bit for bit, on one
+machine and with one number of threads: start, batches, dropout and best epoch are the same.
 """
 
 import time
@@ -36,8 +36,9 @@ from extract.store import FeatureStore
 class Result(NamedTuple):
     """A finished configuration.
 
-    `label_ranks` int32 [3, N] holds for each validation video its row of the store, and the rank of
-    its true label with the segments of training and with all; None for a model that diverged.
+    `label_ranks` int32 [3, N] has three rows: each validation video's row of the store, the rank of
+    its true label with the segments of training, and that rank with all segments. It is None for a
+    model that diverged.
     """
 
     row: Record
@@ -70,7 +71,7 @@ class GridTrainer:
         return loaded.subset(rows)
 
     def preload(self, rows: np.ndarray) -> None:
-        """Load all of `rows`, to train and to test on; once if both use the same views."""
+        """Load all of `rows` for training and testing; only once if both use the same views."""
         testing = self._features(rows, training=False)
         if np.array_equal(training_views(self.store), testing.views):
             self._loaded[True] = testing
@@ -172,8 +173,8 @@ def _discard(text: str) -> None:
 
 
 def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
-    """Parameters times epochs, which the time of small batches is proportional to. Probes are fast
-    and count as 0."""
+    """Parameters times epochs: the time of training in small batches is proportional to it. Probes
+    are fast and count as 0."""
     with torch.device("meta"):
         return sum(
             configuration.recipe.epochs * count_parameters(configuration.model(store))
@@ -183,8 +184,8 @@ def training_cost(configurations: Sequence[Any], store: FeatureStore) -> int:
 
 
 def _measured(learner: Learner, label_ranks: list[np.ndarray], source: CachedFeatures) -> Record:
-    """The measured columns of a learner at its best epoch: `label_ranks` are the ranks of the true
-    labels with the segments of training and with all."""
+    """The measured columns of a learner at its best epoch. `label_ranks` are the ranks of the true
+    labels with the segments of training, and with all."""
     row: Record = {"best_epoch": learner.best_epoch}
     classes = len(source.testing.store.classes)
     for suffix, values in zip(("at_frames", "at_all"), label_ranks, strict=True):
@@ -195,7 +196,7 @@ def _measured(learner: Learner, label_ranks: list[np.ndarray], source: CachedFea
 
 
 def describe(configuration: Configuration, store: FeatureStore) -> Record:
-    """The columns of a configuration: its options as they were applied, its size and its cost.
+    """The columns of a configuration: the options that it was trained with, its size and its cost.
 
     Options that the aggregator does not have are None.
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 FALSE_ALARMS = 0.02  # the expected fraction of videos that get a pair by chance
-PAIR_ALL = 65_536  # rows up to which all are paired with all
+PAIR_ALL = 65_536  # the largest number of rows of which all pairs are compared
 ROWS_PER_READ = 256
 PRINTED = 3  # pairs that the warning names
 
@@ -38,10 +38,11 @@ def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":
 def describe_crossing_pairs(
     store: "FeatureStore", folds: "Sequence[Fold]", features: str | Sequence[str]
 ) -> str:
-    """A warning about nearly identical videos of which a fold tests one and trains on the other.
+    """A warning about pairs of nearly identical videos, of which a fold tests one and trains on the
+    other.
 
-    Empty if there are none, and for stores of more than PAIR_ALL videos, for which this takes too
-    long. `features` are the paths of the command that is recommended.
+    Empty if there are none, and for stores of more than PAIR_ALL videos, because those take too
+    long. `features` are the paths in the command that the warning recommends.
     """
     import numpy as np
 

@@ -3,8 +3,8 @@
     inner run    train on `inner`, validate on the held-out rows: chooses the epoch and the options
     outer run    train on all of `train` up to that epoch, test on `test` once
 
-With the same batches and options, a model is the one that `aggregate.train` makes of them, bit for
-bit (on one machine, with one number of threads).
+With the same batches and options, a model equals the one that `aggregate.train` trains, bit for bit
+(on one machine, with one number of threads).
 """
 
 import math
@@ -46,8 +46,8 @@ def score_fold(trainer: GridTrainer, task: FoldTask) -> tuple[dict[str, Any], np
     """The row that is recorded, and logits float32 [segments, N, C] of the fold's `test`.
 
     If a head has several candidates, the row also has `as_reported`: for each candidate the number
-    of correct test videos after its last epoch, by which papers choose. RunError if every candidate
-    diverges in the inner run, or the chosen one in the outer run.
+    of correct test videos after its last epoch, by which many papers choose. RunError if every
+    candidate diverges in the inner run, or the chosen one in the outer run.
     """
     if task.agg in PROBES:
         return _score_probe(trainer, task)
@@ -113,7 +113,7 @@ def _choose(trainer: GridTrainer, task: FoldTask) -> tuple[Configuration, int, f
     """
     fold = task.fold
     candidates = [each.with_seed(fold.seed, videos=len(fold.inner)) for each in task.candidates]
-    # Remaining ties go to the first candidate, whatever passes --at-once makes.
+    # Remaining ties go to the first candidate, however --at-once divides them into passes.
     order = {candidate: number for number, candidate in enumerate(candidates)}
     best = ((math.inf, math.inf), 0, 0)
     for group in group_into_passes(candidates, at_once=task.at_once):

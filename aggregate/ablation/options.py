@@ -31,43 +31,44 @@ class GridOptions(Lists, DeviceOptions):
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each combination is trained once per seed."""
     features: str | tuple[str, ...] = "feats.zarr"
-    """The feature store of `python -m extract`; several are joined by id, their channels side by
-    side."""
+    """The feature store of `python -m extract`; several are joined by id, and their channels
+    concatenated."""
     recipe: Literal["cached", "paper"] = "cached"
     """cached: works best on a frozen backbone; paper: iQIYI's schedule."""
     at_once: int = 32
-    """At most N models are trained at the same time: it limits their memory, and the loss if the
-    process is killed."""
+    """The largest number of models that are trained at the same time. It limits their memory, and
+    what is lost if the process is killed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoldOptions:
-    """Which videos test, and which train."""
+    """Options that decide which videos are tested, and which are trained on."""
 
     folds: str = "5"
-    """Number of folds (classes evenly, groups never split, drawn anew by each seed), or `group`:
-    leave one group out."""
+    """Number of folds, or `group` to leave one group out. Folds divide classes evenly, never split
+    a group, and are drawn anew for each seed."""
     splits: tuple[str, ...] = ()
-    """Only videos of these splits (default: of all)."""
+    """Only videos of these splits (default: all splits)."""
     val_fraction: float = 0.2
     """Fraction of a fold's training part that is held out to choose the epoch and the options."""
     allow_missing_classes: bool = False
     """Train although some classes have no example in a fold."""
     shots: int | None = None
-    """Instead of folds: train on N videos per class, drawn anew each time, and test on all
-    others."""
+    """Few shots instead of folds: train on N videos per class, drawn anew each time, and test on
+    all others."""
     repeats: int = 10
     """With --shots: number of draws. A draw replaces a seed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """Options of logreg and knn; several values are chosen inside the training part."""
+    """Options of logreg and knn. One of several values is chosen inside the training part."""
 
     C: tuple[float, ...] = (1e-3, 1e-2, 0.1, 1.0, 10.0)
     """logreg: the inverse of the penalty. Its --epochs are iterations (1000); --standardize false
     takes raw vectors."""
     k: tuple[int, ...] = (1, 5, 10, 20, 50)
-    """knn: number of neighbors that vote."""
+    """knn: the number of neighbors that vote."""
     vector: Literal["mean", "mean-std"] = "mean"
-    """logreg, knn: the vector of a video, the mean over its frames, or mean and deviation."""
+    """logreg, knn: the vector of a video: the mean over its frames, or mean and standard
+    deviation."""

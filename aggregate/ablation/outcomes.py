@@ -1,4 +1,4 @@
-"""The results of cross-validation: scores files, results.json, and the tables of the terminal."""
+"""The results of cross-validation: scores files, results.json, and the tables in the terminal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -28,9 +28,9 @@ SCHEMA = "hgnl-crossval/1"
 
 
 class Outcomes(NamedTuple):
-    """Predictions of one aggregator for N videos with one number of segments, by S seeds or draws.
+    """Predictions of one aggregator for N videos with one number of segments, for S seeds or draws.
 
-    A video that failed has rank and class C, one behind all classes.
+    A video that failed has rank C and class C, where C is the number of classes.
     """
 
     label_ranks: np.ndarray  # int [S, N]: of the true label
@@ -46,8 +46,8 @@ def report(
     folds: Sequence[Fold],
     records: Records,
 ) -> None:
-    """Write AGG.h5 and results.json, and print the tables; `segments` are those of each head's
-    test."""
+    """Write AGG.h5 and results.json, and print the tables. `segments` are those that each head was
+    tested with."""
     labels, groups = store.labels[rows], group_keys(store.ids, store.groups)[rows]
     seeds = list(dict.fromkeys(fold.seed for fold in folds))
     protocol: Record = {"seeds": seeds}
@@ -163,8 +163,8 @@ def measures(
 ) -> Record:
     """Means over seeds (or draws) with bootstrap intervals over `groups` [N].
 
-    Top-1 and macro F1 also have Student's interval over seeds, and top-1 its difference to the
-    `baseline`'s, paired over videos.
+    Top-1 and macro F1 also have Student's interval over seeds. Top-1 also has its difference to
+    that of the `baseline`, paired over videos.
     """
 
     def over_videos(values: np.ndarray) -> dict[str, float]:
@@ -204,7 +204,7 @@ def _over_videos(values: np.ndarray, tested: np.ndarray, groups: np.ndarray) -> 
 
 
 def as_reported(chosen: Sequence[Record]) -> Record:
-    """The best candidate by its top-1 on the tested videos themselves, as papers report grids.
+    """The candidate with the best top-1 on the tested videos themselves, as papers report grids.
 
     Empty without a grid. A candidate that diverged in a fold does not count.
     """
@@ -219,7 +219,7 @@ def as_reported(chosen: Sequence[Record]) -> Record:
 
 
 def table(results: Record) -> str:
-    """The tables of the terminal: percent, differences in points."""
+    """The tables for the terminal: percent, differences in points."""
     unit = "seeds" if results["shots"] is None else "draws"
     overall = {
         "top-1 %": "top1",

@@ -92,7 +92,7 @@ class FittedProbe(NamedTuple):
 
 
 def _vote_weights(distances: np.ndarray) -> np.ndarray:
-    """Weights for cosine distances [N, k], relative to the nearest so that none underflows."""
+    """Weights for cosine distances [N, k], relative to the nearest, so that none underflows."""
     return np.exp((distances.min(axis=1, keepdims=True) - distances) / _TEMPERATURE)
 
 

@@ -22,16 +22,16 @@ from extract.portable import end_with_parent, keep_freed_memory
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-_process: dict[str, Any] = {}  # in a child: `prepare`, and its result as `state` once it was called
+_process: dict[str, Any] = {}  # in a child: `prepare`, and its result `state` after the first call
 
 
 def prepare_environment() -> None:
-    """Prepare this process for training. PyTorch reads environment variables when it is imported,
-    so call this before. Child processes inherit them.
+    """Set environment variables for training. Call this before PyTorch is imported, since it reads
+    them on import. Child processes inherit them.
 
-    Waiting threads sleep: spinning took 14 times the CPU time on a busy machine. Large tensors are
-    in huge pages, and freed memory is kept for the next step: a step of a large head otherwise
-    spends a third of its time on page faults.
+    Waiting threads sleep: spinning took 14 times the CPU time on a busy machine. Large tensors use
+    huge pages, and freed memory is kept for the next step. Otherwise a step of a large head spends
+    a third of its time on page faults.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
@@ -39,10 +39,10 @@ def prepare_environment() -> None:
 
 
 def plan_processes(tasks: int, device: str) -> tuple[int, int]:
-    """The number of processes for N tasks, and of threads in each. With a GPU this process trains.
+    """The number of processes for N tasks, and of threads in each. A GPU has this process only.
 
-    `tasks` counts all tasks of a command, also finished ones, so that a resumed run gives the same
-    bits.
+    `tasks` counts all tasks of a command, finished ones included, so that a resumed run gives the
+    same bits.
     """
     from extract.device import choose_device
 
@@ -61,10 +61,10 @@ def run_side_by_side(
     processes: int,
     threads: int,
 ) -> Iterator[tuple[Task, Result]]:
-    """Yield each task with `work(state, task)`, as they end; each process has state = prepare().
+    """Yield each task with `work(state, task)`, in the order in which they end; state = prepare().
 
-    With one process no other is started. The error of a task is raised here and ends the others;
-    RunError if a process dies.
+    If the number of processes is 1, the work is done in this one. The error of a task is raised
+    here and ends the others. RunError if a process dies.
     """
     if processes == 1 or not tasks:
         state = prepare() if tasks else None

@@ -39,8 +39,8 @@ PROTOCOLS: dict[str, dict[str, Any]] = {
 
 
 def protocol_in(args: Sequence[str]) -> str | None:
-    """The value of --protocol on a command line; it sets the defaults of other options, so it is
-    parsed first."""
+    """The value of --protocol on a command line. It sets the defaults of other options, so it is
+    parsed before them."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--protocol")
     return parser.parse_known_args([arg for arg in args if arg != "--"])[0].protocol

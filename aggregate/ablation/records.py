@@ -1,8 +1,8 @@
 """Finished results of a command, in a folder for one set of options and one feature store.
 
     options.json     the options, and digests of the data
-    results.jsonl    a row per result, appended as one line of JSON
-    places/          an array per result
+    results.jsonl    one line of JSON per result, appended when it is finished
+    places/          one array per result
 
 Only one process writes at a time.
 """
@@ -43,8 +43,8 @@ Key = tuple[Any, ...]
 class Records:
     """The results in the folder `options.out`, locked while this is open.
 
-    `rows` are the rows by the values of their columns `by`; `kind` names the results in messages.
-    InputError for a folder of other options or contents, or of anything else.
+    `rows` maps the values of the columns `by` to the rows; `kind` names the results in messages.
+    InputError if the folder holds results of other options or data, or other files.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Records:
         return tuple(row[column] for column in self._by)
 
     def add(self, row: Record, array: np.ndarray | None) -> None:
-        """Keep a result: it is on disk when this returns."""
+        """Keep a result. It is on disk when this returns."""
         key = self._key(row)
         if array is not None:
             content = io.BytesIO()

@@ -4,8 +4,8 @@
     training, n = 3         5              11           20       random, of a random view
     testing, n = 3          4              12           20       the middle, of every view
 
-A video that repeats frames because it is short has fewer than T. Batches are prepared ahead by a
-thread. A training batch is a function of (seed, epoch, position in the split) only.
+A short video repeats frames, so it has fewer than T different ones. A thread prepares batches
+ahead. A training batch depends only on (seed, epoch, position in the split).
 """
 
 import copy
@@ -50,8 +50,8 @@ class StoredFeatures:
     """The videos `rows` of a store, with features on the device, in memory, or memory-mapped.
 
     `placement_note` describes where they are, and why. Videos that failed in extraction are left
-    out of tests and must not be trained on. Raises InputError without a row, or if more frames
-    are requested than are stored, and RunError for a video that is not extracted yet, naming it.
+    out of tests and must not be trained on. Raises InputError if there is no row, or if more frames
+    are requested than are stored. Raises RunError naming a video that is not extracted yet.
     """
 
     def __init__(
@@ -98,7 +98,8 @@ class StoredFeatures:
         self.rows, self._cache_index = rows, cache_index
         self.labels = self.store.labels[rows].astype(np.int64)
         self.usable = self.store.usable[rows]
-        # Only a video with fewer frames than slots repeats frames; others need no search for them.
+        # Only a video with fewer frames than slots repeats frames; others are not searched for
+        # repeats.
         self._has_repeats = self.store.num_frames[rows] < self.store.frames_per_video
 
     def subset(self, rows: np.ndarray) -> "StoredFeatures":
@@ -135,7 +136,7 @@ class StoredFeatures:
     def test_batches(self, *, frames: int, batch_size: int) -> Iterator[list[Batch]]:
         """Videos that did not fail, in order: per batch, one `Batch` per view.
 
-        They hold the middle frames of `frames` segments.
+        Batches hold the middle frames of `frames` segments.
         """
         self._check_frames(frames)
         return prefetched(
@@ -159,7 +160,8 @@ class StoredFeatures:
     ) -> Batch:
         """The batch of `videos`, indices into `rows`, with the `view` of each.
 
-        `draws` float32 [B, n] below 1 choose frames within the segments; None takes the middles.
+        `draws` float32 [B, n], from 0 to below 1, choose frames within the segments; with None the
+        middle frames are taken.
         """
         rows, stored = self.rows[videos], self.store.frames_per_video
         stored_view = self.views[view]
@@ -198,14 +200,14 @@ class StoredFeatures:
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to `device`, without waiting for a GPU: it copies from pinned memory in its own time."""
+    """Copy to `device`, without waiting for a GPU, which copies from pinned memory later."""
     if device.type == "cuda" and tensor.is_cpu:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def balanced_order(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """N indices into `labels` [N] in random order: equally many of each class, or one more."""
+    """N indices into `labels` [N] in random order, the same number of each class, or one more."""
     present = rng.permutation(np.unique(labels))
     quotas = np.diff(np.arange(len(present) + 1) * len(labels) // len(present))
     parts = []
@@ -260,7 +262,7 @@ def _place(size: int, device: torch.device, placement: Placement) -> tuple[str, 
 
 
 def prefetched(items: Iterable[Item], depth: int = BATCHES_PREFETCHED) -> Iterator[Item]:
-    """The same items, made by a thread up to `depth` ahead; an error in it is raised here."""
+    """Yield `items`, which a thread makes up to `depth` ahead; an error in it is raised here."""
     iterator, done = iter(items), object()
     pool = ThreadPoolExecutor(1, thread_name_prefix="batches-ahead")
     try:

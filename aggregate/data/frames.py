@@ -28,8 +28,8 @@ def new_segments(clips: np.ndarray) -> np.ndarray:
 def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
     """Processes that decode the clips of `plan`; a context manager.
 
-    A buffer holds one row. For a clip-wise backbone it holds at most 64 MB of it, or one clip: see
-    `row_parts`.
+    A buffer holds one row. For a clip-wise backbone it holds at most 64 MB of the row, or one clip:
+    see `row_parts`.
     """
     slot_bytes = plan.row_bytes if plan.clip_fps is None else plan.slot_bytes
     return SubprocessPool(
@@ -42,9 +42,9 @@ def row_parts(
 ) -> Iterator[tuple[Prepared, np.ndarray]]:
     """The only row of a job, in parts that fit into a buffer, each with its pictures.
 
-    Pictures are valid until the next part. `leftovers` decodes the parts after the first. It is a
-    pool of its own: in the first pool, jobs queued after this one could fill all buffers, and the
-    next part would wait for one forever. Raises VideoError.
+    The pictures of a part are valid until the next part. `leftovers`, a pool of its own, decodes
+    the parts after the first. In the first pool, jobs queued after this one could fill all buffers,
+    and the next part would wait for one forever. Raises VideoError.
     """
     more = [job]
     while more:
@@ -76,9 +76,9 @@ class VideoFrames:
     ) -> Iterator[Batch]:
         """One epoch in random order: every `world`-th video of each batch of `batch_size`.
 
-        Every process gets the same number of batches, and its part of one may be empty. The order
-        is a function of (seed, epoch), and a video's frames and view of (seed, epoch, id). Raises
-        RunError if no video can be decoded.
+        Every process gets the same number of batches, and its part of a batch may be empty. The
+        order depends only on (seed, epoch), a video's frames and view only on (seed, epoch, id).
+        Raises RunError if no video can be decoded.
         """
         order = np.random.default_rng((seed, epoch, 0)).permutation(len(self.videos))
         batches = (rows[rank::world] for rows in in_batches(order, batch_size))
@@ -91,7 +91,7 @@ class VideoFrames:
                 )
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:
-        """All videos in order, middle frames: per batch, one `Batch` per crop."""
+        """All videos in order, with the middle frames: per batch, one `Batch` per crop."""
         batches = in_batches(np.arange(len(self.videos)), batch_size)
         return (views for _, views in self._batches(batches, self.plan) if len(views[0].rows))
 

@@ -1,10 +1,10 @@
-"""Several stores as one: rows joined by id, channels side by side.
+"""Several stores as one: rows joined by id, channels concatenated.
 
     a.zarr   v1 v2 v3   [T = 25, D = 2048]        joined   v2 v3   [T = 25, D = 2048 + 128]
     b.zarr   v3 v2 v4   [T =  1, D =  128]
 
-A store with fewer frames repeats each of them over its part of the video. A store with one view is
-joined to every view.
+If a store has fewer frames than another, each of its frames is repeated over its part of the video.
+If a store has one view, that view is joined to every view of the others.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +30,10 @@ def open_features(
 class JoinedStores(FeatureStore):
     """The reading interface of `FeatureStore` for the videos in all of `stores`.
 
-    Rows are in the order of the first store. Labels, splits and groups are those that any store
-    has. `log` gets the videos that some store lacks. Raises InputError, naming the first video, if
-    two stores contradict each other, if no video is in all, or if their views do not fit together.
+    Rows are in the order of the first store. A label, split or group comes from any store that has
+    it. `log` is called with a text about the videos that some store lacks. Raises InputError naming
+    the first video if two stores contradict each other, if no video is in all of them, or if their
+    views do not fit together.
     """
 
     def __init__(
@@ -102,9 +103,9 @@ class JoinedStores(FeatureStore):
     def _column(self, name: str) -> np.ndarray:
         """Read a per-video array, on first use.
 
-        `num_frames` is the largest number among the stores with the most frames per video: if it
-        suffices, no joined frame repeats. `frame_indices` and `timestamps` are those of such a
-        store, while `mask` uses all stores.
+        `num_frames` is the largest number among the stores with the most frames per video: with
+        that many frames, no joined frame repeats. `frame_indices` and `timestamps` are those of
+        such a store, while `mask` uses all stores.
         """
         columns = self._columns(name)
         longest = [
@@ -160,7 +161,7 @@ class JoinedStores(FeatureStore):
         return features
 
     def mask(self, rows: np.ndarray, frames: np.ndarray, view: int | np.ndarray = 0) -> np.ndarray:
-        """As `FeatureStore.mask`: a frame repeats an earlier one if it does in every store."""
+        """As `FeatureStore.mask`: a frame is a repeat if it is one in every store."""
         parts = [
             store.frame_indices[own[:, None], views[..., None], slots]
             for store, own, slots, views in self._in_each(rows, frames, view)

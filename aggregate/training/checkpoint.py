@@ -28,7 +28,7 @@ from extract.durable import replacing
 from extract.sources import sha256_of
 
 FORMAT, VERSION = "hgnl-checkpoint", 2
-# A model depends on these parts of a store's provenance; decoder, views and versions may differ.
+# A model depends on these parts of a store's provenance. Decoder, views and versions may differ.
 _DEPENDS_ON = ("backbone", "weights", "preprocessing", "clips")
 # Options that earlier versions recorded under another spelling.
 _RENAMED = {"normalise": "normalize", "standardise": "standardize"}
@@ -51,8 +51,8 @@ class Checkpoint:
     def usual_segments(
         self, usual: tuple[int, ...], log: Callable[[str], object] = print
     ) -> tuple[int, ...]:
-        """The numbers of segments to test with: `usual`, or for a head that sees the order of
-        frames the number it was trained with.
+        """The numbers of segments to test with: `usual`. A head that sees the order of frames is
+        tested with the number of segments that it was trained with.
 
         Such a head has learned how far apart frames are: trained on 3 and tested on 16, TXB loses
         16 points of top-1.
@@ -66,7 +66,7 @@ class Checkpoint:
         return (self.frames,)
 
     def save(self, path: StrPath) -> None:
-        """Write it; the file appears whole or not at all. Raises RunError."""
+        """Write the checkpoint; the file appears whole or not at all. Raises RunError."""
         content = {name: value for name, value in vars(self).items() if name != "path"}
         # To an open file: torch's own writer does not report a full disk.
         with replacing(path) as partial, open(partial, "wb") as file:
@@ -74,7 +74,8 @@ class Checkpoint:
 
     @classmethod
     def load(cls, path: StrPath) -> "Checkpoint":
-        """Read one, unpickling only tensors and plain values. InputError names the file."""
+        """Read a checkpoint; only tensors and plain values are unpickled. InputError names the
+        file."""
         if not Path(path).is_file():
             raise InputError(
                 f"the checkpoint {path} does not exist; "
@@ -112,7 +113,7 @@ class Checkpoint:
 
     @property
     def holds_backbone(self) -> bool:
-        """Whether it was trained end to end."""
+        """Whether the model was trained end to end, with its backbone."""
         return any(name.startswith("backbone.") for name in self.state_dict)
 
     def model(self) -> VideoClassifier:
@@ -163,9 +164,9 @@ class Checkpoint:
 def rows_for_classes(
     labels: np.ndarray, theirs: list[str], ours: list[str], where: str
 ) -> np.ndarray:
-    """Labels over `theirs` as labels over `ours`, by class name (int [N], -1 stays).
+    """Translate labels from the classes `theirs` to `ours`, by class name (int [N], -1 stays).
 
-    InputError names the first class that has a video and that is not one of the checkpoint's.
+    InputError names the first class that has a video and is not one of the checkpoint's.
     """
     index = {name: label for label, name in enumerate(ours)}
     mapping = np.array([index.get(name, -2) for name in theirs] + [-1])  # the last: label -1

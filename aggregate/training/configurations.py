@@ -49,8 +49,8 @@ class Configuration:
         return configured(self.name, replace(self.options, seed=seed), videos=videos)
 
     def model(self, store: FeatureStore, init: Checkpoint | None = None) -> VideoClassifier:
-        """The untrained model. Options that give the weights of `init` their meaning come from
-        there. Raises InputError as `build` does."""
+        """The untrained model. Options on which the meaning of `init`'s weights depends come from
+        `init`. Raises InputError as `build` does."""
         own = aggregator_options(self.options.agg, self.options, init.options if init else None)
         own |= {"dropout": self.recipe.dropout, "standardize": self.recipe.standardize}
         return build(self.options.agg, dim=store.dim, num_classes=len(store.classes), **own)
@@ -68,11 +68,11 @@ class Configuration:
         """The model with its optimizer, started from `init` if that is given.
 
         Args:
-            labels: int [N], of the videos that it is trained on.
-            file: where its best state is saved, in the folder of the run.
-            log: gets a text about the weights that were carried over from `init`.
+            labels: int [N], of the videos that the model is trained on.
+            file: name of the file for the model's best state, in the folder of the run.
+            log: called with a text about the weights that were carried over from `init`.
         """
-        # The start depends on the seed only, not on the other models that are trained.
+        # Initial weights depend on the seed only, not on the other models that are trained.
         torch.manual_seed(self.options.seed)
         model = self.model(store, init)
         if init is not None:

@@ -31,9 +31,9 @@ from aggregate.training.recipes import (
 class Learner:
     """`step` trains the model on one batch; several learners can share the batches.
 
-    The randomness of a step (dropout) is a function of (seed, epoch, step, rank), so a learner does
-    the same alone, next to others, and after a resume. A model that sees frames holds its network
-    as `net`; the states are the network's.
+    The randomness of a step (dropout) depends only on (seed, epoch, step, rank). So a learner does
+    the same alone, next to others, and after a resume. A model that takes frames holds its network
+    as `net`, and state dicts are those of the network.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Learner:
     frozen: Sequence[nn.Module] = ()  # stay in evaluation mode
     rank: int = 0
     world: int = 1  # processes that share every batch
-    # Time spent in `step`; on a GPU only the time of launching the work.
+    # Time spent in `step`; on a GPU only the time to launch the work.
     seconds: float = field(init=False, default=0.0)
     # Why training stopped: the loss or the scores are not finite. Empty otherwise.
     diverged: str = field(init=False, default="")
@@ -120,9 +120,9 @@ class Learner:
                     logits = self.parallel(batch.x[part], mask)
                 labels = to_device(batch.labels[part], self.device)
                 loss = self._criterion(logits.float(), labels)
-                # DDP averages over processes; this makes it the mean over the whole batch, however
-                # its videos are divided among them. Under autocast, the backward pass would also
-                # cast products that the forward pass made in fp32.
+                # DDP averages over processes. This factor makes that the mean over the whole batch,
+                # however its videos are divided among processes. Under autocast, the backward pass
+                # would also cast products that the forward pass made in fp32.
                 self.scaler.scale(loss * (self.world / whole)).backward()
             self._loss += loss.detach()
         if self.recipe.clip:
@@ -138,7 +138,7 @@ class Learner:
         self.seconds += time.perf_counter() - started
 
     def _backward_nothing(self, batch: Batch) -> None:
-        """Gradients of 0, if only other processes have videos: all take part in the average."""
+        """Gradients of 0, if only other processes have videos: all processes join the average."""
         with autocast(self.device, self.precision):
             blank = batch.x.new_zeros((1, *batch.x.shape[1:]))
             logits = self.parallel(blank, torch.ones((1, batch.x.shape[1]), dtype=torch.bool))
@@ -174,7 +174,7 @@ class Learner:
         self.net.load_state_dict(self.best_state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that an exact resume needs, except the best state: that has its own file."""
+        """Everything that an exact resume needs, except the best state, which has its own file."""
         return {
             "learner": {"model": self.net.state_dict(), "optimizer": self.optimizer.state_dict()},
             "scaler": self.scaler.state_dict(),

@@ -24,18 +24,18 @@ def fit(
     """Train and validate epoch by epoch. Learners keep their best state by the challenge's error.
 
     Args:
-        learners: they share batches: the first one's batch size and seed are those of all.
+        learners: models that share batches, with the batch size and seed of the first one.
         start: the first epoch to train.
-        until: the number of epochs of each learner, instead of its recipe's; then none is
-            validated.
+        until: the number of epochs of each learner, instead of its recipe's. No learner is
+            validated then.
         on_step: called after every batch.
         strict: raise RunError if a learner diverges. Otherwise `Learner.diverged` says why, and
-            the others go on.
+            the others continue.
 
     Yields:
-        after each epoch its number, its seconds, and the seconds of waiting for batches.
+        after each epoch its number, its seconds, and the seconds spent waiting for batches.
 
-    Features that are not finite raise RunError naming their video.
+    Raises RunError naming the video if features are not finite.
     """
 
     def on_diverged(learner: Learner) -> None:
@@ -82,9 +82,9 @@ def train_epoch(
     on_step: Callable[[], object] = lambda: None,
     on_diverged: Callable[[Learner], object] = raise_diverged,
 ) -> float:
-    """Feed each batch to all `learners`; returns the seconds of waiting for batches.
+    """Feed each batch to all `learners`; returns the seconds spent waiting for batches.
 
-    `on_diverged` is called with a learner that diverges; if it does not raise, the others go on.
+    `on_diverged` is called with a learner that diverges; if it does not raise, the others continue.
     """
     for learner in learners:
         learner.train_mode()

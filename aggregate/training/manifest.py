@@ -7,8 +7,8 @@
                         id, label, split and group
                         features, init, recipe, version: digests and values of all other inputs
 
-With the hashes (64 bits), `evaluate` knows which videos a checkpoint was trained on, wherever it is
-moved to; 540,000 videos take 9 MB.
+The hashes (64 bits) let `evaluate` know which videos a checkpoint was trained on, even if its file
+was moved. 540,000 videos take 9 MB.
 """
 
 import csv
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 VIDEOS = "videos.csv"
 COLUMNS = ("id", "label", "split", "group")
 FILE = "file"  # column of sizes and digests, if the run decodes videos
-# Number of videos whose features are digested: features that are made otherwise differ in all.
+# Number of videos whose features are digested. A sample suffices, since features that are made
+# in another way differ in all videos.
 _SAMPLED = 16
 _REMEDY = "give another --out to train on the current data"
 
@@ -81,7 +82,7 @@ def _hash(text: str) -> int:
 
 
 def record(videos: Videos, chosen: Chosen, *, init: Path | None, recipe: "Recipe") -> Record:
-    """`Checkpoint.data` of a run on these rows."""
+    """The `Checkpoint.data` of a run on these rows."""
     features = features_digest(videos, chosen.train) if isinstance(videos, FeatureStore) else ""
     return {
         "videos": hashlib.sha256(videos_csv(videos, chosen)).hexdigest(),
@@ -102,7 +103,7 @@ def features_digest(store: FeatureStore, rows: np.ndarray) -> str:
 
 
 def choose_or_continue(videos: Videos, options: Any, last: "Checkpoint | None") -> Chosen:
-    """The rows of a new run; or, for a run that resumes from `last`, its recorded videos by id.
+    """The rows of a new run, or of a run that resumes from `last`: its recorded videos, by id.
 
     InputError if a recorded video is gone, or if its label, split or group changed.
     """
@@ -188,7 +189,7 @@ def refuse_other_data(
     """InputError naming the differences between the last checkpoint and the same run now.
 
     `features` is the current provenance, `data` the current `record`. Another version of the
-    program is printed, not refused.
+    program is not refused, but reported.
     """
     assert last.data is not None
     lines = []
@@ -222,7 +223,7 @@ def print_other_version(recorded: str) -> None:
 
 
 def validated_rows(checkpoint: "Checkpoint", videos: Videos) -> np.ndarray:
-    """Rows of `videos` that the checkpoint's run validated on.
+    """The rows of `videos` on which the checkpoint's run validated.
 
     InputError if the checkpoint does not record them, or if some are missing.
     """
@@ -263,7 +264,8 @@ def trained_on(
 def contents_of(store: Videos) -> dict[str, str]:
     """Digests of a store's columns, provenance and features, or of a listing's columns and files.
 
-    One per part, so that a message can name the parts that changed; of the features only a sample.
+    There is one digest per part, so that a message can name the parts that changed. Of the features
+    only a sample is digested.
     """
     parts: dict[str, bytes] = {}
     for name in ("ids", "splits", "groups", "classes"):

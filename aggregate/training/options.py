@@ -21,28 +21,28 @@ if TYPE_CHECKING:
 Aggregator = Literal[
     "tsn", "max", "weighted", "nl", "hgnl", "txb", "gru", "attentive", "attentive-time", "nextvlad"
 ]
-# The same weights with another value of one of these are another model.
+# Options that change the meaning of the weights: with another value the model is another one.
 WEIGHT_SEMANTICS = ("norm", "attention", "normalize")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitOptions:
-    """Which videos are trained on, and which validate."""
+    """Options that decide which videos are trained on, and which are validated."""
 
     train_split: str = "train"
     val_split: str = "val"
     val_groups: tuple[str, ...] = ()
-    """Validate on these groups (subjects, sources), train on all others."""
+    """Validate on these groups (subjects, sources) and train on all others."""
     val_fraction: float = 0.2
-    """Fraction to hold out, by the seed, if no video has the validation split; whole groups if the
-    store has groups."""
+    """If no video has the validation split: the fraction to hold out, chosen by the seed, in whole
+    groups if the store has groups."""
     allow_missing_classes: bool = False
     """Train although some classes have no example."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadOptions:
-    """Options of single aggregators."""
+    """Options that apply to some aggregators only."""
 
     g1: int = 16
     """hgnl: groups of W_q and W_k."""
@@ -54,20 +54,20 @@ class HeadOptions:
     shared: bool = False
     """hgnl: one set of weights for all groups."""
     norm: Literal["none", "n", "n_over_train"] | None = None
-    """hgnl: divisor of the ReLU map (the default of this and the four below is the recipe's)."""
+    """hgnl: divisor of the ReLU map (default of this and the next four: the recipe's)."""
     attention: Literal["relu", "softmax"] | None = None
-    """hgnl: how scores become weights; the paper's is relu."""
+    """hgnl: how scores become weights; the paper has relu."""
     normalize: bool | None = None
-    """hgnl, nl: layer norm of the frames that W_q and W_k see."""
+    """hgnl, nl: layer norm of the frames before W_q and W_k."""
     start: Literal["random", "average"] | None = None
     """hgnl, nl: average starts attention as the mean over frames."""
     scale_init: float | None = None
     """hgnl, nl: s before training."""
     scale_scores: bool = False
-    """hgnl, nl: divide scores by the root of their length."""
+    """hgnl, nl: divide scores by the square root of their length."""
     depth: int = 1
-    """attentive, attentive-time: layers of attention; those before the query's are self-attention
-    of the frames."""
+    """attentive, attentive-time: layers of attention. The query's is the last; the others are
+    self-attention of the frames."""
     heads: int | None = None
     """attentive, attentive-time: heads of attention (default: about m/64)."""
     frame_time: bool = False
@@ -90,7 +90,7 @@ class ScheduleOptions:
     """The parts of a recipe that can be changed; None keeps the recipe's own."""
 
     optimizer: Literal["sgd", "adamw"] | None = None
-    """Default: the recipe's, as for all below."""
+    """Default: the recipe's, as for all options below."""
     lr: float | None = None
     weight_decay: float | None = None
     epochs: int | None = None
@@ -111,8 +111,8 @@ class CachedOptions:
     """The parts of training on cached features that can be changed."""
 
     balance: Literal["none", "sampler", "loss"] = "none"
-    """sampler: batches hold all classes equally often; loss: rare classes weigh more, by their
-    effective number."""
+    """sampler: batches hold all classes equally often; loss: rare classes get more weight, by their
+    effective number of videos."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision of matrix products in training; auto: bf16 if the device is fast at it and batches
     are large."""
@@ -120,7 +120,7 @@ class CachedOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions:
-    """Where a store's features are kept, and which device computes."""
+    """Options of the device that computes, and of where it keeps a store's features."""
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
@@ -130,16 +130,16 @@ class DeviceOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoOptions:
-    """Where videos are found, and how they are decoded."""
+    """Options of finding and decoding videos."""
 
     root: Path | None = None
-    """With a CSV as --videos: the folder its videos are in."""
+    """With a CSV as --videos: the folder that holds its videos."""
     labels: str = "auto"
     """With --videos: auto, kinetics700, or a file of lines."""
     decode_workers: int | None = None
     """With --videos: decoding processes (default: one per core)."""
     video_timeout: float = 60.0
-    """With --videos: seconds after which one is given up, plus one for each 10 s of video."""
+    """With --videos: seconds after which a video is given up, plus one for each 10 s of video."""
 
 
 @dataclass(frozen=True)
@@ -150,16 +150,16 @@ class TrainOptions(HeadOptions, ScheduleOptions, CachedOptions, SplitOptions, De
     """tsn is the average, txb StNet's temporal block (which sees the order of frames), attentive
     V-JEPA's probe."""
     features: str | tuple[str, ...] = "feats.zarr"
-    """The feature store of `python -m extract`; several are joined by id, their channels side by
-    side."""
+    """The feature store of `python -m extract`; several are joined by id, and their channels
+    concatenated."""
     out: Path | None = None
     """The run folder (default: runs/AGG)."""
     init: Path | None = None
-    """A checkpoint to start from; classifier rows carry over by class name."""
+    """A checkpoint to start from; classifier rows are matched by class name."""
     recipe: Literal["cached", "paper"] = "cached"
     """cached: works best on a frozen backbone; paper: iQIYI's schedule."""
     control: bool = False
-    """Also train the TSN of --init for as many more epochs, the control the paper lacks."""
+    """Also train the TSN of --init for the same number of epochs, the control the paper lacks."""
     seed: int = 0
 
     @property
@@ -184,11 +184,14 @@ def as_lists(*groups: type) -> Any:
                 kind = Literal["false", "true"]
                 default = tuple(str(value).lower() for value in default)
             columns.append((field.name, tuple[kind, ...], default))  # type: ignore[valid-type]
-    return make_dataclass("Lists", columns, bases=groups, frozen=True, kw_only=True)
+    doc = "Options that take lists of values; all combinations of the values are trained."
+    return make_dataclass(
+        "Lists", columns, bases=groups, namespace={"__doc__": doc}, frozen=True, kw_only=True
+    )
 
 
 def to_json(options: Any) -> Record:
-    """A command's options as they are read back from JSON."""
+    """A command's options as JSON gives them back."""
     return json.loads(json.dumps(asdict(options), default=str))
 
 
@@ -225,9 +228,9 @@ def aggregator_options(
 ) -> dict[str, Any]:
     """The flags that the aggregator `name` has, as keywords of `aggregate.models.build`.
 
-    An option that is not given comes from the recipe. Only WEIGHT_SEMANTICS come from the model it
-    starts from, if that is of the same kind: `init` are that model's options. InputError for a flag
-    that is given to an aggregator without it.
+    An option that is not given comes from the recipe. If training starts from a model of the same
+    kind, WEIGHT_SEMANTICS come from that model, whose options are `init`. InputError for a flag
+    that this aggregator does not have.
     """
     for flag in unused_flags(name):
         value = getattr(options, flag)

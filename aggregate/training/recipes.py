@@ -33,7 +33,7 @@ class Recipe:
     milestones: tuple[int, ...] = ()  # empty: `decay` applies
     decay: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.0  # epochs of linear warm-up
-    clip: float = 0.0  # largest norm of the gradient; 0: no clipping
+    clip: float = 0.0  # largest norm of the gradient; 0 for no clipping
     standardize: bool = False  # batch norm without parameters before the classifier
     label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
     balance: Literal["none", "sampler", "loss"] = "none"
@@ -46,7 +46,7 @@ class Recipe:
             raise InputError("--label-smoothing 1: expected less than 1, or labels have no effect")
 
     def __str__(self) -> str:
-        """`optimizer sgd, lr 0.01, weight decay 0.0005, ...`: all values but unused ones."""
+        """`optimizer sgd, lr 0.01, weight decay 0.0005, ...`: all values that have an effect."""
         values = {field.name.replace("_", " "): getattr(self, field.name) for field in fields(self)}
         if self.milestones:
             del values["decay"]
@@ -75,7 +75,7 @@ _PAPER = Recipe(
     milestones=(20, 30),
 )
 _PAPER_NON_LOCAL = replace(_PAPER, epochs=8, milestones=(4, 6))
-# 20 epochs (section 2 of the paper) with the released code's values.
+# 20 epochs (section 2 of the paper), with the values of the released code.
 _PAPER_STNET = Recipe(
     optimizer="sgd",
     lr=1e-2,
@@ -98,11 +98,11 @@ _CACHED = Recipe(
     standardize=True,
 )
 _PAPER_BY_HEAD = {"nl": _PAPER_NON_LOCAL, "hgnl": _PAPER_NON_LOCAL, "stnet": _PAPER_STNET}
-# A larger learning rate is 6 to 7 points better inside training parts (LOG.md).
+# On training parts alone, a larger learning rate was 6 to 7 points better (LOG.md).
 _CACHED_BY_HEAD = dict.fromkeys(("attentive", "attentive-time"), replace(_CACHED, lr=3e-2))
 _LARGE_BATCH = 128
 _BETA = 0.999
-# NL and HG-NL on cached features need these options, or attention stays unused in so few steps.
+# Without these options, so few steps leave the attention of NL and HG-NL on cached features unused.
 # All other options are the paper's: HG-NL has the ReLU of eq. 7, NL the softmax of eq. 3.
 _CACHED_NON_LOCAL = {"normalize": True, "start": "average", "scale_init": 1.0}
 
@@ -125,8 +125,8 @@ def recipe(
 ) -> Recipe:
     """The recipe `name` for an aggregator, changed by those `changes` that are not None.
 
-    A change of `epochs` moves the milestones along. With few `videos`, "cached" takes smaller
-    batches, so that an epoch has about 16 steps; below 4,096 videos 256 would leave too few.
+    A change of `epochs` moves the milestones in proportion. With fewer than 4,096 `videos`,
+    "cached" takes batches smaller than 256, so that an epoch still has about 16 steps.
     """
     if name == "cached":
         chosen = _CACHED_BY_HEAD.get(aggregator, _CACHED)
@@ -178,7 +178,7 @@ def class_weights(counts: Sequence[int], balance: str) -> list[float] | None:
 def make_optimizer(groups: list[dict[str, Any]], chosen: Recipe) -> "torch.optim.Optimizer":
     """The optimizer over the groups of `parameter_groups`.
 
-    It is fused, one pass over weights, gradients and momentum: on a CPU the optimizer takes most of
+    It is fused: one pass over weights, gradients and momentum. On a CPU the optimizer takes most of
     the step of a small batch.
     """
     import torch
@@ -213,7 +213,7 @@ def parameter_groups(
 def set_lr(optimizer: "torch.optim.Optimizer", chosen: Recipe, epoch: float) -> None:
     """Set each group's learning rate for `epoch`, which may be fractional.
 
-    It is a function of the epoch only, so that resuming is exact.
+    It depends only on the epoch, so that resuming is exact.
     """
     for group in optimizer.param_groups:
         group["lr"] = chosen.lr * chosen.factor(epoch) * group["lr_scale"]

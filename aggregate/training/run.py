@@ -62,9 +62,9 @@ _ANOTHER_VERSION = (
 
 
 def open_folder(options: Any) -> Checkpoint | None:
-    """The last checkpoint in the folder of a run, None if it has none yet.
+    """The last checkpoint in the folder of a run, or None if it has none yet.
 
-    InputError for a folder of anything else, of a run with other options, or of a run of another
+    InputError if the folder holds other files, a run with other options, or a run of another
     version.
     """
     # A run that ended before its first epoch leaves only files that the same command overwrites; so
@@ -120,7 +120,7 @@ def refuse_other_options(out: Path, now: Record) -> None:
 class Run:
     """Learners trained on one source, in one folder.
 
-    The first learner is the requested model, the others are those it is compared with. With several
+    The first learner is the requested model, and the others are compared with it. With several
     processes only rank 0 writes.
     """
 
@@ -153,7 +153,7 @@ class Run:
             self._resume(last)
 
     def _prefix(self, learner: Learner) -> str:
-        """The start of a learner's columns in metrics.csv; the first one's have none."""
+        """The prefix of a learner's columns in metrics.csv; the first learner has none."""
         return "" if learner is self.learners[0] else f"{learner.file.removesuffix('.pt')}_"
 
     def _resume(self, last: Checkpoint) -> None:
@@ -315,7 +315,7 @@ class Run:
 def _differences(
     label_ranks: dict[str, np.ndarray], classes: int, groups: np.ndarray
 ) -> Iterator[str]:
-    """The first model minus each other one, in points, paired over the same videos."""
+    """The first model minus each other model, in points, paired over the same videos."""
     (first, ours), *others = label_ranks.items()
     for name, theirs in others:
         top1 = paired_bootstrap(ours == 0, theirs == 0, groups)

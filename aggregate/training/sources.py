@@ -19,7 +19,7 @@ from extract import RunError
 
 @dataclass
 class CachedFeatures:
-    """Videos of a feature store: those to train on, and those that validate."""
+    """Videos of a feature store: those to train on, and those to validate on."""
 
     training: StoredFeatures
     testing: StoredFeatures
@@ -74,7 +74,7 @@ class CachedFeatures:
 class DecodedVideos:
     """Videos that are decoded as they are needed, with the methods of `CachedFeatures`.
 
-    With several training processes, each one decodes its share of them.
+    With several training processes, each process decodes its share of the videos.
     """
 
     training: VideoFrames

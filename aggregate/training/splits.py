@@ -37,7 +37,7 @@ class ListedVideos:
         self.videos, self._digests = listing.videos, dict[str, str]()
 
     def file_digests(self, rows: np.ndarray) -> list[str]:
-        """Size and a digest of the file of each row, which tell it from others of its name."""
+        """Size and digest of the file of each row: they identify it among files of equal name."""
         paths = [self.videos[row].path for row in rows.tolist()]
         new = list(dict.fromkeys(path for path in paths if path not in self._digests))
         with ThreadPoolExecutor(16) as pool:
@@ -53,7 +53,7 @@ Videos = FeatureStore | ListedVideos
 
 
 def choose_rows(store: Videos, options: SplitOptions, seed: int) -> Chosen:
-    """Rows to train on, with features and a label, and rows to validate on, with a label.
+    """Choose rows to train on, with features and a label, and rows to validate on, with a label.
 
     InputError if one of them is empty, or if a class has no row to train on.
     """
@@ -125,9 +125,9 @@ def hold_out(
 ) -> np.ndarray:
     """Choose about `fraction` of each class of `rows` for validation: bool [N], over the store.
 
-    Whole groups (`group_keys`: a video without a group is a group of its own) are added in random
-    order if they bring the classes nearer to `fraction`. A class keeps at least one video to train
-    on, unless `allow_missing`.
+    Groups (`group_keys`: a video without a group is a group of its own) are visited in random
+    order. A group is chosen as a whole if it brings the classes nearer to `fraction`. A class keeps
+    at least one video to train on, unless `allow_missing`.
     """
     if not 0 < fraction < 1:
         raise InputError(f"--val-fraction {fraction:g}: expected a fraction between 0 and 1")
