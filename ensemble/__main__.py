@@ -1,5 +1,5 @@
-"""python -m ensemble: fuse the scores of several models; with a table of contributions, and a
-submission."""
+"""python -m ensemble: fuse the scores of several models, and measure what each contributes; also
+writes a submission."""
 
 import json
 from collections.abc import Sequence
@@ -40,19 +40,19 @@ class Options:
     out: Path
     """The fused scores file; the softmax of its logits is the fused probabilities."""
     weights: str = "equal"
-    """equal, select (leave out models that do not help on these labeled videos), search (on labeled
-    videos, judged on held-out folds), or one number per model: 0.5,0.3,0.2"""
+    """equal, select (equal weights, without the models that do not help on these labeled videos),
+    search (on labeled videos, judged on held-out folds), or one number per model: 0.5,0.3,0.2"""
     submission: Path | None = None
-    """Write a submission to the challenge too, and check it."""
+    """Also write a submission to the challenge, and check it."""
     missing: Literal["error", "drop", "worst"] = "error"
     """What to do with videos that one model lacks: stop, leave them out, or count them as wrong."""
     classes: str = ""
-    """For scores of other tools that do not name their classes: kinetics700, or a file with one per
-    line, in the order of the columns."""
+    """For scores of other tools that do not name their classes: kinetics700, or a file with one
+    class per line, in the order of the columns."""
     segments: int | None = None
     """Which scores of each file to use (default: those of the most segments)."""
     seed: int = 0
-    """For the five folds on which --weights search is judged."""
+    """The seed of the five folds on which --weights search is judged."""
     external_data: str = PRETRAINED
     """Other data that the models have seen, for the submission ("" for none)."""
 
@@ -115,7 +115,7 @@ def main(options: Options) -> int:
 def _measure(
     options: Options, aligned: "Aligned", weights: "np.ndarray"
 ) -> "tuple[np.ndarray, Record]":
-    """Choose the weights, if --weights says how, and measure what each model contributes.
+    """Choose the weights, if --weights names a method, and measure what each model contributes.
 
     Prints the measures. Returns the weights, and the measures for the summary: fractions, and
     intervals with value, low and high.
@@ -161,7 +161,7 @@ def _submit(fused: "Scores", options: Options, left_out: int) -> Record:
 
 
 def _checked_paths(options: Options) -> Path:
-    """The path of the summary; InputError if one file would be written over another."""
+    """The path of the summary. InputError if one file would be written over another."""
     summary = options.out.with_suffix(".json")
     taken: dict[Path, str] = {}
     for path in options.scores:
@@ -178,7 +178,7 @@ def _checked_paths(options: Options) -> Path:
 
 
 def _given_weights(text: str) -> list[float] | None:
-    """The numbers of --weights; None for a way to choose them."""
+    """The numbers of --weights; None if it names a method."""
     if text in CHOSEN_BY:
         return None
     try:
@@ -191,7 +191,7 @@ def _given_weights(text: str) -> list[float] | None:
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """Short names of models: the names of their files, with the folders if those are equal."""
+    """Short names of models: the names of their files, with folders if two names are equal."""
     stems = [path.stem for path in paths]
     return stems if len(set(stems)) == len(stems) else [str(path.with_suffix("")) for path in paths]
 

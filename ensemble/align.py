@@ -16,16 +16,16 @@ Missing = Literal["error", "drop", "worst"]
 
 @dataclass(frozen=True, repr=False)
 class Aligned:
-    """Logits of M models for the same N videos: M arrays [N, C] float32. A failed video is a row of
-    NaN.
+    """Logits of M models for the same N videos: M arrays [N, C] float32. The row of a failed video
+    is NaN.
 
     Attributes:
         labels: int32 [N], indices in `classes`, -1 if unknown.
         lacking: bool [M, N], videos that a model does not list (only with `missing="worst"`); their
             rows are NaN too.
         failed: bool [M, N], rows of NaN.
-        counts: for each model, the videos that it lists, that it lacks, and that failed.
-        split: of the videos, if all files agree.
+        counts: for each model, the number of videos that it lists, that it lacks, and that failed.
+        split: the split of the videos, if all files have the same one.
         groups: keys of `group_keys` [N].
     """
 
@@ -45,8 +45,8 @@ class Aligned:
     def unscored(self, weights: np.ndarray) -> np.ndarray:
         """Videos that count as wrong under `weights` [M]: bool [N].
 
-        Among the models with a weight above 0, one does not list the video, or it failed in all of
-        them. If it failed in some of them only, the others decide.
+        Only models with a weight above 0 matter. A video counts as wrong if one of them does not
+        list it, or if it failed in all of them. If it failed in some of them, the others decide.
         """
         used = np.asarray(weights) > 0
         return np.logical_or(self.lacking[used].any(axis=0), self.failed[used].all(axis=0))
@@ -79,8 +79,8 @@ def align(
     """Join scores by video id, and columns by class name, in the order of the first model.
 
     A video that one model lacks is an error, is left out (`missing="drop"`), or counts as wrong
-    ("worst"). Raises InputError, naming the first offender, for different classes, such a video, no
-    common video, and labels that contradict each other.
+    ("worst"). Raises InputError naming the first cause: different classes, a missing video, no
+    common video, or labels that contradict each other.
     """
     if missing not in get_args(Missing):
         raise InputError(
@@ -139,8 +139,8 @@ def _check_classes(ours: pd.Index, theirs: pd.Index, first: str, name: str) -> N
 def _join_ids(
     ids_by_model: Sequence[pd.Index], names: Sequence[str], missing: Missing
 ) -> tuple[pd.Index, np.ndarray, int]:
-    """The ids of the joined videos, which model lacks them (bool [models, videos]), and the number
-    of dropped videos."""
+    """The ids of the joined videos, bool [models, videos] that marks the videos a model lacks, and
+    the number of dropped videos."""
     union = ids_by_model[0].append(ids_by_model[1:]).unique()
     listed = np.stack([union.isin(ids) for ids in ids_by_model])  # [models, videos]
     everywhere = listed.all(axis=0)
@@ -156,8 +156,8 @@ def _join_ids(
 
 
 def _missing_message(names: Sequence[str], ids: pd.Index, listed: np.ndarray) -> str:
-    """Which model lacks the first missing video, and how many videos each lacks; `listed` is bool
-    [models, videos]."""
+    """The message that names the model without the first missing video, and counts the videos that
+    each model lacks; `listed` is bool [models, videos]."""
     video = int(listed.all(axis=0).argmin())
     owner = names[int(listed[:, video].argmax())]
     without = names[int(listed[:, video].argmin())]
@@ -183,8 +183,8 @@ def _in_order(scores: Scores, ids: pd.Index, classes: pd.Index) -> tuple[np.ndar
 
 
 def _common_groups(list_of_scores: Sequence[Scores], ids: pd.Index) -> np.ndarray:
-    """The group of each video: from the first model whose key is not just the id's own (files of
-    earlier versions have no groups)."""
+    """The group of each video, from the first model that has one. Files of earlier versions have no
+    groups: their keys are made of the ids alone."""
     groups = group_keys(ids.tolist())
     from_ids = groups.copy()
     for scores in list_of_scores:
@@ -197,7 +197,7 @@ def _common_groups(list_of_scores: Sequence[Scores], ids: pd.Index) -> np.ndarra
 def _common_labels(
     labels_by_model: np.ndarray, names: Sequence[str], ids: pd.Index, classes: pd.Index
 ) -> np.ndarray:
-    """The label [N] of each video from any model that knows it; `labels_by_model` is [M, N]."""
+    """The label of each video [N], from any model that knows it; `labels_by_model` is [M, N]."""
     is_known = labels_by_model >= 0
     first_known = is_known.argmax(axis=0)
     labels = labels_by_model[first_known, np.arange(len(ids))]

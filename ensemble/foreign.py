@@ -5,8 +5,8 @@
     *.csv    a header id,<class>,<class>,... and optionally a column label
     *.pkl    mmaction2's: a list of N arrays [C], or of dicts with `pred_score` [C]; ids as for .npy
 
-Reading never runs code from a file. If a file does not name its classes, --classes does, in the
-order of the columns.
+Reading never runs code from a file. If a file does not name its classes, --classes gives them in
+the order of the columns.
 """
 
 import csv
@@ -24,12 +24,12 @@ from extract import InputError, Record, StrPath
 from extract.feature_files import check_unique, ids_beside
 from extract.listing.labels import choose_labels
 
-# Of the sum of probabilities, which may be rounded to half precision or to a few digits.
+# Tolerance for the sum of probabilities, which may be rounded to half precision or to few digits.
 _TOLERANCE = 2e-3
 
 
 class _Table(NamedTuple):
-    """The contents of a file: N rows of C values, and what it names."""
+    """The contents of a file: N rows of C values, and the names it has."""
 
     ids: list[str]
     values: np.ndarray
@@ -38,14 +38,14 @@ class _Table(NamedTuple):
 
 
 def is_scores_file(path: StrPath) -> bool:
-    """Whether a path looks like a scores file of ours, by its extension."""
+    """Whether a path has the extension of our own scores files."""
     return os.fspath(path).lower().endswith((".h5", ".hdf5"))
 
 
 def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -> Scores:
     """Load a scores file of ours or of another tool; InputError names it.
 
-    Probabilities are noticed, reported, and turned into logits.
+    Probabilities are detected, reported, and turned into logits.
     """
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
@@ -157,7 +157,7 @@ class _PlainUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):  # how protocols before 3 write bytes
+        if (module, name) == ("_codecs", "encode"):  # pickle protocols before 3 write bytes so
             return lambda text, encoding: text.encode("latin1")
         if module in self._MODULES and name in self._ARRAYS:
             return super().find_class(module, name)

@@ -21,8 +21,8 @@ def fuse(
 ) -> Scores:
     """Fuse scores of videos joined by id.
 
-    The logits returned are the logarithm of the mean probabilities, so that their softmax is the
-    mean. Raises InputError as `align` and `checked_weights` do.
+    The returned logits are the logarithms of the mean probabilities, so their softmax is that mean.
+    Raises InputError as `align` and `checked_weights` do.
 
     Args:
         weights: [M], need not sum to 1; None for equal weights.
@@ -33,8 +33,8 @@ def fuse(
 def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None = None) -> Scores:
     """`fuse` for scores that are aligned already.
 
-    A video that failed in some models gets the mean of the others. One that failed in all of them,
-    or that a model does not list (`missing="worst"`), becomes a row of NaN.
+    A video that failed in some models gets the mean of the others. A video that failed in all of
+    them, or that a model does not list (`missing="worst"`), gets a row of NaN.
     """
     weights = checked_weights(weights, len(aligned.names))
     used = np.flatnonzero(weights).tolist()
@@ -46,10 +46,10 @@ def fuse_aligned(aligned: Aligned, weights: Sequence[float] | np.ndarray | None 
         total = shares.sum(axis=0)
         shares /= np.where(total > 0, total, 1)
         logs = np.stack([log_probabilities(aligned, model, rows) for model in used])
-        logs[failed] = -np.inf  # must not be the peak of a video that the model has no scores of
-        # log sum_m w_m p_m relative to the peak, so that no class is lost however improbable
+        logs[failed] = -np.inf  # failed rows must not give a video its peak
+        # log sum_m w_m p_m relative to the peak, so that even improbable classes are not lost
         peak = np.maximum(logs.max(axis=0), -1e300)
-        with np.errstate(divide="ignore"):  # videos that no model has become NaN below
+        with np.errstate(divide="ignore"):  # videos without any scores become NaN below
             mean = np.log(np.einsum("mr,mrc->rc", shares, np.exp(logs - peak))) + peak
         # A probability below the range of float32 logits must not become -inf.
         fused[rows] = np.maximum(mean, np.finfo(np.float32).min)
@@ -80,7 +80,8 @@ def log_probabilities(aligned: Aligned, model: int, rows: slice | np.ndarray) ->
 def checked_weights(weights: Sequence[float] | np.ndarray | None, models: int) -> np.ndarray:
     """Weights [M] scaled to sum to 1; None for equal weights.
 
-    Raises InputError for another number of weights, for negative ones, and if all are 0.
+    Raises InputError if the number of weights is not that of the models, if one is negative, and if
+    all are 0.
     """
     weights = np.ones(models) if weights is None else np.asarray(weights, np.float64)
     described = ",".join(f"{weight:g}" for weight in np.atleast_1d(weights))

@@ -30,7 +30,7 @@ Truth = tuple[str, tuple[str, ...], str]  # name of a video, its labels, its spl
 
 @dataclass(frozen=True)
 class Grade:
-    """The challenge's errors of a submission over the videos of a truth; a missing one is wrong."""
+    """The challenge's errors of a submission over the videos of a truth; missing ones are wrong."""
 
     top1_error: Interval
     top5_error: Interval
@@ -38,7 +38,7 @@ class Grade:
     found: int
     listed: int
     extra: int
-    notes: tuple[str, ...]  # on missing videos, and on entries that stop the official script
+    notes: tuple[str, ...]  # on missing videos, and on entries at which the official script stops
 
     def __str__(self) -> str:
         average = f"{self.average_error}   (the challenge's figure: {self.average_error.value:.5f})"
@@ -52,12 +52,12 @@ class Grade:
 
 
 def grade_submission(path: StrPath, truth: Mapping[str, Collection[str]]) -> Grade:
-    """The challenge's errors against `truth`: the labels of each video, any of which counts as
-    right.
+    """The challenge's errors against `truth`, the labels of each video; any of its labels is right.
 
     As in the official script, a missing video is wrong, an extra one is ignored, and a repeated
-    label counts as one more guess. Among equal scores the earlier entry ranks first (there, the
-    order depends on the sort). Raises InputError for scores that are not finite numbers.
+    label counts as one more guess. Among equal scores the earlier entry ranks first; in the
+    official script their order depends on the sort. Raises InputError for scores that are not
+    finite numbers.
     """
     results = read_submission(path)
     ranks = np.array([_rank(results.get(video, []), labels) for video, labels in truth.items()])
@@ -99,11 +99,11 @@ def _rank(entries: list[tuple[str, float]], labels: Collection[str]) -> int:
 
 
 def read_truth(path: StrPath, split: str = "") -> dict[str, set[str]]:
-    """The labels of each video of a split, by the id it is submitted under.
+    """The labels of each video of a split, by the id under which it is submitted.
 
     Reads the challenge's JSON (`database`), Kinetics' own JSON (`annotations` and `subset` for each
     video), Kinetics' CSV, or a CSV `path,label`. Raises InputError if the file is none of these, if
-    a video has no label, and if there are several splits and none was chosen.
+    a video has no label, and if there are several splits and none is chosen.
     """
     truth: dict[str, set[str]] = {}
     for name, labels, _ in _truth_of_split(os.fspath(path), split):
@@ -114,8 +114,8 @@ def read_truth(path: StrPath, split: str = "") -> dict[str, set[str]]:
 
 
 def read_ids(path: StrPath, split: str = "") -> list[str]:
-    """The videos that a submission must have: those of a scores file, of a file that `read_truth`
-    reads, or of a text file with one per line.
+    """The videos that a submission must have. `path` is a scores file, a file that `read_truth`
+    reads, or a text file with one video per line.
 
     Raises InputError for an empty list, and for a video that is listed twice.
     """
@@ -165,7 +165,7 @@ def _truth_rows(path: str) -> list[Truth]:
 
 
 def _json_truth(path: str, video: str, record: Mapping[str, Any]) -> Truth:
-    """The challenge has a list of annotations per video, Kinetics' own files have one."""
+    """The challenge has a list of annotations per video, Kinetics' own files a single one."""
     annotations = record.get("annotations", [])
     if isinstance(annotations, dict):
         annotations = [annotations]

@@ -2,9 +2,9 @@
 model contributes.
 
 `Ranking` gives the rank of the true label under any weights, many times faster than fusing again.
-With weights that are not negative, a class can overtake the true label only if it is ahead in at
-least one model, and it stays ahead if it is ahead in all. So only the few classes on which models
-disagree are kept, and the result is exact.
+Weights are not negative. So a class can overtake the true label only if it is ahead in at least one
+model, and it stays ahead if it is ahead in all of them. Therefore only the few classes on which the
+models disagree are kept, and the result is exact.
 """
 
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Ranking:
 
     Attributes:
         rows: [N], the labeled rows of `aligned`.
-        margins: float64 [K, M], for each contested pair of a video and a class: each model's
+        margins: float64 [K, M], for each contested pair of a video and a class, each model's
             probability of the class minus that of the true label.
         videos: [K], the video of each pair.
         wins_ties: bool [K], whether the class is before the true label if they tie.
@@ -60,7 +60,7 @@ class Ranking:
 
     @classmethod
     def of(cls, aligned: Aligned) -> "Ranking":
-        """InputError if no video has a label."""
+        """The ranking of the labeled videos. InputError if no video has a label."""
         rows = np.flatnonzero(aligned.labels >= 0)
         if not len(rows):
             raise InputError(
@@ -117,8 +117,8 @@ class Ranking:
 
 
 def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarray, ...]:
-    """`margins`, `videos`, `wins_ties` and `ahead` of a `Ranking` for some of its rows; the first
-    is video `start`."""
+    """`margins`, `videos`, `wins_ties` and `ahead` of a `Ranking` for some of its rows. The first
+    of these rows is video `start`."""
     truth = aligned.labels[rows][:, None]
     is_lower = np.arange(len(aligned.classes)) < truth
     in_any, in_all = np.zeros(is_lower.shape, bool), np.ones(is_lower.shape, bool)
@@ -126,7 +126,7 @@ def _contested(aligned: Aligned, rows: np.ndarray, start: int) -> tuple[np.ndarr
     for model in range(len(aligned.names)):
         values = np.exp(log_probabilities(aligned, model, rows))
         margin = values - np.take_along_axis(values, truth, axis=1)
-        margin[aligned.failed[model, rows]] = 0  # decides nothing
+        margin[aligned.failed[model, rows]] = 0  # so that it decides nothing
         is_ahead = (margin > 0) | ((margin == 0) & is_lower)
         in_any |= is_ahead
         in_all &= is_ahead
@@ -146,11 +146,11 @@ class SearchResult:
     """Searched weights, and their measures on videos that they were not searched on.
 
     Attributes:
-        summary: over all labeled videos, each under the weights found on the other folds.
+        summary: measures over all labeled videos, each under the weights found on the other folds.
         against_equal: the average error of `summary` minus that of equal weights on the same videos
             (below 0 is better).
-        in_sample: average error of `weights` on the videos they were searched on, which is too
-            optimistic.
+        in_sample: average error of `weights` on the videos on which they were searched, which is
+            too optimistic.
     """
 
     weights: tuple[float, ...]
@@ -176,7 +176,7 @@ class SearchResult:
         return f"Searched weights do NOT beat equal ones: {evidence}. Prefer --weights equal."
 
     def advice(self, names: Sequence[str]) -> str:
-        """How far the folds agree, and the weights to give for other videos."""
+        """A text on how far the folds agree, and the weights to use for other videos."""
         columns = zip(*self.weights_by_fold, strict=True)
         spread = ", ".join(
             f"{name} {min(column):.2f} to {max(column):.2f}"
@@ -215,7 +215,7 @@ def search(ranking: Ranking, *, seed: int = 0) -> SearchResult:
     """Search weights on all labeled videos, and judge the search by cross-validation.
 
     The videos of each fold are scored under weights that were searched on the other folds. Folds
-    are a function of (seed, sorted groups), never of the order in a file; a group is in one fold.
+    depend only on (seed, sorted groups), not on the order in a file. A group is never split.
     Raises InputError for fewer than two videos.
     """
     if len(ranking) < 2:
@@ -245,10 +245,10 @@ def search(ranking: Ranking, *, seed: int = 0) -> SearchResult:
 
 
 def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
-    """Weights of least challenge error on the videos `chosen` bool [N], by coordinate search.
+    """Weights with the smallest challenge error on videos `chosen` bool [N], by coordinate search.
 
-    Starting from equal weights, or from one model alone if that is better, weight moves from one
-    model to another, the best move first, while the error falls.
+    The search starts from equal weights, or from one model alone if that is better. It moves weight
+    from one model to another, always by the best move, as long as the error falls.
     """
 
     def best_of(candidates: Candidates) -> tuple[np.ndarray, float]:
@@ -268,7 +268,7 @@ def fit(ranking: Ranking, chosen: np.ndarray) -> tuple[float, ...]:
             if error >= least:
                 break
             weights, least = moved, error
-    rounded = np.round(weights, 4)  # the weights that are printed are those that are used
+    rounded = np.round(weights, 4)  # so that the printed weights are those that are used
     rounded[rounded.argmax()] += 1 - rounded.sum()
     return tuple(np.round(rounded, 4).tolist())
 
@@ -294,8 +294,8 @@ class Dropped:
 def select(ranking: Ranking) -> tuple[tuple[float, ...], tuple[Dropped, ...]]:
     """Equal weights for the models that help on the labeled videos, and the models left out.
 
-    Starting from all models, the one is dropped whose removal lowers the average error most, or
-    leaves it unchanged, until every removal would raise it (Caruana et al. 2004, backward).
+    The search starts from all models. It drops the model whose removal lowers the average error
+    most or leaves it unchanged, until every removal would raise it (Caruana et al. 2004, backward).
     """
     unit = np.eye(ranking.models, dtype=bool)
     errors_alone = ranking.errors(unit).mean(axis=1)
@@ -303,7 +303,7 @@ def select(ranking: Ranking) -> tuple[tuple[float, ...], tuple[Dropped, ...]]:
     while kept.sum() > 1:
         members = np.flatnonzero(kept)
         error, *errors = ranking.errors([kept, *(kept & ~unit[members])]).mean(axis=1).tolist()
-        # Of equal removals, that of the model which is worse alone.
+        # Among equally good removals, drop the model that is worse alone.
         choice = np.lexsort([-errors_alone[members], errors])[0]
         if errors[choice] > error + _TIE:
             break
@@ -314,7 +314,7 @@ def select(ranking: Ranking) -> tuple[tuple[float, ...], tuple[Dropped, ...]]:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: some models at equal weights, or all of them at given ones."""
+    """A line of the table: some models at equal weights, or all of them at given weights."""
 
     name: str
     weights: tuple[float, ...]

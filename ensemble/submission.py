@@ -5,9 +5,9 @@
 
 The official script (activitynet/ActivityNet, Evaluation/eval_kinetics.py) stops at a label that it
 does not know, ranks NaN first, breaks ties arbitrarily, and counts a repeated label as one more
-guess. So an entry written here is the five best labels of a video with strictly falling scores, and
-`check_submission` accepts nothing less. A video that failed gets a neutral entry: the first five
-classes at nearly 1/classes each. `external_data.details` gives the number of such videos.
+guess. So an entry written here holds the five best labels of a video with strictly falling scores,
+and `check_submission` accepts nothing less. A video that failed gets a neutral entry: the first
+five classes at nearly 1/classes each. `external_data.details` gives the number of such videos.
 """
 
 import json
@@ -40,8 +40,9 @@ _ROWS_AT_ONCE = 2048  # keeps memory small
 def submission_ids(names: Sequence[str]) -> list[str]:
     """The ids under which videos are submitted: the youtube ids in the names of Kinetics clips.
 
-    If no name is that of a clip (another data set, or youtube ids already), all stay as they are.
-    Raises InputError if only some are, and if two names have the same youtube id.
+    If no name is that of a Kinetics clip (another data set, or youtube ids already), the names stay
+    as they are. Raises InputError if only some are clips, and if two names have the same youtube
+    id.
     """
     ids = [youtube_id(name) for name in names] if any(map(is_clip, names)) else list(names)
     first_names: dict[str, str] = {}
@@ -73,7 +74,7 @@ def write_submission(scores: "Scores", path: StrPath, *, external_data: str = PR
     that `submission_ids` refuses.
 
     Args:
-        external_data: what else the models have seen; "" for nothing.
+        external_data: other data that the models have seen; "" for none.
 
     Returns:
         the number of failed videos, which get a neutral entry.
@@ -88,7 +89,7 @@ def write_submission(scores: "Scores", path: StrPath, *, external_data: str = PR
     for video, failed, labels, probabilities in zip(
         submission_ids(scores.ids), scores.failed, *_five_best(scores.logits), strict=True
     ):
-        # The digits of a float32: falling in single precision too, and half as long.
+        # Digits of a float32 fall strictly in single precision too, and are half as many.
         best = [
             (classes[label], float(str(probability)))
             for label, probability in zip(labels, probabilities, strict=True)
@@ -135,7 +136,7 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
     falling = np.empty(best.shape, np.float32)
     for start in range(0, len(logits), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
-        values = np.nan_to_num(logits[rows])  # failed videos get another entry
+        values = np.nan_to_num(logits[rows])  # failed videos get a neutral entry later
         total = logsumexp(values.astype(np.float64), axis=1, keepdims=True)
         unranked = values.copy()
         for rank in range(LABELS_PER_VIDEO):
@@ -153,7 +154,7 @@ def _five_best(logits: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
 
 
 def read_text(path: StrPath) -> str:
-    """InputError for a file that does not exist, or is not text."""
+    """The text of a file. InputError if it does not exist, or is not text."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist")
     try:
@@ -163,10 +164,10 @@ def read_text(path: StrPath) -> str:
 
 
 def read_json(path: StrPath) -> Any:
-    """InputError if the file is not JSON, or an object has a key twice."""
+    """The content of a JSON file. InputError if it is not JSON, or an object has a key twice."""
 
     def unique(pairs: Iterable[tuple[str, Any]]) -> Record:
-        """Python's reader would keep the last of two equal keys and say nothing."""
+        """Python's reader would silently keep the last of two equal keys."""
         record: Record = {}
         for key, value in pairs:
             if key in record:
@@ -181,7 +182,7 @@ def read_json(path: StrPath) -> Any:
 
 
 def read_submission(path: StrPath) -> dict[str, Entries]:
-    """The entries of each video; InputError for anything that does not have the format above."""
+    """The entries of each video. InputError if the file does not have the format above."""
     submission = read_json(path)
     if not isinstance(submission, dict):
         raise InputError(
@@ -252,13 +253,13 @@ class CheckResult:
 def check_submission(
     path: StrPath, classes: Sequence[str], ids: Collection[str] | None = None
 ) -> CheckResult:
-    """Raise InputError, naming the first bad entry, unless the challenge would accept the file and
-    rank it as intended.
+    """Raise InputError naming the first bad entry, unless the challenge would accept the file and
+    rank its labels as intended.
 
     Every video needs at least five labels, all from `classes` and each once, with finite, strictly
     falling scores. Every video of `ids` must be in the file, under its id from
-    `submission_ids(ids)`. Other videos are counted: the challenge ignores them. Without `ids`, each
-    video must be an 11-character youtube id, and missing videos are not noticed.
+    `submission_ids(ids)`. Other videos are counted; the challenge ignores them. Without `ids`, each
+    video must be an 11-character youtube id, and missing videos are not detected.
     """
     results = read_submission(path)
     known_labels = frozenset(classes)

@@ -21,7 +21,7 @@ class Options:
     FILE)."""
 
     check: Path | None = None
-    """The submission to check: prints how many videos passed, or the first bad entry (exit status
+    """The submission to check. Prints how many videos passed, or the first bad entry (exit status
     2)."""
     grade: Path | None = None
     """The submission to grade by the challenge's rules."""
@@ -29,12 +29,12 @@ class Options:
     """For --check: kinetics700, a file with one label per line, or a scores file with the
     classes."""
     ids: Path | None = None
-    """For --check, the videos that must be in it: one per line, a Kinetics CSV or JSON, or a scores
-    file."""
+    """For --check: the videos that must be in the submission: a file with one per line, a Kinetics
+    CSV or JSON, or a scores file."""
     truth: Path | None = None
     """For --grade: the Kinetics CSV, or the challenge's JSON."""
     split: str = ""
-    """Which split of --truth or --ids counts, if there are several."""
+    """The split of --truth or --ids that counts, if there are several."""
 
 
 def main(options: Options) -> int:

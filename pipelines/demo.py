@@ -4,8 +4,8 @@ laptop.
     clips -> untrimmed videos -> features -> TSN, HG-NL, TXB -> scores -> ensemble -> submission
                                     an ablation of HG-NL's groups against TSN -> an HTML report
 
-The videos are joined from the package's clips (pipelines/untrimmed.py): a second of action among
-other scenes, so that attention has something to find. The backbone is the pretrained
+The videos are joined from the package's clips (pipelines/untrimmed.py). Each has a second of action
+among other scenes, so that attention has something to find. The backbone is the pretrained
 EfficientNet-Lite0 from its pip package. Finished steps are skipped, so a second run takes seconds.
 """
 
@@ -18,10 +18,10 @@ from extract.cli import run_as_script
 from extract.durable import read_record
 from pipelines.steps import fuse, run_command_step
 
-FRAMES = 16  # of 64, all used in training: the action has two of them
+FRAMES = 16  # of the 64 of a video, all used in training; two of them show the action
 VAL_COPIES = 2
 MODELS = ("tsn", "hgnl", "txb")
-# Top-1 % on test: runs in bf16 and fp32, and one video (2.8 points) more on both sides.
+# Top-1 % on test: the range of runs in bf16 and fp32, plus one video (2.8 points) on both sides.
 EXPECTED = {"tsn": (36, 42), "hgnl": (52, 59), "txb": (47, 53)}
 
 
@@ -95,7 +95,8 @@ def compared_with_expected(test: Record) -> str:
 
 
 def story_of_ensemble(val: Record, test: Record) -> str:
-    """Which models validation chose and why, and the result on test, where nothing was chosen."""
+    """The models that validation chose and why, and the result on test, where nothing was
+    chosen."""
     names = [name.removesuffix("_val") for name in val["models"]]
     members = [name for name, weight in zip(names, val["weights"], strict=True) if weight]
     lines = [

@@ -4,9 +4,9 @@ runtime.
     frames uint8 [batch, frames, size, size, 3], RGB      any batch, any number of frames
         -> normalization -> backbone -> aggregator -> classifier -> logits float32 [batch, classes]
 
-Decoding, resizing and cropping are left to the caller: resize the short side to `resize` with
-`interpolation` (antialiased), and cut out the middle square of `size`, as `preprocessing` in the
-file's metadata says. StNet takes [batch, segments, N, size, size, 3] with a fixed N.
+The caller decodes, resizes and crops, by the values of `preprocessing` in the file's metadata:
+resize the short side to `resize` with `interpolation` (antialiased), and cut out the middle square
+of `size`. StNet takes [batch, segments, N, size, size, 3] with a fixed N.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def export(model: "FrameModel", checkpoint: "Checkpoint", out: StrPath) -> str:
     of the check.
 
     The file appears whole and checked, or not at all. Raises RunError if PyTorch cannot express the
-    model in ONNX, or if a runtime computes something else from it.
+    model in ONNX, or if a runtime computes other logits.
     """
     import torch
 
@@ -99,7 +99,7 @@ def export(model: "FrameModel", checkpoint: "Checkpoint", out: StrPath) -> str:
         one_frame_per_segment = torch.nn.Unflatten(1, (-1, 1))
         network = torch.nn.Sequential(one_frame_per_segment, model).eval()
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's, about its own code
+        warnings.simplefilter("ignore")  # the exporter warns about its own code
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 program = torch.onnx.export(
@@ -154,7 +154,7 @@ def _random_frames(*shape: int) -> "torch.Tensor":
 
 
 def _check(network: "torch.nn.Module", file: Path, shape: tuple[int, ...]) -> str:
-    """Compare the file with PyTorch, on batches and numbers of frames it was not traced with;
+    """Compare the file with PyTorch, on batches and numbers of frames other than the traced ones;
     returns the result as text.
 
     Raises RunError if they differ.

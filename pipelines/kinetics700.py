@@ -4,7 +4,7 @@
          -> scores of val and test -> weights searched on val -> submission of test
          -> report, and a table next to the paper's
 
-Steps that are done are skipped, so the same command resumes. `--skip` leaves steps out, `--dry-run`
+Finished steps are skipped, so the same command resumes. `--skip` leaves steps out, and `--dry-run`
 shows the plan with its cost on this machine.
 """
 
@@ -44,8 +44,8 @@ class Options:
     """Kinetics-700: <split>/<class>/<clip>, or any other layout that python -m extract reads."""
     workdir: Path = Path("runs/k700")
     pretrain: Path | None = None
-    """Kinetics-600, in any of these layouts: its TSN is trained first, and the others start from
-    it, by class name."""
+    """Kinetics-600, in any of these layouts. A TSN is trained on it first, and the other models
+    start from that TSN; classifier rows are matched by class name."""
     labels: str = "auto"
     """auto, kinetics700, or a file with one label per line."""
     backbone: str = "legacy_seresnext101_32x4d"
@@ -62,9 +62,9 @@ class Options:
     skip: tuple[Literal["extract", "tsn", "hgnl", "nl", "stnet", "ensemble", "report"], ...] = ()
     """Steps to leave out."""
     dry_run: bool = False
-    """Print the plan with sizes and times, from a short measurement on this machine, and end."""
+    """Only print the plan, with sizes and times from a short measurement on this machine."""
     workers: int | None = None
-    """Backbones in parallel, in extraction and StNet (default: one per GPU)."""
+    """Number of backbones in parallel, in extraction and StNet (default: one per GPU)."""
     address: str | None = None
     """A Ray cluster for extraction and StNet."""
     decode_workers: int | None = None
@@ -104,7 +104,7 @@ def main(options: Options) -> int:
 
 
 def _print_leaks(listings: "dict[str, Listing]") -> None:
-    """Videos that Kinetics-600 trains on and Kinetics-700 tests on."""
+    """Print the videos that Kinetics-600 trains on and Kinetics-700 tests on."""
     from extract.listing.videos import shared_youtube_ids
 
     trained = [video for video in listings["k600"].videos if video.split != "test"]
@@ -121,8 +121,8 @@ def _print_leaks(listings: "dict[str, Listing]") -> None:
 
 
 def _print_plan(options: Options, listings: "dict[str, Listing]") -> None:
-    """Print sizes, and times from measured rates: some videos decoded, one batch through the
-    backbone, some training steps."""
+    """Print sizes, and times from measured rates: it decodes a few videos, runs one batch through
+    the backbone, and times a few training steps."""
     from extract.backbone.frozen import load_backbone
     from extract.store.summary import human_bytes
 
@@ -154,7 +154,7 @@ def _print_plan(options: Options, listings: "dict[str, Listing]") -> None:
 def _measure_rates(
     options: Options, listing: "Listing", backbone: "Backbone"
 ) -> tuple[float, float]:
-    """Seconds of one core to decode a video, and seconds of the backbone for a frame."""
+    """Seconds that one core takes to decode a video, and the backbone for a frame."""
     import numpy as np
 
     from extract.decode import VideoError
@@ -184,8 +184,8 @@ def _measure_rates(
 
 
 def _plan_training(options: Options, name: str, listing: "Listing", agg: str, dim: int) -> float:
-    """Print and return the seconds of training on stored features, from some timed steps on
-    features of the same shape."""
+    """Print and return the seconds of training on stored features, estimated from a few timed steps
+    on features of the same shape."""
     import numpy as np
     import torch
 
@@ -216,7 +216,7 @@ def _duration(seconds: float) -> str:
 
 
 def _run(options: Options, splits: Sequence[str]) -> None:
-    """Run the steps in order, each in a folder of its own below the work folder."""
+    """Run the steps in order; each has a folder of its own below the work folder."""
     work, steps = options.workdir, _steps(options)
     backbone = _pick(options, "backbone", "weights", "address", "decode_workers")
     schedule = _pick(options, "epochs", "batch_size")
@@ -293,7 +293,7 @@ def _print_results(options: Options, models: Sequence[str]) -> None:
     summary = options.workdir / "fused_test.json"
     record = read_record(summary) if summary.exists() else {}
     if record.get("table"):
-        # The weights that were submitted, which validation chose before the test was read.
+        # The submitted weights, which validation chose before the test was read.
         error = next(
             row["summary"]["average_error"]["value"]
             for row in reversed(record["table"])

@@ -1,5 +1,5 @@
-"""python -m pipelines.predict clip.mp4: classify videos with a trained model; show its attention,
-or a timeline of a long video.
+"""python -m pipelines.predict clip.mp4: classify videos with a trained model, and show its
+attention or a timeline of a long video.
 
     checkpoint -> its backbone -> frames in batches, while the next are decoded -> features
                                -> for each window: aggregator, classifier -> top 5
@@ -25,15 +25,15 @@ from extract.durable import replace_file
 from pipelines.predictor import Prediction, Predictor, Window
 
 TOP = 5
-EVEN = 1.2  # attention is called even if no frame has more than this multiple of an even share
+EVEN = 1.2  # attention is called even if no frame has more than this many even shares
 
 
 @dataclass(frozen=True)
 class Options:
-    """Print the five likeliest classes of each video; on request its attention over time, or the
+    """Print the five likeliest classes of each video; optionally its attention over time, or the
     windows of a long video.
 
-    Exit status 3 if a video could not be decoded; the others are classified all the same.
+    The exit status is 3 if a video could not be decoded; the others are classified anyway.
     """
 
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional]
@@ -47,23 +47,23 @@ class Options:
     """Frames that the model sees of a video or window (default: 25; as many as in training if it
     sees their order)."""
     window: float | None = None
-    """Seconds: classify the video in windows, for a timeline, as python -m extract --window cuts
-    it."""
+    """Classify the video in windows of N seconds, for a timeline; windows are those of python -m
+    extract --window."""
     stride: float | None = None
     """Seconds from one window to the next (default: the window)."""
     picture: Path | None = None
-    """A folder for a PNG of each video: its frames with their weights for each group; with windows,
-    the timeline."""
+    """A folder for a PNG of each video, which shows its frames with their weights for each group,
+    or with windows the timeline."""
     json: str | None = None
-    """A file for all results as JSON; - is the screen, and then the tables go to the error
-    stream."""
+    """A file for all results as JSON. With - they go to standard output, and the tables to standard
+    error."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 ..."""
     precision: str = "auto"
     """fp32, bf16, fp16, or auto: fp16 on a GPU; on a CPU bf16 if it computes in it, else fp32."""
     video_timeout: float = 60.0
-    """Seconds that a video may take to decode, and one more per 2 MB of its file; then it is given
-    up."""
+    """Seconds after which the decoding of a video is given up, plus one second per 2 MB of its
+    file."""
 
 
 # -- text and pictures ---------------------------------------------------------------------------
@@ -166,8 +166,8 @@ def attention_picture(prediction: Prediction, classes: Sequence[str]) -> bytes:
 
 
 def picture_title(prediction: Prediction, classes: Sequence[str]) -> str:
-    """The video, its likeliest classes, the scale of the blue, and whether attention prefers any
-    frame."""
+    """The title: the video, its likeliest classes, the scale of the blue, and whether attention
+    prefers any frame."""
     from aggregate import figures
 
     whole = prediction.windows[0]
@@ -253,7 +253,7 @@ def main(options: Options) -> int:
 
 
 def videos_of(paths: Sequence[Path]) -> list[Path]:
-    """Videos as they are, and those in folders as extraction finds them."""
+    """The given videos, and those that extraction would find in the given folders."""
     from extract.listing.videos import list_videos
 
     videos: list[Path] = []
@@ -276,7 +276,7 @@ def _check_options(options: Options) -> None:
 
 
 def _check_picture(options: Options, model: str) -> None:
-    """InputError before the work if there is nothing to draw, or no matplotlib to draw it with."""
+    """Raise InputError before the work starts if there is nothing to draw, or no matplotlib."""
     from aggregate.models import ATTENTION_AGGREGATORS
 
     assert options.picture is not None

@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from extract.decode.packets import Span
     from extract.decode.pool import SubprocessPool
 
-    Part = tuple[Prepared, np.ndarray]  # a decoded row, or a part of it, and its pictures
+    Part = tuple[Prepared, np.ndarray]  # a decoded row, or a part of one, and its pictures
 
 
 class Window(NamedTuple):
     """A time window of a video, in seconds, and the model's scores for it.
 
     Attributes:
-        num_frames: frames that are shown in it.
+        num_frames: number of frames that are shown in it.
         indices: [n], the frames that the model saw.
-        times: float [n] (s), when these are shown.
+        times: float [n] (s), the times at which these frames are shown.
         logits: float32 [C].
         weights: float32 [groups, n], the aggregator's frame weights; None if it has none.
-        problem: why a part of it could not be read.
+        problem: why a part of the window could not be read.
     """
 
     start: float
@@ -48,7 +48,7 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """A video's windows: one, the whole video, unless windows were requested.
+    """A video's windows. If no windows were requested, there is one: the whole video.
 
     Attributes:
         problem: why a part of the video could not be read.
@@ -65,7 +65,7 @@ class Prediction:
 class Predictor:
     """A checkpoint that is ready to classify videos.
 
-    Videos are decoded in a child process, under the deadline of extraction. For `weights`,
+    Videos are decoded in a child process, with the same deadline as in extraction. For `weights`,
     `device`, `precision` and `video_timeout` (s), see `pipelines.predict.Options`. Raises
     InputError if the recorded backbone cannot be loaded.
     """
@@ -121,9 +121,9 @@ class Predictor:
     ) -> Prediction:
         """Classify a video as a whole, or in windows (seconds) as extraction cuts them.
 
-        However long the video, only the frames of a few windows are in memory. A window in which
-        nothing can be seen is left out and counted. Raises VideoError if no window is left, and
-        RunError for scores that are not finite.
+        Only the frames of a few windows are in memory at a time, even for long videos. A window
+        without a readable frame is left out and counted. Raises VideoError if no window is left,
+        and RunError for scores that are not finite.
         """
         path = os.fspath(path)
         spans = self._spans(path, window, stride)
@@ -163,7 +163,7 @@ class Predictor:
 
     @cached_property
     def _leftovers(self) -> "SubprocessPool":
-        """For the clips of a window that do not fit into one buffer."""
+        """A second pool, for the clips of a window that do not fit into one buffer."""
         return self._start_pool()
 
     def _spans(
@@ -181,8 +181,8 @@ class Predictor:
     def _decoded(
         self, path: str, spans: "list[Span] | list[None]"
     ) -> "Iterator[tuple[Span | None, Iterable[Part]]]":
-        """Each span with the parts decoded in it: one, or as many as the buffers of its clips
-        need."""
+        """Each span with its decoded parts: one part, or several if its clips do not fit into one
+        buffer."""
         from aggregate.data.frames import row_parts
 
         rows = [(path, span) for span in spans]

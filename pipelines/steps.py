@@ -33,16 +33,17 @@ def fuse(
 ) -> str:
     """Fuse models on a split.
 
-    The scores of a model are computed if there are none, or if its checkpoint or its videos have
-    changed since.
+    The scores of a model are computed if there are none yet, or if its checkpoint or its videos
+    have changed since.
 
     Args:
-        models: for each model, the options of `aggregate.evaluate` that say what it is tested on.
+        models: for each model, the options of `aggregate.evaluate` that name its checkpoint and
+            videos.
         weights: as for `ensemble`.
 
     Returns:
-        the weights that this split supports; searched ones only if they beat equal ones on held-out
-        folds.
+        the weights that this split supports. Searched weights are returned only if they beat equal
+        weights on held-out folds.
     """
     scores = []
     for name, source in models.items():
@@ -67,8 +68,8 @@ def fuse(
 
 
 def scores_are_of(options: Mapping[str, Any]) -> bool:
-    """Whether a scores file holds what `aggregate.evaluate` would compute with these options
-    now."""
+    """Whether a scores file holds the scores that `aggregate.evaluate` would compute now with these
+    options."""
     from aggregate.evaluate import Options, inputs_now
     from aggregate.scores import Scores
 

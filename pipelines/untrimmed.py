@@ -3,9 +3,9 @@ package.
 
     a room, a room | action | a room, another room      8 s at 8 frames/s, with 1 s of action
 
-Each video holds one second of a clip of exercise_mini, which gives its class, somewhere among
-pieces of clips of daily_actions, which do not depend on the class. Train, val and test share
-neither an exercise nor a person in the distractors. labels.csv, which is written last, gives the
+Each video holds one second of a clip of exercise_mini, which gives its class. The rest are pieces
+of clips of daily_actions, the distractors, which do not depend on the class. Train, val and test
+share neither an exercise nor a person in the distractors. labels.csv is written last and gives the
 time of the action.
 """
 
@@ -25,7 +25,7 @@ CLIPS = Path(__file__).parent / "clips"
 RATE = 8  # frames per second, that of exercise_mini
 ACTION, LENGTH, PIECES = 8, 64, 4  # frames of the action and of the whole; pieces of distractors
 HEIGHT, WIDTH = 144, 192
-# Of each class's 24 exercises in random order, and of the four people in daily_actions. In
+# Parts of each class's 24 exercises in random order, and of the four people in daily_actions. In
 # alphabetical order neighbors are alike, so a split would test on other kinds of exercise.
 EXERCISES = {"train": range(12), "val": range(12, 18), "test": range(18, 24)}
 PEOPLE = {"train": (1, 3), "val": (2,), "test": (4,)}
@@ -40,9 +40,9 @@ class Options:
     """The folder for clips/ and labels.csv. Extract them with `python -m extract --videos
     OUT/labels.csv --root OUT/clips`."""
     copies: int = 3
-    """Videos of each training exercise, each with different distractors."""
+    """Number of videos of each training exercise, each with different distractors."""
     val_copies: int = 1
-    """Videos of each validation exercise; a test exercise has one."""
+    """Number of videos of each validation exercise; a test exercise has one."""
 
 
 def main(options: Options) -> int:
@@ -109,8 +109,8 @@ def frames_of(path: Path, part: slice) -> "np.ndarray":
 
 
 def join(row: Record, clips: "list[np.ndarray]", out: Path) -> dict[str, float]:
-    """Write the video of a row; returns when its action starts and ends. The distractors are a
-    function of its path."""
+    """Write the video of a row; returns the start and end of its action. The distractors depend
+    only on its path."""
     import numpy as np
 
     from extract.decode import write_video
@@ -124,7 +124,7 @@ def join(row: Record, clips: "list[np.ndarray]", out: Path) -> dict[str, float]:
         pieces.append(long_clips[number][start : start + length])
     around = np.concatenate(pieces)
     first = int(rng.integers(len(around) + 1))
-    # The clips alternate between two photographs, four frames each: these eight show both.
+    # The clips alternate between two photographs, four frames each. These eight frames show both.
     path = CLIPS / "exercise_mini" / "clips" / row["label"] / f"{row['group']}.mp4"
     action = frames_of(path, slice(0, ACTION))
     frames = np.concatenate([around[:first], action, around[first:]])

@@ -1,8 +1,8 @@
 """python -m pipelines.report: one HTML page of everything in a folder of runs.
 
 Stores, run folders, scores, ensembles and ablations are found at any depth. For anything that is
-missing, the page names the command that makes it. The page holds no date: the same results give the
-same bytes.
+missing, the page names the command that makes it. The page holds no date, so the same results give
+the same bytes.
 """
 
 import sys
@@ -28,8 +28,7 @@ class Options:
     out: Path = Path("report.html")
     """The page; it opens from disk, without a network or other files."""
     videos: tuple[Path, ...] = ()
-    """Folders that the ids of the videos are relative to; without them the page has no
-    thumbnails."""
+    """Folders of the videos; ids are paths below them. Without them the page has no thumbnails."""
 
 
 def main(options: Options) -> int:

@@ -9,7 +9,7 @@ SHOWN = 10  # pairs, and labels
 
 
 def audits(contents: Contents) -> list[Record]:
-    """The first SHOWN pairs and labels of each audit, with frames if the videos are at hand."""
+    """The first SHOWN pairs and labels of each audit, with frames if the videos can be found."""
     sections = []
     for name, record in contents.audits.items():
         store = _audited_store(contents, record["features"])
@@ -39,7 +39,7 @@ def audits(contents: Contents) -> list[Record]:
 
 
 def _audited_store(contents: Contents, features: str | list[str]) -> FeatureStore | None:
-    """The store that was audited, the first if several were joined; None if it is not at hand."""
+    """The audited store, or the first of several joined ones; None if it cannot be found."""
     try:
         return contents.store_named(features if isinstance(features, str) else features[0])[1]
     except InputError:

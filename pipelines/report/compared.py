@@ -28,7 +28,7 @@ ORDER = {"test": 0, "val": 1}  # of the splits on the page
 
 @dataclass(frozen=True)
 class Model:
-    """A model on a split: its measures by number of segments, and its scores if a file has them."""
+    """A model on a split: measures by number of segments, and its scores if a file holds them."""
 
     summaries: Summaries
     scores: "Scores | None" = None
@@ -36,7 +36,7 @@ class Model:
 
     @property
     def segments(self) -> str:
-        """The largest number of segments that it was tested with, by which models are compared."""
+        """The largest number of segments that it was tested with; models are compared at it."""
         return list(self.summaries)[-1]
 
     @property
@@ -50,8 +50,8 @@ class Model:
 
 @lru_cache(maxsize=1)  # three sections need it
 def models_by_split(contents: Contents) -> dict[str, dict[str, Model]]:
-    """The models by split and name, test before val: from scores files with labels, and from the
-    measures of training."""
+    """The models by split and name, test before val. They come from scores files with labels, and
+    from the measures of training."""
     splits: dict[str, dict[str, Model]] = {}
     for (split, name), file in _names_of_files(contents).items():
         summaries = {}
@@ -71,8 +71,8 @@ def models_by_split(contents: Contents) -> dict[str, dict[str, Model]]:
 
 
 def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
-    """The scores files with labels, by split and name of the model; models of the same name get the
-    file's name too."""
+    """The scores files with labels, by split and name of the model. If models have the same name,
+    the name of the file is appended."""
     files: dict[tuple[str, str], list[str]] = {}
     for file, [*_, scores] in contents.scores.items():
         if scores.labels is not None and (scores.labels >= 0).any():
@@ -92,7 +92,8 @@ def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
 def _add_run(models: dict[str, Model], run: str, results: Record, options: Record) -> None:
     """Add the results of a training run to the models of its split.
 
-    Its own model is left out if a scores file has it, and a baseline if an equal one is there.
+    The run's own model is left out if a scores file has it, and its baseline if an equal one was
+    added before.
     """
     for name, summaries in results.items():
         model = Model(summaries)
@@ -106,7 +107,7 @@ def _add_run(models: dict[str, Model], run: str, results: Record, options: Recor
 
 
 def choose(splits: dict[str, dict[str, Model]], split: str) -> tuple[str, str]:
-    """The best model of a split and how it was chosen: by top-1 on val, if that was measured."""
+    """The best model of a split, and how it was chosen: by top-1 on val, if that was measured."""
     models, validation = splits[split], splits.get("val", {})
     validated = [name for name in models if name in validation]
     if split != "val" and validated:
@@ -124,8 +125,8 @@ def choose(splits: dict[str, dict[str, Model]], split: str) -> tuple[str, str]:
 
 
 def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:
-    """Top-1 of a model minus that of TSN, paired over the videos of both scores files; None without
-    both, or if the files do not fit together."""
+    """Top-1 of a model minus that of TSN, paired over the videos of both scores files. None if one
+    of the files is missing, or if they do not fit together."""
     ours, tsn = models[name].scores, models["tsn"].scores if "tsn" in models else None
     if ours is None or tsn is None or name == "tsn":
         return None
@@ -150,7 +151,7 @@ def verdict(gain: Interval, baseline: str = "TSN") -> str:
 
 
 def summary(contents: Contents, attention: list[Record]) -> Record:
-    """The first section: the best model of each split, whether attention is used, the next
+    """The first section: the best model of each split, whether attention is used, and the next
     commands."""
     splits = models_by_split(contents)
     best = []
@@ -192,7 +193,7 @@ def _best_head(name: str, record: Record) -> Record:
 
 
 def segments_that_count(head: Record) -> str:
-    """The number of segments by which a head is compared: all, or as in training if it sees the
+    """The number of segments at which a head is compared: all, or as in training if it sees the
     order of frames."""
     return (min if sees_order(head["name"], {}) else max)(head["segments"], key=int)
 
@@ -201,7 +202,7 @@ def segments_that_count(head: Record) -> str:
 
 
 def next_commands(contents: Contents, splits: dict[str, dict[str, Model]]) -> list[tuple[str, str]]:
-    """Up to three commands that answer what this folder leaves open, each with its purpose."""
+    """Up to three commands that would add to the results of this folder, each with its purpose."""
     commands: list[tuple[str, str]] = []
 
     def add(purpose: str, command: str, out: str, **options: Any) -> None:
@@ -248,8 +249,8 @@ def next_commands(contents: Contents, splits: dict[str, dict[str, Model]]) -> li
 
 
 def _labeled_stores(contents: Contents) -> "list[FeatureStore]":
-    """Stores with labels of two classes or more. Random backbones count only if there is no
-    other."""
+    """Stores with labels of two classes or more. Stores of backbones with random weights are used
+    only if there are no others."""
     labeled = [
         store
         for store in contents.stores.values()

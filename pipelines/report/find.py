@@ -23,9 +23,9 @@ class Contents:
     """The contents of a folder, by their path below it.
 
     Attributes:
-        scores: of each file, in the order of the number of segments.
-        problems: what could not be read, and why.
-        videos: folders that the ids of the stores are relative to.
+        scores: the scores in each file, in the order of the number of segments.
+        problems: descriptions of items that could not be read, and why.
+        videos: folders of the videos; ids of stores are paths below them.
     """
 
     root: Path = Path()
@@ -40,14 +40,14 @@ class Contents:
     videos: tuple[Path, ...] = ()
 
     def run_files(self, name: str) -> "Iterator[tuple[str, Path]]":
-        """The runs that have a file of this name that is not empty, with the file."""
+        """The runs with a file of this name that is not empty, and the file."""
         for run, folder in self.runs.items():
             if (folder / name).is_file() and (folder / name).stat().st_size:
                 yield run, folder / name
 
     def store_named(self, features: str) -> "tuple[str, FeatureStore]":
-        """The store with the name of a path, and its own name: from the folder, or else from that
-        path. InputError if there is neither."""
+        """The name of a store, and the store: the one in the folder with the name of the path, or
+        else the one at the path itself. InputError if there is neither."""
         from extract.store import FeatureStore
 
         for name, store in self.stores.items():
@@ -142,7 +142,7 @@ def _scores(path: Path) -> "list[Scores]":
 
 
 def read_json(path: Path) -> Any:
-    """A JSON record; an empty one without a file."""
+    """Read a JSON record; an empty one if the file does not exist."""
     return read_record(path) if path.is_file() else {}
 
 

@@ -1,5 +1,5 @@
-"""Report sections about videos: what was extracted, sample frames, the map of features, attention
-over time."""
+"""Report sections about videos: extraction, sample frames, the map of features, and attention over
+time."""
 
 import io
 from collections import Counter
@@ -31,19 +31,19 @@ from extract.store.summary import failure_reasons, human_bytes
 from pipelines.report.find import Contents, read_json
 
 REASONS = 8
-SAMPLES = 16  # videos of which a frame is shown
-MAP_VIDEOS = 2000  # more points only hide each other
-FILM_CANDIDATES = 512  # videos among which those of the filmstrips are chosen
+SAMPLES = 16  # number of videos with a sample frame on the page
+MAP_VIDEOS = 2000  # more points would only hide each other
+FILM_CANDIDATES = 512  # number of videos from which the filmstrips are chosen
 ROWS_AT_ONCE = 64
 
 
 def sample_rows(rows: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of `rows`, sorted; always the same ones."""
+    """At most `most` of `rows`, sorted; the same rows on every call."""
     return np.sort(np.random.default_rng(0).permutation(rows)[:most])
 
 
 def file_of_row(store: FeatureStore, row: int) -> str:
-    """The file of a row, of which the row may be a span."""
+    """The file of a row; the row may be a span of it."""
     return store.ids[row] if np.isnan(store.starts[row]) else store.ids[row].rpartition("#")[0]
 
 
@@ -105,8 +105,8 @@ def thumbnails(
     """The frames `indices` of a video, uint8 [height, width, 3]: whole, or the square in the
     middle.
 
-    Empty if the video is in none of the folders or cannot be read: the page is useful without
-    pictures too.
+    The list is empty if the video is in none of the folders or cannot be read: the page is useful
+    without pictures too.
     """
 
     def shrink(frame: np.ndarray) -> np.ndarray:
@@ -128,7 +128,7 @@ def sample_frames(store: FeatureStore, folders: Sequence[Path]) -> Iterator[tupl
     """The middle frame of at most SAMPLES videos, from all classes in turn: JPEG, id, class."""
     rows = pd.Series(np.random.default_rng(0).permutation(np.flatnonzero(store.usable)))
     labels = store.labels[rows]
-    turn = rows.groupby(labels).cumcount()  # number of rows of the same class before it
+    turn = rows.groupby(labels).cumcount()  # number of earlier rows of the same class
     first = rows.iloc[np.lexsort([labels, turn])[:SAMPLES]]
     for row in first.iloc[np.argsort(store.labels[first], kind="stable")]:
         if picture := middle_frame(store, row, folders):
@@ -194,7 +194,7 @@ def project_2d(features: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def attention(contents: Contents) -> list[Record]:
-    """Filmstrips of every run whose aggregator weighs frames, if its features are at hand."""
+    """Filmstrips of every run whose aggregator weights frames, if its features can be found."""
     sections = []
     for name, file in contents.run_files("best.pt"):
         options = read_json(file.with_name("options.json"))
@@ -215,8 +215,8 @@ def attention(contents: Contents) -> list[Record]:
 def _store_of(
     contents: Contents, checkpoint: Checkpoint, features: str | list[str]
 ) -> tuple[str, FeatureStore]:
-    """The store or the joined stores that a run was trained on, or another store with the same kind
-    of features."""
+    """The store or joined stores that a run was trained on, or else another store with the same
+    kind of features."""
     if isinstance(features, list):
         paths = [contents.store_named(name)[1].path for name in features]
         store = open_features(paths, log=contents.problems.append)
@@ -235,8 +235,8 @@ def _store_of(
 def _validated_rows(
     checkpoint: Checkpoint, store: FeatureStore, options: Record
 ) -> tuple[np.ndarray, str]:
-    """The usable rows that a run was validated on, and a description of them."""
-    if checkpoint.data is None:  # earlier versions do not record them: choose the same rows again
+    """The usable rows on which a run was validated, and a description of them."""
+    if checkpoint.data is None:  # of an earlier version: choose the same rows again
         names = {option.name for option in fields(SplitOptions)} & options.keys()
         split = SplitOptions(**{name: options[name] for name in names})
         _, rows, description = choose_rows(store, split, options.get("seed", 0))
@@ -252,10 +252,10 @@ def _validated_rows(
 def filmstrips(
     model: VideoClassifier, store: FeatureStore, rows: np.ndarray, folders: Sequence[Path]
 ) -> Record:
-    """Videos along their timeline with the share of each frame in each group: the two most uneven
-    ones and a typical one, out of at most FILM_CANDIDATES of `rows`.
+    """Filmstrips of three videos, with each frame's share of each group's attention: the two most
+    uneven videos and a typical one, out of at most FILM_CANDIDATES of `rows`.
 
-    Shares are of the attention weights `w = A 1 / n`, each group's divided by their sum.
+    Shares are attention weights `w = A 1 / n`, divided by their sum over the frames of a group.
     """
     rows = sample_rows(rows, FILM_CANDIDATES)
     shares, use = frame_shares(model, store, rows)
@@ -281,8 +281,8 @@ def filmstrips(
 def frame_shares(
     model: VideoClassifier, store: FeatureStore, rows: np.ndarray
 ) -> tuple[np.ndarray, str]:
-    """Each frame's share of its group's weights [n, groups, T], NaN if a group is silent; and how
-    much the model uses its attention, "" for heads that need it."""
+    """Each frame's share of its group's weights [n, groups, T], NaN if all weights of a group are
+    0. Also a text on how much the model uses its attention; "" for heads that need it."""
     aggregator: Any = model.eval().aggregator
     with torch.inference_mode():
         batches = list(_batches(store, rows))

@@ -35,7 +35,7 @@ SECTIONS = {
 
 
 def render(contents: Contents, title: str) -> str:
-    """The page: a section for each kind of content, and at the end what is missing."""
+    """The page: a section for each kind of content, and at the end a list of what is missing."""
     sections: Record = {}
 
     def first_section(contents: Contents) -> Record:
@@ -71,12 +71,12 @@ def render(contents: Contents, title: str) -> str:
 
 
 def _interval(interval: Mapping[str, float] | None, sign: str = "") -> str:
-    """In percent; empty for None."""
+    """An interval in percent; empty for None."""
     return format(Interval(**interval), sign) if interval else ""
 
 
 def _printable(value: Any) -> Any:
-    """Replace control characters and lone surrogates by U+FFFD; the page's own markup stays
+    """Replace control characters and lone surrogates with U+FFFD. The page's own markup stays
     unchanged."""
     if hasattr(value, "__html__"):
         return value

@@ -75,8 +75,8 @@ def results(contents: Contents) -> list[Record]:
 
 
 def confusion(contents: Contents) -> Record:
-    """A matrix of the classes that the best model of the first split confuses, and the most
-    frequent pairs."""
+    """A matrix of the classes that the best model of the first split confuses, and the pairs that
+    it confuses most often."""
     splits = {}
     for split, models in models_by_split(contents).items():
         scored = {name: model for name, model in models.items() if model.scores is not None}
@@ -132,8 +132,8 @@ def confusion(contents: Contents) -> Record:
 
 
 def crossvals(contents: Contents) -> list[Record]:
-    """Heads on videos that none of their folds trained on: top-1, and the gain over the
-    baseline."""
+    """Top-1 of heads by cross-validation, on videos that they were not trained on, and their gain
+    over the baseline."""
     sections = []
     for name, record in contents.crossvals.items():
         heads = {}
@@ -165,7 +165,7 @@ def ablations(contents: Contents) -> list[Record]:
     for name, path in contents.ablations.items():
         rows, summary = _records(path), _records(path.with_name("summary.csv"))
         if len(rows) != sum(row["seeds"] + row["diverged"] for row in summary):
-            summary = summarize(rows, {})  # summary.csv is missing, or has fewer rows
+            summary = summarize(rows, {})  # summary.csv is missing, or lacks rows
         done = [row for row in summary if row["seeds"]]
         sections.append(
             {
@@ -182,7 +182,7 @@ def ablations(contents: Contents) -> list[Record]:
 
 
 def _records(path: Path) -> list[Record]:
-    """The rows of a CSV, with None in empty cells, but without empty measures; [] if there is no
+    """The rows of a CSV. Empty cells are None, but empty measures are left out. [] if there is no
     file."""
     if not path.is_file():
         return []
@@ -198,8 +198,8 @@ def _records(path: Path) -> list[Record]:
 
 
 def ensembles(contents: Contents) -> list[Record]:
-    """Weights, and the contribution of each model: the average error of some models minus that of
-    all at equal weights."""
+    """The weights of each ensemble, and the contribution of each model: the average error of some
+    models minus that of all models at equal weights."""
     sections = []
     for name, record in contents.ensembles.items():
         column = f"weight ({record['weights_from']})"
@@ -235,7 +235,7 @@ def backbones_with_random_weights(contents: Contents) -> dict[str, list[str]]:
             dependents.setdefault(backbone, []).append(name)
     for names in dependents.values():
         stems = {Path(name).stem for name in names if name in contents.scores}
-        for name, scores in contents.scores.items():  # ensembles record the names of their models
+        for name, scores in contents.scores.items():  # an ensemble records its models' names
             if stems.intersection(scores[0].source.get("members", ())):
                 names.append(name)
     return dependents
@@ -249,7 +249,7 @@ def provenance(contents: Contents) -> list[tuple[str, list[tuple[str, str]]]]:
         records[f"run {name}"] = read_json(file)
     for name, scores in contents.scores.items():
         source = dict(scores[0].source)
-        if source.get("features") in stores:  # which are shown above
+        if source.get("features") in stores:  # these are shown above
             del source["features"]
         records[name] = source
     return [(name, list(_flat(record))) for name, record in records.items() if record]
