@@ -1,4 +1,5 @@
-"""Slow, obvious references of NL and HG-NL: loops over frames and channels, straight from eq. 3-8. No torch product."""
+"""Slow, obvious references of NL and HG-NL: loops over frames and channels, written from eq. 3-8
+without torch's products."""
 
 import math
 
@@ -53,7 +54,7 @@ def normalized(frame: np.ndarray) -> list[float]:
 
 
 def convolve(frames: np.ndarray, layer: torch.nn.Module, groups: int) -> np.ndarray:
-    """A 1x1 convolution with contiguous groups; shared weights stand for each group again."""
+    """A 1x1 convolution with contiguous groups; shared weights are used for every group."""
     weight, bias = layer.weight.detach().double().numpy(), layer.bias.detach().double().numpy()
     if getattr(layer, "shared", False):
         weight, bias = np.concatenate([weight] * groups), np.concatenate([bias] * groups)
@@ -69,7 +70,8 @@ def convolve(frames: np.ndarray, layer: torch.nn.Module, groups: int) -> np.ndar
 def gradients(
     module: torch.nn.Module, x: torch.Tensor, out: torch.Tensor, cotangent: torch.Tensor
 ) -> list[torch.Tensor]:
-    """Gradients of `(out * cotangent).sum()` by `x` and all parameters of `module`, zeros where there is none."""
+    """Gradients of `(out * cotangent).sum()` with respect to `x` and all parameters of `module`;
+    zeros if there is none."""
     wanted = [x, *module.parameters()]
     found = torch.autograd.grad((out * cotangent).sum(), wanted, allow_unused=True)
     return [torch.zeros_like(w) if f is None else f for w, f in zip(wanted, found, strict=True)]

@@ -47,7 +47,8 @@ def planned(chosen: ablate.Options) -> list[Configuration]:
 
 
 def results_of(out: Path) -> dict[tuple[str, str], dict[str, str]]:
-    """Rows of ablation.csv by name and seed, without what differs from run to run."""
+    """The rows of ablation.csv by name and seed, without the columns that differ from run to
+    run."""
     with open(out / "ablation.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     return {
@@ -59,7 +60,8 @@ def results_of(out: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(features, tmp_path):
-    """Weights of the best epoch and the measures, for models of every kind that shared a pass."""
+    """The weights of the best epoch and the measures are equal, for models of every kind that
+    shared a pass."""
     several = options(
         features,
         tmp_path / "a",
@@ -104,7 +106,7 @@ def test_each_configuration_is_what_train_gives_for_it_alone_bit_for_bit(feature
 
 
 def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
-    """Without a validation split the seed chooses the videos, here as in aggregate.train."""
+    """Without a validation split the seed chooses the validation videos, as in aggregate.train."""
     store = classes_store(tmp_path / "f.zarr", splits=False, noise=4.0)
     path = str(tmp_path / "f.zarr")
     share = planned(
@@ -264,7 +266,8 @@ def test_without_matplotlib_the_figures_are_left_out_and_that_is_said(
 
 @pytest.mark.usefixtures("one_thread")
 def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
-    """Killed in the third of four passes, its last line torn; what was done is not done again, the rest is the same."""
+    """The command is killed in the third of four passes, and its last line is torn. Finished
+    results are not computed again, and the other results are the same."""
     wanted = options(
         features, tmp_path / "whole", lr=(0.003, 0.01), seeds=(0, 1, 2, 3), epochs=(12,)
     )
@@ -333,7 +336,8 @@ def test_two_processes_do_not_share_a_folder(features, tmp_path):
 
 
 def test_a_model_that_diverges_leaves_the_others_alone(features, tmp_path, capsys):
-    """Too large a learning rate beside a good one: it is reported, the good one is what it is alone."""
+    """One learning rate is too large, one is good. The first is reported, and the good model is
+    what it would be alone."""
     wild = {
         "agg": ("nl",),
         "g1": (16,),
@@ -355,7 +359,7 @@ def test_a_model_that_diverges_leaves_the_others_alone(features, tmp_path, capsy
 
 
 def test_scores_that_are_no_numbers_are_a_divergence_too(features, tmp_path):
-    """A loss may stay finite while the weights that it leaves are not."""
+    """A loss may stay finite although the weights after the step are not."""
     share = planned(options(features, tmp_path / "a", lr=(0.01, 0.02), epochs=(2,)))
     trainer = GridTrainer(FeatureStore.open(features), device="cpu")
     begin = trainer.make_learners

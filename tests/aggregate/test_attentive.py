@@ -1,4 +1,5 @@
-"""The attentive probe held to plain loops written from its equations; what it sees, and how many parameters it has."""
+"""The attentive probe against plain loops written from its equations; which frames it sees, and how
+many parameters it has."""
 
 import math
 
@@ -12,7 +13,7 @@ from tolerance import assert_close
 
 
 def probe(dim=12, **options) -> AttentiveProbe:
-    """Every weight away from its start, so that each matters."""
+    """A probe whose weights all differ from their initial values, so that each of them matters."""
     torch.manual_seed(0)
     made = AttentiveProbe(dim, **options).double().eval()
     with torch.no_grad():
@@ -26,7 +27,8 @@ def normed(norm, row):
 
 
 def looked_at(layer, asking, frames):
-    """One query's multi-head attention over LN(frames), a head and a frame at a time; and its weights [heads, n]."""
+    """One query's multi-head attention over LN(frames), one head and one frame at a time; and its
+    weights [heads, n]."""
     dim, heads = len(asking), layer.heads
     width = dim // heads
     weight_k, weight_v = layer.to_key_value.weight.split(dim)
@@ -49,7 +51,7 @@ def mlp(layer, row):
 
 
 def by_loops(made, video):
-    """F_v of one video [n, D] by the module's docstring, and the query's weights [heads, n]."""
+    """F_v of one video [n, D] as in the module's docstring, and the query's weights [heads, n]."""
     frames = list(video)
     n, dim = video.shape
     if made.norm_in is not None:

@@ -25,7 +25,8 @@ def videos(count: int, dim: int = 96, seed: int = 0) -> np.ndarray:
 
 
 def with_copies(count: int, copies: int, noise: float) -> tuple[np.ndarray, set[tuple[int, int]]]:
-    """`count` videos, then noisy copies of the first `copies` of them; and the planted pairs."""
+    """`count` videos, followed by noisy copies of the first `copies` of them; and the planted
+    pairs."""
     features = videos(count)
     spread = (features - features.mean(0)).std(0)
     rng = np.random.default_rng(1)
@@ -113,7 +114,7 @@ def test_equal_videos_of_one_unit_and_constant_features_are_no_crash():
 
 
 def scores_with_wrong_labels(seed: int = 0) -> tuple[Scores, set[str]]:
-    """400 videos of 5 classes, scores that know the truth in most cases, 20 wrong labels."""
+    """Scores of 400 videos of 5 classes, right in most cases, and 20 wrong labels."""
     rng = np.random.default_rng(seed)
     truth = np.arange(400) % 5
     logits = rng.normal(size=(400, 5)) + 6 * np.eye(5)[truth]

@@ -1,4 +1,5 @@
-"""Tables 1 and 2 of the paper: every figure, by formula and by counting; the counter itself on known products."""
+"""Tables 1 and 2 of the paper: every figure, by formula and by counting; and the counter itself on
+known products."""
 
 import functools
 import re
@@ -56,7 +57,8 @@ def test_the_literal_form_counts_what_table_2_says(dim, g1, g2, frames):
 
 
 def evaluate(formula: str, **values: int) -> float:
-    """A formula as the paper prints it, where two factors side by side are a product: "n^2 m/4 - g2 n^2"."""
+    """Evaluate a formula as the paper prints it. Two factors next to each other are a product: "n^2
+    m/4 - g2 n^2"."""
     python = ""
     for token in re.findall(r"\d+|[a-z]\d?|[-+/^()]", formula):
         side_by_side = python and python[-1] not in "-+/*(" and token not in "-+/^)"
@@ -87,7 +89,8 @@ def test_the_counter_on_known_products():
 
 
 def test_the_papers_words_about_its_tables():
-    """What of them holds, and under which reading (FACTS 1): M is 2^20; about 70 times fewer than NL with m1 = m/8."""
+    """The paper's statements hold if M is 2^20, and if "about 70 times fewer" compares with NL with
+    m1 = m/8."""
     models = list(columns(1024, g1=16, g2=8).values())
     full, eighth, grouped, shared = (parameters(module)["All"] for module in models)
     assert [round(eighth / grouped, 1), round(full / grouped, 1)] == [
@@ -103,7 +106,8 @@ def test_the_papers_words_about_its_tables():
 
 
 def test_torchs_own_counter_agrees_where_it_counts_the_same():
-    """It takes 2 k for a product of length k, right where a bias is added; ours takes 2 k - 1 where none is."""
+    """torch counts 2 k for a product of length k, which is right if a bias is added. Ours counts 2
+    k - 1 if there is no bias."""
     from torch.utils.flop_counter import FlopCounterMode
 
     for module in columns(64, g1=4, g2=2).values():

@@ -1,4 +1,5 @@
-"""python -m aggregate.crossval: equal to separate runs, blind to what it reports on, killed and resumed."""
+"""python -m aggregate.crossval: equal to separate runs, independent of the labels that it reports
+on, killed and resumed."""
 
 import json
 from dataclasses import replace
@@ -25,7 +26,7 @@ GROUPS = {"g1": (4,), "g2": (2,), "m1": (8,)}
 
 @pytest.fixture(scope="module")
 def few_groups(tmp_path_factory) -> str:
-    """30 videos in six groups, for folds of groups that are run several times."""
+    """30 videos in six groups, for folds of groups that several tests run."""
     path = tmp_path_factory.mktemp("crossval") / "few.zarr"
     classes_store(path, videos=30, noise=4.0)
     return str(path)
@@ -44,7 +45,7 @@ def results_of(out: Path) -> dict:
 def relabeled(
     source: str, path: Path, *, splits: np.ndarray | None = None, labels: np.ndarray | None = None
 ) -> str:
-    """The same videos in other splits, or with other labels."""
+    """The same videos with other splits, or with other labels."""
     store = FeatureStore.open(source)
     FeatureStore.from_arrays(
         path,
@@ -64,7 +65,8 @@ def relabeled(
 
 @pytest.mark.usefixtures("one_thread")
 def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(few_groups, tmp_path, monkeypatch):
-    """The inner run chooses the epoch; a run on all but the fold, ended there, scores the fold."""
+    """The inner run chooses the epoch. A run on everything but the fold, ended at that epoch,
+    scores the fold."""
     wanted = options(
         few_groups, tmp_path / "cv", folds="group", agg=("tsn", "max", "hgnl"), lr=(0.003, 0.03)
     )
@@ -117,7 +119,8 @@ def test_a_fold_is_what_separate_runs_of_train_give_bit_for_bit(few_groups, tmp_
 
 
 def test_the_reported_videos_have_no_say(few_groups, tmp_path):
-    """Other labels of a fold's videos change nothing of how it is scored, though much of how the others are."""
+    """Other labels of a fold's videos do not change how the fold is scored, although they change
+    the scores of other folds."""
     store = FeatureStore.open(few_groups)
     labels = store.labels.copy()
     labels[store.groups == "g4"] = (labels[store.groups == "g4"] + 1) % 3
@@ -244,7 +247,8 @@ def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
 
 
 def small(path: Path, labels: str, groups: str = "") -> str:
-    """A video a letter of `labels`, of the group beside it."""
+    """A store with one video per letter of `labels`, its class, and the letter of `groups` at the
+    same position as its group."""
     names = sorted(set(labels))
     FeatureStore.from_arrays(
         path,
@@ -314,7 +318,8 @@ def test_what_cannot_be_divided_is_named_and_leaves_no_folder(
 
 
 def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are_one(tmp_path):
-    """100 whole files beside 20 spans of 5 files: even folds, and no file in two parts of one."""
+    """100 whole files and 20 spans of 5 files give even folds, and no file is in two parts of a
+    fold."""
     ids = [f"{row}.mp4" for row in range(100)] + [
         f"s{row // 4}.mp4#{row % 4}000-{row % 4 + 1}000" for row in range(20)
     ]

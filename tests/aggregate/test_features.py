@@ -1,4 +1,5 @@
-"""Batches from the store: what is drawn, what is masked, that a draw depends on (seed, epoch, place) alone."""
+"""Batches from the store: which frames are drawn, which are masked, and that a draw depends only on
+(seed, epoch, position)."""
 
 import threading
 import time
@@ -17,7 +18,8 @@ FRAMES = 6
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> FeatureStore:
-    """Features say where they come from: video, view, frame, in three channels. Every fifth video has 2 frames."""
+    """Features tell their video, view and frame, in three channels. Every fifth video has 2
+    frames."""
     videos, views = 40, 3
     at = np.stack(
         np.meshgrid(np.arange(videos), np.arange(views), np.arange(FRAMES), indexing="ij"), axis=-1

@@ -1,4 +1,5 @@
-"""python -m aggregate.finetune on real clips with a tiny backbone: steps, starts, resumes, what follows from it."""
+"""python -m aggregate.finetune on real clips with a tiny backbone: steps, initial weights, resumed
+runs, and the commands that follow."""
 
 import csv
 import importlib
@@ -40,7 +41,7 @@ BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
 
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory, request) -> Path:
-    """12 real clips of two classes (8 to train, 4 to validate), of which one is broken."""
+    """12 real clips of two classes (8 to train, 4 to validate). One of them is broken."""
     folder = tmp_path_factory.mktemp("clips")
     source = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini"
     with (source / "labels.csv").open() as file:
@@ -273,7 +274,8 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def cached(videos, tmp_path_factory) -> Path:
-    """Features of the same clips through the same random backbone, and a TSN and an HG-NL trained on them."""
+    """Features of the same clips by the same random backbone, and a TSN and an HG-NL trained on
+    them."""
     folder = tmp_path_factory.mktemp("cached")
     extract(
         ExtractOptions(
@@ -325,7 +327,8 @@ def test_features_of_other_weights_do_not_start_a_fine_tuning(videos, cached, tm
 
 
 def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
-    """How the paper's HG-NL follows its TSN: on the cache of the fine-tuned backbone, from its classifier."""
+    """HG-NL follows its TSN as in the paper: on features of the fine-tuned backbone, and from the
+    TSN's classifier."""
     finetune.main(options(videos, tmp_path / "tsn", epochs=1))
     tuned = tmp_path / "tsn" / "best.pt"
     checkpoint = Checkpoint.load(tuned)
@@ -386,7 +389,8 @@ def test_a_fine_tuned_checkpoint_starts_another_with_its_backbone_and_classes(
 
 
 def test_a_stnet_of_several_frames_starts_from_its_own_checkpoint(videos, tmp_path):
-    """Its first convolution is as wide as two frames; another model cannot have it, which is said."""
+    """Its first convolution is as wide as two frames. Other models cannot use it, and the error
+    says so."""
     stnet = {"frames_per_segment": 2, "frames": 2}
     finetune.main(options(videos, tmp_path / "one", "stnet", epochs=1, **stnet))
     best = tmp_path / "one" / "best.pt"
@@ -406,7 +410,8 @@ def test_a_stnet_of_several_frames_starts_from_its_own_checkpoint(videos, tmp_pa
 
 
 def test_the_next_commands_run_as_they_are_printed(videos, tmp_path, capsys, monkeypatch):
-    """From folders without a validation split: a fifth is held out, and exactly that fifth is scored."""
+    """The folders have no validation split, so a fifth is held out, and exactly that fifth is
+    scored."""
     folders = tmp_path / "my clips"
     for clip in videos.rglob("*.mp4"):
         if clip.parent.name == "barbell" or clip.parent.name == "kettlebells":

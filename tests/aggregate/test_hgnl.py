@@ -1,4 +1,5 @@
-"""HG-NL: the pooled form that runs against eq. 7, 8, 5, 6 as written, against plain loops, and its properties."""
+"""HG-NL: the pooled form in use against eq. 7, 8, 5, 6 as written, against plain loops, and its
+properties."""
 
 from typing import get_args
 
@@ -17,7 +18,8 @@ from tolerance import assert_close
 
 @st.composite
 def cases(draw) -> tuple[HGNonLocal, torch.Tensor]:
-    """A module with s != 0 and features, float64: any group structure, sharing, norm, attention, any sizes."""
+    """A module with s != 0 and features, float64, with any group structure, sharing, norm,
+    attention and sizes."""
     g2, ratio = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     g1 = g2 * ratio
     attention = draw(st.sampled_from(get_args(Attention)))
@@ -71,7 +73,7 @@ def test_literal_equals_loops(case):
 @given(cases())
 @settings(max_examples=60)
 def test_a_mask_leaves_what_the_valid_frames_alone_give(case):
-    """So n counts valid frames only, in every norm."""
+    """So n counts valid frames only, with every norm."""
     module, x = case
     mask = some_mask(*x.shape[:2])
     alone = torch.cat([module(video[valid][None]) for video, valid in zip(x, mask, strict=True)])
@@ -96,7 +98,7 @@ def test_order_does_not_matter(case, random):
 
 
 def test_block_diagonal_over_secondary_groups():
-    """What enters by the channels of one secondary group leaves by them alone."""
+    """The channels of one secondary group influence only the output of the same channels."""
     module, x = hgnl(24, 12, 6, 3), torch.randn(2, 4, 24, dtype=torch.float64)
     for group in range(3):
         changed = x.clone()
@@ -135,7 +137,8 @@ def test_scale_zero_is_tsn_bit_for_bit():
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_started_as_the_average_it_is_the_average_and_learns(shared):
-    """With softmax F_o is the mean of F at first; the gradient of W_k is not 0, so attention grows out of it."""
+    """With softmax, F_o is the mean of F at first. The gradient of W_k is not 0, so attention can
+    grow."""
     options = {"attention": "softmax", "start": "average", "scale_init": 1.0, "shared": shared}
     module, x = hgnl(16, 8, 4, 2, **options), torch.randn(3, 5, 16, dtype=torch.float64)
     assert_close(module(x), 2 * x.mean(1))
@@ -150,8 +153,8 @@ def test_started_as_the_average_it_is_the_average_and_learns(shared):
 def test_relu_started_as_the_average_is_nearly_the_average_and_learns_pairs(
     shared, norm, m1, g1, g2
 ):
-    """At W_k = 0 it is the average exactly; W_k is small, so that every frame has nearly the same
-    weight. The gradients of W_q and W_k are not 0."""
+    """With W_k = 0 it would be the average exactly. W_k is small, so every frame has nearly the
+    same weight. The gradients of W_q and W_k are not 0."""
     torch.manual_seed(0)
     options = {"norm": norm, "start": "average", "scale_init": 1.0, "normalize": True}
     module = hgnl(256 - 256 % g1, m1, g1, g2, shared=shared, **options)
@@ -237,7 +240,7 @@ def test_strided_features_are_taken_as_they_are():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_even_weights_are_those_of_identical_frames(masked):
-    """With weights made even, F_o is W_v of the mean frame times the sum of the weights."""
+    """With even weights, F_o is W_v of the mean frame times the sum of the weights."""
     module, x = hgnl(16, 8, 4, 2), torch.randn(3, 5, 16, dtype=torch.float64)
     mask = torch.tensor([[1, 1, 0, 1, 1]] * 3, dtype=torch.bool) if masked else None
     valid = x[:, [0, 1, 3, 4]] if masked else x

@@ -1,4 +1,4 @@
-"""Two stores as one: rows joined by id, channels side by side, and nothing that contradicts itself."""
+"""Two stores as one: rows joined by id, channels concatenated, and contradictions refused."""
 
 import json
 import shutil
@@ -29,7 +29,8 @@ def make_store(
     offset: float = 0.0,
     **columns,
 ) -> FeatureStore:
-    """A store whose numbers say the video, view, frame and channel; every third video has two frames only."""
+    """A store whose values tell their video, view, frame and channel. Every third video has only
+    two frames."""
     videos = np.array([int(video_id[1:3]) for video_id in ids])
     values = np.add.outer(
         np.add.outer(np.add.outer(videos * 16, np.arange(views) * 8), np.arange(frames)),
@@ -49,7 +50,8 @@ def make_store(
 
 @pytest.fixture
 def pair(tmp_path) -> tuple[FeatureStore, FeatureStore]:
-    """Ten videos in common, in two orders; six frames and one; other orders of classes."""
+    """Two stores with ten videos in common, in two orders. They have six frames and one, and
+    different orders of classes."""
     first = make_store(tmp_path / "a.zarr", IDS[:11])
     ids = IDS[:0:-1]
     labels = [1 - int(video_id[1:3]) % 2 for video_id in ids]

@@ -1,4 +1,4 @@
-"""A step of training: what it does to gradients and weights."""
+"""A training step: its gradients, and how it changes the weights."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def test_the_fused_optimizer_takes_the_steps_of_the_plain_one():
 
 
 def learner(*, dropout: float = 0.0, seed: int = 0, **changes) -> Learner:
-    """Of a small TSN, always with the same weights."""
+    """A learner of a small TSN, always with the same weights."""
     torch.manual_seed(5)
     model = build("tsn", dim=16, num_classes=3, dropout=dropout)
     chosen = Recipe("sgd", lr=0.1, weight_decay=0.0, epochs=4, batch_size=8, dropout=dropout)
@@ -76,7 +76,7 @@ def batch_of(videos: int) -> Batch:
 
 
 def update(learner: Learner, batch: Batch, epoch: int = 0, step: int = 0) -> torch.Tensor:
-    """What a step changes in all weights, one after the other."""
+    """The change of all weights by a step, concatenated."""
     before = nn.utils.parameters_to_vector(learner.model.parameters()).clone()
     learner.step(batch, epoch, step)
     return (nn.utils.parameters_to_vector(learner.model.parameters()) - before).detach()
@@ -168,7 +168,8 @@ def test_dropout_keeps_the_share_and_the_mean_and_follows_the_seed():
 
 
 def test_the_backward_pass_casts_only_what_the_forward_pass_cast():
-    """Products of the aggregator stay in fp32 in both passes, whatever the classifier's precision."""
+    """Products of the aggregator stay in fp32 in both passes, for every precision of the
+    classifier."""
     gradients = []
     for precision in ("fp32", "bf16"):
         torch.manual_seed(0)
@@ -217,7 +218,8 @@ def test_classes_weigh_by_their_effective_number():
 
 @pytest.mark.parametrize("balance", ["sampler", "loss"])
 def test_balance_helps_rare_classes(balance, tmp_path):
-    """On a set made imbalanced on purpose: 60, 12 and 5 videos to train on, as many of each to validate."""
+    """The set is imbalanced on purpose: 60, 12 and 5 videos to train on, and equally many of each
+    class to validate."""
     rng = np.random.default_rng(0)
     labels = np.concatenate([np.repeat([0, 1, 2], [60, 12, 5]), np.repeat([0, 1, 2], 30)])
     features = np.eye(3, 16)[labels][:, None] * 1.5 + rng.normal(size=(len(labels), 4, 16)) * 2

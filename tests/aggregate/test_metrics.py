@@ -1,4 +1,5 @@
-"""Metrics against slow, obvious loops, ties and failed rows included; intervals against what they promise."""
+"""Metrics against slow, obvious loops, with ties and failed rows; and properties of the
+intervals."""
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def scored(draw, min_rows=1):
 
 
 def in_top(row, label, k) -> bool:
-    """The rule, one row at a time: sort by falling score, equal scores by rising index, look among the first k."""
+    """The rule for one row at a time: sort by falling score, equal scores by rising index, look
+    among the first k."""
     if any(np.isnan(row)):
         return False
     order = sorted(range(len(row)), key=lambda place: (-row[place], place))
@@ -89,7 +91,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
 
 
 def drawn_one_by_one(values: np.ndarray, groups: np.ndarray, resamples: int = 2000) -> np.ndarray:
-    """The cluster bootstrap as it is written down: groups are drawn, with all of their videos."""
+    """The cluster bootstrap by its definition: groups are drawn, each with all of its videos."""
     rng, names = np.random.default_rng(5), np.unique(groups)
     members = [np.flatnonzero(groups == name) for name in names]
     picks = [
@@ -100,7 +102,8 @@ def drawn_one_by_one(values: np.ndarray, groups: np.ndarray, resamples: int = 20
 
 
 def test_videos_of_a_group_are_drawn_together():
-    """20 files of 20 windows each, right or wrong as a whole: far wider than as if windows were independent."""
+    """20 files of 20 windows each, right or wrong as a whole: the interval is far wider than for
+    independent windows."""
     rng = np.random.default_rng(0)
     groups = np.repeat([f"{file}.mp4" for file in range(20)], 20)
     values = np.repeat(rng.random(20) < 0.55, 20) ^ (rng.random(400) < 0.05)

@@ -1,4 +1,5 @@
-"""build() and carry_over(): names and options, recorded options, precision, weights from other models."""
+"""build() and carry_over(): names and options, recorded options, precision, and weights from other
+models."""
 
 import math
 
@@ -38,7 +39,8 @@ def test_recorded_options_and_state_dict_rebuild_the_model(name):
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_a_mask_leaves_what_the_valid_frames_alone_give(name):
-    """Also where valid frames lie apart, as the first of each run of repeats in a short video does."""
+    """It also holds if valid frames are apart, such as the first of each run of repeats in a short
+    video."""
     model = small(name).double().eval()
     torch.nn.init.normal_(model.classifier.weight)
     x = torch.randn(3, 6, 16, dtype=torch.float64)
@@ -124,7 +126,7 @@ def test_hgnl_from_a_tsn_gives_that_tsn_bit_for_bit():
 
 
 def standardizing(name: str, steps: int = 30, **options):
-    """A model whose batch norm has seen features of another size, and some of these."""
+    """A model whose batch norm has seen features of another size, and some of these features."""
     torch.manual_seed(1)
     model, x = small(name, standardize=True, **options), 50 * torch.randn(64, 3, 16) + 9
     torch.nn.init.normal_(model.classifier.weight)
@@ -146,7 +148,7 @@ def test_standardized_features_have_one_size_whatever_the_backbone_s():
 
 
 def test_what_starts_from_a_standardized_classifier_gives_its_logits():
-    """The norm comes along, or goes into the weights of a model without one."""
+    """The norm is copied, or folded into the weights of a model without one."""
     tsn, x = standardizing("tsn")
     names = list("abcde")
     for options in ({"standardize": True}, {"standardize": False}):
@@ -171,7 +173,8 @@ def test_a_plain_classifier_stays_one():
 
 
 def test_rows_are_carried_over_by_exact_name_whatever_their_place():
-    """Kinetics-600 to Kinetics-700: most names stay, at other indices; one changes a capital letter."""
+    """From Kinetics-600 to Kinetics-700: most names stay, at other indices, and one changes a
+    capital letter."""
     torch.manual_seed(0)
     source, model = build("max", dim=8, num_classes=4), build("max", dim=8, num_classes=5)
     source.classifier.bias.data.copy_(torch.arange(4.0) + 1)

@@ -1,4 +1,5 @@
-"""NeXtVLAD held to plain loops written from its equations; what it sees, and how many parameters it has."""
+"""NeXtVLAD against plain loops written from its equations; which frames it sees, and how many
+parameters it has."""
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from tolerance import assert_close
 
 
 def vlad(dim=12, **options) -> NeXtVLAD:
-    """Every weight and statistic away from its start, so that each matters."""
+    """A module whose weights and statistics all differ from their initial values, so that each of
+    them matters."""
     torch.manual_seed(0)
     made = NeXtVLAD(dim, **options).double().eval()
     with torch.no_grad():
@@ -28,7 +30,7 @@ def normed(norm, row):
 
 
 def by_loops(made, video):
-    """F_v of one video [n, D] by the module's docstring, and a [groups, n]."""
+    """F_v of one video [n, D] as in the module's docstring, and a [groups, n]."""
     wide = made.expand.out_features
     width = wide // made.groups
     v = torch.zeros(made.clusters, width, dtype=video.dtype)
@@ -67,7 +69,8 @@ def test_the_module_is_its_equations_number_by_number(groups, expansion, out_dim
 
 
 def test_in_training_masked_frames_and_dropout_stay_apart_from_the_rest():
-    """Batch statistics over valid frames only: what masked frames hold changes nothing, gradients included."""
+    """Batch statistics are taken over valid frames only. The values of masked frames change
+    nothing, gradients included."""
     made, x = (
         vlad(clusters=3, groups=4, descriptor_dropout=0.0).train(),
         torch.randn(4, 5, 12, dtype=torch.float64),

@@ -1,4 +1,4 @@
-"""NL: the pooled form that runs against eq. 3-6 as written and against plain loops."""
+"""NL: the pooled form in use against eq. 3-6 as written, and against plain loops."""
 
 import pytest
 import torch

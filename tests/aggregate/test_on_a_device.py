@@ -1,7 +1,8 @@
-"""Training on a device that is not the host: nobody looks at values, which would be to wait for it.
+"""Training on a device that is not the CPU: no step reads values, because reading waits for the
+device.
 
-PyTorch's `meta` device stands for a GPU: its tensors have no values to look at, and none of them works together with
-one of the host's.
+PyTorch's `meta` device replaces a GPU. Its tensors have no values that could be read, and they
+cannot be combined with tensors on the CPU.
 """
 
 from contextlib import nullcontext
@@ -31,7 +32,7 @@ HEADS = [
 
 @pytest.fixture(autouse=True)
 def _no_autocast(monkeypatch) -> None:
-    """`meta` knows no half precision."""
+    """`meta` does not support half precision."""
     real = torch.autocast
 
     def without(kind, *rest, **how):
@@ -47,7 +48,8 @@ def learner(name: str, model: torch.nn.Module, **how) -> Learner:
 
 @pytest.mark.parametrize("placement", ["device", "memory", "mmap"])
 def test_an_epoch_of_every_head_waits_for_the_device_at_its_end_only(placement, tmp_path) -> None:
-    """With short videos, so with masks too; that of those two heads whose batch norm counts valid frames excepted."""
+    """Videos are short, so there are masks too. The two heads whose batch norm counts valid frames
+    are left out."""
     store = classes_store(tmp_path / "f.zarr", dim=64)
     features = StoredFeatures(store, np.arange(40), device=META, placement=placement, training=True)
     heads = [
@@ -102,7 +104,7 @@ def test_what_goes_to_a_gpu_is_pinned_and_not_waited_for(monkeypatch) -> None:
 
 
 def test_a_value_that_is_looked_at_is_noticed() -> None:
-    """The tests above can fail."""
+    """This shows that the tests above can fail."""
     with pytest.raises(RuntimeError, match="meta"):
         bool(torch.ones(2, device=META).all())
     with pytest.raises(RuntimeError, match="not on the expected device"):

@@ -17,7 +17,7 @@ def features(batch: int, time: int, dim: int, *, seed: int) -> torch.Tensor:
 
 
 def some_mask(batch: int, time: int, *, seed: int) -> torch.Tensor:
-    """A random mask with at least one valid frame a row."""
+    """A random mask with at least one valid frame per row."""
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, time, generator=generator) < 0.5
     mask[torch.arange(batch), torch.randint(time, (batch,), generator=generator)] = True
@@ -112,8 +112,8 @@ def test_a_bad_mask_is_refused(build):
 
 
 def test_how_much_attention_is_used_by_hand():
-    """Weights (1, 0) of two frames are a single frame, (1/2, 1/2) are even; a video with one frame
-    counts as even; the second video changes its class."""
+    """Weights (1, 0) of two frames are a single frame, and (1/2, 1/2) are even. A video with one
+    frame counts as even. The second video changes its class."""
     from aggregate.inference import attention, attention_text
 
     model = build("weighted", dim=2, num_classes=2)

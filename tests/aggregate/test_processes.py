@@ -1,4 +1,5 @@
-"""Trainings side by side in processes: the same results as in one, and nothing is left when the parent ends."""
+"""Trainings in parallel processes: the same results as in one process, and no process is left when
+the parent ends."""
 
 import functools
 import os

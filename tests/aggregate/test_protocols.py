@@ -88,7 +88,7 @@ def test_nearest_neighbors_vote_by_cosine_similarity(features, tmp_path):
 
 
 def test_c_and_k_are_chosen_inside_the_training_part(features, tmp_path):
-    """A fold's own labels have no say in its scores, and the held-out part has one."""
+    """A fold's own labels do not change its scores, but the labels of the held-out part do."""
     wanted = options(features, tmp_path / "a", agg=("logreg", "knn"), folds="group")
     crossval.main(wanted)
     store = FeatureStore.open(features)
@@ -290,7 +290,7 @@ def test_a_grid_is_reported_as_papers_do_and_as_chosen_inside(features, tmp_path
 
 
 def _top1_after_the_last_epoch(single: crossval.Options, out: Path) -> float:
-    """A grid of twice the same has no choice of the configuration; of its epochs the last one counts."""
+    """A grid of two equal configurations has nothing to choose, and the last epoch counts."""
     from aggregate.ablation.configurations import candidates
     from aggregate.ablation.grid import GridTrainer
     from aggregate.metrics import ranks

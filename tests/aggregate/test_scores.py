@@ -1,4 +1,4 @@
-"""The scores file: what goes in comes out, and what is wrong with a file is said with its name."""
+"""The scores file: it reads back as it was written, and errors name the file and the problem."""
 
 import h5py
 import numpy as np

@@ -1,4 +1,5 @@
-"""StNet and its Temporal Xception Block, against loops over frames written from FACTS 5 of the reference."""
+"""StNet and its Temporal Xception Block against loops over frames, written from the paper and the
+released code."""
 
 import copy
 
@@ -50,7 +51,7 @@ def noise(*shape, seed=1):
 
 
 def trained(module: nn.Module, *, seed: int = 2) -> nn.Module:
-    """`module` in float64 with all its weights and statistics away from where they start."""
+    """`module` in float64, with all weights and statistics away from their initial values."""
     generator = torch.Generator().manual_seed(seed)
     module.double()
     with torch.no_grad():
@@ -64,7 +65,7 @@ def trained(module: nn.Module, *, seed: int = 2) -> nn.Module:
 
 
 def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Over all axes but the channels, which come last."""
+    """Batch norm over all axes but the channels, which come last."""
     mean, var = norm.running_mean, norm.running_var
     if norm.training:
         rows = x.reshape(-1, x.shape[-1])

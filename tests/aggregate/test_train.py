@@ -180,7 +180,8 @@ def test_without_a_training_split_neither_validation_nor_test_is_trained_on(tmp_
 
 
 def test_the_last_videos_of_a_class_are_not_held_out(tmp_path):
-    """Each class has two videos: one of them at most validates, however large a part is to."""
+    """Each class has two videos, so at most one of them validates, even if the fraction is
+    large."""
     store = classes_store(tmp_path / "f.zarr", videos=6, splits=False)
     store.__dict__["groups"] = np.full(6, "", object)
     for seed in range(20):
@@ -189,7 +190,8 @@ def test_the_last_videos_of_a_class_are_not_held_out(tmp_path):
 
 
 def test_a_hold_out_takes_whole_files_and_videos_without_a_group_one_by_one(tmp_path):
-    """Half the rows are windows of few files, the others whole files without a group: both are held out."""
+    """Half of the rows are windows of few files, the others whole files without a group. Both kinds
+    are held out."""
     store = classes_store(tmp_path / "f.zarr", splits=False)
     ids = [
         f"w{row // 6}.mp4#{row % 6}000-{row % 6 + 1}000" if row < 30 else f"{row}.mp4"
@@ -501,7 +503,7 @@ def test_the_attentive_probe_has_a_rate_of_its_own_in_the_cached_recipe():
 
 
 def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, tmp_path, capsys):
-    """And the checkpoint says what was used."""
+    """The checkpoint records the options that were used."""
     small_hgnl = {"g1": 4, "g2": 2, "m1": 8, "epochs": 1}
 
     def used(name: str, **more) -> dict:

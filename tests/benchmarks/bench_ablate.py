@@ -1,12 +1,17 @@
 """16 configurations in one pass against 16 processes, and against 16 runs inside one process.
 
-Method: at demo size (60 videos, 16 channels, 30 epochs) `python -m aggregate.ablate` once against
-`python -m aggregate.train` 16 times, wall seconds, everything included. train also trains the mean-pool baseline beside
-an HG-NL; so that both train the same models the 16 are TSNs, and have none. At the shape of Kinetics-700 (25 x 2048
-float16 a video, 700 classes; 2,048 videos to train, 256 to validate) the contenders take turns in one process, on one
-thread; the figure is the median of the ratios of a turn, beside that of the runs to themselves. It is held to in CPU
-seconds, which on an idle machine are the wall's: here others' work moves the wall by tens of percent. The runs are the
-same code with one model a pass, the features already in memory: neither starts a process, reads a store or writes.
+At demo size (60 videos, 16 channels, 30 epochs), `python -m aggregate.ablate` runs once and
+`python -m aggregate.train` 16 times, in wall seconds with everything included. train also trains
+the mean-pooling baseline of an HG-NL. A TSN has no baseline, so the 16 models are TSNs, and both
+commands train the same models.
+
+At the shape of Kinetics-700 (25 x 2048 float16 per video, 700 classes; 2,048 videos to train, 256
+to validate), the contenders take turns in one process, on one thread. The figure is the median of
+the ratios of a turn, next to that of the runs to themselves. The limit is in CPU seconds, which
+equal wall seconds on an idle machine: other work moves wall time by tens of percent. The runs use
+the same code with one model per pass and with the features in memory, so neither contender starts a
+process, reads a store or writes.
+
 Run: `python -m pytest -s tests/benchmarks/bench_ablate.py`
 """
 

@@ -1,11 +1,15 @@
 """Copies and wrong labels planted among real clips: which of them `aggregate.audit` lists.
 
-Method: the 187 clips of daily_actions and exercise_mini. For each kind, a copy of every twelfth clip is made:
-re-encoded at 0.7 of the size and crf 34, cropped to 0.9, mirrored, or cropped, mirrored and brighter. Features are
-those of the pretrained EfficientNet-Lite0. Recall is over the planted copies of a kind. Precision counts the planted
-pairs as right; pairs of one exercise or one recording are near-duplicates that nobody planted, and are counted apart.
-For labels, one in twelve of exercise_mini is exchanged for another class; scores are those of aggregate.crossval
---agg logreg on the exchanged labels.
+The clips are the 187 of daily_actions and exercise_mini. For each kind, every twelfth clip gets a
+copy: re-encoded at 0.7 of the size and crf 34, cropped to 0.9, mirrored, or cropped, mirrored and
+brighter. Features come from the pretrained EfficientNet-Lite0.
+
+Recall is over the planted copies of a kind. Precision counts the planted pairs as right. Pairs of
+one exercise or one recording are near-duplicates that were not planted, and are counted separately.
+
+For labels, one in twelve of exercise_mini is exchanged for another class. Scores are those of
+`aggregate.crossval --agg logreg` on the exchanged labels.
+
 Run: `python -m pytest -s tests/benchmarks/bench_audit.py`
 """
 
@@ -33,13 +37,14 @@ TRUE = {"backbone": "tf_efficientnet_lite0", "weights": "pretrained", "frames": 
 
 
 def recording(name: str) -> str:
-    """What a clip is a take of: a recording of daily_actions, an exercise of exercise_mini."""
+    """The recording (daily_actions) or exercise (exercise_mini) of a clip."""
     found = re.search(r"s\d_(ADL|Fall)_\d+", name)
     return found[0] if found else Path(name).stem.split("__")[0]
 
 
 def plant(folder: Path) -> dict[str, str]:
-    """All clips below `folder/originals`, copies below `folder/KIND`; the original of each copy."""
+    """Make `folder/originals` with all clips and `folder/KIND` with copies; returns the original of
+    each copy."""
     originals = {}
     paths = sorted(CLIPS.glob("*/clips/*/*.mp4"))
     for path in paths:

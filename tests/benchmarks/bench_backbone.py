@@ -1,9 +1,10 @@
-"""The backbone alone on this machine's CPU, against what its matrix product would allow, in one run.
+"""The backbone alone on this machine's CPU, against the limit of its matrix product, in one run.
 
-Method: SE-ResNeXt101 with random weights, frames of noise, as many threads or streams as there are cores. Everything is
-measured in turns, several rounds, and the best of each is taken: the turns see the same machine, the best the least of
-what else runs on it. The limit is the larger of the fp32 and bf16 peaks of a 4096 x 4096 product, divided by the
-operations of one frame as PyTorch counts them (convolutions and matrix products, a multiply-add counted as two).
+SE-ResNeXt101 has random weights, frames are noise, and there is one thread or stream per core. All
+contenders take turns for several rounds, and the best time of each counts: it is the one that other
+work disturbed least. The limit is the larger of the fp32 and bf16 peaks of a 4096 x 4096 product,
+divided by the operations of one frame as PyTorch counts them (convolutions and matrix products, a
+multiply-add counted as two).
 """
 
 import copy

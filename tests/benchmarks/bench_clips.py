@@ -1,11 +1,15 @@
 """Clips of a long file against one pass over it: `--fps 4`, 16 frames per clip, 10 minutes.
 
-Method: 10 minutes of one H.264 file (real pictures, x264's defaults, a key frame every 250 frames), windows in which 25
-instants are shown at 4 per second, and around each a clip of 16 frames at 15 per second (torchvision's r3d_18). One
-process does what a decode child and a worker do: the jobs of `make_jobs`, those for what a buffer had no room for, and
-each clip's copy out of the buffer. Against it: one pass in which every frame that a clip shows is decoded and resized
-once. Then the backbone alone on some clips, times their number. All in CPU seconds of this process. What is asserted is
-the ratio of jobs and backbone to one pass and backbone.
+The file holds 10 minutes of H.264 (real pictures, x264's defaults, a key frame every 250 frames). A
+window shows 25 instants at 4 per second, and each instant gets a clip of 16 frames at 15 per second
+(torchvision's r3d_18). One process does the work of a decode child and a worker: the jobs of
+`make_jobs`, further jobs for clips that do not fit into a buffer, and the copy of each clip out of
+the buffer.
+
+The contender is one pass in which every frame of a clip is decoded and resized once. The time of
+the backbone alone is measured on some clips and multiplied by their number. All times are CPU
+seconds of this process. The asserted ratio is that of jobs and backbone to one pass and backbone.
+
 Run: `python -m pytest -s tests/benchmarks/bench_clips.py`
 """
 

@@ -1,10 +1,14 @@
-"""The pool of workers and decoders against the same extraction as two stages of Ray Data, on clusters of raylets here.
+"""The pool of workers and decoders against the same extraction as two stages of Ray Data, on local
+clusters of raylets.
 
-Method: each contender extracts the same videos on the same fresh cluster (`ray.cluster_utils.Cluster`). Videos a second
-are counted over the second half of the blocks, so that the start of processes, decoders included, on which a machine of
-two cores spends minutes, stays outside; the time to the first block is printed beside. "Alone" is the pool without
-decoders: what it was before it had any. Where a cluster needs more cores than this machine has, decoding sleeps 0.2 s a
-video and the backbone as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`); frames travel as they would.
+Each contender extracts the same videos on the same fresh cluster (`ray.cluster_utils.Cluster`).
+Videos per second are counted over the second half of the blocks. So the start of processes, which
+takes minutes on a machine of two cores, does not count. The time to the first block is printed
+separately. "Alone" is the pool without decoders, as it was before it had any.
+
+If a cluster needs more cores than this machine has, decoding sleeps 0.2 s per video, and the
+backbone sleeps as long as an H100 takes at 5,000 frames/s (`tests/simulated.py`). Frames travel as
+they would in a real run.
 """
 
 import contextlib
@@ -45,7 +49,8 @@ TINY: dict[str, Any] = {
 
 
 class DecodeStage:
-    """First stage of Ray Data: a block in, its videos' frames out, from children under deadlines as in the pool."""
+    """First stage of Ray Data: it takes a block and gives the frames of its videos, which children
+    decode under deadlines as in the pool."""
 
     def __init__(self, worker: type[Worker], options: Options, cores: int):
         self._worker = worker(options, cores)
@@ -61,7 +66,7 @@ class DecodeStage:
 
 
 class BackboneStage:
-    """Second stage: the frames of a block in, its shard written."""
+    """Second stage: it takes the frames of a block and writes the shard."""
 
     def __init__(self, worker: type[Worker], options: Options, cores: int):
         self._worker = worker(options, cores)
@@ -86,14 +91,15 @@ class Ready:
 
 
 def objects(values: list) -> np.ndarray:
-    """One cell that holds a list, whatever is in it."""
+    """A single cell that holds a list of any objects."""
     cell = np.empty(1, object)
     cell[0] = values
     return cell
 
 
 class RayData:
-    """The contender: map_batches with an actor pool for each stage, `concurrency` from one to what the nodes hold."""
+    """The contender: map_batches with an actor pool for each stage; `concurrency` ranges from one
+    to the number that fits on the nodes."""
 
     def __init__(
         self,
@@ -170,7 +176,8 @@ def cluster_of(nodes: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def measure(pool: Any, store: FeatureStore, blocks: list[Block]) -> tuple[float, float]:
-    """Videos a second over the second half of the blocks, and seconds until the first is handed in."""
+    """Videos per second over the second half of the blocks, and seconds until the first block is
+    finished."""
     started, handed_in = time.perf_counter(), list[tuple[float, int]]()
     for together in pool.extract(blocks):
         for done in together:
@@ -192,7 +199,7 @@ def contest(
     block_size: int,
     cores: float,
 ) -> dict[str, float]:
-    """Videos a second of each contender, each on a cluster of its own."""
+    """Videos per second of each contender, each on a cluster of its own."""
     gpu = any("num_gpus" in node for node in nodes)
     speeds = {}
     for name in contenders:
@@ -242,7 +249,8 @@ def contest(
 
 @pytest.fixture(scope="module")
 def real_videos() -> list[Video]:
-    """Real clips, decoded for real: Kinetics' of ../shared where they are, else the ones the package ships."""
+    """Real clips with real decoding: the Kinetics clips of ../shared if they exist, else those of
+    the package."""
     source = sorted((ROOT.parent / "shared" / "clips" / "kinetics_like").glob("mmaction2*.mp4"))
     source = source or sorted((ROOT / "pipelines" / "clips" / "daily_actions").rglob("*.mp4"))[:8]
     return [
@@ -254,7 +262,8 @@ def real_videos() -> list[Video]:
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
-    """Nodes of one core with a real decoder and a small real backbone. More than two of them share the two cores."""
+    """Nodes of one core with a real decoder and a small real backbone. More than two nodes share
+    the two cores."""
     nodes = [{"num_cpus": 1}] * count
     speeds = contest(
         tmp_path,
@@ -269,8 +278,8 @@ def test_decoding_where_the_backbone_is(count, tmp_path, real_videos):
 
 
 def test_two_nodes_without_a_gpu_help_one_with(tmp_path):
-    """Simulated: a "GPU" node whose two cores decode 10 videos per second where its GPU takes 200,
-    and two CPU nodes."""
+    """Simulated: a "GPU" node whose two cores decode 10 videos per second, while its GPU could take
+    200, and two CPU nodes."""
     videos = [Video(f"{number:04d}.mp4", __file__, 0, "train") for number in range(256)]
     nodes: list[dict[str, Any]] = [{"num_cpus": 2, "num_gpus": 1}, {"num_cpus": 2}, {"num_cpus": 2}]
     speeds = contest(
@@ -299,7 +308,8 @@ PART = int(os.environ.get("HGNL_PART", "1"))  # of it, on a machine that is busy
 
 
 class Sleeper:
-    """16 of the 64 workers: a block takes as long as an H100 with 16 cores takes, and its shard is not written."""
+    """16 of the 64 workers. A block takes as long as an H100 with 16 cores takes, and no shard is
+    written."""
 
     def __init__(self, seconds: float):
         self._seconds = seconds
@@ -331,7 +341,7 @@ class Sleeper:
 
 
 class Crowd(RayActorPool):
-    """64 members, which are 16 threads each of four processes: 64 processes do not fit this machine."""
+    """64 members, in four processes of 16 threads each: 64 processes do not fit on this machine."""
 
     def __init__(self, options: Options, seconds: float):
         import ray
@@ -355,7 +365,8 @@ class Crowd(RayActorPool):
 
 
 def test_the_driver_of_64_workers(tmp_path):
-    """All 10,157 blocks of Kinetics-700 in the time that 64 H100s with 16 cores each would take: not scaled, 67 s."""
+    """All 10,157 blocks of Kinetics-700, without scaling, in the 67 s that 64 H100s with 16 cores
+    each would take."""
     import psutil
     import ray
 

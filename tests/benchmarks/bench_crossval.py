@@ -1,14 +1,23 @@
-"""Cross-validation side by side, quiet and beside load; MVEB's protocol; TSN against logistic regression.
+"""Cross-validation in parallel, quiet and under load; MVEB's protocol; TSN against logistic
+regression.
 
-Method: 72 videos of 9 subjects, 16 frames of 1280 channels (made up: only time is looked at): wall seconds of
-`python -m aggregate.crossval --agg tsn --folds group --seeds 0` against nine of `python -m aggregate.train` with
-`--val-groups`, all included, in turns; the nine train half as much, and choose the epoch on what they report.
-exercise_mini (144 shipped videos, pretrained EfficientNet-Lite0): top-1 of TSN out of fold against scikit-learn's
-logistic regression on standardized mean features, on the same folds, three repeats.
-Side by side: `--agg tsn hgnl nl attentive nextvlad --folds 5` on 144 made-up videos of 16 x 1280, in one process and in
-one per core, alone and beside one busy process per core that the benchmark starts, in turns; --epochs 4 unless
-HGNL_FULL=1, which trains as long as the default and all three seeds (goal on 2 quiet cores: 210 s).
-MVEB: 11,000 made-up videos of 4 x 2048 in 700 classes, 10 draws of 8 per class; goal 300 s on 2 quiet cores.
+One command against nine: 72 videos of 9 subjects, 16 frames of 1280 channels (made up, since only
+time is measured). `python -m aggregate.crossval --agg tsn --folds group --seeds 0` and nine times
+`python -m aggregate.train` with `--val-groups` take turns, in wall seconds with everything
+included. The nine train half as much, and choose the epoch on the videos that they report.
+
+TSN against logistic regression: top-1 out of fold on exercise_mini (144 shipped videos, pretrained
+EfficientNet-Lite0), against scikit-learn's logistic regression on standardized mean features, on
+the same folds, three repeats.
+
+In parallel: `--agg tsn hgnl nl attentive nextvlad --folds 5` on 144 made-up videos of 16 x 1280, in
+one process and in one per core. They take turns, alone and next to one busy process per core that
+the benchmark starts. --epochs is 4, unless HGNL_FULL=1: then training is as long as the default,
+with all three seeds (goal on 2 quiet cores: 210 s).
+
+MVEB: 11,000 made-up videos of 4 x 2048 in 700 classes, 10 draws of 8 per class; goal 300 s on 2
+quiet cores.
+
 Run: `python -m pytest -s tests/benchmarks/bench_crossval.py`
 """
 

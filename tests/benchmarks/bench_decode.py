@@ -1,10 +1,13 @@
-"""Decoding against decord and torchcodec: CPU time a clip, opening and conversion to RGB included.
+"""Decoding against decord and torchcodec: CPU time per clip, opening and conversion to RGB
+included.
 
-Method: one child process holds all three, each with one thread, and they take turns on every clip; of each the median
-CPU time of all turns is taken, and the geometric mean over clips of the ratios to ours is what is asserted. Clips: the
-10 s Kinetics clips of `../shared/clips/kinetics_like`, and one of the same pictures encoded with x264's defaults here.
-torchcodec finds the FFmpeg that PyAV's wheel brings (it needs shared libraries of its own name; links stand in a
-folder for that). Every frame of ours is compared with decoding all of the clip.
+One child process holds all three decoders, each with one thread, and they take turns on every clip.
+The median CPU time of all turns counts. The asserted figure is the geometric mean over clips of the
+ratios to ours. The clips are the 10 s Kinetics clips of `../shared/clips/kinetics_like`, and one of
+the same pictures encoded here with x264's defaults. torchcodec uses the FFmpeg of PyAV's wheel. It
+looks for shared libraries by their usual names, so a folder holds links with these names. Every
+frame of ours is compared with decoding the whole clip.
+
 Run: `python -m pytest -s tests/benchmarks/bench_decode.py`
 """
 
@@ -67,7 +70,7 @@ def everything(path: str) -> list[np.ndarray]:
 
 
 def measure(paths: list[str]) -> None:
-    """In the child: JSON {frames: {contender: {clip: median CPU seconds}}} on stdout."""
+    """In the child: print JSON {frames: {contender: {clip: median CPU seconds}}}."""
     contenders = {"ours": ours, "decord": with_decord, "torchcodec": with_torchcodec}
     seconds: dict = {}
     for path in paths:

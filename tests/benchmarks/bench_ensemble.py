@@ -1,9 +1,11 @@
-"""Fusion and search at the size of Kinetics-700's test set: `pytest -s tests/benchmarks/bench_ensemble.py`.
+"""Fusion and search at the size of Kinetics-700's test set:
+`pytest -s tests/benchmarks/bench_ensemble.py`.
 
-70,000 videos x 700 classes x 3 models whose errors resemble those of the paper's (top-1 about 60 %, correlated), each
-command in a process of its own with two threads at most, from its start to its end, reading and writing of the files
-and the table included. The limits hold for CPU seconds: nearly all of it runs in one thread, so that this is what a
-machine takes that has nothing else to do, and wall time is shown beside it. Memory is the peak resident set.
+There are 70,000 videos x 700 classes x 3 models whose errors resemble those of the paper's models
+(top-1 about 60 %, correlated). Each command runs in a process of its own with two threads at most,
+and is measured from start to end, with reading and writing of files and the table. The limits hold
+for CPU seconds. Nearly all work runs in one thread, so CPU seconds are the wall time of an
+otherwise idle machine. Wall time is printed too. Memory is the peak resident set.
 """
 
 import json
@@ -56,7 +58,7 @@ def files(tmp_path_factory) -> list[Path]:
 
 
 def measured(*args: object) -> tuple[float, float, float, str]:
-    """Wall and CPU seconds, peak GB and what was printed."""
+    """Wall and CPU seconds, peak GB, and the printed text."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
     started = time.perf_counter()
     done = subprocess.run(

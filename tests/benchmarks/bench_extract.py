@@ -1,13 +1,14 @@
 """A whole extraction against its limits and against the loop most people write, in one run.
 
-Method: SE-ResNeXt101 with random weights over real clips (the 10 s Kinetics clips of ../shared where they are, else the
-ones the package ships), 25 frames each. Limits are measured in the same run: the bf16 matrix product of this machine,
-the backbone alone on ready frames, the CPU time of decoding alone. Start-up (models, children, Ray) is left out: the
-wall time is the run's own record, from the first block's start to the last commit.
+SE-ResNeXt101 with random weights runs over real clips (the 10 s Kinetics clips of ../shared if they
+exist, else those of the package), 25 frames each. Limits are measured in the same run: the bf16
+matrix product of this machine, the backbone alone on ready frames, and the CPU time of decoding
+alone. Start-up (models, children, Ray) is left out: the wall time comes from the run's own log,
+from the start of the first block to the last commit.
 
-`test_beside_others` runs each engine alone and beside one busy process per core, in turns of one run. A fair share of
-the cores would be half of the quiet speed. PyTorch is what ran backbones on CPUs before OpenVINO did (then with packed
-weights: LOG.md has the last figures).
+`test_beside_others` runs each engine alone and next to one busy process per core, in turns of one
+run. A fair share of the cores would be half of the quiet speed. PyTorch ran backbones on CPUs
+before OpenVINO did, then with packed weights; LOG.md has their last figures.
 """
 
 import os
@@ -29,7 +30,8 @@ FRAMES = 25
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """32 clips, four copies of each of eight: two blocks of 400 frames, 25 whole batches each (64 videos are 100)."""
+    """32 clips, four copies of each of eight: two blocks of 400 frames, each 25 whole batches (a
+    block of 64 videos has 100)."""
     root = Path(__file__).parents[2]
     kinetics = root.parent / "shared" / "clips" / "kinetics_like"
     source = (
@@ -44,7 +46,7 @@ def clips(tmp_path_factory) -> Path:
 
 
 def run(clips: Path, out: Path, **changed) -> dict[str, float]:
-    """One extraction; wall seconds without start-up, frames, CPU seconds of decoding."""
+    """One extraction: wall seconds without start-up, frames, and CPU seconds of decoding."""
     settings = {
         "backbone": BACKBONE,
         "weights": "random",
@@ -93,7 +95,7 @@ def frames_a_second_of_the_backbone() -> float:
 
 
 def the_loop_most_people_write(clips: Path, out: Path) -> float:
-    """decord, timm in fp32, one clip at a time, np.save; frames per second."""
+    """Frames per second of decord, timm in fp32 and np.save, one clip at a time."""
     import decord
     import timm
     import torch

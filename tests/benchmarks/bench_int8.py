@@ -1,7 +1,9 @@
-"""What --precision int8 and bf16 do to classifiers: out-of-fold accuracy on real clips against fp32, with intervals.
+"""The effect of --precision int8 and bf16 on classifiers: out-of-fold accuracy on real clips
+against fp32, with intervals.
 
-Method: the 144 clips of exercise_mini, EfficientNet-Lite0 with its published weights, extracted in fp32, bf16 and int8.
-TSN, HG-NL and logistic regression by `aggregate.crossval` (5 folds, 3 seeds). Differences are paired by video.
+The 144 clips of exercise_mini are extracted by EfficientNet-Lite0 with its published weights, in
+fp32, bf16 and int8. `aggregate.crossval` tests TSN, HG-NL and logistic regression (5 folds, 3
+seeds). Differences are paired by video.
 """
 
 from pathlib import Path
@@ -22,7 +24,8 @@ AGGREGATORS = ("tsn", "hgnl", "logreg")
 
 
 def right_by_crossval(store: Path, out: Path) -> dict[str, np.ndarray]:
-    """Of each aggregator, for each video whether its out-of-fold scores are largest for its class."""
+    """For each aggregator and video, whether the video's class has the largest out-of-fold
+    score."""
     assert crossval.main(
         crossval.Options(features=str(store), out=out, agg=AGGREGATORS, seeds=SEEDS)
     ) in (0, None)

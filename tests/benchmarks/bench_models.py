@@ -1,14 +1,21 @@
-"""One training step of HG-NL against TSN's and against the literal form of eq. 7-8, on finished batches in memory.
+"""One training step of HG-NL against TSN's and against the literal form of eq. 7-8, on finished
+batches in memory.
 
-Method: dim 2048, m1 256, g1 16, g2 8, 256 videos a batch, 700 classes, 2 CPU threads; the step of `aggregate.fit`
-(forward, backward, clipping where the recipe has it, update), with both recipes. The contenders take turns in one
-process, the order rotating; the first turns do not count, and the figure is the median of the ratios within a turn. TSN
-takes part twice: the ratio of the two is 1 but for noise. The literal form (`tests/literal.py`: grouped Conv1d, all of
-V, n x n products) runs on the same features, [batch, time, dim], which the bound is on; and on features laid out as its
-convolutions like them, [batch, dim, time], which nobody hands it but which flatters it most. Operations are counted by
-PyTorch over matrix products and convolutions. Wants an idle machine: where others use the cores, two threads wait for
-each other at every one of the pooled form's many small products, and the ratios say little; so the load is printed, and
-the ratio of the best times, which see least of it.
+Sizes are dim 2048, m1 256, g1 16, g2 8, 256 videos per batch, 700 classes, 2 CPU threads. A step is
+that of `aggregate.fit` (forward, backward, clipping if the recipe has it, update), with both
+recipes. The contenders take turns in one process, in rotating order. The first turns do not count,
+and the figure is the median of the ratios within a turn. TSN takes part twice: without noise the
+ratio of the two would be 1.
+
+The literal form (`tests/literal.py`: grouped Conv1d, all of V, n x n products) runs on the same
+features, [batch, time, dim]; the limit is for these. It also runs on [batch, dim, time], the layout
+that suits its convolutions best, although no caller has it. PyTorch counts the operations of matrix
+products and convolutions.
+
+This needs an idle machine. If others use the cores, two threads wait for each other at every small
+product of the pooled form, and the ratios say little. So the load is printed, and also the ratio of
+the best times, which other work disturbs least.
+
 Run: `python -m pytest -s tests/benchmarks/bench_models.py`
 """
 
@@ -39,7 +46,7 @@ RECIPES = {
 
 
 class LiteralHGNonLocal(HGNonLocal):
-    """The same weights, computed as eq. 7, 8, 5 and 6 are written."""
+    """The same weights in a module that computes eq. 7, 8, 5 and 6 as they are written."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         assert mask is None
@@ -76,7 +83,7 @@ def batch_of(frames: int, dtype: torch.dtype, *, channels_first: bool = False) -
 def take_turns(
     contenders: dict[str, tuple[Learner, Batch]], *, turns: int
 ) -> dict[str, list[float]]:
-    """Seconds of a step, one for each turn."""
+    """Seconds of a step, one number for each turn."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(WARM_UP + turns):

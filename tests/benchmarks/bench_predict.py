@@ -1,9 +1,11 @@
-"""How long `pipelines.predict` takes a clip beyond its start, EfficientNet-Lite0 on 2 CPU cores: below 0.3 s.
+"""The time that `pipelines.predict` takes per clip after its start, EfficientNet-Lite0 on 2 CPU
+cores: below 0.3 s.
 
-Method: the 12 largest clips of daily_actions (340 x 256, 1 to 4 s), and one of 10 s at 340 x 256 put together from them
-(x264, 25 frames/s), which is what a clip of Kinetics is. 25 segments, the precision that `auto` chooses. In a process
-of its own, without the OMP_WAIT_POLICY of the tests, which is for many processes on few cores. Every clip in several
-rounds: the best round is what this machine can do, the median shows what else runs on it.
+The clips are the 12 largest of daily_actions (340 x 256, 1 to 4 s), and one of 10 s at 340 x 256
+made from them (x264, 25 frames/s), like a clip of Kinetics. There are 25 segments, and `auto`
+chooses the precision. The process has no OMP_WAIT_POLICY: the tests set that for many processes on
+few cores. Every clip runs in several rounds. The best round shows the speed of this machine, the
+median also shows what else runs on it.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""What it costs to know whether files are those that were extracted: `pytest -s tests/benchmarks/bench_sources.py`.
+"""The cost of checking whether files are still those that were extracted:
+`pytest -s tests/benchmarks/bench_sources.py`.
 
-Ratios of one run: reading sizes and digests against decoding the same clips, and looking at the sizes and times of many
-files against listing them. The page cache is warm.
+Ratios of one run: reading sizes and digests against decoding the same clips, and reading sizes and
+modification times of many files against listing them. The page cache is warm.
 """
 
 import os

@@ -1,10 +1,13 @@
-"""Windows of a long file against one pass over it: CPU time of 360 windows of an hour, as a decode child gets them.
+"""Windows of a long file against one pass over it: CPU time of 360 windows of an hour, as a decode
+child gets them.
 
-Method: an hour of one H.264 file (real pictures, x264's defaults, a key frame every 250 frames), 25 frames a window of
-10 s. Contenders follow each other in one process: one `decode` that asks for all 9,000 frames in one pass; the 360
-windows in jobs as `make_jobs` makes them; and of the first 36 windows, each as a job of its own, and plain PyAV that
-decodes every frame and turns the wanted ones into RGB. What is asserted is the ratio of jobs to one pass. Peak memory
-is that of a child of its own. Run: `python -m pytest -s tests/benchmarks/bench_spans.py`
+The file holds an hour of H.264 (real pictures, x264's defaults, a key frame every 250 frames), with
+25 frames per window of 10 s. The contenders follow each other in one process: one `decode` of all
+9,000 frames in one pass; the 360 windows in the jobs of `make_jobs`; the first 36 windows, each as
+a job of its own; and plain PyAV, which decodes every frame of these and converts the selected ones
+to RGB. The asserted ratio is that of jobs to one pass. Peak memory is that of a separate child.
+
+Run: `python -m pytest -s tests/benchmarks/bench_spans.py`
 """
 
 import subprocess
@@ -54,7 +57,8 @@ def one_by_one(path: str, spans: list[tuple[float, float]]) -> int:
 
 
 def one_pass(path: str, spans: list[tuple[float, float]]) -> int:
-    """All frames of all windows in one `decode`; a frame is one number afterwards, since 9,000 would not fit."""
+    """All frames of all windows in one `decode`. Each frame is reduced to one number, since 9,000
+    would not fit into memory."""
 
     def sample(count: int) -> np.ndarray:
         times = np.arange(count) * (SECONDS / count)  # at a constant rate
@@ -103,7 +107,7 @@ def test_windows_of_an_hour_cost_what_one_pass_costs(hour):
 
 
 def peak(path: Path, spans: int) -> float:
-    """MB that a process of its own needs at most for the first windows of a file."""
+    """Peak memory (MB) of a separate process for the first windows of a file."""
     program = (
         "import sys; sys.path[:0] = ['tests', 'tests/benchmarks']\n"
         "from bench_spans import in_jobs, WINDOW\n"

@@ -1,10 +1,12 @@
-"""What a command takes that has little to do, beside `import torch` in the same turns: start-up is most of it.
+"""Commands with little work, next to `import torch` in the same turns: most of their time is
+start-up.
 
-Method: `aggregate.train` on a store of 72 videos (16 frames x 1,280 features, 30 epochs), `extract` of one clip through
-EfficientNet-Lite0, and `pipelines.predict` of the same clip with an HG-NL over it, each a process of its own; all take
-turns, alone and beside one busy process per core. The first start with a backbone, which converts it, does not count.
-The ratio is of the medians; seconds are of this machine and how busy it is. Modules that a start imports: `torch` and
-`timm` are named, since a second start of `extract` needs neither.
+The commands are `aggregate.train` on a store of 72 videos (16 frames x 1,280 features, 30 epochs),
+`extract` of one clip through EfficientNet-Lite0, and `pipelines.predict` of the same clip with an
+HG-NL over it. Each runs in a process of its own, and they take turns, alone and next to one busy
+process per core. The first start with a backbone, which converts it, does not count. The ratio is
+that of the medians; seconds depend on this machine and on its load. The output names the imports of
+`torch` and `timm`, since a second start of `extract` needs neither.
 """
 
 import os
@@ -114,7 +116,7 @@ def run(command: list[str], folder: Path, environment: dict[str, str]) -> tuple[
 
 
 def imported(command: list[str], folder: Path, environment: dict[str, str]) -> set[str]:
-    """Which of the heavy libraries a command imports."""
+    """The heavy libraries that a command imports."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     times = ["-X", "importtime", *command]
     done = subprocess.run(

@@ -1,7 +1,8 @@
-"""The store against its limits, side by side in one run: `make bench` or `pytest -s tests/benchmarks/bench_store.py`.
+"""The store against its limits, in one run: `make bench` or
+`pytest -s tests/benchmarks/bench_store.py`.
 
-Method: the contenders take turns and the median of their times is compared, so that a machine that changes its speed
-changes it for all. The page cache is warm.
+The contenders take turns and their median times are compared, so that a machine that changes its
+speed changes it for all. The page cache is warm.
 """
 
 import os
@@ -19,7 +20,7 @@ KINETICS = 542_357  # train videos of the copy of Kinetics-700 that people hold
 
 
 def medians(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """Median seconds of each contender, in turn."""
+    """Median seconds of each contender; they take turns."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, run in contenders.items():
@@ -85,7 +86,8 @@ def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
 
 
 def test_what_syncing_costs(tmp_path, monkeypatch):
-    """A block written and committed with every file on the disk, beside the same without; a share of an extraction."""
+    """A block written and committed with every file synced, and the same without; also as a share
+    of an extraction."""
     store = FeatureStore.open(empty_store(tmp_path / "a.zarr", 64 * BLOCK).path, writable=True)
     features = (
         np.random.default_rng(0)

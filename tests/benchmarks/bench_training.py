@@ -1,8 +1,11 @@
-"""Training on cached features against the same loop on tensors in memory, and against a DataLoader over Zarr.
+"""Training on cached features against the same loop on tensors in memory, and against a DataLoader
+over Zarr.
 
-Method: the contenders take turns in one process, several times; the figure is the median of the ratios of a turn. The
-store is Kinetics-700's in shape (25 x 2048 float16 a video, 700 classes) and a tenth of it in number: 54,236 videos,
-5.55 GB, written here and read from the page cache, except where a test empties the cache first.
+The contenders take turns in one process, several times; the figure is the median of the ratios of a
+turn. The store has the shape of Kinetics-700 (25 x 2048 float16 per video, 700 classes) and a tenth
+of its videos: 54,236, 5.55 GB. It is written here and read from the page cache, except if a test
+empties the cache first.
+
 Run: `python -m pytest -s tests/benchmarks/bench_training.py`
 """
 
@@ -67,7 +70,7 @@ def store(tmp_path_factory) -> FeatureStore:
 
 
 def learner(name: str, videos: int, precision: str = "auto", **options) -> Learner:
-    """As `aggregate.train` makes it, with the head's options of the recipe."""
+    """A learner as `aggregate.train` makes it, with the recipe's options of the head."""
     chosen = recipe("cached", name, videos=VIDEOS)
     device = torch.device("cpu")
     torch.manual_seed(0)
@@ -91,7 +94,8 @@ def seconds(work) -> float:
 
 
 def resident(rows: np.ndarray, x: torch.Tensor, labels: torch.Tensor, epoch: int):
-    """The peer: features already are one tensor in memory; draws of all batches are made before the clock starts."""
+    """The contender: features are one tensor in memory, and all batches are drawn before the clock
+    starts."""
     rng = np.random.default_rng(epoch)
     order = torch.from_numpy(rng.permutation(len(rows)))
     slots = torch.from_numpy(np.stack([segment_random(FRAMES, SEGMENTS, rng) for _ in rows]))
@@ -102,9 +106,10 @@ def resident(rows: np.ndarray, x: torch.Tensor, labels: torch.Tensor, epoch: int
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_reading_a_store_that_is_not_in_memory(store, sparse):
-    """As for a store larger than memory: the page cache is emptied of it, then 20 batches are gathered.
+    """As for a store larger than memory: its pages are dropped from the page cache, then 20 batches
+    are gathered.
 
-    This comes first: what is mapped already cannot be dropped from the page cache.
+    This test comes first, since pages that are mapped cannot be dropped from the page cache.
     """
     for block in range(store.num_blocks):
         with open(store.shard_path(block), "rb") as file:
@@ -161,7 +166,7 @@ def test_the_loop_from_a_mapped_store_keeps_up_with_tensors_in_memory(store, nam
 
 
 class VideosInZarr(Dataset):
-    """What a user would write."""
+    """The data set that a user would write."""
 
     def __init__(self, path: str, rows: int):
         group = zarr.open_group(path, mode="r")
@@ -176,7 +181,8 @@ class VideosInZarr(Dataset):
 
 
 def test_against_a_dataloader_over_zarr(store):
-    """Batches alone, and with TSN's training, of which arithmetic is most once batches cost nothing."""
+    """Batches alone, and with TSN's training, which is mostly arithmetic once batches cost
+    nothing."""
     rows = 10 * BATCH
     features = StoredFeatures(store, np.arange(VIDEOS), placement="mmap", training=True)
     ours, theirs = learner("tsn", rows), learner("tsn", rows)
@@ -207,7 +213,8 @@ def test_against_a_dataloader_over_zarr(store):
 
 @pytest.mark.parametrize("name", ["tsn", "hgnl"])
 def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
-    """As before: fp32 products, SGD and clipping in passes of their own, dropout by `bernoulli_`; in turns."""
+    """The former step: fp32 products, SGD and clipping in passes of their own, dropout by
+    `bernoulli_`. The two take turns."""
     ours, theirs = (
         learner(name, VIDEOS, precision, standardize=True) for precision in ("auto", "fp32")
     )
@@ -234,7 +241,7 @@ def test_a_step_against_a_step_in_fp32_that_is_not_fused(name):
 
 
 def anonymous_memory() -> int:
-    """Bytes of this process that are not page cache."""
+    """Memory of this process in bytes, without page cache."""
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
@@ -265,6 +272,6 @@ def test_seconds_an_epoch_and_memory(store, name):
 
 
 def test_batches_are_ready_before_they_are_asked_for():
-    """`prefetched` costs next to nothing a batch."""
+    """`prefetched` adds almost no time per batch."""
     cost = seconds(lambda: list(prefetched(range(2000)))) / 2000
     print(f"\nhanding a batch over from the thread: {1e6 * cost:.0f} us")

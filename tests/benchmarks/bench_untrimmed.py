@@ -1,10 +1,14 @@
-"""Real clips joined into untrimmed videos: what a TSN head says of their windows, against the clips one by one.
+"""Real clips joined into untrimmed videos: accuracy of a TSN head on their windows, compared with
+the clips one by one.
 
-Method: the 144 clips of exercise_mini in two halves (every second clip of each class). Of each half the clips are
-joined into one video of 2.4 minutes whose boundaries are known; a head is trained on the other half's clips and tested
-on the windows of that video, through commands as a user gives them. Figures are over both videos, 144 windows:
-top-1 of windows that lie as the clips do (2 s), of windows shifted by half (their class is that of either clip), and
-of the clips themselves, files as they are shipped. Run: `python -m pytest -s tests/benchmarks/bench_untrimmed.py`
+The 144 clips of exercise_mini form two halves (every second clip of each class). The clips of each
+half are joined into one video of 2.4 minutes with known boundaries. A head is trained on the clips
+of the other half and tested on the windows of that video, through the commands that a user gives.
+Figures are over both videos, 144 windows: top-1 of windows that begin with the clips (2 s), of
+windows shifted by half their length (either clip's class is right), and of the clips themselves, as
+the files are shipped.
+
+Run: `python -m pytest -s tests/benchmarks/bench_untrimmed.py`
 """
 
 import csv

@@ -1,4 +1,5 @@
-"""Benchmarks see OpenMP as users do: the suite's sleeping threads (tests/conftest.py) halve a backbone's speed."""
+"""Benchmarks use OpenMP as users do: the suite's sleeping threads (tests/conftest.py) halve a
+backbone's speed."""
 
 import os
 

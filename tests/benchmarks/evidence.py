@@ -1,11 +1,13 @@
-"""EVIDENCE.md: what aggregators are worth on the real data at hand, and the questions that the paper leaves open.
+"""EVIDENCE.md: what aggregators are worth on real data, and the questions that the paper leaves
+open.
 
     make evidence          python tests/benchmarks/evidence.py --work runs/evidence [--sets ...] [--page-only]
 
-Features: the shipped clips through the pretrained EfficientNet-Lite0 (`pipelines/clips`), untrimmed videos joined of
-them (`pipelines.untrimmed`), and JapaneseVowels where it lies beside the project (`../shared/features`). Every model
-is trained with the default recipe on the same batches; the last epoch counts, so nothing is chosen on the test videos.
-What is trained is kept in --work: the same command goes on where it stopped, and the page is written of what there is.
+Features come from the pretrained EfficientNet-Lite0, for the shipped clips (`pipelines/clips`) and
+untrimmed videos joined of them (`pipelines.untrimmed`). JapaneseVowels is used if it is next to the
+project (`../shared/features`). Every model is trained with the default recipe on the same batches.
+The last epoch counts, so nothing is chosen on the test videos. Results are kept in --work: the same
+command continues where it stopped, and the page is written from the results that exist.
 """
 
 import argparse
@@ -46,7 +48,7 @@ Folds = list[tuple[np.ndarray, np.ndarray]]
 
 @dataclass(frozen=True)
 class Task:
-    """Videos to train and test on, `folds` of rows, and with how many segments it is trained."""
+    """Videos to train and test on, `folds` of rows, and the number of segments in training."""
 
     name: str
     title: str
@@ -58,7 +60,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Model:
-    """A head with options of its own over the recipe's. `recipe` is that of its start; all have the cached schedule."""
+    """A head with options that differ from the recipe's. `recipe` is that of its initial weights;
+    all models have the cached schedule."""
 
     name: str
     agg: str
@@ -99,7 +102,8 @@ VARIED = ("untrimmed_3", "untrimmed_16")
 def trained(
     task: Task, rows: np.ndarray, models: list[Model], seed: int, started: dict
 ) -> dict[str, torch.nn.Module]:
-    """All `models` on the same batches of videos `rows`; `started` are finished ones that others start from."""
+    """Train all `models` on the same batches of videos `rows`; `started` are finished models that
+    others start from."""
     features, learners = StoredFeatures(task.store, rows, training=True), []
     for model in models:
         how = recipe("cached", model.agg, videos=len(rows), standardize=model.standardize)
@@ -147,7 +151,8 @@ def small(dim: int, agg: str) -> dict:
 def missing(
     work: Path, task: Task, models: list[Model]
 ) -> Iterator[tuple[str, tuple[str, ...], int]]:
-    """Task, models and seed of each pass over the videos whose results are not in `work` yet."""
+    """The task, models and seed of each pass over the videos whose results are not in `work`
+    yet."""
     seeds = {m.name: m.seeds + task.more_seeds * (m.seeds == CHEAP) for m in models}
     for seed in range(max(seeds.values())):
         names = tuple(
@@ -162,7 +167,8 @@ def missing(
 def run(
     state: tuple[Path, dict[str, Task]], job: tuple[str, tuple[str, ...], int]
 ) -> tuple[str, float]:
-    """Train the models of a job; scores at few and at all segments go to `<task>/<model>_<seed>.npz`."""
+    """Train the models of a job. Scores at few and at all segments go to
+    `<task>/<model>_<seed>.npz`."""
     (work, tasks_by_name), (name, model_names, seed) = state, job
     task = tasks_by_name[name]
     segments = sorted({min(3, task.store.frames_per_video), task.store.frames_per_video})
@@ -221,7 +227,7 @@ def split(store: FeatureStore) -> Folds:
 
 
 def folds(store: FeatureStore, count: int = 4) -> Folds:
-    """Folds of all videos; classes are kept even."""
+    """Folds of all videos, with the classes divided evenly."""
     from sklearn.model_selection import StratifiedKFold
 
     cut = StratifiedKFold(count, shuffle=True, random_state=0)
@@ -229,7 +235,8 @@ def folds(store: FeatureStore, count: int = 4) -> Folds:
 
 
 def vowels(work: Path) -> FeatureStore | None:
-    """270 training and 370 test utterances of 9 speakers, 7 to 29 frames of 12 coefficients; None where it is not."""
+    """270 training and 370 test utterances of 9 speakers, 7 to 29 frames of 12 coefficients; None
+    if they are not there."""
     path, source = work / "vowels.zarr", ROOT.parent / "shared" / "features" / "JapaneseVowels.npz"
     if path.exists():
         return FeatureStore.open(path)
@@ -256,8 +263,9 @@ def vowels(work: Path) -> FeatureStore | None:
 def planted(work: Path, source: FeatureStore, others: FeatureStore, *, carry: int) -> FeatureStore:
     """Videos of 25 real frames of which `carry` show their class.
 
-    The class frames come from a clip of `source`, the rest from random clips of `others` (another data set, so that
-    they say nothing). Frames go through the backbone one by one, so joining features is joining pictures.
+    The frames of the class come from a clip of `source`, the rest from random clips of `others`
+    (another data set, so that they say nothing about the class). Frames go through the backbone one
+    by one, so joining features is the same as joining pictures.
     """
     path = work / f"planted_{carry}.zarr"
     if path.exists():
@@ -329,12 +337,13 @@ def tasks(work: Path) -> Iterator[Task]:
 
 
 def opened(work: Path) -> tuple[Path, dict[str, Task]]:
-    """The state of a process that trains: the folder, and its tasks by name."""
+    """The state of a training process: the folder, and its tasks by name."""
     return work, {task.name: task for task in tasks(work)}
 
 
 def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
-    """What to train: the cheap heads, heads that may see order, variants of HG-NL, the other heads."""
+    """The models to train: the cheap heads, heads that may see order, variants of HG-NL, and the
+    other heads."""
     apart = [task for task in known if not task.name.startswith("order_")]
     for task in apart:
         yield task, [*(head for head in HEADS if head.seeds == CHEAP), SOFTMAX]
@@ -350,14 +359,14 @@ def plan(known: list[Task]) -> Iterator[tuple[Task, list[Model]]]:
 
 
 def scenes(task: Task) -> np.ndarray:
-    """What each video shows: videos of one scene are not independent."""
+    """The scene of each video: videos of one scene are not independent."""
     if task.name.startswith("order_"):
         return np.array([Path(name).stem for name in task.store.ids], object)
     return task.store.groups
 
 
 def groups_grid(work: Path) -> None:
-    """An ablation of g1 and g2 on exercise_mini, which is resumed or done already."""
+    """An ablation of g1 and g2 on exercise_mini; it is resumed, or skipped if it is finished."""
     from aggregate import ablate
 
     features, groups = str(work / "exercise_mini.zarr"), {"g1": (4, 8, 16), "g2": (1, 2, 4)}
@@ -369,7 +378,8 @@ def groups_grid(work: Path) -> None:
 
 
 def commits(work: Path, *, add: bool) -> str:
-    """The commits that the results in `work` were measured at; with `add` the current one is of them."""
+    """The commits at which the results in `work` were measured; with `add`, the current one is
+    added."""
     path = work / "commits.txt"
     names = path.read_text().split() if path.exists() else []
     if add:

@@ -1,6 +1,8 @@
-"""EVIDENCE.md, EVIDENCE.csv and their figure, written of the scores that tests/benchmarks/evidence.py keeps.
+"""EVIDENCE.md, EVIDENCE.csv and their figure, written from the scores that
+tests/benchmarks/evidence.py keeps.
 
-The page has one table per question, with all segments; the CSV has every model on every task at few and all segments.
+The page has one table per question, with all segments. The CSV has every model on every task at few
+and all segments.
 """
 
 import csv
@@ -35,7 +37,7 @@ FIGURE = "pipelines/evidence.png"
 
 @dataclass(frozen=True)
 class Facts:
-    """A task as the page needs it. `groups` are the store's, of every row."""
+    """A task as the page needs it. `groups` are those of the store, for every row."""
 
     name: str
     title: str
@@ -70,7 +72,7 @@ class Results:
         return bootstrap(self.right(name, segments, sorted(self.files[name])))
 
     def difference(self, name: str, other: str, segments: int) -> Interval | None:
-        """`name` minus `other`, of the seeds that both have; None where one was not trained."""
+        """`name` minus `other`, over the seeds that both have; None if one was not trained."""
         seeds = sorted(self.files.get(name, {}).keys() & self.files.get(other, {}).keys())
         if not seeds:
             return None
@@ -108,7 +110,7 @@ def percent(name: str, found: Interval | None) -> dict[str, str]:
 
 
 def said(found: Interval) -> str:
-    """A difference in points with what may be said of it."""
+    """A difference in points, with the conclusion that it supports."""
     verdict = (
         "better"
         if found.low > 0
@@ -120,7 +122,7 @@ def said(found: Interval) -> str:
 
 
 def cell(found: Interval | None) -> str:
-    """A difference in points; bold if its interval leaves out 0."""
+    """A difference in points, bold if its interval does not contain 0."""
     if found is None:
         return ""
     text = f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
@@ -150,7 +152,8 @@ def differences(
 
 
 def left_out(one: Results, members: Sequence[str]) -> list[str]:
-    """The fused scores of `members`, and what leaving each out costs: means over the seeds that all have."""
+    """The fused scores of `members`, and the cost of leaving out each of them: means over the seeds
+    that all have."""
     if any(name not in one.files for name in members):
         return []
     seeds = sorted(set.intersection(*(set(one.files[name]) for name in members)))
@@ -173,7 +176,7 @@ def left_out(one: Results, members: Sequence[str]) -> list[str]:
 
 
 def draw(results: Sequence[Results], out: Path) -> None:
-    """Top-1 minus TSN's with all segments, of every head and task, with intervals."""
+    """Plot top-1 minus TSN's with all segments, for every head and task, with intervals."""
     from matplotlib.figure import Figure
 
     heads: Sequence[str] = HEADS
@@ -212,7 +215,7 @@ def videos(one: Results) -> str:
 
 
 def groups_table(folder: Path) -> str:
-    """Top-1 of a g1 x g2 ablation, means over its seeds; empty if there is none."""
+    """Top-1 of a g1 x g2 ablation, as means over its seeds; empty if there is none."""
     path = folder / "ablation.csv"
     if not path.exists():
         return ""
@@ -272,7 +275,8 @@ CANNOT = """## What these data can say, and what they cannot
 
 
 def write_page(folder: Path, known: Sequence[Facts], out: Path, *, commit: str) -> None:
-    """Write `out`, its CSV and its figure of the scores in `folder`, and of the ablation beside it."""
+    """Write `out`, its CSV and its figure from the scores in `folder` and the ablation next to
+    it."""
     results = {
         one.name: Results(folder / one.name, one) for one in known if (folder / one.name).exists()
     }

@@ -37,7 +37,8 @@ PICTURES = {"train": 64, "val": 40}
 
 
 def pictures(name: str) -> list[np.ndarray]:
-    """Some frames of every clip of a set, square, `SIZE` high; those of one clip stand together."""
+    """Some frames of every clip of a set, square, `SIZE` high; those of one clip follow each
+    other."""
     found = []
     for path in sorted((CLIPS / name / "clips").rglob("*.mp4")):
         for frame in decode(path, lambda count: segment_centers(count, 6)).frames:
@@ -74,7 +75,8 @@ def zoom(picture: np.ndarray) -> list[np.ndarray]:
 
 
 def render(task: str, folder: Path) -> None:
-    """`<folder>/<split>/<class>/<number>.mp4`; each scene stands in both classes, once in each order."""
+    """Write `<folder>/<split>/<class>/<number>.mp4`; each scene is in both classes, once in each
+    order."""
     if folder.exists():
         return
     rng = np.random.default_rng(0)
