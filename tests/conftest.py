@@ -1,4 +1,5 @@
-"""Fixtures of the whole suite: where the clips are, random state and threads restored after each test."""
+"""Fixtures of the whole suite: folders of clips, and random state and threads that are restored
+after each test."""
 
 import contextlib
 import os
@@ -62,7 +63,8 @@ with contextlib.suppress(ImportError):  # a machine with a GPU may have none
 
 @pytest.fixture(scope="session")
 def shared_clips() -> Path:
-    """The real clips beside the project (kinetics_like, odd); not shipped, since their licenses forbid it."""
+    """The real clips next to the project (kinetics_like, odd). They are not shipped, since their
+    licenses forbid it."""
     clips = ROOT.parent / "shared" / "clips"
     if not clips.is_dir():
         pytest.skip(
@@ -73,25 +75,26 @@ def shared_clips() -> Path:
 
 @pytest.fixture(scope="session")
 def codec_clips() -> Path:
-    """22 tiny clips, one a codec or an oddity, made from one MIT-licensed clip."""
+    """22 tiny clips, one per codec or oddity, made from one MIT-licensed clip."""
     return ROOT / "tests" / "clips" / "codecs"
 
 
 @pytest.fixture(scope="session")
 def broken_clips() -> Path:
-    """Seven inputs that are not good video: empty, HTML, random bytes, truncated, bit flips, audio only."""
+    """Seven inputs that are not good videos: empty, HTML, random bytes, truncated, bit flips, audio
+    only."""
     return ROOT / "tests" / "clips" / "broken"
 
 
 @pytest.fixture(scope="session")
 def demo_clips() -> Path:
-    """The labeled real clips the project ships: daily_actions and exercise_mini."""
+    """The labeled real clips of the package: daily_actions and exercise_mini."""
     return ROOT / "pipelines" / "clips"
 
 
 @pytest.fixture(autouse=True)
 def _state_restored():
-    """A test that seeds, draws or sets threads must not change what the next one sees, to the last bit."""
+    """A test that seeds, draws or sets threads must not change a bit of the next test's results."""
     states = random.getstate(), np.random.get_state()
     torch = sys.modules.get("torch")
     torch_state = (torch.get_rng_state(), torch.get_num_threads()) if torch else None
@@ -115,9 +118,9 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """GPU tests run where a GPU is said to be present (HGNL_GPU=1) and must not skip there.
+    """GPU tests run if HGNL_GPU=1 says that there is a GPU, and must not skip then.
 
-    HGNL_GPU=pretended runs them on the CPU, small: a rehearsal.
+    HGNL_GPU=pretended runs them on the CPU with small sizes, as a rehearsal.
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         places = {name: place for place, name in enumerate(LONGEST)}
@@ -131,7 +134,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As many threads as a process of several has: sums of other numbers differ in the last bits."""
+    """One thread, as in each of several processes: another number of threads sums in another
+    order."""
     import torch
 
     before = torch.get_num_threads()

@@ -1,4 +1,5 @@
-"""What decode children are told to do in tests: module-level functions, since a child imports them by name."""
+"""Jobs of decode children in tests. They are functions of a module, since a child imports them by
+name."""
 
 import contextlib
 import ctypes
@@ -16,7 +17,7 @@ from extract.decode import VideoError
 
 
 def do(job: tuple[str, Any], out: np.ndarray) -> Any:
-    """Do what the first word of a job says, with the second."""
+    """Run the kind of job that the first part of `job` names, with the second part."""
     kind, value = job
     return _KINDS[Path(kind).name](value, out)
 
@@ -38,7 +39,7 @@ def _sleep(seconds: float, out: np.ndarray) -> float:
 
 
 def _meet(place: tuple[str, int, int], out: np.ndarray) -> None:
-    """Say that this one of several jobs has begun, and wait for all the others."""
+    """Report that this one of several jobs has started, and wait for all the others."""
     folder, number, count = place
     (Path(folder) / str(number)).touch()
     while len(os.listdir(folder)) < count:
@@ -46,20 +47,20 @@ def _meet(place: tuple[str, int, int], out: np.ndarray) -> None:
 
 
 def _hold_the_lock(path: str | None, out: np.ndarray) -> None:
-    """As decord hangs: a C function that never returns and never gives Python's lock back."""
+    """Hang as decord does: in a C function that never returns and never releases Python's lock."""
     if path:
         Path(path).write_text(str(os.getpid()))
     ctypes.PyDLL(None).sleep(1000)
 
 
 def _wait(path: str, out: np.ndarray) -> None:
-    """Say which process this is, then wait to be stopped or killed."""
+    """Write the number of this process, then wait to be stopped or killed."""
     Path(path).write_text(str(os.getpid()))
     time.sleep(1000)
 
 
 def _stop(path: str, out: np.ndarray) -> None:
-    """Say which process this is, then stop it."""
+    """Write the number of this process, then stop it."""
     Path(path).write_text(str(os.getpid()))
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -104,7 +105,7 @@ def _allocate(count: int, out: np.ndarray) -> int:
 
 
 def _with_little_memory(job: Any, out: np.ndarray) -> Any:
-    """`decode_job` with 20 MB more than this process has."""
+    """`decode_job` with 20 MB more memory than this process uses."""
     import resource
 
     from extract.decode.jobs import decode_job
@@ -142,9 +143,9 @@ _KINDS = {
 
 
 def crash_at_four_seconds(job, out):
-    """`decode_job` of a decoder that crashes where a file is broken: in the span that begins at 4 s.
+    """`decode_job` of a decoder that crashes at damage in a file: in the span that begins at 4 s.
 
-    On a GPU, which decodes in the process of its worker, it only fails.
+    On a GPU, which decodes in the process of its worker, it fails without a crash.
     """
     from extract.decode.jobs import decode_job
 
@@ -157,7 +158,7 @@ def crash_at_four_seconds(job, out):
 
 
 def crash_on_a_gpu(job, out):
-    """`decode_job` of a decoder on a GPU that takes its process along, at files of that name."""
+    """`decode_job` of a decoder on a GPU that crashes its process at files of that name."""
     from extract.decode.jobs import decode_job
 
     path, rows, plan = job
@@ -169,10 +170,11 @@ def crash_on_a_gpu(job, out):
 
 
 def held(job, out):
-    """`decode_job` that goes as far as a test wants, which says it by files in the folder HGNL_TEST_HELD.
+    """`decode_job` that waits at points that a test chooses, by files in the folder HGNL_TEST_HELD.
 
-    Videos below a folder whose name stands in the file `hold` wait until that file is gone. A child that decodes for
-    another node and finds a file `stop` removes it and stops, with its video in hand.
+    If the file `hold` names a folder, the videos below that folder wait until the file is gone. A
+    child that decodes for another node and finds a file `stop` removes it and stops, while it holds
+    a video.
     """
     from extract.decode.jobs import decode_job
 
@@ -189,7 +191,8 @@ def held(job, out):
 
 
 def prepare_row(path: str, row_id: str, plan: Any, out: Any, *, span: Any = None) -> Any:
-    """`decode_job` for one row, in this process; its clips are written into `out` [V, T, L, size, size, 3]."""
+    """`decode_job` for one row, in this process; the row's clips are written into `out` [V, T, L,
+    size, size, 3]."""
     from extract.decode.jobs import decode_job
 
     buffer = (
@@ -205,7 +208,7 @@ def prepare_row(path: str, row_id: str, plan: Any, out: Any, *, span: Any = None
 
 
 def clips_of(prepared: Any, buffer: Any) -> Any:
-    """uint8 [V, T, L, size, size, 3] of a flat buffer with the pictures of one row."""
+    """uint8 [V, T, L, size, size, 3] from a flat buffer with the pictures of one row."""
     clips = prepared.clips.astype(int)
     size = round((len(buffer) // clips.size // 3) ** 0.5)
     return buffer.reshape(-1, size, size, 3)[clips]

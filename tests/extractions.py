@@ -1,4 +1,4 @@
-"""Small extractions, by `main(options(...))` or as a program, and how far one is."""
+"""Small extractions, by `main(options(...))` or as a program, and their progress."""
 
 import sys
 from pathlib import Path
@@ -23,7 +23,7 @@ def options(videos: Path, out: Path | str, **changed: Any) -> Options:
 
 
 def command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
-    """The same options for a process of its own."""
+    """The command line of the same options, for a separate process."""
     named = {"videos": videos, "out": out} | SMALL | changed
     flags = [
         word
@@ -34,7 +34,7 @@ def command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
 
 
 def held_command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
-    """The same, which decodes only as far as a test wants (`decode_jobs.held`)."""
+    """The same command, which decodes only as far as a test allows (`decode_jobs.held`)."""
     program = (
         "import sys\n"
         "from functools import partial\n"
@@ -51,12 +51,12 @@ def held_command(videos: Path | str, out: Path | str, **changed: Any) -> list[st
 
 
 def committed_blocks(out: Path) -> list[dict[str, Any]]:
-    """Their records in the log of the run."""
+    """The records of committed blocks in the log of the run."""
     return [record for record in RunLog.records(out) if record["event"] == "block"]
 
 
 def decode_children() -> list[psutil.Process]:
-    """Anywhere below this process, in a local cluster too."""
+    """All decode children below this process, in a local cluster too."""
     return [
         process
         for process in psutil.Process().children(recursive=True)

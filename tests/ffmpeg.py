@@ -1,4 +1,4 @@
-"""FFmpeg for torchcodec where the system has none: the one in PyAV's wheel."""
+"""FFmpeg for torchcodec on systems without one: the FFmpeg in PyAV's wheel."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ import av
 
 
 def links_to_ffmpeg(folder: Path) -> Path:
-    """PyAV's FFmpeg under the names that other programs look for."""
+    """A folder of links to PyAV's FFmpeg, with the names that other programs look for."""
     for library in Path(av.__file__).parent.with_name("av.libs").iterdir():
         (folder / library.name).symlink_to(library)
         plain = re.sub(r"-[0-9a-f]{8}\.so(\.\d+).*", r".so\1", library.name)

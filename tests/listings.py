@@ -1,4 +1,4 @@
-"""Files to list, and what a listing says of them."""
+"""Files to list, and helpers that read a listing."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Eq. 3-8 of the paper as they are written: the oracle of the pooled forms in aggregate/nl.py and aggregate/hgnl.py."""
+"""Eq. 3-8 of the paper as they are written: the reference for the pooled forms in aggregate/nl.py
+and aggregate/hgnl.py."""
 
 import torch
 from jaxtyping import Float
@@ -11,7 +12,8 @@ from aggregate.hgnl import GroupedLinear, HGNonLocal
 def literal_form(
     module: HGNonLocal, F: Float[Tensor, "batch dim time"]
 ) -> Float[Tensor, "batch dim"]:
-    """HG-NL by eq. 7, 8, 5, 6, and NL, of one group and with softmax, by eq. 3-6, with the weights of `module`."""
+    """HG-NL by eq. 7, 8, 5, 6, or NL (one group, softmax) by eq. 3-6, with the weights of
+    `module`."""
     n = F.shape[-1]
     Q, K, V = products(module, F)
     scores = gmm(Q, K, groups=module.g2, transpose=True) * module.score_factor
@@ -39,7 +41,8 @@ def products(
 def convolve(
     F: Float[Tensor, "batch dim time"], layer: GroupedLinear
 ) -> Float[Tensor, "batch out time"]:
-    """W F of a 1x1 convolution, grouped if `layer` is; shared weights are repeated for each group."""
+    """W F of a 1x1 convolution, grouped if `layer` is. Shared weights are repeated for each
+    group."""
     repeats = layer.groups if layer.shared else 1
     return conv1d(
         F,

@@ -1,4 +1,5 @@
-"""Damage to files, a function of a seed; and what a decode child says of a damaged video beside plain decoding."""
+"""Damage to files that depends only on a seed, and a comparison of decode children with plain
+decoding on damaged videos."""
 
 import contextlib
 import hashlib
@@ -15,7 +16,8 @@ KINDS = ("bits", "bytes", "cut", "swap", "repeat", "zeros", "header", "tail", "r
 
 
 def mutate(content: bytes, seed: int) -> bytes:
-    """One of ten kinds of damage: bit flips, other bytes, a cut, swapped or repeated or zeroed blocks, a header ..."""
+    """Apply one of ten kinds of damage: bit flips, other bytes, a cut, swapped or repeated or
+    zeroed blocks, a header ..."""
     rng = np.random.default_rng(seed)
     data = np.frombuffer(content, np.uint8).copy()
     kind, size = KINDS[seed % len(KINDS)], len(data)
@@ -52,7 +54,8 @@ def mutate(content: bytes, seed: int) -> bytes:
 
 
 def compare(job: tuple[str, int], out: np.ndarray) -> dict[str, Any]:
-    """In a child: what `decode` makes of a file, and how that differs from decoding all of it plainly."""
+    """In a child: the result of `decode` on a file, and how it differs from plainly decoding
+    everything."""
     path, frames = job
     try:
         found = decode(path, lambda count: segment_centers(count, frames))
@@ -91,7 +94,8 @@ def digest(frame: np.ndarray) -> str:
 
 
 def plainly(path: str) -> tuple[list[str], list[bool], str]:
-    """Digests of all frames, turned as they are shown; which are corrupt; and the error that ended it, if any."""
+    """Digests of all frames, rotated for display; which of them are corrupt; and the error that
+    ended decoding, if any."""
     found, corrupt, error = [], [], ""
     with contextlib.suppress(av.FFmpegError), av.open(path, **LENIENT_METADATA) as container:
         stream = container.streams.best("video")

@@ -1,4 +1,4 @@
-"""Small files with odd geometries and claims, made on the spot."""
+"""Small files with odd geometries and headers, written by the tests."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,7 +17,8 @@ def write_pictures(
     pix_fmt: str = "yuv420p",
     times: Sequence[float] | None = None,
 ) -> Path:
-    """Frames of a moving gradient of `size` (width, height); `times` are seconds, by default 10 per second."""
+    """Write frames of a moving gradient of `size` (width, height); `times` are seconds, by default
+    10 per second."""
     width, height = size
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)

@@ -1,8 +1,9 @@
-"""A disk that loses its power, and one that takes no more: every moment of a run, by way of `os`.
+"""A disk that loses power, and a full disk: at every moment of a run, through the functions of
+`os`.
 
-What survives a cut is what was synced: a file holds what it held at its last fsync, or nothing; a folder holds the
-names it had at its last fsync. A system may also have written names sooner than it was asked to, so each moment gives
-two disks, the least and the most that may be left.
+Synced data survives a power cut: a file holds its contents at its last fsync, or nothing, and a
+folder holds the names of its last fsync. A system may also write names earlier, so each moment
+gives two disks: the least and the most that may be left.
 """
 
 import contextlib
@@ -25,10 +26,12 @@ PROGRAM = tuple(f"{Path(__file__).parents[1] / room}{os.sep}" for room in ROOMS)
 
 
 class PowerCuts:
-    """Records what is synced below `root` while a run goes on; `check(folder)` is called with every disk left by a cut.
+    """Records what is synced below `root` during a run, and calls `check(folder)` with every disk
+    that a power cut could leave.
 
-    `check` gets a copy of `root` as it would be after the power came back. A disk that was checked, with the same
-    `promised()`, is not checked again; files in a folder that has no name yet make no other disk, but with `make fuzz`.
+    `check` gets a copy of `root` as it would be after the power came back. Equal disks with the
+    same `promised()` are checked once. Files in a folder without its final name count as no
+    difference, except with `make fuzz`.
     """
 
     def __init__(
@@ -54,7 +57,8 @@ class PowerCuts:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Every fsync, rename and removal of this process in here is a moment at which the power is cut."""
+        """Within this block, the power is cut at every fsync, rename and removal of this
+        process."""
         with pytest.MonkeyPatch.context() as patch:
             for name in ("fsync", "replace", "rename", "unlink", "mkdir", "rmdir"):
                 patch.setattr(os, name, self._around(name, getattr(os, name)))
@@ -129,15 +133,15 @@ class PowerCuts:
 
 
 def _unnamed(path: Path) -> bool:
-    """Whether this is in a folder that `durable.replacing` has not given its name yet."""
+    """Whether this is in a folder to which `durable.replacing` has not given its name yet."""
     return any(folder.suffix == ".partial" for folder in path.parents)
 
 
 class FullDisk:
-    """Lets so many steps of writing below `root` pass and refuses the others, until `room()`.
+    """Allows a number of writing steps below `root` and refuses all later ones, until `room()`.
 
-    A step is an open to write, a write, an fsync, a rename or a new folder, as the system is asked for them. `places`
-    are what the steps write, and for which lines of the program.
+    A step is an open for writing, a write, an fsync, a rename or a new folder, as the system gets
+    the calls. `places` are the steps' targets and the lines of the program that caused them.
     """
 
     def __init__(self, root: Path, steps: float, code: int = errno.ENOSPC):
@@ -174,7 +178,8 @@ class FullDisk:
         return call
 
     def _place(self, step: str, path: Path) -> tuple[str, ...]:
-        """The same for each block of a store, epoch of a run, row of a table, and file of a folder without a name."""
+        """Equal for all blocks of a store, epochs of a run, rows of a table, and files of a folder
+        without a name."""
         named = path.relative_to(self.root)
         while _unnamed(named):
             named = named.parent

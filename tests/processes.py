@@ -1,4 +1,4 @@
-"""Commands as programs of their own, stopped at a moment that a test chooses."""
+"""Commands as separate programs, stopped at a moment that a test chooses."""
 
 import contextlib
 import subprocess
@@ -14,7 +14,8 @@ PATIENCE = 200.0  # seconds: a busy machine takes long to start a program
 def running(
     command: str, *, until: Callable[[], object], output: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen]:
-    """`python -m command`, once it has come as far as `until()`; it is killed (kill -9) when the block ends."""
+    """`python -m command`, once `until()` is true. It is killed (kill -9) at the end of the
+    block."""
     arguments = [sys.executable, "-m", *command.split()]
     with subprocess.Popen(arguments, stdout=output, stderr=subprocess.STDOUT, text=True) as process:
         try:
@@ -29,7 +30,7 @@ def running(
 
 
 def killed_after(results: int, command: str, log: Path) -> bytes:
-    """Kill `command` when that many lines stand in its `log`; the log as it was left."""
+    """Kill `command` when its `log` has that many lines; returns the log as it was left."""
 
     def enough() -> bool:
         return log.exists() and log.read_bytes().count(b"\n") >= results

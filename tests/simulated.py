@@ -1,4 +1,5 @@
-"""Workers of which a part is simulated: a backbone that imports no torch, decoding that sleeps, crashes or waits."""
+"""Workers with simulated parts: a backbone that imports no torch, and decoding that sleeps, crashes
+or waits."""
 
 import time
 from typing import Any
@@ -30,7 +31,7 @@ class SleepingBatches:
 
 
 class SleepingBackbone:
-    """As much of a Backbone as a worker uses."""
+    """The part of a Backbone that a worker uses."""
 
     device, dim, precision, clips = "cpu", DIM, "fp32", None
     clip_options: dict[str, Any] = {}  # noqa: RUF012
@@ -67,7 +68,7 @@ class PixelBackbone(SleepingBackbone):
 
 
 class HeldWorker(Worker):
-    """Decodes as far as a test wants (`decode_jobs.held`)."""
+    """A worker that decodes only as far as a test allows (`decode_jobs.held`)."""
 
     decode_job = staticmethod(held)
 

@@ -1,4 +1,5 @@
-"""Decoding that sleeps; apart from `simulated`, since decode children must start without torch."""
+"""Decoding that sleeps. It is not in `simulated`, since decode children must start without
+torch."""
 
 import time
 

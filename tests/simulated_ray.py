@@ -1,4 +1,4 @@
-"""A Ray cluster that is not there: every call of an actor is answered by `answer`, and nothing is waited for."""
+"""A simulated Ray cluster: `answer` gives the result of every actor call, and nothing waits."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -6,7 +6,8 @@ from typing import Any
 
 
 class PendingError(Exception):
-    """Raised by `answer`: this call has not ended. `answer` is asked again whenever it is waited for."""
+    """Raised by `answer`: this call has not ended. `answer` is called again whenever the call is
+    waited for."""
 
 
 class RayError(Exception):
@@ -54,10 +55,11 @@ class Actor:
 
 
 class SimulatedRay:
-    """In the place of the module `ray`. Actors are numbered from 0, in the order in which they start.
+    """Replaces the module `ray`. Actors are numbered from 0, in the order in which they start.
 
-    answer: called with the number of an actor, the name of the method, and its arguments; the value that it returns
-        is the result, an error of Ray is the call's, and PendingError means that the call goes on.
+    answer: called with the number of an actor, the name of the method, and its arguments. It
+        returns the result, raises an error of Ray as the call's, or raises PendingError if the
+        call has not ended.
     nodes: the resources of each node.
     on_wait: called whenever the driver waits for any of several calls.
     """

@@ -1,4 +1,5 @@
-"""Checkpoints of small models with weights that mean nothing, as training would have saved them."""
+"""Checkpoints of small models with weights that mean nothing, in the form in which training saves
+them."""
 
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def trunk_of(weights: str | Path = "random", seed: int = 3) -> Trunk:
 
 
 def cached(folder: Path, name: str = "hgnl", *, trunk: Trunk | None = None, **changes: Any) -> Path:
-    """A checkpoint as of `aggregate.train`: without backbone, `features` says which one. Random weights by default."""
+    """A checkpoint like that of `aggregate.train`: without backbone; `features` names it. Random
+    weights by default."""
     trunk = trunk or trunk_of()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -44,7 +46,7 @@ def cached(folder: Path, name: str = "hgnl", *, trunk: Trunk | None = None, **ch
 
 
 def tuned(folder: Path, name: str = "hgnl", **changes: Any) -> Path:
-    """A checkpoint as of `aggregate.finetune`, its backbone in it."""
+    """A checkpoint like that of `aggregate.finetune`, with its backbone in it."""
     trunk = trunk_of()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
@@ -60,12 +62,12 @@ def tuned(folder: Path, name: str = "hgnl", **changes: Any) -> Path:
 
 
 def provenance(trunk: Trunk) -> dict[str, Any]:
-    """What a store of its features would record of it."""
+    """The provenance that a store of its features would record."""
     return {**backbone_record(trunk), "precision": "fp32"}
 
 
 def _lively(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights so far from their start that every part matters and logits differ."""
+    """Weights far enough from their initial values that every part matters and logits differ."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.startswith("classifier"):

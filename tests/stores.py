@@ -1,4 +1,4 @@
-"""What tests ask of a feature store on disk."""
+"""Helpers for tests that use a feature store on disk."""
 
 import hashlib
 from pathlib import Path
@@ -9,7 +9,7 @@ from extract.store import FAILED, FeatureStore, Outcomes
 
 
 def store_digest(path: Path) -> dict[str, str]:
-    """SHA-256 of every file of a store: two stores are byte-identical where these are equal."""
+    """SHA-256 of every file of a store. Stores with equal digests are byte-identical."""
     files = (file for file in sorted(path.rglob("*")) if file.is_file())
     return {
         file.relative_to(path).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
@@ -28,9 +28,10 @@ def classes_store(
     noise: float = 0.5,
     seed: int = 0,
 ) -> FeatureStore:
-    """A finished store whose classes can be learned: a direction a class, noise on every frame, some short videos.
+    """A finished store whose classes can be learned: one direction per class, noise on every frame,
+    some short videos.
 
-    Every third video is of the split `val` (with `splits`), every group holds five videos.
+    With `splits`, every third video is in the split `val`. Every group holds five videos.
     """
     rng = np.random.default_rng(0)
     labels = np.arange(videos) % classes
@@ -53,7 +54,7 @@ def classes_store(
 
 
 def fail_rows(path: Path, rows: list[int]) -> None:
-    """Make videos of a finished store failed ones."""
+    """Mark videos of a finished store as failed."""
     store = FeatureStore.open(path, writable=True)
     count, shape = len(rows), (len(rows), store.num_views, store.frames_per_video)
     store.commit(

@@ -1,8 +1,10 @@
-"""Artifacts of the first version (commit add2693) open; half-done runs are refused: tests/compat holds what it wrote.
+"""Files of the first version (commit add2693) open, and its half-finished runs are refused;
+tests/compat holds such files.
 
-`store` is a feature store of 30 videos (used as f.zarr), `tsn` and `hgnl` finished runs on it, `cut` a run that was
-stopped after one of three epochs, `hgnl.h5` scores, `grid` an ablation of which one of three results is kept, `tuned` a
-fine-tuning of test_resnet stopped after one of two epochs.
+`store` is a feature store of 30 videos (used as f.zarr). `tsn` and `hgnl` are finished runs on it.
+`cut` is a run that was stopped after one of three epochs. `hgnl.h5` holds scores. `grid` is an
+ablation with one of three results. `tuned` is a fine-tuning of test_resnet that was stopped after
+one of two epochs.
 """
 
 import shutil
@@ -44,7 +46,8 @@ def test_stores_checkpoints_and_scores_open(old):
 
 
 def test_half_done_runs_are_refused_in_one_sentence(old, tmp_path):
-    """Whatever of an earlier version was left half done, and with the options that it was begun with."""
+    """Every kind of half-finished run of an earlier version, also with the options with which it
+    was started."""
     clips = tmp_path / "clips" / "train" / "a"
     clips.mkdir(parents=True)
     lists = {
@@ -78,7 +81,7 @@ def test_half_done_runs_are_refused_in_one_sentence(old, tmp_path):
 
 
 def test_checkpoints_of_all_kinds_start_new_runs(old):
-    """best.pt of cached features, and of a fine-tuning with its backbone in it."""
+    """best.pt of training on cached features, and of a fine-tuning with its backbone in it."""
     train.main(
         train.Options(
             agg="hgnl", out=Path("new"), epochs=1, init=Path("tsn/best.pt"), **GROUPS, **COMMON

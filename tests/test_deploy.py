@@ -1,4 +1,5 @@
-"""deploy/: parsed, held to Ray's own schema and defaults, to what KubeRay asks for, and to the project's files."""
+"""deploy/: files are parsed and compared with Ray's own schema and defaults, KubeRay's
+requirements, and the project's files."""
 
 import json
 import re

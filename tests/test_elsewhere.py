@@ -1,4 +1,4 @@
-"""docs/features-from-elsewhere.md does what it says: its Python and its commands run, from top to bottom."""
+"""The Python and the commands of docs/features-from-elsewhere.md run, from top to bottom."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""Damaged files of every kind: a right answer, or words. `make fuzz` does all of it, the suite a part (fixed seeds)."""
+"""Damaged files of every kind give a right result or an error message. `make fuzz` runs all cases,
+the suite a part (fixed seeds)."""
 
 import collections
 import gc
@@ -38,7 +39,8 @@ UNTOLD = {597}
 
 
 def test_damaged_videos(tmp_path):
-    """No hang, no crash, no leak; a frame is that of plain decoding, or the video is called partial or failed."""
+    """No hang, no crash, no leak. A frame equals that of plain decoding, or the video is called
+    partial or failed."""
     clips = [
         *sorted((ROOT / "tests" / "clips").glob("*/*")),
         *sorted(ROOT.glob("pipelines/clips/*/clips/*/*.mp4"))[::40],
@@ -74,7 +76,8 @@ def test_damaged_videos(tmp_path):
 
 
 def odd_files(folder: Path) -> list[Path]:
-    """Playlists and scripts that name another file, odd geometries, claims, clocks that jump or begin without a key."""
+    """Playlists and scripts that name another file, odd geometries, odd headers, clocks that jump
+    or start without a key frame."""
     folder.mkdir()
     video = write_pictures(folder / "other.mp4", (64, 48), 30)
     (folder / "concat.mp4").write_text(f"ffconcat version 1.0\nfile {video.name}\n" * 20)
@@ -99,7 +102,7 @@ def odd_files(folder: Path) -> list[Path]:
 
 
 def test_damaged_odd_files(tmp_path):
-    """No hang, no crash; a text that names another file never becomes a video."""
+    """No hang, no crash, and a text that names another file never becomes a video."""
     files, told = odd_files(tmp_path / "odd"), collections.Counter[str]()
     with SubprocessPool(compare, slot_bytes=1, workers=2, timeout=20) as pool:
         jobs = []
@@ -242,7 +245,7 @@ def submissions(folder: Path) -> tuple[list[Path], Read]:
 
 @pytest.fixture
 def nothing_runs(monkeypatch) -> None:
-    """No file may make us run anything."""
+    """No file may make the program run anything."""
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a file was made to run something")
@@ -259,7 +262,8 @@ def nothing_runs(monkeypatch) -> None:
 
 @pytest.mark.parametrize("make", [checkpoint, scores, store, tables, submissions])
 def test_damaged_files(make, tmp_path, nothing_runs):
-    """The right answer, or an error in words (InputError, RunError); anything else fails here with its traceback."""
+    """The right result, or an error with a message (InputError, RunError). Anything else fails here
+    with its traceback."""
     files, read = make(tmp_path)
     right = {file: read(file) for file in files}
     told = collections.Counter[str]()
@@ -280,7 +284,8 @@ def test_damaged_files(make, tmp_path, nothing_runs):
 
 
 def test_a_checkpoint_that_would_run_something_does_not(tmp_path):
-    """In the place of plain values a call: refused before it is made, in whatever record or key it stands."""
+    """A call instead of plain values is refused before it is made, in any record and under any
+    key."""
 
     class Call:
         def __reduce__(self):

@@ -1,5 +1,5 @@
-"""The import rules of the house, held over the syntax tree: imports point up, none in a circle, one foreign library a
-room."""
+"""The import rules of the project, checked on the syntax tree: imports point up, no circles, one
+external library per package."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -40,7 +40,8 @@ ON_GPU = "extract/decode/nvdec.py"
 
 
 def imported(path: Path) -> Iterator[str]:
-    """Dotted names that a module imports, at any depth, those inside functions and under TYPE_CHECKING included."""
+    """Dotted names that a module imports, at any depth; imports inside functions and under
+    TYPE_CHECKING count."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,7 +66,7 @@ def test_imports_point_up_and_stay_in_their_room(name: str):
 
 
 def module_graph() -> dict[str, set[str]]:
-    """Modules of the house by dotted name, and those of the house that each imports."""
+    """The project's modules by dotted name, and the project's modules that each imports."""
     known = {
         name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): ROOT / name
         for name in NAMES
@@ -80,7 +81,8 @@ def module_graph() -> dict[str, set[str]]:
 
 
 def rooms_of(graph: Mapping[str, set[str]]) -> dict[str, set[str]]:
-    """The same between rooms: folders with the modules in them. A module beside rooms is a room of its own."""
+    """The same graph between packages: folders with the modules in them. A module next to packages
+    is a package of its own."""
     packages = {
         name
         for name in graph
@@ -128,7 +130,7 @@ def circles(graph: Mapping[str, set[str]]) -> list[list[str]]:
 
 
 def test_commands_import_no_commands():
-    """What two commands of `aggregate` share is in a room of its own."""
+    """Code that two commands of `aggregate` share is in a package of its own."""
     graph = module_graph()
     commands = {
         path.relative_to(ROOT).as_posix().removesuffix(".py").replace("/", ".")
@@ -152,7 +154,8 @@ def test_no_circles_between_rooms():
 
 
 def test_the_rules_can_fail(tmp_path):
-    """A rule over nothing holds always: the walker sees imports inside functions, circles are found."""
+    """A rule over an empty set always holds. So this checks that imports inside functions are seen
+    and circles are found."""
     (tmp_path / "m.py").write_text("def f():\n    import zarr.core\n    from torch import nn\n")
     assert list(imported(tmp_path / "m.py")) == ["zarr.core", "torch.nn"]
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}) == [["a", "b", "c"]]

@@ -1,7 +1,9 @@
-"""What happens when something changes between two commands: every cell of the table in CONTRIBUTING.md.
+"""What happens when something changes between two commands: every cell of the table in
+CONTRIBUTING.md.
 
-A row is what is continued or read, a column what changed. Each cell is refused (naming what differs and what to do),
-applied and said, or harmless: then the second command gives what it would give without the change.
+A row is the command that continues or reads something. A column is what changed since. Each cell is
+refused (the message names the difference and what to do), applied and reported, or harmless: then
+the second command gives the same result as without the change.
 """
 
 import importlib.metadata
@@ -57,7 +59,8 @@ VERSION = r"note      begun with version 0\.0\.1 of this program, goes on with "
 
 @dataclass(frozen=True)
 class Cell:
-    """`outcome` is refused, said or harmless; `text` a pattern of what is printed or raised."""
+    """`outcome` is refused, said (reported) or harmless; `text` is a pattern of the printed text or
+    of the error."""
 
     outcome: str
     text: str = ""
@@ -77,7 +80,8 @@ def sorted_clips(label: str) -> list[Path]:
 
 
 def remade(path: Path, **changes: Any) -> None:
-    """Make a store anew under its name, with other columns, or with `rows` of it, or with other features."""
+    """Make a store again under its name, with other columns, with some of its `rows`, or with other
+    features."""
     old = FeatureStore.open(path)
     rows = changes.pop("rows", np.arange(len(old)))
     features = changes.pop("features", old.read(slice(0, len(old))))[rows]
@@ -90,7 +94,7 @@ def remade(path: Path, **changes: Any) -> None:
 
 
 def grown(path: Path) -> None:
-    """Twelve videos more, of all splits."""
+    """Add twelve videos, of all splits."""
     old = FeatureStore.open(path)
     rows = np.concatenate([np.arange(len(old)), np.arange(12)])
     ids = [*old.ids.tolist(), *(f"new/{row}.mp4" for row in range(12))]
@@ -98,7 +102,7 @@ def grown(path: Path) -> None:
 
 
 def changed_store(path: Path, column: str) -> None:
-    """The same store after the change of a column."""
+    """Apply the change of a column to a store."""
     store = FeatureStore.open(path)
     if column == "file replaced":  # and extracted again: other features under the same id
         remade(path, features=store.read(slice(0, len(store))) + 0.5)
@@ -121,7 +125,7 @@ def changed_store(path: Path, column: str) -> None:
 
 
 def older(folder: Path) -> None:
-    """As if an earlier version of the program had begun the run in `folder`."""
+    """Change the files in `folder` as if an earlier version of the program had started the run."""
     file = folder / "last.pt"
     if file.exists():
         last = Checkpoint.load(file)
@@ -145,7 +149,8 @@ def stopped_after_an_epoch(command: Callable[[], object]) -> None:
 
 
 def check(cell: Cell, command: Callable[[], object], capsys) -> None:
-    """Run the second command: it is refused as the cell says, or it says what the cell says, or nothing of the kind."""
+    """Run the second command. It is refused as the cell says, or it succeeds; for a `said` cell it
+    also prints the cell's text."""
     capsys.readouterr()
     if cell.outcome == "refused":
         with pytest.raises(InputError, match=cell.text):
@@ -256,7 +261,8 @@ def test_an_extraction_goes_on(column, extracted, tmp_path, monkeypatch, capsys)
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A folder with a store, a TSN, another TSN, a run that was stopped, and a finished grid and cross-validation."""
+    """A folder with a store, a TSN, another TSN, a run that was stopped, and a finished grid and
+    cross-validation."""
     here = tmp_path_factory.mktemp("begun")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
@@ -371,7 +377,8 @@ def test_a_run_on_a_store_goes_on(row, column, here, capsys):
 
 
 def test_a_store_that_grew_leaves_the_run_as_it_would_have_been(here):
-    """Trained to its end on the store as it was, and after it grew between two epochs: the same weights and table."""
+    """One run ends on the store as it was, the other after the store grew between two epochs: same
+    weights and table."""
     shutil.copytree("run", "kept")
     train.main(TRAIN)
     grown(here / "f.zarr")
@@ -558,7 +565,7 @@ def test_a_video_of_a_class_that_the_checkpoint_does_not_know_is_refused(here):
 
 
 def test_held_out_videos_are_the_very_ones_that_validated(here, capsys):
-    """Also on a store that grew; and if one of them is gone, that is said."""
+    """Also on a store that grew. If one of them is gone, the error names it."""
     remade(here / "f.zarr", splits=[""] * 60)
     train.main(train.Options(agg="tsn", features="f.zarr", out=Path("held"), **QUICK))
     line = capsys.readouterr().out.splitlines()[-1]
@@ -677,7 +684,8 @@ CELLS["kinetics700, skipped steps"] = dict.fromkeys(COLUMNS, AGAIN) | {
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_scores_are_made_again_if_what_they_are_made_of_changed(column, here, capsys):
-    """Extraction, training and the report are not skipped: they run, and go on by their own rows of the table."""
+    """Extraction, training and the report are not skipped: they run, by their own rows of the
+    table."""
     common: dict[str, Any] = {
         "models": {"tsn": {"features": "f.zarr"}},
         "split": "val",
@@ -724,7 +732,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def outputs(command: str, checkpoint: Path, folder: Path) -> Any:
-    """What predict or export makes of a checkpoint; whether it opens a store or a listing is seen by its failing."""
+    """The output of predict or export for a checkpoint. Opening a store or a listing would fail."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FeatureStore, "open", lambda *_: pytest.fail("a store was opened"))
         patch.setattr(
@@ -741,7 +749,8 @@ def outputs(command: str, checkpoint: Path, folder: Path) -> Any:
 
 @pytest.mark.parametrize("command", ["predict", "export"])
 def test_predict_and_export_depend_on_the_checkpoint_alone(command, checkpoint, tmp_path):
-    """They read it through a link, and no store and no list: all columns but those of the checkpoint are harmless."""
+    """They read the checkpoint through a link, and no store and no list. So all columns but those
+    of the checkpoint are harmless."""
     link = tmp_path / "link.pt"
     link.symlink_to(checkpoint)
     made = outputs(command, link, tmp_path)
@@ -780,7 +789,8 @@ CELLS["report"] = dict.fromkeys(COLUMNS, harmless("it shows what is there")) | {
 
 @pytest.mark.parametrize("column", COLUMNS)
 def test_the_report_shows_what_is_there(column, here, capsys):
-    """Of a run the videos that it recorded, of a store what it holds now; what does not fit is named."""
+    """Of a run it shows the recorded videos, of a store its current content. It names what does not
+    fit."""
     changed_store(here / "f.zarr", column)
     if column == "checkpoint replaced":
         shutil.copy("other/best.pt", "tsn/best.pt")

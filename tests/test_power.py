@@ -1,4 +1,5 @@
-"""Nothing that a command called done is lost when the power goes; a full disk costs only the time it is full."""
+"""Nothing that a command reported as finished is lost when the power fails. A full disk delays a
+run but loses nothing."""
 
 import errno
 import json
@@ -37,7 +38,7 @@ VIDEOS, FRAMES, DIM = 5, 2, 4
 
 
 class FakeWorker:
-    """In the place of a backbone and decoders: features that tell which video they are of."""
+    """Replaces backbone and decoder: its features tell their video."""
 
     def __init__(self, options, cores, sample=()):
         self._path = options.out
@@ -81,7 +82,8 @@ def features_of(rows: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def _one_process(monkeypatch) -> None:
-    """Folds side by side would talk through pipes that the simulated disk fails too."""
+    """Folds in parallel processes would talk through pipes, which the simulated disk would fail
+    too."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
@@ -98,7 +100,7 @@ def extraction(tmp_path, monkeypatch) -> ExtractOptions:
 
 
 def done_rows(path: Path) -> list[int]:
-    """Rows that a store calls done, every one of them checked."""
+    """The rows that a store calls done, after a check of each of them."""
     if not path.exists():
         return []
     store = FeatureStore.open(path)
@@ -146,7 +148,7 @@ def test_what_a_store_calls_done_is_there_whenever_the_power_goes(
 
 
 def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
-    """The shim can see: without any one of the syncs something is lost."""
+    """The simulated disk detects errors: without any one of the syncs, something is lost."""
     kept: list[str] = []
 
     def check(disk: Path) -> None:
@@ -172,7 +174,8 @@ def test_a_write_that_is_not_synced_is_found(tmp_path, monkeypatch):
 
 
 def test_strace_sees_every_file_synced_before_it_has_its_name(tmp_path):
-    """The kernel's own record: each rename comes after the fsync of that file and before one of its folder."""
+    """The kernel's own record: each rename follows the fsync of that file and precedes one of its
+    folder."""
     if (
         not shutil.which("strace")
         or subprocess.run(["strace", "-o", "/dev/null", "true"], check=False).returncode
@@ -335,10 +338,11 @@ def every_step(
     code: int = errno.ENOSPC,
     stride: int = 1,
 ) -> int:
-    """Run with a disk that is full from the k-th step on, then again with room; the number of steps.
+    """Run with a disk that is full from the k-th step on, then again with space; returns the number
+    of steps.
 
-    k is the first step of every place of the program that writes (or of one in `stride` places), and the last of all;
-    with `make fuzz` it is every number.
+    k is the first step of every line of the program that writes (or of one line in `stride`), and
+    the last step of all. With `make fuzz` it is every number.
     """
     before()
     with (roomy := FullDisk(disk, math.inf)).refusing():
@@ -444,7 +448,8 @@ def test_exports_on_a_disk_that_is_full(tmp_path):
 
 
 def test_what_libraries_write_themselves_says_the_file_too(tmp_path):
-    """torch and HDF5 write by themselves, and say little: a limit on the size of files stops them in the middle."""
+    """torch and HDF5 write by themselves and report little. A limit on the size of files stops them
+    in the middle."""
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
     train.main(training(tmp_path, tmp_path / "run"))
     checkpoint = Checkpoint.load(tmp_path / "run" / "last.pt")
@@ -477,7 +482,8 @@ def test_an_export_that_does_not_fit_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_a_small_disk_that_is_really_full(extraction, tmp_path):
-    """A tmpfs, where this machine lets us mount one: the error is the kernel's, the second run has room."""
+    """A tmpfs, if this machine allows mounting one: the error is the kernel's, and the second run
+    has space."""
     mounted = tmp_path / "disk" / "new"
     mounted.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(mounted)]

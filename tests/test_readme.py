@@ -88,7 +88,7 @@ def test_the_tree_names_every_module_and_nothing_else():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A working folder with k700/: real clips in five classes, train and val; and clip.mp4."""
+    """A working folder with k700/ (real clips in five classes, train and val) and clip.mp4."""
     here = tmp_path_factory.mktemp("readme")
     source = sorted((ROOT / "pipelines" / "clips" / "exercise_mini" / "clips").rglob("*.mp4"))
     for number in range(40):
@@ -115,7 +115,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(line: str, capsys) -> str:
-    """Run a command line of the documentation, made small; what it prints."""
+    """Run a command line of the documentation with small settings; returns its output."""
     program, *words = shlex.split(line)
     module, arguments = (
         (COMMANDS[words[0]], words[1:]) if program == "hgnl" else (words[1], words[2:])

@@ -1,4 +1,4 @@
-"""Whether every case is tried, which takes long (`make fuzz`), or those that differ in what they show."""
+"""Whether tests try every case, which takes long (`make fuzz`), or only one case of each kind."""
 
 import os
 

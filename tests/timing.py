@@ -1,4 +1,5 @@
-"""How fast work is, measured in turns, alone or beside others, and what it costs at least; for benchmarks."""
+"""Timing of work for benchmarks: in turns, alone or next to busy processes, and its floating-point
+operations."""
 
 import subprocess
 import sys
@@ -12,7 +13,8 @@ from extract.backbone.model import Trunk
 
 
 def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
-    """The shortest time of each, taken in turns; the first round, which makes the kernels, does not count."""
+    """The shortest time of each; they take turns. The first round, which makes the kernels, does
+    not count."""
     best = dict.fromkeys(work, float("inf"))
     for turn in range(rounds + 1):
         for name, call in work.items():
@@ -25,7 +27,7 @@ def best_seconds(work: dict[str, Callable[[], object]], *, rounds: int) -> dict[
 
 @contextmanager
 def busy_neighbors(count: int) -> Iterator[None]:
-    """So many processes that each keep a core busy, until the end of the block."""
+    """N processes that each keep a core busy until the end of the block."""
     with ExitStack() as stack:
         for _ in range(count):
             process = subprocess.Popen([sys.executable, "-c", "while True: pass"])

@@ -1,4 +1,4 @@
-"""A backbone of one convolution, registered with timm: for tests of what comes behind a backbone."""
+"""A backbone of one convolution, registered with timm, for tests of the stages after a backbone."""
 
 import timm
 import torch
@@ -8,7 +8,7 @@ NAME = "hgnl_test_convolution"
 
 
 class Convolution(nn.Module):
-    """uint8 frames of 160 x 160, normalized -> 96 features, as those of timm's `test_resnet`."""
+    """Maps normalized uint8 frames of 160 x 160 to 96 features, as timm's `test_resnet` does."""
 
     def __init__(self) -> None:
         super().__init__()

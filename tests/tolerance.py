@@ -1,4 +1,4 @@
-"""How close is close: one place for tolerances, each with its reason."""
+"""Tolerances for comparing numbers, all in one place, each with its reason."""
 
 import torch
 
@@ -19,10 +19,12 @@ def assert_close(
     precision: torch.dtype | None = None,
     magnitude: float = 0.0,
 ) -> None:
-    """Raises AssertionError unless shapes agree and every element is within the tolerance of `precision`.
+    """Raises AssertionError unless shapes agree and every element is within the tolerance of
+    `precision`.
 
-    `precision` is the lowest one that took part, by default that of `actual`. `magnitude` is that of the numbers which
-    were summed, where `expected` is what cancellation left of them. NaN is close to nothing.
+    `precision` is the lowest precision that took part, by default that of `actual`. If `expected`
+    is the result of cancellation, `magnitude` is the magnitude of the summed numbers. NaN is close
+    to nothing.
     """
     assert actual.shape == expected.shape, (
         f"got {list(actual.shape)}, expected {list(expected.shape)}"

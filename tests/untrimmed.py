@@ -1,4 +1,5 @@
-"""Untrimmed videos with known boundaries, made of real clips; and parts cut out of them without encoding again."""
+"""Untrimmed videos with known boundaries, made of real clips, and parts cut out of them without
+re-encoding."""
 
 from collections.abc import Sequence
 from fractions import Fraction
@@ -12,9 +13,10 @@ FPS = 25
 def join_clips(
     path: Path, clips: Sequence[Path], *, size: tuple[int, int] = (214, 144)
 ) -> list[tuple[float, float]]:
-    """One video of all clips, one after the other, each beginning with a key frame: where each starts and ends (s).
+    """Join all clips into one video, each beginning with a key frame; returns the start and end of
+    each (s).
 
-    Clips keep their own time stamps, so rates differ inside the video as they do between the clips.
+    Clips keep their own time stamps, so rates differ within the video as they do between the clips.
     """
     spans, begin = [], Fraction(0)
     with av.open(str(path), "w") as output:
@@ -45,7 +47,8 @@ def join_clips(
 
 
 def cut_out(path: Path, source: Path, span: tuple[float, float]) -> Path:
-    """The packets of a span that begins with a key frame, as a video of their own; nothing is encoded again."""
+    """Write the packets of a span that begins with a key frame to a video of their own, without
+    re-encoding."""
     with av.open(str(source)) as container, av.open(str(path), "w") as output:
         video = container.streams.video[0]
         stream = output.add_stream_from_template(video)

@@ -1,4 +1,5 @@
-"""Tiny models of transformers that see clips, in folders as they are published: 4 frames of 32 x 32, 32 features."""
+"""Tiny clip-wise models of transformers, in folders as they are published: 4 frames of 32 x 32, 32
+features."""
 
 import json
 from pathlib import Path
@@ -50,7 +51,8 @@ KINDS: dict[str, tuple[Any, dict, dict]] = {
 
 
 def make_folder(folder: Path, kind: str) -> Any:
-    """A model of transformers as it is published, with its classifier, and random weights, biases included."""
+    """Write a model of transformers as it is published, with its classifier and random weights,
+    biases included."""
     model_class, options, processor = KINDS[kind]
     torch.manual_seed(0)
     model = model_class(model_class.config_class(**options)).eval()

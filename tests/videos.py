@@ -1,4 +1,5 @@
-"""Small videos of every kind, made on the spot with PyAV, and what is in them by decoding everything plainly."""
+"""Small videos of every kind, written with PyAV, and their content by plainly decoding
+everything."""
 
 import struct
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"
 
 
 def moving_pictures(count: int, width: int, height: int) -> Iterator[np.ndarray]:
-    """`count` pictures uint8 [H, W, 3], no two alike: a gradient that drifts under a bright square that wanders."""
+    """`count` pictures uint8 [H, W, 3], no two alike: a drifting gradient under a moving bright
+    square."""
     y, x = np.mgrid[:height, :width]
     for number in range(count):
         picture = (
@@ -58,10 +60,10 @@ def write_video(
     more_streams: Sequence[tuple[int, int]] = (),
     audio: bool = False,
 ) -> Path:
-    """Write a video of `size` (width, height); `pts` in units of 1/1000 s in place of a constant rate.
+    """Write a video of `size` (width, height); `pts` in units of 1/1000 s replaces a constant rate.
 
-    `more_streams` are the sizes of further video streams, with other pictures; the last is the one to be shown.
-    Raises what PyAV raises where the encoder or the container does not take it.
+    `more_streams` are the sizes of further video streams, with other pictures; the last one is
+    marked as the one to show. Raises PyAV's error if the encoder or the container refuses it.
     """
     settings = {"strict": "-2"} | (options or {})
     if codec == "libx265":
@@ -112,7 +114,7 @@ def write_video(
 
 
 def write_repeated(path: Path, source: Path, times: int) -> Path:
-    """A video `times` as long as `source`, whose packets it repeats; nothing is encoded again."""
+    """Write a video `times` as long as `source` by repeating its packets, without re-encoding."""
     with av.open(str(source)) as container:
         video = container.streams.video[0]
         length = video.duration or round(container.duration / av.time_base / video.time_base)
@@ -130,7 +132,8 @@ def write_repeated(path: Path, source: Path, times: int) -> Path:
 
 
 def x264_defaults(source: Path, out: Path) -> Path:
-    """The pictures of `source` encoded again as `x264` does it unasked (medium, crf 23, a key frame every 250)."""
+    """Encode the pictures of `source` again with x264's defaults (medium, crf 23, a key frame every
+    250)."""
     with av.open(str(source)) as reader, av.open(str(out), "w") as writer:
         video = reader.streams.video[0]
         stream = writer.add_stream("libx264", rate=video.average_rate)
@@ -144,12 +147,12 @@ def x264_defaults(source: Path, out: Path) -> Path:
 
 
 def _box(content: bytes, kind: bytes) -> int:
-    """Where the first MP4 box of a kind starts, after its name; ValueError where there is none."""
+    """The position after the name of the first MP4 box of a kind; ValueError if there is none."""
     return content.index(kind) + 4
 
 
 def forget_key_frames(path: Path) -> Path:
-    """Take the list of key frames out of an MP4, which then calls every frame one."""
+    """Remove the list of key frames from an MP4, so that every frame is called a key frame."""
     content = path.read_bytes()
     assert content.count(b"stss") == 1
     path.write_bytes(content.replace(b"stss", b"free"))
@@ -157,7 +160,8 @@ def forget_key_frames(path: Path) -> Path:
 
 
 def turn(path: Path, degrees: int) -> Path:
-    """Set the display matrix of an MP4's first track to a turn by 0, 90, 180 or 270 degrees, clockwise."""
+    """Set the display matrix of an MP4's first track to a clockwise rotation by 0, 90, 180 or 270
+    degrees."""
     content = bytearray(path.read_bytes())
     matrix = _box(content, b"tkhd") + 40
     a, b = {0: (1, 0), 90: (0, 1), 180: (-1, 0), 270: (0, -1)}[degrees]
@@ -168,7 +172,8 @@ def turn(path: Path, degrees: int) -> Path:
 
 
 def cut_by_edit_list(path: Path, *, start: float, seconds: float) -> Path:
-    """Let the edit list of an MP4's first track show `seconds` from `start` on; the frames stay in the file."""
+    """Make the edit list of an MP4's first track show `seconds` from `start` on; the frames stay in
+    the file."""
     content = bytearray(path.read_bytes())
     movie_scale = struct.unpack_from(">I", content, _box(content, b"mvhd") + 12)[0]
     media_scale = struct.unpack_from(">I", content, _box(content, b"mdhd") + 12)[0]
@@ -184,7 +189,8 @@ def cut_by_edit_list(path: Path, *, start: float, seconds: float) -> Path:
 
 @dataclass(frozen=True)
 class Whole:
-    """All of a video: frames uint8 [H, W, 3], their seconds after the first, and the error that ended it, if any."""
+    """A whole video: frames uint8 [H, W, 3], their seconds after the first, and the error that
+    ended it, if any."""
 
     frames: list[np.ndarray]
     seconds: list[float]
@@ -193,7 +199,7 @@ class Whole:
 
 
 def decode_everything(path: Path) -> Whole:
-    """Every frame as the plainest use of PyAV gives it: no skipping, no seeking, no turning."""
+    """Every frame as plain PyAV gives it: no skipping, no seeking, no rotation."""
     frames, seconds, corrupt, error = [], [], [], ""
     with av.open(str(path), **LENIENT_METADATA) as container:
         stream = container.streams.best("video")

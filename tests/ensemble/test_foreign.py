@@ -1,4 +1,4 @@
-"""Scores of other tools join an ensemble; probabilities are noticed; no pickle runs code."""
+"""Scores of other tools in an ensemble: probabilities are detected, and no pickle runs code."""
 
 import pickle
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_probabilities_are_noticed_and_said(tmp_path, capsys):
 
 
 class Attack:
-    """An object whose unpickling makes a file."""
+    """An object that would create a file if it were unpickled."""
 
     def __init__(self, path: Path):
         self.path = path

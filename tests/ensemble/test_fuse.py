@@ -1,4 +1,5 @@
-"""Joining and fusing against slow, obvious loops over dictionaries, and every refusal with its first offender."""
+"""Joining and fusing against slow, obvious loops over dictionaries, and every refusal with the
+first name that caused it."""
 
 import math
 
@@ -16,7 +17,7 @@ CLASSES = ["a", "b c", "d'e"]
 
 
 def scores(ids="uvw", *, classes=CLASSES, labels=None, seed=0, **rows) -> Scores:
-    """Normal logits of one-letter videos; keywords set single rows."""
+    """Normal logits of videos with one-letter names; keyword arguments set single rows."""
     logits = np.random.default_rng(seed).normal(size=(len(ids), len(classes)), scale=2)
     for name, row in rows.items():
         logits[list(ids).index(name)] = row
@@ -25,7 +26,8 @@ def scores(ids="uvw", *, classes=CLASSES, labels=None, seed=0, **rows) -> Scores
 
 @st.composite
 def several(draw):
-    """1 to 4 models with their own orders of videos and classes, some videos lacking, some failed."""
+    """1 to 4 models with different orders of videos and classes; some videos are missing, some
+    failed."""
     models = []
     for _ in range(draw(st.integers(1, 4))):
         names = draw(st.lists(st.sampled_from("uvwxyz"), min_size=1, unique=True))
@@ -46,7 +48,8 @@ def softmax(row: dict[str, float]) -> dict[str, float]:
 
 
 def obvious(models, weights) -> dict[str, dict[str, float] | None]:
-    """The mean probabilities of one video at a time, by name; None for a video that counts as wrong."""
+    """The mean probabilities by name, one video at a time; None for a video that counts as
+    wrong."""
     tables = []
     for model in models:
         table = {}
@@ -137,7 +140,7 @@ def test_labels_are_carried_over_by_the_name_of_the_class():
 
 
 def test_improbable_classes_keep_their_order():
-    """Their probabilities are 0 in any floating point; their logarithms are not."""
+    """Their probabilities are 0 in any floating point format, but their logarithms are not."""
     first = scores("u", u=[0, -2000, -3000])
     fused = fuse([first, first])
     np.testing.assert_allclose(fused.logits[0], [0, -2000, -3000])

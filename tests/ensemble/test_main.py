@@ -1,4 +1,4 @@
-"""python -m ensemble from scores files to fused file, summary and submission."""
+"""python -m ensemble from scores files to the fused file, summary and submission."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def command(*args: object) -> int:
 
 @pytest.fixture
 def files(tmp_path) -> list[Path]:
-    """Three models of 120 videos, one of which failed throughout, in three orders."""
+    """Three models of 120 videos in three orders. One model failed on all videos."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 8, 120)
     paths = []
@@ -197,7 +197,7 @@ def test_wrong_usage_says_what_to_do(files, monkeypatch, capsys, args, message):
 
 @pytest.mark.parametrize("module", ["ensemble", "ensemble.submit"])
 def test_help_needs_no_heavy_library(module):
-    """What makes --help slow is what it imports."""
+    """Imports are the slow part of --help."""
     code = (
         "import sys, runpy\n"
         "sys.argv = ['x', '--help']\ntry:\n"

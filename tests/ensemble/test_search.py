@@ -1,4 +1,5 @@
-"""The search against fusing again and against exhaustive search; its figure against fresh data."""
+"""The search against fusing again and against exhaustive search, and its figure against fresh
+data."""
 
 from dataclasses import replace
 from itertools import product
@@ -26,7 +27,8 @@ from extract import InputError
 
 
 def models(*strengths: float, count=400, classes=8, seed=0, shared=0.0) -> list[Scores]:
-    """Models of the same videos; the true label's logit stands out by `strength`; `shared` is common noise."""
+    """Models of the same videos. `strength` is added to the true label's logit, and `shared` scales
+    common noise."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     truth, common = np.eye(classes)[labels], shared * rng.normal(size=(count, classes))
@@ -43,7 +45,8 @@ def models(*strengths: float, count=400, classes=8, seed=0, shared=0.0) -> list[
 
 @st.composite
 def contests(draw):
-    """Logits of few values, so that there are ties; failed rows, lacking rows, videos without a label."""
+    """Logits with few distinct values, so that there are ties; failed rows, missing rows, videos
+    without a label."""
     count, classes, size = (
         draw(st.integers(1, 12)),
         draw(st.integers(2, 9)),
@@ -104,7 +107,8 @@ def test_the_search_ends_nowhere_above_a_neighbor_and_near_the_best_of_a_grid():
 
 
 def test_a_fold_never_sees_its_own_videos():
-    """The figure is that of weights searched on the other folds: recompute it by hand."""
+    """The figure comes from weights that were searched on the other folds; it is recomputed
+    here."""
     ranking = Ranking.of(align(models(1.0, 1.4, count=103, seed=7)))
     found = search(ranking, seed=2)
     order = np.random.default_rng(2).permutation(103) % FOLDS  # the ids are sorted already
@@ -223,7 +227,8 @@ def test_what_cannot_be_searched_is_refused():
 
 
 def test_windows_of_a_file_are_in_one_fold_and_are_resampled_together():
-    """With 12 files of 30 windows each, whose windows are right or wrong together."""
+    """There are 12 files of 30 windows each, and the windows of a file are right or wrong
+    together."""
     rng = np.random.default_rng(0)
     ids = [f"{file}.mp4#{window}000-{window + 1}000" for file in range(12) for window in range(30)]
     labels = np.repeat(rng.integers(0, 4, 12), 30)

@@ -1,4 +1,5 @@
-"""Submissions: what is written ranks as the metrics rank, what is wrong is named, grading counts as the challenge."""
+"""Submissions: files rank as the metrics do, errors name the entry, and grading counts as the
+challenge does."""
 
 import json
 import math
@@ -37,7 +38,7 @@ def some(logits, **changes) -> Scores:
 
 
 def submission(tmp_path, results=None, **changes):
-    """A good submission of two videos, and what is changed in it."""
+    """A good submission of two videos, with the given changes."""
     entries = [
         {"label": label, "score": 0.5 - place / 10} for place, label in enumerate(CLASSES[:5])
     ]
@@ -52,7 +53,8 @@ def submission(tmp_path, results=None, **changes):
 
 
 def official_hits(path, truth: dict[str, str], k: int) -> list[bool]:
-    """The challenge's rule from its description: the k highest scores, by a plain loop that assumes no order."""
+    """The challenge's rule by its description: the k highest scores, by a plain loop that assumes
+    no order."""
     results = json.loads(path.read_text(encoding="utf-8"))["results"]
     hits = []
     for video, label in truth.items():
@@ -73,7 +75,7 @@ VALUES = st.sampled_from([-400.0, -1.0, 0.0, 0.5, 2.0, 90.0, 3e38]).map(np.float
     st.lists(st.integers(0, 6), min_size=4, max_size=4),
 )
 def test_what_is_written_passes_and_grades_as_the_metrics_say(tmp_path_factory, logits, labels):
-    """Ties, probabilities that underflow and all: the file ranks exactly as the scores do."""
+    """The file ranks exactly as the scores do, even with ties and probabilities that underflow."""
     path = tmp_path_factory.mktemp("s") / "sub.json"
     scores = some(logits)
     assert write_submission(scores, path) == 0

@@ -1,4 +1,5 @@
-"""The backbone: weights from every layout, preprocessing of their record, features that depend on their frame only."""
+"""The backbone: weights in every layout, the recorded preprocessing, and features that depend only
+on their frame."""
 
 import argparse
 import hashlib
@@ -31,7 +32,8 @@ SIBLING = "seresnet18"  # timm's names for what is nearly the same network
 
 
 def make_state(name: str, *, seed: int = 1) -> dict[str, Tensor]:
-    """A whole state dict, classifier included, with running statistics of their own as a trained file has."""
+    """A complete state dict with the classifier, and with running statistics that differ from their
+    start as in a trained file."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = timm.create_model(name, pretrained=False)
@@ -57,7 +59,7 @@ def frames_of(backbone: Backbone, count: int, *, seed: int = 0) -> np.ndarray:
 
 
 def reference_features(trunk: Trunk, frames: np.ndarray) -> np.ndarray:
-    """timm's own module in fp32, one frame at a time, normalized as torchvision does."""
+    """Features of timm's own module in fp32, one frame at a time, normalized as in torchvision."""
     see = trunk.preprocessing
     features = []
     for frame in frames:
@@ -102,7 +104,8 @@ def test_default_backbone_is_the_published_network() -> None:
 
 
 def test_default_backbone_in_each_form(tmp_path: Path) -> None:
-    """SE-ResNeXt101 itself: Cadene's layout loads into it, its features and its cost are right, Gluon's is refused."""
+    """SE-ResNeXt101 itself: Cadene's layout loads into it, its features and its cost are right, and
+    Gluon's layout is refused."""
     state = make_state(DEFAULT)
     old = {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
     torch.save(old, tmp_path / "cadene.pth")
@@ -345,7 +348,8 @@ def test_random_weights_are_loud(small: Backbone) -> None:
 
 
 def test_lite_from_its_package_sees_what_is_there(lite: Backbone, demo_clips: Path) -> None:
-    """The package's own classifier on our features: frames of barbell and dumbbell exercises are called just that."""
+    """The package's own classifier runs on our features. It calls frames of barbell and dumbbell
+    exercises just that."""
     av = pytest.importorskip("av")
     assert lite.dim == 1280
     assert (lite.preprocessing.mean, lite.preprocessing.std) == ((0.5,) * 3, (0.5,) * 3)
@@ -422,7 +426,7 @@ def test_precisions_that_make_no_sense() -> None:
 
 @pytest.mark.parametrize("name", ["resnet10t", "tf_efficientnet_lite2", "convnext_atto", DEFAULT])
 def test_preprocessing_is_timms(name: str) -> None:
-    """Against timm's own evaluation transform, read off its parts."""
+    """The expected values are read off timm's own evaluation transform."""
     module = timm.create_model(name, num_classes=0)
     ours = load_trunk(name, weights="random").preprocessing
     theirs = timm.data.create_transform(**timm.data.resolve_model_data_config(module)).transforms

@@ -1,4 +1,4 @@
-"""Batches under way, on a device that does not exist: it computes late, and watches what is done to its memory."""
+"""Batches under way on a fake device, which computes late and watches accesses to its memory."""
 
 import gc
 import tracemalloc
@@ -32,12 +32,13 @@ PIXELS, DIM = 2, 5
 
 
 class ReusedError(AssertionError):
-    """Memory of a batch was written while the batch was under way."""
+    """The memory of a batch was written while the batch was under way."""
 
 
 @dataclass
 class FakeDevice:
-    """Computes each batch as late as it may, when it is waited for; a batch named in `failing` raises."""
+    """Computes each batch as late as possible, when it is waited for; a batch named in `failing`
+    raises."""
 
     seconds: float = 0.0  # that it says a batch took
     failing: frozenset[int] = frozenset()
@@ -51,7 +52,8 @@ class FakeDevice:
 
 
 class FakeSlot:
-    """As `CudaSlot`: nothing is there before `wait`, and frames are read long after `launch` returned."""
+    """As `CudaSlot`: results exist only after `wait`, and frames are read long after `launch`
+    returned."""
 
     def __init__(self, device: FakeDevice, size: int):
         self.size, self._device = size, device
@@ -88,7 +90,7 @@ class FakeSlot:
 
 
 def features_of(frames: np.ndarray) -> np.ndarray:
-    """What the device makes of frames, a frame for itself."""
+    """The features that the device computes, one frame at a time."""
     return frames.reshape(len(frames), PIXELS * PIXELS * 3)[:, :DIM].astype(
         np.float16
     ) * np.float16(0.5)
@@ -114,7 +116,8 @@ def accept(features: np.ndarray) -> None:
     slots=st.integers(1, 4),
 )
 def test_every_frame_gets_its_own_features(videos: list[int], size: int, slots: int) -> None:
-    """However many batches are under way; they are whole, in order, padded with zeros at the end."""
+    """For any number of batches under way, batches are whole and in order, and padded with zeros at
+    the end."""
     device = FakeDevice()
     frames = noise(sum(videos))
     features = np.full((len(frames), DIM), np.nan, np.float16)
@@ -148,7 +151,8 @@ def test_so_many_batches_are_under_way_and_no_more(slots: int) -> None:
 
 
 def test_a_host_goes_on_while_a_device_computes() -> None:
-    """Of three slots two are under way on a device that has ended nothing yet, and a third batch is being filled."""
+    """Of three slots, two are under way on a device that has finished nothing yet, while a third
+    batch is filled."""
     device = FakeDevice()
     frames, features = noise(5), np.zeros((5, DIM), np.float16)
     batches = Batches(device.slots(3, 2), check=accept)
@@ -173,7 +177,8 @@ def test_features_come_without_finish_once_their_batch_is_back() -> None:
 
 @pytest.mark.parametrize("failing", [0, 1, 4])
 def test_an_error_while_two_batches_are_under_way(failing: int) -> None:
-    """It is raised once, what else was under way is waited for, and the same slots go on as if nothing had been."""
+    """It is raised once, the other batches under way are waited for, and the same slots continue as
+    if nothing had happened."""
     device = FakeDevice(failing=frozenset((failing,)))
     frames, features = noise(5 * 3), np.zeros((15, DIM), np.float16)
     slots = device.slots(3, 3)
@@ -223,7 +228,7 @@ def test_bad_features_are_refused_before_they_are_kept() -> None:
 
 
 def test_memory_does_not_grow() -> None:
-    """Over thousands of batches, and after errors; targets that are filled are let go."""
+    """Thousands of batches run, also after errors; filled targets are released."""
     device = FakeDevice(failing=frozenset(range(100, 4000, 100)))
     device.batches = _Forgetting()
     batches = Batches(device.slots(3, 4), check=accept)
@@ -253,14 +258,14 @@ def test_memory_does_not_grow() -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[deque[str]]:
-    """What is done on a pretended GPU."""
+    """The calls that a simulated GPU gets."""
     pretend.begin(monkeypatch.setattr)
     with pretend.CudaIsTheCpu():
         yield pretend.calls
 
 
 def compute(frames: torch.Tensor) -> torch.Tensor:
-    """What `features_of` computes, by PyTorch."""
+    """What `features_of` computes, but with PyTorch."""
     return frames.flatten(1)[:, :DIM].to(torch.float16) * 0.5
 
 
@@ -312,7 +317,8 @@ def test_a_graph_is_replayed_over_the_memory_it_was_recorded_on(calls) -> None:
 
 
 def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch, request) -> None:
-    """Its first half, which reads the Python; the second would make kernels for a minute."""
+    """Only the compiler's first half runs, which reads the Python. The second half would generate
+    kernels for a minute."""
     compiler, is_available = torch.compile, torch.cuda.is_available
     request.getfixturevalue("calls")
     monkeypatch.setattr("torch.cuda.is_available", is_available)  # the compiler would look at it
@@ -340,7 +346,7 @@ class _Forgetting(list):
 
 
 class FakeBackbone:
-    """As much of a Backbone as a worker computes with."""
+    """The part of a Backbone that a worker uses."""
 
     device, dim, clips, clip_options = "cpu", DIM, None, {}
     preprocessing = Preprocessing(PIXELS, PIXELS, "bilinear", (0.5,) * 3, (0.5,) * 3)
@@ -353,7 +359,8 @@ class FakeBackbone:
 
 
 class FakePool:
-    """Decoded long ago: row `1-0` shows the first three of the frames `noise(6, seed=1)`, `1-1` the others."""
+    """Everything is decoded already. Row `1-0` has the first three of the frames
+    `noise(6, seed=1)`, row `1-1` the others."""
 
     def __init__(self, *_: object, **__: object):
         pass
@@ -389,7 +396,8 @@ class FakeStore:
 def worker_on(
     device: FakeDevice, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[Worker, list[Block], dict[int, np.ndarray]]:
-    """A worker, three blocks of two videos of three frames, and what it wrote so far."""
+    """A worker, three blocks of two videos of three frames, and the list of blocks that it
+    wrote."""
     store = FakeStore()
     monkeypatch.setattr("extract.workers.worker.FeatureStore", store)
     monkeypatch.setattr("extract.workers.worker.SubprocessPool", FakePool)
@@ -403,7 +411,8 @@ def worker_on(
 
 
 def test_a_device_does_not_run_dry_between_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two frames that are left over of a block go with the next one's, and blocks are handed in once they are back."""
+    """Two frames left over from a block join the next block's, and a block is finished once its
+    frames are back."""
     device = FakeDevice()
     worker, blocks, written = worker_on(device, monkeypatch)
     assert worker.run(blocks[0]) == []
@@ -435,7 +444,8 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
 
 
 def test_a_row_that_fails_after_its_first_clips_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of the three clips of the first video fit into a buffer; the process that decodes the third dies."""
+    """Two of the three clips of the first video fit into a buffer, and the process that decodes the
+    third one dies."""
     clips = Clips(frames=1, fps=5.0, per_clip="mean", rows=1)
     monkeypatch.setattr(FakeBackbone, "clips", clips)
     monkeypatch.setattr(FakeBackbone, "clip_options", {"clip_length": 1, "clip_fps": clips.fps})
@@ -469,7 +479,8 @@ def test_a_row_that_fails_after_its_first_clips_has_none(monkeypatch: pytest.Mon
 def test_only_what_decodes_in_the_workers_process_is_given_up(
     decoder, third, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Children survive what crashes in them, so a block that workers died over keeps its decoder there."""
+    """Workers survive crashes of their children. So if workers died over a block, the decoders in
+    children are kept for it."""
     jobs: list[Job] = []
     submit = FakePool.submit
     monkeypatch.setattr(FakePool, "submit", lambda pool, job: jobs.append(job) or submit(pool, job))

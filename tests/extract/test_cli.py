@@ -1,4 +1,4 @@
-"""What all commands do alike: ranges of numbers, and file names that a terminal must not obey."""
+"""Behavior that all commands share: ranges of numbers, and file names with control characters."""
 
 import importlib
 import io
@@ -17,7 +17,7 @@ SHOWN = r"\x1b]0;owned\x07\x1b[31m\x9b2Jred\u202egpj.mp4"
 
 
 def run(module: str, *args: str) -> int:
-    """A command as `python -m` runs it, in this process."""
+    """Run a command as `python -m` does, but in this process."""
     package = Path(__file__).parents[2] / module.replace(".", "/")
     command = importlib.import_module(f"{module}.__main__" if package.is_dir() else module)
     return run_command(command.main, command.Options, prog=module, args=args)
@@ -25,7 +25,7 @@ def run(module: str, *args: str) -> int:
 
 @dataclass(frozen=True)
 class Numbers:
-    """Options by the names that commands use."""
+    """Options with names that commands use."""
 
     seed: int = 0
     seeds: tuple[int, ...] = (0,)

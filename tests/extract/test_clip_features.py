@@ -1,4 +1,5 @@
-"""A store of clips, from the command line to scores: its rows, what continues it, what it is exported as."""
+"""A store of clips, from the command line to scores: its rows, how it is continued, and its
+exports."""
 
 import json
 from pathlib import Path
@@ -36,7 +37,7 @@ def extracted(videos: Path, out: Path, backbone: str, *more: object) -> FeatureS
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    """A network that sees clips; larger ones are in test_video_models.py."""
+    """A small network that takes clips; larger ones are in test_video_models.py."""
     folder = tmp_path_factory.mktemp("videomae")
     make_folder(folder, "videomae")
     return f"hf/{folder}"
@@ -63,7 +64,7 @@ def store(videos: Path, backbone: str) -> FeatureStore:
 def clips_of(
     path: Path, video_id: str, store: FeatureStore, preprocessing: Preprocessing
 ) -> np.ndarray:
-    """uint8 [T, L, size, size, 3], decoded by the job alone."""
+    """uint8 [T, L, size, size, 3] by the decode job alone."""
     plan = Plan(3, 1, 0, preprocessing, clip_length=4, clip_fps=10.0)
     out = np.zeros(plan.row_bytes, np.uint8)
     [prepared] = decode_job((str(path), [(video_id, None)], plan), out)
@@ -195,7 +196,8 @@ def test_a_head_on_clips_is_trained_and_sees_videos(
 def test_more_clips_than_a_buffer_holds(
     videos: Path, backbone: str, tmp_path: Path, monkeypatch, store: FeatureStore
 ) -> None:
-    """Buffers of one clip: every row comes in parts, and the store is the same, byte for byte."""
+    """Buffers hold one clip, so every row comes in parts, and the store is the same, byte for
+    byte."""
     monkeypatch.setattr("extract.decode.jobs._MAX_CLIP_SLOT_BYTES", 1)
     small = extracted(videos, tmp_path / "s.zarr", backbone)
     for name in ("frame_indices", "timestamps", "status"):

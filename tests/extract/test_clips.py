@@ -1,4 +1,5 @@
-"""Clips around sampled frames: chosen by time, each frame decoded and handed over once, in bounded memory."""
+"""Clips around sampled frames: chosen by time, each frame decoded and handed over once, in limited
+memory."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ def plan_of(frames: int = 5, length: int = 6, fps: float = 7.5, **changes) -> Pl
 
 
 def whole_video(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
-    """Every frame as the backbone sees it, and its seconds, by the plainest PyAV."""
+    """Every frame as the backbone sees it, and its time in seconds, by plain PyAV."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
     times = np.array([float(frame.time - frames[0].time) for frame in frames])
@@ -36,7 +37,8 @@ def whole_video(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def shown_at(times: np.ndarray, instant: float, first: int, stop: int) -> int:
-    """The last frame of [first, stop) that is shown no later than an instant, else the first."""
+    """The last frame of [first, stop) that is shown no later than an instant, or else the first
+    one."""
     shown = [number for number in range(first, stop) if times[number] <= instant + 1e-6]
     return shown[-1] if shown else first
 
@@ -141,7 +143,8 @@ def test_an_unreadable_video_fails_whole(broken_clips) -> None:
 
 
 def test_long_clips_have_a_bounded_buffer() -> None:
-    """128 frames of 224 x 224 around each of 25 instants would be 482 MB, for each of four slots of each child."""
+    """Without a limit, 128 frames of 224 x 224 around each of 25 instants need 482 MB in each of
+    the four slots of each child."""
     see = replace(SEE, size=224, resize=256)
     plan = Plan(25, 1, 0, see, clip_length=128, clip_fps=15.0)
     assert plan.row_bytes > 400e6

@@ -1,4 +1,4 @@
-"""One origin of time and one numbering per file, whatever is decoded of it and in whatever order."""
+"""One time zero and one numbering per file, for any part of it that is decoded, in any order."""
 
 import contextlib
 from pathlib import Path
@@ -24,7 +24,8 @@ def centers(num_frames: int) -> np.ndarray:
 
 
 def without_its_start(path: Path, source: Path) -> int:
-    """A transport stream from the first packets on that belong to the second frame; how many frames lost their key."""
+    """Write a transport stream that begins with the packets of the second frame; returns the number
+    of frames before the next key frame."""
     with av.open(str(source)) as container:
         packets = [
             (packet.pos, packet.is_keyframe) for packet in container.demux(video=0) if packet.size
@@ -75,7 +76,8 @@ def test_a_stream_that_begins_in_the_middle_of_a_group_counts_from_its_first_fra
 
 
 def test_time_that_jumps_back_goes_on(tmp_path):
-    """Two streams joined byte by byte: as long as both, every frame once, in the order of the file."""
+    """Two streams are joined byte by byte. The result is as long as both, with every frame once, in
+    the order of the file."""
     first, second = (
         write_video(tmp_path / f"{n}.ts", frames=n, gop=16, bframes=2) for n in (60, 50)
     )
@@ -124,7 +126,7 @@ def test_a_clock_that_starts_before_the_pictures_is_noted_of_spans(tmp_path):
 
 
 def damage(path: Path, every: int) -> None:
-    """Change bytes inside some packets, which still tell which frames there are."""
+    """Change bytes inside some packets, so that the packets still tell the number of frames."""
     with av.open(str(path)) as container:
         packets = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size]
     content = bytearray(path.read_bytes())
@@ -159,7 +161,7 @@ def test_frames_that_the_decoder_had_to_patch_up_are_left_out(tmp_path):
 
 
 def test_a_lost_packet_of_a_transport_stream_is_noticed_whatever_frame_is_wanted(tmp_path):
-    """A part of a late frame is lost, and frame 0 is asked for."""
+    """A part of a late frame is lost, and frame 0 is requested."""
     path = write_video(tmp_path / "a.ts", frames=60, gop=10, size=(320, 240))
     content = bytearray(path.read_bytes())
     parts = [

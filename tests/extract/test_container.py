@@ -1,4 +1,5 @@
-"""What is opened, and what is refused by name before anything of it is read: no file makes another one be decoded."""
+"""Files that are opened, and files that are refused by name before they are read. No file can make
+the program decode another file."""
 
 import os
 import re
@@ -109,7 +110,7 @@ def test_text_that_names_other_files_is_refused_by_name(name, content, kind, vid
 
 
 def test_a_name_with_a_pattern_is_a_name(video, tmp_path):
-    """FFmpeg would read frame-1.png, frame-2.png ... for it."""
+    """FFmpeg would read frame-1.png, frame-2.png ... for such a name."""
     for name in ("frame-%d.png", "frame-1.png", "frame-2.png"):
         with av.open(str(tmp_path / "one.mov"), "w") as output:
             stream = output.add_stream("png", rate=1)
@@ -190,7 +191,7 @@ def test_pictures_at_the_limits_are_read():
 
 
 def growing(folder: Path, size: tuple[int, int]) -> Path:
-    """One stream of five pictures of 64 x 64, then five of another size."""
+    """One stream with five pictures of 64 x 64, then five of another size."""
     path, parts = folder / "grows.mkv", []
     for name, pictures in (("first.mkv", (64, 64)), ("second.mkv", size)):
         parts.append(write_pictures(folder / name, pictures, 5, codec="mjpeg", pix_fmt="yuvj420p"))
@@ -211,7 +212,7 @@ def growing(folder: Path, size: tuple[int, int]) -> Path:
 
 
 def test_a_size_that_changes_on_the_way_is_checked_too(tmp_path, monkeypatch):
-    """Frames up to there are read, and the limit is named."""
+    """Frames before the change are read, and the error names the limit."""
     path = growing(tmp_path, (256, 256))
     assert decode(path, np.arange).num_frames == 10
     monkeypatch.setattr(container, "MAX_PIXELS", 128 * 128)

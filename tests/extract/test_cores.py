@@ -1,4 +1,4 @@
-"""How many cores there are: affinity, a container's quota, OMP_NUM_THREADS, --threads."""
+"""The number of cores: affinity, a container's quota, OMP_NUM_THREADS, --threads."""
 
 import os
 import subprocess
@@ -66,7 +66,8 @@ COUNT = "from extract.cores import available_cores; print(available_cores())"
 
 
 def test_a_real_quota():
-    """A process that sees a cgroup of one core as its root, as in a container (version 1 or 2, as root)."""
+    """A process whose cgroup root has a quota of one core, as in a container (version 1 or 2, needs
+    root)."""
     root = next(
         (path for path in (Path("/sys/fs/cgroup/cpu"), Path("/sys/fs/cgroup")) if path.is_dir()),
         None,

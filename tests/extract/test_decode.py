@@ -1,4 +1,5 @@
-"""Every frame wanted is the frame that decoding everything with plain PyAV gives, for whatever FFmpeg can write."""
+"""Every requested frame is the frame that decoding everything with plain PyAV gives, for every kind
+of file that FFmpeg can write."""
 
 import atexit
 import csv
@@ -39,7 +40,8 @@ def every_frame(num_frames: int) -> np.ndarray:
 
 
 def samples(num_frames: int, *, singly: bool = True) -> Iterator[np.ndarray]:
-    """What is asked of a video: all, TSN's, each frame alone, some in any order with repeats."""
+    """Requests to a video: all frames, TSN's, each frame alone, some frames in any order with
+    repeats."""
     rng = np.random.default_rng(num_frames)
     yield np.arange(num_frames)
     yield segment_centers(num_frames, 3)
@@ -51,7 +53,8 @@ def samples(num_frames: int, *, singly: bool = True) -> Iterator[np.ndarray]:
 
 
 def assert_exact(path: Path, whole: Whole | None = None, *, singly: bool = True) -> Decoded:
-    """Raises AssertionError unless all samples of `path` are, to the bit, what decoding everything gives."""
+    """Raises AssertionError unless all samples of `path` equal, bit for bit, those of decoding
+    everything."""
     whole = whole or decode_everything(path)
     assert whole.frames
     for wanted in samples(len(whole.frames), singly=singly):
@@ -78,7 +81,8 @@ def assert_exact(path: Path, whole: Whole | None = None, *, singly: bool = True)
 
 @pytest.fixture
 def no_fallback(monkeypatch):
-    """Decoding everything is a failure here: what is tested is that wanted frames come alone."""
+    """Decoding everything is a failure here: the tests check that requested frames are decoded
+    alone."""
 
     def refuse(path, doubt):
         pytest.fail(f"{path} is decoded as a whole: {doubt}")
@@ -134,7 +138,8 @@ def _folder() -> Path:
 
 @functools.cache
 def _written(name: str) -> Path | str:
-    """A video by an encoder in the first container that FFmpeg writes and reads back, or why there is none."""
+    """Write a video with an encoder into the first container that FFmpeg writes and reads back;
+    otherwise the reason."""
     if _HARDWARE.search(name):
         return "is for hardware"
     formats = [format.name for format in ENCODERS[name].video_formats or ()] or ["yuv420p"]
@@ -197,7 +202,8 @@ def test_wanted_frames_alone_are_exact(name, tmp_path):
 
 @pytest.mark.parametrize("name", TRUSTED)
 def test_frames_are_exact_where_packets_are_read_again(name, tmp_path, monkeypatch):
-    """As in a file too large to keep; where a packet is not found again, everything is decoded."""
+    """As in a file too large to keep in memory. If a packet is not found again, everything is
+    decoded."""
     path = write_video(tmp_path / name, **TRUSTED[name])
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
     assert_exact(path)
@@ -250,7 +256,7 @@ def test_the_display_rotation_is_applied(degrees, tmp_path):
 
 
 def test_the_best_of_several_streams_is_decoded_alone(tmp_path):
-    """The second one is marked as the one to be shown; packets of the first are not mixed in."""
+    """The second stream is marked as the one to show, and packets of the first are not mixed in."""
     path = write_video(tmp_path / "a.mkv", more_streams=[(320, 240)])
     with av.open(str(path)) as container:
         assert container.streams.best("video").index == 1
@@ -261,7 +267,7 @@ def test_the_best_of_several_streams_is_decoded_alone(tmp_path):
 
 
 def test_pictures_that_change_size_half_way_get_one_shape(tmp_path):
-    """Two transport streams, one after the other, as a broadcast does it."""
+    """Two transport streams follow each other, as in a broadcast."""
     for number, size in enumerate([(64, 48), (96, 80)]):
         pts = [1000 * number + 40 * frame for frame in range(20)]
         write_video(tmp_path / f"{number}.ts", size=size, frames=20, gop=10, bframes=0, pts=pts)
@@ -301,7 +307,7 @@ def test_few_frames_cost_few_packets_and_few_pictures(tmp_path, monkeypatch):
 
 
 def peak_memory(path: Path) -> float:
-    """MB that a process of its own needs at most to decode 25 frames, the interpreter included."""
+    """Peak memory in MB of a separate process that decodes 25 frames, with the interpreter."""
     program = (
         "import sys; from extract.decode import decode; from extract.sampling import segment_centers\n"
         "frames, _, seconds = decode(sys.argv[1], lambda n: segment_centers(n, 25))\n"
@@ -319,7 +325,8 @@ def peak_memory(path: Path) -> float:
 )
 @pytest.mark.parametrize("name", ["a.mp4", "a.avi"])
 def test_memory_does_not_grow_with_length(name, tmp_path):
-    """5 minutes against 10 s; all frames of the long one are 276 MB. The AVI is decoded as a whole."""
+    """5 minutes against 10 s; all frames of the long video would be 276 MB. The AVI is decoded as a
+    whole."""
     short = write_video(
         tmp_path / name, size=(128, 96), frames=250, options={"preset": "ultrafast"}
     )
@@ -382,7 +389,8 @@ def test_what_is_no_video_says_what_it_is(name, reason, broken_clips):
 
 
 def shared_files() -> dict[str, dict[str, str]]:
-    """The rows of manifest.csv and reader_behaviour.csv by path; nothing where they are not shipped."""
+    """The rows of manifest.csv and reader_behaviour.csv by path; empty if those files are not
+    there."""
     files: dict[str, dict[str, str]] = {}
     for table in ("manifest.csv", "reader_behaviour.csv"):
         if (SHARED / table).exists():
@@ -517,7 +525,7 @@ def test_a_header_without_frames(tmp_path):
     "options", [{"movflags": "faststart"}, {"movflags": "frag_keyframe+empty_moov"}]
 )
 def test_a_file_that_ends_between_two_packets_is_partial(options, tmp_path):
-    """No packet is damaged then; only the index tells that some are missing."""
+    """No packet is damaged then: only the index shows that some are missing."""
     path = write_video(tmp_path / "a.mp4", bframes=0, gop=30, container_options=options)
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
@@ -577,7 +585,8 @@ FUZZED = {
 
 
 def damaged(content: bytes, rng: np.random.Generator) -> bytes:
-    """One kind of damage: bits flipped, the end lost, a hole of zeros, bytes lost, one byte of the header changed."""
+    """One kind of damage: bits flipped, the end cut off, a hole of zeros, bytes lost, one byte of
+    the header changed."""
     damage = bytearray(content)
     kind, at = rng.integers(5), int(rng.integers(len(damage)))
     if kind == 0:

@@ -1,4 +1,5 @@
-"""A decoder without Ray: the same frames as decoding here, and a node that differs is named."""
+"""A remote decoder without Ray: it gives the same frames as local decoding, and a node that differs
+is named."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Temporary names are ours alone; a folder is held by one process; what killed runs leave is found."""
+"""Temporary names are unique to the program, one process holds a folder, and leftovers of killed
+runs are found."""
 
 import os
 import signal
@@ -78,7 +79,8 @@ def test_a_folder_is_held_by_one_process_and_not_left_behind_empty(tmp_path):
 
 
 def test_two_trainings_in_one_folder_are_kept_apart(tmp_path):
-    """The second is refused while the first runs, whatever its options; after a kill -9 the folder is free again."""
+    """The second is refused while the first runs, with any options. After a kill -9 the folder is
+    free again."""
     classes_store(tmp_path / "f.zarr")
     out = tmp_path / "run"
     command = f"aggregate.train --agg tsn --features {tmp_path / 'f.zarr'} --out {out} --epochs 100000 --batch-size 8"

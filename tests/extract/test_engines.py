@@ -1,4 +1,5 @@
-"""What runs a backbone: OpenVINO on CPUs, PyTorch for the rest; the same bytes on every rerun."""
+"""Engines of backbones: OpenVINO on CPUs, PyTorch for the rest, and the same bytes on every
+rerun."""
 
 import gc
 import importlib.util
@@ -35,7 +36,7 @@ NETWORKS = {
 
 @pytest.fixture(scope="module")
 def frames(demo_clips: Path) -> np.ndarray:
-    """uint8 [20, 224, 224, 3], of ten clips."""
+    """uint8 [20, 224, 224, 3], from ten clips."""
 
     def square(frame: np.ndarray) -> np.ndarray:
         return np.asarray(Image.fromarray(frame).resize((224, 224)))
@@ -64,7 +65,8 @@ def error(features: np.ndarray, expected: np.ndarray) -> float:
 def test_features_are_pytorchs_and_the_same_bytes_again(
     name: str, precision: str, frames: np.ndarray
 ) -> None:
-    """For any number of streams, any place in a batch, any neighbors, and any share of padding."""
+    """For any number of streams, any position in a batch, any neighbors, and any amount of
+    padding."""
     weights, measured = NETWORKS[name]
     backbone = load_backbone(name, weights=weights, device="cpu", precision=precision, threads=2)
     features = backbone(frames)
@@ -136,7 +138,7 @@ def test_no_native_bf16_is_known_of_systems_without_cpuinfo(
 
 
 class DataDependent(nn.Module):
-    """Takes another path for other inputs: a trace or a graph of it is wrong for some."""
+    """Its path depends on its input, so a trace or graph of it is wrong for some inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -405,7 +407,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_backbone_that_is_dropped_leaves_no_thread_behind():
-    """A callback that holds its slot is a cycle through C++, which is never collected."""
+    """A callback that holds its slot would be a cycle through C++, which is never collected."""
 
     def threads() -> int:
         return psutil.Process().num_threads()

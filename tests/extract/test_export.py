@@ -1,4 +1,4 @@
-"""One mean vector per video, for other tools and back again."""
+"""Export of one mean vector per video for other tools, and ingest of the result."""
 
 import csv
 from pathlib import Path
@@ -15,7 +15,7 @@ from stores import classes_store, fail_rows
 
 @pytest.fixture
 def store(tmp_path) -> FeatureStore:
-    """60 videos, every seventh of two frames whose padding is not zero; one failed."""
+    """60 videos. Every seventh has two frames and padding that is not zero, and one failed."""
     store = classes_store(tmp_path / "x.zarr")
     fail_rows(tmp_path / "x.zarr", [5])
     return FeatureStore.open(store.path)

@@ -1,4 +1,5 @@
-"""timm's image models: one of each kind, names on the hub, other image sizes, outputs that are not a vector."""
+"""timm's image models: one of each kind, names on the hub, other image sizes, and outputs that are
+not a vector."""
 
 import re
 import socket
@@ -76,7 +77,8 @@ def test_the_hub_without_a_network_is_one_sentence_at_once(monkeypatch: pytest.M
 
 
 def test_another_image_size(tmp_path: Path) -> None:
-    """Position embeddings are resampled as timm does when it loads weights into a model of that size."""
+    """Position embeddings are resampled as timm does when it loads weights into a model of that
+    size."""
     state = timm.create_model("test_vit").state_dict()
     torch.save(state, tmp_path / "w.pth")
     trunk = load_trunk("test_vit", weights=tmp_path / "w.pth", image_size=96)

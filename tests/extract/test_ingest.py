@@ -1,4 +1,5 @@
-"""Features of other tools become stores: every format, every kind of bad input, killed and continued."""
+"""Features of other tools become stores: every format, every kind of bad input, killed and
+continued runs."""
 
 import json
 import os
@@ -26,7 +27,7 @@ VIDEOS = 12
 
 
 def arrays(videos: int = VIDEOS, dim: int = 4) -> dict[str, np.ndarray]:
-    """Features [T, D] by name, T from 1 to 6; every number says which video, row and channel it is."""
+    """Features [T, D] by name, with T from 1 to 6. Every value tells its video, row and channel."""
     lengths = {f"c{i % 3}/v{i}": 1 + i % 6 for i in range(videos)}
     return {
         name: 100 * i
@@ -258,7 +259,7 @@ def test_two_files_of_one_name(tmp_path):
 
 
 class Attack:
-    """An object whose unpickling makes a file."""
+    """An object that would create a file if it were unpickled."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,4 +1,5 @@
-"""--precision int8: calibrated on a seeded sample of the videos, recorded, the same bytes again."""
+"""--precision int8: calibrated on a seeded sample of the videos, recorded, and with the same bytes
+again."""
 
 import json
 import re
@@ -21,7 +22,7 @@ pytest.importorskip("nncf")
 
 
 def copy_clips(demo_clips: Path, videos: Path, numbers: range) -> None:
-    """Of the same two classes, whichever numbers."""
+    """Copy clips of the same two classes, with the given numbers."""
     for label in ("barbell", "cable"):
         (videos / label).mkdir(parents=True, exist_ok=True)
         clips = sorted((demo_clips / "exercise_mini" / "clips" / label).glob("*.mp4"))
@@ -43,7 +44,8 @@ def options(videos: Path, out: Path, **changed: object) -> Options:
 def test_lite0_in_int8(
     demo_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
 ) -> None:
-    """Recorded, shown, near fp32; the same bytes with another cache; and it goes on with new videos, and in auto."""
+    """int8 is recorded, shown and near fp32. Another cache gives the same bytes. The store
+    continues with new videos, and with auto."""
     videos = tmp_path / "videos"
     copy_clips(demo_clips, videos, range(5))
     assert main(options(videos, tmp_path / "a.zarr")) == 0

@@ -1,4 +1,4 @@
-"""torch's compiler stays out of commands that compile nothing, and comes when it is asked for."""
+"""torch's compiler is not imported by commands that compile nothing, and is there on request."""
 
 import subprocess
 import sys

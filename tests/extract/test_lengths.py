@@ -1,4 +1,4 @@
-"""How long files last: asked in children that can be killed, once, and kept beside the store."""
+"""Lengths of files: measured once, in children that can be killed, and kept next to the store."""
 
 import os
 import signal
@@ -87,7 +87,7 @@ def test_files_whose_lengths_hang_are_given_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
 def test_a_listing_ends_at_once(name, tmp_path):
-    """While a file is opened that does not answer."""
+    """It ends while a file that does not answer is being opened."""
     write_pictures(tmp_path / "a.mp4", (64, 48), 30)
     program = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
@@ -121,7 +121,7 @@ def test_a_listing_ends_at_once(name, tmp_path):
 
 
 def test_a_window_that_the_tool_chose_is_no_alarm(tmp_path):
-    """Of every container: the last window ends when the file does."""
+    """In every container, the last window ends when the file does."""
     for name in ("a.mp4", "a.mkv", "a.avi", "a.ts", "a.flv", "a.mpg"):
         codec = {"a.avi": "mpeg4", "a.mpg": "mpeg2video"}.get(name, "libx264")
         path = write_video(tmp_path / name, codec=codec, frames=33, fps=25, gop=10, bframes=2)
@@ -133,7 +133,7 @@ def test_a_window_that_the_tool_chose_is_no_alarm(tmp_path):
 
 @pytest.mark.parametrize("window", [None, 1.0])
 def test_one_bad_file_harms_only_itself(window, tmp_path, capsys):
-    """Every odd file in one list: each fails by name, in seconds, and its neighbors are extracted."""
+    """One list has every odd file: each fails by name, in seconds, and the others are extracted."""
     videos = tmp_path / "videos"
     (videos / "sub").mkdir(parents=True)
     for name in ("good.mp4", "sub/other.mp4"):

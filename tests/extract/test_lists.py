@@ -1,4 +1,5 @@
-"""Lists of videos in the layouts that people hold them in; every reader says what it read and what it left out."""
+"""Lists of videos in the layouts of public data sets. Every reader reports what it read and what it
+left out."""
 
 import json
 import time
@@ -11,7 +12,7 @@ from listings import labeled, touch, write
 
 
 def rows(listing: Listing) -> list[tuple[str, str, str, str]]:
-    """Id, class, split and group of each video."""
+    """The id, class, split and group of each video."""
     classes = [*listing.classes, ""]
     return [(video.id, classes[video.label], video.split, video.group) for video in listing.videos]
 
@@ -351,7 +352,7 @@ def test_epic_kitchens_asks_for_the_label(tmp_path):
 
 
 def test_a_long_list_takes_seconds(tmp_path):
-    """A tenth of Kinetics-700's 650,000 lines, in a tenth of seconds, on a busy machine."""
+    """A tenth of Kinetics-700's 650,000 lines takes tenths of seconds on a busy machine."""
     touch(tmp_path, "0.mp4")
     content = "path;label;split\n" + "".join(
         f"{i % 500}/{i}.mp4;{i % 700};train\n" for i in range(65_000)

@@ -1,4 +1,5 @@
-"""Decoding by torchcodec, held to PyAV on the CPU, where it has all but NVDEC; what falls back, and refusals."""
+"""Decoding by torchcodec on the CPU, which runs all of it but NVDEC, against PyAV; fallbacks and
+refusals."""
 
 import re
 import threading
@@ -43,7 +44,7 @@ def plan_of(decoder: str, **changes) -> Plan:
 
 
 def both(path: Path, **changes) -> list[tuple]:
-    """(what was prepared, frames) by PyAV and by torchcodec."""
+    """The prepared rows and frames, by PyAV and by torchcodec."""
     here, there = plan_of("pyav", **changes), plan_of(DECODER, **changes)
     arrays = np.zeros(here.shape, np.uint8), torch.zeros(there.shape, dtype=torch.uint8)
     return [
@@ -55,7 +56,8 @@ def both(path: Path, **changes) -> list[tuple]:
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("name", FINE)
 def test_the_same_frames_in_every_view(name: str, interpolation: str, codec_clips: Path) -> None:
-    """Ten crops and two augmented passes; pictures differ by what two resizers differ."""
+    """Ten crops and two augmented passes. Pictures differ only as much as the two resizers
+    differ."""
     see = Preprocessing(64, 72, interpolation, (0.5,) * 3, (0.5,) * 3)
     (here, expected), (there, got) = both(codec_clips / name, preprocessing=see)
     assert (here.indices == there.indices).all()
@@ -93,7 +95,7 @@ def test_spans_of_one_file_in_one_pass(codec_clips: Path) -> None:
 
 
 def test_what_it_does_not_read_itself_it_says(codec_clips: Path, broken_clips: Path) -> None:
-    """Every clip there is: PyAV's frames or a reason, never others."""
+    """Every clip gives PyAV's frames or a reason, never other frames."""
     read = []
     for path in sorted([*codec_clips.iterdir(), *broken_clips.iterdir()]):
         try:
@@ -181,7 +183,7 @@ def test_a_device_that_gives_no_answer_is_not_waited_for(codec_clips) -> None:
 
 
 def test_an_extraction_names_what_pyav_had_to_read(codec_clips, tmp_path, capsys) -> None:
-    """The road of --decoder torchcodec-cuda but for the CUDA device."""
+    """The path of --decoder torchcodec-cuda without the CUDA device."""
     small = {
         "backbone": "test_resnet",
         "weights": "random",

@@ -36,7 +36,7 @@ TINY = ("--backbone", "test_resnet", "--weights", "random", "--precision", "fp32
 def write_frames(
     folder: Path, numbers=range(1, 21), *, size=(48, 36), name="img_%05d.jpg", **how
 ) -> Path:
-    """Pictures that differ, one per number."""
+    """Write pictures that differ, one per number."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, picture in zip(numbers, moving_pictures(len(numbers), *size), strict=True):
         Image.fromarray(picture).save(folder / (name % number), **how)
@@ -206,7 +206,7 @@ def empty(path: Path) -> None:
 
 
 def enlarge(path: Path) -> None:
-    """A JPEG whose header claims 65,000 x 65,000 pixels."""
+    """Change the header of a JPEG, so that it claims 65,000 x 65,000 pixels."""
     content = bytearray(path.read_bytes())
     place = content.index(b"\xff\xc0") + 5
     content[place : place + 4] = b"\xfd\xe8\xfd\xe8"
@@ -355,7 +355,7 @@ def test_lengths(tmp_path):
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory) -> Path:
-    """Two classes; two folders of PNGs, and a video that shows what one of them does."""
+    """Two classes: two folders of PNGs, and a video that shows the frames of one of them."""
     root = tmp_path_factory.mktemp("both") / "v"
     write_frames(root / "run" / "x", range(1, 31), name="%04d.png")
     write_frames(root / "walk" / "y", range(1, 21), name="%04d.png")

@@ -1,4 +1,5 @@
-"""Decode children: whatever one of them does, its job ends in time, in words, and the next job is done."""
+"""Decode children: whatever a child does, its job ends in time with a message, and the next job
+runs."""
 
 import gc
 import os
@@ -67,7 +68,7 @@ def children() -> set[int]:
 
 @pytest.fixture(scope="module")
 def pool():
-    """One child for the tests that do it no harm."""
+    """A pool of one child for the tests that do not harm it."""
     with pool_of() as pool:
         works(pool)
         yield pool
@@ -82,7 +83,8 @@ def _no_child_is_left(pool):
 
 @pytest.fixture
 def one_second_to_hang(monkeypatch) -> None:
-    """Jobs that hang are given up after a second; others have their time, on a busy machine too."""
+    """Jobs that hang are given up after a second. Other jobs have enough time, on a busy machine
+    too."""
     hang = ("hold the lock", "stop", "wait")
     monkeypatch.setattr(
         "extract.decode.pool.time_limit", lambda allowed, job: 1.0 if job in hang else allowed
@@ -166,7 +168,8 @@ def test_a_child_never_imports_torch(pool):
 
 
 def test_a_child_starts_without_a_word(capfd):
-    """Such as runpy's warning, where something that the child imports has imported its own module before."""
+    """For example without runpy's warning, which appears if a child's imports have imported its own
+    module already."""
     with pool_of() as fresh:
         works(fresh)
     assert capfd.readouterr() == ("", "")
@@ -303,7 +306,7 @@ def test_a_video_that_takes_too_much_memory_fails_alone(tmp_path):
 
 
 def test_a_large_file_has_longer(tmp_path):
-    """One second more per 2 MB, which a header cannot claim."""
+    """It has one second more per 2 MB of file size, which a header cannot change."""
     job = tmp_path / "sleep"  # the job's name is its file
     with pool_of(timeout=0.1) as pool:
         for size, allowed in ((200_000_000, 100.1), (400_000, 0.3), (0, 0.1)):
@@ -324,7 +327,7 @@ def test_the_longest_time_is_an_hour_or_what_was_chosen(tmp_path):
 
 
 def test_waiting_for_a_child_is_not_the_jobs_time():
-    """Neither in the queue nor while a child starts."""
+    """The time in the queue and the start of a child do not count."""
     with pool_of(timeout=2.0) as pool:
         futures = [pool.submit(("sleep", 0.15)) for _ in range(16)]
         for future in futures:

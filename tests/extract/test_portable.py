@@ -1,4 +1,5 @@
-"""The whole path without what only Linux has: memfd, prctl, madvise, /proc; and each of them alone."""
+"""The whole pipeline without features that only Linux has (memfd, prctl, madvise, /proc), and each
+of the replacements alone."""
 
 import json
 import mmap
@@ -19,7 +20,7 @@ PORTABLE = os.environ | {"HGNL_PORTABLE": "1", "PYTHONPATH": str(ROOT)}
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Not Linux; a call of what only Linux has fails."""
+    """A system other than Linux: calls of functions that only Linux has fail."""
     monkeypatch.setattr(portable, "ON_LINUX", False)
     monkeypatch.delattr(os, "memfd_create", raising=False)
 
@@ -104,7 +105,7 @@ def _runs(pid: int) -> bool:
 
 
 def test_extract_train_report_and_predict_without_what_only_linux_has(tmp_path):
-    """In one process, and its children, on which no function of Linux alone can be called."""
+    """They run in one process and its children, in which no Linux-only function can be called."""
     for number, clip in enumerate(
         sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:8]
     ):

@@ -1,4 +1,5 @@
-"""How far a run is: each second on a terminal, each 30 s in a log, by frames and not by blocks; and its last line."""
+"""Progress of a run: every second on a terminal, every 30 s in a log, by frames instead of blocks;
+and its last line."""
 
 import io
 import sys
@@ -26,7 +27,7 @@ class FakeStore:
 
 
 class FakePool:
-    """Settles ten frames each time that it is asked."""
+    """Completes ten frames on each call."""
 
     frames = 0
 
@@ -36,7 +37,7 @@ class FakePool:
 
 
 def states(screen: io.StringIO) -> set[str]:
-    """What a bar has shown before its picture: how far it was."""
+    """The progress texts that a bar has shown, without the bar itself."""
     return {part.partition("|")[0] for part in screen.getvalue().split("\r")}
 
 
@@ -95,7 +96,7 @@ def test_the_limit_is_what_took_longer(totals, expected):
 
 
 def simulated_pool(monkeypatch, answer, **changed) -> RayActorPool:
-    """A pool over a cluster that is simulated, of three nodes; nodes and workers are polled at each turn."""
+    """A pool over a simulated cluster of three nodes; nodes and workers are polled on each turn."""
     ray = SimulatedRay(answer, [{"CPU": 1.0}] * 3, **changed)
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(ray_pool, "NODE_POLL_SECONDS", -1.0)

@@ -1,7 +1,9 @@
-"""Ray: several raylets on this machine, workers, decoders and nodes lost in the middle; nodes that do not fit the run.
+"""Ray: several raylets on this machine; workers, decoders and nodes that are lost during a run;
+nodes that do not fit the run.
 
-One cluster for all, training by several workers too: a head without cores, to which each test adds its nodes. A node
-may claim a GPU; what runs there uses the CPU, and the pool treats it as it would treat a GPU node.
+All tests, also training by several workers, share one cluster: a head without cores, to which each
+test adds its nodes. A node may claim a GPU. What runs there uses the CPU, and the pool treats the
+node as one with a GPU.
 """
 
 import contextlib
@@ -43,7 +45,8 @@ GPU_AND_CPU = ({"num_cpus": 1, "num_gpus": 1}, {"num_cpus": 2})
 
 @pytest.fixture(autouse=True)
 def _each_block_is_committed_at_once(monkeypatch) -> None:
-    """So that a run has most of its blocks before it when the first is seen. New nodes are seen soon, too."""
+    """So most blocks of a run are still to come when its first block is seen. New nodes are seen
+    soon, too."""
     monkeypatch.setattr("extract.workers.ray_pool.COMMIT_SECONDS", 0.0)
     monkeypatch.setattr("extract.workers.ray_pool.NODE_POLL_SECONDS", 0.2)
 
@@ -68,7 +71,8 @@ def undisturbed(clips, tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed_pixels(clips, tmp_path_factory) -> dict[str, str]:
-    """The same with pixels in the place of a backbone's features: their workers start without torch."""
+    """The same with pixels instead of a backbone's features: workers with pixels start without
+    torch."""
     out = tmp_path_factory.mktemp("undisturbed") / "pixels.zarr"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "Worker", HeldPixelWorker)
@@ -77,14 +81,15 @@ def undisturbed_pixels(clips, tmp_path_factory) -> dict[str, str]:
 
 
 class Nodes:
-    """The nodes of a cluster, beside its head: begun when a test wants them, and kept for the next test."""
+    """The nodes of a cluster besides its head: started when a test needs them, and kept for the
+    next test."""
 
     def __init__(self, cluster: Any):
         self.cluster = cluster
         self._resources: dict[Any, dict[str, Any]] = {}
 
     def exactly(self, *resources: dict[str, Any]) -> list[Any]:
-        """Have nodes of these resources and no others."""
+        """Have nodes with these resources and no others."""
         missing = list(resources)
         for node in [*self.cluster.worker_nodes]:
             if self._resources[node] in missing:
@@ -102,7 +107,7 @@ class Nodes:
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory) -> Path:
-    """Where a test says how far a held worker goes."""
+    """The folder in which a test tells a held worker how far to go."""
     return tmp_path_factory.mktemp("told")
 
 
@@ -130,7 +135,7 @@ def cluster(nodes_of_cluster):
 
 @pytest.fixture
 def worker_nodes(nodes_of_cluster, told):
-    """The cluster's nodes; after the test, no process of a run may be left on them."""
+    """The cluster's nodes. After a test, no process of its run may be left on them."""
     (told / "hold").write_text("cable")
     yield nodes_of_cluster
     import ray
@@ -140,7 +145,7 @@ def worker_nodes(nodes_of_cluster, told):
 
 
 def actors(titles: tuple[str, ...] = ("ray::Worker", "ray::Decoder")) -> list[psutil.Process]:
-    """Actor processes, by the title that Ray gives them."""
+    """Actor processes, found by the title that Ray gives them."""
     return [
         p
         for p in psutil.Process().children(recursive=True)
@@ -161,7 +166,7 @@ def wait_for(what: Callable[[], Any]) -> Any:
 
 
 def worker_of(out: Path) -> int:
-    """The process of the worker that handed in the first block; it is named HOST/PROCESS."""
+    """The process of the worker that finished the first block; its name is HOST/PROCESS."""
     return int(committed_blocks(out)[0]["node"].rpartition("/")[2])
 
 
@@ -173,9 +178,10 @@ def raylet_of(nodes: list, process: int) -> Any:
 
 @pytest.fixture
 def disturbed(clips, cluster, told, monkeypatch) -> Callable[..., None]:
-    """Extract over the cluster; when the first block is handed in, `disturb()`. The run must not mind.
+    """Extract over the cluster, and call `disturb()` when the first block is finished. The result
+    must not change.
 
-    It cannot be over before, since its workers wait at half of the videos until the disturbance is.
+    The run cannot end earlier, since its workers wait at half of the videos until then.
     """
 
     def extract(
@@ -206,7 +212,7 @@ def disturbed(clips, cluster, told, monkeypatch) -> Callable[..., None]:
 
 
 def whole(out: Path, undisturbed: dict[str, str]) -> None:
-    """The same bytes, and each block handed in once."""
+    """The same bytes, and each block finished once."""
     assert store_digest(out) == undisturbed
     assert FeatureStore.open(out).status.tolist() == [OK] * 24
     assert sorted(block["number"] for block in committed_blocks(out)) == list(range(12))
@@ -215,7 +221,8 @@ def whole(out: Path, undisturbed: dict[str, str]) -> None:
 def test_a_node_that_comes_late_takes_its_part(
     disturbed, worker_nodes, undisturbed, told, tmp_path
 ):
-    """The first worker is stopped, with blocks in hand, until a second one on the new node has handed in one."""
+    """The first worker is stopped, while it holds blocks, until a second worker on the new node has
+    finished one."""
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*ONE_NODE)
 
@@ -263,7 +270,8 @@ def test_a_killed_node_costs_nothing_but_time(
 def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     clips, cluster, worker_nodes, tmp_path, monkeypatch, capsys
 ):
-    """Such a decoder runs in a worker's own process, which goes with it, and with all that is in hand."""
+    """Such a decoder runs in the process of its worker, which dies with it and loses all blocks
+    that it holds."""
     few = tmp_path / "few"
     few.mkdir()
     for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[:8]):
@@ -282,7 +290,8 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
 
 
 def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
-    """A driver in a process of its own, once it has committed a block or has ended. It waits at half of the videos."""
+    """A driver in a separate process, which has committed a block or has ended. It waits at half of
+    the videos."""
     words = held_command(clips, out, address=cluster.address)
     run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
     while run.poll() is None and not committed_blocks(out):
@@ -291,7 +300,7 @@ def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
 
 
 def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, tmp_path):
-    """Ray's own handler of SIGTERM ends a driver with status 1 and a dump."""
+    """Ray's own handler of SIGTERM would end a driver with status 1 and a dump."""
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*ONE_NODE)
     with (tmp_path / "log").open("w") as log:
@@ -325,7 +334,8 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
 def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
     lost, disturbed, cluster, worker_nodes, undisturbed_pixels, told, tmp_path
 ):
-    """The worker's own child is stopped, so that it needs its help, which is lost with a video in hand."""
+    """The worker's own child is stopped, so the worker needs the help. The helper is lost while it
+    holds a video."""
     both, out = worker_nodes.exactly(*GPU_AND_CPU), tmp_path / "ray.zarr"
 
     def disturb() -> None:
@@ -373,7 +383,8 @@ def test_a_node_with_another_version_is_refused(clips, cluster, worker_nodes, tm
 def test_two_workers_that_train_give_the_loss_curve_of_one(
     clips, cluster, worker_nodes, tmp_path, monkeypatch
 ):
-    """Same global batches: with the backbone's first batch norm frozen too, nothing depends on who sees which video."""
+    """Global batches are the same. The backbone's first batch norm is frozen too, so nothing
+    depends on which worker sees which video."""
     for number, clip in enumerate(sorted(clips.rglob("*.mp4"))[::2]):
         folder = tmp_path / "videos" / ("val" if number % 3 == 2 else "train") / clip.parent.name
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
-"""A store that is continued while its videos, its listing, its options or its files have changed."""
+"""A store that is continued after its videos, its listing, its options or its files have
+changed."""
 
 import contextlib
 import csv
@@ -45,7 +46,7 @@ def write_table(folder: Path, rows=TABLE, columns=("path", "label", "split")) ->
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory) -> Path:
-    """A folder with four clips, their CSV, and the store of them."""
+    """A folder with four clips, their CSV, and their store."""
     here = tmp_path_factory.mktemp("extracted")
     (here / "clips").mkdir()
     for name, clip in zip("abcd", sorted((CLIPS / "barbell").glob("*.mp4")), strict=False):
@@ -166,7 +167,8 @@ def test_classes_of_a_store_and_a_listing(stored, listed, before, after, merged)
 
 
 def test_a_correction_that_is_killed_is_seen_whole_or_not_at_all(tmp_path, monkeypatch):
-    """At every step of writing: readers see all of the old or all of the new, and the next run completes it."""
+    """At every step of writing, readers see all of the old or all of the new, and the next run
+    completes it."""
     classes_store(tmp_path / "f.zarr", videos=9)
     old = FeatureStore.open(tmp_path / "f.zarr")
     before = [*map(str, old.classes)], old.labels.tolist(), old.splits.tolist()
@@ -459,7 +461,7 @@ def test_readers_leave_out_what_was_dropped(tmp_path):
 
 
 def test_a_pending_video_that_is_gone_fails_by_name_and_the_rest_goes_on(here, capsys):
-    """What blocked a store for ever: a row that waits for a file that was deleted."""
+    """Such a row blocked a store forever: it waited for a file that was deleted."""
     features = opened(here).read(slice(0, 4))
     FeatureStore.open(here / "f.zarr", writable=True).set_status(np.arange(4), PENDING)
     write_table(here / "clips", [TABLE[0], TABLE[2], TABLE[3]])
@@ -597,7 +599,8 @@ def test_a_store_behind_a_link_is_continued_and_locked_by_any_name(here, capsys)
 
 
 class LostLock:
-    """Held for some calls of `ensure_held`, then lost, as the lease on a store of object storage may be."""
+    """A lock that is held for some calls of `ensure_held` and then lost, as a lease on object
+    storage may be."""
 
     def __init__(self, calls: int):
         self._calls = calls
@@ -610,7 +613,7 @@ class LostLock:
 
 @pytest.mark.parametrize("calls", [0, 1])
 def test_a_run_that_lost_the_store_writes_nothing_into_it(calls, here, monkeypatch):
-    """Neither a correction, nor what it has extracted."""
+    """It writes neither a correction nor extracted rows."""
     write_table(here / "clips", [("a.mp4", "pull", "train"), *TABLE[1:]] if not calls else TABLE)
     FeatureStore.open(here / "f.zarr", writable=True).set_status(np.arange(2), PENDING)
     before = store_digest(here / "f.zarr")

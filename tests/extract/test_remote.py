@@ -1,4 +1,5 @@
-"""A store on object storage: written, resumed and trained from on an S3 server started here; two drivers at once."""
+"""A store on object storage: written, resumed and used for training on a local S3 server; and two
+drivers at once."""
 
 import contextlib
 import os
@@ -25,7 +26,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """An S3 server of this process with a bucket `videos`, found through the environment, as users do."""
+    """A local S3 server with a bucket `videos`, found through environment variables, as for
+    users."""
     import boto3
     import s3fs
     from moto.server import ThreadedMotoServer
@@ -55,13 +57,14 @@ def clips(tmp_path_factory, demo_clips) -> Path:
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Leases that beat ten times a second."""
+    """Leases with ten heartbeats per second."""
     monkeypatch.setattr(remote, "HEARTBEAT_SECONDS", 0.1)
 
 
 @pytest.fixture
 def impatient(quick):
-    """A holder that does not beat is waited for 1.5 s, until `undo()`: on a busy machine a living one needs longer."""
+    """A holder without heartbeats is waited for 1.5 s until `undo()`, because on a busy machine a
+    live holder needs longer."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(remote, "LEASE_TIMEOUT", 1.5)
         yield patch
@@ -149,7 +152,7 @@ def test_of_two_drivers_one_wins(s3, clips, quick):
 
 
 def test_many_who_create_the_same_lease(s3, impatient):
-    """A race for the conditional put itself, from a dead holder: whoever comes second is refused."""
+    """A race for the conditional put itself, after a dead holder: only the first one wins."""
     dead = Lease("s3://videos/race.zarr")
     dead._released.set()  # it beats no more, and did not say so
     held, refused = [], []
@@ -245,7 +248,8 @@ def test_a_classifier_is_trained_and_tested_on_a_remote_store(s3, tmp_path):
 
 
 def test_a_lease_whose_put_succeeded_without_an_answer_is_ours(s3, quick, monkeypatch):
-    """S3 clients send a put again whose answer was lost; the second is refused since the first succeeded."""
+    """If the answer to a put is lost, S3 clients send the put again. The second put is refused
+    because the first one succeeded."""
     real = Lease._put
 
     def put(self, number, record, mode="overwrite"):

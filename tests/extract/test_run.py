@@ -1,4 +1,5 @@
-"""Whole extractions as a user runs them: real small clips, a tiny backbone, and the faults of the world."""
+"""Whole extractions as a user runs them: real small clips, a tiny backbone, and faults of machines
+and files."""
 
 import errno
 import json
@@ -125,7 +126,8 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed
 
 
 def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path, monkeypatch):
-    """Killed after each of the first three blocks, while there are others in hand or to come."""
+    """A child is killed after each of the first three blocks, while other blocks are in progress or
+    to come."""
     killed: list[int] = []
     commit = FeatureStore.commit
 
@@ -289,7 +291,8 @@ def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
 
 
 def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
-    """A real SIGSTOP of a decode child: its video fails with its reason, the others are extracted."""
+    """A decode child gets a real SIGSTOP. Its video fails with a reason, and the others are
+    extracted."""
     stopped = threading.Event()
 
     def stopper() -> None:
@@ -405,7 +408,7 @@ def test_wrong_options_are_named(clips, tmp_path, changed, message):
 
 
 def test_help_needs_no_heavy_library():
-    """Nor numpy: what makes --help slow is what it imports."""
+    """Not even numpy: imports are the slow part of --help."""
     code = (
         "import runpy, sys\nsys.argv = ['x', '--help']\n"
         "try:\n    runpy.run_module('extract', run_name='__main__', alter_sys=True)\n"
@@ -446,7 +449,7 @@ def test_a_block_travels_with_every_field_of_its_videos():
 
 
 def test_one_video_whose_features_overflow_fails_alone(clips, undisturbed, tmp_path, capsys):
-    """Weights that are so large that exactly one clip's features leave float16's range."""
+    """Weights are so large that the features of exactly one clip leave float16's range."""
     largest = np.abs(FeatureStore.open(undisturbed).read(slice(0, 12)).astype(np.float64)).max(
         (1, 2, 3)
     )
@@ -476,7 +479,7 @@ def test_weights_under_which_all_videos_overflow_stop_the_run(clips, tmp_path):
 
 
 def scaled_weights(factor: float, path: Path) -> Path:
-    """test_resnet whose features are `factor` times those of its random weights."""
+    """test_resnet with features `factor` times those of its random weights."""
     import torch
 
     from extract.backbone.model import load_trunk
@@ -492,7 +495,8 @@ def scaled_weights(factor: float, path: Path) -> Path:
 
 
 def test_a_store_goes_on_with_the_engine_that_began_it(clips, undisturbed, tmp_path, capsys):
-    """Those of before OpenVINO record no engine: PyTorch's. Another one is refused."""
+    """Stores from before OpenVINO record no engine; they continue with PyTorch. Another engine is
+    refused."""
     videos = tmp_path / "videos"
     shutil.copytree(clips / "val", videos / "val")
     out = tmp_path / "a.zarr"

@@ -1,4 +1,4 @@
-"""Frame indices: the published vectors, and what must hold for every length."""
+"""Frame indices: the published vectors, and properties that must hold for every length."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,8 @@ def test_segment_centers_are_the_formula():
 
 
 def test_segment_centers_differ_from_tsn_pytorchs_floats_only_where_those_round_a_whole_number_down():
-    """tsn-pytorch's and mmaction2's line loses a frame where `tick / 2 + tick * i` is 14.999..., of 15 exactly."""
+    """The line of tsn-pytorch and mmaction2 loses a frame if `tick / 2 + tick * i` is 14.999...
+    instead of exactly 15."""
     for num_frames in range(1, 2000):
         for num_segments in (3, 8, 25):
             tick = num_frames / num_segments
@@ -80,7 +81,7 @@ def test_segment_random_stays_within_its_segments(num_frames, num_segments, seed
 @settings(max_examples=40)
 @given(st.integers(1, 40), st.integers(1, 40))
 def test_segment_random_reaches_every_frame(num_frames, num_segments):
-    """The last ones too: tsn-pytorch's equal, rounded-down segments never draw them."""
+    """The last frames too, which tsn-pytorch's equal, rounded-down segments never draw."""
     rng = np.random.default_rng(0)
     seen = {
         frame

@@ -1,4 +1,5 @@
-"""Parts of files as rows: spans from tables, windows, and their frames, which are those of decoding all by time."""
+"""Parts of files as rows: spans from tables, windows, and their frames, which equal those of
+decoding everything and choosing by time."""
 
 import csv
 import re
@@ -49,12 +50,13 @@ def shown_centers(times: np.ndarray) -> np.ndarray:
 
 
 def seconds_of(whole: Whole) -> np.ndarray:
-    """When every frame of a plainly decoded video is shown, after its first."""
+    """The time at which every frame of a plainly decoded video is shown, after its first."""
     return np.sort(np.array(whole.seconds)) - min(whole.seconds)
 
 
 def expected(whole: Whole, span: tuple[float, float], sample=centers) -> np.ndarray:
-    """The frames by the slow way: decode all, look at each time, sample among those inside."""
+    """The frames by the slow way: decode everything, compare each time, sample among the frames
+    inside."""
     inside = [
         number
         for number, time in enumerate(seconds_of(whole))
@@ -66,7 +68,8 @@ def expected(whole: Whole, span: tuple[float, float], sample=centers) -> np.ndar
 
 
 def assert_spans_are_exact(path: Path, spans=SPANS) -> None:
-    """Raises AssertionError unless spans of `path`, all in one pass and each alone, are what decoding all gives."""
+    """Raises AssertionError unless spans of `path`, all in one pass and each alone, equal those of
+    decoding everything."""
     whole = decode_everything(path)
     together = dict(decode_spans(path, [(span, shown_centers) for span in spans]))
     assert sorted(together) == list(range(len(spans)))
@@ -201,7 +204,8 @@ def test_damage_in_the_middle_is_that_of_the_spans_it_lies_in(name, tmp_path):
 
 
 def test_what_follows_in_one_file_is_read_in_one_pass(tmp_path, monkeypatch):
-    """Over several calls, as a decode child gets them: the file's packets are looked at once, few are decoded twice."""
+    """Also over several calls, as in a decode child: the file's packets are read once, and few are
+    decoded twice."""
     path = write_video(tmp_path / "a.mp4", frames=400, gop=20, bframes=2)
     looked, fed = [], []
     read, packet = packets.PacketDecoder._read, packets._Redemuxer.packet
@@ -249,7 +253,8 @@ def test_a_file_that_changed_is_looked_at_again(tmp_path):
 
 
 def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
-    """Losslessly cut at its key frames, a part of a file gives what the span gives, all views of it."""
+    """A part of a file, cut out losslessly at its key frames, gives the same as the span, in all
+    views."""
     parts = [
         write_video(tmp_path / f"{gop}.mp4", frames=25, gop=gop, bframes=0) for gop in (5, 7, 25)
     ]
@@ -527,7 +532,7 @@ def test_windows_that_cannot_be(tmp_path, changed, message):
 
 
 def test_memory_does_not_grow_with_the_number_of_spans(tmp_path):
-    """Spans come as they are complete: of 40, no more than two are held."""
+    """Spans are returned as soon as they are complete: of 40, no more than two are in memory."""
     short = write_video(tmp_path / "a.mp4", frames=50, gop=10)
     path = write_repeated(tmp_path / "long.mp4", short, 20)
     alive = []

@@ -52,7 +52,7 @@ def make(
 
 
 def features_of(store: FeatureStore, rows: np.ndarray) -> np.ndarray:
-    """Features that tell row, view, frame and channel apart."""
+    """Features that tell their row, view, frame and channel."""
     shape = (store.num_views, store.frames_per_video, store.dim)
     return np.stack([np.random.default_rng(row).normal(size=shape) for row in rows]).astype("<f2")
 

@@ -1,4 +1,5 @@
-"""Frames are what timm's own evaluation transform makes of them, for every published model's configuration."""
+"""Frames equal those of timm's own evaluation transform, for the configuration of every published
+model."""
 
 import itertools
 from dataclasses import replace
@@ -38,7 +39,7 @@ def prepared(frame: np.ndarray, see: Preprocessing) -> np.ndarray:
 
 
 def by_timm(frame: np.ndarray, config: dict) -> np.ndarray:
-    """uint8 [height, width, 3], without mean and std."""
+    """uint8 [height, width, 3], before mean and std."""
     config = timm.data.resolve_data_config(pretrained_cfg=config)
     transform = timm.data.create_transform(**config, use_prefetcher=True)
     return np.asarray(transform(Image.fromarray(frame))).transpose(1, 2, 0)
@@ -46,7 +47,7 @@ def by_timm(frame: np.ndarray, config: dict) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def frames(demo_clips: Path) -> list[np.ndarray]:
-    """Real ones: landscape, portrait, square, and smaller than what models see."""
+    """Real frames: landscape, portrait, square, and smaller than the input of models."""
     path = sorted((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))[0]
     with av.open(str(path)) as container:
         frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
@@ -81,7 +82,8 @@ def test_every_crop_mode_interpolation_and_size_is_timms(
 
 
 def test_the_configuration_of_every_published_model_is_timms(frames) -> None:
-    """All of timm.list_pretrained(), by configuration: none is refused, and each sees what timm shows it."""
+    """All of timm.list_pretrained(), by configuration: none is refused, and each gets the pictures
+    that timm gives it."""
     kinds: dict[Preprocessing, dict] = {}
     names = timm.list_pretrained()
     for name in names:
@@ -205,7 +207,7 @@ def test_training_views_of_thin_pictures_are_those_of_the_resized_one() -> None:
 
 
 def test_a_very_thin_picture_needs_little_memory(tmp_path: Path) -> None:
-    """8192 x 2 would be 1,048,576 x 256 pixels, 805 MB, if it were resized whole."""
+    """8192 x 2 would become 1,048,576 x 256 pixels, 805 MB, if the whole picture were resized."""
     import tracemalloc
 
     see = preprocessing_of(CONFIG, "model")

@@ -1,4 +1,5 @@
-"""What the backbone sees: torchvision's resize and center crop, TSN's crops, views that are what their names say."""
+"""The backbone's input: torchvision's resize and center crop, TSN's crops, and views that match
+their names."""
 
 import hashlib
 import itertools
@@ -33,7 +34,7 @@ FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BI
 
 
 def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth shapes under noise: uint8 [H, W, 3] that no two crops share."""
+    """Smooth shapes under noise, uint8 [H, W, 3]: no two crops are equal."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     waves = np.stack([np.sin(x / 7 + y / 11), np.cos(x / 5), np.sin(y / 3)], axis=-1) * 90 + 128
@@ -74,7 +75,8 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
 
 
 def test_resize_antialiases():
-    """A fine checkerboard shrunk to a third is gray; without antialiasing it would stay black and white."""
+    """A fine checkerboard shrunk to a third becomes gray. Without antialiasing it would stay black
+    and white."""
     board = np.broadcast_to(
         ((np.indices((96, 120)).sum(0) % 2) * 255)[..., None], (96, 120, 3)
     ).astype(np.uint8)
@@ -160,9 +162,11 @@ def test_views_are_named_in_their_order():
 
 
 def all_training_views(frame: np.ndarray, see: Preprocessing) -> dict[bytes, set[tuple]]:
-    """Every training view of a frame by its bytes, from tsn-pytorch's GroupMultiScaleCrop as it is written there.
+    """Every training view of a frame by its bytes, by tsn-pytorch's GroupMultiScaleCrop as written
+    there.
 
-    Values are the choices (width, height, left, top, flip) that give it: several, where two offsets coincide.
+    The values are the choices (width, height, left, top, flip) that give the view: several, if two
+    offsets coincide.
     """
     height, width = frame.shape[:2]
     sides = [int(min(height, width) * scale) for scale in (1, 0.875, 0.75, 0.66)]
@@ -243,7 +247,8 @@ def test_augmentation_is_a_function_of_seed_id_and_pass(one, other):
 
 
 def test_augmentation_is_the_same_in_every_process_and_version():
-    """A store that is resumed next year must go on with the same numbers: the recipe, spelled out."""
+    """A store that is resumed next year must continue with the same random numbers, so the test
+    spells out the recipe."""
     digest = hashlib.sha256(b"7\0train/walking/a.mp4\x002").digest()
     expected = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little"))).random(5)
     assert augmentation_rng(7, "train/walking/a.mp4", 2).random(5).tolist() == expected.tolist()
@@ -265,7 +270,7 @@ def prepared(path: Path, what: Plan, video_id: str = "id"):
 
 
 def whole_video(path: Path) -> tuple[list[np.ndarray], list[float]]:
-    """Every frame as RGB, and its seconds, by the plainest PyAV."""
+    """Every frame as RGB, and its time in seconds, by plain PyAV."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
         return [frame.to_ndarray(format="rgb24") for frame in frames], [
@@ -288,7 +293,7 @@ def clip(request, codec_clips) -> Path:
 
 
 def small_frames(frames: list[np.ndarray]) -> list[np.ndarray]:
-    """Resized by Pillow to torchvision's size: short side 40, the long side rounded down."""
+    """Frames resized by Pillow to torchvision's size: short side 40, the long side rounded down."""
     height, width = frames[0].shape[:2]
     short = min(height, width)
     size = (int(40 * width / short), int(40 * height / short))
@@ -386,7 +391,8 @@ def test_another_id_seed_or_pass_is_another_augmentation(changed, codec_clips):
 
 
 def test_pictures_are_handed_over_once(codec_clips):
-    """A video of one frame, in three crops and a random pass: four pictures, of which each clip repeats one."""
+    """A video of one frame, in three crops and a random pass: four pictures. Each clip repeats one
+    of them."""
     what = plan(crops=3, augment_passes=1, clip_length=2)
     out = np.zeros(what.slot_bytes, np.uint8)
     [result] = decode_job((str(codec_clips / "h264_1frame.mp4"), [("id", None)], what), out)
@@ -396,7 +402,7 @@ def test_pictures_are_handed_over_once(codec_clips):
 
 
 def test_clips_are_neighbors_around_the_sampled_frames(codec_clips):
-    """At either end they are moved inside; overlapping clips share pictures."""
+    """At both ends, clips are moved inside the video. Overlapping clips share pictures."""
     what = plan(frames=20, clip_length=8)
     out = np.zeros(what.slot_bytes, np.uint8)
     [result] = decode_job((str(codec_clips / "vp9.webm"), [("id", None)], what), out)
@@ -421,7 +427,7 @@ def test_a_partial_video_says_so_and_an_unreadable_one_raises(broken_clips):
 @settings(max_examples=25)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(1, 40), st.data())
 def test_every_crop_of_every_resized_frame_is_there(height, width, resize, data):
-    """No size of video, however small or long, leaves a crop outside the frame."""
+    """For videos of any size, no crop is outside the frame."""
     size = data.draw(st.integers(1, resize))
     see = Preprocessing(size=size, resize=resize, interpolation="bilinear", **IMAGENET)
     frame = resize_frame(picture(height, width), see)

@@ -1,4 +1,5 @@
-"""Clip-wise backbones: features are those of torchvision's and transformers' own modules under their own presets."""
+"""Clip-wise backbones: features equal those of torchvision's and transformers' own modules with
+their own presets."""
 
 import json
 from pathlib import Path
@@ -41,7 +42,7 @@ def prepared(frames: np.ndarray, trunk: Trunk) -> np.ndarray:
 
 
 def features_of(trunk: Trunk, frames: np.ndarray) -> Tensor:
-    """[rows, dim] of one clip, uint8 [L, H, W, 3]."""
+    """Features [rows, dim] of one clip, uint8 [L, H, W, 3]."""
     see = trunk.preprocessing
     pixels = torch.from_numpy(prepared(frames, trunk)).float() / 255
     pixels = (pixels - torch.tensor(see.mean)) / torch.tensor(see.std)
@@ -218,7 +219,7 @@ NORM = "encoder.layer.0.layernorm_before.weight"
 
 
 def tokens_of(model: Any, folder: Path, frames: np.ndarray) -> Tensor:
-    """Of transformers' own module under its own processor."""
+    """Tokens of transformers' own module with its own processor."""
     processor = transformers.AutoVideoProcessor.from_pretrained(folder)
     inputs = processor(list(frames), return_tensors="pt")
     with torch.inference_mode():
@@ -252,7 +253,8 @@ def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
 
 
 def test_timesformers_tokens_are_patch_by_patch(tmp_path: Path) -> None:
-    """Only the features of the last position see a change of the last frame, before any attention mixes them."""
+    """Before any attention mixes them, a change of the last frame changes only the features of the
+    last position."""
     make_folder(tmp_path, "timesformer")
     trunk = load_trunk(f"hf/{tmp_path}", weights="pretrained", per_clip="time")
     for layer in trunk.module[0].model.encoder.layer:
@@ -304,7 +306,8 @@ def test_random_weights_need_no_file_of_weights(tmp_path: Path) -> None:
 
 
 def test_videomaes_biases_arrive(tmp_path: Path) -> None:
-    """transformers 5 leaves the biases of published VideoMAE files (q_bias, v_bias) at 0, in silence."""
+    """transformers 5 silently leaves the biases of published VideoMAE files (q_bias, v_bias) at
+    0."""
     model = make_folder(tmp_path, "videomae")
     state = load_file(tmp_path / "model.safetensors")
     old = {

@@ -1,4 +1,5 @@
-"""Sources become listings: folders in every layout, CSVs in every header, one file; what is left out is named."""
+"""Listings of sources: folders in every layout, CSVs with every header, single files; everything
+that is left out is named."""
 
 import csv
 import errno

@@ -1,4 +1,5 @@
-"""Untrimmed videos of real clips, as a user has them: by spans, by windows, killed half-way, exported for detection."""
+"""Untrimmed videos of real clips, as users have them: extracted by spans and by windows, killed
+halfway, exported for detection."""
 
 import csv
 import json
@@ -39,7 +40,8 @@ CLIPS = Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "c
 
 @pytest.fixture(scope="module")
 def untrimmed(tmp_path_factory) -> Path:
-    """A folder of two videos of ten clips each, 20 s; `spans.csv` beside it says where each clip is."""
+    """A folder with two videos of ten clips each, 20 s, and `spans.csv` with the position of each
+    clip."""
     root = tmp_path_factory.mktemp("untrimmed") / "videos"
     root.mkdir()
     rows = ["path,label,start,end,split"]
@@ -92,7 +94,7 @@ def test_features_of_spans_are_those_of_clips_cut_out_without_loss(untrimmed, by
 
 
 def test_spans_in_one_pass_are_spans_one_by_one(untrimmed, by_spans, tmp_path):
-    """Blocks of one row, in an order of their own: every span is decoded alone."""
+    """Blocks of one row, in an order of their own, make every span be decoded alone."""
     with (untrimmed.parent / "spans.csv").open() as file:
         rows = list(csv.reader(file))
     table = tmp_path / "shuffled.csv"
@@ -177,7 +179,8 @@ def test_a_broken_file_fails_only_the_windows_behind_the_break(
 def test_a_decoder_that_crashes_fails_one_span_and_not_those_around_it(
     decoder, untrimmed, by_spans, tmp_path, monkeypatch
 ):
-    """With torchcodec, the job of several spans fails on the device, then in a child, then span by span."""
+    """With torchcodec, the job of several spans fails on the device, then in a child, and then runs
+    span by span."""
 
     class Crashing(driver.Worker):
         decode_job = staticmethod(crash_at_four_seconds)
@@ -206,7 +209,8 @@ def exported(store: Path, out: Path, capsys=None) -> tuple[np.ndarray, dict]:
 
 
 def actionformer_seconds(record: dict, row) -> np.ndarray:
-    """ActionFormer's own grid (libs/datasets): row i is that of the frame in the middle of its clip i."""
+    """ActionFormer's own grid (libs/datasets): the time of row i is that of the middle frame of its
+    clip i."""
     return (row * record["feat_stride"] + 0.5 * record["num_frames"]) / record["default_fps"]
 
 

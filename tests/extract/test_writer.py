@@ -1,4 +1,4 @@
-"""Videos that the house writes are those that it reads."""
+"""Videos that this package writes are read back frame by frame."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ from extract.decode import decode, write_video
 
 
 def shades(count: int, height: int = 32, width: int = 48) -> np.ndarray:
-    """Frames of one gray each, far enough apart to be told after coding."""
+    """Frames of one gray each, different enough to be recognized after coding."""
     return np.repeat(np.linspace(20, 235, count).astype(np.uint8), height * width * 3).reshape(
         count, height, width, 3
     )

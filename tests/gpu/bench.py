@@ -1,8 +1,10 @@
-"""What a GPU does here, measured: `python tests/gpu/bench.py --out FILE --seconds N`, one line of JSON a benchmark.
+"""Benchmarks of a GPU: `python tests/gpu/bench.py --out FILE --seconds N` writes one line of JSON
+per benchmark.
 
-Each answers with numbers by name, and with goals where there are some: what was got, and what was hoped for on an H100.
-They run in order of worth, and none begins that would not end in time. HGNL_GPU=pretended is a pretended GPU and
-sizes that mean nothing: it shows that the benchmarks run.
+A benchmark returns numbers by name, some with goals: the measured value, and the value that we hope
+for on an H100. They run in order of importance, and none starts that would not end in time. With
+HGNL_GPU=pretended, the GPU is simulated and the sizes are meaningless: that shows only that the
+benchmarks run.
 """
 
 import argparse
@@ -37,7 +39,7 @@ Numbers = dict[str, Any]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done; a rehearsal does next to nothing."""
+    """The amount of work; a rehearsal does almost none."""
 
     backbone: str
     batch: int
@@ -65,7 +67,7 @@ TINY = Size("test_resnet", 8, 2, 2, 1, 300, 32, 256, ((2, 4), (2,)))
 
 
 def seconds_of(work: Callable[[], Any], *, repeats: int = 5) -> float:
-    """The median of some turns, after one that does not count."""
+    """The median of several turns, after one that does not count."""
     each = []
     for _ in range(repeats + 1):
         torch.cuda.synchronize()
@@ -77,7 +79,8 @@ def seconds_of(work: Callable[[], Any], *, repeats: int = 5) -> float:
 
 
 def attempt(numbers: Numbers, what: str, work: Callable[[], Numbers]) -> None:
-    """Add what `work` measures; where it fails its error stands in its place, and the other numbers are kept."""
+    """Add the numbers that `work` measures. If it fails, its error is added instead, and the other
+    numbers are kept."""
     try:
         numbers |= work()
     except Exception as error:
@@ -86,7 +89,8 @@ def attempt(numbers: Numbers, what: str, work: Callable[[], Numbers]) -> None:
 
 
 def ceilings(size: Size) -> Numbers:
-    """What the machine could do: a matrix product, a copy to the device from pinned memory, a copy on it."""
+    """Limits of the machine: a matrix product, a copy to the device from pinned memory, and a copy
+    on the device."""
     left, right = (torch.randn(size.product, size.product, device=DEVICE).half() for _ in range(2))
     product = seconds_of(lambda: left @ right)
     host = torch.randint(0, 256, (size.product, size.product), dtype=torch.uint8)
@@ -106,7 +110,8 @@ def ceilings(size: Size) -> Numbers:
 
 
 def backbone_alone(size: Size) -> Numbers:
-    """Ready frames of the host through the backbone, several batches under way; start-up counted apart."""
+    """The backbone on ready frames in host memory, with several batches under way; start-up is
+    counted separately."""
     numbers: Numbers = {}
     loaded = {"weights": "random", "device": DEVICE, "precision": "fp16", "frames": size.batch}
     trunk = load_trunk(size.backbone, weights="random")
@@ -137,7 +142,8 @@ def backbone_alone(size: Size) -> Numbers:
 
 
 def _streamed(backbone: Backbone, frames: np.ndarray, count: int) -> tuple[float, float]:
-    """Frames a second over `count` batches, and the share of the time that the device computed."""
+    """Frames per second over `count` batches, and the fraction of the time in which the device
+    computed."""
     features = np.empty((len(frames), backbone.dim), np.float16)
     batches = backbone.batches()
     started = time.perf_counter()
@@ -149,7 +155,8 @@ def _streamed(backbone: Backbone, frames: np.ndarray, count: int) -> tuple[float
 
 
 def extraction(size: Size) -> Numbers:
-    """Whole extractions of real clips by each decoder, against the slower of decoding alone and the backbone alone."""
+    """Whole extractions of real clips by each decoder, against the slower of decoding alone and the
+    backbone alone."""
     from extract.__main__ import main
     from extract.options import Options
 
@@ -215,7 +222,8 @@ def _decoding_alone(backbone: Backbone, paths: list[str]) -> float:
 
 
 def epochs(size: Size) -> Numbers:
-    """Epochs of training on cached features that lie on the device, by proportion those of all of Kinetics-700."""
+    """Epochs of training on cached features on the device; the time for all of Kinetics-700 is
+    scaled up from them."""
     numbers: Numbers = {}
     goals: dict[str, tuple[float, str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +279,8 @@ def _epoch_seconds(store: FeatureStore, agg: str, size: Size) -> float:
 
 
 def grid(size: Size) -> Numbers:
-    """Every combination of g1 and g2 with three seeds by one command, against a command for each (one is timed)."""
+    """Every combination of g1 and g2 with three seeds by one command, against one command for each
+    (one is timed)."""
     walls, passes = [], []
     with tempfile.TemporaryDirectory() as folder:
         store = _cached(Path(folder, "f.zarr"), size, videos=max(size.videos // 10, 300))

@@ -1,4 +1,4 @@
-"""The device that GPU tests run on, and whether it is a pretended one: then networks are small."""
+"""The device on which GPU tests run, and whether it is simulated: then networks are small."""
 
 import os
 

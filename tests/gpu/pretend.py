@@ -1,10 +1,12 @@
-"""A pretended GPU: PyTorch's `cuda` is the CPU, a graph calls again what was called, streams and events do nothing.
+"""A simulated GPU: PyTorch's `cuda` is the CPU, a graph repeats the recorded calls, and streams and
+events do nothing.
 
     HGNL_GPU=pretended python -m pytest tests/gpu
 
-It proves nothing about CUDA. It runs the lines that would run on a GPU, with every decision that hangs on the device:
-what is pinned, which precision, which slots, which decoder, what a graph may not do again. `calls` are the last calls,
-in their order and with their streams, which are numbered from 1 in the order in which they are made.
+It proves nothing about CUDA. It runs the lines that would run on a GPU, with every decision that
+depends on the device: pinned memory, precision, slots, the decoder, and the calls that a graph may
+not repeat. `calls` are the last calls, in order and with their streams. Streams are numbered from 1
+in the order in which they are made.
 """
 
 import itertools
@@ -84,7 +86,7 @@ def stream(one: Stream) -> Iterator[None]:
 
 
 def compute(run: Callable) -> Callable:
-    """`run`, and a line in `calls` whenever it is called."""
+    """Call `run`, and add a line to `calls`."""
 
     def called(*arguments: Any) -> Any:
         calls.append(f"compute on {_current[-1]}")
@@ -94,7 +96,8 @@ def compute(run: Callable) -> Callable:
 
 
 class CUDAGraph:
-    """What was called is called again on the same memory, and nothing else: no Python, no new value of the host."""
+    """Repeats the recorded calls on the same memory, and nothing else: it runs no Python and sees
+    no new value of the host."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, tuple, dict, Any]] = []
@@ -128,7 +131,8 @@ def graph(one: CUDAGraph, stream: Stream, capture_error_mode: str) -> Recording:
 
 
 def begin(replace: Callable[[Any, str, Any], object] = setattr) -> None:
-    """For the rest of this process; with `replace=monkeypatch.setattr`, of a test, which uses `CudaIsTheCpu` itself."""
+    """Simulate a GPU for the rest of this process, or with `replace=monkeypatch.setattr` for a test
+    that uses `CudaIsTheCpu` itself."""
     global _numbers
     _numbers = itertools.count(1)
     calls.clear()

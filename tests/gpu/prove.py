@@ -1,12 +1,14 @@
-"""make gpu: every test and benchmark that wants a GPU, in under nine minutes, on a machine that needs no network.
+"""make gpu: every test and benchmark that needs a GPU, in less than nine minutes, on a machine that
+needs no network.
 
-    wheelhouse/part*  -> build/gpu/site         what the machine lacks (`make wheelhouse`, on one with a network)
+    wheelhouse/part*  -> build/gpu/site         packages that the machine lacks (`make wheelhouse`, elsewhere)
     tests/gpu         -> HGNL_GPU=1 pytest      may fail, must not skip
-    tests/gpu/bench.py                          what it is worth
+    tests/gpu/bench.py                          the measured speed
                       -> runs/gpu/gpu.json and gpu.md, the table that is printed
 
-Exit status 1 where a test fails or skips or a benchmark ends in an error; a goal that is missed is only said.
-`--rehearse` does all of it with small networks on a pretended GPU (`pretend.py`), which proves only that it runs.
+The exit status is 1 if a test fails or skips, or if a benchmark ends with an error. A missed goal
+is only reported. `--rehearse` does all of it with small networks on a simulated GPU (`pretend.py`),
+which proves only that it runs.
 """
 
 import argparse
@@ -30,7 +32,7 @@ VERSIONS = ("torch", "torchvision", "timm", "numpy", "av", "torchcodec", "zarr",
 
 
 def install() -> None:
-    """Unpack those wheels of the wheelhouse, if there is one, whose packages this Python has not."""
+    """Unpack the wheels of the wheelhouse, if there is one, whose packages this Python lacks."""
     known = {
         plain(one.name) for one in importlib.metadata.distributions(path=[*sys.path, str(SITE)])
     }
@@ -55,12 +57,13 @@ def install() -> None:
 
 
 def plain(name: str) -> str:
-    """A package's name as indexes compare it."""
+    """A package's name in the form that indexes compare."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """Of the tests and benchmarks: where packages lie, FFmpeg for torchcodec, and that there is a GPU."""
+    """Environment variables of the tests and benchmarks: folders of packages, FFmpeg for
+    torchcodec, and that there is a GPU."""
     folders = [ROOT, ROOT / "tests", ROOT / "tests" / "gpu", SITE]
     paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
     changed = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
@@ -111,7 +114,8 @@ def machine(env: dict[str, str]) -> dict[str, Any]:
 def run_tests(
     env: dict[str, str], folder: Path, *, seconds: float, only: list[str]
 ) -> dict[str, Any]:
-    """All tests marked gpu; counts, and what did not pass with its last line."""
+    """Run all tests marked gpu; returns counts, and each test that did not pass with its last
+    line."""
     report = folder / "tests.xml"
     report.unlink(missing_ok=True)
     command = [

@@ -1,4 +1,5 @@
-"""Backbones on a GPU: features against fp32 on the CPU, the same bytes again, batches under way, what goes wrong."""
+"""Backbones on a GPU: features against fp32 on the CPU, equal bytes on a rerun, batches under way,
+and errors."""
 
 import os
 import subprocess
@@ -45,7 +46,8 @@ CLIP = (
 
 
 def frames_of(backbone: Backbone, count: int) -> np.ndarray:
-    """Frames of a real clip: pretrained features of noise are small, and rounding them looks large."""
+    """Frames of a real clip. Pretrained features of noise are small, so rounding them would look
+    large."""
     size = backbone.preprocessing.size
     square = lambda frame: np.asarray(Image.fromarray(frame).resize((size, size)))  # noqa: E731
     return decode(CLIP, lambda found: segment_centers(found, count), resize=square).frames
@@ -81,7 +83,8 @@ def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
 
 @pytest.mark.parametrize("form", ["eager", "graphs"])
 def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) -> None:
-    """Several batches under way, the last one padded; another order; another process's network; both forms."""
+    """Several batches under way with a padded last one; another order; the network of another
+    process; both forms."""
     made = [
         load_backbone(
             "test_resnet" if PRETENDED else "legacy_seresnet18",
@@ -102,7 +105,7 @@ def test_the_same_bytes_again_whatever_is_beside_and_however_it_runs(form: str) 
 
 
 def test_the_compiled_form_rounds_otherwise_and_is_recorded() -> None:
-    """So that a store is never continued in another."""
+    """So a store is never continued with another form."""
     loaded = {"weights": "random", "device": DEVICE, "frames": 8, "precision": "bf16"}
     eager, compiled = (
         load_backbone("test_resnet", form=form, **loaded) for form in ("eager", "compiled")
@@ -168,7 +171,7 @@ def test_out_of_memory_names_the_flag_that_helps(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_gpu_that_is_gone_is_named(tmp_path) -> None:
-    """Never the CPU in silence."""
+    """The CPU is never used silently."""
     command = [
         sys.executable,
         "-m",

@@ -55,7 +55,8 @@ def test_an_extraction_on_a_gpu_is_that_of_a_cpu_and_gives_the_same_bytes_again(
 
 
 def test_decoding_on_a_gpu_sees_the_same_frames(demo_clips):
-    """Indices, times and counts are equal; pictures within the tolerance that stores record."""
+    """Indices, times and counts are equal, and pictures are within the tolerance that stores
+    record."""
     clips = sorted((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))[::20]
     assert len(clips) >= 5
     means = []
@@ -76,7 +77,8 @@ def test_decoding_on_a_gpu_sees_the_same_frames(demo_clips):
 
 
 def test_what_a_gpu_cannot_decode_is_decoded_by_pyav_and_named(codec_clips, tmp_path, capsys):
-    """VP8 is nothing for NVDEC in torchcodec's hands here, since its packets are not counted on; it is not lost."""
+    """VP8 is not decoded by NVDEC through torchcodec here, since its packets cannot be trusted;
+    PyAV decodes it."""
     decoder = f"torchcodec-{DEVICE}"
     store = extract(codec_clips, tmp_path / "gpu.zarr", decoder=decoder, precision="bf16")
     plain = extract(codec_clips, tmp_path / "cpu.zarr", precision="bf16")

@@ -1,4 +1,5 @@
-"""An exported model in onnxruntime, on the GPU where onnxruntime has CUDA, beside PyTorch on the device."""
+"""An exported model in onnxruntime, on the GPU if onnxruntime has CUDA, against PyTorch on the
+device."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""`make gpu` and `make wheelhouse` themselves, rehearsed on the CPU: files execute, counts and words are right."""
+"""`make gpu` and `make wheelhouse` themselves, rehearsed on the CPU: files execute, counts and
+messages are right."""
 
 import importlib.metadata
 import json
@@ -74,7 +75,8 @@ REHEARSED = (
 
 @pytest.mark.timeout(1800 if THOROUGH else 300)
 def test_the_whole_of_it_rehearsed_on_the_cpu(tmp_path):
-    """All benchmarks, and the tests that differ, on a GPU that is pretended; with `make fuzz` nearly all tests."""
+    """All benchmarks, and tests of each kind, on a simulated GPU; with `make fuzz` nearly all
+    tests."""
     prove_it = [sys.executable, str(ROOT / "tests" / "gpu" / "prove.py"), "--rehearse"]
     names = ("test_backbone.py", "test_extract.py", "test_onnx.py", "test_training.py")
     tests = [f"tests/gpu/{name}" for name in (names if THOROUGH else REHEARSED)]
@@ -179,7 +181,7 @@ def test_parts_are_few_and_none_is_too_large():
 
 
 def test_extraction_by_one_worker_needs_no_ray(tmp_path):
-    """Nor does training: a GPU machine has none."""
+    """Training does not need Ray either: a GPU machine may have none."""
     clip = ROOT / "tests" / "clips" / "codecs" / "h264_portrait.mp4"
     code = f"""
 import sys

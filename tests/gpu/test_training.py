@@ -34,7 +34,7 @@ def features(tmp_path_factory) -> str:
 
 @pytest.fixture
 def _full_fp32(monkeypatch):
-    """Convolutions of a GPU round fp32 to 10 bits unless told otherwise."""
+    """By default, convolutions of a GPU round fp32 to 10 bits."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
@@ -174,7 +174,8 @@ def videos(tmp_path_factory, request) -> Path:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("model", ["tsn", "hgnl", "stnet"])
 def test_fine_tuning_in_half_precision(model, precision, videos, tmp_path):
-    """Scaler, clipping, micro-batches of two, TSN's activations computed again; the test sees what training kept."""
+    """With scaler, clipping, micro-batches of two, and TSN's activations recomputed. The test sees
+    the weights that training kept."""
     more = (
         {"g1": 4, "g2": 2, "m1": 16}
         if model == "hgnl"

@@ -1,7 +1,9 @@
-"""make wheelhouse: the wheels that a GPU machine without a network lacks, in parts small enough to be carried.
+"""make wheelhouse: the wheels that a GPU machine without a network lacks, in parts small enough to
+carry.
 
-Such a machine has Python 3.12 with torch, torchvision, timm, numpy, pandas, scikit-learn, pytest and what comes with
-those; nothing here needs Ray. Versions are those of requirements.lock. `make gpu` installs from all parts it finds.
+Such a machine has Python 3.12 with torch, torchvision, timm, numpy, pandas, scikit-learn, pytest
+and their requirements; nothing here needs Ray. Versions are those of requirements.lock. `make gpu`
+installs from all parts that it finds.
 """
 
 import subprocess
@@ -36,7 +38,8 @@ PLATFORMS = (
 
 
 def pinned(names: tuple[str, ...] = LACKING) -> list[str]:
-    """`name==version` as requirements.lock has them for that Python on Linux; names it does not hold are left out."""
+    """`name==version` as requirements.lock has them for that Python on Linux; names that it does
+    not hold are left out."""
     environment = {
         "python_version": PYTHON,
         "python_full_version": f"{PYTHON}.3",
@@ -54,7 +57,8 @@ def pinned(names: tuple[str, ...] = LACKING) -> list[str]:
 
 
 def parts(sizes: dict[str, int], limit: int = PART_BYTES) -> list[list[str]]:
-    """Names in as few groups of at most `limit` bytes as putting the largest first gives; one too large is an error."""
+    """Groups of names of at most `limit` bytes, filled with the largest first. A wheel that is too
+    large is an error."""
     groups: list[list[str]] = []
     for name in sorted(sizes, key=lambda name: -sizes[name]):
         if sizes[name] > limit:

@@ -1,4 +1,4 @@
-"""What the demo says of its own results."""
+"""The text that the demo prints about its own results."""
 
 from pipelines.demo import EXPECTED, MODELS, compared_with_expected, story_of_ensemble
 

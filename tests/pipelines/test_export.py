@@ -1,4 +1,5 @@
-"""python -m pipelines.export: what onnxruntime computes from the file is what PyTorch computes from real frames."""
+"""python -m pipelines.export: from real frames, onnxruntime computes with the file what PyTorch
+computes."""
 
 import json
 import subprocess
@@ -42,7 +43,8 @@ def real_frames(preprocessing: Preprocessing, *, batch: int, frames: int) -> np.
 
 
 def assert_parity(file: Path, checkpoint: Path, shapes) -> None:
-    """The file against the plain model: backbone, aggregator, classifier, normalized by hand."""
+    """Compare the file with the plain model: backbone, aggregator, classifier, with explicit
+    normalization."""
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     model = model_from_record(Checkpoint.load(checkpoint))
     see = model.preprocessing

@@ -1,4 +1,4 @@
-"""hgnl: every command under one name, in any folder; commands and hints that can be pasted."""
+"""hgnl: every command under one name, in any folder; printed commands and hints can be pasted."""
 
 import importlib
 import importlib.metadata
@@ -151,7 +151,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, capsys):
 
 @pytest.fixture
 def own_folder(tmp_path) -> Path:
-    """A user's folder: two videos, and modules of their own with our packages' names."""
+    """A user's folder: two videos, and the user's own modules with the names of our packages."""
     for number, clip in enumerate(
         sorted((ROOT / "pipelines/clips/exercise_mini/clips").rglob("*.mp4"))[:2]
     ):
@@ -163,7 +163,8 @@ def own_folder(tmp_path) -> Path:
 
 
 def run_in(folder: Path, *command: str, script: bool = True) -> str:
-    """What `hgnl COMMAND` (as the console script runs it), or a Python command, prints in `folder`."""
+    """The output of `hgnl COMMAND` (as the console script runs it), or of a Python command, in
+    `folder`."""
     start = "import sys; sys.path.remove(''); from pipelines.__main__ import main; sys.exit(main())"
     line = [sys.executable, *(["-c", start] if script else []), *command]
     done = subprocess.run(

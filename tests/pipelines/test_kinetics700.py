@@ -1,4 +1,5 @@
-"""The whole recipe on a small folder in Kinetics' own layout: real clips, broken ones, missing ones, a leak."""
+"""The whole recipe on a small folder in Kinetics' own layout: real clips, broken ones, missing
+ones, and a leak."""
 
 import csv
 import json
@@ -19,7 +20,8 @@ def name_of(number: int) -> str:
 
 @pytest.fixture(scope="module")
 def roots(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """Kinetics-700 in folders (`_` for spaces) with a broken clip; flat with a CSV and one missing; a Kinetics-600."""
+    """Three folders: Kinetics-700 by class (`_` for spaces) with a broken clip; flat with a CSV and
+    a missing clip; a Kinetics-600."""
     source = sorted(
         (Path(__file__).parents[2] / "pipelines" / "clips" / "exercise_mini" / "clips").rglob(
             "*.mp4"

@@ -1,4 +1,5 @@
-"""python -m pipelines.predict: the answers of plain PyTorch on frames decoded the plain way; windows; refusals."""
+"""python -m pipelines.predict: its results equal those of plain PyTorch on plainly decoded frames;
+windows; refusals."""
 
 import csv
 import json
@@ -40,7 +41,7 @@ CLIPS = Path(__file__).parents[2] / "pipelines" / "clips"
 
 @pytest.fixture(scope="module")
 def clips() -> list[Path]:
-    """Of 72 and 87 frames."""
+    """Clips of 72 and 87 frames."""
     folder = CLIPS / "daily_actions" / "clips"
     return [
         folder / "reading" / "s1_ADL_10_00000_00250.mp4",
@@ -65,7 +66,8 @@ def predictor_of(checkpoint: Path, **changes) -> Predictor:
 
 
 def plain_logits(path: Path, indices: np.ndarray, checkpoint: Path, backbone) -> np.ndarray:
-    """All frames decoded, some chosen, cropped, then backbone and classifier: no feed, no batches across windows."""
+    """Decode all frames, choose, crop, run backbone and classifier: without the program's pools and
+    batches across windows."""
     see = backbone.preprocessing
     frames = decode(path, np.arange).frames[indices]
     small = np.stack([resize_frame(frame, see) for frame in frames])
@@ -150,7 +152,7 @@ def test_stnet_sees_neighboring_frames(clips, tmp_path):
 
 
 def prepared_logits(model, clip: Path, plan: Plan) -> np.ndarray:
-    """As `aggregate.evaluate --videos` sees a clip."""
+    """Logits of a clip as `aggregate.evaluate --videos` computes them."""
     out = np.zeros(plan.shape, np.uint8)
     mask = new_segments(prepare_row(str(clip), "clip", plan, out).clips[0])
     with torch.inference_mode():
@@ -292,7 +294,7 @@ def test_a_video_whose_features_overflow_fails_alone(clips, hgnl, monkeypatch):
     "clip", ["h264_vfr.mp4", "h264_start_5s.mp4", "vp8.webm", "h264_1fps.mp4", "h264_1frame.mp4"]
 )
 def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone):
-    """A frame is in a window by its own time; a rate times an index would be wrong."""
+    """A frame belongs to a window by its own time; its index divided by a rate would be wrong."""
     path = codec_clips / clip
     everything = decode(path, np.arange)
     seen = predictor_of(hgnl, segments=3)(path, window=0.3, stride=0.2)
@@ -340,7 +342,7 @@ def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
 
 
 def test_a_long_video_passes_through_a_few_slots(clips, hgnl, backbone, monkeypatch):
-    """Windows are sent in many jobs; what comes back stands in the order of the video."""
+    """Windows are sent in many jobs, and results come back in the order of the video."""
     monkeypatch.setattr("extract.decode.jobs._MAX_SLOT_BYTES", 1)
     seen = predictor_of(hgnl, segments=2)(clips[0], window=0.2)
     assert len(seen.windows) > 8
@@ -533,7 +535,8 @@ def test_what_is_not_the_recorded_backbone_is_refused(tmp_path):
 
 
 def test_timms_own_weights_are_compared_by_name(tmp_path, monkeypatch):
-    """Without a network: the weights that are at hand are a package's file, the record says timm's."""
+    """Without a network, the available weights are the file of a pip package, while the record
+    names timm's."""
     checkpoint = Checkpoint.load(small_models.cached(tmp_path))
     checkpoint.features["weights"] = {
         "name": "timm test_resnet.r160_in1k (timm/test_resnet.r160_in1k)"

@@ -1,4 +1,5 @@
-"""python -m pipelines.report on a whole folder of runs, on partial ones and on nothing at all."""
+"""python -m pipelines.report on a whole folder of runs, on incomplete ones and on an empty
+folder."""
 
 import base64
 import json
@@ -49,7 +50,7 @@ SECTIONS = (
 
 
 class Page:
-    """What a page holds; an AssertionError if its markup is not whole."""
+    """The content of a page. Raises AssertionError if its markup is not complete."""
 
     def __init__(self, html: str) -> None:
         self.html = html
@@ -115,7 +116,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def crossval_record() -> dict:
-    """What aggregate.crossval writes of two heads."""
+    """A record as aggregate.crossval writes it, with two heads."""
     around = {"value": 0.5, "low": 0.4, "high": 0.625}
     one = dict.fromkeys(("top1", "top5", "average_error"), around) | {
         "over_seeds": None,
@@ -463,7 +464,7 @@ def test_names_are_text_and_not_html_or_mathematics(tmp_path):
 
 
 def test_the_most_confused_pair_is_the_planted_one(tmp_path):
-    """30 classes, of which 25 are always right: the matrix shows those that are not."""
+    """There are 30 classes, of which 25 are always right. The matrix shows the others."""
     labels = np.repeat(np.arange(30), 10)
     guesses = labels.copy()
     guesses[70:77] = 3  # 7 of 10 of class 7
@@ -483,7 +484,8 @@ def test_the_most_confused_pair_is_the_planted_one(tmp_path):
 
 
 class Planted(torch.nn.Module):
-    """Weighs each video by the weights it is given, in two groups; the second is silent."""
+    """Frame weights are the given ones of each video, in two groups; those of the second group are
+    0."""
 
     def __init__(self, weights: np.ndarray) -> None:
         super().__init__()
@@ -568,7 +570,7 @@ def test_tsne_keeps_clusters_apart():
 
 
 def browser() -> str | None:
-    """A Chromium of this machine, in PATH or as playwright keeps them."""
+    """A Chromium on this machine, in PATH or where playwright keeps it."""
     names = (
         "chromium",
         "chromium-browser",
@@ -612,7 +614,7 @@ FRAME = """<!DOCTYPE html><iframe id="frame" style="border: 0; width: {width}px;
 
 
 def shown_in_a_browser(html: str, folder: Path, *, width: int) -> dict:
-    """What a real Chromium makes of a page; it must have no complaint."""
+    """The content of a page in a real Chromium, which must not report an error."""
     program = browser()
     if program is None:
         if os.environ.get("HGNL_BROWSER") == "1":
@@ -679,7 +681,7 @@ def save_scores(
 
 
 def test_the_best_model_of_test_is_chosen_on_validation(tmp_path):
-    """hgnl is best on val; that weighted is better on test must not matter."""
+    """hgnl is best on val, so it does not matter that weighted is better on test."""
     for model, on_val, on_test in (("tsn", 10, 8), ("weighted", 15, 18), ("hgnl", 20, 14)):
         save_scores(tmp_path, model, "val", on_val)
         save_scores(tmp_path, model, "test", on_test)
@@ -759,7 +761,7 @@ def test_the_best_model_is_tested_next_if_there_are_test_videos(folder, tmp_path
 
 
 def random_and_trained_stores(root: Path) -> None:
-    """Two stores of the same videos; the first by name has random weights."""
+    """Two stores of the same videos. The first by name comes from random weights."""
     features = np.random.default_rng(0).normal(size=(6, 6, 16))
     columns = {
         "labels": [0, 1] * 3,
@@ -837,7 +839,7 @@ def test_700_classes_show_the_worst_confusions(tmp_path):
 
 
 def test_random_weights_are_said_first_and_by_name():
-    """Of stores, of scores, of ensembles of such scores, and of cross-validations."""
+    """Those of stores, of scores, of ensembles of such scores, and of cross-validations."""
 
     class Recorded:
         def __init__(self, **record):

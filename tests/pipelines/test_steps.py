@@ -1,4 +1,4 @@
-"""Steps of recipes: which weights are used, and when scores are made again."""
+"""Steps of recipes: the weights that are used, and when scores are computed again."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,8 @@ def scored(path: Path, strength: float, *, seed: int) -> None:
 
 @pytest.mark.parametrize("useful", [True, False])
 def test_searched_weights_are_used_only_if_validation_supports_them(useful, tmp_path, monkeypatch):
-    """One model is noise, so that equal weights are far worse; or both are alike, so that a search is worth nothing."""
+    """In one case a model is noise, so equal weights are far worse. In the other both models are
+    alike, so a search gains nothing."""
     monkeypatch.setattr(steps, "scores_are_of", lambda options: True)
     scored(tmp_path / "scores" / "a_val.h5", 2.0, seed=0)
     scored(tmp_path / "scores" / "b_val.h5", 0.0 if useful else 2.0, seed=1)
@@ -39,7 +40,8 @@ def test_searched_weights_are_used_only_if_validation_supports_them(useful, tmp_
 
 
 def test_scores_are_made_again_only_if_what_they_are_made_of_changed(tmp_path, capsys):
-    """Not by a file's time: the checkpoint's content, the store's rows, labels and features, and the options decide."""
+    """The time of a file does not matter. The checkpoint's content, the store's rows, labels and
+    features, and the options do."""
     classes_store(tmp_path / "f.zarr")
     one = {"features": str(tmp_path / "f.zarr"), "epochs": 1, "batch_size": 16}
     train.main(train.Options(agg="tsn", out=tmp_path / "tsn", **one))

@@ -1,4 +1,5 @@
-"""Untrimmed videos of known content: what lies where, and that train and test share nothing."""
+"""Untrimmed videos with known content: the position of each part, and that train and test share
+nothing."""
 
 import csv
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_distractors_of_train_and_test_are_of_other_people():
 
 
 def test_a_video_is_a_function_of_its_path(tmp_path):
-    """Whatever else is made; another copy is another."""
+    """It does not depend on the other videos that are made; another copy is another video."""
     rows = [row for row in untrimmed.planned(2) if row["split"] == "train"][:2]
     assert rows[0]["group"] == rows[1]["group"]
     rooms = untrimmed.distractors((1,))
