@@ -14,18 +14,20 @@ import pytest
 
 from extract.cores import available_cores
 
-# Threads of a team wait asleep: on a machine that others load, spinning makes small tensor work 20 times slower.
+# Waiting threads sleep: if others load the machine, spinning makes small tensor work 20 times
+# slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is imported
 
 ROOT = Path(__file__).parent.parent
 os.environ.setdefault(
     "HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl")
 )  # converted networks, kept between runs
-# Two processes that share the suite share the cores too; each with all of them would slow down both.
+# Two test processes share the cores; if each used all of them, both would be slower.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = available_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-# What takes longest, longest first: begun in this order where two processes share the suite, so that both end together.
+# The slowest files, slowest first. Two test processes start them in this order, so that both end
+# together.
 LONGEST = (
     "test_ray_pool.py",
     "test_prove.py",
@@ -53,7 +55,7 @@ LONGEST = (
 with contextlib.suppress(ImportError):  # a machine with a GPU may have none
     import hypothesis
 
-    # How long an example takes says nothing where others use the machine too.
+    # The time of an example says nothing if others use the machine too.
     slow = [hypothesis.HealthCheck.too_slow]
     hypothesis.settings.register_profile(
         "shared machine", deadline=None, suppress_health_check=slow
@@ -109,7 +111,7 @@ def _state_restored():
 def pytest_configure() -> None:
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # a shell's background job; what tests start must not be deaf
+    ):  # a shell's background job ignores SIGINT; processes that tests start must not
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("HGNL_GPU") == "pretended":
         import pretend

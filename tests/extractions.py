@@ -67,5 +67,5 @@ def decode_children() -> list[psutil.Process]:
 def command_of(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
-    except psutil.Error:  # it ended meanwhile, or is a zombie
+    except psutil.Error:  # it has ended, or is a zombie
         return []

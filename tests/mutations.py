@@ -114,5 +114,5 @@ def plainly(path: str) -> tuple[list[str], list[bool], str]:
 
 
 def packets_of(container, stream):
-    with contextlib.suppress(IndexError):  # PyAV's, where a stream appears in the middle
+    with contextlib.suppress(IndexError):  # raised by PyAV if a stream appears in the middle
         yield from container.demux(stream)

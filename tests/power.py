@@ -51,7 +51,7 @@ class PowerCuts:
         self._held: list[int] = []  # descriptors, so that no inode number is given away twice
         self._kinds: dict[int, bool] = {}  # inode -> whether it is a folder
         self._lock = threading.RLock()
-        for folder, _, files in os.walk(root):  # what is there before is on the disk
+        for folder, _, files in os.walk(root):  # earlier files are on the disk
             for name in (*files, ""):
                 self._synced(os.open(os.path.join(folder, name), os.O_RDONLY))
 
@@ -172,7 +172,7 @@ class FullDisk:
                         self.places.append(self._place(real.__name__, Path(path)))
                     if self.left < 0 and not there:
                         self.refused += 1
-                        raise OSError(self.code, os.strerror(self.code))  # a write knows no name
+                        raise OSError(self.code, os.strerror(self.code))  # a write has no file name
             return real(where, *arguments, **named)
 
         return call

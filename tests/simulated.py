@@ -12,7 +12,7 @@ from extract.workers.worker import Worker
 from simulated_decoding import sleep_to_decode
 
 FRAMES, SIZE, DIM = 25, 224, 64
-H100_FRAMES = 5000.0  # that the backbone takes a second
+H100_FRAMES = 5000.0  # frames per second of the backbone
 
 
 class SleepingBatches:

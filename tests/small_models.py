@@ -13,7 +13,7 @@ from extract.backbone.model import Trunk, load_trunk
 
 BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
 CLASSES = ["barbell", "dumbbell", "kettlebells", "none", "reading", "walking", "drinking"]
-# Options under which every aggregator does something of its own.
+# Options under which all aggregators differ.
 AGGREGATORS: dict[str, dict[str, Any]] = {
     "tsn": {},
     "max": {},
@@ -80,7 +80,7 @@ def _lively(model: torch.nn.Module) -> torch.nn.Module:
         aggregator = model.aggregator
         if hasattr(
             aggregator, "key"
-        ):  # else all scores may be below 0, and a ReLU leaves no attention
+        ):  # otherwise all scores may be below 0, and the ReLU leaves no attention
             aggregator.key.load_state_dict(aggregator.query.state_dict())
     return model.eval()
 

@@ -27,7 +27,7 @@ def test_the_cluster_file_is_one_that_ray_takes():
     jsonschema.validate(config, json.loads(schema.read_text()))
     assert config["head_node_type"] in config["available_node_types"]
     types = config["available_node_types"]
-    assert types["head"]["resources"] == {"CPU": 0}  # no worker runs beside the driver
+    assert types["head"]["resources"] == {"CPU": 0}  # no worker runs next to the driver
     assert [name for name, node in types.items() if "GPU" in node["resources"]] == ["gpu"]
     assert config["max_workers"] >= sum(node["max_workers"] for node in types.values())
     validate_config(fillout_defaults(config))

@@ -33,8 +33,9 @@ from videos import write_video
 
 VIDEOS, ODD, FILES = (2000, 1200, 500) if THOROUGH else (400, 120, 100)
 ROOT = Path(__file__).parent.parent
-# Seeds whose damage only decoding everything would tell: an H.264 stream lost frames of which no container, flag or log
-# says anything, and what the decoder makes of the gap depends on frames that were skipped. About 1 in 2,500.
+# Seeds whose damage only decoding everything would detect: an H.264 stream lost frames, no
+# container, flag or log shows it, and the decoder's output in the gap depends on frames that were
+# skipped. About 1 in 2,500.
 UNTOLD = {597}
 
 

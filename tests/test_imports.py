@@ -13,11 +13,12 @@ ROOMS = (
     "aggregate",
     "ensemble",
     "pipelines",
-)  # data flows down: a room imports itself and those before it
+)  # data flows down: a package imports itself and those before it
 MODULES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 NAMES = [path.relative_to(ROOT).as_posix() for path in MODULES]
 
-# Where a foreign library may be imported; every library that is not named here may be imported anywhere.
+# Where an external library may be imported. Libraries that are not named here may be imported
+# anywhere.
 HOMES = {
     "zarr": ("extract/store/",),
     "av": ("extract/decode/",),
@@ -35,7 +36,8 @@ TORCH_FREE = (
     ),
     *("aggregate/metrics.py", "aggregate/scores.py", "ensemble/"),
 )
-# Its functions import torch, and no decoding subprocess calls one (test_a_child_never_imports_torch).
+# Its functions import torch, and no decoding subprocess calls one
+# (test_a_child_never_imports_torch).
 ON_GPU = "extract/decode/nvdec.py"
 
 
@@ -181,7 +183,7 @@ def test_the_house_stays_readable():
     assert not long
 
 
-# Nouns that say nothing of what a variable holds.
+# Nouns that say nothing about the contents of a variable.
 GENERIC = {
     "one",
     "some",

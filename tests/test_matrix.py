@@ -387,7 +387,7 @@ def test_a_store_that_grew_leaves_the_run_as_it_would_have_been(here):
         one, two = (Checkpoint.load(Path(folder) / name).state_dict for folder in ("run", "kept"))
         assert all(np.array_equal(one[key], two[key]) for key in one)
     assert Path("run/results.json").read_bytes() == Path("kept/results.json").read_bytes()
-    # A finished run on a store that has since grown: the table is of the videos that it was validated on.
+    # A finished run on a store that has grown since: the table shows the videos of its validation.
     train.main(TRAIN)
     assert Path("run/results.json").read_bytes() == Path("kept/results.json").read_bytes()
     assert not any("new/" in line for line in Path("run/videos.csv").read_text().splitlines())

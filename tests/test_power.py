@@ -402,7 +402,7 @@ def test_extract_on_a_disk_that_is_full(code, stride, extraction, tmp_path):
 def test_train_evaluate_fuse_report_ablate_and_crossval_on_a_disk_that_is_full(
     tmp_path, monkeypatch
 ):
-    # How a figure is drawn takes most of the time, and has nothing to do with the disk.
+    # Drawing figures takes most of the time, and has nothing to do with the disk.
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg></svg>")
     )

@@ -1,7 +1,7 @@
 """README.md and docs/: the tree names every module, the commands run, and links lead somewhere.
 
-The README's commands run first, in their order. The commands of a file in docs/ may use what they made, and nothing of
-another file. A command that appears several times runs once.
+The README's commands run first, in their order. The commands of a file in docs/ may use what they
+made, and nothing of another file. A command that appears several times runs once.
 """
 
 import importlib
@@ -22,8 +22,9 @@ PAGES = {
 }
 ELSEWHERE = (
     ROOT / "docs" / "features-from-elsewhere.md"
-)  # whose Python runs between its commands: test_elsewhere.py
-# Every command is run with these flags behind its own, so that minutes become seconds; none changes what it does.
+)  # its Python runs between its commands: see test_elsewhere.py
+# Every command gets these flags in addition to its own, so that it takes seconds instead of
+# minutes.
 SMALL = {
     "--backbone": "test_resnet",
     "--weights": "random",
@@ -123,9 +124,9 @@ def run(line: str, capsys) -> str:
     flags = {flag: value for flag, value in QUICK.get(module, {}).items() if flag not in arguments}
     if module in ("aggregate.train", "aggregate.crossval") and "hgnl" not in arguments:
         flags = {flag: value for flag, value in flags.items() if flag not in ("--g1", "--g2")}
-    if "--shots" in arguments:  # whose draws have no seeds
+    if "--shots" in arguments:  # draws have no seeds
         flags.pop("--seeds", None)
-    if any(word.startswith("torchvision/") for word in arguments):  # large, as small as they are
+    if any(word.startswith("torchvision/") for word in arguments):  # even the small ones are large
         flags["--frames"] = "1"
     more = [word for pair in flags.items() for word in pair]
     name = (
@@ -145,7 +146,7 @@ def test_every_command_runs_and_the_commands_that_they_print_run_too(folder, mon
     monkeypatch.chdir(folder)
     printed: dict[
         tuple[str, str], str
-    ] = {}  # the first of each kind: what follows `hgnl train`, `hgnl crossval` ...
+    ] = {}  # the first command of each kind that `hgnl train`, `hgnl crossval` ... print
     lines = commands()
     for line in lines:
         name = shlex.split(line)[1]

@@ -20,7 +20,7 @@ def join_clips(
     """
     spans, begin = [], Fraction(0)
     with av.open(str(path), "w") as output:
-        # Closed groups of frames, and key frames nowhere but where they are asked for.
+        # Closed groups of frames, and key frames only at the requested positions.
         parameters = {"crf": "18", "x264-params": "keyint=infinite:scenecut=0:open-gop=0:bframes=2"}
         stream = output.add_stream("libx264", rate=FPS, options=parameters)
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"

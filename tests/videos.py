@@ -13,7 +13,7 @@ from av.stream import Disposition
 
 from extract.decode.container import LENIENT_METADATA
 
-# FFmpeg's name of a container where the file's ending does not say it.
+# FFmpeg's name of a container, if it does not follow from the file's extension.
 _CONTAINERS = {".mkv": "matroska", ".ts": "mpegts", ".3gp": "3gp", ".wmv": "asf"}
 
 
@@ -223,7 +223,7 @@ _B = {"gop": 8, "bframes": 3, "frames": 30}
 _VFR = np.cumsum(np.random.default_rng(0).integers(5, 300, 30)).tolist()
 _LATE = [5000 + 40 * number for number in range(30)]
 
-# name -> how it is made; what only decoding everything gets right stands below
+# name -> how it is written; files that only decoding everything reads correctly are below
 TRUSTED = {
     "a.mp4": {},
     "b-frames.mp4": _B,
@@ -297,7 +297,7 @@ DOUBTED = {
     # Every packet is called a key frame: these were decoded from the middle of a group.
     "h263.avi": {"codec": "h263p"},
     "h263.mov": {"codec": "h263", "size": (176, 144)},
-    # Decoding can start at no frame but the first, though others are called key frames.
+    # Decoding can start only at the first frame, although others are called key frames.
     "intra-refresh.mp4": {
         "frames": 40,
         "options": {"x264-params": "intra-refresh=1:keyint=8:bframes=0"},

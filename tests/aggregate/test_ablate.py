@@ -125,7 +125,7 @@ def test_with_held_out_videos_a_seed_validates_on_its_own(tmp_path):
 
 
 def test_all_start_from_the_checkpoint(features, tmp_path, capsys):
-    # Without batch norm: its statistics move at any learning rate.
+    # Without batch norm, whose statistics change even at a learning rate of 0.
     train.main(
         train.Options(
             agg="tsn", features=features, out=tmp_path / "tsn", epochs=4, standardize=False
@@ -423,7 +423,8 @@ def test_differences_are_paired_by_video():
     places = {(name, 0): np.stack([videos, *rng.integers(0, 3, (2, 40))]) for name in "ab"}
     found = compare.difference(places, "b", "a", [0])
     assert found == paired_bootstrap(places["b", 0][2] == 0, places["a", 0][2] == 0)
-    # A second seed of other videos is more of the same; of the same videos, it is averaged with the first.
+    # A second seed with other videos adds videos; with the same videos, it is averaged with the
+    # first.
     places |= {(name, 1): places[name, 0] + np.array([[40], [0], [0]]) for name in "ab"}
     assert compare.difference(places, "b", "a", [0, 1]).value == pytest.approx(found.value)
     places |= {(name, 1): places[name, 0] for name in "ab"}

@@ -139,7 +139,7 @@ def test_videos_without_scores_or_label_and_classes_without_videos_are_left_out(
     logits = np.array([[0, 9, 0], [np.nan] * 3, [0, 9, 0], [9, 0, 0], [0, 0, 9]], np.float32)
     labels = np.array([0, 0, -1, 0, 0])
     issues = audit.label_issues(Scores(list("abcde"), ["x", "y", "z"], logits, labels))
-    assert issues == []  # y and z have no example, so nothing is known of their confidence
+    assert issues == []  # y and z have no example, so they are never confident
 
 
 def make_store(path, *, copies: int = 6) -> FeatureStore:

@@ -151,7 +151,7 @@ def test_the_command_takes_one_width_and_other_groups(capsys):
     )
     out = capsys.readouterr().out
     assert "g1 = 8" in out
-    assert "paper" not in out.split("Table 2")[0]  # no figure of the paper beside another setting
+    assert "paper" not in out.split("Table 2")[0]  # the paper has another setting
     assert "m = 2048" not in out
 
 

@@ -324,7 +324,7 @@ def test_a_video_without_a_group_is_a_group_of_its_own_and_windows_of_a_file_are
         f"s{row // 4}.mp4#{row % 4}000-{row % 4 + 1}000" for row in range(20)
     ]
     groups = [""] * 120
-    groups[0] = groups[1] = groups[100] = "anna"  # spans of s0.mp4: the other three are Anna's too
+    groups[0] = groups[1] = groups[100] = "anna"  # the other spans of s0.mp4 too
     store = FeatureStore.from_arrays(
         tmp_path / "f.zarr",
         np.zeros((120, 3, 8)),
@@ -400,11 +400,11 @@ def test_heads_that_see_order_are_tested_with_as_many_frames_as_in_training(
     assert measured["gru"]["3"]["difference"] is not None
     assert Scores.load(tmp_path / "cv" / "gru.h5").segments == 3
     alone = options(features, tmp_path / "gru first", agg=("gru", "max"), **quick)
-    crossval.main(alone)  # the only number of the baseline is what all are compared with
+    crossval.main(alone)  # all are compared at the only number of the baseline
     _, best = results_of(tmp_path / "gru first")["heads"]
     assert best["segments"]["6"]["difference"] is not None
     several = options(features, tmp_path / "several", agg=("gru",), frames=(2, 3), **quick)
-    crossval.main(several)  # which number a fold chooses is not known before
+    crossval.main(several)  # the number that a fold chooses is not known in advance
     assert [*results_of(tmp_path / "several")["heads"][0]["segments"]] == ["2", "6"]
 
 

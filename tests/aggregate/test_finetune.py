@@ -217,7 +217,7 @@ def test_partial_batch_norm_keeps_all_but_the_first(videos, tmp_path):
         for name in before
         if name.endswith("running_mean") and not torch.equal(before[name], after[name])
     }
-    assert moved == {"backbone.conv1.1.running_mean"}  # of a deep stem
+    assert moved == {"backbone.conv1.1.running_mean"}  # the first batch norm, in a deep stem
     assert not torch.equal(
         before["backbone.layer1.0.conv1.weight"], after["backbone.layer1.0.conv1.weight"]
     )
@@ -304,7 +304,7 @@ def cached(videos, tmp_path_factory) -> Path:
 def test_the_logits_at_step_0_are_the_cached_models_on_the_same_frames(videos, cached, tmp_path):
     store = FeatureStore.open(cached / "f.zarr")
     checkpoint = Checkpoint.load(cached / "hgnl" / "best.pt")
-    assert checkpoint.options["standardize"]  # with what its batch norm has learned
+    assert checkpoint.options["standardize"]  # with the statistics of its batch norm
     model = checkpoint.model()
     rows = np.flatnonzero(store.splits == "val")
     with prepare(
@@ -332,7 +332,7 @@ def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
     finetune.main(options(videos, tmp_path / "tsn", epochs=1))
     tuned = tmp_path / "tsn" / "best.pt"
     checkpoint = Checkpoint.load(tuned)
-    # One epoch leaves weights near 0, whose logits would pass for those of no weights at all.
+    # One epoch leaves weights near 0, whose logits could not be told from those of zero weights.
     weight = torch.randn(
         checkpoint.state_dict["classifier.weight"].shape, generator=torch.Generator().manual_seed(0)
     )

@@ -57,7 +57,7 @@ def test_pooled_equals_literal_in_values_and_gradients(case):
     references = gradients(module, x, literal, cotangent)
     magnitude = max(
         gradient.abs().max().item() for gradient in references
-    )  # some are 0 in truth: a sum that cancels
+    )  # some are exactly 0: a sum that cancels
     for ours, reference in zip(gradients(module, x, pooled, cotangent), references, strict=True):
         assert_close(ours, reference, magnitude=magnitude)
 
@@ -109,7 +109,8 @@ def test_block_diagonal_over_secondary_groups():
 
 
 def test_equal_groups_are_runs_on_each_channel_group():
-    """The paper's special case g1 = g2: "the same as processing each feature group of F via NL module individually"."""
+    """The paper's special case g1 = g2: "the same as processing each feature group of F via NL
+    module individually"."""
     module, x = hgnl(12, 6, 3, 3), torch.randn(2, 5, 12, dtype=torch.float64)
     outs = []
     for group, part in enumerate(x.chunk(3, -1)):
@@ -177,7 +178,7 @@ def test_gradient_reaches_the_scale_at_its_start():
 
 
 def test_attention_grows_with_n_for_identical_frames_unless_normalized():
-    frame = torch.randn(32, 1, 16, dtype=torch.float64)  # of few, the ReLU may leave nothing
+    frame = torch.randn(32, 1, 16, dtype=torch.float64)  # with few, the ReLU may leave none
     by_norm = {norm: hgnl(16, 8, 4, 2, norm=norm, train_frames=3) for norm in get_args(Norm)}
     at = {
         (norm, n): (module(frame.expand(-1, n, -1)) - frame[:, 0]) / module.scale

@@ -233,7 +233,7 @@ def test_every_command_takes_two_stores(tmp_path, monkeypatch, capsys):
     run(ablate, "--agg", "tsn", "max", *both, "--epochs", "1", "--out", "runs/ablation")
     assert (
         "--features a.zarr b.zarr" in capsys.readouterr().out
-    )  # the command that trains the best again
+    )  # the command that trains the best model again
     assert json.loads((tmp_path / "runs/cv/results.json").read_text())["features"] == [
         "a.zarr",
         "b.zarr",

@@ -201,7 +201,7 @@ def test_a_balanced_order_has_every_class_equally_often():
         (0, 1),
         (1, 2),
         (2, 4),
-    ):  # no video again before all others of its class had their turn
+    ):  # no video is repeated before all others of its class were used
         counts = np.bincount(order[labels[order] == label], minlength=100)[labels == label]
         assert counts.max() == times
         assert counts.max() - counts.min() <= 1

@@ -58,7 +58,7 @@ def test_half_precision_features_and_autocast_are_computed_in_the_weights_type(n
     assert torch.equal(model.features(x), expected)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model.features(x.float()), expected)
-        assert model(x).dtype == torch.bfloat16  # the classifier may be fast
+        assert model(x).dtype == torch.bfloat16  # the classifier may use bf16
     assert_close(model(x), model.classifier(expected))
 
 

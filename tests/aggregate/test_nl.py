@@ -46,7 +46,7 @@ def test_pooled_equals_literal_in_values_and_gradients(batch, time, dim, inner, 
     references = gradients(module, x, literal, cotangent)
     magnitude = max(
         gradient.abs().max().item() for gradient in references
-    )  # some are 0 in truth: a sum that cancels
+    )  # some are exactly 0: a sum that cancels
     for ours, reference in zip(gradients(module, x, pooled, cotangent), references, strict=True):
         assert_close(ours, reference, magnitude=magnitude)
 
@@ -76,7 +76,8 @@ def test_a_mask_leaves_what_the_valid_frames_alone_give(
 
 
 def test_softmax_over_the_last_index_would_leave_no_attention():
-    """Over the last index, the mean of F_o is the mean of V for all Q and K. Over the first, it is not."""
+    """Over the last index, the mean of F_o is the mean of V for all Q and K. Over the first, it is
+    not."""
     module, x = case(2, 5, 8, 3, seed=0)
     with torch.no_grad():
         scores = torch.bmm(linear(x, module.query), linear(x, module.key).transpose(1, 2))

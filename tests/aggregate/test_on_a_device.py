@@ -22,7 +22,7 @@ from small_models import AGGREGATORS, CLASSES, trunk_of
 from stores import classes_store
 
 META = torch.device("meta")
-# Their batch norm counts the valid frames of a batch with a mask, which is to wait for the device.
+# Their batch norm counts the valid frames of a batch with a mask, which waits for the device.
 COUNTING = {"txb", "nextvlad"}
 HEADS = [
     *AGGREGATORS.items(),

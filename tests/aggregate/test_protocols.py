@@ -284,7 +284,7 @@ def test_a_grid_is_reported_as_papers_do_and_as_chosen_inside(features, tmp_path
         assert (
             f"{head['name']}, as papers report a grid: {100 * best['top1']:.2f} % top-1" in printed
         )
-    # What is chosen inside is the same with fewer models at a time.
+    # The choice inside the training part is the same with fewer models at a time.
     crossval.main(replace(wanted, at_once=1, out=tmp_path / "few"))
     assert results_of(tmp_path / "few")["heads"] == results_of(tmp_path / "cv")["heads"]
 

@@ -113,7 +113,7 @@ def test_windows_of_a_video_are_averaged_into_one_score(tmp_path):
     assert by_video.ids == ["a.mp4", "b.mp4", "c#1.mp4"]
     np.testing.assert_allclose(
         by_video.logits, [[5, 6], [2, 3], [7, 8]]
-    )  # what failed is left out of the mean
+    )  # failed windows are left out of the mean
     assert by_video.labels is not None
     assert by_video.labels.tolist() == [0, 1, -1]
     assert (by_video.segments, by_video.source) == (25, {"model": "tsn", "by": "video"})

@@ -17,7 +17,8 @@ from aggregate.stnet import StNet, TemporalBlock, TemporalXception
 from extract import InputError
 from tolerance import assert_close
 
-# The four stages of each family of timm in little; zero_init_last would hide half of the trunk from the gradients.
+# The four stages of each family of timm, small; zero_init_last would keep gradients from half of
+# the trunk.
 TRUNKS = {
     "resnet": lambda **options: ResNet(
         BasicBlock,
@@ -75,7 +76,8 @@ def batch_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def over_time(x: Tensor, at) -> Tensor:
-    """out[:, t] = the sum over k = -1, 0, 1 of at(k, x[:, t + k]), with zeros before and after the video."""
+    """out[:, t] = the sum over k = -1, 0, 1 of at(k, x[:, t + k]), with zeros before and after the
+    video."""
     time = x.shape[1]
     return torch.stack(
         [sum(at(k + 1, x[:, t + k]) for k in (-1, 0, 1) if 0 <= t + k < time) for t in range(time)],
@@ -204,7 +206,7 @@ def test_it_is_the_literal_form(trunk, batch, time, frames_per_segment, training
     )
     largest = max(
         gradient.abs().max().item() for gradient in wanted
-    )  # of a sum that cancels, rounding is left
+    )  # the sum cancels, so only rounding is left
     for ours, theirs in zip(found, wanted, strict=True):
         assert_close(ours, theirs, magnitude=largest)
 
@@ -293,7 +295,8 @@ def test_the_trunk_s_activation_checkpointing_is_kept():
 
 
 def test_a_few_steps_learn_the_direction_of_a_movement():
-    """Pan left or right over the same picture: each class holds the frames of the other, in reverse."""
+    """Pan left or right over the same picture: each class holds the frames of the other, in
+    reverse."""
     model = stnet(num_classes=2).train()
     picture = torch.randn(8, 3, 32, 48)
     right = torch.stack([picture[..., start : start + 32] for start in (0, 5, 10, 15)], dim=1)[

@@ -1,4 +1,5 @@
-"""python -m aggregate.train and aggregate.evaluate as a user runs them, on stores whose classes can be learned."""
+"""python -m aggregate.train and aggregate.evaluate as a user runs them, on stores whose classes can
+be learned."""
 
 import csv
 import json
@@ -157,7 +158,8 @@ def test_a_group_can_be_held_out_by_name(features, tmp_path):
     store = FeatureStore.open(features)
     rows, val, _ = choose_rows(store, options(features, tmp_path, val_groups=("g0", "g3")), 0)
     assert set(store.groups[val]) == {"g0", "g3"}
-    # Splits are respected: neither a validation nor a test video is trained on, and no test video validates.
+    # Splits are respected: neither a validation nor a test video is trained on, and no test video
+    # validates.
     assert set(store.splits[rows]) == {"train"}
     assert not {"g0", "g3"} & set(store.groups[rows])
     store.__dict__["splits"] = np.where(np.arange(60) % 4 == 0, "test", store.splits)
@@ -254,7 +256,7 @@ def test_hgnl_says_which_group_does_not_divide(features, tmp_path):
         train.main(options(features, tmp_path / "run", "hgnl", g2=3))
     train.main(
         options(features, tmp_path / "run", "hgnl", epochs=1)
-    )  # the same folder, once that is put right
+    )  # the same folder works again once that is corrected
 
 
 def test_a_class_without_an_example_is_named(tmp_path):

@@ -304,7 +304,7 @@ VIDEOS, FRAMES, DIM, BLOCK, DECODE_SECONDS = (
     64,
     0.105,
 )  # Kinetics-700: 10,157 blocks
-PART = int(os.environ.get("HGNL_PART", "1"))  # of it, on a machine that is busy with other things
+PART = int(os.environ.get("HGNL_PART", "1"))  # divides VIDEOS, for a busy machine
 
 
 class Sleeper:

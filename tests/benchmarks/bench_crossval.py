@@ -101,9 +101,7 @@ def test_nine_subjects_in_one_command(tmp_path):
         f"\none command {median(one for one, _ in turns):.1f} s, nine processes {median(n for _, n in turns):.1f} s: "
         f"{ratio:.3f}"
     )
-    assert (
-        ratio <= 0.5
-    )  # 25 s to 9 x 11 s when it was asked for; a training starts in a third of that now
+    assert ratio <= 0.5  # the goal was 25 s to 9 x 11 s; a training starts in a third of that now
 
 
 def made_up_store(path: Path, *, videos: int, frames: int, dim: int, classes: int) -> FeatureStore:

@@ -39,9 +39,9 @@ CLIPS = (
     "stgcn_ta_chi.mp4",
 )
 TURNS = 7
-# Ours at most this part of theirs, by the number of frames. What was asked for against torchcodec, 0.50 and 0.70, is
-# out of reach for torchcodec 0.17 with the FFmpeg 8 that both use here (LOG.md, "Decoding"): what is left is FFmpeg's
-# own decoding of the frames that others refer to.
+# Ours at most this fraction of theirs, by the number of frames. The goals against torchcodec, 0.50
+# and 0.70, are out of reach for torchcodec 0.17 with the FFmpeg 8 that both use here (LOG.md,
+# "Decoding"): the rest is FFmpeg's own decoding of the frames that others refer to.
 LIMITS = {25: {"decord": 0.75, "torchcodec": 0.85}, 3: {"decord": 0.70, "torchcodec": 0.85}}
 
 

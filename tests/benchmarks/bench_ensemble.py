@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 VIDEOS = 70_000
 LIMIT_GB = 4
 
-# Runs a command as `python -m` does and says its peak memory in the end.
+# Runs a command as `python -m` does and prints its peak memory at the end.
 MEASURED = """
 import resource, runpy, sys
 sys.argv = ["python -m ensemble", *sys.argv[1:]]

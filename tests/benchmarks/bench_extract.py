@@ -24,7 +24,7 @@ from extract.store import RunLog
 from timing import busy_neighbors
 
 BACKBONE = "legacy_seresnext101_32x4d"
-GFLOP_A_FRAME = 16.1  # 8.02 GMACs and what batch norm, ReLU and pooling add (FACTS 4)
+GFLOP_A_FRAME = 16.1  # 8.02 GMACs, plus batch norm, ReLU and pooling
 FRAMES = 25
 
 
@@ -150,7 +150,8 @@ def test_the_whole_run_against_its_limits(clips, tmp_path):
     assert speed >= 2.0 * naive
 
 
-# Backbone: clips, and what OpenVINO must reach: against PyTorch in this run, and int8 against PyTorch.
+# Backbone: clips, and the limits for OpenVINO: against PyTorch in this run, and int8 against
+# PyTorch.
 GOALS = {
     "tf_efficientnet_lite0": (32, 1.25, 1.4),
     BACKBONE: (8, 1.10, 1.7),

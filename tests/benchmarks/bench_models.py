@@ -38,7 +38,7 @@ from literal import literal_form
 
 DIM, CLASSES, BATCH, THREADS, WARM_UP = 2048, 700, 256, 2, 3
 _COMMON = {"lr": 1e-3, "weight_decay": 5e-4, "epochs": 8, "batch_size": BATCH, "dropout": 0.5}
-# What the two recipes of aggregate/optim.py do in a step; schedules cost nothing.
+# The steps of two recipes; schedules cost nothing.
 RECIPES = {
     "paper": Recipe(optimizer="sgd", milestones=(4, 6), **_COMMON),
     "cached": Recipe(optimizer="adamw", clip=5.0, **_COMMON),
@@ -146,7 +146,7 @@ def test_a_step_against_the_literal_form(frames, turns, dtype):
     }
     outputs = [trained.model.features(given.x) for trained, given in contenders.values()]
     for literal in outputs[2:]:
-        torch.testing.assert_close(literal, outputs[1])  # it is the same model that takes part
+        torch.testing.assert_close(literal, outputs[1])  # the same model takes part twice
     assert not torch.allclose(outputs[0], outputs[1], rtol=1e-2)
     seconds = take_turns(contenders, turns=turns)
     figures = ", ".join(f"{name} {1e3 * median(each):.1f} ms" for name, each in seconds.items())

@@ -16,7 +16,7 @@ from extract.store import OK, FeatureStore, Outcomes
 
 FRAMES, DIM, BLOCK = 25, 2048, 64
 FASTEST = 200  # frames/s of the fastest backbone measured on 2 cores
-KINETICS = 542_357  # train videos of the copy of Kinetics-700 that people hold
+KINETICS = 542_357  # training videos in the usual copies of Kinetics-700
 
 
 def medians(contenders: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, float]:
@@ -61,9 +61,7 @@ def outcome(rows: np.ndarray) -> Outcomes:
 
 def test_commit_and_open_at_the_size_of_kinetics_700(tmp_path):
     store = empty_store(tmp_path / "k700.zarr", KINETICS)
-    for block in range(
-        0, store.num_blocks, 16
-    ):  # neighbors of what is committed next are there already
+    for block in range(0, store.num_blocks, 16):  # the neighbors of the next commit exist already
         store.commit(outcome(store.block_rows(block)))
     seconds = []
     for block in range(1, store.num_blocks, 400):

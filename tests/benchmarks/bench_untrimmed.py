@@ -90,7 +90,7 @@ def test_the_windows_of_untrimmed_videos(tmp_path):
             scores = scores_of(folder / "tsn", folder / f"{name}.zarr", folder / f"{name}.h5")
             found[name].append(scores.logits)
             truth[name].append(scores.labels)
-        # A shifted window shows two clips: either class is right. The better placed of the two stands for it.
+        # A shifted window shows two clips, and either class is right. The class with the better rank counts.
         last, now = found["shifted"][-1], truth["shifted"][-1]
         after = np.array([CLASSES.index(name) for name in names[1:]])
         truth["shifted"][-1] = np.where(last[range(71), after] > last[range(71), now], after, now)

@@ -68,7 +68,7 @@ class Model:
     options: dict = field(default_factory=dict)
     recipe: str = "cached"
     standardize: bool = True
-    init: str = ""  # the model whose state it starts from
+    init: str = ""  # name of the model from whose state it starts
     seeds: int = 3
 
 

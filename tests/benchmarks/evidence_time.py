@@ -4,12 +4,14 @@ The tables are in LOG.md, "Which heads see the order of frames" and "End to end 
 
     python tests/benchmarks/evidence_time.py --work runs/evidence_time [--only order finetune]
 
-order: videos rendered from real pictures. The two classes of a task hold the same frames in opposite order, to the
-bit: every frame is coded by itself, and the middles of four segments of five frames are the same from either end. `pan`
-moves over a panorama made of a picture of daily_actions and one of exercise_mini, in one direction or the other.
-`zoom` moves into a picture or out of it. Test pictures are not training pictures. A flip keeps the class of both.
+order: videos rendered from real pictures. The two classes of a task hold the same frames in
+opposite order, to the bit: every frame is coded by itself, and the middles of four segments of five
+frames are the same from either end. `pan` moves over a panorama made of a picture of daily_actions
+and one of exercise_mini, in one direction or the other. `zoom` moves into a picture or out of it.
+Test pictures are not training pictures. A flip keeps the class of both.
 
-finetune: EfficientNet-Lite0 trained end to end against the same backbone frozen, on the shipped clips.
+finetune: EfficientNet-Lite0 trained end to end against the same backbone frozen, on the shipped
+clips.
 """
 
 import argparse
@@ -81,7 +83,7 @@ def render(task: str, folder: Path) -> None:
         return
     rng = np.random.default_rng(0)
     ours, others = pictures("exercise_mini"), pictures("daily_actions")
-    # Clips, not only pictures, are apart: the first four fifths train, the rest test.
+    # Train and test share no clip, not only no picture: the first four fifths train, the rest test.
     parts = {"train": slice(0, 0.8), "val": slice(0.8, 1.0)}
     for split, count in PICTURES.items():
         low, high = parts[split].start, parts[split].stop

@@ -565,7 +565,7 @@ def main() -> int:
         return 2
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1"}  # what was compiled before a change would be run
+    os.environ |= {"PYTHONDONTWRITEBYTECODE": "1"}  # no bytecode from before a change
     with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
         trees: queue.Queue[Path] = queue.Queue()
         for number in range(options.at_once):
@@ -630,7 +630,7 @@ def status_of(trees, context, tests: str, mutation: Mutation | None = None) -> i
         return process.exitcode
     finally:
         if process.pid:
-            with contextlib.suppress(ProcessLookupError):  # with what the tests have started
+            with contextlib.suppress(ProcessLookupError):  # with its children
                 os.killpg(process.pid, signal.SIGKILL)
         if file:
             file.write_text(before, encoding="utf-8")

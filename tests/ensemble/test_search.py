@@ -74,7 +74,7 @@ def test_places_are_those_of_the_fused_scores(case):
     aligned, weights = case
     rows = aligned.labels >= 0
     logits = fuse_aligned(aligned, weights).logits[rows]
-    # float32 tells apart what is 1e-7 apart, and rounding makes such things of ties
+    # float32 resolves differences of 1e-7, and rounding turns ties into such differences
     logits = np.where(np.isnan(logits), np.nan, np.round(logits.astype(float), 5))
     expected = metrics.ranks(logits, aligned.labels[rows])
     [got] = Ranking.of(aligned).ranks([weights])

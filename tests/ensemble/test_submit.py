@@ -96,7 +96,7 @@ def test_what_is_written_passes_and_grades_as_the_metrics_say(tmp_path_factory, 
 
 
 def test_scores_written_are_the_probabilities(tmp_path):
-    logits = np.random.default_rng(0).normal(size=(3000, 7))  # more rows than are worked on at once
+    logits = np.random.default_rng(0).normal(size=(3000, 7))  # more rows than are processed at once
     write_submission(some(logits), tmp_path / "sub.json")
     results = json.loads((tmp_path / "sub.json").read_text())["results"]
     row = np.exp(logits[2999]) / np.exp(logits[2999]).sum()

@@ -28,7 +28,7 @@ from timing import flops_per_frame
 
 DEFAULT = "legacy_seresnext101_32x4d"
 SMALL = "legacy_seresnet18"  # Cadene's names: layer0.conv1, se_module, last_linear
-SIBLING = "seresnet18"  # timm's names for what is nearly the same network
+SIBLING = "seresnet18"  # timm's names for a nearly equal network
 
 
 def make_state(name: str, *, seed: int = 1) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ def test_default_backbone_in_each_form(tmp_path: Path) -> None:
     assert (see.size, see.resize, see.interpolation) == (224, 256, "bilinear")
     assert (see.mean, see.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert backbone.dim == 2048
-    assert flops_per_frame(trunk) == pytest.approx(2 * 8.02e9, rel=0.01)  # FACTS: 8.02 GMACs
+    assert flops_per_frame(trunk) == pytest.approx(2 * 8.02e9, rel=0.01)  # 8.02 GMACs
     frames = frames_of(backbone, 2)
     features = backbone(frames)
     assert_near(features, reference_features(trunk, frames), relative=2e-2)  # bf16 keeps 8 bits
@@ -335,7 +335,7 @@ def test_random_weights_are_a_function_of_the_seed_only() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first = state(3)
-    assert torch.equal(before, torch.get_rng_state())  # nobody else's random numbers are touched
+    assert torch.equal(before, torch.get_rng_state())  # the global random state is unchanged
     torch.manual_seed(6)
     again, other = state(3), state(4)
     assert all(torch.equal(value, again[key]) for key, value in first.items())

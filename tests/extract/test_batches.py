@@ -40,7 +40,7 @@ class FakeDevice:
     """Computes each batch as late as possible, when it is waited for; a batch named in `failing`
     raises."""
 
-    seconds: float = 0.0  # that it says a batch took
+    seconds: float = 0.0  # seconds that it reports for a batch
     failing: frozenset[int] = frozenset()
     launched: int = 0
     most_under_way: int = 0
@@ -59,9 +59,9 @@ class FakeSlot:
         self.size, self._device = size, device
         self._frames = np.full(
             (size, PIXELS, PIXELS, 3), 77, np.uint8
-        )  # rubbish that must never be seen
+        )  # meaningless values that must never be seen
         self._features = np.full((size, DIM), np.nan, np.float16)
-        self._number: int | None = None  # of the batch that is under way
+        self._number: int | None = None  # number of the batch that is under way
 
     def put(self, place: int, frames: np.ndarray) -> None:
         if self._number is not None:
@@ -126,7 +126,7 @@ def test_every_frame_gets_its_own_features(videos: list[int], size: int, slots: 
     for count in videos:
         video = frames[start : start + count].copy()
         batches.add(video, features[start:])
-        video[:] = 0  # the caller's memory is another video's now
+        video[:] = 0  # the caller's memory holds another video now
         start += count
     batches.finish()
     np.testing.assert_array_equal(features, features_of(frames))
@@ -321,7 +321,7 @@ def test_the_compiler_takes_what_a_backbone_runs(monkeypatch: pytest.MonkeyPatch
     kernels for a minute."""
     compiler, is_available = torch.compile, torch.cuda.is_available
     request.getfixturevalue("calls")
-    monkeypatch.setattr("torch.cuda.is_available", is_available)  # the compiler would look at it
+    monkeypatch.setattr("torch.cuda.is_available", is_available)  # the compiler would read it
     monkeypatch.setattr(
         "torch.compile", lambda run, dynamic: compiler(run, dynamic=dynamic, backend="eager")
     )

@@ -16,8 +16,9 @@ from extract.decode.container import check_length, check_size, demuxers, is_refu
 from extract.decode.packets import duration_of
 from odd_files import write_pictures
 
-# Every format that the FFmpeg in PyAV's wheel reads, with its decision. A new one makes a test fail, so that a person
-# decides: does it hold a video itself, or does it name other files, a device or an address?
+# Every format that the FFmpeg in PyAV's wheel reads, and whether it is allowed. A new format fails
+# a test, so that a person decides: does it hold a video itself, or does it name other files, a
+# device or an address?
 REFUSED = """
 alsa avisynth concat dash dvdvideo fbdev hls image2 imf kmsgrab lavfi libcdio oss rtp rtsp sap sdp
 vapoursynth video4linux2,v4l2 vobsub webm_dash_manifest x11grab
@@ -102,7 +103,7 @@ def test_text_that_names_other_files_is_refused_by_name(name, content, kind, vid
     path = tmp_path / name
     path.write_text(content(video))
     reason = reason_for(path)
-    # FFmpeg itself does not take a playlist of that name for one.
+    # FFmpeg itself does not recognize a playlist with that name.
     expected = f"is of a kind that refers to other files ({kind}); list those files themselves"
     assert reason == ("is text, not a video" if name == "list.mp4" else expected)
     with pytest.raises(VideoError, match=r"other files|is text"):

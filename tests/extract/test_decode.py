@@ -92,7 +92,7 @@ def no_fallback(monkeypatch):
 
 # -- every encoder ---------------------------------------------------------------------------------------------------
 
-# What the first attempts do not find: encoders that take only some sizes, or need to be told what to make.
+# Encoders that fail in the first attempts: they take only some sizes, or need a setting.
 _ENCODERS = {
     "dnxhd": {"size": (256, 120), "options": {"profile": "dnxhr_lb"}},
     "xface": {"size": (48, 48)},
@@ -110,7 +110,7 @@ _FOR_ANY = (
     "image2pipe",
 )
 _HARDWARE = re.compile(r"_(amf|cuvid|mediacodec|mf|nvenc|qsv|v4l2m2m|vaapi|videotoolbox|vulkan)$")
-# Still pictures of which FFmpeg's pipe reader takes the whole file for one.
+# Still pictures: FFmpeg's pipe reader takes the whole file as one picture.
 _READ_AS_ONE_PICTURE = {"pcx", "sunrast", "wbmp"}
 
 
@@ -172,7 +172,8 @@ def test_every_encoder_that_this_ffmpeg_has(name):
         pytest.skip(f"{name} {path}")
     whole = decode_everything(path)
     assert len(whole.frames) == (1 if name in _READ_AS_ONE_PICTURE else 13)
-    # Opening a file of still pictures takes long (FFmpeg looks at many of them), so it is not done for each frame.
+    # Opening a file of still pictures takes long (FFmpeg looks at many of them), so it is not done
+    # for each frame.
     assert_exact(path, whole, singly=ENCODERS[name].name in packets._SKIPPING)
 
 
@@ -410,12 +411,13 @@ def test_shared_clips_are_read_as_their_manifest_says(name, shared_clips):
         with pytest.raises(VideoError):
             decode(path, every_frame)
         return
-    # PyAV's column is of the first stream; FFmpeg's best is the second, as torchcodec's and decord's columns say.
+    # PyAV's column is of the first stream; FFmpeg's best is the second, as torchcodec's and
+    # decord's columns say.
     count = 390 if name == "odd/torchcodec_nasa_13013.mp4" else int(known[0])
     decoded = decode(path, lambda n: segment_centers(n, 3))
     assert decoded.num_frames == count
     assert bool(decoded.problem) == (known[-1] == "ERR")
-    shape = re.search(r"\(\d+, (\d+), (\d+), 3\)", row["decord"])  # turned as it is to be displayed
+    shape = re.search(r"\(\d+, (\d+), (\d+), 3\)", row["decord"])  # rotated for display
     width, height = map(int, row["size"].split("x"))
     assert decoded.frames.shape[1:3] == (
         tuple(map(int, shape.groups())) if shape else (height, width)
@@ -485,7 +487,7 @@ def test_no_permission(tmp_path):
     path = write_video(tmp_path / "a.mp4", frames=2)
     path.chmod(0)
     user = os.geteuid()
-    if user == 0:  # root may read everything, so be nobody for a moment
+    if user == 0:  # root may read everything, so run as `nobody` for a moment
         os.seteuid(65534)
     try:
         with pytest.raises(VideoError, match="cannot be read: Permission denied"):

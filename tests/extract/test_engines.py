@@ -25,8 +25,8 @@ from extract.decode import decode
 from extract.decode.transform import Preprocessing
 from extract.sampling import segment_centers
 
-# Relative error (2-norm of the features of frames of real clips) against PyTorch in fp32, as measured; three times that
-# is allowed. In fp32 what is left is the rounding to float16.
+# Measured relative error (2-norm of the features of frames of real clips) against PyTorch in fp32;
+# three times that is allowed. In fp32 only the rounding to float16 is left.
 NETWORKS = {
     "tf_efficientnet_lite0": ("pretrained", {"fp32": 2e-4, "bf16": 5e-2}),
     "resnet18": ("random", {"fp32": 2e-4, "bf16": 3e-3}),

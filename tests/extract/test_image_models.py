@@ -19,8 +19,9 @@ from extract import InputError
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import load_trunk
 
-# One small model of each kind, that crashed, printed or was refused once: attention with buffers that are not 4-D
-# (Swin), parameters that are not (lambda), a graph that torch.fx traces wrongly (LeViT).
+# One small model of each kind that once crashed, printed or was refused: attention with buffers
+# that are not 4-D (Swin), parameters that are not (lambda), a graph that torch.fx traces wrongly
+# (LeViT).
 KINDS = [
     "swin_tiny_patch4_window7_224",
     "lambda_resnet26t",

@@ -314,7 +314,7 @@ def test_bad_arrays_fail_by_name_and_the_others_are_taken(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "WIDTHS DIFFER: 4 (" in out
     assert "unusable: cube.mp4: its shape is [2, 3, 4]" in out
-    for name in bad:  # mended: the same command goes on
+    for name in bad:  # repaired: the same command continues
         np.save(folder / f"{name}.npy", np.ones((2, 4)))
     assert main(Options(folder, labels, str(tmp_path / "x.zarr"), max_failed=0.5)) == 0
     assert (FeatureStore.open(tmp_path / "x.zarr").status == FAILED).sum() == 4
@@ -429,7 +429,7 @@ def test_a_store_is_continued_corrected_and_its_changes_are_named(tmp_path, caps
     capsys.readouterr()
     labels = list_of(tmp_path / "l.csv", names)
     write(labels, labels.read_text().replace("c0/v0.mp4,class 0,train", "c0/v0.mp4,class 9,val"))
-    store = ingest(tmp_path, folder, labels=labels)  # frames and name are the store's
+    store = ingest(tmp_path, folder, labels=labels)  # frames and name come from the store
     out = capsys.readouterr().out
     assert "corrected 1 labels, 1 splits (c0/v0.mp4: class 0 -> class 9" in out
     check(store, features, 4)

@@ -63,7 +63,7 @@ def test_lite0_in_int8(
     assert json.loads(json.dumps(numbers)) == numbers
     error = numbers["relative_error"]
     assert f"in int8, relative error {error:.2g} against fp32 on 24 held-out frames" in printed
-    assert 0.02 < error < 0.4  # 0.19 on frames of all clips (FACTS 11)
+    assert 0.02 < error < 0.4  # 0.19 on frames of all clips
 
     assert main(options(videos, tmp_path / "fp32.zarr", precision="fp32")) == 0
     exact = FeatureStore.open(tmp_path / "fp32.zarr").read(slice(0, 10)).astype(np.float64)

@@ -25,7 +25,7 @@ def step():
 step()
 assert "sympy" not in sys.modules, "the compiler was loaded"
 """
-# Each in a process of its own, where the compiler was not asked for yet.
+# Each runs in a process of its own, in which the compiler was not used yet.
 ASKED = (
     "",
     "import torch._dynamo.config; assert torch._dynamo.config.recompile_limit",

@@ -128,7 +128,7 @@ def test_resizing_is_pillows_within_a_level() -> None:
 def test_a_video_that_it_cannot_read_goes_to_a_child_and_is_named(
     codec_clips, broken_clips
 ) -> None:
-    plan = plan_of("torchcodec-cuda", crops=1, augment_passes=0)  # what a worker is asked for
+    plan = plan_of("torchcodec-cuda", crops=1, augment_passes=0)  # the plan of a worker
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=30) as children:
         decoder = GpuDecoder(children, decode_job, "cpu", timeout=30)
         good = decoder((str(codec_clips / "h264_portrait.mp4"), [("a", None)], plan))

@@ -73,7 +73,7 @@ def extracted(videos: Path, out: Path, *more: object, status: int = 0) -> Featur
         ("a1.JPG a2.jpg .a3.txt .DS_Store n_frames", [1, 2]),
         ("img_1.jpg flow_1.jpg flow_2.jpg", []),  # two patterns
         ("1.jpg 2.jpeg", []),
-        ("1.jpg 01.jpg 2.jpg", []),  # a number twice
+        ("1.jpg 01.jpg 2.jpg", []),  # one number twice
         ("1.jpg 2.jpg cover.jpg", []),
         ("1.jpg", []),
         ("1.gif 2.gif", []),
@@ -244,7 +244,7 @@ def test_a_damaged_picture_in_the_middle(tmp_path, damage):
     np.testing.assert_array_equal(decoded.timestamps, (np.array(good) / RATE).astype("f4"))
     wanted = np.stack([opened(tmp_path / f"img_{number:05d}.jpg") for number in good])
     np.testing.assert_array_equal(decoded.frames, wanted)
-    # A span that does not hold it, and frames that are not it, are as good as ever.
+    # Spans and frames that do not contain it are not affected.
     assert decode(tmp_path, every, span=(1.0, 2.0), frame_rate=RATE).problem == ""
     assert decode(tmp_path, lambda _: [6, 8], frame_rate=RATE).problem == ""
     spans = [((0.0, 1.0), lambda times: every(len(times))), ((1.0, 2.0), lambda _: [0])]
@@ -378,7 +378,7 @@ def test_extraction_of_both_kinds_and_continuing_it(both, tmp_path, capsys):
         read_source(both / name)[:2] for name in store.ids
     ]
     capsys.readouterr()
-    assert len(extracted(both, out)) == 3  # the rate is the store's own
+    assert len(extracted(both, out)) == 3  # the rate comes from the store
     assert "--frame-rate 10.0" in capsys.readouterr().out
     extracted(both, out, "--frame-rate", 12, status=2)
     assert "frame_rate: 10.0 in the store, 12.0 now" in capsys.readouterr().err

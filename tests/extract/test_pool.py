@@ -32,7 +32,7 @@ from extract.decode.transform import Preprocessing
 from odd_files import write_pictures
 
 SLOT = 1000
-# Seconds until a test gives up: nothing here takes more than a few on a busy machine.
+# Seconds until a test gives up; even on a busy machine nothing here takes more than a few.
 PATIENCE = 30.0
 FOREVER = 1000.0  # seconds of a job, or until it is given up: no test waits so long
 
@@ -107,7 +107,7 @@ def test_results_come_with_what_the_child_wrote(pool):
             assert (finished.result, finished.failure) == (number, "")
             assert finished.buffer.shape == (SLOT,)
             assert (finished.buffer == number).all()
-        assert finished.buffer.size == 0  # released: the memory is another job's now
+        assert finished.buffer.size == 0  # released: another job uses the memory now
 
 
 def test_a_child_works_ahead_until_its_slots_are_full(pool):
@@ -117,10 +117,10 @@ def test_a_child_works_ahead_until_its_slots_are_full(pool):
     assert not any(future.done() for future in futures[SLOTS_PER_CHILD:])
     assert [int(one.buffer[0]) for one in finished] == list(
         range(SLOTS_PER_CHILD)
-    )  # none is written over
+    )  # no slot is overwritten
     for one in finished:
         one.release()
-        one.release()  # twice is once
+        one.release()  # a second release changes nothing
     for number, future in enumerate(futures[SLOTS_PER_CHILD:], SLOTS_PER_CHILD):
         with future.result(PATIENCE) as one:
             assert (one.buffer == number).all()
@@ -263,7 +263,7 @@ def test_a_job_whose_child_someone_killed_is_done_by_the_next(tmp_path):
             assert (finished.result, finished.failure) == ("done", "")
         with pool.submit(("process", None)).result(PATIENCE) as finished:
             child = finished.result[0]
-        os.kill(child, signal.SIGKILL)  # while it has nothing to do
+        os.kill(child, signal.SIGKILL)  # while it is idle
         wait_for(lambda: gone(child), "the child to be gone")
         works(pool)
 
@@ -283,7 +283,7 @@ def test_a_job_that_takes_too_much_memory_fails_alone(pool):
     finished = pool.submit(("allocate", allowed)).result(PATIENCE)
     assert finished.failure == "decoding it takes more than the 2.7 GB that a process may take"
     with pool.submit(("process", None)).result(PATIENCE) as after:
-        assert after.result == before  # the child lives on
+        assert after.result == before  # the child survives
     with pool.submit(("allocate", allowed // 2)).result(PATIENCE) as less:
         assert less.failure == ""
 
@@ -296,7 +296,7 @@ def test_a_video_that_takes_too_much_memory_fails_alone(tmp_path):
         for path, fails in ((large, True), (small, False), (large, True)):
             job = (str(path), [("a", None)], plan)
             with pool.submit(("with little memory", job)).result(PATIENCE) as finished:
-                # FFmpeg does not always call it what it is.
+                # FFmpeg does not always name the error correctly.
                 assert (
                     bool(finished.failure) or isinstance(finished.result[0], VideoError)
                 ) == fails
@@ -357,7 +357,7 @@ def test_descriptors_and_children_stay_the_same_over_many_jobs(tmp_path):
         works(pool)
         assert process.num_fds() <= working
         assert len(children()) <= alive
-    del pool  # its memory stays as long as someone may read from it
+    del pool  # its memory stays as long as it has readers
     gc.collect()
     assert process.num_fds() <= before
 
@@ -458,7 +458,7 @@ def test_help_from_elsewhere_takes_jobs_while_our_child_is_busy():
         wait_for(busy.running, "our child to take a job")
         pool.add_remote_executor(elsewhere, concurrency=2)
         futures = [pool.submit(("fill", number)) for number in range(40)]
-        for number, future in enumerate(futures):  # more than all slots hold: each must come back
+        for number, future in enumerate(futures):  # more jobs than slots: each slot must come back
             with future.result(PATIENCE) as finished:
                 assert (finished.result, finished.failure) == (number, "")
                 assert (finished.buffer == number).all()
@@ -493,7 +493,7 @@ def test_closing_does_not_wait_for_help():
     started = time.monotonic()
     with pool_of() as pool:
         pool.add_remote_executor(elsewhere, concurrency=1)
-        for _ in range(SLOTS_PER_CHILD + 2):  # more than the child can take
+        for _ in range(SLOTS_PER_CHILD + 2):  # more jobs than the child has slots
             pool.submit(("fill", 1))
         wait_for(lambda: asked, "help to be asked")
     assert time.monotonic() - started < PATIENCE

@@ -64,7 +64,7 @@ def test_frames_of_a_lost_worker_are_taken_back(monkeypatch):
     pool = FakePool()
     pool.settled = lambda: 7
     with progress.shown_progress(pool, Counter(videos=3), 10, FakeStore()):
-        pass  # 30 frames are handed in, whatever workers say
+        pass  # 30 frames are finished, whatever workers report
 
 
 def test_a_log_has_a_line_each_thirty_seconds_with_the_time_that_is_left(monkeypatch, capsys):
@@ -140,7 +140,7 @@ def test_workers_of_a_cluster_are_asked_how_far_they_are_without_waiting(monkeyp
     pool = simulated_pool(monkeypatch, answer, on_wait=on_wait)
     with pytest.raises(KeyboardInterrupt):
         list(pool.extract(BLOCKS))
-    # What is asked is known the next time. A worker that does not answer keeps what it had.
+    # An answer is used on the next turn. A worker that does not answer keeps its last value.
     assert seen == [0, 10, 20 + 7, 30 + 7, 40 + 8]
 
 
@@ -173,7 +173,7 @@ def test_videos_of_a_lost_worker_count_and_its_other_frames_are_taken_back(monke
     with pytest.raises(KeyboardInterrupt):
         list(pool.extract(BLOCKS))
     assert seen[1:4] == [9, 9, 9]
-    assert seen[-1] == INFO.frames_per_video  # of the one video that it had handed in
+    assert seen[-1] == INFO.frames_per_video  # frames of the one video that it had finished
     assert "a worker was lost (RayActorError); 3 blocks go to another" in capsys.readouterr().err
 
 

@@ -285,7 +285,7 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     store = FeatureStore.open(tmp_path / "a.zarr")
     assert store.status.tolist() == [OK] * 8
     assert store.errors[1] == "decoded by PyAV: workers died with it in hand"
-    assert store.errors[7] == ""  # it was not in hand: at most five blocks are
+    assert store.errors[7] == ""  # it was not held by a worker: at most five blocks are
     assert capsys.readouterr().err.count("a worker was lost") == 2
 
 
@@ -323,7 +323,7 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
         run.wait()
     before = len(committed_blocks(out))
     assert 0 < before < 12
-    wait_for(lambda: not actors())  # of the driver that is gone
+    wait_for(lambda: not actors())  # of the driver that has ended
     (told / "hold").unlink()
     assert main(options(clips, out, address=cluster.address)) == 0
     assert store_digest(out) == undisturbed
@@ -452,7 +452,7 @@ GPUS = {"CPU": 32.0, "GPU": 8.0}
             None,
             True,
             (1, {"num_gpus": 1, "num_cpus": 1}),
-        ),  # the GPU's node is away for a while
+        ),  # the GPU's node is gone for a while
         ([HEAD], None, False, (1, {"num_cpus": 1})),
     ],
 )

@@ -57,7 +57,7 @@ def extracted(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def here(extracted, tmp_path, monkeypatch) -> Path:
-    shutil.copytree(extracted, tmp_path / "here")  # with the times of change
+    shutil.copytree(extracted, tmp_path / "here")  # with modification times
     monkeypatch.chdir(tmp_path / "here")
     return tmp_path / "here"
 
@@ -150,7 +150,7 @@ def correct_labels(store: FeatureStore, here: Path, TABLE=TABLE) -> None:
         (["a", "b"], ["b", "a"], "ab", "ab", ["b", "a"]),  # the listing knows all: its order
         (["a", "b"], ["a", "b", "c"], "ab", "abc", ["a", "b", "c"]),
         (["b", "c"], ["a"], "bc", "abc", ["b", "c", "a"]),  # a part of the videos is listed
-        (["a", "typo"], ["a", "b"], ["a", "typo"], "ab", ["a", "b"]),  # left by all its videos
+        (["a", "typo"], ["a", "b"], ["a", "typo"], "ab", ["a", "b"]),  # a class without videos
         (
             ["a", "b", "empty"],
             ["a"],
@@ -365,7 +365,7 @@ def test_a_replaced_video_is_named_and_extracted_again_when_asked(here, capsys):
 
 def test_a_file_of_the_same_size_is_told_by_its_content_and_read_once(here, capsys, monkeypatch):
     path = here / "clips" / "a.mp4"
-    os.utime(path, (1, 1))  # as a copy of the folder does
+    os.utime(path, (1, 1))  # as in a copy of the folder
     assert again(here) == 0
     assert "replaced" not in capsys.readouterr().out
     with monkeypatch.context() as patch:
@@ -670,7 +670,7 @@ def test_ids_that_leave_the_folder_are_refused(unsafe, tmp_path):
     with pytest.raises(InputError, match="not paths below a folder"):
         store.append(ids=[unsafe])
     if unsafe.strip("\0") and "\0" not in unsafe:  # Zarr stores neither
-        store.array("ids")[:] = np.array([unsafe], object)  # by another program
+        store.array("ids")[:] = np.array([unsafe], object)  # written by another program
         for to in (
             {"to": tmp_path / "npy"},
             {"to": tmp_path / "e.h5"},

@@ -117,7 +117,7 @@ def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(
             time.sleep(0.05)
             run.send_signal(
                 signal.SIGSTOP
-            )  # while it is looked at, so that it cannot end meanwhile
+            )  # stopped while it is examined, so that it cannot end meanwhile
         run.kill()
         run.wait()
     assert 0 < committed("s3://videos/killed.zarr") < 8
@@ -154,7 +154,7 @@ def test_of_two_drivers_one_wins(s3, clips, quick):
 def test_many_who_create_the_same_lease(s3, impatient):
     """A race for the conditional put itself, after a dead holder: only the first one wins."""
     dead = Lease("s3://videos/race.zarr")
-    dead._released.set()  # it beats no more, and did not say so
+    dead._released.set()  # it has no heartbeat any more, and did not release the lease
     held, refused = [], []
 
     def take() -> None:
@@ -188,7 +188,7 @@ def test_a_driver_that_slept_has_lost(s3, impatient):
         with pytest.raises(RunError, match="has lost its lease"):
             sleeper.ensure_held()  # now it sees the other
         other.ensure_held()
-    with contextlib.closing(Lease("s3://videos/slept.zarr")):  # released: nobody waits
+    with contextlib.closing(Lease("s3://videos/slept.zarr")):  # released: no wait
         pass
 
 
@@ -201,7 +201,7 @@ def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch
     folder = LocalCopy(
         "s3://videos/copied.zarr", block_size=2, video_bytes=store.video_bytes
     ).folder
-    assert len(list(folder.iterdir())) == 1  # the shard that was asked for
+    assert len(list(folder.iterdir())) == 1  # the requested shard
     np.testing.assert_array_equal(store.gather(rows, frames), expected)
     fetched = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(fetched) == 4

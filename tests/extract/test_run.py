@@ -77,7 +77,7 @@ def test_a_folder_becomes_a_store(clips, undisturbed):
     assert store.provenance["backbone"] == "test_resnet"
     features = store.gather(np.arange(12), np.arange(3)).astype(np.float32)
     assert np.isfinite(features).all()
-    assert len(np.unique(features.round(3), axis=0)) == 12  # every clip has features of its own
+    assert len(np.unique(features.round(3), axis=0)) == 12  # all clips have different features
 
 
 def test_a_run_can_be_looked_at(clips, tmp_path, capsys):
@@ -121,7 +121,8 @@ def test_kill_9_at_any_moment_and_resume_gives_the_same_bytes(clips, undisturbed
     whole = tmp_path / "whole.zarr"
     assert main(options(clips, whole, block_size=1)) == 0
     assert store_digest(out) == store_digest(whole)
-    # What was committed was not done again, beyond a block that was logged and one in hand at each kill.
+    # Committed blocks were not extracted again, except for a logged block and one in progress at
+    # each kill.
     assert len(committed_blocks(out)) <= 12 + kills
 
 
@@ -203,7 +204,7 @@ def test_failed_videos_are_tried_again_and_finished_rows_keep_their_bytes(
     lost.write_bytes(good)
     assert (
         main(options(videos, out, max_failed=0)) == 3
-    )  # a failure is final until it is asked for again
+    )  # a failed video stays failed until --retry-failed
     assert main(options(videos, out, max_failed=0, retry_failed=True)) == 0
     assert store_digest(out) == store_digest(undisturbed)
 

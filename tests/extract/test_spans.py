@@ -120,7 +120,7 @@ def test_any_spans_in_any_order_are_exact(tmp_path_factory, drawn):
 def test_a_frame_at_the_border_belongs_to_the_span_that_begins_there(tmp_path):
     path = write_video(
         tmp_path / "a.mp4", frames=75, fps=25
-    )  # frame 50 is at 2.0 s, whatever a float thinks of it
+    )  # frame 50 is at 2.0 s, in spite of rounding
     before, after = (decode(path, np.arange, span=span) for span in ((0.0, 2.0), (2.0, 3.0)))
     assert (before.indices[-1], after.indices[0]) == (49, 50)
     assert after.timestamps[0] == 2.0
@@ -156,7 +156,7 @@ def test_a_file_that_breaks_in_the_middle_fails_only_the_spans_behind_the_break(
     whole = decode_everything(path)
     path.write_bytes(content[: len(content) * 6 // 10])
     spans = [(second / 2, second / 2 + 0.5) for second in range(8)]
-    for _ in range(2):  # the second time from what was learned of it
+    for _ in range(2):  # the second time with what the first found
         found = dict(decode_spans(path, [(span, shown_centers) for span in spans]))
         broken = [isinstance(found[number], VideoError) for number in range(8)]
         assert broken == sorted(broken)
@@ -390,7 +390,7 @@ def test_kinetics_over_untrimmed_downloads_and_trimmed_names_win(tmp_path):
         "2 are spans of untrimmed files, cut while reading; 1 are whole files" in listing.report()
     )
     assert [youtube_id(video.id)[0] for video in listing.videos] == ["a", "b", "a"]
-    # Spans of a file are a group, so that no split of one's own tears them apart.
+    # Spans of a file are a group, so that a user's own split does not separate them.
     assert [video.group for video in listing.videos] == [
         "",
         "train/bbbbbbbbbbb.mkv",
@@ -417,7 +417,7 @@ def test_a_hundred_thousand_spans_of_one_file_are_listed(tmp_path):
 @pytest.mark.parametrize(
     ("seconds", "window", "stride", "spans"),
     [
-        (10, 4, 4, [(0, 4), (4, 8), (8, 10)]),  # a rest of exactly half stands alone
+        (10, 4, 4, [(0, 4), (4, 8), (8, 10)]),  # a remainder of exactly half is a window
         (9.999, 4, 4, [(0, 4), (4, 9.999)]),
         (30, 10, 10, [(0, 10), (10, 20), (20, 30)]),
         (34.9, 10, 10, [(0, 10), (10, 20), (20, 34.9)]),

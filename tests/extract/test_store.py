@@ -146,7 +146,7 @@ def test_mask_hides_repeats_of_short_videos(tmp_path):
     )
     expected = [[True] * 4, [True, True, False, False], [True, False, False, False]]
     assert store.mask(np.arange(3), np.arange(4)).tolist() == expected
-    # A lone repeat stands for its frame; the same frame drawn twice counts once.
+    # A repeat alone counts as its frame; the same frame drawn twice counts once.
     assert store.mask(np.array([1]), np.array([3])).tolist() == [[True]]
     assert store.mask(np.array([0]), np.array([2, 2, 1])).tolist() == [[True, False, True]]
     assert store.num_frames.tolist() == [4, 2, 1]
@@ -336,7 +336,7 @@ with lock_store({str(tmp_path / "a.zarr")!r}):
             lock_store(tmp_path / "a.zarr"),
         ):
             pass
-        child.kill()  # -9: the kernel lets the store go
+        child.kill()  # kill -9: the kernel releases the store
     with lock_store(tmp_path / "a.zarr"):
         RunLog(tmp_path / "a.zarr").write("end")
     assert [record["event"] for record in RunLog.records(tmp_path / "a.zarr")] == ["start", "end"]

@@ -68,8 +68,8 @@ def test_resize_is_torchvisions_on_uint8(shape, interpolation):
     assert ours.shape == tuple(theirs.permute(1, 2, 0).shape)
     assert min(ours.shape[:2]) == 232
     difference = np.abs(ours.astype(int) - theirs.permute(1, 2, 0).numpy().astype(int))
-    # Each rounds twice (rows, then columns), with weights of its own width; the sizes of cubic weights sum to over 1,
-    # so that a few samples in 10^5 differ by 2.
+    # Each rounds twice (rows, then columns), with weights of its own width; the sizes of cubic
+    # weights sum to over 1, so that a few samples in 10^5 differ by 2.
     assert (difference > 1).mean() <= (1e-4 if interpolation == "bicubic" else 0)
     assert difference.max() <= 2
 
@@ -122,9 +122,10 @@ def test_three_crops_are_the_centre_and_both_ends_of_the_long_side(height, width
 
 @given(SIDES, SIDES)
 def test_ten_crops_have_tsns_offsets_each_with_its_mirror_image(height, width):
-    """tsn-pytorch's GroupOverSample: fill_fix_offset(False, w, h, crop, crop), then every crop flipped."""
+    """tsn-pytorch's GroupOverSample: fill_fix_offset(False, w, h, crop, crop), then every crop
+    flipped."""
     w_step, h_step = (width - 224) // 4, (height - 224) // 4
-    offsets = {  # (left, top), as it is written there
+    offsets = {  # (left, top), in the order of that code
         "crop_tl": (0, 0),
         "crop_tr": (4 * w_step, 0),
         "crop_bl": (0, 4 * h_step),
@@ -212,7 +213,8 @@ def test_there_are_ten_pairs_of_scales_at_thirteen_places_mirrored_or_not():
     choices = set().union(
         *all_training_views(picture(200, 300), replace(SMALL, resize=200)).values()
     )
-    # Where the crop is as high as the frame, 13 places fall together in 3 columns and 2 between them.
+    # If the crop is as high as the frame, the 13 positions coincide in 3 columns and 2 between
+    # them.
     full = {choice for choice in choices if choice[1] == 200}
     assert len({choice[:2] for choice in choices}) == 10
     assert len(choices - full) == (10 - 2) * 13 * 2

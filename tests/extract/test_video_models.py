@@ -21,7 +21,7 @@ from thorough import THOROUGH
 from video_transformers import KINDS, make_folder
 
 VIDEO_MODELS = models.list_models(module=models.video)
-# The same code as of others, in numbers that take long to draw.
+# The same code as other models, with weights that take long to draw.
 LARGER = ("mvit_v1_b", "swin3d_b", "swin3d_s")
 FEWEST_FRAMES = {"s3d": 14, "mvit_v1_b": 16, "mvit_v2_s": 16}  # of others, 2
 

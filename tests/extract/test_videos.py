@@ -417,7 +417,7 @@ def test_what_is_no_video_is_named_with_the_reason(tmp_path):
     (tmp_path / "a" / "dangling").symlink_to("nowhere")
     (tmp_path / "a" / "back").symlink_to(tmp_path)
     listing = list_videos(tmp_path)
-    # A dangling link is listed: it fails with a reason, instead of being gone.
+    # A dangling link is listed, so it fails with a reason instead of disappearing.
     assert ids(listing) == ["a/dangling.mp4", "a/itself.mp4", "a/x.mp4", "a/動作.mp4"]
     assert listing.ignored == {
         "hidden": (".git", "a/._x.mp4", "a/._y.mp4", "a/.hidden.mp4"),

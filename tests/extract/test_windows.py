@@ -109,7 +109,7 @@ def test_windows_are_rows_with_all_of_the_video(by_windows, capsys):
     store = FeatureStore.open(by_windows)
     assert store.status.tolist() == [OK] * len(store)
     assert store.ids.tolist()[:2] == ["first.mp4#0-3000", "first.mp4#3000-6000"]
-    # 20 s in windows of 3 s: a rest of 2 s stands alone.
+    # 20 s in windows of 3 s: the remainder of 2 s is a window.
     assert store.ids.tolist()[6] == "first.mp4#18000-20000"
     assert store.num_frames.sum() == 2 * 160
     assert store.provenance["sampling"]["window"] == 3.0
@@ -245,7 +245,7 @@ def test_annotated_seconds_find_their_rows_and_come_back(changed, untrimmed, tmp
     array, record = exported(tmp_path / "w.zarr", tmp_path / "dense")
     assert (
         len(array) == len(record["seconds"]) == 40
-    )  # 2 a second for 20 s, however they are asked for
+    )  # 2 per second for 20 s, for each way to request them
     assert record["frames_a_second"] == pytest.approx(2.0)
     # ActionFormer maps seconds to its grid by seconds * fps / stride - offset.
     offset = 0.5 * record["num_frames"] / record["feat_stride"]

@@ -325,7 +325,7 @@ def grid(size: Size) -> Numbers:
     }
 
 
-# In order of worth, with the seconds that each is allowed to be expected to take.
+# In order of importance, with the seconds that each is expected to take at most.
 BENCHMARKS: dict[str, tuple[Callable[[Size], Numbers], float]] = {
     "ceilings": (ceilings, 10),
     "backbone alone": (backbone_alone, 120),
@@ -350,7 +350,7 @@ def main() -> None:
             if left < expected and not PRETENDED:
                 raise TimeoutError(f"{left:.0f} s are left, it takes about {expected:.0f}")
             result = run(size)
-        except Exception as error:  # the others are still worth having
+        except Exception as error:  # the others are still useful
             result = {"error": f"{type(error).__name__}: {error}"}
         result["seconds"] = time.perf_counter() - begun
         with arguments.out.open("a") as file:

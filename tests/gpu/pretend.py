@@ -160,7 +160,7 @@ def begin(replace: Callable[[Any, str, Any], object] = setattr) -> None:
     }
     for name, fake in fakes.items():
         replace(torch.cuda, name, fake)
-    # It asks a real CUDA; tests/extract/test_batches.py has the compiler.
+    # It needs a real CUDA; tests/extract/test_batches.py tests the compiler.
     replace(torch, "compile", lambda run, **how: run)
     replace(torch.accelerator, "current_accelerator", lambda check_available=False: None)
     replace(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor.clone())

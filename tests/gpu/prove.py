@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "build" / "gpu" / "site"
-TESTS_SHARE = 0.5  # of the time, at most
+TESTS_SHARE = 0.5  # largest fraction of the time
 VERSIONS = ("torch", "torchvision", "timm", "numpy", "av", "torchcodec", "zarr", "onnxruntime")
 
 
@@ -132,7 +132,7 @@ def run_tests(
     command += [
         "-W",
         "default",
-    ]  # libraries of other versions may warn of what is nobody's fault here
+    ]  # libraries of other versions may give warnings that are not our fault
     began = time.monotonic()
     try:
         subprocess.run([*command, *(only or ["tests/gpu"])], cwd=ROOT, env=env, timeout=seconds)

@@ -19,8 +19,8 @@ from extract.sampling import segment_centers
 
 pytestmark = pytest.mark.gpu
 
-# Relative error of features (2-norm) against fp32, measured on a CPU in both half precisions (frames of 8 clips); a GPU
-# adds up in other orders, so three times that is allowed.
+# Relative error of features (2-norm) against fp32, measured on a CPU in both half precisions
+# (frames of 8 clips); a GPU sums in another order, so three times that is allowed.
 NETWORKS = {
     "SE-ResNeXt": (
         "legacy_seresnet18" if PRETENDED else "legacy_seresnext101_32x4d",

@@ -18,7 +18,7 @@ import wheelhouse
 from thorough import THOROUGH
 
 ROOT = Path(__file__).parents[2]
-# What a GPU machine is expected to have, as far as what it lacks needs it.
+# The packages that a GPU machine is expected to have and that the missing ones require.
 THERE = {
     "click",
     "colorama",
@@ -52,8 +52,8 @@ def test_a_machine_without_a_gpu_fails_the_tests_and_does_not_skip_them(tmp_path
     assert "PyTorch sees 0 GPUs on this machine" in tests["not passed"][0]
 
 
-# Tests that run different lines on a GPU. On a pretended one, the others differ from these in what a CPU computes,
-# which tests of the CPU know; half precision of whole networks takes minutes there.
+# Tests that run different lines on a GPU. On a simulated one, the others differ from these only in
+# CPU computations, which CPU tests cover; half precision of whole networks takes minutes there.
 REHEARSED = (
     "test_backbone.py::test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs",
     "test_backbone.py::test_the_same_bytes_again_whatever_is_beside_and_however_it_runs[graphs]",

@@ -14,7 +14,7 @@ from packaging.markers import Marker
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "wheelhouse"
-PART_BYTES = 48 << 20  # this repository may have to travel beside a part
+PART_BYTES = 48 << 20  # this repository may have to be carried together with a part
 PYTHON = "3.12"
 # By name as in requirements.lock.
 LACKING = (

@@ -243,7 +243,7 @@ def test_hints_name_extras_as_the_package_was_installed(origin, pip, hint, monke
     def distributions(name):
         if origin == "not installed":
             return []
-        egg_info = SimpleNamespace(read_text=lambda _: None)  # of a checkout: it does not say
+        egg_info = SimpleNamespace(read_text=lambda _: None)  # from a checkout: there is no record
         installed = SimpleNamespace(read_text=lambda _: origin and json.dumps(origin))
         return [egg_info, installed]
 

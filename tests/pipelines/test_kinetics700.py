@@ -86,7 +86,8 @@ def test_the_whole_recipe_then_again_in_no_time(roots, tmp_path, capsys):
     searched, used = (
         json.loads((work / f"fused_{split}.json").read_text()) for split in ("val", "test")
     )
-    # Five validation videos support no search: what is submitted, and printed next to the paper's, has equal weights.
+    # Five validation videos support no search, so the submission and the printed results have equal
+    # weights.
     assert not searched["search"]["beats_equal"]
     assert used["weights"] == [1 / 3] * 3
     error = next(

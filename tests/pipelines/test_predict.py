@@ -317,7 +317,7 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
     assert_same(
         seen.windows[-1].logits, plain_logits(path, seen.windows[-1].indices, hgnl, backbone)
     )
-    empty = len(spans) - len(shown)  # the picture stands still in them
+    empty = len(spans) - len(shown)  # the picture does not change in them
     assert (
         f"{empty} of {len(spans)} windows could not be seen: no frame of it is shown"
         in seen.problem

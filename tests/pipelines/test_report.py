@@ -75,7 +75,8 @@ class Page:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A store with failed videos, a TSN and an HG-NL trained on it, their scores and their ensemble."""
+    """A store with failed videos, a TSN and an HG-NL trained on it, their scores and their
+    ensemble."""
     root = tmp_path_factory.mktemp("runs")
     features = str(root / "deep" / "feats.zarr")
     classes_store(Path(features))
@@ -110,7 +111,7 @@ def folder(tmp_path_factory) -> Path:
     (root / "cv").mkdir()
     shutil.copy(
         both[0], root / "cv" / "tsn.h5"
-    )  # as if of held-out folds: of no split that others are of
+    )  # as if from held-out folds: of a split that no other has
     (root / "cv" / "results.json").write_text(json.dumps(crossval_record()))
     return root
 
@@ -327,7 +328,7 @@ def test_an_audit_is_shown_with_both_videos_of_a_pair(folder, videos, tmp_path):
     assert page.images[f"jump or <run>: {store.ids[7]}"].startswith(b"\xff\xd8")
     assert "No frames are shown" not in words
 
-    shutil.rmtree(features_path)  # the audit alone: words without pictures
+    shutil.rmtree(features_path)  # the audit alone: text without pictures
     alone = made(tmp_path / "runs", videos=(videos,))
     assert not any("or <run>" in alt for alt in alone.images)
     assert "No frames are shown" in alone.words["audit"]
@@ -351,7 +352,7 @@ def test_partial_runs_show_what_there_is(folder, tmp_path):
 def test_an_ablation_under_way_shows_what_is_done(folder, tmp_path):
     whole, begun = folder / "grid", tmp_path / "grid"
     begun.mkdir()
-    for name in ("options.json", "results.jsonl"):  # which make no training run of it
+    for name in ("options.json", "results.jsonl"):  # which do not make it a training run
         shutil.copy(whole / name, begun / name)
     lines = (whole / "ablation.csv").read_text().splitlines()
     (begun / "ablation.csv").write_text("\n".join([lines[0], *lines[1:3]]))
@@ -436,7 +437,7 @@ def test_damage_is_named_and_the_rest_is_shown(folder, tmp_path, capsys):
 
 def test_attention_needs_the_features_of_its_model(folder, tmp_path):
     shutil.copytree(folder / "hgnl", tmp_path / "hgnl")
-    assert "attention" in made(tmp_path).words  # the store still lies where the run says
+    assert "attention" in made(tmp_path).words  # the store is where the run says
     recorded = json.loads((tmp_path / "hgnl" / "options.json").read_text())
     (tmp_path / "hgnl" / "options.json").write_text(
         json.dumps(recorded | {"features": "gone.zarr"})
@@ -499,7 +500,7 @@ class Planted(torch.nn.Module):
         chosen = x[:, 0, 0].long()
         return torch.stack([self.weights[chosen] * mask, torch.zeros(mask.shape)], 1)
 
-    def forward(self, x, mask):  # the class is that of the most weight: 0, or 2 for the uneven
+    def forward(self, x, mask):  # the class with the largest weight: 0, or 2 for the uneven
         return self.frame_weights(x, mask)[:, 0]
 
     def with_even_weights(self, x, mask):
@@ -591,7 +592,8 @@ def browser() -> str | None:
 
 
 HOSTILE = "<img src=x onerror=alert(1)>"
-# The page in a frame of the width asked for (a window of Chromium is never below 500 px), and what it came to.
+# The page in a frame of the requested width (a window of Chromium is at least 500 px wide), and its
+# size.
 FRAME = """<!DOCTYPE html><iframe id="frame" style="border: 0; width: {width}px; height: 3000px"></iframe>
 <pre id="found"></pre>
 <script>
@@ -813,7 +815,7 @@ def test_the_legend_of_curves_is_outside_the_plot(count):
         for number in range(count)
     }
     figure = figures.curves(lines, title="Training loss")
-    figures.svg(figure)  # which lays it out
+    figures.svg(figure)  # which lays out the page
     [axes], [legend] = figure.axes, figure.legends
     box = legend.get_window_extent()
     assert not box.overlaps(axes.get_tightbbox())
