@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv when it is missing or stale.
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both build .venv if it is missing or stale.
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/.synced
@@ -30,7 +30,7 @@ evidence: $(STAMP)
 fuzz: $(STAMP)
 	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py tests/test_power.py tests/extract/test_video_models.py tests/gpu/test_prove.py
 
-# On a machine with a GPU, by the Python that has torch there; it needs no network where wheelhouse/ was brought along.
+# For a machine with a GPU: uses the Python that has torch there. With a copy of wheelhouse/ it needs no network.
 gpu:
 	$(if $(wildcard $(PY)),$(PY),$(PYTHON)) tests/gpu/prove.py
 

@@ -242,35 +242,37 @@ def groups_table(folder: Path) -> str:
 
 INTRODUCTION = """# Evidence
 
-Written by `make evidence` (tests/benchmarks/evidence.py): what the aggregators are worth on the real data at hand.
+Written by `make evidence` (tests/benchmarks/evidence.py): what the aggregators are worth on small sets of real data.
 Measured at commit {commit}. [EVIDENCE.csv](EVIDENCE.csv) has every model on every task, at 3 segments and at all.
 
-Features are those of the pretrained EfficientNet-Lite0. Every model is trained with its default recipe, on the same
-batches as the others; the last epoch counts, so nothing is chosen on the test videos. Tables are differences of top-1
-in points, with all segments: means over seeds (how many is in the CSV) with paired 95 % bootstrap intervals over
-videos, or over clips or scenes if several videos show the same. They are about other videos of these few people and
-exercises, not about other data sets; they hold no variation over seeds. **Bold**: the interval leaves out 0.
+Features come from the pretrained EfficientNet-Lite0. All models are trained with their default recipes, on the same
+batches. The last epoch counts, so nothing is chosen on the test videos. Tables show differences of top-1 in points,
+with all segments. They are means over seeds (the CSV has their number) with paired 95 % bootstrap intervals over
+videos, or over clips or scenes if several videos show the same one. The intervals hold for other videos of these few
+people and exercises, not for other data sets, and do not include the variation over seeds. **Bold**: the interval does
+not contain 0.
 
 ![differences to TSN of every head on every task](pipelines/evidence.png)
 """
 
-RECIPE = """`--recipe cached`, the default, is eq. 7 (ReLU; the map is multiplied by n_train / n) with what training
-on a frozen cache needs: normalized inputs of W_q and W_k, a start as the average with s = 1, and standardized features
-before the classifier. `--recipe paper` has none of these. The rows give the default minus the same with one change, so
-that a positive figure speaks for the default. Until commit ed1604d the default was softmax: results of that default,
-and other heads and variants beside it, were measured at commit bfc3aa5 and are in that commit's EVIDENCE.md, not here.
+RECIPE = """`--recipe cached`, the default, is eq. 7 (ReLU; the map is multiplied by n_train / n) with three additions
+that training on a frozen cache needs: normalized inputs of W_q and W_k, a start as the average with s = 1, and
+standardized features before the classifier. `--recipe paper` has none of these. Each row is the default minus a model
+with one change, so a positive figure favors the default. Until commit ed1604d the default was softmax. Results of that
+default, and of other heads and variants next to it, were measured at commit bfc3aa5 and are in that commit's
+EVIDENCE.md, not here.
 """
 
-CANNOT = """## What these data can say, and what they cannot
+CANNOT = """## What these data can show, and what they cannot
 
-- They can say whether a head finds the frames that matter if a clip is mostly something else (untrimmed, 3 of 25
-  frames), and whether it does harm if every frame says the same (exercise_mini, daily_actions, vowels).
-- They cannot say what HG-NL gives on Kinetics-700: 0.3 points, the paper's gain, is a tenth of the narrowest interval
-  here. `pipelines.kinetics700` trains the control and writes that table if the videos are at hand. Nor can they say
-  what of the paper's result is Kinetics-600 and what is the backbone.
-- The actions of the untrimmed tasks are photographs of exercises between films of rooms: to tell the two apart is easy,
-  so attention has an easy task. If distractors look like actions, less may be gained.
-- Only the order tasks and the vowels have motion: exercise_mini's clips are two photographs in turn.
+- They show whether a head finds the frames that matter if most of a clip shows something else (untrimmed, 3 of 25
+  frames). They also show whether it does harm if all frames are alike (exercise_mini, daily_actions, vowels).
+- They do not show the gain of HG-NL on Kinetics-700: the paper's gain, 0.3 points, is a tenth of the narrowest interval
+  here. If the videos are available, `pipelines.kinetics700` trains the control and writes that table. They also do not
+  show which part of the paper's result comes from Kinetics-600, and which from the backbone.
+- The actions of the untrimmed tasks are photographs of exercises between films of rooms. The two are easy to tell
+  apart, so attention has an easy task. If distractors look like actions, the gain may be smaller.
+- Only the order tasks and the vowels have motion: exercise_mini's clips alternate between two photographs.
 """
 
 
@@ -312,28 +314,29 @@ def write_page(folder: Path, known: Sequence[Facts], out: Path, *, commit: str) 
         f"\nThe largest loss of HG-NL against TSN: {title}, at {count} segments: {said(worst)}.\n"
         if worst
         else "",
-        "## Is it attention, or the epochs that go on?\n",
+        "## Is it attention, or the additional epochs?\n",
         differences(varied, control),
         "\n## ReLU or softmax?\n",
         differences(videos_apart, softmax),
-        "\n## What does each part of the default recipe give, and what do groups?\n",
+        "\n## What does each part of the default recipe gain, and what do groups gain?\n",
         RECIPE,
         differences(varied, {label: ("hgnl", name) for label, name in PARTS.items()}),
-        f"\nCells of an ablation of g1 and g2 differ on exercise_mini, its split, 2 seeds:\n\n{grid}\n"
+        f"\nAn ablation of g1 and g2 on exercise_mini with its own split, 2 seeds:\n\n{grid}\n"
         if (grid := groups_table(folder.parent / "ablation"))
         else "",
         "\n## Which head if order matters?\n",
-        "Trained and tested with all frames. There or back: the same frames in both classes, in both orders, so that "
-        f"heads that do not see order get 50 %. Heads that see it: {', '.join(SEES_ORDER)}. They do not go from 3 "
-        "frames to all: see JapaneseVowels, trained on 3, above.\n",
+        'Models are trained and tested with all frames. The two classes of a "there or back" task have '
+        "the same frames in opposite order, so heads that do not see order get 50 %. Heads that see it: "
+        f"{', '.join(SEES_ORDER)}. Trained on 3 frames, these heads are worse with all frames: see JapaneseVowels, "
+        "trained on 3, above.\n",
         differences(
             ordered,
             {name: (name, "tsn") for name in ("hgnl", "attentive", *SEES_ORDER)},
             baseline="tsn",
         ),
-        "\n## Which member carries an ensemble?\n",
-        "Three kinds, as in the paper (txb for StNet, its block on cached features), equal weights: top-1 %, and what "
-        "each member adds to the other two.\n",
+        "\n## Which member contributes most to an ensemble?\n",
+        "Three kinds of models as in the paper (txb, StNet's block on cached features, replaces StNet) with equal "
+        "weights: top-1 %, and the gain of each member over the other two.\n",
         markdown(["", "fused", *(f"{name} adds" for name in members)], teams),
         "\n" + CANNOT,
     ]
