@@ -28,7 +28,7 @@ evidence: $(STAMP)
 	$(PY) tests/benchmarks/evidence.py
 
 fuzz: $(STAMP)
-	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py tests/test_power.py tests/extract/test_video_models.py tests/gpu/test_prove.py
+	HGNL_FUZZ=all $(PY) -m pytest -q -s tests/test_fuzz.py tests/test_power.py tests/extract/test_video_models.py tests/extract/test_decode.py tests/gpu/test_prove.py
 
 # For a machine with a GPU: uses the Python that has torch there. With a copy of wheelhouse/ it needs no network.
 gpu:

@@ -381,7 +381,7 @@ def emptied(disk: Path) -> Callable[[], None]:
     return empty
 
 
-FULL = [(errno.ENOSPC, 1), (errno.EROFS, 5), (errno.EACCES, 6), (errno.EDQUOT, 7)]
+FULL = [(errno.ENOSPC, 1), (errno.EROFS, 13), (errno.EACCES, 14), (errno.EDQUOT, 15)]
 
 
 @pytest.mark.parametrize(("code", "stride"), FULL)
@@ -402,10 +402,11 @@ def test_extract_on_a_disk_that_is_full(code, stride, extraction, tmp_path):
 def test_train_evaluate_fuse_report_ablate_and_crossval_on_a_disk_that_is_full(
     tmp_path, monkeypatch
 ):
-    # Drawing figures takes most of the time, and has nothing to do with the disk.
+    # Drawing figures and a page takes most of the time, and has nothing to do with the disk.
     monkeypatch.setattr(
         "matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg></svg>")
     )
+    monkeypatch.setattr("pipelines.report.page.render", lambda contents, title: f"<p>{contents}")
     classes_store(tmp_path / "feats.zarr", videos=18, classes=6)
     classes_store(tmp_path / "many.zarr")
     disk = tmp_path / "disk"

@@ -20,6 +20,7 @@ import pytest
 from extract.decode import Decoded, VideoError, decode, decoder_version, packets
 from extract.decode import reader as decoding
 from extract.sampling import segment_centers
+from thorough import THOROUGH
 from videos import (
     DOUBTED,
     TRUSTED,
@@ -39,9 +40,9 @@ def every_frame(num_frames: int) -> np.ndarray:
     return np.arange(num_frames)
 
 
-def samples(num_frames: int, *, singly: bool = True) -> Iterator[np.ndarray]:
-    """Requests to a video: all frames, TSN's, each frame alone, some frames in any order with
-    repeats."""
+def samples(num_frames: int, *, singly: bool = True, step: int = 1) -> Iterator[np.ndarray]:
+    """Requests to a video: all frames, TSN's, each `step`-th frame alone, some frames in any order
+    with repeats."""
     rng = np.random.default_rng(num_frames)
     yield np.arange(num_frames)
     yield segment_centers(num_frames, 3)
@@ -49,15 +50,17 @@ def samples(num_frames: int, *, singly: bool = True) -> Iterator[np.ndarray]:
     if singly:
         yield segment_centers(num_frames, 25)
         yield from (rng.integers(0, num_frames, 3) for _ in range(4))
-        yield from (np.array([number]) for number in range(num_frames))
+        yield from (np.array([number]) for number in range(0, num_frames, step))
 
 
-def assert_exact(path: Path, whole: Whole | None = None, *, singly: bool = True) -> Decoded:
+def assert_exact(
+    path: Path, whole: Whole | None = None, *, singly: bool = True, step: int = 1
+) -> Decoded:
     """Raises AssertionError unless all samples of `path` equal, bit for bit, those of decoding
     everything."""
     whole = whole or decode_everything(path)
     assert whole.frames
-    for wanted in samples(len(whole.frames), singly=singly):
+    for wanted in samples(len(whole.frames), singly=singly, step=step):
         asked: list[int] = []
 
         def sample(num_frames: int, wanted=wanted, asked=asked) -> np.ndarray:
@@ -195,37 +198,45 @@ def test_most_encoders_are_tested():
 # -- kinds of video --------------------------------------------------------------------------------------------------
 
 
+# Where packets are read again, so many frames further a frame is asked for alone: the way to each is the same.
+STEP = 1 if THOROUGH else 3
+
+
+@functools.cache
+def _of_a_kind(name: str) -> tuple[Path, Whole]:
+    """A video by its name in TRUSTED or DOUBTED, and all of it: made once for all tests."""
+    path = write_video(_folder() / name, **(TRUSTED | DOUBTED)[name])
+    return path, decode_everything(path)
+
+
 @pytest.mark.parametrize("name", TRUSTED)
 @pytest.mark.usefixtures("no_fallback")
-def test_wanted_frames_alone_are_exact(name, tmp_path):
-    assert_exact(write_video(tmp_path / name, **TRUSTED[name]))
+def test_wanted_frames_alone_are_exact(name):
+    assert_exact(*_of_a_kind(name))
 
 
 @pytest.mark.parametrize("name", TRUSTED)
-def test_frames_are_exact_where_packets_are_read_again(name, tmp_path, monkeypatch):
+def test_frames_are_exact_where_packets_are_read_again(name, monkeypatch):
     """As in a file too large to keep in memory. If a packet is not found again, everything is
     decoded."""
-    path = write_video(tmp_path / name, **TRUSTED[name])
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
-    assert_exact(path)
+    assert_exact(*_of_a_kind(name), step=STEP)
 
 
 @pytest.mark.parametrize(
     "name", ["b-frames.mp4", "b-frames.mkv", "hevc.mkv", "late.mkv", "streams.mp4"]
 )
 @pytest.mark.usefixtures("no_fallback")
-def test_packets_are_found_again_in_the_containers_of_kinetics(name, tmp_path, monkeypatch):
-    path = write_video(tmp_path / name, **TRUSTED[name])
+def test_packets_are_found_again_in_the_containers_of_kinetics(name, monkeypatch):
     monkeypatch.setattr(packets, "_KEPT_BYTES", 0)
-    assert_exact(path)
+    assert_exact(*_of_a_kind(name))
 
 
 @pytest.mark.parametrize("name", DOUBTED)
 @pytest.mark.parametrize("kept", [packets._KEPT_BYTES, 0])
-def test_frames_are_exact_where_packets_cannot_be_trusted(name, kept, tmp_path, monkeypatch):
-    path = write_video(tmp_path / name, **DOUBTED[name])
+def test_frames_are_exact_where_packets_cannot_be_trusted(name, kept, monkeypatch):
     monkeypatch.setattr(packets, "_KEPT_BYTES", kept)
-    assert_exact(path)
+    assert_exact(*_of_a_kind(name), step=1 if kept else STEP)
 
 
 @pytest.mark.parametrize("codec", ["libx264", "libx265", "mpeg4"])
