@@ -277,7 +277,7 @@ def test_kill_9_loses_the_pass_in_hand_only(features, tmp_path):
     log = cut / "results.jsonl"
     before = killed_after(4, f"aggregate.ablate {flags} --features {features} --out {cut}", log)
     count = before.count(b"\n")
-    assert 4 <= count < 8, "killed too late to show anything"
+    assert count == 4
     with open(log, "ab") as file:
         file.write(b'{"key": "torn')
     trained: list[int] = []

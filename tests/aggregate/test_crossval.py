@@ -231,7 +231,7 @@ def test_kill_9_loses_the_fold_in_hand_only(features, tmp_path):
     log = cut / "results.jsonl"
     command = f"aggregate.crossval {flags} --folds 2 --features {features} --out {cut}"
     before = killed_after(2, command, log)
-    assert 2 <= before.count(b"\n") < 8, "killed too late to show anything"
+    assert before.count(b"\n") == 2
     crossval.main(replace(wanted, out=cut))
     assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     assert results_of(cut) == results_of(tmp_path / "whole")

@@ -5,7 +5,9 @@ import functools
 import os
 import signal
 import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -133,8 +135,28 @@ def test_an_error_in_a_process_is_the_commands_error(tmp_path, two_cores):
         crossval.main(replace(wanted, g1=(16,), g2=(8,), m1=()))
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_no_process_outlives_the_command(how, features, tmp_path, monkeypatch):
+WAIT_SIDE_BY_SIDE = """
+import functools, sys
+from aggregate.ablation.processes import run_side_by_side
+from processes import begin_and_wait
+prepare = functools.partial(str, sys.argv[1])
+list(run_side_by_side(begin_and_wait, [1, 2, 3], prepare=prepare, processes=2, threads=1))
+"""
+
+
+def test_kill_9_leaves_no_process(tmp_path):
+    """Tasks that do nothing but wait: their processes start without torch."""
+    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-c", WAIT_SIDE_BY_SIDE, str(tmp_path)]
+    with running(command, until=lambda: len(os.listdir(tmp_path)) == 2, env=environment) as process:
+        started = psutil.Process(process.pid).children(recursive=True)
+    assert len(started) >= 2
+    _, alive = psutil.wait_procs(started, timeout=60)
+    assert not alive
+
+
+def test_ctrl_c_leaves_no_process_and_says_how_to_go_on(features, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     out = tmp_path / "cv"
     command = (
@@ -148,13 +170,12 @@ def test_no_process_outlives_the_command(how, features, tmp_path, monkeypatch):
 
     with running(command, until=two_children_train, output=subprocess.PIPE) as process:
         started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(how)
+        process.send_signal(signal.SIGINT)
         output, _ = process.communicate(timeout=60)
     assert len(started) >= 2 or len(os.sched_getaffinity(0)) == 1
     _, alive = psutil.wait_procs(started, timeout=60)
     assert not alive
-    if how == signal.SIGINT:
-        assert process.returncode == 130
-        assert "the same command resumes" in output
-        assert "Traceback" not in output
-        assert "leaked" not in output  # semaphores of the children, by Python's resource tracker
+    assert process.returncode == 130
+    assert "the same command resumes" in output
+    assert "Traceback" not in output
+    assert "leaked" not in output  # semaphores of the children, by Python's resource tracker
