@@ -1,5 +1,7 @@
 """Small extractions, by `main(options(...))` or as a program, and their progress."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import psutil
 from extract.options import Options
 from extract.store import RunLog
 
+ROOT = Path(__file__).parent.parent
 SMALL = {
     "backbone": "test_resnet",
     "weights": "random",
@@ -33,8 +36,14 @@ def command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
     return [sys.executable, "-m", "extract", *flags]
 
 
-def held_command(videos: Path | str, out: Path | str, **changed: Any) -> list[str]:
-    """The same command, which decodes only as far as a test allows (`decode_jobs.held`)."""
+def start_held(
+    videos: Path | str, out: Path | str, folder: Path, hold: str, *, output: Any, **changed: Any
+) -> subprocess.Popen:
+    """Start the same command in a separate process. It waits at videos with the part `hold` in
+    their path until the file `hold` in `folder` is gone (see `decode_jobs.held`)."""
+    (folder / "hold").write_text(hold)
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {"HGNL_TEST_HELD": str(folder), "PYTHONPATH": os.pathsep.join(paths)}
     program = (
         "import sys\n"
         "from functools import partial\n"
@@ -47,7 +56,10 @@ def held_command(videos: Path | str, out: Path | str, **changed: Any) -> list[st
         "driver.Worker, driver.RayActorPool = HeldWorker, partial(RayActorPool, worker=HeldWorker)\n"
         "sys.exit(run_command(main, Options, prog='extract'))\n"
     )
-    return [sys.executable, "-c", program, *command(videos, out, **changed)[3:]]
+    words = [sys.executable, "-c", program, *command(videos, out, **changed)[3:]]
+    return subprocess.Popen(
+        words, stdout=output, stderr=output, env=os.environ | environment, cwd=ROOT
+    )
 
 
 def committed_blocks(out: Path) -> list[dict[str, Any]]:

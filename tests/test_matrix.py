@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+import tiny_backbones
 from aggregate import ablate, crossval, evaluate, finetune, train
 from aggregate.scores import Scores
 from aggregate.training.checkpoint import Checkpoint
@@ -28,11 +29,12 @@ from extract import InputError, verify
 from extract import export as export_features
 from extract.__main__ import Options as ExtractOptions
 from extract.__main__ import main as extract
+from extract.backbone.model import load_trunk
 from extract.store import FeatureStore
 from pipelines import export, predict, steps
 from pipelines.report import __main__ as report
 from pipelines.report.find import find
-from small_models import tuned
+from small_models import cached, tuned
 from stores import classes_store, store_digest
 
 ROOT = Path(__file__).parent.parent
@@ -751,6 +753,9 @@ def outputs(command: str, checkpoint: Path, folder: Path) -> Any:
 def test_predict_and_export_depend_on_the_checkpoint_alone(command, checkpoint, tmp_path):
     """They read the checkpoint through a link, and no store and no list. So all columns but those
     of the checkpoint are harmless."""
+    if command == "export":
+        trunk = load_trunk(tiny_backbones.CONVOLUTION, weights="random", seed=3)
+        checkpoint = cached(tmp_path / "tiny", "tsn", trunk=trunk)
     link = tmp_path / "link.pt"
     link.symlink_to(checkpoint)
     made = outputs(command, link, tmp_path)
@@ -788,9 +793,13 @@ CELLS["report"] = dict.fromkeys(COLUMNS, harmless("it shows what is there")) | {
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_the_report_shows_what_is_there(column, here, capsys):
+def test_the_report_shows_what_is_there(column, here, monkeypatch, capsys):
     """Of a run it shows the recorded videos, of a store its current content. It names what does not
     fit."""
+    # Drawing takes most of the time. tests/pipelines/test_report.py tests the figures.
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig", lambda self, file, **_: file.write(b"<svg></svg>")
+    )
     changed_store(here / "f.zarr", column)
     if column == "checkpoint replaced":
         shutil.copy("other/best.pt", "tsn/best.pt")

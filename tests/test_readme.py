@@ -92,12 +92,12 @@ def folder(tmp_path_factory) -> Path:
     """A working folder with k700/ (real clips in five classes, train and val) and clip.mp4."""
     here = tmp_path_factory.mktemp("readme")
     source = sorted((ROOT / "pipelines" / "clips" / "exercise_mini" / "clips").rglob("*.mp4"))
-    for number in range(40):
+    for number in range(25):
         target = (
             here
             / "k700"
             / ("val" if number % 4 == 3 else "train")
-            / f"exercise {number // 8}"
+            / f"exercise {number // 5}"
             / f"{number}.mp4"
         )
         target.parent.mkdir(parents=True, exist_ok=True)

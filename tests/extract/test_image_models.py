@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms.functional import normalize as tv_normalize
 
+import tiny_backbones  # noqa: F401 registers small models of these kinds
 from extract import InputError
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import load_trunk
@@ -23,9 +24,9 @@ from extract.backbone.model import load_trunk
 # that are not 4-D (Swin), parameters that are not (lambda), a graph that torch.fx traces wrongly
 # (LeViT).
 KINDS = [
-    "swin_tiny_patch4_window7_224",
+    "hgnl_test_swin",
     "lambda_resnet26t",
-    "levit_128s",
+    "hgnl_test_levit",
     "test_vit",
     "mixer_s32_224",
     "edgenext_xx_small",

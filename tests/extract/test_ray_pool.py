@@ -31,7 +31,7 @@ from extract.workers import driver
 from extract.workers.decoder import code_version
 from extract.workers.ray_pool import RayActorPool, plan_actors
 from extract.workers.worker import Worker
-from extractions import command_of, committed_blocks, decode_children, held_command, options
+from extractions import command_of, committed_blocks, decode_children, options, start_held
 from simulated import CrashingWorker, HeldPixelWorker, HeldWorker
 from stores import store_digest
 
@@ -289,22 +289,21 @@ def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     assert capsys.readouterr().err.count("a worker was lost") == 2
 
 
-def driver_with_a_block(clips, out: Path, cluster, log) -> subprocess.Popen:
+def driver_with_a_block(clips, out: Path, cluster, told, log) -> subprocess.Popen:
     """A driver in a separate process, which has committed a block or has ended. It waits at half of
     the videos."""
-    words = held_command(clips, out, address=cluster.address)
-    run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+    run = start_held(clips, out, told, "cable", output=log, address=cluster.address)
     while run.poll() is None and not committed_blocks(out):
         time.sleep(0.005)
     return run
 
 
-def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, tmp_path):
+def test_a_polite_stop_under_ray_ends_as_ctrl_c_does(clips, cluster, worker_nodes, told, tmp_path):
     """Ray's own handler of SIGTERM would end a driver with status 1 and a dump."""
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*ONE_NODE)
     with (tmp_path / "log").open("w") as log:
-        run = driver_with_a_block(clips, out, cluster, log)
+        run = driver_with_a_block(clips, out, cluster, told, log)
         run.terminate()
         assert run.wait(timeout=60) == 130
     assert (tmp_path / "log").read_text().splitlines()[-1].startswith("interrupted; ")
@@ -318,7 +317,7 @@ def test_a_killed_driver_goes_on_upon_the_same_cluster(
     out = tmp_path / "ray.zarr"
     worker_nodes.exactly(*GPU_AND_CPU)
     with (tmp_path / "log").open("w") as log:
-        run = driver_with_a_block(clips, out, cluster, log)
+        run = driver_with_a_block(clips, out, cluster, told, log)
         run.kill()
         run.wait()
     before = len(committed_blocks(out))

@@ -4,7 +4,6 @@ drivers at once."""
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +17,7 @@ from extract import RunError
 from extract.__main__ import main
 from extract.store import OK, FeatureStore, remote
 from extract.store.remote import Lease, LocalCopy
-from extractions import command, options
+from extractions import options, start_held
 from stores import classes_store
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +96,7 @@ def test_a_store_on_s3_is_the_store_on_a_disk(s3, clips, undisturbed, capsys):
 
 
 def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(
-    s3, clips, undisturbed, impatient, monkeypatch, tmp_path
+    s3, clips, impatient, monkeypatch, tmp_path
 ):
     acquire = Lease._acquire
 
@@ -106,24 +105,18 @@ def test_a_killed_run_is_taken_over_and_ends_with_the_same_bytes(
         impatient.undo()
         return number
 
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    last = sorted(clips.rglob("*.mp4"))[-1].name
     with (tmp_path / "log").open("w") as log:
-        words = command(clips, "s3://videos/killed.zarr")
-        run = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log, env=environment)
-        while run.poll() is None and "to do" not in (tmp_path / "log").read_text():
-            time.sleep(0.005)
+        run = start_held(clips, "s3://videos/killed.zarr", tmp_path, last, output=log, frames=16)
         while run.poll() is None and not committed("s3://videos/killed.zarr"):
-            run.send_signal(signal.SIGCONT)
-            time.sleep(0.05)
-            run.send_signal(
-                signal.SIGSTOP
-            )  # stopped while it is examined, so that it cannot end meanwhile
+            time.sleep(0.2)
         run.kill()
         run.wait()
     assert 0 < committed("s3://videos/killed.zarr") < 8
     monkeypatch.setattr(Lease, "_acquire", acquire_and_be_patient)
-    assert main(options(clips, "s3://videos/killed.zarr")) == 0
-    assert objects(s3, "s3://videos/killed.zarr") == files(undisturbed)
+    assert main(options(clips, "s3://videos/killed.zarr", frames=16)) == 0
+    assert main(options(clips, tmp_path / "whole.zarr", frames=16)) == 0
+    assert objects(s3, "s3://videos/killed.zarr") == files(tmp_path / "whole.zarr")
 
 
 def committed(url: str) -> int:

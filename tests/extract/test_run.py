@@ -3,7 +3,6 @@ and files."""
 
 import errno
 import json
-import os
 import pickle
 import random
 import re
@@ -33,7 +32,7 @@ from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
 from extract.workers.blocks import Block
 from extractions import command as small_command
-from extractions import committed_blocks, decode_children, held_command
+from extractions import committed_blocks, decode_children, start_held
 from extractions import options as small_options
 from stores import store_digest
 
@@ -275,12 +274,9 @@ def test_too_little_space_is_seen_before_the_run(clips, tmp_path, monkeypatch):
 
 def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
     out = tmp_path / "a.zarr"
-    (tmp_path / "hold").write_text("val")
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    held = {"HGNL_TEST_HELD": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    many = {"frames": 16, "block_size": 1}
     with (tmp_path / "log").open("w") as log:
-        words = held_command(clips, out, frames=16, block_size=1)
-        run = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | held)
+        run = start_held(clips, out, tmp_path, "val", output=log, **many)
         while run.poll() is None and not committed_blocks(out):
             time.sleep(0.005)
         run.send_signal(signal.SIGINT)
@@ -288,7 +284,7 @@ def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
     assert "Traceback" not in (tmp_path / "log").read_text()
     missing = FeatureStore.open(out).missing_blocks()
     assert 0 < len(missing) < 12
-    assert main(options(clips, out, frames=16, block_size=1)) == 0
+    assert main(options(clips, out, **many)) == 0
 
 
 def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):

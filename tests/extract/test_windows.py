@@ -28,7 +28,7 @@ from extract.store import FAILED, OK, PARTIAL, FeatureStore
 from extract.store.corrections import upgrade
 from extract.store.damage import damaged_columns
 from extract.workers import driver
-from extractions import command, committed_blocks
+from extractions import committed_blocks, start_held
 from extractions import options as small_options
 from stores import store_digest
 from untrimmed import cut_out, join_clips
@@ -134,8 +134,8 @@ def test_the_same_command_goes_on_and_another_window_is_refused(
 def test_kill_9_in_the_middle_of_a_file_and_resume_gives_the_same_bytes(untrimmed, tmp_path):
     assert main(options(untrimmed, tmp_path / "whole.zarr", window=1.0)) == 0
     out = tmp_path / "killed.zarr"
-    words = command(untrimmed, out, **LARGER, window=1)
-    child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"output": subprocess.DEVNULL}
+    child = start_held(untrimmed, out, tmp_path, "second.mp4", **quiet, **LARGER, window=1)
     while child.poll() is None and not committed_blocks(out):
         time.sleep(0.002)
     child.kill()

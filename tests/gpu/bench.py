@@ -26,6 +26,7 @@ import pretend
 from device import DEVICE, PRETENDED
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.backbone.model import load_trunk
+from extract.cli import run_command
 from extract.cores import available_cores
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.pool import SubprocessPool
@@ -45,7 +46,8 @@ class Size:
     batch: int
     batches: int
     clips: int
-    block: int  # of them
+    frames: int  # of each
+    block: int  # clips
     videos: int  # of cached features
     dim: int
     product: int  # side of the matrices whose product is timed
@@ -57,13 +59,14 @@ FULL = Size(
     400,
     24,
     960,
+    25,
     32,
     54_236,
     2048,
     8192,
     ((4, 8, 16, 32), (2, 4, 8, 16)),
 )
-TINY = Size("test_resnet", 8, 2, 2, 1, 300, 32, 256, ((2, 4), (2,)))
+TINY = Size("test_resnet", 4, 2, 2, 4, 1, 300, 32, 256, ((2, 4), (2,)))
 
 
 def seconds_of(work: Callable[[], Any], *, repeats: int = 5) -> float:
@@ -170,17 +173,22 @@ def extraction(size: Size) -> Numbers:
             "weights": "random",
             "backbone": size.backbone,
             "device": DEVICE,
+            "frames": size.frames,
             "block_size": size.block,
         }
         numbers: Numbers = {}
         backbone = load_backbone(
-            size.backbone, weights="random", device=DEVICE, precision="fp16", frames=size.block * 25
+            size.backbone,
+            weights="random",
+            device=DEVICE,
+            precision="fp16",
+            frames=size.block * size.frames,
         )
         side = backbone.preprocessing.size
         alone, _ = _streamed(
             backbone, np.zeros((backbone.batch_size, side, side, 3), np.uint8), size.batches
         )
-        decoding = _decoding_alone(backbone, sorted(map(str, clips.iterdir())))
+        decoding = _decoding_alone(backbone, sorted(map(str, clips.iterdir())), size.frames)
         numbers |= {"backbone alone, frames/s": alone, "decoding alone by pyav, frames/s": decoding}
 
         def whole(decoder: str) -> Numbers:
@@ -208,8 +216,8 @@ def extraction(size: Size) -> Numbers:
     return numbers
 
 
-def _decoding_alone(backbone: Backbone, paths: list[str]) -> float:
-    plan = Plan(25, 1, 0, backbone.preprocessing, 0, "pyav")
+def _decoding_alone(backbone: Backbone, paths: list[str], frames: int) -> float:
+    plan = Plan(frames, 1, 0, backbone.preprocessing, 0, "pyav")
     cores = available_cores()
     with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=cores, timeout=60) as pool:
         jobs = [(path, [(path, None)], plan) for path in paths]
@@ -284,15 +292,7 @@ def grid(size: Size) -> Numbers:
     walls, passes = [], []
     with tempfile.TemporaryDirectory() as folder:
         store = _cached(Path(folder, "f.zarr"), size, videos=max(size.videos // 10, 300))
-        command = [
-            sys.executable,
-            "-m",
-            "aggregate.ablate",
-            "--features",
-            str(store.path),
-            "--epochs",
-            "2",
-        ]
+        command = ["--features", str(store.path), "--epochs", "2"]
         command += ["--device", "cpu" if PRETENDED else DEVICE, "--at-once", "64"]
         for number, (g1, g2, seeds) in enumerate(
             ((size.groups[0][:1], size.groups[1][:1], (0,)), (*size.groups, range(3)))
@@ -303,7 +303,7 @@ def grid(size: Size) -> Numbers:
                 *command,
                 *(str(word) for name, values in lists.items() for word in (name, *values)),
             ]
-            subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+            _run_ablate(words)
             walls.append(time.perf_counter() - started)
             with Path(folder, str(number), "ablation.csv").open() as file:
                 passes.append([float(row["pass_seconds"]) for row in csv.DictReader(file)])
@@ -323,6 +323,18 @@ def grid(size: Size) -> Numbers:
             )
         },
     }
+
+
+def _run_ablate(words: list[str]) -> None:
+    """Run the command in a separate process; in a rehearsal in this one, where the libraries are
+    imported already."""
+    if not PRETENDED:
+        command = [sys.executable, "-m", "aggregate.ablate", *words]
+        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        return
+    from aggregate import ablate
+
+    assert run_command(ablate.main, ablate.Options, prog="aggregate.ablate", args=words) == 0
 
 
 # In order of importance, with the seconds that each is expected to take at most.

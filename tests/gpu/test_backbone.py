@@ -73,7 +73,9 @@ def test_features_are_those_of_fp32_on_the_cpu(network: str, precision: str) -> 
 
 def test_auto_takes_the_gpu_in_half_precision_and_says_how_it_runs() -> None:
     backbone = load_backbone(
-        "test_resnet" if PRETENDED else "resnet10t", weights="random", frames=32
+        "test_resnet" if PRETENDED else "resnet10t",
+        weights="random",
+        frames=8 if PRETENDED else 32,
     )
     assert (backbone.device.partition(":")[0], backbone.precision) == ("cuda", "fp16")
     assert "eager" in backbone.describe()

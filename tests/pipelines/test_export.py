@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import small_models
-import tiny_backbone
+import tiny_backbones
 from aggregate.endtoend import model_from_record
 from aggregate.training.checkpoint import Checkpoint
 from decode_jobs import prepare_row
@@ -76,7 +76,7 @@ def assert_parity(file: Path, checkpoint: Path, shapes) -> None:
 
 @pytest.fixture(scope="module")
 def tiny() -> Trunk:
-    return load_trunk(tiny_backbone.NAME, weights="random", seed=3)
+    return load_trunk(tiny_backbones.CONVOLUTION, weights="random", seed=3)
 
 
 @pytest.mark.parametrize("name", list(small_models.AGGREGATORS))
