@@ -29,6 +29,9 @@ class SleepingBatches:
     def finish(self) -> None:
         pass
 
+    def discard(self) -> None:
+        pass
+
 
 class SleepingBackbone:
     """The part of a Backbone that a worker uses."""

@@ -89,17 +89,24 @@ class Batches:
         self._launched.popleft()
         self._free.append(slot)
 
+    def discard(self) -> None:
+        """Wait for all batches that have been launched, and drop them.
+
+        Python must not end before: OpenVINO, which then calls back, would abort the process.
+        """
+        while self._launched:
+            slot, _ = self._launched.popleft()
+            with suppress(Exception):
+                slot.wait()
+            self._free.append(slot)
+        self.completed = self.added
+
     @contextmanager
     def _discard_on_error(self) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            while self._launched:
-                slot, _ = self._launched.popleft()
-                with suppress(Exception):
-                    slot.wait()
-                self._free.append(slot)
-            self.completed = self.added
+            self.discard()
             raise
 
 

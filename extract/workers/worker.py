@@ -313,6 +313,8 @@ class Worker:
 
     def close(self) -> None:
         """Stop the children. A block in progress is dropped."""
+        if "_batches" in self.__dict__:
+            self._batches.discard()
         for pool in reversed(self._pools):
             pool.close()
         self._writer.shutdown()

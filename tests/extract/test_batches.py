@@ -443,6 +443,19 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
     worker.close()
 
 
+def test_a_worker_that_is_stopped_waits_for_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else OpenVINO calls back while Python ends, after Ctrl-C for one, and the process aborts with status 134."""
+    device = FakeDevice()
+    worker, blocks, written = worker_on(device, monkeypatch)
+    worker.run(blocks[0])
+    assert device.under_way == 1
+    worker.close()
+    assert device.under_way == 0
+    assert written == {}
+
+
 def test_a_row_that_fails_after_its_first_clips_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of the three clips of the first video fit into a buffer, and the process that decodes the
     third one dies."""
