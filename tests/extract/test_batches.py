@@ -446,7 +446,8 @@ def test_a_block_whose_batch_is_lost_is_never_written(monkeypatch: pytest.Monkey
 def test_a_worker_that_is_stopped_waits_for_what_is_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Else OpenVINO calls back while Python ends, after Ctrl-C for one, and the process aborts with status 134."""
+    """Otherwise OpenVINO calls back while Python ends, for example after Ctrl-C, and the process
+    aborts with status 134."""
     device = FakeDevice()
     worker, blocks, written = worker_on(device, monkeypatch)
     worker.run(blocks[0])

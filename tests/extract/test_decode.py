@@ -198,7 +198,7 @@ def test_most_encoders_are_tested():
 # -- kinds of video --------------------------------------------------------------------------------------------------
 
 
-# Where packets are read again, so many frames further a frame is asked for alone: the way to each is the same.
+# Where packets are read again, every third frame is requested alone: all are found the same way.
 STEP = 1 if THOROUGH else 3
 
 
