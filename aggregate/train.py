@@ -124,7 +124,7 @@ def _learners_and_baselines(
     from_tsn = init is not None and init.options["name"] == "tsn"
     if options.agg != "tsn":
         if init is not None and from_tsn and init.classes == list(store.classes):
-            print(f"baseline  the TSN of {options.init}, as it is")
+            print(f"baseline  the TSN of {options.init}, without more training")
             baselines["tsn (as it was)"] = init.model().to(device)
         else:
             baseline = replace(configuration, name="tsn (baseline)", options=tsn)

@@ -51,7 +51,7 @@ def main(options: Options) -> int:
         result = check_submission(options.check, _classes(options.labels), ids)
         print(f"{options.check} passes: {result}")
         if ids is None:
-            print("missing videos were not looked for; --ids FILE lists those that are expected")
+            print("missing videos were not checked; --ids FILE lists the expected videos")
     elif options.grade is not None:
         if options.truth is None:
             raise InputError("--grade needs --truth FILE, the Kinetics CSV or the challenge's JSON")

@@ -72,7 +72,7 @@ def test_half_done_runs_are_refused_in_one_sentence(old, tmp_path):
     for command, options in ((train, cut), (train, finished), (ablate, grid), (finetune, tuned)):
         before = {path: path.read_bytes() for path in options.out.rglob("*") if path.is_file()}
         with pytest.raises(
-            InputError, match="was begun by another version of this program and cannot be"
+            InputError, match="was started by another version of this program and cannot be"
         ):
             command.main(options)
         assert before == {

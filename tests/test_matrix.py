@@ -56,7 +56,7 @@ TOUCHED = 53  # the row of a validation video
 QUICK = {"epochs": 2, "batch_size": 16}
 OTHER_DATA = "was trained on other data than .* holds now"
 REMEDY = "give another --out to train on the current data"
-VERSION = r"note      begun with version 0\.0\.1 of this program, goes on with "
+VERSION = r"note      started with version 0\.0\.1 of this program, continues with "
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def describe_crossing_pairs(
     try:
         pairs = near_duplicates(mean_features(store, rows), units, false_alarms=FALSE_ALARMS)
     except (ArithmeticError, ValueError, MemoryError) as error:  # NaN features, for example
-        return f"near-duplicates across folds are not looked for: {error}"
+        return f"near-duplicates across folds were not searched: {error}"
     first, second = rows[pairs.rows].T
     crossing = np.zeros(len(pairs), bool)
     for fold in folds:

@@ -87,7 +87,7 @@ class VideoFrames:
             if len(rows) and len(self.failed) == len(self.videos):
                 name, reason = self.videos[rows[0]].id, self.failed[int(rows[0])]
                 raise RunError(
-                    f"not one of {len(self.videos)} videos can be decoded; {name}: {reason}"
+                    f"none of the {len(self.videos)} videos can be decoded; {name}: {reason}"
                 )
 
     def test_batches(self, *, batch_size: int) -> Iterator[list[Batch]]:

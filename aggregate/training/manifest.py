@@ -214,9 +214,9 @@ def refuse_other_data(
 
 
 def print_other_version(recorded: str) -> None:
-    """Print a note if the program has another version than when the run was begun."""
+    """Print a note if the program has another version than when the run started."""
     if recorded != (now := importlib.metadata.version("hgnl-video")):
-        print(f"note      begun with version {recorded} of this program, goes on with {now}")
+        print(f"note      started with version {recorded} of this program, continues with {now}")
 
 
 # -- scores ----------------------------------------------------------------------------------------

@@ -56,7 +56,7 @@ _FREE_ON_RESUME = {
     "version",
 }
 _ANOTHER_VERSION = (
-    "{out} was begun by another version of this program and cannot be resumed (its checkpoints "
+    "{out} was started by another version of this program and cannot be resumed (its checkpoints "
     "still open); give another --out, or remove it"
 )
 
@@ -77,8 +77,8 @@ def open_folder(options: Any) -> Checkpoint | None:
         for path in out.glob("*")
         if not (path.name.startswith(ours) or is_leftover(path.name))
     ]
-    begun = (out / "options.json").exists() and all(name.endswith(".pt") for name in names)
-    if names and not last_path.exists() and not begun:
+    started = (out / "options.json").exists() and all(name.endswith(".pt") for name in names)
+    if names and not last_path.exists() and not started:
         raise InputError(f"--out {out} is not empty and holds no run; give another name")
     if names:
         refuse_other_options(out, to_json(options))
@@ -170,12 +170,12 @@ class Run:
             # The defaults of a head may have changed since: its weights would mean something else.
             built = getattr(learner.net, "options", best.options)
             lines = difference(
-                {learner.name: best.options}, {learner.name: built}, then="when it was begun"
+                {learner.name: best.options}, {learner.name: built}, then="when it started"
             )
             if lines:
                 raise InputError(
                     f"{self.out} holds a model with other options:\n  " + "\n  ".join(lines) + "\n"
-                    "give these as flags to go on with it, or another --out"
+                    "give these as flags to continue it, or another --out"
                 )
             learner.load_state_dict(state, best.state_dict)
         if self.writes:

@@ -105,7 +105,7 @@ class DecodedVideos:
             dist.all_gather_object(gathered, parts[0])
             parts = [part for part in gathered if len(part[0])]
         if not any(len(rows) for rows, _ in parts):
-            raise RunError(f"not one of {len(self.labels)} videos to test on can be decoded")
+            raise RunError(f"none of the {len(self.labels)} videos to test on can be decoded")
         shape = (len(models), len(self.labels), self.classes)
         logits_by_model = np.full(shape, np.nan, np.float32)
         for rows, scores in parts:

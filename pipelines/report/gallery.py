@@ -229,7 +229,7 @@ def _store_of(
         with suppress(InputError):
             checkpoint.check_features(store.provenance, store.dim, name)
             return name, store
-    raise InputError(f"its features {features!r} are not at hand; copy the store into the folder")
+    raise InputError(f"its features {features!r} were not found; copy the store into the folder")
 
 
 def _validated_rows(

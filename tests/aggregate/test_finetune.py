@@ -259,7 +259,7 @@ def test_a_run_with_an_option_that_is_no_more_is_not_resumed_in_silence(videos, 
     finetune.main(wanted)
     recorded = json.loads((tmp_path / "run" / "options.json").read_text())
     (tmp_path / "run" / "options.json").write_text(json.dumps(recorded | {"ema": 0.9}))
-    with pytest.raises(InputError, match="was begun by another version of this program"):
+    with pytest.raises(InputError, match="was started by another version of this program"):
         finetune.main(wanted)
 
 
@@ -484,7 +484,7 @@ def test_no_video_that_decodes_ends_the_run(tmp_path):
             target = tmp_path / "v" / split / name / "x.mp4"
             target.parent.mkdir(parents=True)
             target.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="not one of 2 videos can be decoded; train/"):
+    with pytest.raises(RunError, match="none of the 2 videos can be decoded; train/"):
         finetune.main(options(tmp_path / "v", tmp_path / "run"))
 
 
@@ -494,7 +494,7 @@ def test_no_validation_video_that_decodes_ends_the_run(videos, tmp_path):
         target = tmp_path / "v" / "val" / name / "x.mp4"
         target.parent.mkdir(parents=True)
         target.write_bytes(b"nothing")
-    with pytest.raises(RunError, match="not one of 2 videos to test on can be decoded"):
+    with pytest.raises(RunError, match="none of the 2 videos to test on can be decoded"):
         finetune.main(options(tmp_path / "v", tmp_path / "run"))
 
 

@@ -594,5 +594,5 @@ def test_a_run_begun_with_other_defaults_of_its_head_is_not_continued(
     small = options(features, tmp_path / "run", "hgnl", g1=4, g2=2, m1=8, epochs=1)
     train.main(small)
     monkeypatch.setattr(recipes, "_CACHED_NON_LOCAL", {"normalize": False})
-    with pytest.raises(InputError, match="normalize: True when it was begun, False now"):
+    with pytest.raises(InputError, match="normalize: True when it started, False now"):
         train.main(small)

@@ -409,7 +409,7 @@ def test_the_command_checks_and_grades(tmp_path, capsys):
     path = tmp_path / "sub.json"
     write_submission(scores, path)
     assert command("--check", path) == 0
-    assert "passes: 3 videos\nmissing videos were not looked for" in capsys.readouterr().out
+    assert "passes: 3 videos\nmissing videos were not checked" in capsys.readouterr().out
     assert command("--check", path, "--labels", tmp_path / "s.h5", "--ids", tmp_path / "s.h5") == 0
     assert capsys.readouterr().out == f"{path} passes: 3 videos\n"
     ids = write(tmp_path / "ids.txt", "-_000000007\n")

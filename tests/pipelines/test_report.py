@@ -445,7 +445,7 @@ def test_attention_needs_the_features_of_its_model(folder, tmp_path):
     classes_store(tmp_path / "other.zarr", dim=8)
     shown = made(tmp_path)
     assert "attention" not in shown.words
-    assert "attention of hgnl: its features 'gone.zarr' are not at hand" in shown.words["problems"]
+    assert "attention of hgnl: its features 'gone.zarr' were not found" in shown.words["problems"]
 
 
 def test_names_are_text_and_not_html_or_mathematics(tmp_path):
