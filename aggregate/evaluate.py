@@ -165,7 +165,7 @@ def _source(
     if changed:
         print(
             f"note: the label, split or group of {len(changed):,} of these videos has changed "
-            f"since the model was trained ({first_few(changed)}); scored with the present one"
+            f"since the model was trained ({first_few(changed)}); scored with the current ones"
         )
     if count is not None:
         source["trained_on"] = count

@@ -115,7 +115,7 @@ def _learners_and_baselines(
     elif options.recipe == "paper" and options.agg in ("nl", "hgnl"):
         print(
             "note      the paper starts its 8 epochs from a trained TSN; "
-            "without --init this starts fresh"
+            "without --init this starts from random weights"
         )
     learners = [configuration.learner(store, device, labels=labels, init=init)]
     baselines: dict[str, torch.nn.Module] = {}
@@ -132,7 +132,7 @@ def _learners_and_baselines(
     if options.control:
         if not from_tsn:
             raise InputError(
-                "--control trains the TSN of --init for as many more epochs; give --init tsn.pt"
+                "--control continues the TSN of --init for as many epochs; give --init tsn.pt"
             )
         control = replace(configuration, name="tsn (control)", options=tsn)
         learners.append(control.learner(store, device, labels=labels, init=init, file="control.pt"))

@@ -145,7 +145,7 @@ class Predictor:
         if not windows:
             raise VideoError(path, problem)
         if num_lost := len(spans) - len(windows):
-            problem = f"{num_lost} of {len(spans)} windows could not be seen: {problem}"
+            problem = f"{num_lost} of {len(spans)} windows could not be decoded: {problem}"
         return Prediction(path, windows[-1].end, tuple(windows), problem, crops)
 
     def _start_pool(self) -> "SubprocessPool":

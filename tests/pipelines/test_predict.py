@@ -319,7 +319,7 @@ def test_a_window_holds_the_frames_shown_in_it(clip, codec_clips, hgnl, backbone
     )
     empty = len(spans) - len(shown)  # the picture does not change in them
     assert (
-        f"{empty} of {len(spans)} windows could not be seen: no frame of it is shown"
+        f"{empty} of {len(spans)} windows could not be decoded: no frame of it is shown"
         in seen.problem
     ) == (empty > 0)
 
