@@ -82,7 +82,7 @@ class Layer(nn.Module):
         x = self.norm_frames(x)
         averages = torch.bmm(self.query_weights(query, x, mask), x)
         _, w_v = self._key_value_weights()
-        # W_v comes first: then its gradient has its layout, and is not copied.
+        # With W_v as the first factor its gradient has the layout of W_v and is not copied.
         attended = torch.bmm(w_v, averages.permute(1, 2, 0)).flatten(0, 1).T
         return self._with_residuals(query, attended + self.to_key_value.bias.chunk(2)[1])
 

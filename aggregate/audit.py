@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from extract.store import FeatureStore
 
 SCHEMA = "hgnl-audit/1"
-MAX_PRINTED = 10  # rows of each table that the terminal shows
+MAX_PRINTED = 10  # number of rows of each table that are printed
 
 
 @dataclass(frozen=True)

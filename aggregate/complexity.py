@@ -31,7 +31,7 @@ PAPER_TABLE_2 = {
     "Q^T K / Gmm(Q, K)": ("n^2 m - n^2", "n^2 m/4 - n^2", "n^2 m/4 - g2 n^2"),
     "V A / Gmm(V, A)": ("m n (2n - 1)",) * 3,
 }
-# Heads that are not in the paper, with the options that they are counted with.
+# Heads that are not in the paper, with the options for which they are counted.
 HEADS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("weighted", "weighted", {}),
     ("txb", "txb", {}),

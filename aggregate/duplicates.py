@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COMPONENTS = 64  # principal components that are kept
+COMPONENTS = 64  # number of principal components that are kept
 SHRINKAGE = 0.1  # added to each variance, as a fraction of the mean variance
-SAMPLE = 20_000  # rows for the estimates of covariance and usual distances
-NEIGHBORS = 5  # nearest rows that the usual distance around a video is estimated from
-BLOCK = 2048  # rows per block of similarities
+SAMPLE = 20_000  # number of rows for the estimates of covariance and usual distances
+NEIGHBORS = 5  # number of nearest rows from which the usual distance around a video is estimated
+BLOCK = 2048  # number of rows per block of similarities
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class FrameModel(nn.Module):
     `backbone.`, and `extract --weights` reads them.
     """
 
-    mean: Tensor  # of pixel values from 0 to 255
+    mean: Tensor  # mean of pixel values from 0 to 255
     std: Tensor
 
     def __init__(self, net: VideoClassifier | StNet, preprocessing: Preprocessing) -> None:
@@ -227,7 +227,7 @@ def _backbone_arguments(checkpoint: Checkpoint, weights: Path | None) -> dict[st
             )
         return {"name": name, "weights": "random", "seed": int(seed[1]), **options}
     file: Path | str = weights or "pretrained"
-    if weights is None and "sha256" in recorded and not name.startswith("hf/"):  # not timm's own
+    if weights is None and "sha256" in recorded and not name.startswith("hf/"):  # not timm's
         file = pip_weights_file(name)
         if Path(file).name != recorded["name"]:
             raise InputError(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from extract.listing.videos import Video
     from extract.store import FeatureStore
 
-MAX_PRINTED = 5  # failed videos that the terminal names
+MAX_PRINTED = 5  # number of failed videos that are printed
 
 
 @dataclass(frozen=True)

@@ -33,14 +33,14 @@ if TYPE_CHECKING:
 
 INK, SOFT, LINE = "#1d2329", "#5d6670", "#dfe2e3"
 COLORS = 8
-SHAPES = ("o", "s", "^")  # after 8 colors the shape changes, which makes 24 kinds
+SHAPES = ("o", "s", "^")  # the shape changes after 8 colors, so there are 24 kinds
 KINDS = COLORS * len(SHAPES)
 STATUS = {"ok": "#2a7f62", "partial": "#e0a92e", "failed": "#b3402c", "pending": LINE}
 
 FILM_FRAMES = 25
 # Inches, at 72 px each, so that both fit a phone unscaled.
-WIDE = 5.4  # figures on their own
-HALF = 4.8  # figures in pairs
+WIDE = 5.4  # width of a single figure
+HALF = 4.8  # width of each of a pair
 
 
 # -- encoding ------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def curves(lines: Mapping[str, tuple["pd.Series", str]], *, title: str) -> Figur
     with _axes(HALF, 2.9 + 0.19 * legend_rows) as (figure, axes):
         for name, (values, style) in lines.items():
             marker = "o" if np.isfinite(values).sum() < 2 else None
-            label = name if len(name) <= 28 else f"…{name[-27:]}"  # the end says which model
+            label = name if len(name) <= 28 else f"…{name[-27:]}"  # the end tells the model
             axes.plot(values.index + 1, values, style, marker=marker, markersize=4, label=label)
         axes.set(xlabel="epoch", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -215,7 +215,7 @@ def pareto(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.annotate(
                 rows[row]["name"],
                 (x[row], y[row]),
-                (4, -13 if number % 2 else 6),  # above and below in turn: neighbors do not collide
+                (4, -13 if number % 2 else 6),  # in turn, so that neighbors do not collide
                 textcoords="offset points",
                 size=8,
                 color=INK,

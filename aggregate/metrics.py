@@ -55,10 +55,10 @@ class Summary:
     top5: Interval
     mean_class: Interval
     average_error: Interval  # the challenge's metric: the mean of top-1 and top-5 error
-    scored: int  # videos with scores
-    listed: int  # videos with a label, scored or failed
+    scored: int  # number of videos with scores
+    listed: int  # number of videos with a label, scored or failed
     top1_of_scored: float  # without the videos that failed
-    units: int  # that were resampled for the intervals: groups, or single videos
+    units: int  # number of resampled units: groups, or single videos
 
 
 def describe_units(units: int, videos: int) -> str:

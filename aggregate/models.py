@@ -32,7 +32,7 @@ AGGREGATORS: dict[str, type[nn.Module]] = {
     "attentive-time": AttentiveTimeProbe,
     "nextvlad": NeXtVLAD,
 }
-# Those with a weight per frame.
+# Aggregators with a weight per frame.
 ATTENTION_AGGREGATORS = [
     name for name, kind in AGGREGATORS.items() if hasattr(kind, "frame_weights")
 ]

@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 from aggregate.masks import Frames, Mask, batch_norm_any_size, blank_masked, norm_valid_frames
 from extract import InputError
 
-REDUCTION = 8  # of context gating
+REDUCTION = 8  # the gating layer has out_dim / 8 hidden channels
 
 
 class NeXtVLAD(nn.Module):

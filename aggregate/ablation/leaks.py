@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 FALSE_ALARMS = 0.02  # the expected fraction of videos that get a pair by chance
 PAIR_ALL = 65_536  # the largest number of rows of which all pairs are compared
 ROWS_PER_READ = 256
-PRINTED = 3  # pairs that the warning names
+PRINTED = 3  # number of pairs that the warning names
 
 
 def mean_features(store: "FeatureStore", rows: "np.ndarray") -> "np.ndarray":

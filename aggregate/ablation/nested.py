@@ -32,7 +32,7 @@ class FoldTask:
     fold: Fold
     agg: str
     candidates: Sequence[Any]  # each a Configuration, or a Probe
-    segments: Sequence[int]  # of the test
+    segments: Sequence[int]  # numbers of segments in the test
     at_once: int
     vector: str = "mean"  # of probes
 

@@ -33,7 +33,7 @@ class Outcomes(NamedTuple):
     A video that failed has rank C and class C, where C is the number of classes.
     """
 
-    label_ranks: np.ndarray  # int [S, N]: of the true label
+    label_ranks: np.ndarray  # int [S, N]: ranks of the true label
     predicted: np.ndarray  # int [S, N]: the class that ranks first
     tested: np.ndarray  # bool [S, N]
 
@@ -53,7 +53,7 @@ def report(
     protocol: Record = {"seeds": seeds}
     if options.shots is not None:
         protocol = {"shots": options.shots, "draws": len(seeds)}
-    outcomes: dict[str, dict[int, Outcomes]] = {}  # by aggregator and number of segments
+    outcomes: dict[str, dict[int, Outcomes]] = {}  # keys: aggregator, number of segments
     for agg in dict.fromkeys(options.agg):
         outcomes[agg], means = _collect(store, rows, segments[agg], folds, records, agg)
         source = {"model": agg, "folds": options.folds, "features": store.provenance} | protocol
@@ -93,7 +93,7 @@ def _results(
     """The content of results.json."""
     classes = len(store.classes)
     baseline = "tsn" if "tsn" in outcomes else next(iter(outcomes))
-    # A baseline that sees order has one number of segments; all others are compared with that.
+    # A baseline that sees order has one number of segments, at which all others are compared.
     first = next(iter(outcomes[baseline].values()))
     heads: list[Record] = []
     for agg, by_segments in outcomes.items():
@@ -142,7 +142,7 @@ def _collect(
             if fold.seed == seed:
                 videos = np.searchsorted(rows, fold.test)
                 recorded: Any = records.array((seed, fold.name, agg))
-                # Earlier versions tested heads that see order with all frames too.
+                # Earlier versions also tested heads that see order with all frames.
                 logits[:, videos], tested[videos] = recorded[: len(segments)], True
         sums[:, tested] += logits[:, tested]
         failed = np.isnan(logits).any(axis=2)

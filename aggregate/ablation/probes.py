@@ -55,7 +55,8 @@ class Probe(NamedTuple):
         scaler = [StandardScaler()] if self.standardize else []
         model = make_pipeline(*scaler, classifier)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead, and printed
+            # Fits that do not converge are counted, and their number is printed instead.
+            warnings.simplefilter("ignore", ConvergenceWarning)
             model.fit(vectors, labels)
         return FittedProbe(model, self)
 

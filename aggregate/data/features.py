@@ -40,10 +40,10 @@ _GPU_FRACTION = 0.8
 class Batch:
     """One view of B videos, n frames of each."""
 
-    x: Tensor  # [B, n, D] of half precision
+    x: Tensor  # [B, n, D], half precision
     mask: Tensor | None  # bool [B, n]; None if every frame is valid
     labels: Tensor  # int64 [B]
-    rows: np.ndarray  # of the store: [B]
+    rows: np.ndarray  # [B], rows of the store
 
 
 class StoredFeatures:
@@ -124,7 +124,7 @@ class StoredFeatures:
         self._check_frames(frames)
         rng = np.random.default_rng((seed, epoch, 0))
         order = balanced_order(self.labels, rng) if balanced else rng.permutation(len(self))
-        # Row i belongs to video i, however many videos there are.
+        # Row i belongs to video i, so it does not depend on the number of videos.
         shape = (len(self), frames + 1)
         draws = np.random.default_rng((seed, epoch, 1)).random(shape, dtype=np.float32)
         views = (draws[:, -1] * len(self.views)).astype(np.int64)

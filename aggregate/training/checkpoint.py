@@ -46,7 +46,7 @@ class Checkpoint:
     metrics: dict[str, float] = field(default_factory=dict)
     data: Record | None = field(default=None, repr=False)
     training: Record | None = field(default=None, repr=False)
-    path: str = ""  # of the file it was read from; not saved
+    path: str = ""  # the file that it was read from; not saved
 
     def usual_segments(
         self, usual: tuple[int, ...], log: Callable[[str], object] = print

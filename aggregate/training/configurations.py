@@ -23,7 +23,7 @@ class Configuration:
     name: str
     options: TrainOptions
     recipe: Recipe
-    videos: int  # to train on
+    videos: int  # number of videos to train on
 
     @property
     def steps_per_epoch(self) -> int:

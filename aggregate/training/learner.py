@@ -42,22 +42,22 @@ class Learner:
     steps_per_epoch: int
     seed: int
     device: torch.device
-    file: str = "best.pt"  # of the best state, in the folder of the run
-    groups: list[dict[str, Any]] | None = None  # of parameters; default: `parameter_groups`
-    precision: str = "auto"  # bf16 on a GPU, else fp32
-    class_weights: Sequence[float] | None = None  # in the loss
+    file: str = "best.pt"  # file name of the best state, in the folder of the run
+    groups: list[dict[str, Any]] | None = None  # parameter groups; default: `parameter_groups`
+    precision: str = "auto"  # auto: bf16 on a GPU, else fp32
+    class_weights: Sequence[float] | None = None  # weights of the classes in the loss
     micro_batch: int = 1 << 30  # videos per forward pass; gradients of a batch are added up
-    frozen: Sequence[nn.Module] = ()  # stay in evaluation mode
+    frozen: Sequence[nn.Module] = ()  # modules that stay in evaluation mode
     rank: int = 0
-    world: int = 1  # processes that share every batch
+    world: int = 1  # number of processes that share every batch
     # Time spent in `step`; on a GPU only the time to launch the work.
     seconds: float = field(init=False, default=0.0)
     # Why training stopped: the loss or the scores are not finite. Empty otherwise.
     diverged: str = field(init=False, default="")
     # The rows of the batches between the last check of the loss and the one that failed.
     recent_rows: np.ndarray = field(init=False, repr=False)
-    loss: float = field(init=False, default=math.nan)  # of the last epoch: the mean over videos
-    scores: np.ndarray = field(init=False, repr=False)  # of its validation: logits [N, C]
+    loss: float = field(init=False, default=math.nan)  # mean over the videos of the last epoch
+    scores: np.ndarray = field(init=False, repr=False)  # logits [N, C] of the last validation
     best_error: float = field(init=False, default=math.inf)
     best_epoch: int = field(init=False, default=-1)
     best_state: dict[str, Tensor] = field(init=False, default_factory=dict)
@@ -79,7 +79,7 @@ class Learner:
             weights, reduction="sum", label_smoothing=self.recipe.label_smoothing
         )
         self._loss = torch.zeros((), device=self.device)
-        self._videos = self._steps = 0  # of this epoch
+        self._videos = self._steps = 0  # counts of this epoch
         self.recent_rows = np.empty(0, int)
         self._unchecked_rows: list[np.ndarray] = []
         # On a GPU, reading the loss waits for all queued work.

@@ -30,14 +30,14 @@ class Recipe:
     epochs: int
     batch_size: int
     dropout: float
-    milestones: tuple[int, ...] = ()  # empty: `decay` applies
+    milestones: tuple[int, ...] = ()  # if empty, `decay` applies
     decay: Literal["cosine", "linear"] = "cosine"
     warmup: float = 0.0  # epochs of linear warm-up
     clip: float = 0.0  # largest norm of the gradient; 0 for no clipping
     standardize: bool = False  # batch norm without parameters before the classifier
-    label_smoothing: float = 0.0  # of the target, spread over all classes (Szegedy et al. 2016)
+    label_smoothing: float = 0.0  # part of the target (Szegedy et al. 2016, section 7)
     balance: Literal["none", "sampler", "loss"] = "none"
-    # Of matrix products; auto: bf16 on a GPU, else fp32.
+    # Precision of matrix products; auto: bf16 on a GPU, else fp32.
     precision: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:

@@ -48,7 +48,7 @@ from extract.store import difference
 
 # Options that may change when a run is resumed.
 _FREE_ON_RESUME = {
-    # Where and how fast to compute.
+    # The device, and options of speed.
     *("out", "device", "placement", "at_once", "workers", "address", "decode_workers"),
     "micro_batch",
     # Paths: the contents of these files are compared instead (aggregate/training/manifest.py).
@@ -130,9 +130,9 @@ class Run:
     videos: Videos
     chosen: Chosen
     features: Record  # provenance: backbone, weights, preprocessing
-    last: InitVar[Checkpoint | None]  # of a run that is resumed
+    last: InitVar[Checkpoint | None]  # the last checkpoint of a run that is resumed
     segments: Sequence[int]  # numbers of segments in the final table
-    baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models of that table
+    baselines: dict[str, nn.Module] = field(default_factory=dict)  # finished models in that table
     epoch: int = 0
     history: list[Record] = field(default_factory=list)
     _board: SummaryWriter | None = None

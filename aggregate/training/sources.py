@@ -79,7 +79,7 @@ class DecodedVideos:
 
     training: VideoFrames
     testing: VideoFrames  # every `world`-th of the validation videos, from `rank` on
-    labels: np.ndarray  # of all validation videos: int [N]
+    labels: np.ndarray  # int [N], labels of all validation videos
     groups: np.ndarray
     classes: int
     frames: int
