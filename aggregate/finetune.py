@@ -162,8 +162,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     model: Any = learner.model
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
-    nice = 10 * (device.type == "cpu")
-    with clip_pool(plan, workers=cores, timeout=options.video_timeout, nice=nice) as pool:
+    with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
         source = DecodedVideos(
             VideoFrames(videos, plan, pool),
             VideoFrames(val_videos, plan, pool),

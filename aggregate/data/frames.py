@@ -25,16 +25,14 @@ def new_segments(clips: np.ndarray) -> np.ndarray:
     return ~np.tril(same, k=-1).any(axis=1)
 
 
-def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0, nice: int = 0) -> SubprocessPool:
+def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0) -> SubprocessPool:
     """Processes that decode the clips of `plan`; a context manager.
 
     A buffer holds one row. For a clip-wise backbone it holds at most 64 MB of the row, or one clip:
     see `row_parts`.
     """
     slot_bytes = plan.row_bytes if plan.clip_fps is None else plan.slot_bytes
-    return SubprocessPool(
-        decode_job, slot_bytes=slot_bytes, workers=workers, timeout=timeout, nice=nice
-    )
+    return SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=workers, timeout=timeout)
 
 
 def row_parts(

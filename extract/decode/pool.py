@@ -89,14 +89,11 @@ class SubprocessPool:
 
     A job is a tuple that begins with the path of its file, which sets its deadline (`time_limit`).
     After the deadline its child is killed and the job fails. A job whose child dies is tried again.
-    `nice` lowers the priority of the children.
     """
 
-    def __init__(
-        self, function: Function, *, slot_bytes: int, workers: int, timeout: float, nice: int = 0
-    ):
+    def __init__(self, function: Function, *, slot_bytes: int, workers: int, timeout: float):
         self._jobs: queue.SimpleQueue[tuple[Any, Future[JobResult]] | None] = queue.SimpleQueue()
-        settings: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout, "nice": nice}
+        settings: dict[str, Any] = {"slot_bytes": slot_bytes, "timeout": timeout}
         self._single_child_pool = partial(SubprocessPool, function, workers=1, **settings)
         self._slots: list[_Slots] = []  # of each thread
         self._children = [_Child(function, **settings) for _ in range(workers)]
@@ -197,8 +194,8 @@ class _ChildDiedError(Exception):
 class _Child:
     """A child process, its successors if it has to be killed, and the memory shared with them."""
 
-    def __init__(self, function: Function, *, slot_bytes: int, timeout: float, nice: int):
-        self._timeout, self._setup = timeout, pickle.dumps((function, slot_bytes, nice))
+    def __init__(self, function: Function, *, slot_bytes: int, timeout: float):
+        self._timeout, self._setup = timeout, pickle.dumps((function, slot_bytes))
         self._memory = shared_memory(SLOTS_PER_CHILD * slot_bytes)
         self._buffers = _mapped(self._memory, slot_bytes)
         self._closed = False
@@ -335,8 +332,7 @@ def _serve(pipe: Connection, memory: int) -> None:
     """Run jobs until the parent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C does
     end_with_parent()
-    function, slot_bytes, nice = pickle.loads(pipe.recv_bytes())
-    os.nice(nice)
+    function, slot_bytes = pickle.loads(pipe.recv_bytes())
     _limit_memory(slot_bytes)
     slots = _mapped(memory, slot_bytes)
     pipe.send("ready")

@@ -245,7 +245,7 @@ def test_activations_computed_again_change_no_step(videos, tmp_path):
         one["classifier.weight"], other["classifier.weight"], rtol=1e-3, atol=1e-5
     )
     with pytest.raises(
-        InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not know how"
+        InputError, match="--checkpoint-activations: timm's legacy_seresnet18 does not support it"
     ):
         finetune.main(
             options(
