@@ -185,8 +185,8 @@ def test_a_driver_that_slept_has_lost(s3, impatient):
         pass
 
 
-def test_training_reads_a_checked_local_copy(s3, clips, undisturbed, monkeypatch, tmp_path):
-    main(options(clips, "s3://videos/copied.zarr"))
+def test_training_reads_a_checked_local_copy(s3, undisturbed):
+    s3.put(str(undisturbed), "videos/copied.zarr", recursive=True)
     rows, frames = np.arange(8), np.arange(3)
     expected = FeatureStore.open(undisturbed).gather(rows, frames)
     store = FeatureStore.open("s3://videos/copied.zarr")
