@@ -172,9 +172,9 @@ def crash_on_a_gpu(job, out):
 def held(job, out):
     """`decode_job` that waits at points that a test chooses, by files in the folder HGNL_TEST_HELD.
 
-    If the file `hold` names a folder, the videos below that folder wait until the file is gone. A
-    child that decodes for another node and finds a file `stop` removes it and stops, while it holds
-    a video.
+    If the file `hold` names a folder, the videos below that folder wait until the file is gone. If
+    there is a file `stop`, one child removes it and stops, while it holds a video: the first whose
+    parent's command line begins with the text of the file.
     """
     from extract.decode.jobs import decode_job
 
@@ -183,8 +183,9 @@ def held(job, out):
         with contextlib.suppress(FileNotFoundError):
             while (folder / "hold").read_text() in Path(job[0]).parts:
                 time.sleep(0.005)
-        if Path(f"/proc/{os.getppid()}/cmdline").read_bytes().startswith(b"ray::Decoder"):
-            with contextlib.suppress(FileNotFoundError):
+        parent = Path(f"/proc/{os.getppid()}/cmdline").read_text()
+        with contextlib.suppress(FileNotFoundError):
+            if parent.startswith((folder / "stop").read_text()):
                 (folder / "stop").unlink()
                 os.kill(os.getpid(), signal.SIGSTOP)
     return decode_job(job, out)

@@ -345,7 +345,7 @@ def test_a_node_without_a_gpu_decodes_for_one_with_until_it_is_lost(
         ]
         assert len(own) == 1
         own[0].suspend()
-        (told / "stop").touch()
+        (told / "stop").write_text("ray::Decoder")
         (told / "hold").unlink()
         wait_for(lambda: not (told / "stop").exists())
         (decoder,) = decoders()

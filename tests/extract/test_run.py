@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import fields
 from functools import partial
@@ -30,10 +29,12 @@ from extract.store.damage import damaged_rows
 from extract.store.summary import status_table
 from extract.verify import Options as VerifyOptions
 from extract.verify import main as verify
+from extract.workers import driver
 from extract.workers.blocks import Block
 from extractions import command as small_command
 from extractions import committed_blocks, decode_children, start_held
 from extractions import options as small_options
+from simulated import HeldWorker
 from stores import store_digest
 
 options = partial(small_options, block_size=4)
@@ -287,26 +288,15 @@ def test_ctrl_c_leaves_a_store_that_resumes(clips, undisturbed, tmp_path):
     assert main(options(clips, out, **many)) == 0
 
 
-def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path):
+def test_a_hanging_video_is_given_up_and_the_run_goes_on(clips, tmp_path, monkeypatch):
     """A decode child gets a real SIGSTOP. Its video fails with a reason, and the others are
     extracted."""
-    stopped = threading.Event()
-
-    def stopper() -> None:
-        while not committed_blocks(tmp_path / "a.zarr") and not stopped.is_set():
-            time.sleep(0.001)
-        for child in decode_children():
-            child.send_signal(signal.SIGSTOP)
-            stopped.set()
-
-    thread = threading.Thread(target=stopper)
-    thread.start()
-    try:
-        changed = {"video_timeout": 2.0, "max_failed": 0.2, "decode_workers": 1, "block_size": 1}
-        assert main(options(clips, tmp_path / "a.zarr", **changed)) == 0
-    finally:
-        stopped.set()
-        thread.join()
+    monkeypatch.setattr(driver, "Worker", HeldWorker)
+    monkeypatch.setenv("HGNL_TEST_HELD", str(tmp_path))
+    (tmp_path / "stop").touch()
+    changed = {"video_timeout": 4.0, "max_failed": 0.2, "decode_workers": 1, "block_size": 1}
+    assert main(options(clips, tmp_path / "a.zarr", **changed)) == 0
+    assert not (tmp_path / "stop").exists()
     store = FeatureStore.open(tmp_path / "a.zarr")
     assert store.status.tolist().count(FAILED) == 1
     assert "--video-timeout" in store.errors[store.status == FAILED][0]
