@@ -160,11 +160,18 @@ def check_backbone(
 
     Weights are compared by digest. The name of their file does not matter.
     """
-    preprocessing = preprocessing_of(checkpoint)
-    if backbone.preprocessing != preprocessing:
+    recorded = {"preprocessing": preprocessing_of(checkpoint).record()}
+    current = {"preprocessing": backbone.preprocessing.record()}
+    if "config" in checkpoint.features:  # of a model of transformers
+        recorded["config"] = checkpoint.features["config"]
+        current["config"] = backbone.extra.get("config", {})
+    if recorded != current:
+        from extract.store import difference
+
+        changes = "; ".join(difference(recorded, current, then="in the checkpoint"))
         raise InputError(
-            f"{checkpoint.path} was trained with {preprocessing}; "
-            f"the {backbone.name} of this version of timm takes {backbone.preprocessing}"
+            f"{checkpoint.path} was trained on another {backbone.name}: {changes}; use "
+            "the version of timm, or the files of the model's folder, that it was trained with"
         )
     if checkpoint.holds_backbone:
         return  # the checkpoint's own tensors are used
@@ -220,6 +227,7 @@ def _backbone_arguments(checkpoint: Checkpoint, weights: Path | None) -> dict[st
     options: dict[str, Any] = {"image_size": size} if isinstance(size, int) else {}
     if clips := clips_of(checkpoint):
         options = {"clip_frames": clips.frames, "clip_fps": clips.fps, "per_clip": clips.per_clip}
+        options["processor"] = preprocessing_of(checkpoint).processor
     if seed := re.fullmatch(r"random weights, seed (-?\d+)", recorded["name"]):
         if weights is not None:
             raise InputError(

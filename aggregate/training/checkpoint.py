@@ -29,7 +29,7 @@ from extract.sources import sha256_of
 
 FORMAT, VERSION = "hgnl-checkpoint", 2
 # A model depends on these parts of a store's provenance. Decoder, views and versions may differ.
-_DEPENDS_ON = ("backbone", "weights", "preprocessing", "clips")
+_DEPENDS_ON = ("backbone", "weights", "preprocessing", "clips", "config")
 # Options that earlier versions recorded under another spelling.
 _RENAMED = {"normalise": "normalize", "standardise": "standardize"}
 

@@ -109,7 +109,7 @@ class Backbone:
         """note: how the engine was chosen, for `describe`."""
         self.name, self.weights, self.dim = network.name, network.weights, network.dim
         self.preprocessing, self.clips = network.preprocessing, network.clips
-        self.input_shape, self._extra = network.input_shape, network.extra
+        self.input_shape, self.extra = network.input_shape, network.extra
         self.engine, self.device, self._note = engine, device, note
         self.precision, self.batch_size = engine.precision, engine.batch_size
 
@@ -170,7 +170,7 @@ class Backbone:
             **({"clips": asdict(self.clips)} if self.clips else {}),
             "precision": self.precision,
             **self.engine.record,
-            **self._extra,
+            **self.extra,
         }
 
     def describe(self) -> str:

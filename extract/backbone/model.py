@@ -21,7 +21,7 @@ from extract.backbone.networks import NetworkRecord, absolute_name, pip_weights_
 from extract.backbone.video_models import load_video_model
 from extract.backbone.weights import load_weights
 from extract.cli import counted
-from extract.decode.transform import Clips, PerClip, is_clip_wise
+from extract.decode.transform import Clips, PerClip, Processor, is_clip_wise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ def load_trunk(
     clip_frames: int | None = None,
     clip_fps: float | None = None,
     per_clip: PerClip = "mean",
+    processor: Processor | None = None,
 ) -> Trunk:
     """Build the model `name` without its classifier and load `weights` into it.
 
@@ -66,6 +67,7 @@ def load_trunk(
         image_size: pixels per side, by default those that the weights were trained with.
         clip_frames, clip_fps: of a clip-wise backbone, by default the model's own.
         per_clip: "mean" for one row of features per clip, "time" for one per temporal position.
+        processor: of a clip-wise backbone's `Preprocessing`, by default its library's.
 
     Raises InputError for an unknown name, for weights that are not available or do not fit, for
     options that the model does not take, and for preprocessing that is not supported.
@@ -81,6 +83,9 @@ def load_trunk(
                     "take another size"
                 )
             trunk = _video_trunk(absolute_name(name), source, clip_frames, clip_fps, per_clip)
+            if processor is not None:
+                see = replace(trunk.preprocessing, processor=processor)
+                trunk = replace(trunk, preprocessing=see)
         else:
             if clip_frames is not None or clip_fps is not None or per_clip != "mean":
                 raise InputError(
@@ -147,6 +152,7 @@ def _video_trunk(
         weights=model.weights,
         clips=Clips(model.clip_frames, clip_fps or model.clip_fps, per_clip, rows=shape[0]),
         module=nn.Sequential(module, nn.Flatten()),
+        extra={"config": model.config} if model.config else {},
     )
 
 

@@ -30,7 +30,8 @@ class NetworkRecord:
     preprocessing: Preprocessing
     weights: dict[str, str]  # name, and sha256 if it is a file
     clips: Clips | None = None
-    extra: dict[str, Any] = field(default_factory=dict)  # how a quantized network was calibrated
+    # For the provenance: how a quantized network was calibrated, or a video model's configuration.
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def input_shape(self) -> tuple[int, ...]:

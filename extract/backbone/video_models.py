@@ -9,7 +9,8 @@ per clip (P = 1), or one per temporal position of the model.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +28,7 @@ from extract.backbone.weights import (
     read_state_dict,
     refuse_misfit,
 )
+from extract.decode import torch_resize
 from extract.decode.transform import PerClip, Preprocessing
 from extract.errors import describe_error, first_sentence
 from extract.sources import sha256_of
@@ -46,17 +48,32 @@ _TORCHVISION_CLIPS = {
 _HF_FPS = {"vjepa2": 4.0, "videomae": 7.5, "timesformer": 30 / 32, "vivit": 12.5}
 # TimeSformer, by its frames per clip: 8 x 32 (base), 16 x 16 (HR) and 96 x 4 (L), at 30 per second.
 _TIMESFORMER_FPS = {8: 30 / 32, 16: 30 / 16, 96: 30 / 4}
+# Entries of config.json that features do not depend on.
+_NOT_OF_THE_NETWORK = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 @dataclass(frozen=True)
 class VideoModel:
-    """A module as above in fp32, its preprocessing and clips, and the record of its weights."""
+    """A module as above in fp32, its preprocessing and clips, and the record of its weights.
+
+    config: the entries of `config.json` that a model of transformers is built from.
+    """
 
     module: nn.Module
     preprocessing: Preprocessing
     weights: dict[str, str]  # {} for random ones
     clip_frames: int
     clip_fps: float
+    config: dict[str, Any] = field(default_factory=dict)
 
 
 def load_video_model(
@@ -226,7 +243,13 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
     tubelet = 1 if kind == "timesformer" else config.tubelet_size
     tubelet = tubelet if isinstance(tubelet, int) else tubelet[0]
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
-    return VideoModel(trunk, _hf_preprocessing(processor, name), record, frames, float(fps))
+    preprocessing = _hf_preprocessing(processor, name)
+    return VideoModel(trunk, preprocessing, record, frames, float(fps), _config_record(folder))
+
+
+def _config_record(folder: Path) -> dict[str, Any]:
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {key: value for key, value in content.items() if key not in _NOT_OF_THE_NETWORK}
 
 
 def _hf_folder(name: str, *, with_weights: bool) -> Path:
@@ -320,9 +343,15 @@ def _fingerprint(value: Tensor) -> str:
 def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
     """The preprocessing in `preprocessor_config.json`, as the model's own processor reads it."""
     size, crop = processor.size, processor.crop_size
-    if not processor.do_resize or not (size.shortest_edge or size.height):
+    if not processor.do_resize or not (size.shortest_edge or size.height) or size.longest_edge:
         raise InputError(
             f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected a size"
+        )
+    interpolation = Image.Resampling(processor.resample).name.lower()
+    if interpolation not in torch_resize.INTERPOLATIONS:
+        raise InputError(
+            f"--backbone hf/{name}: its preprocessor resizes by {interpolation}; supported are "
+            f"{', '.join(torch_resize.INTERPOLATIONS)}"
         )
     squash = not size.shortest_edge
     resize = (size.height, size.width) if squash else size.shortest_edge
@@ -336,14 +365,17 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
         )
     # (frame * factor - offset - mean) / std, written as (frame / 255 - mean) / std
     factor = 255 * (processor.rescale_factor if processor.do_rescale else 1.0)
-    offset = 1.0 if getattr(processor, "offset", False) else 0.0
+    # ViViT's processor subtracts 1 when it rescales, whatever `offset` says; no other one does.
+    is_vivit = type(processor).__name__ == "VivitVideoProcessor"
+    offset = 1.0 if is_vivit and processor.do_rescale else 0.0
     mean = processor.image_mean if processor.do_normalize else (0.0,) * 3
     std = processor.image_std if processor.do_normalize else (1.0,) * 3
     return Preprocessing(
         size=square_or_sides(*cropped),
         resize=resize,
-        interpolation=Image.Resampling(processor.resample).name.lower(),
+        interpolation=interpolation,
         mean=tuple((offset + value) / factor for value in mean),
         std=tuple(value / factor for value in std),
         crop_mode="squash" if squash else "center",
+        processor="transformers",
     )

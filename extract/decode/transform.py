@@ -17,9 +17,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from extract.decode import torch_resize
 from extract.decode.nvdec import resized
 
 PerClip = Literal["mean", "time"]
+Processor = Literal["torchvision", "transformers"]
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 _CORNERS = ("tl", "tr", "bl", "br")
@@ -43,6 +45,9 @@ class Preprocessing:
     `create_transform`. "center": the picture just covers `resize`, and keeps its aspect ratio.
     "squash": both sides are resized, and the aspect ratio changes. "border": the picture fits into
     `resize`, and `mean` fills the rest of the crop.
+
+    processor: "transformers" resizes with torch's integers and rounds the center crop down.
+    Otherwise Pillow resizes (if `antialias`), and the center is rounded as in torchvision.
     """
 
     size: int | tuple[int, int]
@@ -52,6 +57,7 @@ class Preprocessing:
     std: tuple[float, ...]
     crop_mode: Literal["center", "squash", "border"] = "center"
     antialias: bool = True  # False for torchvision's video models
+    processor: Processor = "torchvision"
 
     @property
     def frame_shape(self) -> tuple[int, int, int]:
@@ -69,9 +75,9 @@ class Preprocessing:
     def record(self) -> dict[str, Any]:
         """JSON values for stores and checkpoints.
 
-        Older records have neither `crop_mode` nor `antialias`, so their defaults are left out.
+        Older records have no `crop_mode`, `antialias` and `processor`: defaults are left out.
         """
-        defaults = {"crop_mode": "center", "antialias": True}
+        defaults = {"crop_mode": "center", "antialias": True, "processor": "torchvision"}
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
@@ -165,6 +171,10 @@ def cut(frames: Any, box: Box, preprocessing: Preprocessing) -> Any:
     if not _is_thin(source_height, source_width, preprocessing):
         return frames[:, top : top + height, left : left + width]
     full_height, full_width = resized_shape(source_height, source_width, preprocessing)
+    if preprocessing.processor == "transformers":
+        size, part = (full_width, full_height), (left, top, left + width, top + height)
+        method = preprocessing.interpolation
+        return np.stack([torch_resize.resize(frame, size, method, part) for frame in frames])
     down, across = source_height / full_height, source_width / full_width
     columns = (left * across, 0.0, (left + width) * across, float(source_height))
     rows = (0.0, top * down, float(width), (top + height) * down)
@@ -183,7 +193,7 @@ def crop_boxes(
 ) -> list[tuple[Box, bool]]:
     """The evaluation crops of a frame from `resize_frame`, as (box, mirrored).
 
-    They are in the order of `view_names`. 1 and 3 crops round the center like torchvision. 10 crops
+    They are in the order of `view_names`. 1 and 3 crops round the center like `processor`. 10 crops
     are TSN's: offsets are 0, 2 and 4 steps of (side - size) // 4.
     """
     height, width = _cut_from(height, width, preprocessing)
@@ -194,7 +204,8 @@ def crop_boxes(
         return [
             ((i * down, j * across, tall, wide), flip) for i, j in steps for flip in (False, True)
         ]
-    top, left = round((height - tall) / 2), round((width - wide) / 2)
+    rounded = int if preprocessing.processor == "transformers" else round
+    top, left = rounded((height - tall) / 2), rounded((width - wide) / 2)
     boxes = [(top, left, tall, wide)]
     if crops == 3:
         is_portrait = height > width
@@ -294,6 +305,8 @@ def _resized(
         return resized(frame, size, preprocessing.interpolation, antialias=preprocessing.antialias)
     if not preprocessing.antialias:
         return _bilinear(frame, size, box or (0, 0, *frame.shape[1::-1]))
+    if preprocessing.processor == "transformers":
+        return torch_resize.resize(frame, size, preprocessing.interpolation)
     method = Image.Resampling[preprocessing.interpolation.upper()]
     return np.asarray(Image.fromarray(frame).resize(size, method, box))
 

@@ -47,8 +47,14 @@ def continue_options(options: Options, store: FeatureStore) -> Any:
 
 
 def check_provenance(store: FeatureStore, provenance: dict[str, Any]) -> None:
-    """Raise InputError if settings differ that are known only once the backbone is loaded."""
-    refuse_other_settings(store, store.provenance, provenance)
+    """Raise InputError if settings differ that are known only once the backbone is loaded.
+
+    Stores of earlier versions do not record the configuration of a model of transformers.
+    """
+    recorded = store.provenance
+    if "config" not in recorded:
+        provenance = {name: value for name, value in provenance.items() if name != "config"}
+    refuse_other_settings(store, recorded, provenance)
 
 
 def refuse_other_settings(
@@ -83,6 +89,7 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
     clips = record.get("clips") or {}  # of clip-wise backbones
     image_sizes = [run["image_size"] for run in logged_options(store) if "image_size" in run]
     options = {
+        "processor": _recorded_processor(record),
         "clip_frames": clips.get("frames"),
         "clip_fps": clips.get("fps"),
         "per_clip": clips.get("per_clip"),
@@ -104,6 +111,16 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
         "augment_passes": augment_passes,
         "block_size": store.block_size,
     }
+
+
+def _recorded_processor(record: dict[str, Any]) -> str | None:
+    """The option that continues a store of a model of transformers; None for other models.
+
+    Before stores recorded it, Pillow resized for these models too.
+    """
+    if not record.get("backbone", "").startswith("hf/"):
+        return None
+    return record["preprocessing"].get("processor", "torchvision")
 
 
 def logged_options(store: FeatureStore) -> list[dict[str, Any]]:

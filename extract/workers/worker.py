@@ -95,6 +95,7 @@ class Worker:
             clip_frames=options.clip_frames,
             clip_fps=options.clip_fps,
             per_clip=options.per_clip,
+            processor=options.processor,
             calibrate=self._calibration,
         )
 

@@ -16,7 +16,9 @@ from extract import InputError
 from extract.backbone.frozen import load_backbone
 from extract.backbone.model import Trunk, load_trunk
 from extract.backbone.networks import absolute_name
-from extract.decode.transform import crop_boxes, cut, resize_frame
+from extract.backbone.video_models import _hf_preprocessing
+from extract.decode import decode
+from extract.decode.transform import Preprocessing, crop_boxes, cut, resize_frame
 from thorough import THOROUGH
 from video_transformers import KINDS, make_folder
 
@@ -34,8 +36,15 @@ def raw_frames(count: int, height: int = 120, width: int = 160) -> np.ndarray:
     return (moving + rng.normal(0, 20, moving.shape)).clip(0, 255).astype(np.uint8)
 
 
-def prepared(frames: np.ndarray, trunk: Trunk) -> np.ndarray:
-    see = trunk.preprocessing
+@pytest.fixture(scope="module")
+def real_clips(demo_clips: Path) -> list[np.ndarray]:
+    """Four frames each of a landscape, a portrait and a small video."""
+    path = sorted((demo_clips / "exercise_mini" / "clips").rglob("*.mp4"))[0]
+    clip = decode(path, lambda num_frames: np.arange(4) * (num_frames // 4)).frames
+    return [clip, np.ascontiguousarray(clip.transpose(0, 2, 1, 3)), clip[:, 5:40, 7:78]]
+
+
+def prepared(frames: np.ndarray, see: Preprocessing) -> np.ndarray:
     resized = np.stack([resize_frame(frame, see) for frame in frames])
     [(box, _)] = crop_boxes(*resized.shape[1:3], see, 1)
     return cut(resized, box, see)
@@ -44,7 +53,7 @@ def prepared(frames: np.ndarray, trunk: Trunk) -> np.ndarray:
 def features_of(trunk: Trunk, frames: np.ndarray) -> Tensor:
     """Features [rows, dim] of one clip, uint8 [L, H, W, 3]."""
     see = trunk.preprocessing
-    pixels = torch.from_numpy(prepared(frames, trunk)).float() / 255
+    pixels = torch.from_numpy(prepared(frames, see)).float() / 255
     pixels = (pixels - torch.tensor(see.mean)) / torch.tensor(see.std)
     with torch.inference_mode():
         return trunk.module(pixels.movedim(-1, 0)[None]).reshape(trunk.clips.rows, -1)
@@ -131,7 +140,8 @@ def test_a_file_of_a_whole_model_is_loaded_without_its_classifier(tmp_path: Path
 
 def test_the_engines_agree_with_the_module() -> None:
     trunk = load_trunk("torchvision/r3d_18", weights="random", clip_frames=2)
-    clips = np.stack([prepared(raw_frames(2), trunk), prepared(raw_frames(2)[::-1], trunk)])
+    see = trunk.preprocessing
+    clips = np.stack([prepared(raw_frames(2), see), prepared(raw_frames(2)[::-1], see)])
     expected = torch.cat(
         [features_of(trunk, raw_frames(2)), features_of(trunk, raw_frames(2)[::-1])]
     )
@@ -228,28 +238,55 @@ def tokens_of(model: Any, folder: Path, frames: np.ndarray) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_features_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_features_are_those_of_transformers(kind: str, tmp_path: Path, real_clips: list) -> None:
     model = make_folder(tmp_path, kind)
     trunk = load_trunk(f"hf/{tmp_path}", weights="pretrained")
     rows = load_trunk(f"hf/{tmp_path}", weights="pretrained", per_clip="time")
     assert trunk.clips.frames == 4
-    resize = trunk.preprocessing.resize
-    clip = raw_frames(4, height=resize, width=resize + 9)  # so that both sides resize nothing
-    tokens = tokens_of(model, tmp_path, clip)
-    patches = tokens if kind in ("videomae", "vjepa2") else tokens[1:]
-    expected = patches.mean(0) if kind in ("videomae", "vjepa2") else tokens[0]
-    assert_near(features_of(trunk, clip), expected[None])
-    positions = {"timesformer": 4}.get(kind, 2)
-    if kind == "timesformer":  # frames of a patch follow each other
-        by_time = patches.reshape(-1, positions, 32).mean(0)
-    else:
-        by_time = patches.reshape(positions, -1, 32).mean(1)
-    assert_near(features_of(rows, clip), by_time)
-    # Resizing: transformers resizes with torch, we with Pillow, within a level.
-    larger = raw_frames(4)
-    tokens = tokens_of(model, tmp_path, larger)
-    expected = tokens.mean(0) if kind in ("videomae", "vjepa2") else tokens[0]
-    assert_near(features_of(trunk, larger), expected[None], 2e-2)
+    for clip in real_clips:
+        tokens = tokens_of(model, tmp_path, clip)
+        patches = tokens if kind in ("videomae", "vjepa2") else tokens[1:]
+        expected = patches.mean(0) if kind in ("videomae", "vjepa2") else tokens[0]
+        assert_near(features_of(trunk, clip), expected[None])
+        positions = {"timesformer": 4}.get(kind, 2)
+        if kind == "timesformer":  # frames of a patch follow each other
+            by_time = patches.reshape(-1, positions, 32).mean(0)
+        else:
+            by_time = patches.reshape(positions, -1, 32).mean(1)
+        assert_near(features_of(rows, clip), by_time)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"size": {"shortest_edge": 37}},
+        {"size": {"shortest_edge": 20}},  # black is added around it
+        {"size": {"height": 40, "width": 50}},
+        {"size": {"height": 48, "width": 64}, "do_center_crop": False},
+        {"resample": 3},
+        {"resample": 1},
+        {"do_rescale": False},
+        {"do_normalize": False},
+        {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.3, 0.2, 0.1]},
+        {"offset": False},
+    ],
+)
+@pytest.mark.parametrize("kind", ["videomae", "vivit"])
+def test_frames_are_those_of_the_models_own_processor(
+    kind: str, change: dict, tmp_path: Path, real_clips: list
+) -> None:
+    make_folder(tmp_path, kind)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    processor: Any = transformers.AutoVideoProcessor.from_pretrained(tmp_path)
+    see = _hf_preprocessing(processor, "folder")
+    assert Preprocessing.from_record(see.record()) == see
+    for clip in real_clips:
+        expected = processor(list(clip), return_tensors="pt")["pixel_values"][0].movedim(1, -1)
+        pixels = torch.from_numpy(prepared(clip, see)) / 255
+        pixels = (pixels - torch.tensor(see.mean)) / torch.tensor(see.std)
+        torch.testing.assert_close(pixels, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_timesformers_tokens_are_patch_by_patch(tmp_path: Path) -> None:
