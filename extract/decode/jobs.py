@@ -1,7 +1,7 @@
 """A decode job: one file and rows of it in, the pictures that a backbone sees of each row out.
 
 Extraction, fine-tuning, evaluation on videos and prediction all use it. It runs in a child process
-(numpy and Pillow, no torch), which returns two things:
+(numpy, Pillow and scipy, no torch), which returns two things:
 
 - pictures: every distinct picture of a row once, uint8 [P, size, size, 3], in the child's buffer;
 - `Prepared`: which frames they show, and `clips` [V, T, L], which pictures form each clip.

@@ -1,6 +1,6 @@
 """Resizing, padding, evaluation crops and the training view of frames, as a backbone sees them.
 
-Runs in the decode children (numpy and Pillow). A view is one crop, or one random pass, of all T
+Runs in the decode children (numpy, Pillow, scipy). A view is one crop, or one random pass, of all T
 sampled frames. View 0 is always the center crop without mirroring.
 
 center   |  ....|######|....  |   the short side is resized, the middle is seen

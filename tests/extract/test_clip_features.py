@@ -2,6 +2,7 @@
 exports."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,102 @@ def test_a_gpu_decoder_is_refused_for_clips(
     assert run(extract, *arguments, "--decoder", "torchcodec-cuda") == 2
     assert not (tmp_path / "s.zarr" / "zarr.json").exists()
     assert capsys.readouterr().err
+
+
+# -- what a folder of transformers is ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    make_folder(folder, "videomae")
+    return folder
+
+
+def change(path: Path, **values: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_a_store_is_not_continued_with_another_configuration(
+    videos: Path, own_folder: Path, tmp_path: Path, capsys
+) -> None:
+    """Neither of the network nor of the frames, with random weights too, and a checkpoint is as strict."""
+    weights = ("--weights", "random", "--seed", "0")
+    store = extracted(videos, tmp_path / "s.zarr", f"hf/{own_folder}", *weights, "--limit", "7")
+    assert store.provenance["config"]["hidden_act"] == "gelu"
+    assert "id2label" not in store.provenance["config"]
+    options = ["--agg", "tsn", "--features", store.path, "--out", tmp_path / "run"]
+    assert run(train, *options, "--epochs", "1", "--frames", "3") == 0
+    [clip, *_] = sorted((videos / "val").rglob("*.mp4"))
+    predicted = [clip, "--checkpoint", tmp_path / "run" / "best.pt", "--segments", "3"]
+    # What features do not depend on may change: the names of classes, the version of transformers.
+    config, preprocessor = (
+        own_folder / name for name in ("config.json", "preprocessor_config.json")
+    )
+    change(config, id2label={"0": "one"}, transformers_version="6.0")
+    change(preprocessor, image_processor_type="VideoMAEFeatureExtractor")
+    continued = ["--videos", videos, "--out", store.path]
+    assert run(extract, *continued) == 0
+    assert run(predict, *predicted) == 0
+    for path, values, line in (
+        (config, {"hidden_act": "relu"}, "config.hidden_act: gelu in the {}, relu now"),
+        (preprocessor, {"resample": 3}, "preprocessing.interpolation: bilinear in the {}, bicubic"),
+    ):
+        before = path.read_text()
+        change(path, **values)
+        capsys.readouterr()
+        assert run(extract, *continued) == 2
+        error = capsys.readouterr().err
+        assert line.format("store") in error
+        assert "use those, or another --out" in error
+        assert run(predict, *predicted) == 2
+        error = capsys.readouterr().err
+        assert line.format("checkpoint") in error
+        assert "use the version of timm, or the files of the model's folder" in error
+        path.write_text(before)
+
+
+def test_stores_from_before_are_continued_as_they_were_begun(
+    videos: Path, own_folder: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """Stores and checkpoints that record neither the resizing nor the configuration: Pillow resizes."""
+    from extract.backbone import video_models
+
+    preprocessing_of = video_models._hf_preprocessing
+    with monkeypatch.context() as before:
+        before.setattr(video_models, "_config_record", lambda _: {})
+        before.setattr(
+            video_models,
+            "_hf_preprocessing",
+            lambda *options: replace(preprocessing_of(*options), processor="torchvision"),
+        )
+        old = ("--engine", "torch")  # converted networks hold their records
+        name = f"hf/{own_folder}"
+        whole = extracted(videos, tmp_path / "whole.zarr", name, *old)
+        part = extracted(videos, tmp_path / "part.zarr", name, *old, "--limit", "4")
+    assert "processor" not in part.provenance["preprocessing"]
+    assert "config" not in part.provenance
+    assert run(extract, "--videos", videos, "--out", part.path) == 0
+    assert "--processor torchvision" in capsys.readouterr().out
+    part, rows = FeatureStore.open(part.path), np.arange(8)
+    np.testing.assert_array_equal(part.read(rows), whole.read(rows))
+    now = extracted(videos, tmp_path / "now.zarr", name, *old)
+    assert now.provenance["preprocessing"]["processor"] == "transformers"
+    assert not np.array_equal(now.read(rows), whole.read(rows))
+    options = ["--agg", "tsn", "--features", part.path, "--out", tmp_path / "run"]
+    assert run(train, *options, "--epochs", "1", "--frames", "3") == 0
+    best = ["--checkpoint", tmp_path / "run" / "best.pt", "--segments", "3"]
+    scores = {name: tmp_path / f"{name}.h5" for name in ("store", "videos")}
+    assert (
+        run(evaluate, *best, "--features", part.path, "--split", "val", "--out", scores["store"])
+        == 0
+    )
+    assert (
+        run(evaluate, *best, "--videos", videos, "--split", "val", "--out", scores["videos"]) == 0
+    )
+    from aggregate.scores import Scores
+
+    first, second = (Scores.load(path).logits for path in scores.values())
+    np.testing.assert_allclose(first, second, atol=3e-2, rtol=3e-2)
+    assert run(evaluate, *best, "--features", now.path, "--out", tmp_path / "now.h5") == 2
+    assert "was made with preprocessing" in capsys.readouterr().err
