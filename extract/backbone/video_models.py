@@ -259,7 +259,10 @@ def _hf_folder(name: str, *, with_weights: bool) -> Path:
         for pattern in ("config.json", "*preprocessor_config.json"):
             if not any(folder.glob(pattern)):
                 file = pattern.removeprefix("*")
-                raise InputError(f"--backbone hf/{name}: the folder holds no {file}")
+                raise InputError(
+                    f"--backbone hf/{name}: the folder holds no {file}; expected a model's folder "
+                    "as transformers' save_pretrained writes it, or as the hub has it"
+                )
         return folder
     from huggingface_hub import snapshot_download
 
@@ -274,7 +277,8 @@ def _hf_folder(name: str, *, with_weights: bool) -> Path:
     except Exception as error:  # no network, no such id, a name that cannot be one
         raise InputError(
             f"--backbone hf/{name}: is not a folder, and cannot be downloaded from the Hugging "
-            f"Face hub ({describe_error(error)})"
+            f"Face hub ({describe_error(error)}); on a machine with a network, `hf download {name} "
+            "--local-dir FOLDER`, and pass hf/FOLDER"
         ) from None
     return downloaded
 
