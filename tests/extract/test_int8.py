@@ -41,11 +41,8 @@ def options(videos: Path, out: Path, **changed: object) -> Options:
     return Options(videos=videos, out=str(out), **(settings | changed))
 
 
-def test_lite0_in_int8(
-    demo_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch
-) -> None:
-    """int8 is recorded, shown and near fp32. Another cache gives the same bytes. The store
-    continues with new videos, and with auto."""
+def test_lite0_in_int8(demo_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """int8 is recorded, shown and near fp32."""
     videos = tmp_path / "videos"
     copy_clips(demo_clips, videos, range(5))
     assert main(options(videos, tmp_path / "a.zarr")) == 0
@@ -70,12 +67,23 @@ def test_lite0_in_int8(
     features = store.read(slice(0, 10)).astype(np.float64)
     assert 0.02 < np.linalg.norm(features - exact) / np.linalg.norm(exact) < 0.4
 
-    monkeypatch.setenv("HGNL_CACHE", str(tmp_path / "cache"))
-    assert main(options(videos, tmp_path / "again.zarr", threads=2)) == 0
+
+def test_another_cache_gives_the_same_bytes_and_a_store_continues(
+    demo_clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It continues with new videos, and with auto."""
+    small = {"backbone": "test_resnet", "weights": "random"}
+    videos = tmp_path / "videos"
+    copy_clips(demo_clips, videos, range(5))
+    for name in ("a", "again"):
+        monkeypatch.setenv("HGNL_CACHE", str(tmp_path / f"cache of {name}"))
+        changed = {"threads": 2} if name == "again" else {}
+        assert main(options(videos, tmp_path / f"{name}.zarr", **small, **changed)) == 0
     assert store_digest(tmp_path / "again.zarr") == store_digest(tmp_path / "a.zarr")
+    store = FeatureStore.open(tmp_path / "a.zarr")
 
     copy_clips(demo_clips, videos, range(5, 6))
-    assert main(options(videos, tmp_path / "a.zarr", precision="auto")) == 0
+    assert main(options(videos, tmp_path / "a.zarr", **small, precision="auto")) == 0
     grown = FeatureStore.open(tmp_path / "a.zarr")
     assert len(grown) == 12
     assert grown.provenance == store.provenance
