@@ -19,7 +19,6 @@ from aggregate.ablation.processes import plan_processes, run_side_by_side
 from aggregate.scores import Scores
 from extract import InputError, RunError
 from processes import running
-from stores import classes_store, poison_row
 
 FLAGS = "--epochs 4 --batch-size 16 --lr 0.01 --g1 4 --g2 2 --m1 8"
 QUICK = {
@@ -123,16 +122,6 @@ def test_ablate_is_the_same_in_two_processes(features, tmp_path, monkeypatch, ca
         return [[line[number] for number in kept] for line in lines]
 
     assert measured("one") == measured("two")
-
-
-def test_an_error_in_a_process_is_the_commands_error(tmp_path, two_cores):
-    classes_store(tmp_path / "f.zarr")
-    poison_row(tmp_path / "f.zarr", 4)
-    wanted = crossval.Options(
-        features=str(tmp_path / "f.zarr"), out=tmp_path / "cv", agg=("tsn",), **QUICK
-    )
-    with pytest.raises(RunError, match=r"features of v/0004\.mp4 \(row 4\) are not finite"):
-        crossval.main(replace(wanted, g1=(16,), g2=(8,), m1=()))
 
 
 WAIT_SIDE_BY_SIDE = """

@@ -92,7 +92,7 @@ def test_a_store_reads_back_and_opens_with_plain_zarr(tmp_path):
     assert "20 videos" in repr(store)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     count=st.integers(1, 30),
     views=st.integers(1, 3),
