@@ -121,7 +121,9 @@ def nodes_of_cluster(told):
         paths = [str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
         patch.setenv("PYTHONPATH", os.pathsep.join(paths))
         patch.setenv("HGNL_TEST_HELD", str(told))
-        head = {"num_cpus": 0, "include_dashboard": False}
+        # A killed node is noticed within seconds; the default takes 15. A slow one still has 10 s.
+        checks = {"health_check_initial_delay_ms": 500, "health_check_period_ms": 300}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": checks}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         yield Nodes(cluster)
         ray.shutdown()
