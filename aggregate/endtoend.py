@@ -160,12 +160,13 @@ def check_backbone(
 
     Weights are compared by digest. The name of their file does not matter.
     """
-    recorded = {"preprocessing": preprocessing_of(checkpoint).record()}
+    recorded: Record = {"preprocessing": preprocessing_of(checkpoint).record()}
     current = {"preprocessing": backbone.preprocessing.record()}
     if "config" in checkpoint.features:  # of a model of transformers
         recorded["config"] = checkpoint.features["config"]
         current["config"] = backbone.extra.get("config", {})
-    if recorded != current:
+    name, weights = checkpoint.features["backbone"], checkpoint.features["weights"]
+    if recorded != current and (name == backbone.name or checkpoint.holds_backbone):
         from extract.store import difference
 
         changes = "; ".join(difference(recorded, current, then="in the checkpoint"))
@@ -175,15 +176,14 @@ def check_backbone(
         )
     if checkpoint.holds_backbone:
         return  # the checkpoint's own tensors are used
-    name, recorded = checkpoint.features["backbone"], checkpoint.features["weights"]
-    key = "sha256" if "sha256" in recorded else "name"
-    if name != backbone.name or backbone.weights.get(key) != recorded[key]:
+    key = "sha256" if "sha256" in weights else "name"
+    if name != backbone.name or backbone.weights.get(key) != weights[key]:
         source = f"the installed weights of {backbone.name}"
         if weights_file:
             source = f"--weights {weights_file}"
         raise InputError(
             f"{source} are not those {checkpoint.path} was trained on: "
-            f"{_description(backbone.weights)} instead of {_description(recorded)} of {name}"
+            f"{_description(backbone.weights)} instead of {_description(weights)} of {name}"
         )
 
 

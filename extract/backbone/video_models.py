@@ -264,6 +264,11 @@ def _hf_folder(name: str, *, with_weights: bool) -> Path:
                     "as transformers' save_pretrained writes it, or as the hub has it"
                 )
         return folder
+    if folder.is_absolute() or len(folder.parts) > 2:  # no id of the hub
+        raise InputError(
+            f"--backbone hf/{name}: there is no such folder; if it was moved, put a link at its "
+            "old path"
+        )
     from huggingface_hub import snapshot_download
 
     try:

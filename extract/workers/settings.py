@@ -114,13 +114,12 @@ def recorded_options(store: FeatureStore) -> dict[str, Any]:
 
 
 def _recorded_processor(record: dict[str, Any]) -> str | None:
-    """The option that continues a store of a model of transformers; None for other models.
+    """The option that continues a store in which Pillow resized for a model of transformers.
 
-    Before stores recorded it, Pillow resized for these models too.
+    None for other stores. Before stores recorded it, Pillow resized for all models.
     """
-    if not record.get("backbone", "").startswith("hf/"):
-        return None
-    return record["preprocessing"].get("processor", "torchvision")
+    is_hf = record.get("backbone", "").startswith("hf/")
+    return "torchvision" if is_hf and "processor" not in record["preprocessing"] else None
 
 
 def logged_options(store: FeatureStore) -> list[dict[str, Any]]:

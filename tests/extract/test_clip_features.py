@@ -280,6 +280,15 @@ def test_a_store_is_not_continued_with_another_configuration(
         assert line.format("checkpoint") in error
         assert "use the version of timm, or the files of the model's folder" in error
         path.write_text(before)
+    options = ["--model", "tsn", "--videos", videos, "--backbone", "test_resnet"]
+    best = tmp_path / "run" / "best.pt"
+    assert (
+        run(finetune, *options, "--weights", "random", "--init", best, "--out", tmp_path / "f") == 2
+    )
+    assert "the installed weights of test_resnet are not those" in capsys.readouterr().err
+    own_folder.rename(tmp_path / "moved")
+    assert run(extract, *continued) == 2
+    assert "there is no such folder; if it was moved, put a link" in capsys.readouterr().err
 
 
 def test_stores_from_before_are_continued_as_they_were_begun(

@@ -190,6 +190,7 @@ def test_the_engines_agree_with_the_module() -> None:
             "are for clip-wise backbones .*; resnet10t sees single frames",
         ),
         ("resnet10t", {"per_clip": "time"}, "are for clip-wise backbones"),
+        ("hf/no/such/folder", {}, "hf/no/such/folder: there is no such folder; if it was moved"),
         (
             "hf/none/such",
             {},
