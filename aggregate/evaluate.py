@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,9 @@ if TYPE_CHECKING:
     from aggregate.scores import Scores
     from aggregate.training.checkpoint import Checkpoint
     from aggregate.training.splits import ListedVideos
-    from extract.decode.pool import SubprocessPool
     from extract.listing.videos import Video
     from extract.store import FeatureStore
+    from extract.workers.rows import DecodedRow
 
 MAX_PRINTED = 5  # number of failed videos that are printed
 
@@ -225,19 +226,20 @@ def _logits_of_videos(
     """`_logits_of_features` for videos, which child processes decode."""
     import numpy as np
 
-    from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.data.frames import VideoFrames
     from aggregate.endtoend import clips_of, plan_of
     from aggregate.inference import predict
+    from extract.workers.rows import RowDecoder
 
     cores = options.decode_workers or available_cores()
     for segments in sorted(set(options.segments)):
         plan = plan_of(checkpoint, segments, options.crops)
         shape = (len(videos), options.crops, len(checkpoint.classes))
         logits = np.full(shape, np.nan, np.float32)
-        start_pool = partial(clip_pool, plan, timeout=options.video_timeout)
-        with start_pool(workers=cores) as pool:
+        timeout = options.video_timeout
+        with RowDecoder.start(plan, workers=cores, timeout=timeout) as decoder:
             if (clips := clips_of(checkpoint)) is None:
-                frames = VideoFrames(videos, plan, pool)
+                frames = VideoFrames(videos, plan, decoder)
                 batches = frames.test_batches(batch_size=options.micro_batch)
                 total = -(-len(videos) // options.micro_batch)
                 rows, predicted = predict([model], progress(batches, total=total, unit="batch"))
@@ -245,52 +247,44 @@ def _logits_of_videos(
                     logits[rows] = predicted[0]
                 failed = frames.failed
             else:
-                with start_pool(workers=1) as leftovers:
-                    jobs: list[Any] = [
-                        (video.path, [(video.id, video.span)], plan) for video in videos
-                    ]
-                    queued = [(job, pool.submit(job)) for job in jobs]
-                    failed = _fill_from_clips(logits, model, clips.rows, queued, leftovers)
+                decoded = decoder.read(decoder.submit(videos, plan))
+                failed = _fill_from_clips(logits, model, clips.rows, decoded)
         for row, reason in list(failed.items())[:MAX_PRINTED]:
             print(f"failed: {videos[row].id}: {reason}")
         yield segments, logits
 
 
 def _fill_from_clips(
-    logits: "np.ndarray",
-    model: "FrameModel",
-    rows_per_clip: int,
-    queued: list[Any],
-    leftovers: "SubprocessPool",
+    logits: "np.ndarray", model: "FrameModel", rows_per_clip: int, decoded: "Iterator[DecodedRow]"
 ) -> dict[int, str]:
-    """Compute `logits` with a clip-wise backbone, one clip at a time; returns failures by row.
-
-    `queued` are the decode jobs of the videos, each with its future.
-    """
+    """Compute `logits` with a clip-wise backbone, one clip at a time; returns failures by row."""
     import numpy as np
     import torch
 
-    from aggregate.data.frames import new_segments, row_parts
+    from aggregate.data.frames import new_segments
     from aggregate.inference import autocast
     from extract.decode import VideoError
 
     net, device = model.net.eval(), model.mean.device
     failed = {}
     with torch.inference_mode(), autocast(device, "auto"):
-        for row, (job, future) in enumerate(progress(queued, unit="video")):
+        videos = groupby(decoded, key=attrgetter("id"))
+        for row, (_, parts) in enumerate(progress(videos, total=len(logits), unit="video")):
             features, frames = [], []
-            try:
-                for prepared, pictures in row_parts(job, future, leftovers):
-                    frames.append(prepared.frame_indices[prepared.clips[0]])
-                    by_view = [
-                        torch.cat(
-                            [model.clip_features(torch.from_numpy(pictures[clip])) for clip in view]
-                        )
-                        for view in prepared.clips
-                    ]
-                    features.append(torch.stack(by_view))
-            except VideoError as error:
-                failed[row] = error.reason
+            for part in parts:
+                if isinstance(part.prepared, VideoError):
+                    failed[row] = part.prepared.reason
+                    continue
+                clips, pictures = part.prepared.clips, part.pictures
+                frames.append(part.prepared.frame_indices[clips[0]])
+                by_view = [
+                    torch.cat(
+                        [model.clip_features(torch.from_numpy(pictures[clip])) for clip in view]
+                    )
+                    for view in clips
+                ]
+                features.append(torch.stack(by_view))
+            if row in failed:
                 continue
             mask = torch.from_numpy(new_segments(np.concatenate(frames))).to(device)
             mask = mask.repeat_interleave(rows_per_clip).expand(len(logits[row]), -1)

@@ -139,7 +139,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     """The run of `options`, resumed if its folder holds one; its decoding processes end with it."""
     import torch
 
-    from aggregate.data.frames import VideoFrames, clip_pool
+    from aggregate.data.frames import VideoFrames
     from aggregate.madds import count_parameters
     from aggregate.training.manifest import choose_or_continue
     from aggregate.training.run import Run, open_folder
@@ -148,6 +148,7 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     from extract.decode.jobs import Plan
     from extract.device import choose_device
     from extract.listing.videos import list_videos
+    from extract.workers.rows import RowDecoder
 
     spread = world > 1 and options.device == "auto" and torch.cuda.is_available()
     device = choose_device(f"cuda:{rank % torch.cuda.device_count()}" if spread else options.device)
@@ -162,10 +163,10 @@ def prepare(options: Options, *, rank: int = 0, world: int = 1) -> "Iterator[Run
     model: Any = learner.model
     plan = Plan(options.frames, 1, 0, model.preprocessing, clip_length=options.frames_per_segment)
     cores = options.decode_workers or max(1, available_cores() // world)
-    with clip_pool(plan, workers=cores, timeout=options.video_timeout) as pool:
+    with RowDecoder.start(plan, workers=cores, timeout=options.video_timeout) as decoder:
         source = DecodedVideos(
-            VideoFrames(videos, plan, pool),
-            VideoFrames(val_videos, plan, pool),
+            VideoFrames(videos, plan, decoder),
+            VideoFrames(val_videos, plan, decoder),
             listing.labels[chosen.validate],
             group_keys(listing.ids, listing.groups)[chosen.validate],
             len(classes),

@@ -157,17 +157,13 @@ def _measure_rates(
     """Seconds that one core takes to decode a video, and the backbone for a frame."""
     import numpy as np
 
-    from extract.decode import VideoError
-    from extract.decode.jobs import Plan, decode_job
-    from extract.decode.pool import SubprocessPool
+    from extract.decode.jobs import Plan
+    from extract.workers.rows import RowDecoder
 
-    cpu_seconds = []
     plan = Plan(options.frames, 1, 0, backbone.preprocessing)
-    with SubprocessPool(decode_job, slot_bytes=plan.slot_bytes, workers=1, timeout=60) as pool:
-        for video in listing.videos[:VIDEOS_MEASURED]:
-            with pool.submit((video.path, [(video.id, video.span)], plan)).result() as finished:
-                if not finished.failure and not isinstance(finished.result[0], VideoError):
-                    cpu_seconds.append(finished.cpu_seconds)
+    with RowDecoder.start(plan, workers=1, timeout=60) as decoder:
+        rows = decoder.read(decoder.submit(listing.videos[:VIDEOS_MEASURED], plan))
+        cpu_seconds = [row.cpu_seconds for row in rows if row.pictures is not None]
     if not cpu_seconds:
         raise InputError(
             f"--root {options.root}: none of its first {VIDEOS_MEASURED} videos decodes"

@@ -2,9 +2,10 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,9 +20,7 @@ if TYPE_CHECKING:
     from aggregate.training.checkpoint import Checkpoint
     from extract.decode.jobs import Prepared
     from extract.decode.packets import Span
-    from extract.decode.pool import SubprocessPool
-
-    Part = tuple[Prepared, np.ndarray]  # a decoded row, or a part of one, and its pictures
+    from extract.workers.rows import DecodedRow
 
 
 class Window(NamedTuple):
@@ -86,6 +85,7 @@ class Predictor:
             model_from_record,
             plan_of,
         )
+        from extract.workers.rows import RowDecoder
 
         if segments < 1:
             raise InputError(f"--segments {segments}: at least one frame is needed")
@@ -93,8 +93,9 @@ class Predictor:
         self._is_stnet = checkpoint.options["name"] == "stnet"
         self._clips = clips_of(checkpoint)
         self._plan = plan_of(checkpoint, segments)
-        self._video_timeout = video_timeout
-        self._pool = self._start_pool()  # its child starts while the backbone is loaded here
+        # Its child starts while the backbone is loaded here.
+        self._decoder = RowDecoder.start(self._plan, workers=1, timeout=video_timeout)
+        weakref.finalize(self, self._decoder.close)
         self._network: Callable[[np.ndarray], np.ndarray] = np.asarray
 
         if self._is_stnet:
@@ -125,13 +126,17 @@ class Predictor:
         without a readable frame is left out and counted. Raises VideoError if no window is left,
         and RunError for scores that are not finite.
         """
+        from extract.listing.videos import Video
+
         path = os.fspath(path)
         spans = self._spans(path, window, stride)
         windows: list[Window] = []
         crops = np.empty(0)
         problems: dict[str, None] = {}  # an ordered set
-        decoded = progress(self._decoded(path, spans), total=len(spans), unit="window", leave=False)
-        for span, parts in decoded:
+        videos = [Video(path, path, -1, span=span) for span in spans]
+        rows = self._decoder.read(self._decoder.submit(videos, self._plan))
+        decoded = groupby(rows, key=attrgetter("span"))
+        for span, parts in progress(decoded, total=len(spans), unit="window", leave=False):
             try:
                 seen, pictures = self._classify(path, span, parts)
             except (VideoError, NotFiniteError) as error:
@@ -139,7 +144,7 @@ class Predictor:
                 continue
             problems[seen.problem] = None
             if not windows:
-                crops = pictures
+                crops = pictures.copy()  # a later window is decoded into the same buffer
             windows.append(seen)
         problem = "; ".join(filter(None, problems))
         if not windows:
@@ -148,24 +153,6 @@ class Predictor:
             problem = f"{num_lost} of {len(spans)} windows could not be decoded: {problem}"
         return Prediction(path, windows[-1].end, tuple(windows), problem, crops)
 
-    def _start_pool(self) -> "SubprocessPool":
-        from extract.decode.jobs import decode_job
-        from extract.decode.pool import SubprocessPool
-
-        pool = SubprocessPool(
-            decode_job,
-            slot_bytes=self._plan.slot_bytes,
-            workers=1,
-            timeout=self._video_timeout,
-        )
-        weakref.finalize(self, pool.close)
-        return pool
-
-    @cached_property
-    def _leftovers(self) -> "SubprocessPool":
-        """A second pool, for the clips of a window that do not fit into one buffer."""
-        return self._start_pool()
-
     def _spans(
         self, path: str, window: float | None, stride: float | None
     ) -> "list[Span] | list[None]":
@@ -173,45 +160,19 @@ class Predictor:
 
         if window is None:
             return [None]
-        with self._pool.submit((path, [], self._plan)).result() as finished:
+        with self._decoder.pool.submit((path, [], self._plan)).result() as finished:
             if finished.failure:
                 raise VideoError(path, finished.failure)
             return [*window_spans(finished.result, window, stride or window)]
 
-    def _decoded(
-        self, path: str, spans: "list[Span] | list[None]"
-    ) -> "Iterator[tuple[Span | None, Iterable[Part]]]":
-        """Each span with its decoded parts: one part, or several if its clips do not fit into one
-        buffer."""
-        from aggregate.data.frames import row_parts
-
-        rows = [(path, span) for span in spans]
-        rows_per_job = self._plan.rows_per_job if self._clips is None else 1
-        jobs = [
-            (path, rows[start : start + rows_per_job], self._plan)
-            for start in range(0, len(rows), rows_per_job)
-        ]
-        for job, future in [(job, self._pool.submit(job)) for job in jobs]:
-            if self._clips is not None:
-                yield job[1][0][1], row_parts(job, future, self._leftovers)
-                continue
-            with future.result() as finished:
-                results = finished.result or [VideoError(path, finished.failure)] * len(job[1])
-                for (_, span), prepared in zip(job[1], results, strict=True):
-                    yield span, self._single_part(prepared, finished.buffer)
-
-    def _single_part(
-        self, prepared: "Prepared | VideoError", buffer: np.ndarray
-    ) -> "Iterator[Part]":
-        if isinstance(prepared, VideoError):
-            raise prepared
-        yield prepared, prepared.pictures(buffer, self._plan)
-
     def _classify(
-        self, path: str, span: "Span | None", parts: "Iterable[Part]"
+        self, path: str, span: "Span | None", parts: "Iterator[DecodedRow]"
     ) -> tuple[Window, np.ndarray]:
         """The scores of one window, and the pictures uint8 [n, size, size, 3] that the model
-        saw."""
+        saw, valid until the next window is decoded.
+
+        Its clips may come in several parts.
+        """
         import torch
 
         from aggregate.data.frames import new_segments
@@ -219,7 +180,7 @@ class Predictor:
         weights = None
         with torch.inference_mode():
             if self._is_stnet:
-                [(prepared, pictures)] = parts
+                prepared, pictures = _checked(next(parts))
                 indices, times = prepared.frame_indices, prepared.frame_times
                 clips = prepared.clips[0]
                 mask = torch.from_numpy(new_segments(clips))
@@ -242,7 +203,7 @@ class Predictor:
         )
 
     def _features(
-        self, parts: "Iterable[Part]"
+        self, parts: "Iterator[DecodedRow]"
     ) -> "tuple[Prepared, np.ndarray, np.ndarray, np.ndarray, np.ndarray]":
         """The last part, the features [n, dim] of the distinct frames or clips, and their frames:
         indices [n], times [n] (s) and pictures [n, size, size, 3].
@@ -250,11 +211,11 @@ class Predictor:
         Clips are computed one by one; their frames are those in the middle of each feature's part.
         """
         if self._clips is None:
-            [(prepared, pictures)] = parts
+            prepared, pictures = _checked(next(parts))
             features = self._network(pictures)
             return prepared, features, prepared.frame_indices, prepared.frame_times, pictures
         rows_per_clip, computed = self._clips.rows, {}
-        for prepared, pictures in parts:
+        for prepared, pictures in map(_checked, parts):
             middles = prepared.middles(rows_per_clip).reshape(-1, rows_per_clip)
             for clip, middle in zip(prepared.clips[0], middles, strict=True):
                 key = prepared.frame_indices[clip].tobytes()
@@ -268,3 +229,10 @@ class Predictor:
         columns = zip(*computed.values(), strict=True)
         features, indices, times, crops = map(np.concatenate, columns)
         return prepared, features, indices, times, crops
+
+
+def _checked(row: "DecodedRow") -> "tuple[Prepared, np.ndarray]":
+    """What was decoded of a row, and its pictures. Raises VideoError if it failed."""
+    if isinstance(row.prepared, VideoError):
+        raise row.prepared
+    return row.prepared, row.pictures

@@ -1,7 +1,6 @@
 """Batches of frames for end-to-end training and its test, decoded by child processes."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 
@@ -11,9 +10,9 @@ import torch
 from aggregate.data.features import Batch, in_batches
 from extract import RunError
 from extract.decode import VideoError
-from extract.decode.jobs import Job, Plan, Prepared, decode_job, remaining_jobs
-from extract.decode.pool import JobResult, SubprocessPool
+from extract.decode.jobs import Plan
 from extract.listing.videos import Video
+from extract.workers.rows import RowDecoder, Submitted
 
 
 def new_segments(clips: np.ndarray) -> np.ndarray:
@@ -25,40 +24,9 @@ def new_segments(clips: np.ndarray) -> np.ndarray:
     return ~np.tril(same, k=-1).any(axis=1)
 
 
-def clip_pool(plan: Plan, *, workers: int, timeout: float = 60.0) -> SubprocessPool:
-    """Processes that decode the clips of `plan`; a context manager.
-
-    A buffer holds one row. For a clip-wise backbone it holds at most 64 MB of the row, or one clip:
-    see `row_parts`.
-    """
-    slot_bytes = plan.row_bytes if plan.clip_fps is None else plan.slot_bytes
-    return SubprocessPool(decode_job, slot_bytes=slot_bytes, workers=workers, timeout=timeout)
-
-
-def row_parts(
-    job: Job, future: "Future[JobResult]", leftovers: SubprocessPool
-) -> Iterator[tuple[Prepared, np.ndarray]]:
-    """The only row of a job, in parts that fit into a buffer, each with its pictures.
-
-    The pictures of a part are valid until the next part. `leftovers`, a pool of its own, decodes
-    the parts after the first. In the first pool, jobs queued after this one could fill all buffers,
-    and the next part would wait for one forever. Raises VideoError.
-    """
-    more = [job]
-    while more:
-        job = more[0]
-        with future.result() as finished:
-            [prepared] = finished.result or [VideoError(job[0], finished.failure)]
-            if isinstance(prepared, VideoError):
-                raise prepared
-            yield prepared, prepared.pictures(finished.buffer, job[2])
-        if more := remaining_jobs(job, [prepared]):
-            future = leftovers.submit(more[0])
-
-
 @dataclass
 class VideoFrames:
-    """The videos of a split, decoded by `pool`, which several splits may share.
+    """The videos of a split, decoded by `decoder`, which several splits may share.
 
     Batches hold x uint8 [B, T, N, H, W, 3], mask bool [B, T], labels, and `rows`, indices into
     `videos`. A video that cannot be decoded is left out; `failed` maps its index to the reason.
@@ -66,7 +34,7 @@ class VideoFrames:
 
     videos: Sequence[Video]
     plan: Plan
-    pool: SubprocessPool
+    decoder: RowDecoder
     failed: dict[int, str] = field(default_factory=dict)
 
     def train_batches(
@@ -96,30 +64,25 @@ class VideoFrames:
     def _batches(
         self, batches: Iterable[np.ndarray], plan: Plan
     ) -> Iterator[tuple[np.ndarray, list[Batch]]]:
-        def submit(rows: np.ndarray) -> tuple[np.ndarray, list]:
-            videos = [self.videos[row] for row in rows]
-            jobs: list[Job] = [(video.path, [(video.id, video.span)], plan) for video in videos]
-            return rows, [self.pool.submit(job) for job in jobs]
+        def submit(rows: np.ndarray) -> tuple[np.ndarray, list[Submitted]]:
+            return rows, self.decoder.submit([self.videos[row] for row in rows], plan)
 
         # A batch is queued before the previous one is yielded; the children's buffers limit both.
-        for (rows, futures), _ in pairwise(chain(map(submit, batches), [(np.empty(0, int), [])])):
-            yield rows, self._collect(rows, futures, plan)
+        for (rows, jobs), _ in pairwise(chain(map(submit, batches), [(np.empty(0, int), [])])):
+            yield rows, self._collect(rows, jobs, plan)
 
-    def _collect(self, rows: np.ndarray, futures: list, plan: Plan) -> list[Batch]:
+    def _collect(self, rows: np.ndarray, jobs: list[Submitted], plan: Plan) -> list[Batch]:
         frames = np.empty((len(rows), *plan.shape), np.uint8)
         masks: list[np.ndarray] = []
         decoded: list[int] = []
-        for row, future in zip(rows.tolist(), futures, strict=True):
-            with future.result() as finished:
-                failure = VideoError(self.videos[row].path, finished.failure)
-                [prepared] = finished.result or [failure]
-                if isinstance(prepared, VideoError):
-                    self.failed[row] = prepared.reason
-                    continue
-                pictures = finished.buffer[: plan.row_bytes].reshape(-1, *plan.shape[3:])
-                frames[len(decoded)] = pictures[prepared.clips]
-                masks.append(new_segments(prepared.clips[0]))
-                decoded.append(row)
+        for row, item in zip(rows.tolist(), self.decoder.read(jobs), strict=True):
+            prepared = item.prepared
+            if isinstance(prepared, VideoError):
+                self.failed[row] = prepared.reason
+                continue
+            frames[len(decoded)] = item.pictures[prepared.clips]
+            masks.append(new_segments(prepared.clips[0]))
+            decoded.append(row)
         x = torch.from_numpy(frames[: len(decoded)])
         mask = torch.from_numpy(np.array(masks, bool).reshape(-1, plan.frames))
         labels = torch.tensor([self.videos[row].label for row in decoded], dtype=torch.int64)

@@ -1,12 +1,9 @@
-"""Blocks of videos, the decode jobs of a block, and what a worker returns for one."""
+"""Blocks of videos, and what a worker returns for one."""
 
-from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from extract.decode.jobs import Job, Plan
-from extract.decode.pool import JobResult
+from extract.decode.jobs import Plan
 from extract.listing.videos import Video
 from extract.store import Outcomes
 
@@ -38,7 +35,7 @@ class BackboneInfo:
     """The features that a worker makes, for the driver and the store.
 
     frames: rows of features per view, of `dim` channels each.
-    slot_bytes: size of the buffer of a decode job.
+    plan: of the decode jobs.
     frames_per_video: pictures that the backbone sees.
     description: weights, device and precision, for the screen.
     """
@@ -46,25 +43,6 @@ class BackboneInfo:
     provenance: dict[str, Any]
     frames: int
     dim: int
-    slot_bytes: int
+    plan: Plan
     frames_per_video: int
     description: str
-
-
-Submitted = tuple[Job, "Future[JobResult]"]
-
-
-def make_jobs(videos: Sequence[Video], plan: Plan) -> list[Job]:
-    """Decode jobs for the videos of a block.
-
-    A whole file is a job. Adjacent spans of one file share a job, as many as fit into its buffer.
-    """
-    groups: list[list[Video]] = []
-    for video in videos:
-        previous = groups[-1][-1] if groups else None
-        continues = previous and previous.path == video.path and previous.span and video.span
-        if continues and len(groups[-1]) < plan.rows_per_job:
-            groups[-1].append(video)
-        else:
-            groups.append([video])
-    return [(group[0].path, [(video.id, video.span) for video in group], plan) for group in groups]

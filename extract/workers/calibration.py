@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from extract import InputError
-from extract.decode import VideoError
 from extract.decode.jobs import Plan
-from extract.decode.pool import SubprocessPool
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video
 from extract.store import FeatureStore
+from extract.workers.rows import RowDecoder
 
 if TYPE_CHECKING:
     from extract.backbone.quantized import Calibration
@@ -34,17 +33,12 @@ class CalibrationSample:
     def plan(self, preprocessing: Preprocessing) -> Plan:
         return Plan(math.ceil(MAX_FRAMES / len(self.videos)), 1, 0, preprocessing)
 
-    def decode(self, pool: SubprocessPool, plan: Plan) -> "Calibration":
+    def decode(self, decoder: RowDecoder, plan: Plan) -> "Calibration":
         """The frames of the videos that can be read, in the order of the sample."""
         from extract.backbone.quantized import Calibration
 
-        jobs = [(video.path, [(video.id, video.span)], plan) for video in self.videos]
-        pictures = []
-        for future in [pool.submit(job) for job in jobs]:
-            with future.result() as finished:
-                for prepared in finished.result or []:
-                    if not isinstance(prepared, VideoError):
-                        pictures.append(prepared.pictures(finished.buffer, plan).copy())
+        rows = decoder.read(decoder.submit(self.videos, plan))
+        pictures = [row.pictures.copy() for row in rows if row.pictures is not None]
         num_held_out = max(1, round(HELD_OUT * len(pictures)))
         nothing = [np.empty((0, *plan.shape[3:]), np.uint8)]
         frames = np.concatenate(nothing + pictures[:-num_held_out])

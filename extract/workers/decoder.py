@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from extract import RunError
-from extract.decode.jobs import Job, used_bytes
-from extract.decode.pool import JobResult, SubprocessPool
+from extract.decode.jobs import Job, Plan, used_bytes
+from extract.decode.pool import Function, JobResult
 from extract.options import Options
+from extract.workers.rows import start_pool
 
 
 @cache
@@ -47,9 +48,9 @@ def check_node(version: str, video: str) -> str:
 class Decoder:
     """Decode children on a node of the cluster, for a worker on another node."""
 
-    def __init__(self, options: Options, decode_job: Any, slot_bytes: int, cores: int):
-        self._pool = SubprocessPool(
-            decode_job, slot_bytes=slot_bytes, workers=cores, timeout=options.video_timeout
+    def __init__(self, options: Options, function: Function, plan: Plan, cores: int):
+        self._pool = start_pool(
+            plan, workers=cores, timeout=options.video_timeout, function=function
         )
 
     def check(self, video: str, version: str) -> None:

@@ -316,8 +316,8 @@ class RayActorPool:
             max_restarts=0,
             max_task_retries=0,
         )
-        decode_job, slot_bytes = self._worker_class.decode_job, self._info.slot_bytes
-        actor: Any = remote.remote(self._options, decode_job, slot_bytes, cores)
+        function, plan = self._worker_class.decode_job, self._info.plan
+        actor: Any = remote.remote(self._options, function, plan, cores)
         return _DecoderHandle(actor, [actor.check.remote(*self._check_arguments[1:])], node, cores)
 
     def _schedule(self, queue: deque[Block], num_unfinished: int) -> None:

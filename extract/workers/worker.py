@@ -24,17 +24,17 @@ from extract import InputError, RunError
 from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
 from extract.decode import VideoError, decoder_version
-from extract.decode.jobs import Job, Plan, decode_job, remaining_jobs
+from extract.decode.jobs import Plan, decode_job
 from extract.decode.nvdec import GpuDecoder
 from extract.decode.pool import JobResult, SubprocessPool
 from extract.decode.transform import Preprocessing, view_names
 from extract.device import runs_on_cpu
 from extract.options import Options
-from extract.sources import Source
 from extract.store import FAILED, OK, PARTIAL, FeatureStore, Outcomes, RunLog, is_remote
-from extract.workers.blocks import BackboneInfo, Block, BlockResult, Submitted, make_jobs
+from extract.workers.blocks import BackboneInfo, Block, BlockResult
 from extract.workers.calibration import CalibrationSample
 from extract.workers.decoder import check_node
+from extract.workers.rows import RowDecoder, Submitted, start_pool
 
 if TYPE_CHECKING:
     from extract.backbone.quantized import Calibration
@@ -102,8 +102,9 @@ class Worker:
     def _calibration(self, preprocessing: Preprocessing) -> "Calibration":
         assert self._sample is not None
         plan = replace(self._sample.plan(preprocessing), frame_rate=self.options.frame_rate)
-        with self._start_children(self.cores, plan) as pool:
-            return self._sample.decode(pool, plan)
+        timeout = self.options.video_timeout
+        with RowDecoder.start(plan, workers=self.cores, timeout=timeout) as decoder:
+            return self._sample.decode(decoder, plan)
 
     @property
     def _rows_per_clip(self) -> int:
@@ -139,16 +140,10 @@ class Worker:
         return self._start_children()
 
     @cached_property
-    def _pool(self) -> SubprocessPool:
-        return self._on_gpu(self._children)
-
-    @cached_property
-    def _leftovers(self) -> SubprocessPool:
-        """For rows that did not fit into a buffer, or are tried again.
-
-        In `_pool` they might wait for slots that the jobs of the next block fill.
-        """
-        return self._on_gpu(self._start_children())
+    def _decoder(self) -> RowDecoder:
+        return RowDecoder(
+            self._on_gpu(self._children), lambda: self._on_gpu(self._start_children())
+        )
 
     def _on_gpu(self, children: SubprocessPool) -> SubprocessPool:
         """A pool that decodes on the GPU, with `children` for the rest; else `children` itself."""
@@ -171,14 +166,14 @@ class Worker:
         pool.add_remote_executor(decoder, concurrency=self.cores)
         return pool
 
-    def _start_children(self, count: int | None = None, plan: Plan | None = None) -> SubprocessPool:
+    def _start_children(self, count: int | None = None) -> SubprocessPool:
         if count is None:
             count = self.options.decode_workers or self.cores
-        pool = SubprocessPool(
-            self.decode_job,
-            slot_bytes=(plan or self._plan).slot_bytes,
+        pool = start_pool(
+            self._plan,
             workers=count,
             timeout=self.options.video_timeout,
+            function=self.decode_job,
         )
         self._pools.append(pool)
         return pool
@@ -209,7 +204,7 @@ class Worker:
             },
             frames=options.frames * self._rows_per_clip,
             dim=self._backbone.dim // self._rows_per_clip,
-            slot_bytes=self._plan.slot_bytes,
+            plan=self._plan,
             frames_per_video=self.frames_per_video,
             description=self._backbone.describe(),
         )
@@ -231,7 +226,7 @@ class Worker:
         # Load the backbone here: PyTorch's number of threads is that of the thread that sets it,
         # and `add_decoder` is called in another one.
         assert self._backbone
-        assert self._pool
+        assert self._decoder
 
     @property
     def frames_per_video(self) -> int:
@@ -323,9 +318,9 @@ class Worker:
     def _submit(self, block: Block) -> list[Submitted]:
         plan = self._plan
         # Two workers died: do not decode in the process of a third one (see GpuDecoder).
-        if block.failures >= 2 and self._pool is not self._children:
+        if block.failures >= 2 and plan.decoder.startswith("torchcodec-"):
             plan = replace(plan, decoder="pyav")
-        return [(job, self._pool.submit(job)) for job in make_jobs(block.videos, plan)]
+        return self._decoder.submit(block.videos, plan)
 
     def _extract(self, block: Block, submitted: list[Submitted]) -> None:
         views, parts, count = len(self._views), self._rows_per_clip, len(block.rows)
@@ -335,9 +330,11 @@ class Worker:
         seconds = {"decode": 0.0, "wait": 0.0, "device": 0.0, "write": 0.0}
         computed = 0
         row_of = {video.id: row for row, video in enumerate(block.videos)}
-        for row_id, prepared, source, pictures, first in self._prepared(submitted, seconds):
-            row = row_of[row_id]
-            outcome.sources[row] = source
+        for decoded in self._decoder.read(submitted):
+            row, prepared, first = row_of[decoded.id], decoded.prepared, decoded.first_clip
+            seconds["wait"] += decoded.waited
+            seconds["decode"] += decoded.cpu_seconds
+            outcome.sources[row] = decoded.source
             if isinstance(prepared, VideoError):
                 _fail(outcome, row, prepared.reason)
                 self._skipped += self.frames_per_video - first * views
@@ -351,11 +348,11 @@ class Worker:
             outcome.timestamps[row, :, columns] = prepared.frame_times[middles]
             if self._backbone.clips is None:
                 shown[row] = prepared.middles().ravel()
-                self._skipped += self.frames_per_video - len(pictures)
-                self._batches.add(pictures, features[row])
-                computed += len(pictures)
+                self._skipped += self.frames_per_video - len(decoded.pictures)
+                self._batches.add(decoded.pictures, features[row])
+                computed += len(decoded.pictures)
             else:
-                self._add_clips(pictures, prepared.clips, features[row], first)
+                self._add_clips(decoded.pictures, prepared.clips, features[row], first)
                 computed += prepared.clips.shape[0] * prepared.clips.shape[1]
             self._write_computed()
         node = f"{socket.gethostname()}/{os.getpid()}"
@@ -370,44 +367,6 @@ class Worker:
         for view_clips, view_features in zip(clips, by_view, strict=True):
             for number, clip in enumerate(view_clips, first):  # copies one clip at a time
                 self._batches.add(pictures[clip][None], view_features[number][None])
-
-    def _prepared(
-        self, submitted: list[Submitted], seconds: dict[str, float]
-    ) -> Iterator[tuple[str, Any, Source, Any, int]]:
-        """Wait for the decode jobs of a block.
-
-        Yields:
-            the id of a row, what was decoded (`Prepared` or VideoError), the file that was read,
-            the pictures (valid until the next row), and the number of their first clip. A row that
-            does not fit into a buffer comes in several parts.
-        """
-        waiting: deque[tuple[Job, Future[JobResult] | None]] = deque(submitted)
-        while waiting:
-            job, future = waiting.popleft()
-            path, rows, plan = job
-            if future is None:
-                future = self._leftovers.submit(job)
-            started = time.perf_counter()
-            finished = future.result()
-            seconds["wait"] += time.perf_counter() - started
-            seconds["decode"] += finished.cpu_seconds
-            if finished.failure and len(rows) > 1:
-                # Try each row on its own, one after the other: only one may be the cause.
-                waiting.extendleft(((path, [row], plan), None) for row in reversed(rows))
-                continue
-            results = finished.result
-            if finished.failure:
-                results = [VideoError(path, finished.failure)]
-            for rest in reversed(remaining_jobs(job, results)):
-                waiting.appendleft((rest, self._leftovers.submit(rest)))
-            for (row_id, _), prepared in zip(rows, results, strict=True):
-                if prepared is None:
-                    continue
-                pictures = None
-                if not isinstance(prepared, VideoError):
-                    pictures = prepared.pictures(finished.buffer, plan)
-                yield row_id, prepared, finished.source, pictures, plan.first_clip
-            finished.release()
 
     def _write(self, features: np.ndarray, result: BlockResult) -> BlockResult:
         started = time.perf_counter()

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from aggregate import evaluate, finetune, train
-from aggregate.data.frames import VideoFrames, clip_pool
+from aggregate.data.frames import VideoFrames
 from aggregate.endtoend import model_from_record
 from aggregate.finetune import Options, prepare
 from aggregate.inference import predict
@@ -34,6 +34,7 @@ from extract.decode.jobs import Plan
 from extract.listing.videos import list_videos
 from extract.sampling import segment_centers
 from extract.store import FeatureStore
+from extract.workers.rows import RowDecoder
 from processes import running
 
 BACKBONE = "test_resnet"  # timm's: four stages, 160 x 160, 96 features
@@ -363,9 +364,9 @@ def test_finetune_then_extract_then_hgnl_from_its_tsn(videos, tmp_path, capsys):
     assert "2 carried over by class name" in capsys.readouterr().out
     hgnl = Checkpoint.load(tmp_path / "hgnl" / "best.pt").model()
     plan = Plan(frames=3, crops=1, augment_passes=0, preprocessing=net.preprocessing)
-    with clip_pool(plan, workers=1) as pool:
+    with RowDecoder.start(plan, workers=1, timeout=60) as decoder:
         frames = VideoFrames(
-            [v for v in list_videos(videos).videos if v.split == "val"], plan, pool
+            [v for v in list_videos(videos).videos if v.split == "val"], plan, decoder
         )
         _, (whole,) = predict([net], frames.test_batches(batch_size=4))
     with torch.inference_mode():

@@ -26,7 +26,7 @@ from extract.decode.jobs import Plan, decode_job, remaining_jobs
 from extract.decode.transform import resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
-from extract.workers.blocks import make_jobs
+from extract.workers.rows import make_jobs
 from videos import write_repeated, x264_defaults
 
 SECONDS, FPS, FRAMES = 600, 4.0, 25

@@ -28,11 +28,12 @@ from extract.decode.pool import JobResult
 from extract.listing.videos import Video
 from extract.options import Options
 from extract.store import OK, FeatureStore, Outcomes, RunLog, lock_store
-from extract.workers.blocks import Block, BlockResult, make_jobs
+from extract.workers.blocks import Block, BlockResult
 from extract.workers.decoder import code_version
 from extract.workers.driver import _blocks, _run
 from extract.workers.ray_pool import RayActorPool, _WorkerHandle
 from extract.workers.reconcile import columns_of
+from extract.workers.rows import make_jobs
 from extract.workers.worker import Worker
 from simulated import H100_FRAMES, SimulatedWorker
 

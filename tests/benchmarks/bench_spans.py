@@ -25,7 +25,7 @@ from extract.decode.transform import Preprocessing, resize_frame
 from extract.listing.videos import Video
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centers
-from extract.workers.blocks import make_jobs
+from extract.workers.rows import make_jobs
 from videos import write_repeated, x264_defaults
 
 SECONDS, WINDOW, FRAMES = 3600, 10.0, 25

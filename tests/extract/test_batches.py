@@ -400,7 +400,7 @@ def worker_on(
     wrote."""
     store = FakeStore()
     monkeypatch.setattr("extract.workers.worker.FeatureStore", store)
-    monkeypatch.setattr("extract.workers.worker.SubprocessPool", FakePool)
+    monkeypatch.setattr("extract.workers.rows.SubprocessPool", FakePool)
     chosen = Options(videos=Path(), out="", frames=3, **options)
     worker = Worker(chosen, 1, backbone=FakeBackbone(device))  # type: ignore[arg-type]
     blocks = []

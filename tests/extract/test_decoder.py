@@ -16,7 +16,7 @@ PLAN = Plan(3, 1, 0, Preprocessing(32, 36, "bilinear", (0.5,) * 3, (0.5,) * 3), 
 def test_the_same_frames_as_here_and_no_byte_more(demo_clips, tmp_path):
     clip = str(min((demo_clips / "exercise_mini").rglob("*.mp4")))
     job = (clip, [("a.mp4", None)], PLAN)
-    decoder = Decoder(Options(tmp_path, "feats.zarr"), decode_job, PLAN.slot_bytes, 1)
+    decoder = Decoder(Options(tmp_path, "feats.zarr"), decode_job, PLAN, 1)
     try:
         decoder.check(clip, code_version())
         done = decoder.decode(job)

@@ -25,7 +25,7 @@ from extract.listing.videos import Video, list_videos, youtube_id
 from extract.listing.windows import cut_windows, resolve_windowing, window_spans
 from extract.options import Options
 from extract.sampling import segment_centers
-from extract.workers.blocks import make_jobs
+from extract.workers.rows import make_jobs
 from listings import touch, write
 from videos import (
     DOUBTED,

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 
-from aggregate.data.frames import VideoFrames, clip_pool
+from aggregate.data.frames import VideoFrames
 from decode_jobs import crash_at_four_seconds
 from extract import InputError
 from extract.__main__ import main
@@ -28,6 +28,7 @@ from extract.store import FAILED, OK, PARTIAL, FeatureStore
 from extract.store.corrections import upgrade
 from extract.store.damage import damaged_columns
 from extract.workers import driver
+from extract.workers.rows import RowDecoder
 from extractions import committed_blocks, start_held
 from extractions import options as small_options
 from stores import store_digest
@@ -321,7 +322,7 @@ def test_training_end_to_end_sees_the_span_and_not_the_file(untrimmed, tmp_path)
     video = listing.videos[3]
     assert video.span is not None
     whole = list_videos(cut_out(tmp_path / "cut.mp4", Path(video.path), video.span)).videos
-    with clip_pool(plan, workers=1) as pool:
-        [[of_span]] = VideoFrames([video], plan, pool).test_batches(batch_size=1)
-        [[of_clip]] = VideoFrames(whole, plan, pool).test_batches(batch_size=1)
+    with RowDecoder.start(plan, workers=1, timeout=60) as decoder:
+        [[of_span]] = VideoFrames([video], plan, decoder).test_batches(batch_size=1)
+        [[of_clip]] = VideoFrames(whole, plan, decoder).test_batches(batch_size=1)
     np.testing.assert_array_equal(of_span.x.numpy(), of_clip.x.numpy())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ from extract.decode.transform import crop_boxes, resize_frame
 from extract.listing.windows import window_spans
 from extract.sampling import segment_centers
 from extract.store import FeatureStore
+from extract.workers import rows
 from pipelines import predict
 from pipelines.predict import Options, timeline
 from pipelines.predictor import Prediction, Predictor, Window
@@ -220,7 +222,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(
         str(tmp_path / "a.json"),
     ]
     with monkeypatch.context() as patch:
-        patch.setattr("extract.decode.jobs.decode_job", never_done)
+        patch.setattr(rows, "start_pool", partial(rows.start_pool, function=never_done))
         assert (
             run_command(
                 predict.main, Options, prog="predict", args=[*asked, "--video-timeout", "0.1"]
@@ -242,7 +244,7 @@ def test_a_video_that_takes_too_long_is_given_up_and_the_others_go_on(
 def test_a_child_that_dies_over_a_video_is_followed_by_another(clips, hgnl, backbone):
     predictor = predictor_of(hgnl, segments=25)
     expected = predictor(clips[0]).windows[0].logits
-    (child,) = predictor._pool._children
+    (child,) = predictor._decoder.pool._children
     for delay in (0.0, 0.01, 0.03, 0.06):
         killer = threading.Timer(delay, child._process.kill)
         killer.start()
@@ -342,10 +344,17 @@ def test_windows_that_overlap_are_decoded_once(clips, monkeypatch):
 
 
 def test_a_long_video_passes_through_a_few_slots(clips, hgnl, backbone, monkeypatch):
-    """Windows are sent in many jobs, and results come back in the order of the video."""
+    """Windows are sent in many jobs, and results come back in the order of the video.
+
+    The pictures are those of the first window.
+    """
     monkeypatch.setattr("extract.decode.jobs._MAX_SLOT_BYTES", 1)
-    seen = predictor_of(hgnl, segments=2)(clips[0], window=0.2)
+    predictor = predictor_of(hgnl, segments=2)
+    seen = predictor(clips[0], window=0.2)
     assert len(seen.windows) > 8
+    out = np.zeros(predictor._plan.row_bytes, np.uint8)
+    [first] = decode_job((str(clips[0]), [("a", (0.0, 0.2))], predictor._plan), out)
+    np.testing.assert_array_equal(seen.crops, first.pictures(out, predictor._plan))
     assert [window.start for window in seen.windows] == sorted(
         window.start for window in seen.windows
     )
