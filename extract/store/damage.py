@@ -16,7 +16,7 @@ from extract import InputError, RunError
 from extract.commands import command_line
 from extract.store.layout import PENDING, ROW_ARRAYS, ROWS_PER_CHUNK, chunk_names
 from extract.store.objects import names_in, network_errors_as_run_error
-from extract.store.shards import ShardError, intact_videos, shard_name
+from extract.store.shards import ShardError, shard_name
 
 
 class NoStoreError(InputError):
@@ -109,7 +109,7 @@ def damaged_rows(store: Any, block: int) -> dict[int, str]:
         return {}
     path = store.shard_path(block)
     try:
-        intact = intact_videos(path, block_size=store.block_size, video_bytes=store.video_bytes)
+        intact = store.layout.intact_videos(path)
     except ShardError as error:
         return dict.fromkeys(finished, str(error))
     first = block * store.block_size

@@ -44,7 +44,7 @@ from extract.store.layout import (
 )
 from extract.store.objects import is_remote, network_errors_as_run_error, object_exists
 from extract.store.remote import LocalCopy
-from extract.store.shards import ShardError, ShardMap, shard_name
+from extract.store.shards import ShardError, ShardLayout, ShardMap, shard_name
 
 
 def _cached_column(name: str) -> "cached_property[np.ndarray]":
@@ -87,6 +87,8 @@ class FeatureStore:
         with damage_as_input_error(self.path, "features"):
             self.block_size: int = features.shards[0]  # type: ignore[index]
             _, self.num_views, self.frames_per_video, self.dim = features.shape
+        video_shape = self.num_views, self.frames_per_video, self.dim
+        self.layout = ShardLayout(self.block_size, video_shape)
         self._length: int = self.array("status").shape[0]
         self._readahead = True
 
@@ -251,12 +253,12 @@ class FeatureStore:
     @property
     def video_shape(self) -> tuple[int, int, int]:
         """V, T, D."""
-        return self.num_views, self.frames_per_video, self.dim
+        return self.layout.video_shape
 
     @property
     def video_bytes(self) -> int:
         """Bytes of one video's features."""
-        return math.prod(self.video_shape) * 2
+        return self.layout.video_bytes
 
     # -- read features -------------------------------------------------------------------------
 
@@ -265,7 +267,7 @@ class FeatureStore:
         # `paths` must not refer to the store, or the shards would stay mapped after its last use.
         folder, copy = self.shard_path(0).parent, None
         if is_remote(self.path):
-            copy = LocalCopy(self.path, block_size=self.block_size, video_bytes=self.video_bytes)
+            copy = LocalCopy(self.path, self.layout)
 
         def paths(blocks: list[int]) -> list[Path]:
             names = [shard_name(block) for block in blocks]
@@ -275,13 +277,7 @@ class FeatureStore:
         finished = np.flatnonzero(self.status != PENDING)
         videos = np.zeros(self.num_blocks, int)
         np.maximum.at(videos, finished // self.block_size, finished % self.block_size + 1)
-        return ShardMap(
-            paths,
-            videos,
-            block_size=self.block_size,
-            video_shape=self.video_shape,
-            readahead=self._readahead,
-        )
+        return ShardMap(self.layout, paths, videos, readahead=self._readahead)
 
     def disable_readahead(self) -> None:
         """Let `gather` read the pages of its frames only, which suits a store larger than memory.

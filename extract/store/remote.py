@@ -36,7 +36,7 @@ from extract import RunError
 from extract.durable import cache_folder, is_leftover, replacing
 from extract.store.objects import remote_file_system
 from extract.store.runs import process_of
-from extract.store.shards import ShardError, intact_videos
+from extract.store.shards import ShardError, ShardLayout
 
 HEARTBEAT_SECONDS, LEASE_TIMEOUT = 10.0, 40.0
 MAX_DOWNLOADS = 8  # at a time
@@ -153,9 +153,8 @@ class LocalCopy:
     changed object is downloaded again.
     """
 
-    def __init__(self, url: str, *, block_size: int, video_bytes: int):
-        self._url = f"{url.rstrip('/')}/features"
-        self._block_size, self._video_bytes = block_size, video_bytes
+    def __init__(self, url: str, layout: ShardLayout):
+        self._url, self._layout = f"{url.rstrip('/')}/features", layout
         digest = hashlib.sha256(url.encode()).hexdigest()[:12]
         self.folder = cache_folder() / f"{Path(url).name}-{digest}"
 
@@ -204,7 +203,7 @@ class LocalCopy:
 
     def _check(self, name: str, path: Path) -> None:
         try:
-            intact = intact_videos(path, block_size=self._block_size, video_bytes=self._video_bytes)
+            intact = self._layout.intact_videos(path)
             if not all(intact):
                 raise ShardError(f"the checksum of its video {intact.index(False)} does not match")
         except ShardError as error:

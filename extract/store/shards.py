@@ -17,6 +17,7 @@ import mmap
 import os
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import google_crc32c
@@ -34,51 +35,70 @@ class ShardError(Exception):
     """A shard file that is missing, cut short, or not laid out as this package writes it."""
 
 
-def shard_bytes(videos: int, block_size: int, video_bytes: int) -> int:
-    """Size in bytes of a shard that holds `videos` of at most `block_size` videos."""
-    return videos * (video_bytes + CRC_BYTES) + block_size * 16 + CRC_BYTES
+@dataclass(frozen=True)
+class ShardLayout:
+    """Where the features of each video are in a shard of `block_size` videos.
 
-
-def read_index(path: Path, *, block_size: int, video_bytes: int) -> int:
-    """The number of videos in a shard.
-
-    Raises ShardError unless its size, the checksum of its index and all offsets are as expected.
+    video_shape: V, T, D.
     """
-    index_bytes = block_size * 16
-    try:
+
+    block_size: int
+    video_shape: tuple[int, int, int]
+
+    @property
+    def video_bytes(self) -> int:
+        return math.prod(self.video_shape) * 2
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one video to the next."""
+        return self.video_bytes + CRC_BYTES
+
+    def size(self, videos: int) -> int:
+        """Bytes of a shard that holds `videos` of its `block_size` videos."""
+        return videos * self.stride + self.block_size * 16 + CRC_BYTES
+
+    def read_index(self, path: Path) -> int:
+        """The number of videos in a shard.
+
+        Raises ShardError unless its size, the checksum of its index and all offsets are as
+        expected.
+        """
+        index_bytes = self.block_size * 16
+        try:
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                file.seek(max(size - index_bytes - CRC_BYTES, 0))
+                tail = file.read()
+        except FileNotFoundError:
+            raise ShardError(f"{path} is missing") from None
+        if google_crc32c.value(tail[:index_bytes]) != int.from_bytes(tail[index_bytes:], "little"):
+            raise ShardError(
+                f"{path} is cut short or overwritten: the checksum of its index does not match"
+            )
+        index = np.frombuffer(tail[:index_bytes], dtype="<u8").reshape(-1, 2)
+        videos = int((index[:, 0] != _ABSENT).sum())
+        in_order = index[:videos].tolist() == [
+            [video * self.stride, self.stride] for video in range(videos)
+        ]
+        if not in_order or size != self.size(videos):
+            raise ShardError(
+                f"{path} has another layout than this package writes ({videos} videos, {size:,} "
+                "bytes)"
+            )
+        return videos
+
+    def intact_videos(self, path: Path) -> list[bool]:
+        """Whether the bytes of each video in a shard match their checksum; reads the whole file.
+
+        Raises ShardError as `read_index` does.
+        """
+        videos, intact = self.read_index(path), []
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            file.seek(max(size - index_bytes - CRC_BYTES, 0))
-            tail = file.read()
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing") from None
-    if google_crc32c.value(tail[:index_bytes]) != int.from_bytes(tail[index_bytes:], "little"):
-        raise ShardError(
-            f"{path} is cut short or overwritten: the checksum of its index does not match"
-        )
-    index = np.frombuffer(tail[:index_bytes], dtype="<u8").reshape(block_size, 2)
-    videos = int((index[:, 0] != _ABSENT).sum())
-    stride = video_bytes + CRC_BYTES
-    in_order = index[:videos].tolist() == [[video * stride, stride] for video in range(videos)]
-    if not in_order or size != shard_bytes(videos, block_size, video_bytes):
-        raise ShardError(
-            f"{path} has another layout than this package writes ({videos} videos, {size:,} bytes)"
-        )
-    return videos
-
-
-def intact_videos(path: Path, *, block_size: int, video_bytes: int) -> list[bool]:
-    """Whether the bytes of each video in a shard match their checksum; reads the whole file.
-
-    Raises ShardError as `read_index` does.
-    """
-    videos = read_index(path, block_size=block_size, video_bytes=video_bytes)
-    intact = []
-    with path.open("rb") as file:
-        for _ in range(videos):
-            features, recorded = file.read(video_bytes), file.read(CRC_BYTES)
-            intact.append(google_crc32c.value(features) == int.from_bytes(recorded, "little"))
-    return intact
+            for _ in range(videos):
+                features, recorded = file.read(self.video_bytes), file.read(CRC_BYTES)
+                intact.append(google_crc32c.value(features) == int.from_bytes(recorded, "little"))
+        return intact
 
 
 def shard_name(block: int) -> str:
@@ -102,20 +122,16 @@ class ShardMap:
 
     def __init__(
         self,
+        layout: ShardLayout,
         paths: Callable[[list[int]], list[Path]],
         videos: np.ndarray,
         *,
-        block_size: int,
-        video_shape: tuple[int, int, int],
-        readahead: bool = True,
+        readahead: bool,
     ):
+        self._layout, self._paths, self._videos = layout, paths, videos
         self._readahead = readahead
-        self._paths, self._videos, self._block_size = paths, videos, block_size
-        blocks = len(videos)
-        self._video_bytes = math.prod(video_shape) * 2
-        page = mmap.PAGESIZE
-        largest = shard_bytes(block_size, block_size, self._video_bytes)
-        self._slot_bytes = math.ceil(largest / page) * page
+        blocks, page = len(videos), mmap.PAGESIZE
+        self._slot_bytes = math.ceil(layout.size(layout.block_size) / page) * page
         self._mapped = np.zeros(blocks, dtype=bool)
         self._libc = _libc()
         size = max(self._slot_bytes * blocks, page)
@@ -123,12 +139,12 @@ class ShardMap:
         anonymous = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
         self._base = self._map(None, size, anonymous, -1)
         weakref.finalize(self, self._libc.munmap, self._base, size)
-        _, frames, dim = video_shape
+        _, frames, dim = layout.video_shape
         self.array = np.ndarray(
-            (blocks, block_size, *video_shape),
+            (blocks, layout.block_size, *layout.video_shape),
             "<f2",
             buffer=memoryview((ctypes.c_uint8 * size).from_address(self._base)),
-            strides=(self._slot_bytes, self._video_bytes + CRC_BYTES, frames * dim * 2, dim * 2, 2),
+            strides=(self._slot_bytes, layout.stride, frames * dim * 2, dim * 2, 2),
         )
         self.array.flags.writeable = False
 
@@ -139,12 +155,12 @@ class ShardMap:
         unmapped = np.unique(blocks[~self._mapped[blocks]]).tolist()
         for block, path in zip(unmapped, self._paths(unmapped), strict=True):
             # Checked first, because reading a mapping beyond the end of its file kills the process.
-            videos = read_index(path, block_size=self._block_size, video_bytes=self._video_bytes)
+            videos = self._layout.read_index(path)
             if videos < self._videos[block]:
                 raise ShardError(
                     f"{path} holds {videos} videos, {self._videos[block]} are finished"
                 )
-            size = shard_bytes(videos, self._block_size, self._video_bytes)
+            size = self._layout.size(videos)
             slot = self._base + block * self._slot_bytes
             descriptor = os.open(path, os.O_RDONLY)
             try:

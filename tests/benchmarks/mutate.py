@@ -224,7 +224,7 @@ MUTATIONS = [
     ),
     Mutation(
         SHARDS,
-        "or size != shard_bytes(videos, block_size, video_bytes)",
+        "or size != self.size(videos)",
         "or False",
         f"{STORE_TESTS} -k damage_is_found",
     ),

@@ -191,9 +191,7 @@ def test_training_reads_a_checked_local_copy(s3, undisturbed):
     expected = FeatureStore.open(undisturbed).gather(rows, frames)
     store = FeatureStore.open("s3://videos/copied.zarr")
     np.testing.assert_array_equal(store.gather(rows[:2], frames), expected[:2])
-    folder = LocalCopy(
-        "s3://videos/copied.zarr", block_size=2, video_bytes=store.video_bytes
-    ).folder
+    folder = LocalCopy("s3://videos/copied.zarr", store.layout).folder
     assert len(list(folder.iterdir())) == 1  # the requested shard
     np.testing.assert_array_equal(store.gather(rows, frames), expected)
     fetched = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -345,9 +343,7 @@ def test_the_cache_is_listed_once_for_many_shards(s3, undisturbed, monkeypatch, 
     monkeypatch.setenv("HGNL_CACHE", str(tmp_path))
     s3.put(str(undisturbed), "videos/listed.zarr", recursive=True)
     store = FeatureStore.open("s3://videos/listed.zarr")
-    folder = LocalCopy(
-        "s3://videos/listed.zarr", block_size=2, video_bytes=store.video_bytes
-    ).folder
+    folder = LocalCopy("s3://videos/listed.zarr", store.layout).folder
     folder.mkdir(parents=True)
     (folder / f"c.1.0.0.0.{'0' * remote.TAG}").write_bytes(b"an older version")
     listings = []
