@@ -338,7 +338,7 @@ def _views(
     """Functions that write the frames [n, H, W, 3] of a pass as one of its views shows them."""
 
     def write_crop(frames: Any, out: Any, *, box: tuple[int, int, int, int], flip: bool) -> None:
-        crops = cut(frames, box, plan.preprocessing)
+        crops = cut(frames, box)
         out[:] = mirrored(crops) if flip else crops
 
     def write_random(frames: Any, out: Any) -> None:

@@ -39,19 +39,10 @@ _FILTERS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 INTERPOLATIONS = tuple(_FILTERS)
 
 
-def resize(
-    frame: np.ndarray,
-    size: tuple[int, int],
-    interpolation: str,
-    box: tuple[int, int, int, int] | None = None,
-) -> np.ndarray:
-    """Resize uint8 [H, W, 3] to `size` (width, height): uint8 [height, width, 3].
-
-    box: (left, top, right, bottom) of the part of the result that is wanted; default: all of it.
-    """
-    left, top, right, bottom = box or (0, 0, *size)
-    turned = _resized_rows(frame.transpose(1, 0, 2), size[0], interpolation)[left:right]
-    return _resized_rows(turned.transpose(1, 0, 2), size[1], interpolation)[top:bottom]
+def resize(frame: np.ndarray, size: tuple[int, int], interpolation: str) -> np.ndarray:
+    """Resize uint8 [H, W, 3] to `size` (width, height): uint8 [height, width, 3]."""
+    turned = _resized_rows(frame.transpose(1, 0, 2), size[0], interpolation)
+    return _resized_rows(turned.transpose(1, 0, 2), size[1], interpolation)
 
 
 def _resized_rows(frame: np.ndarray, count: int, interpolation: str) -> np.ndarray:

@@ -31,10 +31,6 @@ _SCALES = (1.0, 0.875, 0.75, 0.66)
 # Its 13 positions, in quarters of the free space: the corners, the middles of edges and the center,
 # and four in between.
 _POSITIONS = [*product((0, 2, 4), repeat=2), *product((1, 3), repeat=2)]
-# A picture with a higher aspect ratio that is to be enlarged is cropped first: 8192 x 2 pixels
-# would become 1,048,576 x 256. Others are resized first, because Pillow rounds differently (by up
-# to 2 levels of 255) if it resizes a part of a picture.
-_THIN = 10
 
 
 @dataclass(frozen=True)
@@ -147,45 +143,19 @@ def resized_shape(height: int, width: int, preprocessing: Preprocessing) -> tupl
 
 
 def resize_frame(frame: Any, preprocessing: Preprocessing) -> Any:
-    """Resize uint8 [H, W, 3], and pad it if it is smaller than a crop. `cut` then takes the crops.
-
-    A thin picture that would be enlarged is returned unchanged: `cut` enlarges only the part that
-    a crop shows.
-    """
+    """Resize uint8 [H, W, 3], and pad it if it is smaller than a crop. `cut` then takes the
+    crops."""
     height, width = frame.shape[:2]
-    if isinstance(frame, np.ndarray) and _is_thin(height, width, preprocessing):
-        return frame
     target_height, target_width = resized_shape(height, width, preprocessing)
     if (height, width) != (target_height, target_width):
         frame = _resized(frame, (target_width, target_height), preprocessing)
     return _padded(frame, preprocessing)
 
 
-def cut(frames: Any, box: Box, preprocessing: Preprocessing) -> Any:
-    """Crop frames uint8 [T, H, W, 3] from `resize_frame` to a box: [T, height, width, 3].
-
-    The box is in pixels of the resized picture.
-    """
+def cut(frames: Any, box: Box) -> Any:
+    """Crop frames uint8 [T, H, W, 3] from `resize_frame` to a box: [T, height, width, 3]."""
     top, left, height, width = box
-    source_height, source_width = frames.shape[1:3]
-    if not _is_thin(source_height, source_width, preprocessing):
-        return frames[:, top : top + height, left : left + width]
-    full_height, full_width = resized_shape(source_height, source_width, preprocessing)
-    if preprocessing.processor == "transformers":
-        size, part = (full_width, full_height), (left, top, left + width, top + height)
-        method = preprocessing.interpolation
-        return np.stack([torch_resize.resize(frame, size, method, part) for frame in frames])
-    down, across = source_height / full_height, source_width / full_width
-    columns = (left * across, 0.0, (left + width) * across, float(source_height))
-    rows = (0.0, top * down, float(width), (top + height) * down)
-
-    def resized_part(frame: np.ndarray) -> np.ndarray:
-        # First the width, then the height, as Pillow does for a whole picture. For a part it would
-        # choose the order itself.
-        narrow = _resized(frame, (width, source_height), preprocessing, columns)
-        return _resized(narrow, (width, height), preprocessing, rows)
-
-    return np.stack([resized_part(frame) for frame in frames])
+    return frames[:, top : top + height, left : left + width]
 
 
 def crop_boxes(
@@ -196,7 +166,6 @@ def crop_boxes(
     They are in the order of `view_names`. 1 and 3 crops round the center like `processor`. 10 crops
     are TSN's: offsets are 0, 2 and 4 steps of (side - size) // 4.
     """
-    height, width = _cut_from(height, width, preprocessing)
     tall, wide, _ = preprocessing.frame_shape
     if crops == 10:
         down, across = (height - tall) // 4, (width - wide) // 4
@@ -224,7 +193,6 @@ def training_view(
     13 positions, is resized to `size`, and is mirrored half of the time. For "squash" it is a part
     of the squashed picture, for "border" of the padded one.
     """
-    height, width = _cut_from(height, width, preprocessing)
     size_height, size_width, _ = preprocessing.frame_shape
     largest_height = min(height, width * size_height // size_width)
     largest_width = min(width, height * size_width // size_height)
@@ -237,7 +205,7 @@ def training_view(
     flip = bool(rng.integers(2))
 
     def view(frame: np.ndarray) -> np.ndarray:
-        [part] = cut(frame[None], (top, left, crop_height, crop_width), preprocessing)
+        [part] = cut(frame[None], (top, left, crop_height, crop_width))
         picture = _resized(part, (size_width, size_height), preprocessing)
         return mirrored(picture) if flip else picture
 
@@ -256,23 +224,6 @@ def augmentation_rng(seed: int, video_id: str, name: int | str) -> np.random.Gen
 def mirrored(frames: Any) -> Any:
     """Frames [..., W, 3] with left and right exchanged."""
     return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
-
-
-def _is_thin(height: int, width: int, preprocessing: Preprocessing) -> bool:
-    """Whether a picture is cropped before it is resized: a source, or one from `resize_frame`."""
-    short, long = sorted((height, width))
-    resize = min(_height_width(preprocessing.resize))
-    is_enlarged = short < resize
-    is_cropped = resize >= max(_height_width(preprocessing.size))
-    return (
-        preprocessing.crop_mode == "center" and long > _THIN * short and is_enlarged and is_cropped
-    )
-
-
-def _cut_from(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """Height and width of the picture that boxes refer to, for a frame from `resize_frame`."""
-    is_thin = _is_thin(height, width, preprocessing)
-    return resized_shape(height, width, preprocessing) if is_thin else (height, width)
 
 
 def _padded(frame: Any, preprocessing: Preprocessing) -> Any:
@@ -294,30 +245,22 @@ def _padded(frame: Any, preprocessing: Preprocessing) -> Any:
     return padded
 
 
-def _resized(
-    frame: Any, size: tuple[int, int], preprocessing: Preprocessing, box: Any = None
-) -> Any:
-    """Resize a frame to (width, height), with the interpolation of the weights.
-
-    box: (left, top, right, bottom) of the part to resize; default: the whole frame.
-    """
+def _resized(frame: Any, size: tuple[int, int], preprocessing: Preprocessing) -> Any:
+    """Resize a frame to (width, height), with the interpolation of the weights."""
     if not isinstance(frame, np.ndarray):
         return resized(frame, size, preprocessing.interpolation, antialias=preprocessing.antialias)
     if not preprocessing.antialias:
-        return _bilinear(frame, size, box or (0, 0, *frame.shape[1::-1]))
+        return _bilinear(frame, size)
     if preprocessing.processor == "transformers":
         return torch_resize.resize(frame, size, preprocessing.interpolation)
     method = Image.Resampling[preprocessing.interpolation.upper()]
-    return np.asarray(Image.fromarray(frame).resize(size, method, box))
+    return np.asarray(Image.fromarray(frame).resize(size, method))
 
 
-def _bilinear(
-    frame: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float]
-) -> np.ndarray:
+def _bilinear(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Bilinear without antialiasing, like torch's `interpolate`: each pixel is a mean of 4."""
-    left, top, right, bottom = box
-    upper_rows, lower_rows, down = _neighbors(top, bottom, size[1], frame.shape[0])
-    left_columns, right_columns, across = _neighbors(left, right, size[0], frame.shape[1])
+    upper_rows, lower_rows, down = _neighbors(size[1], frame.shape[0])
+    left_columns, right_columns, across = _neighbors(size[0], frame.shape[1])
     across, down = across[None, :, None], down[:, None, None]
 
     def mix(first: np.ndarray, second: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -330,18 +273,14 @@ def _bilinear(
     return np.rint(mix(upper, lower, down)).astype(np.uint8)
 
 
-def _neighbors(
-    start: float, stop: float, count: int, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sample `count` positions from start to stop along a side of `length` pixels.
+def _neighbors(count: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Sample `count` positions along a side of `length` pixels.
 
     Returns:
         the pixel before each position, the one after it, and the weight of the latter.
     """
-    step = np.float32((stop - start) / count)
-    position = np.maximum(
-        np.float32(start) + (np.arange(count, dtype=np.float32) + 0.5) * step - 0.5, 0
-    )
+    step = np.float32(length / count)
+    position = np.maximum((np.arange(count, dtype=np.float32) + 0.5) * step - 0.5, 0)
     first = np.minimum(position.astype(int), length - 1)
     weight = (position - first).astype(np.float32)
     return first, np.minimum(first + 1, length - 1), weight

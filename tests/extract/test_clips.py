@@ -32,7 +32,7 @@ def whole_video(path: Path) -> tuple[list[np.ndarray], np.ndarray]:
     for frame in frames:
         resized = resize_frame(frame.to_ndarray(format="rgb24"), SEE)
         [(box, _)] = crop_boxes(*resized.shape[:2], SEE, 1)
-        prepared.append(cut(resized[None], box, SEE)[0])
+        prepared.append(cut(resized[None], box)[0])
     return prepared, times
 
 

@@ -19,7 +19,6 @@ from extract.decode.transform import (
     crop_boxes,
     cut,
     resize_frame,
-    resized_shape,
     training_view,
 )
 
@@ -35,7 +34,7 @@ CONFIG |= {"mean": (0.48, 0.46, 0.41), "std": (0.23, 0.22, 0.225)}
 def prepared(frame: np.ndarray, see: Preprocessing) -> np.ndarray:
     resized = resize_frame(frame, see)
     [(box, _)] = crop_boxes(*resized.shape[:2], see, 1)
-    return cut(resized[None], box, see)[0]
+    return cut(resized[None], box)[0]
 
 
 def by_timm(frame: np.ndarray, config: dict) -> np.ndarray:
@@ -155,7 +154,7 @@ def test_crops_of_a_squashed_picture_lie_in_it(frames) -> None:
     squashed = resize_frame(frames[0], see)
     assert squashed.shape == (256, 256, 3)
     for (top, left, height, width), _ in crop_boxes(256, 256, see, 10):
-        crop = cut(squashed[None], (top, left, height, width), see)[0]
+        crop = cut(squashed[None], (top, left, height, width))[0]
         assert np.array_equal(crop, squashed[top : top + 224, left : left + 224])
 
 
@@ -170,50 +169,3 @@ def test_a_training_view_is_a_large_part_of_what_evaluation_resizes(
         view = training_view(*resized.shape[:2], see, np.random.default_rng(seed))(resized)
         assert view.shape == (*size[1:], 3)
         assert abs(view.mean() - resized.mean()) < 60
-
-
-# -- thin pictures are cropped before they are resized ----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(8, 200), (200, 8), (30, 410), (7, 333)])
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-@pytest.mark.parametrize("crops", [1, 3, 10])
-def test_crops_of_thin_pictures_are_those_of_the_resized_one(shape, interpolation, crops) -> None:
-    see = preprocessing_of(
-        {**CONFIG, "interpolation": interpolation, "input_size": (3, 64, 64)}, "model"
-    )
-    frame = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
-    height, width = resized_shape(*shape, see)
-    assert resize_frame(frame, see) is frame
-    whole = np.asarray(
-        Image.fromarray(frame).resize((width, height), Image.Resampling[interpolation.upper()])
-    )
-    for (top, left, tall, wide), _ in crop_boxes(*shape, see, crops):
-        crop = cut(frame[None], (top, left, tall, wide), see)[0]
-        expected = whole[top : top + tall, left : left + wide]
-        assert crop.shape == expected.shape == (64, 64, 3)
-        assert np.abs(crop.astype(int) - expected).max() <= 2  # Pillow rounds a part differently
-
-
-def test_training_views_of_thin_pictures_are_those_of_the_resized_one() -> None:
-    see = preprocessing_of({**CONFIG, "input_size": (3, 64, 64)}, "model")
-    frame = np.random.default_rng(0).integers(0, 256, (8, 200, 3), dtype=np.uint8)
-    height, width = resized_shape(8, 200, see)
-    whole = np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
-    for seed in range(20):
-        ours = training_view(8, 200, see, np.random.default_rng(seed))(frame)
-        expected = training_view(height, width, see, np.random.default_rng(seed))(whole)
-        assert np.abs(ours.astype(int) - expected).max() <= 2
-
-
-def test_a_very_thin_picture_needs_little_memory(tmp_path: Path) -> None:
-    """8192 x 2 would become 1,048,576 x 256 pixels, 805 MB, if the whole picture were resized."""
-    import tracemalloc
-
-    see = preprocessing_of(CONFIG, "model")
-    frame = np.zeros((2, 8192, 3), np.uint8)
-    tracemalloc.start()
-    prepared(frame, see)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 10e6

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from extract.decode import torch_resize
-from extract.decode.transform import Preprocessing, crop_boxes, cut, resize_frame
+from extract.decode.transform import Preprocessing, crop_boxes
 
 SIDES = st.integers(1, 300)
 NEW_SIDES = st.integers(2, 300)  # torch fails on results of one pixel: an assertion of its own
@@ -40,28 +40,6 @@ def test_every_bit_is_torchs(height, width, new_height, new_width, interpolation
     frame, size = picture(height, width, hard=hard), (new_width, new_height)
     ours = torch_resize.resize(frame, size, interpolation)
     np.testing.assert_array_equal(ours, by_torch(frame, size, interpolation))
-
-
-def test_a_part_of_the_result() -> None:
-    frame = picture(50, 60)
-    whole = torch_resize.resize(frame, (90, 31), "bicubic")
-    part = torch_resize.resize(frame, (90, 31), "bicubic", (7, 3, 70, 30))
-    np.testing.assert_array_equal(part, whole[3:30, 7:70])
-
-
-def test_a_long_thin_picture_is_resized_in_parts() -> None:
-    """8192 x 2 pixels: the whole of it would take 800 MB."""
-    levels = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
-    see = Preprocessing(224, 256, "bilinear", **levels, processor="transformers")
-    frame = picture(2, 8192)
-    assert resize_frame(frame, see) is frame
-    for box, _ in crop_boxes(2, 8192, see, 3):
-        assert cut(frame[None], box, see).shape == (1, 224, 224, 3)
-    short = picture(20, 230)
-    [((top, left, *_), _)] = crop_boxes(20, 230, see, 1)
-    [ours] = cut(short[None], (top, left, 224, 224), see)
-    whole = by_torch(short, (2944, 256), "bilinear")
-    np.testing.assert_array_equal(ours, whole[top : top + 224, left : left + 224])
 
 
 def test_the_center_is_rounded_down() -> None:

@@ -436,7 +436,7 @@ def test_every_crop_of_every_resized_frame_is_there(height, width, resize, data)
     assert min(frame.shape[:2]) == resize or max(height, width) > 10 * min(height, width)
     for crops in (1, 3, 10):
         for box, _ in crop_boxes(*frame.shape[:2], see, crops):
-            assert cut(frame[None], box, see).shape == (1, size, size, 3)
+            assert cut(frame[None], box).shape == (1, size, size, 3)
     if resize >= 2:  # a side of 1 times 0.66 is not a pixel
         view = training_view(*frame.shape[:2], see, np.random.default_rng(0))(frame)
         assert view.shape == (size, size, 3)

@@ -47,7 +47,7 @@ def real_clips(demo_clips: Path) -> list[np.ndarray]:
 def prepared(frames: np.ndarray, see: Preprocessing) -> np.ndarray:
     resized = np.stack([resize_frame(frame, see) for frame in frames])
     [(box, _)] = crop_boxes(*resized.shape[1:3], see, 1)
-    return cut(resized, box, see)
+    return cut(resized, box)
 
 
 def features_of(trunk: Trunk, frames: np.ndarray) -> Tensor:
