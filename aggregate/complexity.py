@@ -8,9 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from aggregate.metrics import text_table
 from extract import InputError
-from extract.cli import run_as_script
+from extract.cli import run_as_script, text_table
 
 if TYPE_CHECKING:
     from aggregate.hgnl import HGNonLocal

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from extract.cli import text_table
+
 RESAMPLES = 2000
 ENDS = ("", "_low", "_high")  # suffixes of an interval's columns
 _COUNTS_PER_CHUNK = 1 << 22  # 32 MB
@@ -312,11 +314,3 @@ def summary_table(titles: Sequence[str], rows: Sequence[tuple[Sequence[str], Sum
         table.append([*texts, *map(format, intervals), scored])
     units = describe_units(summary.units, summary.listed)
     return f"{text_table(table)}\nintervals: 95 %, bootstrap over {units}"
-
-
-def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table: the first column is aligned left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
-    )

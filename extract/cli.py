@@ -135,6 +135,14 @@ def counted(names: Collection[object], description: str = "") -> str:
     return f"{text} ({first_few(names)})" if names else text
 
 
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a table: the first column is aligned left, the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
+
+
 LOG_SECONDS = 30.0  # between two progress lines in a log
 # tqdm's own lock is a semaphore of the system, which a process that is killed leaves behind.
 _BAR_LOCK = threading.RLock()
@@ -158,18 +166,11 @@ def progress(iterable: Iterable[Any] | None = None, **options: Any) -> "tqdm[Any
             return lambda line: print(line, file=file, flush=True) if line.strip() else None
 
     screen = getattr(sys.stderr, "unescaped", sys.stderr)  # a bar moves the cursor
+    options |= {"file": screen, "smoothing": 0.05, "delay": 1}
     if screen.isatty():
-        return tqdm(iterable, file=screen, smoothing=0.05, delay=1, mininterval=0.1, **options)
-    return LogLines(
-        iterable,
-        file=screen,
-        smoothing=0.05,
-        delay=1,
-        miniters=1,
-        mininterval=LOG_SECONDS,
-        maxinterval=LOG_SECONDS,
-        **(options | {"leave": True}),
-    )
+        return tqdm(iterable, mininterval=0.1, **options)
+    options |= {"leave": True, "mininterval": LOG_SECONDS, "maxinterval": LOG_SECONDS}
+    return LogLines(iterable, miniters=1, **options)
 
 
 def run_command(

@@ -264,13 +264,11 @@ def _continue(
 ) -> None:
     """Bring the rows of a store up to its listing. InputError if the store was made otherwise."""
     from extract.options import Options as ExtractOptions
-    from extract.store.corrections import complete_correction
-    from extract.workers.reconcile import append_new, reconcile
+    from extract.workers.reconcile import reconcile
     from extract.workers.settings import refuse_other_settings
 
     recorded = {**store.provenance, "width": store.dim}
     refuse_other_settings(store, recorded, {**provenance, "width": dim})
-    complete_correction(store)
     extract_options = ExtractOptions(
         options.labels,
         options.out,
@@ -278,7 +276,6 @@ def _continue(
         drop_unlisted=options.drop_unlisted,
     )
     reconcile(extract_options, store, listing, listing.videos)
-    append_new(store, listing.videos, listing.classes)
 
 
 def _write_blocks(store: "FeatureStore", files: "FeatureFiles", names: dict[str, str]) -> None:

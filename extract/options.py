@@ -102,7 +102,7 @@ class Options:
     decode_workers: int | None = None
     """Decoding processes per worker (default: its share of the cores)."""
     video_timeout: float = 60.0
-    """Seconds after which a video is given up, plus one for each 10 s of video."""
+    """Seconds after which a video is given up, plus one for each 2 MB of its file."""
     block_size: int | None = None
     """Videos that are processed, stored and resumed together (new store: 64)."""
     retry_failed: bool = False

@@ -17,7 +17,7 @@ from timeit import repeat
 from typing import TYPE_CHECKING, Any, Literal
 
 from extract import InputError
-from extract.cli import first_few, run_as_script
+from extract.cli import first_few, run_as_script, text_table
 from extract.commands import command_of
 from extract.cores import available_cores
 from extract.durable import read_record
@@ -273,7 +273,6 @@ def _pick(options: Options, *names: str) -> dict[str, Any]:
 
 def _print_results(options: Options, models: Sequence[str]) -> None:
     """A table of our results next to the paper's."""
-    from aggregate.metrics import text_table
 
     rows = [["model", "ours", "the paper (Table 3)"]]
     for name in models:

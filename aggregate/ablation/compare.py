@@ -18,9 +18,9 @@ from aggregate.metrics import (
     csv_of,
     describe_units,
     independent_units,
-    text_table,
 )
 from extract import Record
+from extract.cli import text_table
 from extract.commands import install_command
 from extract.durable import replace_file
 

@@ -17,10 +17,10 @@ from aggregate.metrics import (
     describe_units,
     independent_units,
     ranks,
-    text_table,
 )
 from aggregate.scores import Scores, group_keys, save_scores
 from extract import Record
+from extract.cli import text_table
 from extract.durable import write_record
 from extract.store import FeatureStore
 

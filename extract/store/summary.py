@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from extract import RunError
+from extract.cli import text_table
 from extract.store.feature_store import FeatureStore
 from extract.store.layout import DROPPED, FAILED, OK, PARTIAL, PENDING, STATUS_NAMES
 from extract.store.runs import RunLog
@@ -65,8 +66,7 @@ def _counts(store: FeatureStore) -> str:
         counts = np.bincount(np.minimum(chosen, DROPPED), minlength=len(header) - 2)
         name = "all" if split is None else split or "(none)"
         rows.append([name, *(f"{count:,}" for count in (len(chosen), *counts))])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, row, widths)) for row in rows)
+    return text_table(rows)
 
 
 def failure_reasons(store: FeatureStore, status: int) -> list[tuple[int, str]]:

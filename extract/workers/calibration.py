@@ -4,7 +4,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,15 +30,20 @@ class CalibrationSample:
     num_rows: int
     seed: int
 
-    def plan(self, preprocessing: Preprocessing) -> Plan:
-        return Plan(math.ceil(MAX_FRAMES / len(self.videos)), 1, 0, preprocessing)
+    def decode(
+        self, preprocessing: Preprocessing, *, frame_rate: float | None, **settings: Any
+    ) -> "Calibration":
+        """The frames of the videos that can be read, in the order of the sample.
 
-    def decode(self, decoder: RowDecoder, plan: Plan) -> "Calibration":
-        """The frames of the videos that can be read, in the order of the sample."""
+        settings: of the decoding processes.
+        """
         from extract.backbone.quantized import Calibration
 
-        rows = decoder.read(decoder.submit(self.videos, plan))
-        pictures = [row.pictures.copy() for row in rows if row.pictures is not None]
+        frames_per_video = math.ceil(MAX_FRAMES / len(self.videos))
+        plan = Plan(frames_per_video, 1, 0, preprocessing, frame_rate=frame_rate)
+        with RowDecoder.start(plan, **settings) as decoder:
+            rows = decoder.read(decoder.submit(self.videos, plan))
+            pictures = [row.pictures.copy() for row in rows if row.pictures is not None]
         num_held_out = max(1, round(HELD_OUT * len(pictures)))
         nothing = [np.empty((0, *plan.shape[3:]), np.uint8)]
         frames = np.concatenate(nothing + pictures[:-num_held_out])

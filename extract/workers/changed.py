@@ -60,13 +60,10 @@ class SeenTimes:
             self._changed = False
 
 
-def look_for_changed_files(
-    store: FeatureStore, pairs: Sequence[tuple[int, Video]], *, read_all: bool = False
-) -> np.ndarray:
+def look_for_changed_files(store: FeatureStore, pairs: Sequence[tuple[int, Video]]) -> np.ndarray:
     """Rows whose file is not the one that their features were extracted from: int [n].
 
     Pending rows, rows whose file was not recorded, and files that cannot be read do not count.
-    read_all: also read the files whose size and time are the same as before.
     """
     recorded = store.sources
     is_checked = (recorded[:, 0] >= 0) & (store.status != PENDING) & (store.status <= FAILED)
@@ -75,7 +72,7 @@ def look_for_changed_files(
     sizes, times = _sizes_and_times([video.path for _, video in pairs])
     seen = SeenTimes(store)
     same_size = sizes == recorded[rows, 0]
-    unread = same_size & (read_all | ~seen.holds(rows, recorded[rows, 1], times))
+    unread = same_size & ~seen.holds(rows, recorded[rows, 1], times)
     changed = (sizes >= 0) & ~same_size
     positions = np.flatnonzero(unread)
     sources = _read_sources([pairs[position][1].path for position in positions])

@@ -40,7 +40,6 @@ from extract.store import (
     lock_store,
     real_path,
 )
-from extract.store.corrections import complete_correction, upgrade
 from extract.store.summary import check_space, human_bytes, status_table
 from extract.workers.blocks import BackboneInfo, Block
 from extract.workers.calibration import choose_sample
@@ -48,7 +47,7 @@ from extract.workers.changed import SeenTimes
 from extract.workers.decoder import code_version
 from extract.workers.progress import shown_progress, time_breakdown
 from extract.workers.ray_pool import RayActorPool
-from extract.workers.reconcile import append_new, columns_of, reconcile
+from extract.workers.reconcile import columns_of, reconcile
 from extract.workers.settings import check_provenance, continue_options
 from extract.workers.worker import Worker
 
@@ -78,7 +77,9 @@ def extract(options: Options) -> int:
 
 
 def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
-    store = _open_if_exists(options.out)
+    store = None
+    with contextlib.suppress(NoStoreError):
+        store = FeatureStore.open(options.out, writable=True)
     settings = (
         continue_options(options, store) if store else resolve_windowing(options).with_defaults()
     )
@@ -109,10 +110,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
         else:
             check_provenance(store, info.provenance)
             lock.ensure_held()
-            complete_correction(store)
-            upgrade(store)
             reconcile(settings, store, listing, videos)
-            append_new(store, videos, listing.classes)
         if settings.retry_failed:
             ids = {video.id for video in videos}  # a row without a video would stay pending
             has_video = np.array([row_id in ids for row_id in store.ids], bool)
@@ -124,7 +122,7 @@ def _extract(options: Options, listing: Listing, lock: StoreLock) -> int:
             check_space(Path(settings.out), to_do * store.video_bytes)
         if blocks:
             pool.check(nonce, _first_readable_video(blocks), code_version())
-            _run(pool, store, blocks, lock, log)
+            _run(pool, info.frames_per_video, store, blocks, lock, log)
     finally:
         pool.close()
     store.clean_up()  # files of workers that were lost, or of a run that was killed
@@ -167,13 +165,6 @@ def _refuse_foreign_folder(out: str) -> None:
             f"--out {out} exists and is not a feature store but {kind}; nothing was touched, give "
             "another name"
         )
-
-
-def _open_if_exists(out: str) -> FeatureStore | None:
-    try:
-        return FeatureStore.open(out, writable=True)
-    except NoStoreError:
-        return None
 
 
 def _as_recorded(settings: Any) -> dict[str, Any]:
@@ -269,6 +260,7 @@ def worker_pool(
 
 def _run(
     pool: Worker | RayActorPool,
+    frames_per_video: int,
     store: FeatureStore,
     blocks: list[Block],
     lock: StoreLock,
@@ -279,7 +271,8 @@ def _run(
     totals: Counter[str] = Counter()
     nodes: set[str] = set()
     seen = SeenTimes(store)
-    with shown_progress(pool, totals, sum(len(block.rows) for block in blocks), store):
+    num_videos = sum(len(block.rows) for block in blocks)
+    with shown_progress(pool, totals, num_videos, frames_per_video):
         for results in pool.extract(blocks):
             if results:
                 lock.ensure_held()

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from extract.cli import progress
-from extract.store import FeatureStore
 
 SECONDS_PER_MOVE = 1.0  # of the progress bar
 
@@ -19,13 +18,11 @@ class Pool(Protocol):
 
 
 @contextlib.contextmanager
-def shown_progress(
-    pool: Pool, totals: Counter[str], videos: int, store: FeatureStore
-) -> Iterator[None]:
-    """A progress bar over the frames to do. It moves every second, not only after a block."""
-    # A clip may have several rows of features. Progress counts sampled frames.
-    sampled = store.provenance.get("sampling", {}).get("frames", store.frames_per_video)
-    frames = store.num_views * sampled
+def shown_progress(pool: Pool, totals: Counter[str], videos: int, frames: int) -> Iterator[None]:
+    """A progress bar over the videos to do, of `frames` each.
+
+    It moves every second, not only after a block.
+    """
     stop = threading.Event()
 
     def move() -> None:

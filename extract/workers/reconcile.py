@@ -17,7 +17,7 @@ from extract.listing.videos import Listing, Video
 from extract.options import Options
 from extract.sources import file_of
 from extract.store import DROPPED, FAILED, PENDING, FeatureStore, Outcomes
-from extract.store.corrections import correct
+from extract.store.corrections import complete_correction, correct, upgrade
 from extract.workers.changed import look_for_changed_files
 
 NOT_LISTED = "no longer listed"
@@ -30,9 +30,13 @@ def reconcile(
 ) -> None:
     """Update the rows of a store to a listing, and print every change. Nothing is decoded.
 
+    New videos get pending rows at the end. An interrupted correction is completed first.
+
     videos: those to extract, after --limit and --window. Videos that --limit leaves out keep their
     rows.
     """
+    complete_correction(store)
+    upgrade(store)
     listed: Sequence[Video] = listing.videos
     left_out: set[str] = set()
     if options.window is not None:
@@ -55,6 +59,7 @@ def reconcile(
             store.set_status(changed, PENDING)
         else:
             print("          --retry-changed extracts them again")
+    append_new(store, videos, listing.classes)
 
 
 # -- corrections -----------------------------------------------------------------------------------
@@ -189,11 +194,11 @@ def _give_up(store: FeatureStore, rows: np.ndarray, reason: str) -> None:
 
 
 def append_new(store: FeatureStore, videos: Sequence[Video], classes: Sequence[str]) -> None:
-    """Append pending rows for new videos, after `reconcile` with the same listing."""
+    """Append pending rows for new videos of a listing whose classes the store has."""
     stored_ids = set(store.ids.tolist())
     new = [video for video in videos if video.id not in stored_ids]
     if new:
-        # The listing has its own order of classes. `reconcile` has added their names to the store.
+        # The listing has its own order of classes.
         label = {name: number for number, name in enumerate(store.classes)}
         labels = np.array([*(label[name] for name in classes), -1])
         columns = columns_of(new)

@@ -101,10 +101,12 @@ class Worker:
 
     def _calibration(self, preprocessing: Preprocessing) -> "Calibration":
         assert self._sample is not None
-        plan = replace(self._sample.plan(preprocessing), frame_rate=self.options.frame_rate)
-        timeout = self.options.video_timeout
-        with RowDecoder.start(plan, workers=self.cores, timeout=timeout) as decoder:
-            return self._sample.decode(decoder, plan)
+        return self._sample.decode(
+            preprocessing,
+            frame_rate=self.options.frame_rate,
+            workers=self.cores,
+            timeout=self.options.video_timeout,
+        )
 
     @property
     def _rows_per_clip(self) -> int:

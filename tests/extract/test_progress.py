@@ -47,7 +47,7 @@ def test_a_bar_moves_while_a_block_is_in_hand(monkeypatch):
     monkeypatch.setattr(sys, "stderr", screen)
     monkeypatch.setattr(progress, "SECONDS_PER_MOVE", 0.02)
     totals = Counter()
-    with progress.shown_progress(FakePool(), totals, 300, FakeStore()):
+    with progress.shown_progress(FakePool(), totals, 300, 10):
         deadline = time.monotonic() + 60
         while len(states(screen)) < 7 and time.monotonic() < deadline:
             time.sleep(0.05)  # a bar appears after a second
@@ -63,7 +63,7 @@ def test_frames_of_a_lost_worker_are_taken_back(monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_PER_MOVE", 60.0)
     pool = FakePool()
     pool.settled = lambda: 7
-    with progress.shown_progress(pool, Counter(videos=3), 10, FakeStore()):
+    with progress.shown_progress(pool, Counter(videos=3), 10, 10):
         pass  # 30 frames are finished, whatever workers report
 
 
