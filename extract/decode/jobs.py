@@ -36,7 +36,6 @@ from extract.decode.transform import (
     augmentation_rng,
     crop_boxes,
     cut,
-    mirrored,
     resize_frame,
     training_view,
 )
@@ -314,8 +313,9 @@ def _write_pictures(
         distinct, positions = np.unique(choice, return_inverse=True)
         uses_all = len(distinct) == len(decoded.frames)
         frames = decoded.frames if uses_all else decoded.frames[distinct]
-        for write_view in _views(height, width, plan, rng):
-            write_view(frames, out[count : count + len(distinct)])
+        for view in _views(height, width, plan, rng):
+            for number, frame in enumerate(frames, count):
+                out[number] = view(frame)
             shown.append(distinct)
             clips.append(count + positions.reshape(choice.shape))
             count += len(distinct)
@@ -334,19 +334,9 @@ def _write_pictures(
 
 def _views(
     height: int, width: int, plan: Plan, rng: np.random.Generator | None
-) -> list[Callable[[Any, Any], None]]:
-    """Functions that write the frames [n, H, W, 3] of a pass as one of its views shows them."""
-
-    def write_crop(frames: Any, out: Any, *, box: tuple[int, int, int, int], flip: bool) -> None:
-        crops = cut(frames, box)
-        out[:] = mirrored(crops) if flip else crops
-
-    def write_random(frames: Any, out: Any) -> None:
-        for number, frame in enumerate(frames):
-            out[number] = random_view(frame)
-
-    if rng is None:
-        boxes = crop_boxes(height, width, plan.preprocessing, plan.crops)
-        return [partial(write_crop, box=box, flip=flip) for box, flip in boxes]
-    random_view = training_view(height, width, plan.preprocessing, rng)
-    return [write_random]
+) -> list[Callable[[Any], Any]]:
+    """Functions of a frame [H, W, 3] that return what a view of the pass shows of it."""
+    if rng is not None:
+        return [training_view(height, width, plan.preprocessing, rng)]
+    boxes = crop_boxes(height, width, plan.preprocessing, plan.crops)
+    return [partial(cut, box=box, flip=flip) for box, flip in boxes]

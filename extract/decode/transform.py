@@ -152,10 +152,16 @@ def resize_frame(frame: Any, preprocessing: Preprocessing) -> Any:
     return _padded(frame, preprocessing)
 
 
-def cut(frames: Any, box: Box) -> Any:
-    """Crop frames uint8 [T, H, W, 3] from `resize_frame` to a box: [T, height, width, 3]."""
+def cut(frames: Any, box: Box, *, flip: bool = False) -> Any:
+    """Crop frames uint8 [..., H, W, 3] from `resize_frame` to a box: [..., height, width, 3].
+
+    With `flip`, left and right are exchanged.
+    """
     top, left, height, width = box
-    return frames[:, top : top + height, left : left + width]
+    crops = frames[..., top : top + height, left : left + width, :]
+    if not flip:
+        return crops
+    return crops[..., ::-1, :] if isinstance(crops, np.ndarray) else crops.flip(-2)
 
 
 def crop_boxes(
@@ -205,9 +211,9 @@ def training_view(
     flip = bool(rng.integers(2))
 
     def view(frame: np.ndarray) -> np.ndarray:
-        [part] = cut(frame[None], (top, left, crop_height, crop_width))
+        part = cut(frame, (top, left, crop_height, crop_width))
         picture = _resized(part, (size_width, size_height), preprocessing)
-        return mirrored(picture) if flip else picture
+        return cut(picture, (0, 0, size_height, size_width), flip=flip)
 
     return view
 
@@ -219,11 +225,6 @@ def augmentation_rng(seed: int, video_id: str, name: int | str) -> np.random.Gen
     """
     digest = hashlib.sha256(f"{seed}\0{video_id}\0{name}".encode()).digest()
     return np.random.default_rng(int.from_bytes(digest[:16], "little"))
-
-
-def mirrored(frames: Any) -> Any:
-    """Frames [..., W, 3] with left and right exchanged."""
-    return frames[..., ::-1, :] if isinstance(frames, np.ndarray) else frames.flip(-2)
 
 
 def _padded(frame: Any, preprocessing: Preprocessing) -> Any:

@@ -128,9 +128,9 @@ MUTATIONS = [
         f"{VIEW_TESTS} -k another_id",
     ),
     Mutation(
-        JOBS,
-        "out[:] = mirrored(crops) if flip else crops",
-        "out[:] = crops",
+        TRANSFORM,
+        "if not flip:",
+        "if True:",
         f"{VIEW_TESTS} -k views_are",
     ),
     Mutation(
