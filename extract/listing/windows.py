@@ -4,12 +4,9 @@ import contextlib
 import json
 import os
 import stat
-from collections import deque
-from collections.abc import Iterable
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from extract import InputError
 from extract.cli import progress
@@ -21,11 +18,9 @@ from extract.numbered import picture_paths
 from extract.options import DEFAULTS, Options
 from extract.sources import file_of
 
-if TYPE_CHECKING:
-    from extract.decode.pool import JobResult
-
 MAX_WINDOWS = 1_000_000  # of one file
 _MAX_PENDING = 256  # files
+FileState = tuple[str, int, int]  # path, size, modification time (ns)
 
 
 def resolve_windowing(options: Options) -> Options:
@@ -80,29 +75,20 @@ def window_spans(seconds: float, window: float, stride: float) -> list[tuple[flo
 
 
 def cut_windows(
-    videos: Iterable[Video],
-    window: float,
-    stride: float,
-    *,
-    timeout: float = 60.0,
-    cache: Path | None = None,
-    frame_rate: float | None = None,
+    videos: Iterable[Video], lengths: Mapping[str, float | None], window: float, stride: float
 ) -> list[Video]:
     """Cut videos, or spans of them, into windows.
 
     The windows of a video are one group unless it has a group, so that no split divides it. A file
-    whose length is unknown stays whole, and fails when it is read. `timeout`, `cache` and
-    `frame_rate`: see `file_lengths`. Raises InputError for a file with more than MAX_WINDOWS.
+    whose length is unknown stays whole, and fails when it is read. Raises InputError for a file
+    with more than MAX_WINDOWS.
+
+    Args:
+        lengths: seconds of each file that has no span, see `file_lengths`.
     """
-    videos, windows = list(videos), []
-    lengths = file_lengths(
-        (video.path for video in videos if video.span is None),
-        timeout=timeout,
-        cache=cache,
-        frame_rate=frame_rate,
-    )
+    windows = []
     for video in videos:
-        seconds = lengths.get(video.path) if video.span is None else video.span[1] - video.span[0]
+        seconds = lengths[video.path] if video.span is None else video.span[1] - video.span[0]
         if seconds is None:
             windows.append(video)
             continue
@@ -142,7 +128,7 @@ def file_lengths(
 
     cached = _read_cache(cache)
     lengths: dict[str, float | None] = {}
-    unknown: dict[str, tuple[int, int]] = {}
+    unknown: list[FileState] = []
     for path in dict.fromkeys(paths):
         lengths[path] = None
         try:
@@ -153,32 +139,27 @@ def file_lengths(
                 continue
         except (OSError, ValueError):  # decoding will report it
             continue
-        size, changed, seconds = cached.get(path, (-1, -1, None))
-        if (size, changed) == (status.st_size, status.st_mtime_ns):
-            lengths[path] = seconds
+        state = path, status.st_size, status.st_mtime_ns
+        if state in cached:
+            lengths[path] = cached[state]
         else:
-            unknown[path] = status.st_size, status.st_mtime_ns
+            unknown.append(state)
     if not unknown:
         return lengths
-    pending: deque[tuple[str, Future[JobResult]]] = deque()
+    workers = min(len(unknown), available_cores())
     with (
-        SubprocessPool(
-            decode_job,
-            slot_bytes=1,
-            workers=min(len(unknown), available_cores()),
-            timeout=timeout,
-        ) as pool,
+        SubprocessPool(decode_job, slot_bytes=1, workers=workers, timeout=timeout) as pool,
         open(cache or os.devnull, "a", encoding="utf-8", buffering=1) as file,
         progress(total=len(unknown), desc="lengths", unit="file", leave=False) as bar,
     ):
-        for number, path in enumerate(unknown, 1):
-            pending.append((path, pool.submit((path, [], None))))
-            while pending and (number == len(unknown) or len(pending) > _MAX_PENDING):
-                first, future = pending.popleft()
+        for first in range(0, len(unknown), _MAX_PENDING):
+            states = unknown[first : first + _MAX_PENDING]
+            futures = [pool.submit((path, [], None)) for path, _, _ in states]
+            for state, future in zip(states, futures, strict=True):
                 with future.result() as finished:
-                    lengths[first] = finished.result
-                if lengths[first] is not None:
-                    file.write(json.dumps([first, *unknown[first], lengths[first]]) + "\n")
+                    lengths[state[0]] = finished.result
+                if finished.result is not None:
+                    file.write(json.dumps([*state, finished.result]) + "\n")
                 bar.update()
     return lengths
 
@@ -190,12 +171,12 @@ def lengths_path(store: str) -> Path:
     return path
 
 
-def _read_cache(cache: Path | None) -> dict[str, tuple[int, int, float]]:
-    """Size, modification time and seconds by path; a line that a kill cut short is left out."""
-    cached: dict[str, tuple[int, int, float]] = {}
+def _read_cache(cache: Path | None) -> dict[FileState, float]:
+    """Seconds that files last; a line that a kill cut short is left out."""
+    cached: dict[FileState, float] = {}
     if cache is not None and cache.exists():
         for line in cache.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError, TypeError):
                 path, size, changed, seconds = json.loads(line)
-                cached[path] = size, changed, float(seconds)
+                cached[path, size, changed] = float(seconds)
     return cached

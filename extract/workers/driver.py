@@ -27,7 +27,7 @@ from extract.decode.container import check_file
 from extract.device import count_gpus
 from extract.listing.pictures import refuse_needless_rate, require_frame_rate
 from extract.listing.videos import Listing, Video, list_videos
-from extract.listing.windows import cut_windows, lengths_path, resolve_windowing
+from extract.listing.windows import cut_windows, file_lengths, lengths_path, resolve_windowing
 from extract.options import Options
 from extract.store import (
     FAILED,
@@ -181,14 +181,13 @@ def _choose_videos(options: Options, listing: Listing) -> Sequence[Video]:
     if options.window is None or options.stride is None:
         return videos
     cache = None if is_remote(options.out) else lengths_path(options.out)
-    windows = cut_windows(
-        videos,
-        options.window,
-        options.stride,
+    lengths = file_lengths(
+        (video.path for video in videos if video.span is None),
         timeout=options.video_timeout,
         cache=cache,
         frame_rate=options.frame_rate,
     )
+    windows = cut_windows(videos, lengths, options.window, options.stride)
     print(
         f"{len(windows):,} windows of {options.window:g} s, one each {options.stride:g} s, of "
         f"{len(videos):,} videos"

@@ -68,20 +68,20 @@ def test_many_files_are_asked_a_few_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_file_that_would_be_millions_of_windows_is_refused_by_name(tmp_path):
-    write_pictures(tmp_path / "a.mp4", (64, 48), 30)
+    path = str(write_pictures(tmp_path / "a.mp4", (64, 48), 30))
     with pytest.raises(
         InputError, match=r"a\.mp4 lasts 3 s, which is 1,500,000 windows; expected at most"
     ):
-        cut_windows(list_videos(tmp_path).videos, 2e-6, 2e-6)
+        cut_windows(list_videos(tmp_path).videos, {path: 3.0}, 2e-6, 2e-6)
 
 
 def test_files_whose_lengths_hang_are_given_up(tmp_path, monkeypatch):
-    write_pictures(tmp_path / "a.mp4", (64, 48), 30)
+    path = str(write_pictures(tmp_path / "a.mp4", (64, 48), 30))
     monkeypatch.setattr("extract.decode.jobs.decode_job", never_done)
     started = time.monotonic()
-    assert [
-        video.id for video in cut_windows(list_videos(tmp_path).videos, 1.0, 1.0, timeout=0.5)
-    ] == ["a.mp4"]
+    lengths = file_lengths([path], timeout=0.5)
+    windows = cut_windows(list_videos(tmp_path).videos, lengths, 1.0, 1.0)
+    assert [video.id for video in windows] == ["a.mp4"]
     assert time.monotonic() - started < 30
 
 

@@ -22,7 +22,7 @@ from extract.decode.jobs import Plan, decode_job
 from extract.decode.packets import VideoFile, duration_of
 from extract.decode.transform import Preprocessing
 from extract.listing.videos import Video, list_videos, youtube_id
-from extract.listing.windows import cut_windows, resolve_windowing, window_spans
+from extract.listing.windows import cut_windows, file_lengths, resolve_windowing, window_spans
 from extract.options import Options
 from extract.sampling import segment_centers
 from extract.workers.rows import make_jobs
@@ -474,7 +474,9 @@ def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
     write(tmp_path / "b.mp4", b"nothing to see")
     (tmp_path / "clips").mkdir()
     shutil.copy(tmp_path / "a.mp4", tmp_path / "clips" / "c.mp4")
-    windows = cut_windows(list_videos(tmp_path).videos, 1.0, 1.0)
+    videos = list_videos(tmp_path).videos
+    lengths = file_lengths([video.path for video in videos], timeout=60)
+    windows = cut_windows(videos, lengths, 1.0, 1.0)
     assert [video.id for video in windows] == [
         "a.mp4#0-1000",
         "a.mp4#1000-2400",
@@ -484,7 +486,7 @@ def test_windows_of_files_of_spans_and_of_what_is_broken(tmp_path):
     ]
     table = write(tmp_path / "l.csv", "path,label,start,end\na.mp4,x,0.5,2.4\n")
     assert [video.group for video in windows[:3]] == ["a.mp4", "a.mp4", ""]
-    spans = cut_windows(list_videos(table).videos, 1.0, 0.5)
+    spans = cut_windows(list_videos(table).videos, {}, 1.0, 0.5)
     assert [(video.id, video.span) for video in spans] == [
         ("a.mp4#500-1500", (0.5, 1.5)),
         ("a.mp4#1000-2400", (1.0, 2.4)),
