@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def choose_device(name: str) -> "torch.device":
     """The torch device for `--device name`; `auto` is a GPU if there is one.
 
-    Raises InputError for a device that does not exist: there is no fallback to another one.
+    Raises InputError for a device that does not exist; another one is never used instead.
     """
     import torch
 

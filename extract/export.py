@@ -234,7 +234,7 @@ def resample_to_constant_rate(
         difference between the two.
 
     Raises:
-        InputError: there is no such array, with the reason.
+        InputError: such an array cannot be made, with the reason.
     """
     import numpy as np
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from extract import InputError
+from extract import InputError, StrPath
 from extract.listing.folders import extension
 
 Shape = tuple[int, int]  # T, D
@@ -159,22 +159,19 @@ class _Folder(FeatureFiles):
     def path(self, name: str) -> str:
         return os.path.join(self._source, self._files[name])
 
-    def shape(self, name: str) -> Shape:
-        if extension(self._files[name]) != "npy":
-            return super().shape(name)
-        with _errors_as_unusable():  # reads the header only
-            array = np.load(self.path(name), mmap_mode="r", allow_pickle=False)
-            return check_shape(array.shape, array.dtype)
-
     def _open(self, name: str) -> np.ndarray:
         path = self.path(name)
         match extension(path):
             case "npy":
-                return np.load(path, allow_pickle=False)
+                return _map_npy(path)
             case "npz":
                 return _load_npz(path)
             case _:
                 return _load_torch(path)
+
+
+def _map_npy(path: StrPath) -> np.ndarray:
+    return np.load(path, mmap_mode="r", allow_pickle=False)  # reads the header only
 
 
 def _load_npz(path: str) -> np.ndarray:
@@ -228,7 +225,7 @@ class _Table(FeatureFiles):
 def _open_npy(path: Path) -> FeatureFiles:
     try:
         with _errors_as_unusable():
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = _map_npy(path)
     except UnusableError as error:
         raise InputError(f"--features {path}: {error}") from None
     return _Table(path, ids_beside(path), array)

@@ -55,7 +55,7 @@ class Options:
     retry_changed: bool = False
     """Read features again if their files have changed."""
     drop_unlisted: bool = False
-    """Take videos that are no longer listed out of training and scores."""
+    """Take videos that the list no longer has out of training and scores."""
 
 
 def main(options: Options) -> int:

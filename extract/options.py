@@ -110,7 +110,7 @@ class Options:
     retry_changed: bool = False
     """Extract videos again if their files have been replaced."""
     drop_unlisted: bool = False
-    """Take videos that are no longer listed out of training and scores, until they are listed
+    """Take videos that the list no longer has out of training and scores, until they are listed
     again."""
     limit: int | None = None
     """Only the first N videos."""

@@ -30,7 +30,6 @@ ENGINES = ("auto", "openvino", "torch")
 class Engine(Protocol):
     """Runs a network in slots (see batches.py) of `batch_size` inputs uint8 [..., H, W, 3]."""
 
-    name: str
     precision: str
     batch_size: int
     slots: list[Any]

@@ -73,7 +73,7 @@ def load_trunk(
     options that the model does not take, and for preprocessing that is not supported.
     """
     source = str(weights)
-    # Random weights are a function of the seed, whatever was drawn before.
+    # Random weights are a function of the seed alone, not of earlier random numbers.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if is_clip_wise(name):

@@ -31,8 +31,6 @@ class ConversionError(Exception):
 class OpenVinoEngine:
     """Runs a converted network. Features are the same bytes for any number of threads."""
 
-    name = "openvino"
-
     def __init__(self, model: Any, *, precision: str, threads: int):
         """model: the path of a saved network, or an openvino.Model."""
         # The parts of an int8 network that are not in int8 are in the CPU's own precision.
@@ -46,7 +44,7 @@ class OpenVinoEngine:
         }
         compiled = openvino.Core().compile_model(model, "CPU", settings)
         self.precision, self.batch_size = precision, compiled.input(0).shape[0]
-        self.record = {"engine": {"name": self.name, "version": openvino_version()}}
+        self.record = {"engine": {"name": "openvino", "version": openvino_version()}}
         streams = f"{threads} streams" if threads > 1 else "1 stream"
         self.description = f"OpenVINO {openvino_version()}, {streams}"
         clock = _Clock()
@@ -135,7 +133,7 @@ def convert(trunk: "Trunk") -> Any:
     shape = (batch, *trunk.input_shape)
     pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     try:
-        # Tracing warns of values that are constant for this shape, but there is no other shape.
+        # Tracing warns of values that are constant for this shape, which is the only one.
         with warnings.catch_warnings(), torch.inference_mode():
             warnings.simplefilter("ignore")
             expected = network(pixels)

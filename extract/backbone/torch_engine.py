@@ -56,8 +56,6 @@ class TorchEngine:
         form: how a GPU runs it: eager, graphs or compiled; "" on a CPU.
     """
 
-    name = "torch"
-
     def __init__(
         self,
         trunk: Trunk,

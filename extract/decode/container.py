@@ -14,7 +14,7 @@ from av.format import ContainerFormat
 from extract import StrPath
 from extract.sources import stat_source
 
-# A title that is not UTF-8 is no reason to refuse a video. PyAV 19 and later never refuse it.
+# Read a video even if its title is not UTF-8. PyAV 19 and later always do.
 LENIENT_METADATA: dict[str, Any] = (
     {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 )
@@ -154,7 +154,7 @@ def opened(path):
 def open_video(path):
     """Open a file and return its container and its best video stream, to decode in one thread.
 
-    Only this file is read, whatever it refers to. Raises VideoError.
+    Only this file is read, never another one that it refers to. Raises VideoError.
     """
     limits = {"max_pixels": str(MAX_PIXELS)}
     options = {"protocol_whitelist": "file", "format_whitelist": _format_whitelist(), **limits}

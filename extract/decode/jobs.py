@@ -243,7 +243,7 @@ class _RowSampler:
     """Chooses the frames of one row: int64 [passes, T, L].
 
     used: the number of pictures of each row of the job, shared by all of its samplers. Together
-    they may have `capacity`. A row for which there is no room gets no frames.
+    they may have `capacity`. A row that does not fit gets no frames.
 
     A call makes new random generators, so a row's frames do not depend on what was decoded before.
     `rngs` keeps them in the state after choosing frames, for the random crop of each pass; they are

@@ -104,7 +104,7 @@ class GpuDecoder:
             return future.result(timeout=allowed)
         except TimeoutError:
             reason = f"{self._device} gave no answer in {allowed:.3g} s (--video-timeout)"
-        except Exception as error:  # whatever fails on the GPU, PyAV may still decode it
+        except Exception as error:  # PyAV may still decode what fails on the GPU
             first_line = f"{type(error).__name__}: {error}".splitlines()[0]
             reason = getattr(error, "reason", None) or first_line
         return self._fall_back(job, reason)
@@ -162,12 +162,6 @@ def torchcodec_version(device: str) -> str:
     return (
         f"torchcodec {torchcodec.__version__}, within {TOLERANCE} of 255 levels of pyav in the mean"
     )
-
-
-def stacked(pictures: "list[Tensor]") -> "Tensor":
-    import torch
-
-    return torch.stack(pictures)
 
 
 def resized(

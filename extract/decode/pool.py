@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing.connection import Connection, Pipe
@@ -46,7 +47,7 @@ _PROGRAM_BYTES = 1 << 29
 
 
 @dataclass
-class JobResult:
+class JobResult(AbstractContextManager["JobResult"]):
     """The result of a job, or its `failure`.
 
     buffer: uint8, valid until `release`; on a GPU if it was decoded there.
@@ -73,9 +74,6 @@ class JobResult:
         self.release()
         return detached
 
-    def __enter__(self) -> "JobResult":
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.release()
 
@@ -84,7 +82,7 @@ _Run = Callable[[Any, int], JobResult | None]  # of a job and a slot; None: the 
 _Slots = queue.SimpleQueue[int | None]  # free slots of a thread; None ends it
 
 
-class SubprocessPool:
+class SubprocessPool(AbstractContextManager["SubprocessPool"]):
     """Child processes that run `function` over jobs, in the order of `submit`.
 
     A job is a tuple that begins with the path of its file, which sets its deadline (`time_limit`).
@@ -179,9 +177,6 @@ class SubprocessPool:
                 slots.put(slot)
             free = None if result.failure else partial(slots.put, slot)
             future.set_result(replace(result, _free=free))
-
-    def __enter__(self) -> "SubprocessPool":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

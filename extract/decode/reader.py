@@ -38,7 +38,7 @@ from extract.decode.container import (
     opened,
 )
 from extract.decode.decord_reader import DecordFile, import_decord
-from extract.decode.nvdec import TorchcodecFile, stacked, torchcodec_version
+from extract.decode.nvdec import TorchcodecFile, torchcodec_version
 from extract.decode.packets import (
     PacketDecoder,
     Span,
@@ -147,7 +147,7 @@ def decode_spans(
             or "torchcodec-cuda" (see nvdec.py), whose frames are tensors on that device, and which
             raises VideoError if only PyAV can read the file.
         frame_rate: in Hz. If given, `path` may be a folder of numbered pictures, which Pillow
-            decodes whatever the decoder.
+            decodes, not `decoder`.
     """
     rate = frame_rate if os.path.isdir(path) else None
     if rate is None:
@@ -306,7 +306,9 @@ def _check_indices(indices: Iterable[int], count: int, path) -> np.ndarray:
 def _stack(pictures: list[Any]) -> Any:
     """Pictures in one array, in the size of the first. A stream may change its size."""
     if not isinstance(pictures[0], np.ndarray):
-        return stacked(pictures)
+        import torch
+
+        return torch.stack(pictures)
     from PIL import Image
 
     shape = pictures[0].shape
@@ -342,7 +344,7 @@ class _FullDecode(VideoFile):
             why = self._damage[0] if self._damage else reason
             raise VideoError(path, f"no frame of it decodes ({why})")
         self._corrupt = np.frombuffer(corrupt, bool)
-        # Frames that the decoder had to repair are left out, unless there are no others.
+        # Frames that the decoder had to repair are left out, unless all are like that.
         self._take_corrupt = bool(self._corrupt.all())
         good = np.ones(len(stamps), bool) if self._take_corrupt else ~self._corrupt
         numbers = table.frame_numbers(stamps) if table is not None and has_times else None

@@ -10,7 +10,7 @@ from extract.listing.tables import Row, span_id
 
 
 def describe_leaks(rows: Sequence[Row], root: str, inodes: Mapping[str, int]) -> list[str]:
-    """A line for each kind of leak between splits, with examples; none if there is no leak.
+    """A line for each kind of leak between splits, with examples; none without a leak.
 
     `inodes` are those of the files below `root`, as `folders.scan` returns them.
     """

@@ -34,7 +34,7 @@ def require_frame_rate(source: str, folders: Sequence[str], rate: float | None) 
 
 
 def refuse_needless_rate(source: str, folders: Sequence[str], rate: float | None) -> None:
-    """InputError if a rate (Hz) is given and there are no such folders."""
+    """InputError if a rate (Hz) is given without such folders."""
     if rate is not None and not folders:
         raise InputError(
             f"--frame-rate {rate:g} is for folders of numbered pictures; {source} lists none, "

@@ -40,7 +40,7 @@ def open_errors_as_input_error(path: str | Path) -> Iterator[None]:
         ) from None
     except InputError:
         raise
-    except (ValueError, TypeError, KeyError) as error:  # Zarr checks little of what it reads
+    except (ValueError, TypeError, KeyError) as error:  # Zarr hardly checks what it reads
         why = f"{type(error).__name__}: {error!s:.80}"
         raise InputError(f"{path}/zarr.json is damaged ({why})") from None
 

@@ -60,7 +60,7 @@ class FeatureStore:
         labels                        int32 [N], an index in `classes`, or -1
         starts, ends                  float64 [N], seconds; NaN for whole files
         status                        int8 [N]: 0 pending, 1 ok, 2 partial, 3 failed; 4 is added for
-                                      rows that are no longer listed (see `listed`)
+                                      rows that the list no longer has (see `listed`)
         num_frames                    int32 [N]
         frame_indices, timestamps     int32 and float32 (seconds) [N, V, T], in the whole file
         sources                       int64 [N, 2], size (bytes) and digest of the file; -1 unknown

@@ -22,7 +22,7 @@ def is_remote(path: str | Path) -> bool:
 def network_errors_as_run_error(url: str | Path) -> Iterator[None]:
     """Turn an error of a library for object storage into one sentence that names the URL.
 
-    Such an error means that there is no network, no bucket or no permission.
+    Such an error means that the network, the bucket or a permission is missing.
     """
     try:
         yield

@@ -203,9 +203,7 @@ def _libc() -> ctypes.CDLL:
     libc.mmap.argtypes = [
         ctypes.c_void_p,
         ctypes.c_size_t,
-        ctypes.c_int,
-        ctypes.c_int,
-        ctypes.c_int,
+        *[ctypes.c_int] * 3,
         ctypes.c_longlong,
     ]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]

@@ -46,7 +46,7 @@ CORES_PER_DECODER = 4  # a large node runs several decoders, which may work for 
 def connect(address: str | None) -> bool:
     """Join the Ray cluster at `address`, or start Ray here.
 
-    Returns whether the caller has to shut it down. Raises RunError at once if there is no answer at
+    Returns whether the caller has to shut it down. Raises RunError at once if nothing answers at
     `host:port`; Ray itself would try for minutes.
     """
     import ray

@@ -139,7 +139,7 @@ def _print_classes(stored: Sequence[str], merged: Sequence[str]) -> None:
     print(f"classes   {len(merged):,} now: {', '.join(changes)}")
 
 
-# -- rows that are no longer listed ----------------------------------------------------------------
+# -- rows that the listing no longer has -----------------------------------------------------------
 
 
 def _list_again(store: FeatureStore, rows: np.ndarray) -> None:

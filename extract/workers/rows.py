@@ -4,6 +4,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -58,7 +59,7 @@ def make_jobs(videos: Iterable[Video], plan: Plan) -> list[Job]:
     return [(group[0].path, [(video.id, video.span) for video in group], plan) for group in groups]
 
 
-class RowDecoder:
+class RowDecoder(AbstractContextManager["RowDecoder"]):
     """Decodes rows in child processes.
 
     pool: runs their jobs.
@@ -130,9 +131,6 @@ class RowDecoder:
         self.pool.close()
         if "_leftovers" in self.__dict__:
             self._leftovers.close()
-
-    def __enter__(self) -> "RowDecoder":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
