@@ -11,8 +11,8 @@ backbones. To choose clips in another way (at a model's own rate, say), change `
 gets the time of every frame, and may use a frame in any number of clips.
 
 Clip-wise backbones have their own frame rate: a clip consists of the frames that are shown at
-instants 1 / clip_fps apart, around a sampled frame. Their rows are packed into the buffer one after
-the other. Rows and clips that do not fit are left to another job.
+instants 1 / clip_fps apart, around a sampled frame. Rows and clips that do not fit into the buffer
+are left to another job.
 
 T = 3, L = 2:   |....ab....|.ab.......|......ab..|      random pass: anywhere in each segment
                 |....ab....|....ab....|....ab....|      evaluation: the middle of each segment
@@ -95,7 +95,7 @@ class Plan:
 
     @property
     def row_bytes(self) -> int:
-        """Size of one row if all of its pictures are distinct. Rows start this far apart."""
+        """Size of one row if all of its pictures are distinct."""
         return math.prod(self.shape)
 
     @property
@@ -172,8 +172,8 @@ def decode_job(job: Job, out: Any) -> Any:
     """Decode n rows of one file in one pass, as a child process does.
 
     Args:
-        out: the buffer, flat uint8; on a GPU if the decoder is there. The pictures of row k begin
-            at k * plan.row_bytes; with a `clip_fps`, where those of the row before end.
+        out: the buffer, flat uint8; on a GPU if the decoder is there. The rows are packed into it
+            one after the other.
 
     Returns:
         `Results` of the n rows. The buffer may have no room for the last rows, or for all clips of
@@ -189,7 +189,7 @@ def decode_job(job: Job, out: Any) -> Any:
         _RowSampler(plan, row_id, row, used, len(pictures)) for row, (row_id, _) in enumerate(rows)
     ]
     requests = [(span, sampler) for (_, span), sampler in zip(rows, samplers, strict=True)]
-    packed = 0
+    used_pictures = 0
     results: dict[int, Prepared | VideoError] = {}
     try:
         for row, decoded in decode_spans(
@@ -202,10 +202,9 @@ def decode_job(job: Job, out: Any) -> Any:
             if isinstance(decoded, VideoError):
                 results[row] = decoded
                 continue
-            first = row * math.prod(plan.shape[:3]) if plan.clip_fps is None else packed
-            prepared = _write_pictures(decoded, plan, samplers[row].rngs, pictures, first)
+            prepared = _write_pictures(decoded, plan, samplers[row].rngs, pictures, used_pictures)
             results[row] = prepared
-            packed += len(prepared.frame_indices)
+            used_pictures += len(prepared.frame_indices)
     except VideoError as error:  # of the whole file
         results = {row: results.get(row, error) for row in range(len(rows))}
     return [results.get(row) for row in range(len(rows))]
@@ -218,13 +217,9 @@ def _as_pictures(buffer: Any, plan: Plan) -> Any:
 
 
 def used_bytes(plan: Plan, results: Results) -> int:
-    """The part of a job's buffer up to the end of the last row."""
-    ends = [
-        result.first_picture + len(result.frame_indices)
-        for result in results
-        if isinstance(result, Prepared)
-    ]
-    return max(ends, default=0) * math.prod(plan.preprocessing.frame_shape)
+    """The part of a job's buffer that its rows fill."""
+    pictures = [len(result.frame_indices) for result in results if isinstance(result, Prepared)]
+    return sum(pictures) * math.prod(plan.preprocessing.frame_shape)
 
 
 def remaining_jobs(job: Job, results: Results) -> list[Job]:

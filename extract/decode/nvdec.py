@@ -164,6 +164,12 @@ def torchcodec_version(device: str) -> str:
     )
 
 
+def stacked(pictures: "list[Tensor]") -> "Tensor":
+    import torch
+
+    return torch.stack(pictures)
+
+
 def resized(
     frames: "Tensor", size: tuple[int, int], interpolation: str, *, antialias: bool = True
 ) -> "Tensor":

@@ -38,7 +38,7 @@ from extract.decode.container import (
     opened,
 )
 from extract.decode.decord_reader import DecordFile, import_decord
-from extract.decode.nvdec import TorchcodecFile, torchcodec_version
+from extract.decode.nvdec import TorchcodecFile, stacked, torchcodec_version
 from extract.decode.packets import (
     PacketDecoder,
     Span,
@@ -306,9 +306,7 @@ def _check_indices(indices: Iterable[int], count: int, path) -> np.ndarray:
 def _stack(pictures: list[Any]) -> Any:
     """Pictures in one array, in the size of the first. A stream may change its size."""
     if not isinstance(pictures[0], np.ndarray):
-        import torch
-
-        return torch.stack(pictures)
+        return stacked(pictures)
     from PIL import Image
 
     shape = pictures[0].shape

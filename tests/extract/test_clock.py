@@ -204,12 +204,11 @@ def test_views_of_a_damaged_file_do_not_depend_on_what_was_decoded_before(tmp_pa
     def views(*chosen: int) -> list:
         out = np.zeros(len(chosen) * plan.row_bytes, np.uint8)
         results = decode_job((str(path), [rows[number] for number in chosen], plan), out)
-        pictures = out.reshape(len(chosen), -1)
         return [
             result.reason
             if isinstance(result, VideoError)
-            else (result.indices.tolist(), result.problem, picture.tobytes())
-            for result, picture in zip(results, pictures, strict=True)
+            else (result.indices.tolist(), result.problem, result.pictures(out, plan).tobytes())
+            for result in results
         ]
 
     alone = []

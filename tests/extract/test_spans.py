@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode_jobs import clips_of, prepare_row
+from decode_jobs import prepare_row
 from extract import InputError
 from extract.decode import Decoded, VideoError, decode, decode_spans, packets
 from extract.decode import reader as decoding
@@ -273,13 +273,14 @@ def test_spans_are_prepared_as_the_clips_that_were_cut_out(tmp_path):
                         packet.stream = stream
                         output.mux(packet)
     plan = Plan(frames=4, crops=3, augment_passes=1, preprocessing=SEE, seed=3, decoder="pyav")
-    out = np.zeros((3, plan.row_bytes), np.uint8)
+    out = np.zeros(3 * plan.row_bytes, np.uint8)
     spans = [("same id", (float(number), number + 1.0)) for number in range(3)]
-    results = decode_job((str(joined), spans, plan), out.reshape(-1))
+    results = decode_job((str(joined), spans, plan), out)
     for number, part in enumerate(parts):
         alone = np.zeros(plan.shape, np.uint8)
         cut = prepare_row(str(part), "same id", plan, alone)
-        assert np.array_equal(clips_of(results[number], out[number]), alone)
+        pictures = results[number].pictures(out, plan)
+        assert np.array_equal(pictures[results[number].clips], alone)
         assert np.array_equal(results[number].indices, cut.indices + 25 * number)
         np.testing.assert_allclose(results[number].timestamps, cut.timestamps + number, atol=1e-6)
         assert results[number].num_frames == 25
