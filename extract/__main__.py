@@ -9,11 +9,12 @@ from extract.options import Options
 def main(options: Options) -> int:
     from extract.workers.driver import extract
 
-    if str(options.weights).endswith(".pt") and options.backbone is None:
+    weights = str(options.weights)
+    if weights.endswith(".pt") and options.backbone is None:
         # Imports timm, which a run that continues a store may not need.
         from extract.backbone.weights import recorded_backbone
 
-        options = replace(options, backbone=recorded_backbone(options.weights))
+        options = replace(options, backbone=recorded_backbone(weights))
     return extract(options)
 
 

@@ -128,10 +128,6 @@ def _image_trunk(name: str, source: str, image_size: int | None) -> Trunk:
 def _video_trunk(
     name: str, source: str, clip_frames: int | None, clip_fps: float | None, per_clip: PerClip
 ) -> Trunk:
-    if clip_frames is not None and clip_frames < 1:
-        raise InputError(f"--clip-frames {clip_frames}: expected at least 1")
-    if clip_fps is not None and not clip_fps > 0:
-        raise InputError(f"--clip-fps {clip_fps:g}: expected more than 0 frames per second")
     model = load_video_model(name, weights=source, clip_frames=clip_frames, per_clip=per_clip)
     module = model.module.eval()
     _check_finite(module, source)

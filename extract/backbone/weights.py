@@ -68,10 +68,8 @@ def load_weights(module: nn.Module, path: str | Path, *, name: str) -> dict[str,
     return {"name": path.name, "sha256": sha256}
 
 
-def recorded_backbone(path: str | Path | None) -> str | None:
+def recorded_backbone(path: str | Path) -> str | None:
     """The backbone's name in a checkpoint of `aggregate.finetune`; None for all other weights."""
-    if path is None or Path(path).suffix != ".pt" or not Path(path).is_file():
-        return None
     content = _load(Path(path))
     return _held_backbone(content) if content.get("format") == "hgnl-checkpoint" else None
 
