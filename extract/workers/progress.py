@@ -14,7 +14,7 @@ SECONDS_PER_MOVE = 1.0  # of the progress bar
 
 class Pool(Protocol):
     def settled(self) -> int:
-        """The number of frames that are computed, or never will be."""
+        """The number of frames that the backbone has received, or never will."""
 
 
 @contextlib.contextmanager

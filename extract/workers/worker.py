@@ -67,7 +67,7 @@ class Worker:
         # their last one was, the features of pictures, and the picture that each frame shows.
         self._computing: deque[tuple[int, np.ndarray, np.ndarray, BlockResult]] = deque()
         self._device_seconds = 0.0  # of the blocks before those
-        self._skipped = 0  # frames that need not be computed: repeats, and those of failed videos
+        self._settled = 0
         self._bad_frames = 0  # in consecutive batches whose features are mostly not finite
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="shard-writer")
         self._writing: list[Future[BlockResult]] = []
@@ -235,9 +235,11 @@ class Worker:
         return len(self._views) * self.options.frames
 
     def settled(self) -> int:
-        """The number of frames whose features are computed, or never will be. Thread-safe."""
-        batches = self.__dict__.get("_batches")
-        return self._skipped + (batches.completed if batches else 0)
+        """The number of frames, or clips, that the backbone has received or never will.
+
+        May be called during `run`.
+        """
+        return self._settled
 
     def add_decoder(self, decode: Callable[[Any], JobResult], *, concurrency: int) -> None:
         """Let another node decode too, until `decode` raises. May be called during `run`."""
@@ -339,7 +341,7 @@ class Worker:
             outcome.sources[row] = decoded.source
             if isinstance(prepared, VideoError):
                 _fail(outcome, row, prepared.reason)
-                self._skipped += self.frames_per_video - first * views
+                self._settled += self.frames_per_video - first * views
                 continue
             outcome.status[row] = PARTIAL if prepared.problem else OK
             outcome.errors[row] = "; ".join(filter(None, (prepared.problem, prepared.note)))
@@ -350,8 +352,8 @@ class Worker:
             outcome.timestamps[row, :, columns] = prepared.frame_times[middles]
             if self._backbone.clips is None:
                 shown[row] = prepared.middles().ravel()
-                self._skipped += self.frames_per_video - len(decoded.pictures)
                 self._batches.add(decoded.pictures, features[row])
+                self._settled += self.frames_per_video
                 computed += len(decoded.pictures)
             else:
                 self._add_clips(decoded.pictures, prepared.clips, features[row], first)
@@ -369,6 +371,7 @@ class Worker:
         for view_clips, view_features in zip(clips, by_view, strict=True):
             for number, clip in enumerate(view_clips, first):  # copies one clip at a time
                 self._batches.add(pictures[clip][None], view_features[number][None])
+                self._settled += 1
 
     def _write(self, features: np.ndarray, result: BlockResult) -> BlockResult:
         started = time.perf_counter()
