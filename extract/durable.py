@@ -114,9 +114,8 @@ def locked(folder: StrPath) -> Iterator[None]:
                 f"{folder} was just removed by another process; run the same command again"
             )
         remove_leftovers(folder)
-        with contextlib.suppress(
-            OSError
-        ):  # on a full disk, other processes see no name of this one
+        # On a full disk, other processes do not see the name of this one.
+        with contextlib.suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()

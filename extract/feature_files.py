@@ -27,10 +27,8 @@ from extract.listing.folders import extension
 
 Shape = tuple[int, int]  # T, D
 FILE_EXTENSIONS = frozenset({"npy", "npz", "pt", "pth"})
-_NOT_FEATURES = (
-    "_fps",
-    "_timestamps_ms",
-)  # video_features writes these arrays next to its features
+# Of arrays that video_features writes next to its features.
+_NOT_FEATURES = ("_fps", "_timestamps_ms")
 
 
 class UnusableError(ValueError):
