@@ -132,8 +132,8 @@ def test_a_lost_decode_child_costs_nothing(clips, undisturbed, tmp_path, monkeyp
     killed: list[int] = []
     commit = FeatureStore.commit
 
-    def commit_and_kill(self, outcomes):
-        commit(self, outcomes)
+    def commit_and_kill(self, *outcomes):
+        commit(self, *outcomes)
         for child in decode_children() if len(killed) < 3 else ():
             child.kill()
             killed.append(child.pid)
