@@ -406,8 +406,8 @@ MUTATIONS = [
     ),
     Mutation(
         FUSE,
-        "] = -np.inf  # must",
-        "] = 1  # must",
+        "] = -np.inf  # failed rows must",
+        "] = 1  # failed rows must",
         "tests/ensemble/test_fuse.py",
     ),
     Mutation(
