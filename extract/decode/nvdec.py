@@ -153,7 +153,11 @@ def torchcodec_version(device: str) -> str:
         )
     try:
         import torchcodec
-    except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no FFmpeg to load
+
+        # Since 0.17 it can be imported without FFmpeg, and fails when it opens a video.
+        if getattr(torchcodec, "ffmpeg_major_version", "unknown") is None:
+            raise ImportError("it finds no shared libraries of FFmpeg")
+    except (ImportError, RuntimeError) as error:  # RuntimeError: earlier versions without FFmpeg
         first_line = str(error).strip().partition("\n")[0]
         raise InputError(
             f"--decoder torchcodec-cuda: torchcodec cannot be used ({first_line}); "

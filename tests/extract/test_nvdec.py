@@ -22,6 +22,11 @@ from extract.sampling import segment_centers
 from extract.store import OK, FeatureStore
 
 DECODER = "torchcodec-cpu"
+try:
+    decoder_version(DECODER)
+except InputError as missing:  # the system has no shared libraries of FFmpeg
+    pytest.skip(str(missing), allow_module_level=True)
+
 SEE = Preprocessing(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3)
 FINE = (
     "h264_portrait.mp4",
@@ -242,6 +247,10 @@ def test_it_is_refused_where_there_is_no_gpu_or_no_torchcodec(
             )
         )
     assert not (tmp_path / "f.zarr").exists()
+    with monkeypatch.context() as without_ffmpeg:
+        without_ffmpeg.setattr("torchcodec.ffmpeg_major_version", None, raising=False)
+        with pytest.raises(InputError, match="it finds no shared libraries of FFmpeg"):
+            decoder_version(DECODER)
     monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
     with pytest.raises(InputError, match=r"torchcodec cannot be used \(.*install .*\[gpu\]"):
         decoder_version(DECODER)
