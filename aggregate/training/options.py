@@ -139,7 +139,7 @@ class VideoOptions:
     decode_workers: int | None = None
     """With --videos: decoding processes (default: one per core)."""
     video_timeout: float = 60.0
-    """With --videos: seconds after which a video is given up, plus one for each 2 MB of its file."""
+    """With --videos: seconds after which a video is given up, plus one per 2 MB of its file."""
 
 
 @dataclass(frozen=True)

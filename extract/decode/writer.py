@@ -13,8 +13,8 @@ from extract.durable import replacing
 def write_video(path: StrPath, frames: Iterable[np.ndarray], *, rate: float) -> None:
     """Write uint8 [H, W, 3] RGB frames, H and W even, as H.264 in MP4 at `rate` frames per second.
 
-    The file appears completely or not at all. Raises ValueError without a frame, or if sizes differ or
-    are odd.
+    The file appears completely or not at all. Raises ValueError without a frame, and for sizes that
+    differ or are odd.
     """
     with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(rate).limit_denominator(1000))
