@@ -354,7 +354,8 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
     size, crop = processor.size, processor.crop_size
     if not processor.do_resize or not (size.shortest_edge or size.height) or size.longest_edge:
         raise InputError(
-            f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected a size"
+            f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected "
+            "shortest_edge alone, or height and width"
         )
     interpolation = Image.Resampling(processor.resample).name.lower()
     if interpolation not in torch_resize.INTERPOLATIONS:

@@ -409,18 +409,20 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
         load_trunk(f"hf/{tmp_path}", weights="random")
 
 
-def test_another_type_of_preprocessor_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"do_center_crop": False}, "does not crop, so frames have no constant size"),
+        ({"do_resize": False}, r"resizes to .*; expected shortest_edge alone"),
+        ({"size": {"shortest_edge": 36, "longest_edge": 50}}, r"resizes to .*'longest_edge': 50"),
+        ({"resample": 0}, "resizes by nearest; supported are bilinear, bicubic, lanczos"),
+    ],
+)
+def test_another_type_of_preprocessor_is_refused(
+    change: dict, message: str, tmp_path: Path
+) -> None:
     make_folder(tmp_path, "videomae")
-    processor = KINDS["videomae"][2]
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({**processor, "do_center_crop": False})
-    )
-    with pytest.raises(
-        InputError, match="its preprocessor does not crop, so frames have no constant size"
-    ):
-        load_trunk(f"hf/{tmp_path}", weights="random")
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({**processor, "do_resize": False})
-    )
-    with pytest.raises(InputError, match=r"its preprocessor resizes to .*; expected a size"):
+    processor = {**KINDS["videomae"][2], **change}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(InputError, match=f"its preprocessor {message}"):
         load_trunk(f"hf/{tmp_path}", weights="random")
