@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-import tyro
+from typing import Any, Literal
 
 # Settings that a store records are None unless given. Their values then come from the store that is
 # continued, or from here for a new one.
@@ -59,8 +57,8 @@ class Options:
     per_clip: Literal["mean", "time"] | None = None
     """Rows of features per clip: one (new store), or one per temporal position of a clip-wise
     backbone."""
-    processor: Annotated[Literal["torchvision", "transformers"] | None, tyro.conf.Suppress] = None
-    """Resizing of an hf/ model: torchvision for stores of earlier versions, else transformers."""
+    processor: Literal["torchvision"] | None = None
+    """Resize frames of an hf/ model with Pillow, as stores of earlier versions did."""
     frames: int | None = None
     """Frames per video: the middles of N equal segments (new store: 25)."""
     window: float | None = None
