@@ -1,9 +1,10 @@
-"""FFmpeg for torchcodec on systems without one: the FFmpeg in PyAV's wheel."""
+"""FFmpeg for torchcodec: whether the system has its libraries, and those in PyAV's wheel."""
 
 import re
 from pathlib import Path
 
 import av
+import pytest
 
 
 def links_to_ffmpeg(folder: Path) -> Path:
@@ -14,3 +15,16 @@ def links_to_ffmpeg(folder: Path) -> Path:
         if plain != library.name:
             (folder / plain).symlink_to(library)
     return folder
+
+
+def needs_torchcodec() -> pytest.MarkDecorator:
+    """Skip a test where torchcodec is not installed, or the system has no libraries of FFmpeg."""
+    # prove.py and benchmarks import this module to make links, before there is anything to load.
+    from extract import InputError
+    from extract.decode import decoder_version
+
+    try:
+        decoder_version("torchcodec-cpu")
+    except InputError as error:
+        return pytest.mark.skip(reason=str(error))
+    return pytest.mark.skipif(False, reason="")

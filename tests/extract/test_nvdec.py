@@ -20,13 +20,10 @@ from extract.decode.transform import Preprocessing
 from extract.options import Options
 from extract.sampling import segment_centers
 from extract.store import OK, FeatureStore
+from ffmpeg import needs_torchcodec
 
 DECODER = "torchcodec-cpu"
-try:
-    decoder_version(DECODER)
-except InputError as missing:  # the system has no shared libraries of FFmpeg
-    pytest.skip(str(missing), allow_module_level=True)
-
+pytestmark = needs_torchcodec()
 SEE = Preprocessing(64, 72, "bilinear", (0.5,) * 3, (0.5,) * 3)
 FINE = (
     "h264_portrait.mp4",

@@ -32,6 +32,7 @@ from extract.workers.decoder import code_version
 from extract.workers.ray_pool import RayActorPool, plan_actors
 from extract.workers.worker import Worker
 from extractions import command_of, committed_blocks, decode_children, options, start_held
+from ffmpeg import needs_torchcodec
 from simulated import CrashingWorker, HeldPixelWorker, HeldWorker
 from stores import store_digest
 
@@ -269,6 +270,7 @@ def test_a_killed_node_costs_nothing_but_time(
     whole(out, undisturbed_pixels)
 
 
+@needs_torchcodec()
 def test_a_video_that_crashes_a_gpus_decoder_is_left_to_pyav_the_third_time(
     clips, cluster, worker_nodes, tmp_path, monkeypatch, capsys
 ):

@@ -31,6 +31,7 @@ from extract.workers import driver
 from extract.workers.rows import RowDecoder
 from extractions import committed_blocks, start_held
 from extractions import options as small_options
+from ffmpeg import needs_torchcodec
 from stores import store_digest
 from untrimmed import cut_out, join_clips
 
@@ -176,7 +177,9 @@ def test_a_broken_file_fails_only_the_windows_behind_the_break(
     np.testing.assert_array_equal(store.read(slice(0, good)), whole.read(slice(0, good)))
 
 
-@pytest.mark.parametrize("decoder", ["pyav", "torchcodec-cpu"])
+@pytest.mark.parametrize(
+    "decoder", ["pyav", pytest.param("torchcodec-cpu", marks=needs_torchcodec())]
+)
 def test_a_decoder_that_crashes_fails_one_span_and_not_those_around_it(
     decoder, untrimmed, by_spans, tmp_path, monkeypatch
 ):
