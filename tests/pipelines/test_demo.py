@@ -10,7 +10,7 @@ def test_the_demo_prints_what_it_expects_beside_what_it_got():
         for name in (*MODELS, "tsn_test + hgnl")
     ]
     lines = compared_with_expected({"table": rows}).splitlines()
-    assert "  tsn    50.0   expected 36 to 42" in lines
+    assert "  tsn    50.0   expected 19 to 42" in lines
     assert sum("expected" in line for line in lines) == 3
 
 
