@@ -15,8 +15,9 @@ $(STAMP): requirements.lock pyproject.toml
 demo: $(STAMP)
 	$(PY) -m pipelines.demo
 
+# One process more than cores, because tests often wait for Ray and for child processes.
 test: $(STAMP)
-	$(PY) -m pytest -q -n $$($(PY) -c "from extract.cores import available_cores; print(available_cores())") --dist loadfile --no-loadscope-reorder tests
+	$(PY) -m pytest -q -n $$($(PY) -c "from extract.cores import available_cores; print(available_cores() + 1)") --dist loadfile --no-loadscope-reorder tests
 
 lint: $(STAMP)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy

@@ -22,11 +22,11 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault(
     "HGNL_CACHE", str(ROOT / ".pytest_cache" / "hgnl")
 )  # converted networks, kept between runs
-# Two test processes share the cores; if each used all of them, both would be slower.
+# Test processes share the cores; if each used all of them, all would be slower.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     share = available_cores() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, share)))
-# The slowest files, slowest first. Two test processes start them in this order, so that both end
+# The slowest files, slowest first. Test processes start them in this order, so that all end
 # together.
 LONGEST = (
     "test_ray_pool.py",
