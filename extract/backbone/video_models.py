@@ -232,6 +232,12 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
         usual_fps = _TIMESFORMER_FPS.get(own_frames, usual_fps)
     fps = getattr(processor, "fps", None) or usual_fps
     frames = clip_frames or own_frames
+    tubelet = _frames_per_token(config)
+    if frames % tubelet:  # the model would drop the frames that are left over
+        raise InputError(
+            f"--clip-frames {frames}: hf/{name} joins {tubelet} frames into a token; give a "
+            f"multiple of {tubelet}"
+        )
     setattr(config, frames_key, frames)
     record: dict[str, str] = {}
     if weights == "random":
@@ -239,12 +245,16 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
     else:
         files = _weight_files(folder, name) if weights == "pretrained" else [Path(weights)]
         model, record = _hf_with_weights(config, files, name)
-    # The frames of a token: a number, or the first of (frames, height, width).
-    tubelet = 1 if kind == "timesformer" else config.tubelet_size
-    tubelet = tubelet if isinstance(tubelet, int) else tubelet[0]
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
     preprocessing = _hf_preprocessing(processor, name)
     return VideoModel(trunk, preprocessing, record, frames, float(fps), _config_record(folder))
+
+
+def _frames_per_token(config: Any) -> int:
+    if config.model_type == "timesformer":
+        return 1
+    size = config.tubelet_size  # a number, or (frames, height, width)
+    return size if isinstance(size, int) else size[0]
 
 
 def _config_record(folder: Path) -> dict[str, Any]:

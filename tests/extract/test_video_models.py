@@ -341,6 +341,14 @@ def test_random_weights_need_no_file_of_weights(tmp_path: Path) -> None:
         load_trunk(f"hf/{tmp_path}", weights="pretrained")
 
 
+@pytest.mark.parametrize("kind", ["videomae", "vivit", "vjepa2"])
+def test_frames_that_fill_no_token_are_refused(kind: str, tmp_path: Path) -> None:
+    """transformers drops the last frame of 5 in silence."""
+    make_folder(tmp_path, kind)
+    with pytest.raises(InputError, match=r"--clip-frames 5: hf/.* joins 2 frames .*multiple of 2"):
+        load_trunk(f"hf/{tmp_path}", weights="random", clip_frames=5)
+
+
 def test_videomaes_biases_arrive(tmp_path: Path) -> None:
     """transformers 5 silently leaves the biases of published VideoMAE files (q_bias, v_bias) at
     0."""
