@@ -6,13 +6,14 @@ from extract.portable import read_proc
 
 
 def available_cores(limit: int | None = None) -> int:
-    """The number of cores to use: `limit` (--threads) if given, else all that are available.
+    """The number of cores to use: `limit` (--threads) if given, but at most all of the machine; else
+    all that are available.
 
     Available is the minimum of the CPU affinity, a container's quota (cgroup `cpu.max`, rounded
     up), and OMP_NUM_THREADS if it is set.
     """
     if limit is not None:
-        return limit
+        return min(limit, os.cpu_count() or limit)
     from joblib import cpu_count  # affinity, and quotas of cgroup versions 1 and 2
 
     cores = cpu_count()

@@ -96,9 +96,9 @@ class Options:
     address: str | None = None
     """A Ray cluster (auto, or host:port) to spread the work over."""
     threads: int | None = None
-    """CPU cores per worker (default: all that this process may use)."""
+    """CPU cores per worker, at most the machine's (default: all that this process may use)."""
     decode_workers: int | None = None
-    """Decoding processes per worker (default: its share of the cores)."""
+    """Decoding processes per worker, at most 16 per core (default: its share of the cores)."""
     video_timeout: float = 60.0
     """Seconds after which a video is given up, plus one for each 2 MB of its file."""
     block_size: int | None = None

@@ -1,7 +1,8 @@
 """Converted networks on disk: the second start with the same weights needs neither torch nor timm.
 
 A network is a folder in `durable.cache_folder()/networks`, which holds OpenVINO's two files and
-`network.json`. The folder's name is a digest of all that the network depends on.
+`network.json`: a digest of all three, and the network's record. The folder's name is a digest of all
+that the network depends on.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from extract import RunError
 from extract.decode.transform import Clips, Preprocessing
 from extract.durable import cache_folder, replacing
 from extract.sources import sha256_of
@@ -79,9 +81,10 @@ def load_network(key: str) -> tuple[NetworkRecord, Path] | None:
     """The record and the model file of a saved network; None if it is missing or damaged."""
     folder = _folder(key)
     try:
-        content = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        if content.pop("digests") != _digests(folder):
+        digest, _, text = (folder / RECORD).read_text(encoding="utf-8").partition("\n")
+        if digest != _digest(folder, text):
             return None
+        content = json.loads(text)
         content["preprocessing"] = Preprocessing.from_record(content["preprocessing"])
         content["clips"] = content["clips"] and Clips(**content["clips"])
         return NetworkRecord(**content), folder / XML
@@ -102,19 +105,26 @@ def save_network(key: str, record: NetworkRecord, model: Any) -> tuple[NetworkRe
         with replacing(folder) as partial:
             partial.mkdir()
             openvino.save_model(model, partial / XML, compress_to_fp16=False)
-            content = asdict(record) | {"digests": _digests(partial)}
-            (partial / RECORD).write_text(json.dumps(content), encoding="utf-8")
+            text = json.dumps(asdict(record))
+            lines = f"{_digest(partial, text)}\n{text}"
+            (partial / RECORD).write_text(lines, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)  # a damaged one
     except RuntimeError as error:  # RunError, or OpenVINO's own for a file that it cannot write
         if load_network(key) is None:  # else another process has just saved the same one
             reason = str(error).strip().splitlines()[-1]
+            if not isinstance(error, RunError):
+                reason = (
+                    f"OpenVINO cannot write it to {folder.parent}; is the disk full? ({reason})"
+                )
             print(f"the converted network is not kept: {reason}", file=sys.stderr)
             return record, model
     return record, folder / XML
 
 
-def _digests(folder: Path) -> dict[str, str]:
-    return {name: sha256_of(folder / name) for name in (XML, BIN)}
+def _digest(folder: Path, text: str) -> str:
+    """SHA-256 of the network's files and of `text`, its record."""
+    parts = [sha256_of(folder / XML), sha256_of(folder / BIN), text]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
 
 
 def _folder(key: str) -> Path:

@@ -23,6 +23,7 @@ import numpy as np
 from extract import InputError, RunError
 from extract.backbone.batches import Batches
 from extract.backbone.frozen import Backbone, load_backbone
+from extract.cores import available_cores
 from extract.decode import VideoError, decoder_version
 from extract.decode.jobs import Plan, decode_job
 from extract.decode.nvdec import GpuDecoder
@@ -59,7 +60,8 @@ class Worker:
         backbone: Backbone | None = None,
     ):
         self.options = options.with_defaults()
-        self.cores, self._sample, self._given_backbone = cores, sample, backbone
+        self.cores = available_cores(cores)  # `cores` is chosen on another machine if Ray runs
+        self._sample, self._given_backbone = sample, backbone
         self._views = view_names(self.options.crops, self.options.augment_passes)
         self._pools: list[SubprocessPool] = []
         self._prefetched: dict[int, list[Submitted]] = {}
@@ -170,7 +172,8 @@ class Worker:
 
     def _start_children(self, count: int | None = None) -> SubprocessPool:
         if count is None:
-            count = self.options.decode_workers or self.cores
+            # Every process takes 0.15 s to start.
+            count = min(self.options.decode_workers or self.cores, 16 * available_cores())
         pool = start_pool(
             self._plan,
             workers=count,

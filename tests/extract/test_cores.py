@@ -13,7 +13,8 @@ from extract.cores import available_cores
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr("joblib.cpu_count", lambda: 64)
+    for function in ("joblib.cpu_count", "os.cpu_count"):
+        monkeypatch.setattr(function, lambda: 64)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
 
 
@@ -27,6 +28,7 @@ def machine(monkeypatch):
         ("0", None, 64),
         ("many", None, 64),
         ("4", 12, 12),
+        ("4", 1000, 64),
     ],
 )
 def test_the_least_of_what_is_allowed(threads, limit, expected, machine, monkeypatch):
@@ -102,7 +104,7 @@ def test_threads_reach_the_worker_and_its_children(tmp_path, monkeypatch):
     from extract.options import Options
     from extract.workers import driver
 
-    monkeypatch.setattr("joblib.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
     chosen = Options(
         videos=tmp_path, out=str(tmp_path / "a.zarr"), device="cpu", threads=3, weights="random"
     )

@@ -267,7 +267,7 @@ def test_a_network_is_of_its_weights_and_of_what_made_it(
     assert networks.network_key(**source) not in keys
 
 
-@pytest.mark.parametrize("damage", ["bytes", "cut", "record", "gone"])
+@pytest.mark.parametrize("damage", ["bytes", "cut", "record", "byte of the record", "gone"])
 def test_a_damaged_network_is_converted_again(damage: str, cache: Path) -> None:
     first = small()
     pixels = np.random.default_rng(0).integers(0, 256, (3, 160, 160, 3), dtype=np.uint8)
@@ -281,6 +281,9 @@ def test_a_damaged_network_is_converted_again(damage: str, cache: Path) -> None:
         weights.write_bytes(weights.read_bytes()[:1000])
     elif damage == "record":
         (folder / networks.RECORD).write_text("{")
+    elif damage == "byte of the record":
+        record = folder / networks.RECORD
+        record.write_text(record.read_text().replace("test_resnet", "test_resnot"))
     else:
         (folder / networks.XML).unlink()
     assert networks.load_network(folder.name) is None
