@@ -211,6 +211,16 @@ def _check_options(device: str, precision: str, form: str, engine: str, *, on_cp
         raise InputError(
             f"--engine openvino runs on a CPU, and --device {device} is a GPU; add --device cpu"
         )
+    if (engine == "openvino" or precision == "int8") and not _has_openvino():
+        option = "--precision int8" if precision == "int8" else "--engine openvino"
+        raise InputError(
+            f"{option} needs OpenVINO, which is not installed; pip install openvino, or use "
+            "--precision auto --engine torch and another --out"
+        )
+
+
+def _has_openvino() -> bool:
+    return importlib.util.find_spec("openvino") is not None
 
 
 def _in_int8(
@@ -248,7 +258,7 @@ def _on_cpu(source: dict[str, Any], precision: str, engine: str, threads: int) -
     note = ""
     if precision == "auto":
         precision = "bf16" if has_native_bf16() else "fp32"
-    if engine != "torch" and importlib.util.find_spec("openvino") is None:
+    if engine != "torch" and not _has_openvino():
         note = " (OpenVINO, which is faster, is not installed)"
     elif engine != "torch":
         from extract.backbone import openvino_engine

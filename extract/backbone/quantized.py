@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -77,6 +78,8 @@ def quantized_network(
 
 
 def _quantize(network: Any, frames: np.ndarray) -> Any:
+    # Imported by nncf, it warns where there is a CUDA compiler but no GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel("ERROR")
     import nncf
     import openvino
     from openvino._offline_transformations import apply_moc_transformations

@@ -210,12 +210,20 @@ def test_pytorch_runs_the_rest_and_says_so(reason: str, monkeypatch: pytest.Monk
     )
     assert backbone.describe().endswith(f"on cpu in fp32{expected}")
     assert "engine" not in backbone.provenance()
-    with pytest.raises(
-        InputError, match=r"--engine openvino: test_resnet .*; use --engine torch and another --out"
-    ):
+    refused = {
+        "cannot": r"--engine openvino: test_resnet .*; use --engine torch and another --out",
+        "is not installed": r"--engine openvino needs OpenVINO, which is not installed; pip inst",
+    }
+    with pytest.raises(InputError, match=refused[reason]):
         load_backbone(
             "test_resnet", weights="random", device="cpu", precision="fp32", engine="openvino"
         )
+
+
+def test_int8_needs_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--precision int8 needs OpenVINO, which is not installed"):
+        load_backbone("test_resnet", weights="random", device="cpu", precision="int8")
 
 
 def test_engines_that_make_no_sense() -> None:
