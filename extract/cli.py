@@ -37,6 +37,10 @@ _REMEDIES = {
     errno.ENOTDIR: "a folder is needed there: move the file, or give another path",
     errno.EIO: "its disk fails: choose another one",
 }
+_CLOSED_OUTPUT = (
+    "the program that reads this command's output has ended (head does, for example); run the same "
+    "command again without it to continue"
+)
 
 
 def describe_os_error(error: OSError, path: StrPath | None = None) -> str:
@@ -213,6 +217,8 @@ def run_command(
             return main(chosen) or 0
     except (InputError, RunError, OSError) as error:
         message = describe_os_error(error) if isinstance(error, OSError) else error
+        if isinstance(error, BrokenPipeError):
+            message = _CLOSED_OUTPUT
         print(f"error: {message}", file=EscapedStream(sys.stderr))
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:

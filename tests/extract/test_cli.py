@@ -1,7 +1,9 @@
 """Behavior that all commands share: ranges of numbers, and file names with control characters."""
 
+import contextlib
 import importlib
 import io
+import os
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -90,6 +92,16 @@ def test_control_characters_are_shown_and_not_obeyed(capsys):
     printed = capsys.readouterr()
     assert printed.out == f"{SHOWN} of\ttwo\nlines\n"
     assert printed.err == f"{SHOWN}\nerror: {SHOWN} is damaged\n"
+
+
+def test_output_that_nobody_reads_any_more_is_said(monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), os.fdopen(writer, "w", buffering=1) as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert run_command(lambda _: print("a line"), Nothing, prog="p", args=[]) == 1
+        monkeypatch.undo()
+    assert "has ended (head does, for example); run the same command" in capsys.readouterr().err
 
 
 def test_a_bar_may_move_the_cursor(monkeypatch):
