@@ -80,6 +80,16 @@ AT_LEAST_1 = (
 )
 MORE_THAN_0 = ("lr", "video_timeout", "window", "stride", "fps", "clip_fps", "frame_rate")
 FRACTIONS = ("max_failed", "dropout", "label_smoothing", "val_fraction", "false_alarms")
+# Larger numbers are mistakes that would fill the memory, or start for minutes.
+AT_MOST = {
+    "frames": 10_000,
+    "segments": 10_000,
+    "clip_frames": 1024,
+    "image_size": 2048,
+    "augment_passes": 1000,
+    "block_size": 65_536,
+    "workers": 10_000,
+}
 MAX_SEED = 2**63 - 1  # for numpy, PyTorch and OpenVINO alike
 
 
@@ -94,8 +104,8 @@ def check_ranges(options: Any) -> None:
                 expected = "at least 0"
             elif name in AT_LEAST_1 and not value >= 1:
                 expected = "at least 1"
-            elif name in (*AT_LEAST_0, *AT_LEAST_1) and value > MAX_SEED:
-                expected = f"at most {MAX_SEED}"
+            elif name in (*AT_LEAST_0, *AT_LEAST_1) and value > AT_MOST.get(name, MAX_SEED):
+                expected = f"at most {AT_MOST.get(name, MAX_SEED)}"
             elif name in MORE_THAN_0 and not 0 < value < float("inf"):
                 expected = "more than 0"
             elif name in FRACTIONS and not 0 <= value <= 1:
@@ -188,8 +198,8 @@ def run_command(
 
     If the class has a method `defaults_for(args)`, its result holds the defaults.
 
-    `InputError` -> 2, `RunError` and `OSError` -> 1 (their message on stderr, no traceback), Ctrl-C
-    -> 130. Any other error is a defect of this package and keeps its traceback.
+    `InputError` -> 2; `RunError`, `MemoryError` and `OSError` -> 1 (their message on stderr, no
+    traceback); Ctrl-C -> 130. Any other error is a defect of this package and keeps its traceback.
     """
     import tyro  # here, so that importing a command as a library stays fast
 
@@ -215,15 +225,20 @@ def run_command(
         check_ranges(chosen)
         with redirect_stdout(EscapedStream(sys.stdout)), redirect_stderr(EscapedStream(sys.stderr)):
             return main(chosen) or 0
-    except (InputError, RunError, OSError) as error:
-        message = describe_os_error(error) if isinstance(error, OSError) else error
-        if isinstance(error, BrokenPipeError):
-            message = _CLOSED_OUTPUT
-        print(f"error: {message}", file=EscapedStream(sys.stderr))
+    except (InputError, RunError, MemoryError, OSError) as error:
+        print(f"error: {_describe(error)}", file=EscapedStream(sys.stderr))
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, BrokenPipeError):
+        return _CLOSED_OUTPUT
+    if isinstance(error, MemoryError):
+        return f"the memory is full; ask for less at a time ({error})"
+    return describe_os_error(error) if isinstance(error, OSError) else str(error)
 
 
 def run_as_script() -> None:

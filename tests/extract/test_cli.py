@@ -49,6 +49,7 @@ class Numbers:
         ({"epochs": 0}, r"--epochs 0: expected at least 1"),
         ({"lr": 0.0}, r"--lr 0.0: expected more than 0"),
         ({"lr": float("nan")}, r"--lr nan: expected more than 0"),
+        ({"frames": 10_001}, r"--frames 10001: expected at most 10000"),
         ({"lr": float("inf")}, r"--lr inf: expected more than 0"),
         ({"max_failed": 1.5}, r"--max-failed 1.5: expected a fraction between 0 and 1"),
     ],
