@@ -38,3 +38,10 @@ def hgnl_test_swin(**options: Any) -> nn.Module:
 def hgnl_test_levit(**options: Any) -> nn.Module:
     small = {"embed_dim": (32, 48, 64), "depth": (1, 1, 1), "num_heads": (2, 3, 4)}
     return timm.create_model("levit_128s", **small, **options)
+
+
+@timm.models.register_model
+def hgnl_test_gemma(**options: Any) -> nn.Module:
+    """With layers whose outputs are clipped to bounds, which are infinite at first."""
+    small = {"img_size": 96, "depth": 1, "embed_dim": 32, "intermediate_size": 64, "num_heads": 2}
+    return timm.create_model("gemma4_vit_167m", **small, **options)

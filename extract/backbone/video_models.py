@@ -10,6 +10,8 @@ per clip (P = 1), or one per temporal position of the model.
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -212,14 +214,9 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     folder = _hf_folder(name, with_weights=weights == "pretrained")
-    try:
+    with _refuse_configuration(name):
         config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         processor: Any = AutoVideoProcessor.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = first_sentence(error)
-        raise InputError(
-            f"--backbone hf/{name}: its configuration cannot be read ({reason})"
-        ) from None
     kind = config.model_type
     if kind not in _HF_FPS:
         raise InputError(
@@ -231,8 +228,12 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
     if kind == "timesformer":
         usual_fps = _TIMESFORMER_FPS.get(own_frames, usual_fps)
     fps = getattr(processor, "fps", None) or usual_fps
+    if not 0 < fps < float("inf"):
+        raise InputError(
+            f"--backbone hf/{name}: its preprocessor's fps is {fps}; expected more than 0"
+        )
     frames = clip_frames or own_frames
-    tubelet = _frames_per_token(config)
+    tubelet = max(1, _frames_per_token(config))
     if frames % tubelet:  # the model would drop the frames that are left over
         raise InputError(
             f"--clip-frames {frames}: hf/{name} joins {tubelet} frames into a token; give a "
@@ -241,13 +242,25 @@ def _hf_model(name: str, weights: str, clip_frames: int | None, per_clip: PerCli
     setattr(config, frames_key, frames)
     record: dict[str, str] = {}
     if weights == "random":
-        model = AutoModel.from_config(config)
+        with _refuse_configuration(name):
+            model = AutoModel.from_config(config)
     else:
         files = _weight_files(folder, name) if weights == "pretrained" else [Path(weights)]
         model, record = _hf_with_weights(config, files, name)
     trunk = _HfTrunk(model, per_clip, frames // tubelet)
     preprocessing = _hf_preprocessing(processor, name)
     return VideoModel(trunk, preprocessing, record, frames, float(fps), _config_record(folder))
+
+
+@contextmanager
+def _refuse_configuration(name: str) -> Iterator[None]:
+    """InputError for a configuration that transformers cannot use. It raises many types."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(
+            f"--backbone hf/{name}: its configuration cannot be used ({first_sentence(error)})"
+        ) from error
 
 
 def _frames_per_token(config: Any) -> int:
@@ -318,14 +331,15 @@ def _hf_with_weights(config: Any, files: list[Path], name: str) -> tuple[nn.Modu
     digests = "".join(map(sha256_of, files))
     sha256 = digests if len(files) == 1 else hashlib.sha256(digests.encode()).hexdigest()
     model_class: Any = AutoModel._model_mapping[type(config)]
-    model, info = model_class.from_pretrained(
-        None,
-        config=config,
-        state_dict=dict(state),
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # they are refused below
-        output_loading_info=True,
-    )
+    with _refuse_configuration(name):
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(state),
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # they are refused below
+            output_loading_info=True,
+        )
     expected = model.state_dict()
     # transformers renames the biases of VideoMAE, and leaves them at 0.
     for key, value in state.items():
@@ -367,7 +381,8 @@ def _hf_preprocessing(processor: Any, name: str) -> Preprocessing:
             f"--backbone hf/{name}: its preprocessor resizes to {dict(size)}; expected "
             "shortest_edge alone, or height and width"
         )
-    interpolation = Image.Resampling(processor.resample).name.lower()
+    with _refuse_configuration(name):
+        interpolation = Image.Resampling(processor.resample).name.lower()
     if interpolation not in torch_resize.INTERPOLATIONS:
         raise InputError(
             f"--backbone hf/{name}: its preprocessor resizes by {interpolation}; supported are "

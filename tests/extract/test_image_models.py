@@ -22,11 +22,12 @@ from extract.backbone.model import load_trunk
 
 # One small model of each kind that once crashed, printed or was refused: attention with buffers
 # that are not 4-D (Swin), parameters that are not (lambda), a graph that torch.fx traces wrongly
-# (LeViT).
+# (LeViT), infinite bounds (Gemma 4).
 KINDS = [
     "hgnl_test_swin",
     "lambda_resnet26t",
     "hgnl_test_levit",
+    "hgnl_test_gemma",
     "test_vit",
     "mixer_s32_224",
     "edgenext_xx_small",

@@ -395,13 +395,33 @@ def test_folders_that_hold_no_model_we_know(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the folder holds no preprocessor_config\.json"):
         load_trunk(f"hf/{tmp_path}", weights="random")
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(KINDS["videomae"][2]))
-    with pytest.raises(InputError, match="its configuration cannot be read"):
+    with pytest.raises(InputError, match="its configuration cannot be used"):
         load_trunk(f"hf/{tmp_path}", weights="random")
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
     with pytest.raises(
         InputError, match="a model of type vit; supported are vjepa2, videomae, timesformer, vivit"
     ):
         load_trunk(f"hf/{tmp_path}", weights="random")
+
+
+@pytest.mark.parametrize(
+    ("file", "entry", "message"),
+    [
+        ("config.json", {"num_frames": "many"}, "cannot be used .*num_frames"),
+        ("config.json", {"hidden_size": 31}, "cannot be used .*31 is not a multiple"),
+        ("config.json", {"tubelet_size": 0}, "cannot be used"),
+        ("config.json", {"num_frames": 5}, "--clip-frames 5: .* give a multiple of 2"),
+        ("preprocessor_config.json", {"resample": 9}, "cannot be used .9 is not a valid"),
+        ("preprocessor_config.json", {"fps": -3}, "its preprocessor's fps is -3; expected more"),
+    ],
+)
+def test_entries_that_make_no_sense(file: str, entry: dict, message: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, "videomae")
+    path = tmp_path / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    for weights in ("random", "pretrained"):
+        with pytest.raises(InputError, match=message):
+            load_trunk(f"hf/{tmp_path}", weights=weights)
 
 
 def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
@@ -413,7 +433,7 @@ def test_code_of_a_folder_is_never_run(tmp_path: Path) -> None:
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
-    with pytest.raises(InputError, match="its configuration cannot be read"):
+    with pytest.raises(InputError, match="its configuration cannot be used"):
         load_trunk(f"hf/{tmp_path}", weights="random")
 
 
