@@ -6,8 +6,8 @@ from extract.portable import read_proc
 
 
 def available_cores(limit: int | None = None) -> int:
-    """The number of cores to use: `limit` (--threads) if given, but at most all of the machine; else
-    all that are available.
+    """The number of cores to use: `limit` (--threads) if given, but at most all of the machine.
+    Without a limit, all that are available.
 
     Available is the minimum of the CPU affinity, a container's quota (cgroup `cpu.max`, rounded
     up), and OMP_NUM_THREADS if it is set.

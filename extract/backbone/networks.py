@@ -1,8 +1,8 @@
 """Converted networks on disk: the second start with the same weights needs neither torch nor timm.
 
 A network is a folder in `durable.cache_folder()/networks`, which holds OpenVINO's two files and
-`network.json`: a digest of all three, and the network's record. The folder's name is a digest of all
-that the network depends on.
+`network.json`: a digest of all three, and the network's record. The folder's name is a digest of
+all that the network depends on.
 """
 
 import hashlib
