@@ -81,7 +81,9 @@ def prepare(options: Options) -> "Run":
     )
     module: Any = learners[0].model.aggregator
     if hasattr(module, "differences"):
-        print("; ".join([f"head      {options.agg} as in the paper", *module.differences()]))
+        differences = "; ".join(module.differences())
+        but = f", but {differences}" if differences else ""
+        print(f"head      {options.agg} as in the paper{but}")
     source = CachedFeatures(training, testing, options.frames)
     segments = clip_segments((options.frames, store.frames_per_video), store)
     return Run(

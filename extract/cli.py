@@ -12,11 +12,12 @@ import errno
 import inspect
 import os
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields, is_dataclass, make_dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from extract import InputError, RunError, StrPath
 
@@ -216,7 +217,7 @@ def run_command(
                 prog=prog,
                 args=["--help"],
                 config=config,
-                description=options.__doc__,
+                description=_wrapped(options.__doc__ or ""),
             )
         _check_flags(options, args, prog)
         defaults_for: Any = getattr(options, "defaults_for", None)
@@ -258,12 +259,42 @@ def _in_groups(options: type) -> type:
         own = {name: left.pop(name) for name in inspect.get_annotations(parent) if name in left}
         if own:
             title = parent.__name__.removesuffix("Options").lower() if groups else "main"
-            doc = None if parent.__doc__ == options.__doc__ else parent.__doc__
-            group: Any = type(
-                parent.__name__, (options,), {"__doc__": doc, "__dataclass_fields__": own}
-            )
+            doc = None if parent.__doc__ == options.__doc__ else inspect.getdoc(parent)
+            body = {
+                "__doc__": doc,
+                "__dataclass_fields__": own,
+                "__annotations__": _help_types(parent, own),
+            }
+            group: Any = type(parent.__name__, (options,), body)
             groups.append((title, tyro.conf.OmitArgPrefixes[group]))  # type: ignore[misc]
     return make_dataclass("Groups", groups, kw_only=True)
+
+
+def _wrapped(doc: str) -> str:
+    """Paragraphs in lines of a terminal; tyro would join those that do not start with a space."""
+    margin = {"initial_indent": " ", "subsequent_indent": " "}
+    paragraphs = inspect.cleandoc(doc).split("\n\n")
+    return "\n\n".join(textwrap.fill(" ".join(text.split()), 79, **margin) for text in paragraphs)
+
+
+def _help_types(options: type, own: dict[str, Any]) -> dict[str, Any]:
+    """Types with the text of --help: tyro breaks lines where the source does, and shows None."""
+    import docstring_parser
+    import tyro
+
+    described = docstring_parser.parse_from_object(options).params
+    texts = {param.arg_name: " ".join((param.description or "").split()) for param in described}
+
+    def show_default(label: str) -> str:
+        return f"(default: {label})" if label not in ("None", "", "''") else ""
+
+    return {
+        name: Annotated[
+            field.type,
+            tyro.conf.arg(help=texts.get(name), help_behavior_hint=show_default),
+        ]
+        for name, field in own.items()
+    }
 
 
 def _check_flags(options: type, args: Sequence[str], prog: str) -> None:

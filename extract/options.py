@@ -44,7 +44,7 @@ class Options:
     file with a class per line."""
     backbone: str | None = None
     """A timm model, torchvision/NAME (video models), or hf/FOLDER_OR_ID (V-JEPA 2, VideoMAE,
-    TimeSformer, ViViT)."""
+    TimeSformer, ViViT) (new store: legacy_seresnext101_32x4d)."""
     weights: str | None = None
     """pretrained (new store), random, or a file (.pth, .safetensors, or a checkpoint of `hgnl
     finetune`)."""

@@ -110,7 +110,7 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
     from extract.backbone.model import load_trunk
 
     print(
-        f"{source['name']} is converted for OpenVINO: some seconds, at this start only",
+        f"{source['name']} is converted for OpenVINO: some seconds; it is kept for later runs",
         file=sys.stderr,
     )
     trunk = load_trunk(**source)

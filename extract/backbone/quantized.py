@@ -64,7 +64,10 @@ def quantized_network(
     key = network_key(**source, batch=BATCH, calibration=calibration.digest, nncf=version)
     if (saved := load_network(key)) is not None:
         return saved
-    print(f"{record.name} is quantized to int8: some minutes, at this start only", file=sys.stderr)
+    print(
+        f"{record.name} is quantized to int8: some minutes; it is kept for later runs",
+        file=sys.stderr,
+    )
     model = _quantize(network, frames)
     quantization = {
         **calibration.record,

@@ -133,7 +133,7 @@ def download_error(name: str, file: str, error: Exception) -> InputError:
     return InputError(
         f"--weights pretrained: the weights of {name} cannot be downloaded "
         f"({describe_error(error)}); on a machine with a network, download {file}, and pass it as "
-        "--weights FILE"
+        "--weights FILE; or take --backbone tf_efficientnet_lite0, whose weights are a pip package"
     )
 
 

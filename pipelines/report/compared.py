@@ -118,10 +118,13 @@ def choose(splits: dict[str, dict[str, Model]], split: str) -> tuple[str, str]:
     name = max(models, key=lambda name: models[name].top1)
     if len(models) == 1:
         return name, "the only model"
-    return name, (
+    chosen = (
         f"the best of {len(models)} on these videos themselves, "
         "so its figure is a little optimistic"
     )
+    top1 = models[name].top1
+    ties = [other for other, model in models.items() if other != name and model.top1 == top1]
+    return name, f"equal to {', '.join(ties)}; {chosen}" if ties else chosen
 
 
 def gain_over_tsn(models: dict[str, Model], name: str) -> Interval | None:

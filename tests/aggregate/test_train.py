@@ -522,7 +522,7 @@ def test_the_recipe_says_how_heads_of_attention_begin_unless_flags_do(features, 
     assert used("a") == cached
     printed = capsys.readouterr().out
     assert (
-        "head      hgnl as in the paper; A multiplied by n_train/n; W_q and W_k see frames"
+        "head      hgnl as in the paper, but A multiplied by n_train/n; W_q and W_k see frames"
         in printed
     )
     assert "; s starts at 1, not 0" in printed

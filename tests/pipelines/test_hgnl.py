@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from extract import commands
+from extract.cli import _help_types
 from extract.options import Options as ExtractOptions
 from extract.store import OK, FeatureStore
 from pipelines.__main__ import main
@@ -46,6 +47,25 @@ def test_every_command_answers_help(name, capsys):
         main([name, "--help"])
     assert end.value.code == 0
     assert f"usage: hgnl {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["extract", "train", "predict", "ablate"])
+def test_help_wraps_text_to_the_terminal_and_shows_no_empty_default(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    shown = capsys.readouterr().out
+    assert "default: None" not in shown
+    assert "default: )" not in " ".join(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_the_text_of_an_option_has_no_line_breaks_of_the_source():
+    """tyro would break it there, and once more at the width of the terminal."""
+    types = _help_types(ExtractOptions, dict(ExtractOptions.__dataclass_fields__))
+    texts = {name: shown.__metadata__[-1].help for name, shown in types.items()}
+    assert texts["videos"].endswith("a CSV (Kinetics', or path,label[,start,end] ...).")
+    assert not any("\n" in text for text in texts.values())
 
 
 def test_every_module_with_a_main_is_a_command():

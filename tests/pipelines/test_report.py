@@ -682,6 +682,13 @@ def save_scores(
     )
 
 
+def test_the_summary_names_models_that_are_as_good_as_the_best(tmp_path):
+    for model, right in (("tsn", 15), ("hgnl", 15), ("weighted", 10)):
+        save_scores(tmp_path, model, "val", right)
+    words = " ".join(made(tmp_path).words["summary"].split())
+    assert "hgnl is best (equal to tsn; the best of 3 on these videos" in words
+
+
 def test_the_best_model_of_test_is_chosen_on_validation(tmp_path):
     """hgnl is best on val, so it does not matter that weighted is better on test."""
     for model, on_val, on_test in (("tsn", 10, 8), ("weighted", 15, 18), ("hgnl", 20, 14)):
