@@ -272,9 +272,11 @@ def _in_groups(options: type) -> type:
 
 def _wrapped(doc: str) -> str:
     """Paragraphs in lines of a terminal; tyro would join those that do not start with a space."""
-    margin = {"initial_indent": " ", "subsequent_indent": " "}
-    paragraphs = inspect.cleandoc(doc).split("\n\n")
-    return "\n\n".join(textwrap.fill(" ".join(text.split()), 79, **margin) for text in paragraphs)
+    paragraphs = [
+        textwrap.fill(" ".join(text.split()), 79, initial_indent=" ", subsequent_indent=" ")
+        for text in inspect.cleandoc(doc).split("\n\n")
+    ]
+    return "\n\n".join(paragraphs)
 
 
 def _help_types(options: type, own: dict[str, Any]) -> dict[str, Any]:
