@@ -137,7 +137,7 @@ class Scores:
             if (mixed := by_file.nunique() > 1).any():
                 raise InputError(
                     f"the windows of {mixed.idxmax()} are of several classes; "
-                    "average those of one class only"
+                    "use --by row, which scores each window"
                 )
         return Scores(
             logits.index.tolist(),

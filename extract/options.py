@@ -40,8 +40,8 @@ class Options:
     root: Path | None = None
     """With a CSV: the folder of its videos (default: the CSV's own)."""
     labels: str = "auto"
-    """auto (the Kinetics-700 list if all names are in it, else the sorted names), kinetics700, or a
-    file with a class per line."""
+    """auto (integers in their order; the Kinetics-700 list if the videos look like Kinetics; else
+    the sorted names), kinetics700, or a file with a class per line."""
     backbone: str | None = None
     """A timm model, torchvision/NAME (video models), or hf/FOLDER_OR_ID (V-JEPA 2, VideoMAE,
     TimeSformer, ViViT) (new store: legacy_seresnext101_32x4d)."""

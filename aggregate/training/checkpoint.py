@@ -174,6 +174,7 @@ def rows_for_classes(
     if (mapped == -2).any():
         name = theirs[int(labels[int((mapped == -2).argmax())])]
         raise InputError(
-            f"{where} has class {name!r}, which is not one of the checkpoint's {len(ours)}"
+            f"{where} has class {name!r}, which is not one of the checkpoint's {len(ours)}; "
+            "give a checkpoint that was trained with this class, or correct the label"
         )
     return mapped
