@@ -56,7 +56,8 @@ def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -
         try:
             scores = _to_scores(path, reader(path), classes)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            is_named = str(error).startswith(os.fspath(path))
+            raise InputError(str(error) if is_named else f"{path}: {error}") from None
         except Exception as error:  # numpy, csv and pickle raise many types for damaged files
             reason = f"{type(error).__name__}: {error!s:.120}"
             raise InputError(f"{path} cannot be read ({reason})") from None
