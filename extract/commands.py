@@ -98,6 +98,12 @@ def command_line(module: str, *arguments: object, **options: Any) -> str:
     return shlex.join(line)
 
 
+def first_training(store: str) -> str:
+    """The command that trains a first model on a store, in a folder that is not in use."""
+    folder = "runs/tsn" if not Path("runs/tsn").exists() else f"runs/{Path(store).stem}_tsn"
+    return command_line("aggregate.train", agg="tsn", features=store, out=folder)
+
+
 def flag_of(name: str) -> str:
     """The flag of the option `name`: `--batch-size` of batch_size."""
     return f"--{name.replace('_', '-')}"

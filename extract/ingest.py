@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from extract import InputError
 from extract.cli import first_few, progress, run_as_script
-from extract.commands import command_line
+from extract.commands import first_training
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,7 +217,7 @@ def _ingest(
             f"{len(failed):,} of {len(store):,} videos are unusable, more than --max-failed allows"
         )
         return 3
-    print(f"Next: {command_line('aggregate.train', agg='tsn', features=options.out)}")
+    print(f"Next: {first_training(options.out)}")
     return 0
 
 

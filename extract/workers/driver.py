@@ -20,7 +20,7 @@ import numpy as np
 
 from extract import InputError
 from extract.cli import check_ranges
-from extract.commands import command_line
+from extract.commands import command_line, first_training
 from extract.cores import available_cores
 from extract.decode import VideoError
 from extract.decode.container import check_file
@@ -146,8 +146,7 @@ def _next_command(store: FeatureStore, path: str) -> str:
     """Train if the store has classes, else export the features for other tools."""
     if len(np.unique(store.labels[store.labels >= 0])) < 2:
         return command_line("extract.export", path, to=f"{Path(path).stem}.h5")
-    folder = "runs/tsn" if not Path("runs/tsn").exists() else f"runs/{Path(path).stem}_tsn"
-    return command_line("aggregate.train", agg="tsn", features=path, out=folder)
+    return first_training(path)
 
 
 # -- before the run --------------------------------------------------------------------------------

@@ -195,6 +195,15 @@ def test_our_own_export_comes_back(tmp_path):
 # -- joining by name ---------------------------------------------------------------------------------------------------
 
 
+def test_the_next_command_trains_in_a_folder_that_is_not_in_use(tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "tsn").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ingest(tmp_path, save_folder(tmp_path / "f", arrays()))
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Next: ")
+    assert last.endswith("x.zarr --out runs/x_tsn")
+
+
 def test_names_are_joined_by_what_finds_most_and_it_is_said(tmp_path, capsys):
     features = {name: np.ones((2, 4), np.float32) * i for i, name in enumerate(arrays())}
     save_folder(tmp_path / "exact", {f"{name}.mp4": values for name, values in features.items()})
