@@ -198,7 +198,7 @@ def test_our_own_export_comes_back(tmp_path):
 def test_the_next_command_trains_in_a_folder_that_is_not_in_use(tmp_path, monkeypatch, capsys):
     (tmp_path / "runs" / "tsn").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    ingest(tmp_path, save_folder(tmp_path / "f", arrays()))
+    ingest(tmp_path, save_folder(tmp_path / "f", arrays()), frames=2)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("Next: ")
     assert last.endswith("x.zarr --out runs/x_tsn")
