@@ -92,13 +92,16 @@ def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
 def _add_run(models: dict[str, Model], run: str, results: Record, options: Record) -> None:
     """Add the results of a training run to the models of its split.
 
-    The run's own model is left out if a scores file has it, and its baseline if an equal one was
-    added before.
+    The run's own model is left out if one of its name has the same measures: its scores file has
+    been read. Its baseline is left out if an equal one was added before.
     """
     for name, summaries in results.items():
         model = Model(summaries)
         if name == options.get("agg", options.get("model")):
-            is_known = name in models
+            same_name = [other for key, other in models.items() if key.partition(" (")[0] == name]
+            is_known = any(
+                other.summaries.get(model.segments) == model.measures for other in same_name
+            )
         else:
             same_segments = (other.summaries.get(model.segments, {}) for other in models.values())
             is_known = model.measures["top1"] in [other.get("top1") for other in same_segments]

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import asdict
 from html import unescape
 from itertools import combinations
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 import ensemble.__main__ as fusing
 import pipelines.report.__main__ as report
 from aggregate import ablate, audit, evaluate, figures, train
+from aggregate.metrics import summarize
 from aggregate.scores import Scores
 from extract import InputError
 from extract.cli import run_command
@@ -729,6 +731,22 @@ def test_gains_and_names_that_repeat(tmp_path):
     gain = compared.gain_over_tsn(models, "hgnl")
     assert gain == compared.Interval(0, 0, 0), "videos are paired by id, not by position"
     assert compared.verdict(compared.Interval(-0.2, -0.3, -0.1)) == "worse than TSN"
+
+
+def test_runs_of_one_name_are_listed_once_each(tmp_path):
+    """Two runs of tsn have scores files, and a third has none."""
+    for run, right in (("a", 10), ("b", 15), ("c", 20)):
+        save_scores(tmp_path, "tsn", "val", right, name=run)
+        scores = Scores.load(tmp_path / f"{run}.h5")
+        summary = asdict(summarize(scores.logits, scores.labels, scores.groups))
+        (tmp_path / run).mkdir()
+        results = json.dumps({"tsn": {str(scores.segments): summary}})
+        (tmp_path / run / "results.json").write_text(results)
+        (tmp_path / run / "options.json").write_text('{"agg": "tsn"}')
+    (tmp_path / "c.h5").unlink()
+    models = compared.models_by_split(find(tmp_path))["val"]
+    assert sorted(models) == ["tsn", "tsn (a)", "tsn (b)"]
+    assert models["tsn"].top1 == 1
 
 
 def test_baselines_are_listed_once(folder):
