@@ -97,14 +97,13 @@ def _add_run(models: dict[str, Model], run: str, results: Record, options: Recor
     """
     for name, summaries in results.items():
         model = Model(summaries)
+        segments = model.segments
         if name == options.get("agg", options.get("model")):
-            same_name = [other for key, other in models.items() if key.partition(" (")[0] == name]
-            is_known = any(
-                other.summaries.get(model.segments) == model.measures for other in same_name
-            )
+            namesakes = [known for key, known in models.items() if key.partition(" (")[0] == name]
+            is_known = model.measures in [known.summaries.get(segments) for known in namesakes]
         else:
-            same_segments = (other.summaries.get(model.segments, {}) for other in models.values())
-            is_known = model.measures["top1"] in [other.get("top1") for other in same_segments]
+            at_segments = [known.summaries.get(segments, {}) for known in models.values()]
+            is_known = model.measures["top1"] in [known.get("top1") for known in at_segments]
         if not is_known:
             models[name if name not in models else f"{name} ({run})"] = model
 
