@@ -99,11 +99,11 @@ def _add_run(models: dict[str, Model], run: str, results: Record, options: Recor
         model = Model(summaries)
         segments = model.segments
         if name == options.get("agg", options.get("model")):
-            namesakes = [known for key, known in models.items() if key.partition(" (")[0] == name]
-            is_known = model.measures in [known.summaries.get(segments) for known in namesakes]
+            namesakes = [added for key, added in models.items() if key.partition(" (")[0] == name]
+            is_known = model.measures in [added.summaries.get(segments) for added in namesakes]
         else:
-            at_segments = [known.summaries.get(segments, {}) for known in models.values()]
-            is_known = model.measures["top1"] in [known.get("top1") for known in at_segments]
+            at_segments = [added.summaries.get(segments, {}) for added in models.values()]
+            is_known = model.measures["top1"] in [added.get("top1") for added in at_segments]
         if not is_known:
             models[name if name not in models else f"{name} ({run})"] = model
 
