@@ -22,6 +22,14 @@ if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
 BATCH = 8  # constant, because the rounding of kernels depends on the batch size
+# Options of `load_trunk`.
+_DEFAULTS: dict[str, Any] = {
+    "image_size": None,
+    "clip_frames": None,
+    "clip_fps": None,
+    "per_clip": "mean",
+    "processor": None,
+}
 
 
 class ConversionError(Exception):
@@ -104,9 +112,11 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
     source: arguments of `load_trunk`. If the network was not saved before, this imports torch and
     converts it, which takes some seconds. Raises ConversionError, and InputError as `load_trunk`.
     """
-    key = network_key(**source, batch=BATCH)
-    if (saved := load_network(key)) is not None:
-        return saved
+    source = _DEFAULTS | source
+    for options in (source, source | _DEFAULTS):
+        saved = load_network(network_key(**options, batch=BATCH))
+        if saved is not None and _has_options(saved[0], source):
+            return saved
     from extract.backbone.model import load_trunk
 
     print(
@@ -114,7 +124,24 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
         file=sys.stderr,
     )
     trunk = load_trunk(**source)
+    key = network_key(**source, batch=BATCH)
     return save_network(key, trunk.record, convert(trunk))
+
+
+def _has_options(record: NetworkRecord, options: dict[str, Any]) -> bool:
+    """Whether a network has these options, given or by default.
+
+    The first extraction gives none. predict gives those of its checkpoint, and a continued
+    extraction those of its store.
+    """
+    clips, own = record.clips, dict[str, Any](processor=record.preprocessing.processor)
+    if clips is None:
+        own["image_size"] = record.preprocessing.size
+    else:  # clip-wise backbones refuse --image-size
+        own |= {"clip_frames": clips.frames, "clip_fps": clips.fps, "per_clip": clips.per_clip}
+    return all(
+        options[name] in (default, own.get(name, default)) for name, default in _DEFAULTS.items()
+    )
 
 
 def convert(trunk: "Trunk") -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import psutil
@@ -273,6 +274,37 @@ def test_a_network_is_of_its_weights_and_of_what_made_it(
     assert networks.network_key(**source) in keys
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0")
     assert networks.network_key(**source) not in keys
+
+
+@pytest.mark.parametrize(
+    ("name", "same", "other"),
+    [
+        ("test_resnet", {"image_size": 160}, {"image_size": 192}),
+        (
+            "torchvision/r3d_18",
+            {"clip_frames": 16, "clip_fps": 15.0, "per_clip": "mean", "processor": "torchvision"},
+            {"clip_frames": 8},
+        ),
+    ],
+)
+def test_options_that_are_the_default_convert_nothing_again(
+    name: str, same: dict, other: dict, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """predict gives the options of its checkpoint, the extraction before gave none."""
+    convert = Mock(side_effect=lambda trunk: trunk)
+    monkeypatch.setattr(openvino_engine, "convert", convert)
+    saved: dict[str, tuple] = {}
+    monkeypatch.setattr(
+        openvino_engine, "save_network", lambda key, *network: saved.setdefault(key, network)
+    )
+    monkeypatch.setattr(openvino_engine, "load_network", saved.get)
+    source = {"name": name, "weights": "random", "seed": 0}
+    first = openvino_engine.converted_network(**source, image_size=None, per_clip="mean")
+    assert openvino_engine.converted_network(**source, **same) is first
+    assert convert.call_count == 1
+    changed = openvino_engine.converted_network(**source, **other)
+    assert openvino_engine.converted_network(**source, **other) is changed
+    assert convert.call_count == 2
 
 
 @pytest.mark.parametrize("damage", ["bytes", "cut", "record", "byte of the record", "gone"])
