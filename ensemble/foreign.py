@@ -28,6 +28,10 @@ from extract.listing.labels import choose_labels
 _TOLERANCE = 2e-3
 
 
+class _ScoresError(Exception):
+    """What is wrong with a file's content, without the name of the file."""
+
+
 class _Table(NamedTuple):
     """The contents of a file: N rows of C values, and the names it has."""
 
@@ -55,9 +59,10 @@ def load_scores(path: Path, *, segments: int | None = None, classes: str = "") -
     else:
         try:
             scores = _to_scores(path, reader(path), classes)
-        except InputError as error:
-            is_named = str(error).startswith(os.fspath(path))
-            raise InputError(str(error) if is_named else f"{path}: {error}") from None
+        except _ScoresError as error:
+            raise InputError(f"{path}: {error}") from None
+        except InputError:
+            raise
         except Exception as error:  # numpy, csv and pickle raise many types for damaged files
             reason = f"{type(error).__name__}: {error!s:.120}"
             raise InputError(f"{path} cannot be read ({reason})") from None
@@ -82,27 +87,32 @@ def _to_scores(path: Path, table: _Table, classes: str) -> Scores:
     names = table.classes
     if not names:
         if not classes:
-            raise InputError(
+            raise _ScoresError(
                 "its classes are not named; give them in the order of its columns: --classes FILE"
             )
         names = choose_labels((), classes)[0]
     values = np.asarray(table.values)
     if values.ndim != 2 or values.dtype.kind not in "fiu":
-        raise InputError(f"holds {values.dtype} {list(values.shape)}, expected numbers [N, C]")
+        raise _ScoresError(f"holds {values.dtype} {list(values.shape)}, expected numbers [N, C]")
     if len(names) != values.shape[1]:
-        raise InputError(f"{values.shape[1]} columns, and {len(names)} classes are named for them")
+        raise _ScoresError(
+            f"{values.shape[1]} columns, and {len(names)} classes are named for them"
+        )
     labels = None if table.labels is None else np.asarray(table.labels)
     if labels is not None and labels.dtype.kind == "U":
         labels = _label_indices(labels.tolist(), names)
     ids = check_unique(path, table.ids, len(values))
-    return Scores(ids, names, values, labels, {"model": path.stem, "from": path.name})
+    try:
+        return Scores(ids, names, values, labels, {"model": path.stem, "from": path.name})
+    except InputError as error:  # it does not know the file
+        raise _ScoresError(str(error)) from None
 
 
 def _label_indices(labels: Sequence[str], classes: Sequence[str]) -> np.ndarray:
-    """Indices of class names, -1 for "". InputError for a label that is not a class."""
+    """Indices of class names, -1 for "". _ScoresError for a label that is not a class."""
     index = {name: label for label, name in enumerate(classes)} | {"": -1}
     if unknown := [label for label in labels if label not in index]:
-        raise InputError(f"the label {unknown[0]!r} is none of its {len(classes)} classes")
+        raise _ScoresError(f"the label {unknown[0]!r} is none of its {len(classes)} classes")
     return np.array([index[label] for label in labels])
 
 
@@ -115,7 +125,7 @@ def _read_npz(path: Path) -> _Table:
     tables = [array for array in arrays.values() if array.ndim == 2]
     if len(tables) != 1 or "ids" not in arrays:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
-        raise InputError(f"holds {shapes}; needed are one array [N, C] and `ids` [N]")
+        raise _ScoresError(f"holds {shapes}; needed are one array [N, C] and `ids` [N]")
     classes = arrays["classes"].tolist() if "classes" in arrays else ()
     return _Table(arrays["ids"].tolist(), tables[0], classes, arrays.get("labels"))
 
@@ -130,10 +140,10 @@ def _read_csv(path: Path) -> _Table:
         header = next(rows, [])
         lines = list(rows)
     if not header or header[0].strip().lower() not in ("id", "path", "video", "youtube_id"):
-        raise InputError(f"its first column is {header[:1]}, expected id; the others are classes")
+        raise _ScoresError(f"its first column is {header[:1]}, expected id; the others are classes")
     for number, line in enumerate(lines, start=2):
         if len(line) != len(header):
-            raise InputError(f"line {number} has {len(line)} values and the header {len(header)}")
+            raise _ScoresError(f"line {number} has {len(line)} values and the header {len(header)}")
     is_label = [name.strip().lower() == "label" for name in header]
     label_column = is_label.index(True) if any(is_label) else None
     columns = [column for column in range(1, len(header)) if column != label_column]
@@ -162,7 +172,7 @@ class _PlainUnpickler(pickle.Unpickler):
             return lambda text, encoding: text.encode("latin1")
         if module in self._MODULES and name in self._ARRAYS:
             return super().find_class(module, name)
-        raise InputError(
+        raise _ScoresError(
             f"it holds {module}.{name}, which only running its code could read; "
             "convert it where it was made: "
             'numpy.savez("scores.npz", scores=numpy.stack([...]), ids=[...], classes=[...])'
@@ -175,7 +185,7 @@ def _read_pickle(path: Path) -> _Table:
     if isinstance(content, list) and content and isinstance(content[0], dict):
         content = [_score_of(entry, number) for number, entry in enumerate(content)]
     if not isinstance(content, list | np.ndarray) or not len(content):
-        raise InputError(f"it holds a {type(content).__name__}, expected a list of scores")
+        raise _ScoresError(f"it holds a {type(content).__name__}, expected a list of scores")
     return _Table(ids_beside(path), np.stack([np.asarray(row) for row in content]))
 
 
@@ -184,7 +194,7 @@ def _score_of(entry: Record, number: int) -> Any:
     if isinstance(score, dict):
         score = score.get("item")
     if score is None:
-        raise InputError(f"entry {number} has no pred_score; it has {', '.join(map(str, entry))}")
+        raise _ScoresError(f"entry {number} has no pred_score; it has {', '.join(map(str, entry))}")
     return score
 
 
