@@ -28,8 +28,12 @@ ORDER = {"test": 0, "val": 1}  # of the splits on the page
 
 @dataclass(frozen=True)
 class Model:
-    """A model on a split: measures by number of segments, and its scores if a file holds them."""
+    """A model on a split: measures by number of segments, and its scores if a file holds them.
 
+    Several may have one `name`. They differ in their keys in `models_by_split`.
+    """
+
+    name: str
     summaries: Summaries
     scores: "Scores | None" = None
     file: str = ""
@@ -53,14 +57,15 @@ def models_by_split(contents: Contents) -> dict[str, dict[str, Model]]:
     """The models by split and name, test before val. They come from scores files with labels, and
     from the measures of training."""
     splits: dict[str, dict[str, Model]] = {}
-    for (split, name), file in _names_of_files(contents).items():
+    for (split, key), (name, file) in _names_of_files(contents).items():
         summaries = {}
         for scores in contents.scores[file]:
             if scores.labels is not None:
                 segments = "" if "members" in scores.source else str(scores.segments)
                 summary = summarize_scores(scores.logits, scores.labels, scores.groups)
                 summaries[segments] = asdict(summary)
-        splits.setdefault(split, {})[name] = Model(summaries, contents.scores[file][-1], file)
+        model = Model(name, summaries, contents.scores[file][-1], file)
+        splits.setdefault(split, {})[key] = model
     for run, results_file in contents.run_files("results.json"):
         options = read_json(results_file.with_name("options.json"))
         split = options.get("val_split", "val")
@@ -70,9 +75,11 @@ def models_by_split(contents: Contents) -> dict[str, dict[str, Model]]:
     return dict(sorted(splits.items(), key=lambda item: (ORDER.get(item[0], len(ORDER)), item[0])))
 
 
-def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
-    """The scores files with labels, by split and name of the model. If models have the same name,
-    the name of the file is appended."""
+def _names_of_files(contents: Contents) -> dict[tuple[str, str], tuple[str, str]]:
+    """The scores files with labels, and the names of their models, by split and key.
+
+    The key is the name. If models have the same name, the name of the file is appended.
+    """
     files: dict[tuple[str, str], list[str]] = {}
     for file, [*_, scores] in contents.scores.items():
         if scores.labels is not None and (scores.labels >= 0).any():
@@ -81,11 +88,12 @@ def _names_of_files(contents: Contents) -> dict[tuple[str, str], str]:
                 name += ", equal weights"
             split = str(scores.source.get("split") or UNNAMED)
             files.setdefault((split, name), []).append(file)
-    named: dict[tuple[str, str], str] = {}
+    named: dict[tuple[str, str], tuple[str, str]] = {}
     for (split, name), same_name in files.items():
         for file in same_name:
             stem = PurePosixPath(file).stem.removesuffix(f"_{split}")
-            named[split, name if len(same_name) == 1 else f"{name} ({stem})"] = file
+            key = name if len(same_name) == 1 else f"{name} ({stem})"
+            named[split, key] = (name, file)
     return named
 
 
@@ -96,10 +104,10 @@ def _add_run(models: dict[str, Model], run: str, results: Record, options: Recor
     been read. Its baseline is left out if an equal one was added before.
     """
     for name, summaries in results.items():
-        model = Model(summaries)
+        model = Model(name, summaries)
         segments = model.segments
         if name == options.get("agg", options.get("model")):
-            namesakes = [added for key, added in models.items() if key.partition(" (")[0] == name]
+            namesakes = [added for added in models.values() if added.name == name]
             is_known = model.measures in [added.summaries.get(segments) for added in namesakes]
         else:
             at_segments = [added.summaries.get(segments, {}) for added in models.values()]

@@ -727,7 +727,10 @@ def test_gains_and_names_that_repeat(tmp_path):
     assert "no difference found, since the interval holds 0" in words
     one_right = Scores(["a", "b"], ["x", "y"], np.eye(2)[[0, 0]], np.array([0, 1]))
     reordered = Scores(["b", "a"], ["x", "y"], np.eye(2)[[0, 0]], np.array([1, 0]))
-    models = {"hgnl": compared.Model({}, one_right), "tsn": compared.Model({}, reordered)}
+    models = {
+        "hgnl": compared.Model("hgnl", {}, one_right),
+        "tsn": compared.Model("tsn", {}, reordered),
+    }
     gain = compared.gain_over_tsn(models, "hgnl")
     assert gain == compared.Interval(0, 0, 0), "videos are paired by id, not by position"
     assert compared.verdict(compared.Interval(-0.2, -0.3, -0.1)) == "worse than TSN"
