@@ -47,7 +47,13 @@ def network_key(*, name: str, weights: str | Path, **options: Any) -> str:
 
     A `weights` file counts by its name (a published name promises its bytes) and its SHA-256.
     """
-    dependencies = {"name": name, "weights": weights, **options}
+    (key,) = network_keys(name, weights, options)
+    return key
+
+
+def network_keys(name: str, weights: str | Path, *variants: dict[str, Any]) -> list[str]:
+    """`network_key` for variants of the options. Files, which may be large, are read once."""
+    dependencies: dict[str, Any] = {"name": name, "weights": weights}
     file = Path(pip_weights_file(name) if weights == "pretrained" else weights)
     if file.is_file():
         dependencies["weights"] = [file.name, sha256_of(file)]
@@ -60,8 +66,12 @@ def network_key(*, name: str, weights: str | Path, **options: Any) -> str:
     libraries = ("openvino", "timm", "torch")
     versions = {library: importlib.metadata.version(library) for library in libraries}
     code = {path.name: sha256_of(path) for path in Path(__file__).parent.glob("*.py")}
-    text = json.dumps({**code, **versions, **dependencies}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    keys = []
+    for options in variants:
+        content = {**code, **versions, **dependencies, **options}
+        text = json.dumps(content, sort_keys=True, default=str)
+        keys.append(hashlib.sha256(text.encode()).hexdigest()[:32])
+    return keys
 
 
 def hf_folder(name: str) -> Path | None:

@@ -14,7 +14,7 @@ import numpy as np
 import openvino
 
 from extract.backbone.batches import inputs_per_batch
-from extract.backbone.networks import NetworkRecord, load_network, network_key, save_network
+from extract.backbone.networks import NetworkRecord, load_network, network_keys, save_network
 from extract.cores import has_native_bf16
 from extract.errors import describe_error
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from extract.backbone.model import Trunk
 
 BATCH = 8  # constant, because the rounding of kernels depends on the batch size
-# Options of `load_trunk`.
+# The options of `load_trunk`, as they are by default.
 _DEFAULTS: dict[str, Any] = {
     "image_size": None,
     "clip_frames": None,
@@ -112,19 +112,19 @@ def converted_network(**source: Any) -> tuple[NetworkRecord, Any]:
     source: arguments of `load_trunk`. If the network was not saved before, this imports torch and
     converts it, which takes some seconds. Raises ConversionError, and InputError as `load_trunk`.
     """
-    source = _DEFAULTS | source
-    for options in (source, source | _DEFAULTS):
-        saved = load_network(network_key(**options, batch=BATCH))
-        if saved is not None and _has_options(saved[0], source):
+    options = {"batch": BATCH, **_DEFAULTS, **source}
+    name, weights = options.pop("name"), options.pop("weights")
+    key, default_key = network_keys(name, weights, options, options | _DEFAULTS)
+    for saved in map(load_network, dict.fromkeys((key, default_key))):
+        if saved is not None and _has_options(saved[0], options):
             return saved
     from extract.backbone.model import load_trunk
 
     print(
-        f"{source['name']} is converted for OpenVINO: some seconds; it is kept for later runs",
+        f"{name} is converted for OpenVINO: some seconds; it is kept for later runs",
         file=sys.stderr,
     )
     trunk = load_trunk(**source)
-    key = network_key(**source, batch=BATCH)
     return save_network(key, trunk.record, convert(trunk))
 
 
