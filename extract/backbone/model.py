@@ -23,6 +23,9 @@ from extract.backbone.weights import load_weights
 from extract.cli import counted
 from extract.decode.transform import Clips, PerClip, Processor, is_clip_wise
 
+# Names of buffers that may be infinite end so: the bounds of clipped layers (Gemma 4: `input_min`).
+_BOUNDS = ("_min", "_max")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trunk(NetworkRecord):
@@ -155,11 +158,10 @@ def _video_trunk(
 def _check_finite(module: nn.Module, source: str) -> None:
     """InputError for weights that are not finite. Features may not show them: OpenVINO's ReLU turns
     NaN into 0."""
-    # Bounds of clipped layers may be infinite (Gemma 4: `input_min`).
     damaged = [
         name
         for name, value in module.state_dict().items()
-        if value.isnan().any() or (value.isinf().any() and not name.endswith(("_min", "_max")))
+        if not value.isfinite().all() and (value.isnan().any() or not name.endswith(_BOUNDS))
     ]
     if damaged:
         raise InputError(
