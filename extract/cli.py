@@ -20,6 +20,7 @@ from dataclasses import fields, is_dataclass, make_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from extract import InputError, RunError, StrPath
+from extract.errors import describe_error
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -238,7 +239,7 @@ def _describe(error: Exception) -> str:
     if isinstance(error, BrokenPipeError):
         return _CLOSED_OUTPUT
     if isinstance(error, MemoryError):
-        return f"the memory is full; ask for less at a time ({error})"
+        return f"the memory is full; ask for less at a time ({describe_error(error)})"
     return describe_os_error(error) if isinstance(error, OSError) else str(error)
 
 

@@ -105,6 +105,15 @@ def test_output_that_nobody_reads_any_more_is_said(monkeypatch, capsys):
     assert "has ended (head does, for example); run the same command" in capsys.readouterr().err
 
 
+def test_a_full_memory_is_an_error_without_a_traceback(capsys):
+    def main(_: Nothing) -> int:
+        raise MemoryError
+
+    assert run_command(main, Nothing, prog="p", args=[]) == 1
+    expected = "error: the memory is full; ask for less at a time (MemoryError)\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_bar_may_move_the_cursor(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True

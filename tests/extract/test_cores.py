@@ -109,3 +109,17 @@ def test_threads_reach_the_worker_and_its_children(tmp_path, monkeypatch):
         videos=tmp_path, out=str(tmp_path / "a.zarr"), device="cpu", threads=3, weights="random"
     )
     assert driver.worker_pool(chosen, None, []).cores == 3
+
+
+def test_decoding_processes_are_at_most_16_per_core(tmp_path, monkeypatch):
+    from extract.options import Options
+    from extract.workers import worker
+
+    asked = []
+    monkeypatch.setattr(worker, "start_pool", lambda *_, workers, **__: asked.append(workers))
+    monkeypatch.setattr(worker, "available_cores", lambda limit=None: limit or 2)
+    for count in (5, 1000):
+        chosen = Options(videos=tmp_path, out=str(tmp_path / "a.zarr"), decode_workers=count)
+        monkeypatch.setattr(worker.Worker, "_plan", None)
+        worker.Worker(chosen, 2, None)._start_children()
+    assert asked == [5, 32]

@@ -4,6 +4,7 @@ rerun."""
 import functools
 import gc
 import importlib.util
+import inspect
 import subprocess
 import sys
 from collections.abc import Callable
@@ -338,6 +339,23 @@ def test_a_network_that_cannot_be_kept_runs_all_the_same(
     monkeypatch.setenv("HGNL_CACHE", str(tmp_path / "file"))
     assert small()(np.zeros((1, 160, 160, 3), np.uint8)).shape == (1, 96)
     assert "the converted network is not kept: " in capsys.readouterr().err
+
+
+def test_a_network_that_openvino_cannot_write_is_told_with_its_folder(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    failed = Mock(side_effect=RuntimeError("a paragraph\nbasic_ios::clear: iostream error"))
+    monkeypatch.setattr("openvino.save_model", failed)
+    assert small()(np.zeros((1, 160, 160, 3), np.uint8)).shape == (1, 96)
+    expected = f"OpenVINO cannot write it to {cache}; is the disk full? (basic_ios::clear: iostream"
+    assert expected in capsys.readouterr().err
+
+
+def test_the_options_by_default_are_those_of_load_trunk() -> None:
+    parameters = inspect.signature(load_trunk).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    assert openvino_engine._DEFAULTS.items() <= defaults.items()
+    assert set(defaults) - set(openvino_engine._DEFAULTS) == {"name", "weights", "seed"}
 
 
 LIGHT = """
